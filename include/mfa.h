@@ -1,0 +1,188 @@
+/* libmfa: exact attention, forward and backward, in O(N) memory.
+ *
+ *     S = scale * Q K^T, P = softmax(S), O = P V, L = log(sum(exp(S)))
+ *
+ * The problem says what is asked, the plan what was decided, the backend who runs it. A caller fills
+ * an mfa_problem, and either makes a plan and runs it often, or calls mfa_attention() once.
+ *
+ * Every function that can fail returns an mfa_status; results come through pointers and are written
+ * only on success. mfa_last_error() then holds one sentence for the calling thread: the field, what
+ * was given, what is accepted. The library never prints, exits, aborts or throws.
+ *
+ * All functions may be called from several threads at once, and in a child after fork(); only
+ * mfa_context_destroy() and mfa_plan_destroy() need the object to be idle. */
+#ifndef MFA_H
+#define MFA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MFA_VERSION_MAJOR 0
+#define MFA_VERSION_MINOR 1
+#define MFA_VERSION_PATCH 0
+
+#if defined(__GNUC__)
+#define MFA_API __attribute__((visibility("default")))
+#else
+#define MFA_API
+#endif
+
+typedef enum mfa_status {
+    MFA_OK = 0,
+    MFA_INVALID = 1,        /* the caller is wrong: no backend will ever run this */
+    MFA_UNSUPPORTED = 2,    /* a sound problem that we are not able to run */
+    MFA_UNAVAILABLE = 3,    /* the device, or something it needs, is not on this machine */
+    MFA_OUT_OF_MEMORY = 4,
+    MFA_COMPILE_FAILED = 5, /* a kernel could not be compiled for the device */
+    MFA_DEVICE_FAILED = 6,  /* the device reported an error while running */
+    MFA_INTERNAL = 7        /* our mistake */
+} mfa_status;
+
+typedef enum mfa_pass { MFA_FORWARD = 0, MFA_BACKWARD = 1 } mfa_pass;
+
+/* Where the operands lie. */
+typedef enum mfa_device { MFA_DEVICE_CPU = 0, MFA_DEVICE_METAL = 1 } mfa_device;
+
+/* Element types. Sums are kept in f32 (f64 for f64); gradients are rounded once, at the end. */
+typedef enum mfa_dtype { MFA_F32 = 0, MFA_F16 = 1, MFA_BF16 = 2, MFA_F64 = 3 } mfa_dtype;
+
+typedef enum mfa_mask {
+    MFA_MASK_NONE = 0,
+    MFA_MASK_BOOL = 1,    /* one byte an element; nonzero: the key takes part */
+    MFA_MASK_ADDITIVE = 2 /* added to the score; -inf hides the key */
+} mfa_mask;
+
+/* Strides of a (batch, head, row, column) tensor, in elements. Any value is good for an input, 0 and
+ * negative ones included; an output may not have stride 0 along a dimension longer than 1 (but see
+ * dbias). Rows are queries of q, o, d_o, dq, lse, keys of k, v, dk, dv; a mask has queries as rows
+ * and keys as columns. lse and dlse have no columns. */
+typedef struct mfa_layout {
+    int64_t batch, head, row, column;
+} mfa_layout;
+
+/* What is asked. The score of query i and key j, of query head h and KV head h / (q_heads / kv_heads):
+ *
+ *     s = scale * dot(Q_i, K_j)
+ *     s = softcap * tanh(s / softcap)     if softcap > 0
+ *     s = s + mask_ij                     if mask is MFA_MASK_ADDITIVE
+ *     visible iff lower <= j - i <= upper, and a bool mask allows it
+ *
+ * The band says causal (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window
+ * of the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN leaves a side open. A query with no
+ * visible key gets O = 0, L = -inf and zero gradients.
+ *
+ * Backward takes o and lse from the caller, so results merged from several devices work, and gives
+ *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (dP - D), dP = dO V^T
+ *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K, dbias = dS
+ * (with dS times 1 - tanh^2 where softcap is used). Results are bitwise the same for any number of
+ * threads, and in any run. */
+typedef struct mfa_problem {
+    uint64_t size; /* sizeof(mfa_problem), set by mfa_problem_init */
+    int32_t pass, device, dtype, mask;
+    int32_t mask_dtype; /* of an additive mask: any mfa_dtype. dbias has it too */
+    int32_t reserved;   /* 0 */
+    int64_t batch, q_heads, kv_heads, q_len, kv_len;
+    int64_t head_dim, value_dim; /* columns of q and k; of v and o. 1 to 512 */
+    int64_t lower, upper;
+    double scale;   /* finite or infinite, any sign; not NaN */
+    double softcap; /* 0: none */
+    mfa_layout q_layout, k_layout, v_layout, o_layout, lse_layout, mask_layout;
+    /* backward only: */
+    mfa_layout d_o_layout, dlse_layout, dq_layout, dk_layout, dv_layout;
+    mfa_layout dbias_layout; /* stride 0 along a dimension: the gradient is summed over it */
+} mfa_problem;
+
+#define MFA_BAND_OPEN_LOWER INT64_MIN
+#define MFA_BAND_OPEN_UPPER INT64_MAX
+
+/* An operand. On the CPU the elements begin at (char *)base + offset; on Metal base is the MTLBuffer.
+ * The offset is in bytes. Elements must be aligned to their size. */
+typedef struct mfa_buffer {
+    void *base;
+    uint64_t offset;
+} mfa_buffer;
+
+/* What a run reads and writes. Unused members are zero.
+ * forward:  reads q, k, v, mask; writes o, and lse if given (f32; f64 for f64).
+ * backward: reads q, k, v, mask, o, lse, d_o, and dlse if given (like lse); writes those of dq, dk, dv,
+ *           dbias that are given. Outputs may not overlap anything. */
+typedef struct mfa_buffers {
+    uint64_t size; /* sizeof(mfa_buffers) */
+    mfa_buffer q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias;
+    mfa_buffer workspace; /* mfa_plan_workspace() bytes, 64-byte aligned; none: the context's own is used */
+} mfa_buffers;
+
+/* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
+ * any threads and in any order; returns 0 when all have returned. */
+typedef int32_t (*mfa_parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                                    void (*worker)(int64_t begin, int64_t end, void *argument), void *argument);
+
+typedef struct mfa_context_options {
+    uint64_t size;         /* sizeof(mfa_context_options) */
+    int32_t threads;       /* most threads of a run; 0: as many as this process may use */
+    int32_t reserved;      /* 0 */
+    const char *isa;       /* CPU: highest instruction set to use: scalar, avx2, avx512, neon. NULL: the
+                              environment's MFA_ISA, else the best of this machine */
+    const char *cache;     /* folder for compiled kernels. NULL: MFA_CACHE, else the user's cache folder */
+    mfa_parallel_for host; /* the host's thread pool; NULL: the library's own */
+} mfa_context_options;
+
+typedef struct mfa_context mfa_context; /* devices, threads, kernels: what lives between calls */
+typedef struct mfa_plan mfa_plan;       /* what was decided for one problem; never changes */
+
+/* "0.1.0". */
+MFA_API const char *mfa_version(void);
+
+/* Why this thread's last failed call failed; "" if none did. Valid until its next call. */
+MFA_API const char *mfa_last_error(void);
+
+/* "MFA_INVALID" and so on; "unknown status" for anything else. */
+MFA_API const char *mfa_status_name(mfa_status status);
+
+/* options may be NULL: all defaults. MFA_INVALID, MFA_UNAVAILABLE (no such instruction set), MFA_OUT_OF_MEMORY. */
+MFA_API mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context);
+MFA_API void mfa_context_destroy(mfa_context *context); /* NULL is good; destroy its plans first */
+
+/* Most threads that runs begun from now on may use; 0: as many as this process may use. */
+MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads);
+
+/* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
+ * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap. */
+MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
+                              int64_t kv_len, int64_t head_dim, int64_t value_dim);
+
+/* One line of text for logs and case lists, and back; docs/abi.md has the grammar. For example
+ * "forward f16 b2 h8/2 q512 kv512 d64 causal softcap30 mask_bool". Layouts are not in it: parsing gives
+ * dense ones. print writes at most `capacity` bytes, and MFA_INVALID if the line does not fit. */
+MFA_API mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity);
+MFA_API mfa_status mfa_problem_parse(const char *text, mfa_problem *problem);
+
+/* MFA_OK if a backend of this context runs it; else MFA_INVALID or MFA_UNSUPPORTED or MFA_UNAVAILABLE. */
+MFA_API mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem);
+
+/* Decides once. The plan keeps nothing of `problem`, and holds on to `context`. */
+MFA_API mfa_status mfa_plan_create(mfa_context *context, const mfa_problem *problem, mfa_plan **plan);
+MFA_API void mfa_plan_destroy(mfa_plan *plan); /* NULL is good */
+
+/* Bytes of scratch memory that a run uses, beside the operands. */
+MFA_API size_t mfa_plan_workspace(const mfa_plan *plan);
+
+/* "cpu forward_f32_d64_q48_k192_band_avx512 threads 2 workspace 393216". MFA_INVALID if it does not fit. */
+MFA_API mfa_status mfa_plan_describe(const mfa_plan *plan, char *text, size_t capacity);
+
+/* `stream` is the device's queue; NULL on the CPU, where the call returns when the results are there. */
+MFA_API mfa_status mfa_plan_run(const mfa_plan *plan, const mfa_buffers *buffers, void *stream);
+
+/* Plan and run in one call, for problems that change with each call (a decode loop with a growing
+ * kv_len). Kernels and workspace are kept in the context: it neither compiles nor allocates anew. */
+MFA_API mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const mfa_buffers *buffers,
+                                 void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,5 @@
+/* The one list of the backends built into this library, best first. */
+#include "core/backend.h"
+#include "cpu/backend.h"
+
+const struct mfa_backend *const mfa_backends[] = {&mfa_cpu_backend, NULL};

@@ -1,0 +1,14 @@
+/* The last error sentence of each thread. */
+#ifndef MFA_BASE_ERROR_H
+#define MFA_BASE_ERROR_H
+
+#include "mfa.h"
+
+/* Keeps the sentence for mfa_last_error() and returns `status`, so that a check is one line:
+ *     return mfa_fail(MFA_INVALID, "q_len is %lld; it must be 0 or more", (long long)n); */
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+mfa_status mfa_fail(mfa_status status, const char *format, ...);
+
+#endif

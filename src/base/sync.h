@@ -1,0 +1,26 @@
+/* A lock that outlives fork(), and the pause of a waiting loop. The lock is for what happens seldom (a
+ * kernel is loaded); what it guards must be whole at every instant, since a child may be forked off
+ * while a thread of its parent holds the lock. */
+#ifndef MFA_BASE_SYNC_H
+#define MFA_BASE_SYNC_H
+
+#include <stdatomic.h>
+
+struct mfa_lock {
+    atomic_int holder; /* the process whose thread holds it; 0: none */
+};
+
+void mfa_lock_take(struct mfa_lock *lock);
+void mfa_lock_release(struct mfa_lock *lock);
+
+/* Tells the CPU that this thread waits for another. */
+static inline void mfa_sync_pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory"); /* yield is a no-op on most cores */
+#endif
+}
+
+#endif

@@ -1,0 +1,26 @@
+/* What every attention kernel is told, whatever machine it runs on: plain numbers, no pointers. C, MSL
+ * and CUDA read this text alike, so it uses nothing but structs of 8-byte integers and 4-byte floats. */
+#ifndef MFA_CORE_ARGS_H
+#define MFA_CORE_ARGS_H
+
+#if defined(__METAL_VERSION__)
+typedef long mfa_int;
+#else
+#include <stdint.h>
+typedef int64_t mfa_int;
+#endif
+
+struct mfa_strides { /* in elements */
+    mfa_int batch, head, row, column;
+};
+
+struct mfa_args {
+    mfa_int batch, q_heads, kv_heads, group; /* group = q_heads / kv_heads */
+    mfa_int q_len, kv_len, head_dim, value_dim;
+    mfa_int lower, upper; /* the band, brought within [-q_len, kv_len] */
+    struct mfa_strides q, k, v, o, lse, mask;
+    struct mfa_strides d_o, dlse, dq, dk, dv, dbias;
+    float scale, softcap;
+};
+
+#endif

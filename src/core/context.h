@@ -1,0 +1,62 @@
+/* What lives between calls: opened backends, loaded kernels, blocks of scratch memory. Reading them
+ * takes no lock, and stays possible in a child that was forked off while other threads were at work. */
+#ifndef MFA_CORE_CONTEXT_H
+#define MFA_CORE_CONTEXT_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/sync.h"
+#include "core/backend.h"
+#include "mfa.h"
+
+/* A backend of this context. */
+struct mfa_opened {
+    const struct mfa_backend *backend;
+    void *state;
+    char refusal[256]; /* why it is not available on this machine; "" if it is */
+};
+
+/* A kernel that has been loaded: it stays so until the context is destroyed. */
+struct mfa_loaded {
+    const struct mfa_loaded *next;
+    const struct mfa_opened *opened;
+    struct mfa_key key;
+    const void *kernel;
+};
+
+struct mfa_block; /* scratch memory, see context.c */
+
+#define MFA_CONTEXT_BLOCKS 16 /* kept for later runs: as many as may well go on at once */
+
+struct mfa_context {
+    char *cache; /* folder; NULL: there is none */
+    struct mfa_lock loading;
+    _Atomic(const struct mfa_loaded *) loaded; /* the newest first; grows at this end only */
+    _Atomic(struct mfa_block *) blocks[MFA_CONTEXT_BLOCKS];
+    size_t backend_count;
+    struct mfa_opened backends[];
+};
+
+/* `backends` is a list like mfa_backends. Plans must be gone before the context is closed. */
+mfa_status mfa_context_open(const struct mfa_backend *const *backends, const mfa_context_options *options,
+                            mfa_context **context);
+void mfa_context_close(mfa_context *context);
+
+/* The body of mfa_context_set_threads. */
+mfa_status mfa_context_limit(mfa_context *context, int32_t threads);
+
+/* The backend that runs this canonical problem, or why there is none. */
+mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *problem,
+                              const struct mfa_opened **opened);
+
+/* The loaded kernel of that key: from memory, from the cache, or compiled. */
+mfa_status mfa_context_kernel(mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
+                              const void **kernel);
+
+/* Lends `bytes` of 64-byte aligned memory; NULL: out of memory. */
+void *mfa_context_borrow(mfa_context *context, size_t bytes);
+void mfa_context_return(mfa_context *context, void *memory);
+
+#endif

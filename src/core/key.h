@@ -1,0 +1,27 @@
+/* The name of one specialised kernel: what changes the code, never a length. Its text is the cache file,
+ * the log line, the test name and the bench row:
+ *     <pass>_<dtype>_d<head_dim>_q<block_q>_k<block_kv>[_<feature>...]_<machine>
+ * d96v64 where value_dim differs from head_dim. */
+#ifndef MFA_CORE_KEY_H
+#define MFA_CORE_KEY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum mfa_feature { /* in the order in which a key's text names them */
+    MFA_FEATURE_BAND = 1,
+    MFA_FEATURE_MASK_BOOL = 2,
+    MFA_FEATURE_MASK_ADDITIVE = 4,
+    MFA_FEATURE_SOFTCAP = 8
+};
+
+struct mfa_key { /* no padding: compared and hashed as bytes */
+    int32_t pass, dtype, head_dim, value_dim, block_q, block_kv, features, mask_dtype;
+    char machine[16];
+};
+
+#define MFA_KEY_TEXT 128 /* enough for any key's text and its end */
+
+void mfa_key_print(const struct mfa_key *key, char text[MFA_KEY_TEXT]);
+
+#endif

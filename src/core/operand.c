@@ -1,0 +1,53 @@
+/* The table of operands. */
+#include "core/operand.h"
+
+#include "core/problem.h"
+
+enum element { DATA, ROW_SUM, MASK }; /* the problem's dtype; f32 or f64; the mask's */
+
+enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
+
+#define SIZE(member) offsetof(mfa_problem, member)
+#define OPERAND(name) #name, offsetof(mfa_problem, name##_layout), offsetof(mfa_buffers, name)
+
+const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT] = {
+    {OPERAND(q), SIZE(q_heads), SIZE(q_len), SIZE(head_dim), DATA, {READ | REQUIRED, READ | REQUIRED}},
+    {OPERAND(k), SIZE(kv_heads), SIZE(kv_len), SIZE(head_dim), DATA, {READ | REQUIRED, READ | REQUIRED}},
+    {OPERAND(v), SIZE(kv_heads), SIZE(kv_len), SIZE(value_dim), DATA, {READ | REQUIRED, READ | REQUIRED}},
+    {OPERAND(mask), SIZE(q_heads), SIZE(q_len), SIZE(kv_len), MASK, {READ | REQUIRED, READ | REQUIRED}},
+    {OPERAND(o), SIZE(q_heads), SIZE(q_len), SIZE(value_dim), DATA, {WRITTEN | REQUIRED, READ | REQUIRED}},
+    {OPERAND(lse), SIZE(q_heads), SIZE(q_len), 0, ROW_SUM, {WRITTEN, READ | REQUIRED}},
+    {OPERAND(d_o), SIZE(q_heads), SIZE(q_len), SIZE(value_dim), DATA, {0, READ | REQUIRED}},
+    {OPERAND(dlse), SIZE(q_heads), SIZE(q_len), 0, ROW_SUM, {0, READ}},
+    {OPERAND(dq), SIZE(q_heads), SIZE(q_len), SIZE(head_dim), DATA, {0, WRITTEN}},
+    {OPERAND(dk), SIZE(kv_heads), SIZE(kv_len), SIZE(head_dim), DATA, {0, WRITTEN}},
+    {OPERAND(dv), SIZE(kv_heads), SIZE(kv_len), SIZE(value_dim), DATA, {0, WRITTEN}},
+    {OPERAND(dbias), SIZE(q_heads), SIZE(q_len), SIZE(kv_len), MASK, {0, WRITTEN | SUMMED}},
+};
+
+int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *problem)
+{
+    const int role = operand->role[problem->pass];
+    if (operand->element != MASK)
+        return role;
+    const int in_use = (role & WRITTEN) ? problem->mask == MFA_MASK_ADDITIVE : problem->mask != MFA_MASK_NONE;
+    return in_use ? role : 0;
+}
+
+void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4])
+{
+    const char *base = (const char *)problem;
+    shape[0] = problem->batch;
+    shape[1] = *(const int64_t *)(base + operand->heads);
+    shape[2] = *(const int64_t *)(base + operand->rows);
+    shape[3] = operand->columns ? *(const int64_t *)(base + operand->columns) : 1;
+}
+
+size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem)
+{
+    switch (operand->element) {
+    case ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
+    case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
+    default: return mfa_dtype_size(problem->dtype);
+    }
+}

@@ -1,0 +1,38 @@
+/* The twelve tensors of a run: which part of the problem gives their sizes, which pass reads or writes
+ * them. One table, read when a problem is checked and again when buffers are. */
+#ifndef MFA_CORE_OPERAND_H
+#define MFA_CORE_OPERAND_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mfa.h"
+
+enum mfa_role { /* 0: has no part in this problem */
+    MFA_ROLE_READ = 1,
+    MFA_ROLE_WRITTEN = 2,
+    MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
+    MFA_ROLE_SUMMED = 8    /* written, and stride 0 asks for the sum along that dimension */
+};
+
+struct mfa_operand {
+    const char *name;
+    size_t layout, buffer; /* offsets in mfa_problem and in mfa_buffers */
+    size_t heads, rows, columns; /* offsets in mfa_problem of the sizes; 0: the size is 1 */
+    uint8_t element;       /* which type: see operand.c */
+    uint8_t role[2];       /* in the forward and in the backward pass */
+};
+
+#define MFA_OPERAND_COUNT 12
+extern const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT];
+
+/* A set of enum mfa_role. The problem's enums must be sound. */
+int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *problem);
+
+/* Sizes in the order of mfa_layout: batch, heads, rows, columns. */
+void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4]);
+
+/* Bytes of one element. */
+size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem);
+
+#endif

@@ -1,0 +1,218 @@
+/* A problem is checked here, once, with a sentence for each thing that can be wrong with it. Nothing
+ * behind this file checks a size, a stride or an enum again. */
+#include "core/problem.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "base/sized.h"
+#include "core/operand.h"
+
+#define FIRST_SIZE (offsetof(mfa_problem, dbias_layout) + sizeof(mfa_layout)) /* in version 0.1 */
+#define ROWS_MAX (INT64_C(1) << 50) /* so that rows * MFA_DIM_MAX * sizeof(double) fits in an int64_t */
+
+const char *mfa_pass_name(int32_t pass)
+{
+    static const char *const names[] = {[MFA_FORWARD] = "forward", [MFA_BACKWARD] = "backward"};
+    return pass >= 0 && pass <= MFA_BACKWARD ? names[pass] : NULL;
+}
+
+const char *mfa_dtype_name(int32_t dtype)
+{
+    static const char *const names[] = {[MFA_F32] = "f32", [MFA_F16] = "f16", [MFA_BF16] = "bf16", [MFA_F64] = "f64"};
+    return dtype >= 0 && dtype <= MFA_F64 ? names[dtype] : NULL;
+}
+
+size_t mfa_dtype_size(int32_t dtype)
+{
+    switch (dtype) {
+    case MFA_F64: return 8;
+    case MFA_F32: return 4;
+    default: return 2;
+    }
+}
+
+double mfa_problem_scale(int64_t head_dim)
+{
+    return 1 / sqrt((double)head_dim);
+}
+
+/* Strides that do not fit in an int64_t wrap; the sizes they come from are refused by the check. */
+static mfa_layout dense(int64_t heads, int64_t rows, int64_t columns)
+{
+    const uint64_t head = (uint64_t)rows * (uint64_t)columns;
+    const uint64_t batch = head * (uint64_t)heads;
+    return (mfa_layout){(int64_t)batch, (int64_t)head, columns, 1};
+}
+
+void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
+                      int64_t kv_len, int64_t head_dim, int64_t value_dim)
+{
+    const mfa_layout row_sums = dense(q_heads, q_len, 1), scores = dense(q_heads, q_len, kv_len);
+    const mfa_layout q = dense(q_heads, q_len, head_dim), o = dense(q_heads, q_len, value_dim);
+    const mfa_layout k = dense(kv_heads, kv_len, head_dim), v = dense(kv_heads, kv_len, value_dim);
+    *problem = (mfa_problem){
+        .size = sizeof *problem,
+        .pass = MFA_FORWARD, .device = MFA_DEVICE_CPU, .dtype = MFA_F32, .mask = MFA_MASK_NONE, .mask_dtype = MFA_F32,
+        .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len,
+        .head_dim = head_dim, .value_dim = value_dim,
+        .lower = MFA_BAND_OPEN_LOWER, .upper = MFA_BAND_OPEN_UPPER, .scale = mfa_problem_scale(head_dim),
+        .q_layout = q, .k_layout = k, .v_layout = v, .o_layout = o, .lse_layout = row_sums, .mask_layout = scores,
+        .d_o_layout = o, .dlse_layout = row_sums, .dq_layout = q, .dk_layout = k, .dv_layout = v,
+        .dbias_layout = scores,
+    };
+}
+
+static mfa_status check_enums(const mfa_problem *problem)
+{
+    if (!mfa_pass_name(problem->pass))
+        return mfa_fail(MFA_INVALID, "pass is %d; it must be 0 (forward) or 1 (backward)", problem->pass);
+    if (problem->device < 0 || problem->device > MFA_DEVICE_METAL)
+        return mfa_fail(MFA_INVALID, "device is %d; it must be 0 (CPU) or 1 (Metal)", problem->device);
+    if (!mfa_dtype_name(problem->dtype))
+        return mfa_fail(MFA_INVALID, "dtype is %d; it must be 0 (f32), 1 (f16), 2 (bf16) or 3 (f64)", problem->dtype);
+    if (problem->mask < 0 || problem->mask > MFA_MASK_ADDITIVE)
+        return mfa_fail(MFA_INVALID, "mask is %d; it must be 0 (none), 1 (bool) or 2 (additive)", problem->mask);
+    if (problem->mask == MFA_MASK_ADDITIVE && !mfa_dtype_name(problem->mask_dtype))
+        return mfa_fail(MFA_INVALID, "mask_dtype is %d; it must be 0 (f32), 1 (f16), 2 (bf16) or 3 (f64)",
+                        problem->mask_dtype);
+    if (problem->reserved != 0)
+        return mfa_fail(MFA_INVALID, "reserved is %d; it must be 0", problem->reserved);
+    return MFA_OK;
+}
+
+mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy)
+{
+    const mfa_status status = mfa_sized_copy("mfa_problem", given, FIRST_SIZE, copy, sizeof *copy);
+    return status == MFA_OK ? check_enums(copy) : status;
+}
+
+/* Whether batch * heads * rows, with 1 in place of 0, is at most ROWS_MAX. */
+static int rows_fit(int64_t batch, int64_t heads, int64_t rows)
+{
+    int64_t product = batch ? batch : 1;
+    return !__builtin_mul_overflow(product, heads ? heads : 1, &product) &&
+           !__builtin_mul_overflow(product, rows ? rows : 1, &product) && product <= ROWS_MAX;
+}
+
+static mfa_status check_sizes(const mfa_problem *problem)
+{
+    static const struct {
+        const char *name;
+        size_t offset;
+    } sizes[] = {
+        {"batch", offsetof(mfa_problem, batch)},       {"q_heads", offsetof(mfa_problem, q_heads)},
+        {"kv_heads", offsetof(mfa_problem, kv_heads)}, {"q_len", offsetof(mfa_problem, q_len)},
+        {"kv_len", offsetof(mfa_problem, kv_len)},     {"head_dim", offsetof(mfa_problem, head_dim)},
+        {"value_dim", offsetof(mfa_problem, value_dim)},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const int64_t size = *(const int64_t *)((const char *)problem + sizes[i].offset);
+        if (size < 0)
+            return mfa_fail(MFA_INVALID, "%s is %lld; it must be 0 or more", sizes[i].name, (long long)size);
+    }
+    const int64_t kv_heads = problem->kv_heads;
+    if (kv_heads == 0 ? problem->q_heads != 0 : problem->q_heads % kv_heads != 0)
+        return mfa_fail(MFA_INVALID, "q_heads is %lld and kv_heads is %lld; q_heads must be a multiple of kv_heads",
+                        (long long)problem->q_heads, (long long)kv_heads);
+    if (!rows_fit(problem->batch, problem->q_heads, problem->q_len))
+        return mfa_fail(MFA_INVALID, "batch is %lld, q_heads %lld and q_len %lld; their product must be at most 2^50",
+                        (long long)problem->batch, (long long)problem->q_heads, (long long)problem->q_len);
+    if (!rows_fit(problem->batch, kv_heads, problem->kv_len))
+        return mfa_fail(MFA_INVALID, "batch is %lld, kv_heads %lld and kv_len %lld; their product must be at most 2^50",
+                        (long long)problem->batch, (long long)kv_heads, (long long)problem->kv_len);
+    return MFA_OK;
+}
+
+static mfa_status check_numbers(const mfa_problem *problem)
+{
+    if (isnan(problem->scale))
+        return mfa_fail(MFA_INVALID, "scale is NaN; it must be a number");
+    if (!(problem->softcap >= 0) || isinf(problem->softcap))
+        return mfa_fail(MFA_INVALID, "softcap is %g; it must be 0 (none) or positive and finite", problem->softcap);
+    return MFA_OK;
+}
+
+/* The bytes between the first element and the farthest one below it, above it, and between those two. */
+static int extent_fits(const int64_t shape[4], const int64_t stride[4], size_t element)
+{
+    int64_t below = 0, above = 0, bytes;
+    for (int i = 0; i < 4; i++) {
+        int64_t reach;
+        if (__builtin_mul_overflow(stride[i], shape[i] - 1, &reach))
+            return 0;
+        int64_t *side = reach < 0 ? &below : &above;
+        if (__builtin_add_overflow(*side, reach, side))
+            return 0;
+    }
+    return !__builtin_sub_overflow(above, below, &bytes) && !__builtin_add_overflow(bytes, 1, &bytes) &&
+           !__builtin_mul_overflow(bytes, (int64_t)element, &bytes);
+}
+
+static mfa_status check_layout(const struct mfa_operand *operand, int role, const mfa_problem *problem)
+{
+    static const char *const dimensions[] = {"batch", "head", "row", "column"};
+    const mfa_layout *layout = (const mfa_layout *)((const char *)problem + operand->layout);
+    const int64_t stride[4] = {layout->batch, layout->head, layout->row, operand->columns ? layout->column : 0};
+    int64_t shape[4];
+    mfa_operand_shape(operand, problem, shape);
+    if (!shape[0] || !shape[1] || !shape[2] || !shape[3])
+        return MFA_OK; /* no element is ever looked for */
+    if (!extent_fits(shape, stride, mfa_operand_element(operand, problem)))
+        return mfa_fail(MFA_INVALID,
+                        "%s_layout is %lld, %lld, %lld, %lld for sizes %lld, %lld, %lld, %lld; "
+                        "the bytes from the first element to the last must be below 2^63",
+                        operand->name, (long long)stride[0], (long long)stride[1], (long long)stride[2],
+                        (long long)stride[3], (long long)shape[0], (long long)shape[1], (long long)shape[2],
+                        (long long)shape[3]);
+    if (!(role & MFA_ROLE_WRITTEN) || (role & MFA_ROLE_SUMMED))
+        return MFA_OK;
+    for (int i = 0; i < 4; i++)
+        if (stride[i] == 0 && shape[i] > 1)
+            return mfa_fail(MFA_INVALID, "%s_layout.%s is 0 over %lld elements; an output may not lie over itself",
+                            operand->name, dimensions[i], (long long)shape[i]);
+    return MFA_OK;
+}
+
+static mfa_status check_dim(const char *name, int64_t dim)
+{
+    if (dim >= 1 && dim <= MFA_DIM_MAX)
+        return MFA_OK;
+    return mfa_fail(MFA_UNSUPPORTED, "%s is %lld; kernels exist for 1 to %d", name, (long long)dim, MFA_DIM_MAX);
+}
+
+static int64_t clamp(int64_t value, int64_t low, int64_t high)
+{
+    return value < low ? low : value > high ? high : value;
+}
+
+mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
+{
+    mfa_problem problem;
+    mfa_status status = mfa_problem_copy(given, &problem);
+    if (status == MFA_OK)
+        status = check_sizes(&problem);
+    if (status == MFA_OK)
+        status = check_numbers(&problem);
+    if (status != MFA_OK)
+        return status;
+
+    if (problem.mask != MFA_MASK_ADDITIVE)
+        problem.mask_dtype = problem.dtype;
+    problem.lower = clamp(problem.lower, -problem.q_len, problem.kv_len);
+    problem.upper = clamp(problem.upper, -problem.q_len, problem.kv_len);
+
+    for (int i = 0; i < MFA_OPERAND_COUNT && status == MFA_OK; i++) {
+        const int role = mfa_operand_role(&mfa_operands[i], &problem);
+        if (role)
+            status = check_layout(&mfa_operands[i], role, &problem);
+    }
+    if (status == MFA_OK)
+        status = check_dim("head_dim", problem.head_dim);
+    if (status == MFA_OK)
+        status = check_dim("value_dim", problem.value_dim);
+    if (status == MFA_OK)
+        *canonical = problem;
+    return status;
+}

@@ -1,0 +1,40 @@
+/* What is asked: made, checked and brought into one form, printed and parsed. */
+#ifndef MFA_CORE_PROBLEM_H
+#define MFA_CORE_PROBLEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mfa.h"
+
+#define MFA_DIM_MAX 512 /* of head_dim and value_dim, in all our kernels */
+
+/* "forward", "f16": the words of problem lines and kernel keys. NULL: there is no such pass or dtype. */
+const char *mfa_pass_name(int32_t pass);
+const char *mfa_dtype_name(int32_t dtype);
+
+/* Bytes of one element. */
+size_t mfa_dtype_size(int32_t dtype);
+
+/* The scale that a problem has if nothing else is said: 1/sqrt(head_dim). */
+double mfa_problem_scale(int64_t head_dim);
+
+/* The bodies of mfa_problem_init, mfa_problem_print and mfa_problem_parse. */
+void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
+                      int64_t kv_len, int64_t head_dim, int64_t value_dim);
+mfa_status mfa_problem_write(const mfa_problem *problem, char *text, size_t capacity);
+mfa_status mfa_problem_read(const char *text, mfa_problem *problem);
+
+/* Takes in the caller's struct, which may be that of an older version. Its enums are sound after it. */
+mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy);
+
+/* Refuses what no backend could ever run, and sizes beyond all our kernels. After it
+ *   - every enum names something, every size is 0 or more, head_dim and value_dim are 1 to MFA_DIM_MAX,
+ *     and kv_heads divides q_heads (it may be 0 if q_heads is);
+ *   - batch * q_heads * q_len and batch * kv_heads * kv_len, with 1 in place of 0, are at most 2^50;
+ *   - the bytes from an operand's lowest element to its highest fit in an int64_t;
+ *   - lower and upper are within [-q_len, kv_len], and so i + lower and i + upper fit too;
+ *   - mask_dtype is dtype unless the mask is additive. */
+mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical);
+
+#endif

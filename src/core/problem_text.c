@@ -1,0 +1,295 @@
+/* The line of text that stands for a problem in logs, case lists and bench rows:
+ *     <pass> <dtype> b<batch> h<q_heads>[/<kv_heads>] q<q_len> kv<kv_len> d<head_dim>[v<value_dim>]
+ *     [causal] [lower<int>] [upper<int>] [scale<float>] [softcap<float>]
+ *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64]
+ * causal is upper0; the last row is that of an additive mask's dtype. What is left out has the value
+ * that mfa_problem_init gives. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <inttypes.h>
+#include <locale.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "core/problem.h"
+
+#if defined(__APPLE__)
+#include <xlocale.h>
+#endif
+
+struct writer {
+    char *text;
+    size_t capacity, length; /* length may pass the capacity: then it did not fit */
+};
+
+__attribute__((format(printf, 2, 3))) static void put(struct writer *writer, const char *format, ...)
+{
+    const size_t room = writer->length < writer->capacity ? writer->capacity - writer->length : 0;
+    va_list arguments;
+    va_start(arguments, format);
+    const int length = vsnprintf(room ? writer->text + writer->length : NULL, room, format, arguments);
+    va_end(arguments);
+    writer->length += length > 0 ? (size_t)length : 0;
+}
+
+/* As few digits as read back as the same number: 15 are always right for what was written with fewer. */
+static void put_number(struct writer *writer, const char *word, double number)
+{
+    char digits[40];
+    for (int precision = 15; precision <= 17; precision++) {
+        snprintf(digits, sizeof digits, "%.*g", precision, number);
+        if (strtod(digits, NULL) == number)
+            break;
+    }
+    put(writer, " %s%s", word, digits);
+}
+
+static void put_line(struct writer *writer, const mfa_problem *problem)
+{
+    put(writer, "%s %s b%" PRId64 " h%" PRId64, mfa_pass_name(problem->pass), mfa_dtype_name(problem->dtype),
+        problem->batch, problem->q_heads);
+    if (problem->kv_heads != problem->q_heads)
+        put(writer, "/%" PRId64, problem->kv_heads);
+    put(writer, " q%" PRId64 " kv%" PRId64 " d%" PRId64, problem->q_len, problem->kv_len, problem->head_dim);
+    if (problem->value_dim != problem->head_dim)
+        put(writer, "v%" PRId64, problem->value_dim);
+    if (problem->upper == 0 && problem->lower == MFA_BAND_OPEN_LOWER) {
+        put(writer, " causal");
+    } else {
+        if (problem->lower != MFA_BAND_OPEN_LOWER)
+            put(writer, " lower%" PRId64, problem->lower);
+        if (problem->upper != MFA_BAND_OPEN_UPPER)
+            put(writer, " upper%" PRId64, problem->upper);
+    }
+    if (problem->scale != mfa_problem_scale(problem->head_dim))
+        put_number(writer, "scale", problem->scale);
+    if (problem->softcap != 0)
+        put_number(writer, "softcap", problem->softcap);
+    if (problem->mask == MFA_MASK_BOOL)
+        put(writer, " mask_bool");
+    if (problem->mask == MFA_MASK_ADDITIVE)
+        put(writer, " mask_%s", mfa_dtype_name(problem->mask_dtype));
+}
+
+/* A host may have set a locale that writes 0,5. Both are null if there is no memory for one. */
+struct plain_locale {
+    locale_t plain, before;
+};
+
+static struct plain_locale enter_plain_locale(void)
+{
+    struct plain_locale locale = {newlocale(LC_NUMERIC_MASK, "C", (locale_t)0), (locale_t)0};
+    if (locale.plain)
+        locale.before = uselocale(locale.plain);
+    return locale;
+}
+
+static void leave_plain_locale(struct plain_locale locale)
+{
+    if (!locale.plain)
+        return;
+    uselocale(locale.before);
+    freelocale(locale.plain);
+}
+
+mfa_status mfa_problem_write(const mfa_problem *given, char *text, size_t capacity)
+{
+    mfa_problem problem;
+    const mfa_status status = mfa_problem_copy(given, &problem);
+    if (status != MFA_OK)
+        return status;
+    char line[512]; /* the longest has about 330 characters */
+    struct writer writer = {line, sizeof line, 0};
+    const struct plain_locale locale = enter_plain_locale();
+    put_line(&writer, &problem);
+    leave_plain_locale(locale);
+    if (writer.length >= capacity)
+        return mfa_fail(MFA_INVALID, "capacity is %zu; this problem's line needs %zu", capacity, writer.length + 1);
+    memcpy(text, line, writer.length + 1);
+    return MFA_OK;
+}
+
+#define WORD_MAX 64
+
+struct reader {
+    const char *at;
+    char word[WORD_MAX]; /* "" at the end of the line */
+};
+
+static mfa_status next_word(struct reader *reader)
+{
+    static const char blanks[] = " \t\r\n";
+    reader->at += strspn(reader->at, blanks);
+    const size_t length = strcspn(reader->at, blanks);
+    if (length >= sizeof reader->word)
+        return mfa_fail(MFA_INVALID, "\"%.*s...\" is not a word of a problem; they have at most %d characters",
+                        WORD_MAX - 1, reader->at, WORD_MAX - 1);
+    memcpy(reader->word, reader->at, length);
+    reader->word[length] = '\0';
+    reader->at += length;
+    return MFA_OK;
+}
+
+static mfa_status unexpected(const struct reader *reader, const char *expected)
+{
+    if (!*reader->word)
+        return mfa_fail(MFA_INVALID, "the problem ends early; expected %s", expected);
+    return mfa_fail(MFA_INVALID, "\"%s\" in the problem; expected %s", reader->word, expected);
+}
+
+/* Reads the digits at *text, with a sign if that is allowed, and moves *text behind them. */
+static int read_integer(const char **text, int sign, int64_t *value)
+{
+    const char *first = *text + (sign && (**text == '-' || **text == '+'));
+    if (*first < '0' || *first > '9')
+        return 0;
+    char *end;
+    errno = 0;
+    const long long number = strtoll(*text, &end, 10);
+    if (errno)
+        return 0;
+    *text = end;
+    *value = number;
+    return 1;
+}
+
+/* <prefix><size>, or <prefix><size><separator><size> where a second size is asked for. */
+static mfa_status read_size(struct reader *reader, const char *prefix, int64_t *size, char separator, int64_t *second,
+                            const char *expected)
+{
+    const mfa_status status = next_word(reader);
+    if (status != MFA_OK)
+        return status;
+    const char *at = reader->word;
+    if (strncmp(at, prefix, strlen(prefix)) != 0)
+        return unexpected(reader, expected);
+    at += strlen(prefix);
+    if (!read_integer(&at, 0, size))
+        return unexpected(reader, expected);
+    if (second)
+        *second = *size;
+    if (second && *at == separator) {
+        at++;
+        if (!read_integer(&at, 0, second))
+            return unexpected(reader, expected);
+    }
+    return *at ? unexpected(reader, expected) : MFA_OK;
+}
+
+/* One of the names that `name` gives for 0, 1, ...; -1 if it is none of them. */
+static int32_t find_name(const char *word, const char *(*name)(int32_t))
+{
+    for (int32_t i = 0; name(i); i++)
+        if (strcmp(word, name(i)) == 0)
+            return i;
+    return -1;
+}
+
+/* What stands behind `prefix`, or NULL if the word begins otherwise. */
+static const char *behind(const char *word, const char *prefix)
+{
+    const size_t length = strlen(prefix);
+    return strncmp(word, prefix, length) == 0 ? word + length : NULL;
+}
+
+enum { LOWER = 1, UPPER = 2, SCALE = 4, SOFTCAP = 8, MASK = 16 };
+
+/* Returns which of the above the word has set, or 0 if it is no such word. */
+static int read_option(const char *word, mfa_problem *problem)
+{
+    const char *rest;
+    char *end;
+    if (strcmp(word, "causal") == 0) {
+        problem->upper = 0;
+        return UPPER;
+    }
+    if ((rest = behind(word, "lower")))
+        return read_integer(&rest, 1, &problem->lower) && !*rest ? LOWER : 0;
+    if ((rest = behind(word, "upper")))
+        return read_integer(&rest, 1, &problem->upper) && !*rest ? UPPER : 0;
+    if ((rest = behind(word, "scale"))) {
+        problem->scale = strtod(rest, &end);
+        return end != rest && !*end ? SCALE : 0;
+    }
+    if ((rest = behind(word, "softcap"))) {
+        problem->softcap = strtod(rest, &end);
+        return end != rest && !*end ? SOFTCAP : 0;
+    }
+    if (strcmp(word, "mask_bool") == 0) {
+        problem->mask = MFA_MASK_BOOL;
+        return MASK;
+    }
+    if ((rest = behind(word, "mask_")) && find_name(rest, mfa_dtype_name) >= 0) {
+        problem->mask = MFA_MASK_ADDITIVE;
+        problem->mask_dtype = find_name(rest, mfa_dtype_name);
+        return MASK;
+    }
+    return 0;
+}
+
+static mfa_status read_options(struct reader *reader, mfa_problem *problem)
+{
+    for (int seen = 0;;) {
+        const mfa_status status = next_word(reader);
+        if (status != MFA_OK || !*reader->word)
+            return status;
+        const int option = read_option(reader->word, problem);
+        if (!option)
+            return unexpected(reader, "causal, lower<int>, upper<int>, scale<float>, softcap<float>, mask_bool, "
+                                      "mask_f32, mask_f16, mask_bf16 or mask_f64");
+        if (seen & option)
+            return mfa_fail(MFA_INVALID, "\"%s\" in the problem; the same was said before, and may be said once",
+                            reader->word);
+        seen |= option;
+    }
+}
+
+static mfa_status read_name(struct reader *reader, const char *(*name)(int32_t), int32_t *value,
+                            const char *expected)
+{
+    const mfa_status status = next_word(reader);
+    if (status != MFA_OK)
+        return status;
+    *value = find_name(reader->word, name);
+    return *value < 0 ? unexpected(reader, expected) : MFA_OK;
+}
+
+static mfa_status read_line(struct reader *reader, mfa_problem *problem)
+{
+    int32_t pass, dtype;
+    int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim;
+    mfa_status status = read_name(reader, mfa_pass_name, &pass, "forward or backward");
+    if (status == MFA_OK)
+        status = read_name(reader, mfa_dtype_name, &dtype, "f32, f16, bf16 or f64");
+    if (status == MFA_OK)
+        status = read_size(reader, "b", &batch, 0, NULL, "b<batch>");
+    if (status == MFA_OK)
+        status = read_size(reader, "h", &q_heads, '/', &kv_heads, "h<q_heads> or h<q_heads>/<kv_heads>");
+    if (status == MFA_OK)
+        status = read_size(reader, "q", &q_len, 0, NULL, "q<q_len>");
+    if (status == MFA_OK)
+        status = read_size(reader, "kv", &kv_len, 0, NULL, "kv<kv_len>");
+    if (status == MFA_OK)
+        status = read_size(reader, "d", &head_dim, 'v', &value_dim, "d<head_dim> or d<head_dim>v<value_dim>");
+    if (status != MFA_OK)
+        return status;
+    mfa_problem_make(problem, batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim);
+    problem->pass = pass;
+    problem->dtype = dtype;
+    return read_options(reader, problem);
+}
+
+mfa_status mfa_problem_read(const char *text, mfa_problem *problem)
+{
+    struct reader reader = {text, ""};
+    mfa_problem read;
+    const struct plain_locale locale = enter_plain_locale();
+    const mfa_status status = read_line(&reader, &read);
+    leave_plain_locale(locale);
+    if (status == MFA_OK)
+        *problem = read;
+    return status;
+}

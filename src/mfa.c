@@ -1,0 +1,123 @@
+/* The bodies of the public functions: arguments that may not be NULL are checked here, all else by core.
+ * mfa_last_error and mfa_status_name are in base/error.c. */
+#include "mfa.h"
+
+#include <stdlib.h>
+
+#include "base/error.h"
+#include "core/plan.h"
+#include "core/problem.h"
+
+#define TEXT(number) #number
+#define VERSION(major, minor, patch) TEXT(major) "." TEXT(minor) "." TEXT(patch)
+
+/* Returns from the calling function if the argument is NULL. */
+#define NEED(argument)                                                            \
+    do {                                                                          \
+        if (!(argument))                                                          \
+            return mfa_fail(MFA_INVALID, #argument " is NULL; it must be given"); \
+    } while (0)
+
+const char *mfa_version(void)
+{
+    return VERSION(MFA_VERSION_MAJOR, MFA_VERSION_MINOR, MFA_VERSION_PATCH);
+}
+
+mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context)
+{
+    NEED(context);
+    return mfa_context_open(mfa_backends, options, context);
+}
+
+void mfa_context_destroy(mfa_context *context)
+{
+    if (context)
+        mfa_context_close(context);
+}
+
+mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads)
+{
+    NEED(context);
+    return mfa_context_limit(context, threads);
+}
+
+void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
+                      int64_t kv_len, int64_t head_dim, int64_t value_dim)
+{
+    if (problem)
+        mfa_problem_make(problem, batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim);
+}
+
+mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity)
+{
+    NEED(problem);
+    NEED(text);
+    return mfa_problem_write(problem, text, capacity);
+}
+
+mfa_status mfa_problem_parse(const char *text, mfa_problem *problem)
+{
+    NEED(text);
+    NEED(problem);
+    return mfa_problem_read(text, problem);
+}
+
+mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem)
+{
+    NEED(context);
+    NEED(problem);
+    mfa_problem canonical;
+    const struct mfa_opened *opened;
+    const mfa_status status = mfa_problem_check(problem, &canonical);
+    return status == MFA_OK ? mfa_context_choose(context, &canonical, &opened) : status;
+}
+
+mfa_status mfa_plan_create(mfa_context *context, const mfa_problem *problem, mfa_plan **plan)
+{
+    NEED(context);
+    NEED(problem);
+    NEED(plan);
+    mfa_plan *made = malloc(sizeof *made);
+    if (!made)
+        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a plan");
+    const mfa_status status = mfa_plan_prepare(context, problem, made);
+    if (status == MFA_OK)
+        *plan = made;
+    else
+        free(made);
+    return status;
+}
+
+void mfa_plan_destroy(mfa_plan *plan)
+{
+    free(plan);
+}
+
+size_t mfa_plan_workspace(const mfa_plan *plan)
+{
+    return plan ? plan->workspace : 0;
+}
+
+mfa_status mfa_plan_describe(const mfa_plan *plan, char *text, size_t capacity)
+{
+    NEED(plan);
+    NEED(text);
+    return mfa_plan_print(plan, text, capacity);
+}
+
+mfa_status mfa_plan_run(const mfa_plan *plan, const mfa_buffers *buffers, void *stream)
+{
+    NEED(plan);
+    NEED(buffers);
+    return mfa_plan_execute(plan, buffers, stream);
+}
+
+mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const mfa_buffers *buffers, void *stream)
+{
+    NEED(context);
+    NEED(problem);
+    NEED(buffers);
+    mfa_plan plan;
+    const mfa_status status = mfa_plan_prepare(context, problem, &plan);
+    return status == MFA_OK ? mfa_plan_execute(&plan, buffers, stream) : status;
+}
