@@ -1,0 +1,117 @@
+/* The CPU behind core/backend.h. */
+#include "cpu/backend.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "base/error.h"
+#include "cpu/device.h"
+#include "cpu/launch.h"
+#include "cpu/program.h"
+#include "cpu/threads.h"
+#include "cpu/tiles.h"
+
+struct cpu {
+    mfa_cpu_isa isa;
+    mfa_cpu_threads *threads;
+    atomic_int limit; /* most threads of a run */
+};
+
+/* The named instruction set, which must have been built; or the best that was. */
+static mfa_status choose_isa(const char *mask, mfa_cpu_isa *isa)
+{
+    mfa_status status = mfa_cpu_isa_choose(mask, isa);
+    if (status != MFA_OK)
+        return status;
+    if (mask && !mfa_cpu_program_find(*isa, MFA_F32))
+        return mfa_fail(MFA_UNAVAILABLE, "isa is %s; this library was built without kernels for it", mask);
+    if (!mfa_cpu_program_find(*isa, MFA_F32) && *isa == MFA_CPU_AVX512)
+        *isa = MFA_CPU_AVX2;
+    if (!mfa_cpu_program_find(*isa, MFA_F32))
+        *isa = MFA_CPU_SCALAR;
+    return MFA_OK;
+}
+
+static mfa_status set_threads(void *state, int32_t threads)
+{
+    struct cpu *cpu = state;
+    atomic_store(&cpu->limit, threads ? threads : mfa_cpu_threads_available());
+    return MFA_OK;
+}
+
+static mfa_status open_cpu(const mfa_context_options *options, void **state)
+{
+    mfa_cpu_isa isa;
+    mfa_cpu_threads *threads;
+    mfa_status status = choose_isa(options->isa, &isa);
+    if (status != MFA_OK)
+        return status;
+    struct cpu *cpu = malloc(sizeof *cpu);
+    if (!cpu)
+        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a context");
+    status = mfa_cpu_threads_open(options->host, &threads);
+    if (status != MFA_OK) {
+        free(cpu);
+        return status;
+    }
+    cpu->isa = isa, cpu->threads = threads;
+    set_threads(cpu, options->threads);
+    *state = cpu;
+    return MFA_OK;
+}
+
+static void close_cpu(void *state)
+{
+    struct cpu *cpu = state;
+    mfa_cpu_threads_close(cpu->threads);
+    free(cpu);
+}
+
+/* The core has refused what no kernel of ours can do, and the CPU's can do all the rest. */
+static mfa_status supports(void *state, const mfa_problem *problem)
+{
+    (void)state, (void)problem;
+    return MFA_OK;
+}
+
+static void choose(void *state, const mfa_problem *problem, struct mfa_choice *choice)
+{
+    struct cpu *cpu = state;
+    choice->threads = atomic_load(&cpu->limit);
+    mfa_cpu_tiles_choose(cpu->isa, mfa_cpu_program_find(cpu->isa, problem->dtype), problem, choice);
+}
+
+static mfa_status load(void *state, const struct mfa_key *key, const char *path, const void **kernel)
+{
+    struct cpu *cpu = state;
+    (void)path;
+    *kernel = mfa_cpu_program_find(cpu->isa, key->dtype);
+    return MFA_OK;
+}
+
+static void unload(void *state, const void *kernel)
+{
+    (void)state, (void)kernel;
+}
+
+static mfa_status launch(void *state, const void *kernel, const mfa_problem *problem, const struct mfa_choice *choice,
+                         const mfa_buffers *buffers, void *workspace, void *stream)
+{
+    struct cpu *cpu = state;
+    (void)stream;
+    mfa_cpu_launch(cpu->threads, kernel, problem, choice, buffers, workspace);
+    return MFA_OK;
+}
+
+const struct mfa_backend mfa_cpu_backend = {
+    .name = "cpu",
+    .device = MFA_DEVICE_CPU,
+    .open = open_cpu,
+    .close = close_cpu,
+    .set_threads = set_threads,
+    .supports = supports,
+    .choose = choose,
+    .load = load,
+    .unload = unload,
+    .launch = launch,
+};

@@ -1,0 +1,24 @@
+/* The body of a kernel set, in terms of the vector vocabulary of the dialect included before it. The file
+ * that includes it has defined KERNEL_SET, the name in kernels.inc. */
+#include <float.h>
+#include <sched.h>
+
+#include "cpu/kernels/contract.h"
+#include "cpu/kernels/rows.h"
+#include "cpu/kernels/product.h"
+#include "cpu/kernels/panel.h"
+#include "cpu/kernels/forward.h"
+#include "cpu/kernels/backward.h"
+#include "cpu/kernels/bias.h"
+
+const struct mfa_cpu_kernels KERNEL_SET = {
+    .lanes = LANES,
+    .forward = forward,
+    .merge = merge,
+    .prepare = prepare,
+    .backward = backward,
+    .bias = bias,
+    .forward_scratch = forward_scratch,
+    .backward_scratch = backward_scratch,
+    .partial_bytes = partial_bytes,
+};

@@ -1,0 +1,70 @@
+/* dbias = dS, summed over the dimensions along which its stride is 0. Each task owns one tile of it, PANEL
+ * queries by block_kv keys, and recomputes dS for all that is summed into the tile: two products more than
+ * backward alone, and no memory but the tile. */
+
+/* dbias may be wanted in any element type; it is written once. */
+static void store_bias(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, int64_t head,
+                       const struct keys *keys, const real *tile)
+{
+    const struct mfa_strides *s = &call->args.dbias;
+    int64_t bytes = bytes_of(call->mask_dtype);
+    int64_t rows = s->row ? panel->lanes : 1, columns = s->column ? keys->n : 1;
+    for (int64_t i = 0; i < rows; i++) {
+        char *to = (char *)row_at(call->dbias, bytes, s, batch, head, panel->row[i]);
+        for (int64_t k = 0; k < columns; k++)
+            set_element(to, call->mask_dtype, (keys->first + k) * s->column, tile[k * PANEL + i]);
+    }
+}
+
+/* Adds dS of one (batch, query head, panel, block of keys) to the tile. */
+static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
+                     const struct group *g, int64_t offset, struct keys *keys, real *tile)
+{
+    const struct mfa_args *a = &call->args;
+    panel_load(panel, s->Q, padded(a->head_dim), call->q, call->dtype, &a->q, keys->batch, a->head_dim);
+    panel_load(panel, s->dO, padded(a->value_dim), call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim);
+    struct range all = {0, keys->n};
+    if (!panel_gradients(call, s, panel, keys, all, s->Q, s->dO, group_rows(call, g, call->L) + offset,
+                         group_rows(call, g, call->D) + offset, s->P, s->dS, PANEL, 0))
+        return;
+    for (int64_t k = 0; k < keys->n; k++) {
+        real *to = tile + (a->dbias.column ? k * PANEL : 0);
+        for (int64_t i = 0; i < panel->vectors * LANES; i += LANES)
+            vec_store(to + i, vec_add(vec_load(to + i), vec_load(s->dS + k * PANEL + i)));
+    }
+}
+
+static void bias(void *data, int64_t task, int worker)
+{
+    const struct mfa_cpu_call *call = data;
+    const struct mfa_args *a = &call->args;
+    struct backward_scratch s;
+    backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
+    struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, LANES);
+    int64_t column = task % t.columns, row = task / t.columns % t.rows;
+    int64_t head = task / t.columns / t.rows % t.heads, batch = task / t.columns / t.rows / t.heads;
+    int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
+    int64_t rows = a->dbias.row ? 1 : mfa_cpu_ceil(a->q_len, PANEL);
+    int64_t columns = a->dbias.column ? 1 : mfa_cpu_ceil(a->kv_len, call->block_kv);
+    struct keys keys = keys_of(call, batch, head / a->group, column);
+    struct panel panel = {.lanes = 0};
+    if (a->q_len > 0)
+        panel_of_head(&panel, a, head, row * PANEL);
+    fill(s.dbias, (int64_t)call->block_kv * PANEL, 0);
+
+    for (int64_t b = batch; b < batch + batches; b++)
+        for (int64_t h = head; h < head + heads; h++)
+            for (int64_t j = column; j < column + columns; j++) {
+                keys = keys_of(call, b, h / a->group, j);
+                for (int64_t p = row; p < row + rows; p++) {
+                    struct group g = group_of(call, b, h, p / call->panels);
+                    panel_of_head(&panel, a, h, p * PANEL);
+                    add_bias(call, &s, &panel, &g, p % call->panels * PANEL, &keys, s.dbias);
+                }
+            }
+    if (!a->dbias.row)
+        for (int64_t k = 0; k < call->block_kv; k++)
+            for (int64_t i = 1; i < PANEL; i++)
+                s.dbias[k * PANEL] += s.dbias[k * PANEL + i];
+    store_bias(call, &panel, batch, head, &keys, s.dbias);
+}

@@ -1,0 +1,84 @@
+/* What the kernels promise to launch.c and what they are given. A kernel set is compiled once per
+ * instruction set and real type (kernels.inc lists them); its members are tasks: each computes its own
+ * part of the result, alone, allocates nothing and cannot fail. Tasks of one phase may run in any number
+ * of threads, if each thread takes them in ascending order; phases run one after another. */
+#ifndef MFA_CPU_KERNELS_CONTRACT_H
+#define MFA_CPU_KERNELS_CONTRACT_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "core/args.h"
+
+#define MFA_CPU_PANEL_VECTORS 3 /* a panel of queries is this many vectors wide: block_q = 3 * lanes */
+#define MFA_CPU_PANELS_MAX 4    /* of a chunk or a group */
+
+enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 };                /* values as in mfa_dtype */
+enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values as in mfa_mask */
+
+/* All that the tasks of one run share. "real" is float, or double in the kernels for f64. */
+struct mfa_cpu_call {
+    struct mfa_args args;
+    double scale, softcap;
+    int32_t dtype, mask_kind, mask_dtype;
+    int32_t block_kv; /* keys of a block */
+    int32_t panels;   /* forward: panels of a chunk of queries; backward: of a group */
+    int64_t splits;   /* forward: parts of a chunk's kv range */
+
+    const void *q, *k, *v, *mask, *d_o, *dlse; /* mask, dlse may be NULL */
+    void *o, *lse, *dq, *dk, *dv, *dbias;      /* read by backward: o, lse. NULL: not wanted */
+
+    void *partials;       /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
+    void *D, *L;          /* backward: real [batch][q_heads][groups * rows of a group]; L in log2 units */
+    void *dq_sums;        /* backward: real [batch][q_heads][q_len][padded head_dim]; NULL: sum in dq itself */
+    _Atomic int64_t *progress; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
+
+    char *scratch; /* of worker w: scratch + w * scratch_bytes, 64-byte aligned */
+    uint64_t scratch_bytes;
+};
+
+typedef void mfa_cpu_task_function(void *call, int64_t task, int worker);
+
+struct mfa_cpu_kernels {
+    int lanes; /* reals in a vector; 0: this compiler could not build the set */
+
+    /* forward: [batch][kv_heads][chunks][splits] tasks; merge, if splits > 1: [batch][kv_heads][chunks] */
+    mfa_cpu_task_function *forward, *merge;
+    /* backward: prepare [batch][q_heads][groups], then backward [batch][kv_heads][kv blocks] */
+    mfa_cpu_task_function *prepare, *backward;
+    /* if dbias is wanted: one task for each tile of it (mfa_cpu_bias_tiles) */
+    mfa_cpu_task_function *bias;
+
+    /* Bytes of scratch that a worker needs; only sizes and tiling of the call are read. */
+    uint64_t (*forward_scratch)(const struct mfa_cpu_call *call);
+    uint64_t (*backward_scratch)(const struct mfa_cpu_call *call);
+    uint64_t (*partial_bytes)(const struct mfa_cpu_call *call); /* of one task, if splits > 1 */
+};
+
+#define KERNELS(isa, dtype, name) extern const struct mfa_cpu_kernels mfa_cpu_kernels_##name;
+#include "cpu/kernels/kernels.inc"
+#undef KERNELS
+
+static inline int64_t mfa_cpu_ceil(int64_t n, int64_t unit)
+{
+    return (n + unit - 1) / unit;
+}
+
+/* Along a dimension over which dbias is summed (stride 0), it has one tile. */
+struct mfa_cpu_bias_tiles {
+    int64_t batch, heads, rows, columns; /* counts of tiles */
+};
+
+static inline struct mfa_cpu_bias_tiles mfa_cpu_bias_tiles(const struct mfa_cpu_call *call, int lanes)
+{
+    const struct mfa_args *a = &call->args;
+    struct mfa_cpu_bias_tiles t = {
+        .batch = a->dbias.batch ? a->batch : 1,
+        .heads = a->dbias.head ? a->q_heads : 1,
+        .rows = a->dbias.row ? mfa_cpu_ceil(a->q_len, MFA_CPU_PANEL_VECTORS * lanes) : 1,
+        .columns = a->dbias.column ? mfa_cpu_ceil(a->kv_len, call->block_kv) : 1,
+    };
+    return t;
+}
+
+#endif

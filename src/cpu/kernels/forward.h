@@ -1,0 +1,258 @@
+/* O = softmax(S) V and L, by blocks of keys, with the softmax kept up to date:
+ *
+ *     for each block of keys that the chunk's queries see:
+ *         for each panel of the chunk that sees it:
+ *             S = K Q^T                                   (softcap, mask, band)
+ *             if any max(S) > m + SLACK: m' = max(m, max(S)); l, O *= exp2(m - m'); m = m'
+ *             P = exp2(S - m), l += sum(P), O^T += V^T P
+ *     O = O / l, L = ln(2) * (m + log2(l))
+ *
+ * m is a reference, not the maximum itself: it lags by at most SLACK, which keeps P below 2^SLACK and saves
+ * nearly all rescaling. The result is the same function. */
+
+#define SLACK 8
+#define KEY_UNIT 8 /* a panel visits whole tiles of keys */
+
+struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
+    real *O, *m, *l;
+};
+
+static inline int64_t sums_reals(const struct mfa_args *a)
+{
+    return (padded(a->value_dim) + 2) * PANEL;
+}
+
+static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel)
+{
+    real *O = memory + panel * sums_reals(a), *m = O + padded(a->value_dim) * PANEL;
+    return (struct sums){O, m, m + PANEL};
+}
+
+struct forward_scratch {
+    real *Q, *rows, *S, *K, *V, *sums, *mask_rows, *mask_tile;
+};
+
+static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struct forward_scratch *s)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = padded(call->block_kv), wide = d > e ? d : e;
+    int masked = call->mask_kind != CPU_MASK_NONE;
+    uint64_t used = 0;
+    s->Q = carve(base, &used, call->panels * d * PANEL);
+    s->rows = carve(base, &used, PANEL * wide);
+    s->S = carve(base, &used, n * PANEL);
+    s->K = carve(base, &used, n * d);
+    s->V = carve(base, &used, n * e);
+    s->sums = carve(base, &used, call->panels * sums_reals(a));
+    s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
+    s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
+    return used;
+}
+
+static uint64_t forward_scratch(const struct mfa_cpu_call *call)
+{
+    struct forward_scratch s;
+    return forward_carve(call, NULL, &s);
+}
+
+static uint64_t partial_bytes(const struct mfa_cpu_call *call)
+{
+    return (uint64_t)(call->panels * sums_reals(&call->args)) * sizeof(real);
+}
+
+/* A chunk: up to `panels` panels of one KV head's folded rows. */
+struct chunk {
+    int64_t batch, kv_head, first, rows, panels;
+};
+
+static struct chunk chunk_of(const struct mfa_cpu_call *call, int64_t task)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t rows = a->group * a->q_len, size = (int64_t)call->panels * PANEL, chunks = mfa_cpu_ceil(rows, size);
+    int64_t index = chunks - 1 - task % chunks; /* last first: under a causal band it has the most to do */
+    struct chunk c = {.batch = task / chunks / a->kv_heads, .kv_head = task / chunks % a->kv_heads};
+    c.first = index * size;
+    c.rows = rows - c.first < size ? rows - c.first : size;
+    c.panels = mfa_cpu_ceil(c.rows, PANEL);
+    return c;
+}
+
+static void chunk_panel(const struct chunk *c, const struct mfa_args *a, int64_t p, struct panel *panel)
+{
+    int64_t left = c->rows - p * PANEL;
+    panel_init(panel, a, c->kv_head, c->first + p * PANEL, left < PANEL ? left : PANEL);
+}
+
+/* Q^T[d][lane], times query_factor. */
+static void pack_queries(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, real *rows, real *Q)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t d = padded(a->head_dim);
+    panel_load(panel, rows, d, call->q, call->dtype, &a->q, batch, a->head_dim);
+    scale_vectors(rows, panel->vectors * LANES * d, query_factor(call));
+    transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
+}
+
+/* The largest of a column of n vectors. Four at a time, since one depends on the one before. */
+static vec column_max(const real *S, int64_t n)
+{
+    vec m[4];
+    for (int i = 0; i < 4; i++)
+        m[i] = vec_set1(-(real)INFINITY);
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4, S += 4 * PANEL)
+        for (int i = 0; i < 4; i++)
+            m[i] = vec_max(m[i], vec_load(S + i * PANEL));
+    for (; k < n; k++, S += PANEL)
+        m[0] = vec_max(m[0], vec_load(S));
+    return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
+}
+
+/* P = exp2(S - m) in place; its sum. */
+static vec column_exp2(real *S, int64_t n, vec m)
+{
+    vec l[2] = {vec_set1(0), vec_set1(0)};
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2, S += 2 * PANEL)
+        for (int i = 0; i < 2; i++) {
+            vec p = vec_exp2(vec_sub(vec_load(S + i * PANEL), m));
+            l[i] = vec_add(l[i], p);
+            vec_store(S + i * PANEL, p);
+        }
+    if (k < n) {
+        vec p = vec_exp2(vec_sub(vec_load(S), m));
+        l[0] = vec_add(l[0], p);
+        vec_store(S, p);
+    }
+    return vec_add(l[0], l[1]);
+}
+
+static void softmax_step(const struct panel *panel, struct sums sums, int64_t value_dim, real *S, int64_t n)
+{
+    for (int v = 0; v < panel->vectors; v++) {
+        int64_t at = v * LANES;
+        vec m = vec_load(sums.m + at), top = column_max(S + at, n);
+        if (vec_any_less(vec_add(m, vec_set1(SLACK)), top)) {
+            vec raised = vec_max(top, m), alpha = vec_exp2(vec_sub(m, raised));
+            vec_store(sums.m + at, raised);
+            vec_store(sums.l + at, vec_mul(vec_load(sums.l + at), alpha));
+            for (int64_t d = 0; d < value_dim; d++)
+                vec_store(sums.O + d * PANEL + at, vec_mul(vec_load(sums.O + d * PANEL + at), alpha));
+            m = raised;
+        }
+        vec_store(sums.l + at, vec_add(vec_load(sums.l + at), column_exp2(S + at, n, m)));
+    }
+}
+
+/* Divides by l and writes the panel's rows of O and L. */
+static void finish_panel(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, struct sums sums,
+                         real *rows)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t e = padded(a->value_dim), bytes = bytes_of(call->dtype);
+    real inverse[PANEL];
+    for (int64_t i = 0; i < panel->vectors * LANES; i++)
+        inverse[i] = sums.l[i] == 0 ? 0 : 1 / sums.l[i];
+    for (int64_t d = 0; d < a->value_dim; d++)
+        for (int v = 0; v < panel->vectors; v++) {
+            real *at = sums.O + d * PANEL + v * LANES;
+            vec_store(at, vec_mul(vec_load(at), vec_load(inverse + v * LANES)));
+        }
+    transpose(sums.O, PANEL, rows, e, e, panel->vectors * LANES);
+    for (int64_t i = 0; i < panel->lanes; i++)
+        store_row((char *)row_at(call->o, bytes, &a->o, batch, panel->head[i], panel->row[i]), call->dtype, a->o.column,
+                  rows + i * e, a->value_dim);
+    if (!call->lse)
+        return;
+    for (int64_t i = 0; i < panel->lanes; i++) {
+        real *at = (real *)row_at(call->lse, sizeof(real), &a->lse, batch, panel->head[i], panel->row[i]);
+        *at = sums.l[i] == 0 ? -(real)INFINITY : (real)(((double)sums.m[i] + log2((double)sums.l[i])) * LN2);
+    }
+}
+
+static void forward(void *data, int64_t task, int worker)
+{
+    const struct mfa_cpu_call *call = data;
+    const struct mfa_args *a = &call->args;
+    struct forward_scratch s;
+    forward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
+    struct chunk c = chunk_of(call, task / call->splits);
+    if (call->splits > 1)
+        s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
+
+    struct panel panels[MFA_CPU_PANELS_MAX];
+    int64_t d = padded(a->head_dim), low = a->kv_len, high = -1;
+    for (int64_t p = 0; p < c.panels; p++) {
+        chunk_panel(&c, a, p, &panels[p]);
+        pack_queries(call, &panels[p], c.batch, s.rows, s.Q + p * d * PANEL);
+        struct sums sums = sums_at(s.sums, a, p);
+        fill(sums.O, padded(a->value_dim) * PANEL, 0);
+        fill(sums.m, PANEL, sizeof(real) == 8 ? (real)-DBL_MAX : (real)-FLT_MAX);
+        fill(sums.l, PANEL, 0);
+        low = panels[p].any_low < low ? panels[p].any_low : low;
+        high = panels[p].any_high > high ? panels[p].any_high : high;
+    }
+
+    int64_t size = call->block_kv, first = low / size, blocks = high < low ? 0 : high / size - first + 1;
+    int64_t split = task % call->splits, end = first + blocks * (split + 1) / call->splits;
+    for (int64_t j = first + blocks * split / call->splits; j < end; j++) {
+        int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
+        struct block K = {0}, V = {0};
+        for (int64_t p = 0; p < c.panels; p++) {
+            struct range r = panel_range(&panels[p], key, n, KEY_UNIT);
+            if (r.from >= r.to)
+                continue;
+            int64_t count = r.to - r.from;
+            enum visibility seen =
+                panel_sees(&panels[p], call, c.batch, key + r.from, count, s.mask_rows, s.mask_tile);
+            if (seen == HIDDEN)
+                continue;
+            if (!K.rows) {
+                K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
+                V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim, 0);
+            }
+            int vectors = panels[p].vectors;
+            struct sums sums = sums_at(s.sums, a, p);
+            multiply_rows(count, vectors, K.rows + r.from * K.stride, K.stride, s.Q + p * d * PANEL, PANEL, s.S, PANEL,
+                          a->head_dim);
+            panel_adjust(&panels[p], call, seen, key + r.from, count, s.S, PANEL, s.mask_tile, NULL);
+            softmax_step(&panels[p], sums, a->value_dim, s.S, count);
+            add_columns(a->value_dim, vectors, V.rows + r.from * V.stride, V.stride, s.S, PANEL, sums.O, PANEL, count);
+        }
+    }
+    if (call->splits == 1)
+        for (int64_t p = 0; p < c.panels; p++)
+            finish_panel(call, &panels[p], c.batch, sums_at(s.sums, a, p), s.rows);
+}
+
+/* Joins the parts of a chunk, in order: m = max(m_s), l and O = sum of exp2(m_s - m) times theirs. */
+static void merge(void *data, int64_t task, int worker)
+{
+    const struct mfa_cpu_call *call = data;
+    const struct mfa_args *a = &call->args;
+    struct forward_scratch s;
+    forward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
+    struct chunk c = chunk_of(call, task);
+    char *parts = (char *)call->partials + (uint64_t)(task * call->splits) * partial_bytes(call);
+    for (int64_t p = 0; p < c.panels; p++) {
+        struct panel panel;
+        chunk_panel(&c, a, p, &panel);
+        struct sums whole = sums_at((real *)(void *)parts, a, p);
+        for (int64_t i = 1; i < call->splits; i++) {
+            struct sums part = sums_at((real *)(void *)(parts + (uint64_t)i * partial_bytes(call)), a, p);
+            for (int v = 0; v < panel.vectors; v++) {
+                int64_t at = v * LANES;
+                vec m0 = vec_load(whole.m + at), m1 = vec_load(part.m + at), m = vec_max(m0, m1);
+                vec w0 = vec_exp2(vec_sub(m0, m)), w1 = vec_exp2(vec_sub(m1, m));
+                vec_store(whole.m + at, m);
+                vec l = vec_mul(vec_load(whole.l + at), w0);
+                vec_store(whole.l + at, vec_fma(vec_load(part.l + at), w1, l));
+                for (int64_t r = 0; r < a->value_dim; r++) {
+                    real *O = whole.O + r * PANEL + at;
+                    vec_store(O, vec_fma(vec_load(part.O + r * PANEL + at), w1, vec_mul(vec_load(O), w0)));
+                }
+            }
+        }
+        finish_panel(call, &panel, c.batch, whole, s.rows);
+    }
+}

@@ -1,0 +1,130 @@
+/* Rows of the caller's tensors to and from reals: conversion, strides, padding, transposition. */
+
+#define LOG2E 1.4426950408889634074
+#define LN2 0.69314718055994530942
+
+static inline int64_t padded(int64_t n) /* to whole vectors */
+{
+    return (n + LANES - 1) / LANES * LANES;
+}
+
+static inline int64_t bytes_of(int dtype)
+{
+    return dtype == CPU_F64 ? 8 : dtype == CPU_F32 ? 4 : 2;
+}
+
+static inline real element(const void *data, int dtype, int64_t i)
+{
+    switch (dtype) {
+    case CPU_F64: return (real)((const double *)data)[i];
+    case CPU_F32: return (real)((const float *)data)[i];
+    case CPU_F16: return (real)f16_to_float(((const uint16_t *)data)[i]);
+    default: return (real)bf16_to_float(((const uint16_t *)data)[i]);
+    }
+}
+
+static inline void set_element(void *data, int dtype, int64_t i, real x)
+{
+    switch (dtype) {
+    case CPU_F64: ((double *)data)[i] = (double)x; break;
+    case CPU_F32: ((float *)data)[i] = (float)x; break;
+    case CPU_F16: ((uint16_t *)data)[i] = f16_of_float((float)x); break;
+    default: ((uint16_t *)data)[i] = bf16_of_float((float)x);
+    }
+}
+
+static inline int is_real(int dtype) /* elements are reals as they lie */
+{
+    return dtype == (sizeof(real) == 8 ? CPU_F64 : CPU_F32);
+}
+
+/* to[0..n) = from[0..n * stride), then zeros up to whole vectors. */
+static void load_row(real *to, const void *from, int dtype, int64_t stride, int64_t n)
+{
+    int64_t i = 0;
+    if (stride == 1 && is_real(dtype)) {
+        memcpy(to, from, (size_t)n * sizeof(real));
+        i = n;
+    } else if (stride == 1 && dtype == CPU_F16) {
+        for (; i + LANES <= n; i += LANES)
+            vec_store(to + i, vec_load_f16((const uint16_t *)from + i));
+    } else if (stride == 1 && dtype == CPU_BF16) {
+        for (; i + LANES <= n; i += LANES)
+            vec_store(to + i, vec_load_bf16((const uint16_t *)from + i));
+    }
+    for (; i < n; i++)
+        to[i] = element(from, dtype, i * stride);
+    for (; i < padded(n); i++)
+        to[i] = 0;
+}
+
+static void store_row(void *to, int dtype, int64_t stride, const real *from, int64_t n)
+{
+    int64_t i = 0;
+    if (stride == 1 && is_real(dtype)) {
+        memcpy(to, from, (size_t)n * sizeof(real));
+        i = n;
+    } else if (stride == 1 && dtype == CPU_F16) {
+        for (; i + LANES <= n; i += LANES)
+            vec_store_f16((uint16_t *)to + i, vec_load(from + i));
+    } else if (stride == 1 && dtype == CPU_BF16) {
+        for (; i + LANES <= n; i += LANES)
+            vec_store_bf16((uint16_t *)to + i, vec_load(from + i));
+    }
+    for (; i < n; i++)
+        set_element(to, dtype, i * stride, from[i]);
+}
+
+/* to[c][r] = from[r][c]; rows and columns are whole vectors. */
+static void transpose(const real *from, int64_t from_stride, real *to, int64_t to_stride, int64_t rows, int64_t columns)
+{
+    for (int64_t r = 0; r < rows; r += LANES)
+        for (int64_t c = 0; c < columns; c += LANES)
+            vec_transpose(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+}
+
+static void scale_vectors(real *x, int64_t n, real factor) /* n: whole vectors */
+{
+    for (int64_t i = 0; i < n; i += LANES)
+        vec_store(x + i, vec_mul(vec_load(x + i), vec_set1(factor)));
+}
+
+static void fill(real *x, int64_t n, real value)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] = value;
+}
+
+/* Where row `row` of a (batch, head, row, column) tensor begins. */
+static inline const char *row_at(const void *data, int64_t bytes, const struct mfa_strides *s, int64_t batch,
+                                 int64_t head, int64_t row)
+{
+    return (const char *)data + bytes * (batch * s->batch + head * s->head + row * s->row);
+}
+
+/* A block of K or V as reals: the caller's own memory where it can be used as it lies, else a copy. Rows
+ * that lie a multiple of 4096 bytes apart would share one set of the cache: these are copied too. */
+struct block {
+    const real *rows;
+    int64_t stride;
+};
+
+static struct block load_block(real *copy, const void *data, int dtype, const struct mfa_strides *s, int64_t batch,
+                               int64_t head, int64_t row, int64_t rows, int64_t columns, int must_copy)
+{
+    int64_t bytes = bytes_of(dtype), stride = padded(columns);
+    const char *from = row_at(data, bytes, s, batch, head, row);
+    if (!must_copy && is_real(dtype) && s->column == 1 && s->row * bytes % 4096 != 0)
+        return (struct block){(const real *)(const void *)from, s->row};
+    for (int64_t r = 0; r < rows; r++)
+        load_row(copy + r * stride, from + r * s->row * bytes, dtype, s->column, columns);
+    return (struct block){copy, stride};
+}
+
+/* Cuts pieces off a worker's scratch memory; with a NULL base it only counts. */
+static real *carve(char *base, uint64_t *used, int64_t reals)
+{
+    real *piece = base ? (real *)(void *)(base + *used) : NULL;
+    *used += ((uint64_t)reals * sizeof(real) + 63) / 64 * 64;
+    return piece;
+}

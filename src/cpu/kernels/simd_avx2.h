@@ -1,0 +1,131 @@
+/* The vector vocabulary in AVX2, FMA and F16C, 8 floats. simd_scalar.h says what each name means. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/kernels/half.h"
+
+typedef float real;
+typedef __m256 vec;
+#define LANES 8
+#define TILE_ROWS_3 4
+#define TILE_ROWS_2 4
+#define TILE_ROWS_1 8
+
+static inline vec vec_load(const real *p)
+{
+    return _mm256_loadu_ps(p);
+}
+
+static inline void vec_store(real *p, vec v)
+{
+    _mm256_storeu_ps(p, v);
+}
+
+static inline vec vec_set1(real x)
+{
+    return _mm256_set1_ps(x);
+}
+
+static inline vec vec_add(vec a, vec b)
+{
+    return _mm256_add_ps(a, b);
+}
+
+static inline vec vec_sub(vec a, vec b)
+{
+    return _mm256_sub_ps(a, b);
+}
+
+static inline vec vec_mul(vec a, vec b)
+{
+    return _mm256_mul_ps(a, b);
+}
+
+static inline vec vec_div(vec a, vec b)
+{
+    return _mm256_div_ps(a, b);
+}
+
+static inline vec vec_fma(vec a, vec b, vec c)
+{
+    return _mm256_fmadd_ps(a, b, c);
+}
+
+static inline vec vec_select_less(vec a, vec b, vec x, vec y)
+{
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+
+static inline vec vec_max(vec a, vec b)
+{
+    return _mm256_max_ps(a, b);
+}
+
+static inline int vec_any_less(vec a, vec b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
+}
+
+static inline vec vec_exp2(vec x)
+{
+    vec low = vec_set1(-126), magic = vec_set1(0x1.8p23f);
+    vec y = _mm256_max_ps(low, _mm256_min_ps(vec_set1(127.4f), x));
+    vec t = vec_add(y, magic), f = vec_sub(y, vec_sub(t, magic));
+    vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
+    p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
+    p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
+    p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
+    p = vec_fma(p, f, vec_set1(1));
+    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+    return _mm256_and_ps(p, _mm256_cmp_ps(x, low, _CMP_NLT_UQ));
+}
+
+static inline vec vec_load_f16(const uint16_t *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+static inline vec vec_load_bf16(const uint16_t *p)
+{
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+static inline void vec_store_f16(uint16_t *p, vec v)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    __m256i x = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+    x = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    x = _mm256_srli_epi32(x, 16);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+
+/* Pairs, then fours by shuffles within 128 bits; then the 128-bit halves change places. */
+static inline void vec_transpose(const real *from, int64_t from_stride, real *to, int64_t to_stride)
+{
+    vec a[8], b[8];
+    for (int r = 0; r < 8; r++)
+        a[r] = vec_load(from + r * from_stride);
+    for (int r = 0; r < 8; r += 2) {
+        b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4)
+        for (int i = 0; i < 2; i++) {
+            a[r + 2 * i] = _mm256_shuffle_ps(b[r + i], b[r + i + 2], 0x44);
+            a[r + 2 * i + 1] = _mm256_shuffle_ps(b[r + i], b[r + i + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        vec_store(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        vec_store(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}

@@ -1,0 +1,135 @@
+/* The vector vocabulary in AVX-512 (F, DQ, BW, VL), 16 floats. simd_scalar.h says what each name means. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/kernels/half.h"
+
+typedef float real;
+typedef __m512 vec;
+#define LANES 16
+#define TILE_ROWS_3 8
+#define TILE_ROWS_2 12
+#define TILE_ROWS_1 12
+
+static inline vec vec_load(const real *p)
+{
+    return _mm512_loadu_ps(p);
+}
+
+static inline void vec_store(real *p, vec v)
+{
+    _mm512_storeu_ps(p, v);
+}
+
+static inline vec vec_set1(real x)
+{
+    return _mm512_set1_ps(x);
+}
+
+static inline vec vec_add(vec a, vec b)
+{
+    return _mm512_add_ps(a, b);
+}
+
+static inline vec vec_sub(vec a, vec b)
+{
+    return _mm512_sub_ps(a, b);
+}
+
+static inline vec vec_mul(vec a, vec b)
+{
+    return _mm512_mul_ps(a, b);
+}
+
+static inline vec vec_div(vec a, vec b)
+{
+    return _mm512_div_ps(a, b);
+}
+
+static inline vec vec_fma(vec a, vec b, vec c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+
+static inline vec vec_select_less(vec a, vec b, vec x, vec y)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+
+static inline vec vec_max(vec a, vec b)
+{
+    return _mm512_max_ps(a, b);
+}
+
+static inline int vec_any_less(vec a, vec b)
+{
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
+}
+
+static inline vec vec_exp2(vec x)
+{
+    __mmask16 normal = _mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ);
+    vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
+    vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
+    p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
+    p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
+    p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
+    p = vec_fma(p, f, vec_set1(1));
+    return _mm512_maskz_scalef_ps(normal, p, n);
+}
+
+static inline vec vec_load_f16(const uint16_t *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+static inline vec vec_load_bf16(const uint16_t *p)
+{
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+static inline void vec_store_f16(uint16_t *p, vec v)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    __m512i x = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
+    x = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
+
+/* Pairs, then fours by shuffles within 128 bits; then the 128-bit parts change places. */
+static inline void vec_transpose(const real *from, int64_t from_stride, real *to, int64_t to_stride)
+{
+    vec a[16], b[16];
+    for (int r = 0; r < 16; r++)
+        a[r] = vec_load(from + r * from_stride);
+    for (int r = 0; r < 16; r += 2) {
+        b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 16; r += 4)
+        for (int i = 0; i < 2; i++) {
+            a[r + 2 * i] = _mm512_shuffle_ps(b[r + i], b[r + i + 2], 0x44);
+            a[r + 2 * i + 1] = _mm512_shuffle_ps(b[r + i], b[r + i + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        vec_store(to + i * to_stride, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+        vec_store(to + (i + 8) * to_stride, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+        vec_store(to + (i + 4) * to_stride, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+        vec_store(to + (i + 12) * to_stride, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}

@@ -1,0 +1,143 @@
+#include "cpu/launch.h"
+
+#include <string.h>
+
+_Static_assert((int)CPU_F32 == MFA_F32 && (int)CPU_F16 == MFA_F16 && (int)CPU_BF16 == MFA_BF16 &&
+                   (int)CPU_F64 == MFA_F64,
+               "contract.h counts dtypes as mfa.h does");
+_Static_assert((int)CPU_MASK_NONE == MFA_MASK_NONE && (int)CPU_MASK_BOOL == MFA_MASK_BOOL &&
+                   (int)CPU_MASK_ADDITIVE == MFA_MASK_ADDITIVE,
+               "contract.h counts masks as mfa.h does");
+
+static struct mfa_strides strides(const mfa_layout *layout)
+{
+    return (struct mfa_strides){layout->batch, layout->head, layout->row, layout->column};
+}
+
+/* The call without its pointers. */
+static void describe(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
+{
+    memset(call, 0, sizeof *call);
+    call->args = (struct mfa_args){
+        .batch = p->batch, .q_heads = p->q_heads, .kv_heads = p->kv_heads,
+        .group = p->kv_heads ? p->q_heads / p->kv_heads : 1,
+        .q_len = p->q_len, .kv_len = p->kv_len, .head_dim = p->head_dim, .value_dim = p->value_dim,
+        .lower = p->lower, .upper = p->upper,
+        .q = strides(&p->q_layout), .k = strides(&p->k_layout), .v = strides(&p->v_layout),
+        .o = strides(&p->o_layout), .lse = strides(&p->lse_layout), .mask = strides(&p->mask_layout),
+        .d_o = strides(&p->d_o_layout), .dlse = strides(&p->dlse_layout), .dq = strides(&p->dq_layout),
+        .dk = strides(&p->dk_layout), .dv = strides(&p->dv_layout), .dbias = strides(&p->dbias_layout),
+        .scale = (float)p->scale, .softcap = (float)p->softcap,
+    };
+    call->scale = p->scale, call->softcap = p->softcap;
+    call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
+    call->block_kv = choice->key.block_kv, call->panels = (int32_t)choice->panels, call->splits = choice->splits;
+}
+
+/* The parts of the workspace that a run's threads share: where each begins, and at last where all end. */
+struct shared {
+    uint64_t partials, D, L, dq_sums, progress, end;
+};
+
+static uint64_t align(uint64_t bytes)
+{
+    return (bytes + 63) / 64 * 64;
+}
+
+/* dQ is summed in its own memory if that holds whole vectors of reals. */
+static int sums_in_place(const struct mfa_cpu_kernels *kernels, const mfa_problem *p)
+{
+    return (p->dtype == MFA_F32 || p->dtype == MFA_F64) && p->dq_layout.column == 1 && p->head_dim % kernels->lanes == 0;
+}
+
+static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
+                             const struct mfa_cpu_call *call)
+{
+    struct shared at = {0};
+    uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
+    int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    if (p->pass == MFA_FORWARD) {
+        int64_t chunks = p->batch * p->kv_heads * mfa_cpu_ceil(call->args.group * p->q_len, rows);
+        if (call->splits > 1)
+            at.end = align((uint64_t)(chunks * call->splits) * kernels->partial_bytes(call));
+        return at;
+    }
+    int64_t heads = p->batch * p->q_heads, groups = heads * mfa_cpu_ceil(p->q_len, rows);
+    at.L = at.D + align((uint64_t)(groups * rows) * real);
+    at.dq_sums = at.L + align((uint64_t)(groups * rows) * real);
+    at.progress = at.dq_sums;
+    if (!sums_in_place(kernels, p))
+        at.progress +=
+            align((uint64_t)(heads * p->q_len * mfa_cpu_ceil(p->head_dim, kernels->lanes) * kernels->lanes) * real);
+    at.end = at.progress + align((uint64_t)groups * sizeof *call->progress);
+    return at;
+}
+
+void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
+                            struct mfa_choice *choice)
+{
+    struct mfa_cpu_call call;
+    describe(problem, choice, &call);
+    choice->shared = lay_out(kernels, problem, &call).end;
+    choice->per_thread = align(problem->pass == MFA_FORWARD ? kernels->forward_scratch(&call)
+                                                            : kernels->backward_scratch(&call));
+}
+
+static void *address(const mfa_buffer *buffer)
+{
+    return buffer->base ? (char *)buffer->base + buffer->offset : NULL;
+}
+
+static void bind(struct mfa_cpu_call *call, const mfa_buffers *b)
+{
+    call->q = address(&b->q), call->k = address(&b->k), call->v = address(&b->v), call->mask = address(&b->mask);
+    call->d_o = address(&b->d_o), call->dlse = address(&b->dlse);
+    call->o = address(&b->o), call->lse = address(&b->lse);
+    call->dq = address(&b->dq), call->dk = address(&b->dk), call->dv = address(&b->dv), call->dbias = address(&b->dbias);
+}
+
+static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
+                        struct mfa_cpu_call *call)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
+    mfa_cpu_threads_run(threads, workers, chunks * call->splits, kernels->forward, call);
+    if (call->splits > 1)
+        mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
+}
+
+static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
+                         struct mfa_cpu_call *call)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
+    int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
+    mfa_cpu_threads_run(threads, workers, groups, kernels->prepare, call);
+    if (call->dq || call->dk || call->dv)
+        mfa_cpu_threads_run(threads, workers, blocks, kernels->backward, call);
+    if (call->dbias) {
+        struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->lanes);
+        mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->bias, call);
+    }
+}
+
+void mfa_cpu_launch(mfa_cpu_threads *threads, const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
+                    const struct mfa_choice *choice, const mfa_buffers *buffers, void *workspace)
+{
+    struct mfa_cpu_call call;
+    describe(problem, choice, &call);
+    bind(&call, buffers);
+    struct shared at = lay_out(kernels, problem, &call);
+    char *memory = workspace;
+    call.scratch = memory + at.end, call.scratch_bytes = choice->per_thread;
+    if (problem->pass == MFA_FORWARD) {
+        call.partials = memory + at.partials;
+        run_forward(threads, choice->threads, kernels, &call);
+    } else {
+        call.D = memory + at.D, call.L = memory + at.L, call.progress = (void *)(memory + at.progress);
+        call.dq_sums = sums_in_place(kernels, problem) ? NULL : memory + at.dq_sums;
+        run_backward(threads, choice->threads, kernels, &call);
+    }
+}

@@ -1,0 +1,16 @@
+/* How a kernel set is run: the call that all tasks share, its workspace, and the phases. */
+#ifndef MFA_CPU_LAUNCH_H
+#define MFA_CPU_LAUNCH_H
+
+#include "core/backend.h"
+#include "cpu/kernels/contract.h"
+#include "cpu/threads.h"
+
+/* Fills in choice->shared and choice->per_thread, the rest of the choice being made. */
+void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
+                            struct mfa_choice *choice);
+
+void mfa_cpu_launch(mfa_cpu_threads *threads, const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
+                    const struct mfa_choice *choice, const mfa_buffers *buffers, void *workspace);
+
+#endif

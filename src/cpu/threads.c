@@ -1,0 +1,452 @@
+/* The thread pool. Workers wait at a gate: one word with the number of the run, the seats still free in
+ * it and the workers inside. A run opens the gate with a seat for each helper that it can use; the caller
+ * works too, and when no task is left closes the gate and waits for those inside, not for those that never
+ * came. Nothing is shared between two runs, and a child after fork() starts with a pool of its own. */
+#define _GNU_SOURCE
+#include "cpu/threads.h"
+
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/error.h"
+#include "base/sync.h"
+
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sched.h>
+#endif
+
+#define SPIN_NANOSECONDS 30000 /* a wait of this length costs about as much as going to sleep */
+#define HELPERS_MAX 4095
+
+/* The gate: 32 bits of run number, 16 of free seats, 16 of workers inside. */
+#define RUN_SHIFT 32
+#define SEAT_SHIFT 16
+#define INSIDE UINT64_C(0xffff)
+#define SEATS (INSIDE << SEAT_SHIFT)
+
+struct run {
+    mfa_cpu_task task;
+    void *call;
+    int64_t tasks;
+    _Alignas(64) _Atomic int64_t next; /* the lowest task not yet taken */
+};
+
+struct pool {
+    int process;         /* whose threads the workers are */
+    struct pool *before; /* the pool of the parent process: its memory is kept, its threads are not here */
+    atomic_int busy;     /* a caller has it */
+
+    struct run *run;
+    _Alignas(64) _Atomic uint64_t gate;
+    _Alignas(64) atomic_int sleepers; /* workers asleep, or about to be */
+    atomic_int caller_sleeps, stop;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, done;
+
+    pthread_t *workers;
+    int started, capacity;
+};
+
+struct mfa_cpu_threads {
+    mfa_parallel_for host;
+    _Atomic(struct pool *) pool;
+};
+
+static _Thread_local int within_task;
+
+/* Takes tasks until there are none. */
+static void work(struct run *run, int worker)
+{
+    const int nested = within_task;
+    within_task = 1;
+    for (;;) {
+        const int64_t task = atomic_fetch_add_explicit(&run->next, 1, memory_order_relaxed);
+        if (task >= run->tasks)
+            break;
+        run->task(run->call, task, worker);
+    }
+    within_task = nested;
+}
+
+static int64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Waits a little. Returns 0 when it is time to sleep; `*until` is 0 at first. */
+static int spin(int64_t *until)
+{
+    if (*until == 0)
+        *until = now() + SPIN_NANOSECONDS;
+    for (int i = 0; i < 8; i++)
+        mfa_sync_pause();
+    return now() < *until;
+}
+
+/* Whether a worker that was last in run `seen` may enter. */
+static int may_enter(uint64_t gate, uint32_t seen)
+{
+    return (gate & SEATS) != 0 && (uint32_t)(gate >> RUN_SHIFT) != seen;
+}
+
+static uint64_t sleep_at_gate(struct pool *pool, uint32_t seen)
+{
+    uint64_t gate;
+    pthread_mutex_lock(&pool->mutex);
+    /* Either this is seen by the caller that opens the gate, or the gate is seen open here. */
+    atomic_fetch_add(&pool->sleepers, 1);
+    while (gate = atomic_load(&pool->gate), !may_enter(gate, seen) && !atomic_load(&pool->stop))
+        pthread_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub(&pool->sleepers, 1);
+    pthread_mutex_unlock(&pool->mutex);
+    return gate;
+}
+
+static uint64_t wait_at_gate(struct pool *pool, uint32_t seen)
+{
+    int64_t until = 0;
+    do {
+        const uint64_t gate = atomic_load_explicit(&pool->gate, memory_order_relaxed);
+        if (may_enter(gate, seen) || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+            return gate;
+    } while (spin(&until));
+    return sleep_at_gate(pool, seen);
+}
+
+static void *worker_main(void *argument)
+{
+    struct pool *pool = argument;
+    for (uint32_t seen = 0;;) {
+        uint64_t gate = wait_at_gate(pool, seen);
+        if (atomic_load(&pool->stop))
+            return NULL;
+        const uint64_t entered = gate - (UINT64_C(1) << SEAT_SHIFT) + 1;
+        if (!atomic_compare_exchange_strong(&pool->gate, &gate, entered))
+            continue;
+        seen = (uint32_t)(gate >> RUN_SHIFT);
+        work(pool->run, (int)((gate & SEATS) >> SEAT_SHIFT)); /* seats are numbered from 1: 0 is the caller's */
+        if ((atomic_fetch_sub(&pool->gate, 1) & INSIDE) == 1 && atomic_load(&pool->caller_sleeps)) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+static struct pool *make_pool(struct pool *before)
+{
+    struct pool *pool = aligned_alloc(_Alignof(struct pool), sizeof *pool);
+    if (!pool)
+        return NULL;
+    memset(pool, 0, sizeof *pool);
+    pool->process = (int)getpid();
+    pool->before = before;
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    return pool;
+}
+
+static void free_pool(struct pool *pool)
+{
+    free(pool->workers);
+    free(pool);
+}
+
+/* This process's pool; NULL: no memory for it. */
+static struct pool *find_pool(mfa_cpu_threads *threads)
+{
+    struct pool *pool = atomic_load(&threads->pool);
+    if (pool && pool->process == (int)getpid())
+        return pool;
+    struct pool *made = make_pool(pool);
+    if (!made || atomic_compare_exchange_strong(&threads->pool, &pool, made))
+        return made;
+    free_pool(made);
+    return pool; /* another thread's, made in the meantime */
+}
+
+/* Signals to the process are for its own threads; those that a fault raises stay with the thread. */
+static void hide_from_signals(sigset_t *before)
+{
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT};
+    sigset_t hidden;
+    sigfillset(&hidden);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&hidden, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &hidden, before);
+}
+
+/* Sees to it that `wanted` workers run. Returns how many of those do. */
+static int start_workers(struct pool *pool, int wanted)
+{
+    if (wanted > HELPERS_MAX)
+        wanted = HELPERS_MAX;
+    if (pool->started >= wanted)
+        return wanted;
+    if (pool->capacity < wanted) {
+        pthread_t *workers = realloc(pool->workers, (size_t)wanted * sizeof *workers);
+        if (!workers)
+            return pool->started;
+        pool->workers = workers;
+        pool->capacity = wanted;
+    }
+    sigset_t before;
+    hide_from_signals(&before);
+    while (pool->started < wanted &&
+           pthread_create(&pool->workers[pool->started], NULL, worker_main, pool) == 0)
+        pool->started++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return pool->started;
+}
+
+static void open_gate(struct pool *pool, struct run *run, int seats)
+{
+    pool->run = run;
+    const uint64_t number = (atomic_load(&pool->gate) >> RUN_SHIFT) + 1;
+    atomic_store(&pool->gate, number << RUN_SHIFT | (uint64_t)seats << SEAT_SHIFT);
+    int asleep = atomic_load(&pool->sleepers);
+    if (asleep == 0)
+        return;
+    if (asleep > seats)
+        asleep = seats;
+    pthread_mutex_lock(&pool->mutex);
+    while (asleep-- > 0)
+        pthread_cond_signal(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void close_gate(struct pool *pool)
+{
+    int64_t until = 0;
+    atomic_fetch_and(&pool->gate, ~SEATS);
+    while (atomic_load(&pool->gate) & INSIDE) {
+        if (spin(&until))
+            continue;
+        pthread_mutex_lock(&pool->mutex);
+        atomic_store(&pool->caller_sleeps, 1);
+        while (atomic_load(&pool->gate) & INSIDE)
+            pthread_cond_wait(&pool->done, &pool->mutex);
+        atomic_store(&pool->caller_sleeps, 0);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+}
+
+static void run_on_pool(mfa_cpu_threads *threads, struct run *run, int workers)
+{
+    struct pool *pool = find_pool(threads);
+    if (!pool || atomic_exchange(&pool->busy, 1)) {
+        work(run, 0);
+        return;
+    }
+    const int helpers = start_workers(pool, workers - 1);
+    if (helpers > 0)
+        open_gate(pool, run, helpers);
+    work(run, 0);
+    if (helpers > 0)
+        close_gate(pool);
+    atomic_store(&pool->busy, 0);
+}
+
+struct hosted {
+    struct run *run;
+    int workers;
+    atomic_int seats; /* taken so far */
+};
+
+/* As many of our workers as the host's range is long. */
+static void work_on_host(int64_t begin, int64_t end, void *argument)
+{
+    struct hosted *hosted = argument;
+    for (int64_t i = begin; i < end; i++) {
+        const int worker = atomic_fetch_add(&hosted->seats, 1);
+        if (worker < hosted->workers)
+            work(hosted->run, worker);
+    }
+}
+
+static void run_on_host(mfa_parallel_for host, struct run *run, int workers)
+{
+    struct hosted hosted = {run, workers, 0};
+    (void)host(0, workers, 1, work_on_host, &hosted);
+    work_on_host(0, 1, &hosted); /* what the host has not done: nothing, unless it failed */
+}
+
+void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, mfa_cpu_task task, void *call)
+{
+    struct run run = {.task = task, .call = call, .tasks = tasks, .next = 0};
+    if (workers > tasks)
+        workers = (int)tasks;
+    if (workers <= 1 || within_task)
+        work(&run, 0);
+    else if (threads->host)
+        run_on_host(threads->host, &run, workers);
+    else
+        run_on_pool(threads, &run, workers);
+}
+
+mfa_status mfa_cpu_threads_open(mfa_parallel_for host, mfa_cpu_threads **threads)
+{
+    mfa_cpu_threads *made = calloc(1, sizeof *made);
+    if (!made)
+        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a thread pool");
+    made->host = host;
+    *threads = made;
+    return MFA_OK;
+}
+
+static void stop_workers(struct pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_store(&pool->stop, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (int i = 0; i < pool->started; i++)
+        pthread_join(pool->workers[i], NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+}
+
+void mfa_cpu_threads_close(mfa_cpu_threads *threads)
+{
+    struct pool *pool = atomic_load(&threads->pool);
+    while (pool) {
+        struct pool *before = pool->before;
+        if (pool->process == (int)getpid())
+            stop_workers(pool);
+        free_pool(pool);
+        pool = before;
+    }
+    free(threads);
+}
+
+#if defined(__APPLE__)
+static int count_processors(void)
+{
+    int count = 0;
+    size_t size = sizeof count;
+    /* The fast cores: the slow ones would hold up the end of each run. */
+    if (sysctlbyname("hw.perflevel0.physicalcpu", &count, &size, NULL, 0) == 0 && count > 0)
+        return count;
+    size = sizeof count;
+    return sysctlbyname("hw.ncpu", &count, &size, NULL, 0) == 0 ? count : 1;
+}
+#else
+static int count_processors(void)
+{
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        return CPU_COUNT(&set);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+#endif
+
+#if defined(__linux__)
+/* Reads at most two numbers from a file of a control group. Returns how many there are. */
+static int read_numbers(const char *folder, const char *name, long long numbers[2])
+{
+    char path[PATH_MAX];
+    if (snprintf(path, sizeof path, "%s/%s", folder, name) >= (int)sizeof path)
+        return 0;
+    FILE *file = fopen(path, "re");
+    if (!file)
+        return 0;
+    const int count = fscanf(file, "%lld %lld", &numbers[0], &numbers[1]);
+    fclose(file);
+    return count;
+}
+
+/* Processors that a control group may use, rounded up; INT_MAX: it sets no limit. */
+static int read_quota(const char *folder)
+{
+    long long time[2], period[2]; /* microseconds in each period; and its length */
+    if (read_numbers(folder, "cpu.max", time) == 2)
+        period[0] = time[1]; /* version 2; "max" is no number */
+    else if (read_numbers(folder, "cpu.cfs_quota_us", time) < 1 ||
+             read_numbers(folder, "cpu.cfs_period_us", period) < 1)
+        return INT_MAX;
+    if (time[0] <= 0 || period[0] <= 0)
+        return INT_MAX;
+    const long long processors = (time[0] - 1) / period[0] + 1;
+    return processors < INT_MAX ? (int)processors : INT_MAX;
+}
+
+/* The least quota of the group at root + path and all above it. In a container, the path may be that
+ * of the host: then only the root is there. */
+static int least_quota(const char *root, const char *path)
+{
+    char folder[PATH_MAX];
+    const int root_length = (int)strlen(root);
+    int length = snprintf(folder, sizeof folder, "%s%s", root, path);
+    if (length >= (int)sizeof folder)
+        return read_quota(root);
+    int least = read_quota(folder);
+    while (length > root_length) {
+        while (length > root_length && folder[--length] != '/') {
+        }
+        folder[length] = '\0';
+        const int quota = read_quota(folder);
+        least = quota < least ? quota : least;
+    }
+    return least;
+}
+
+/* Whether a list such as "cpu,cpuacct" names "cpu". */
+static int names_cpu(const char *controllers)
+{
+    for (const char *at = controllers; (at = strstr(at, "cpu")) != NULL; at += 3)
+        if ((at == controllers || at[-1] == ',') && (at[3] == '\0' || at[3] == ','))
+            return 1;
+    return 0;
+}
+
+static int count_quota(void)
+{
+    int least = INT_MAX;
+    char line[PATH_MAX];
+    FILE *file = fopen("/proc/self/cgroup", "re");
+    while (file && fgets(line, sizeof line, file)) { /* <number>:<controllers>:<path> */
+        line[strcspn(line, "\n")] = '\0';
+        char *controllers = strchr(line, ':');
+        char *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path)
+            continue;
+        *path++ = '\0';
+        int quota = INT_MAX;
+        if (!*++controllers)
+            quota = least_quota("/sys/fs/cgroup", path);
+        else if (names_cpu(controllers))
+            quota = least_quota("/sys/fs/cgroup/cpu", path);
+        least = quota < least ? quota : least;
+    }
+    if (file)
+        fclose(file);
+    return least;
+}
+#else
+static int count_quota(void)
+{
+    return INT_MAX;
+}
+#endif
+
+int mfa_cpu_threads_available(void)
+{
+    const int processors = count_processors(), quota = count_quota();
+    const int count = quota < processors ? quota : processors;
+    return count > 1 ? count : 1;
+}

@@ -1,0 +1,88 @@
+#include "cpu/tiles.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "cpu/launch.h"
+
+/* Keys of a block, and panels that share one visit of it, for head dims up to `dim`. Set so that, forward, the
+ * scores of one panel and a block of K and V stay in L2 with the sums, and backward, P and dS of a group
+ * too (1 MiB on the machines we know). Rows are tried in order. */
+static const struct row {
+    int32_t dim;
+    int32_t forward_kv, forward_panels, backward_kv, backward_panels;
+} rows[] = {
+    {128, 192, 4, 192, 4},
+    {256, 96, 4, 96, 2},
+    {512, 48, 4, 48, 2},
+};
+
+#define ENOUGH_TASKS 32   /* for any number of threads that we expect to share them well */
+#define SPLIT_KEYS 512    /* fewest keys worth a part of their own */
+#define SERIAL_FLOP 2e6   /* less than this takes about as long as waking a thread */
+
+static const struct row *row_of(const mfa_problem *p)
+{
+    int64_t dim = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;
+    const struct row *row = rows;
+    while (row->dim < dim)
+        row++;
+    return row;
+}
+
+static int32_t features_of(const mfa_problem *p)
+{
+    int32_t features = 0;
+    if (p->lower > 1 - p->q_len || p->upper < p->kv_len - 1)
+        features |= MFA_FEATURE_BAND;
+    if (p->mask == MFA_MASK_BOOL)
+        features |= MFA_FEATURE_MASK_BOOL;
+    if (p->mask == MFA_MASK_ADDITIVE)
+        features |= MFA_FEATURE_MASK_ADDITIVE;
+    if (p->softcap > 0)
+        features |= MFA_FEATURE_SOFTCAP;
+    return features;
+}
+
+/* Chunks as large as leaves enough tasks; if there are too few chunks even so, the keys are split. */
+static int64_t choose_forward(const mfa_problem *p, const struct row *row, int block_q, struct mfa_choice *choice)
+{
+    int64_t heads = p->batch * p->kv_heads, queries = p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0, tasks;
+    int64_t panels = row->forward_panels;
+    while (tasks = heads * mfa_cpu_ceil(queries, panels * block_q), panels > 1 && tasks < ENOUGH_TASKS)
+        panels /= 2;
+    choice->panels = panels;
+    if (tasks > 0 && tasks < ENOUGH_TASKS) {
+        int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
+        choice->splits = wanted < most ? wanted : most < 1 ? 1 : most;
+    }
+    return tasks * choice->splits;
+}
+
+void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
+                          struct mfa_choice *choice)
+{
+    const struct row *row = row_of(p);
+    int forward = p->pass == MFA_FORWARD, block_q = MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    int64_t tasks;
+
+    memset(&choice->key, 0, sizeof choice->key);
+    choice->key.pass = p->pass, choice->key.dtype = p->dtype;
+    choice->key.head_dim = (int32_t)p->head_dim, choice->key.value_dim = (int32_t)p->value_dim;
+    choice->key.block_q = block_q, choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
+    choice->key.features = features_of(p), choice->key.mask_dtype = p->mask_dtype;
+    memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
+
+    choice->splits = 1;
+    if (forward) {
+        tasks = choose_forward(p, row, block_q, choice);
+    } else {
+        choice->panels = row->backward_panels;
+        tasks = p->batch * p->kv_heads * mfa_cpu_ceil(p->kv_len, row->backward_kv);
+    }
+    double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
+    if (flop < SERIAL_FLOP || tasks < 1)
+        tasks = 1;
+    choice->threads = tasks < choice->threads ? (int)tasks : choice->threads;
+    mfa_cpu_launch_measure(kernels, p, choice);
+}
