@@ -1,0 +1,22 @@
+/* The command line of a check program. */
+#ifndef KIT_ARGUMENTS_H
+#define KIT_ARGUMENTS_H
+
+#include <stdint.h>
+
+struct arguments {
+    uint64_t seed;
+    const char *isa;    /* NULL: the best */
+    const char *filter; /* only cases whose text has it; NULL: all */
+    const char *cases;  /* the file */
+    int threads;        /* 0: 1, 2, 3 and 7 */
+    int repeat;         /* runs that must be the same bit for bit; 0: 20 for small cases */
+    int bench, list, quick, verbose;
+    const char **problems; /* given on the command line: run in place of the file */
+    int problem_count;
+};
+
+/* Prints what is wrong, or the usage for --help, and returns 0: the program should end. */
+int arguments_parse(struct arguments *arguments, int count, char **words);
+
+#endif

@@ -1,0 +1,192 @@
+/* Inputs from a seed, tensors around them, results out of them. */
+#include "kit/operands.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kit/generator.h"
+#include "reference/element.h"
+
+const char *tensor_name(enum reference_tensor tensor)
+{
+    static const char *const names[REFERENCE_TENSORS] = {"Q", "K", "V",  "mask", "dO", "dL",
+                                                         "O", "L", "dQ", "dK",   "dV", "dbias"};
+    return names[tensor];
+}
+
+double **reference_member(struct reference *results, enum reference_tensor tensor)
+{
+    switch (tensor) {
+    case REFERENCE_O: return &results->O;
+    case REFERENCE_L: return &results->L;
+    case REFERENCE_dQ: return &results->dQ;
+    case REFERENCE_dK: return &results->dK;
+    case REFERENCE_dV: return &results->dV;
+    default: return &results->dbias;
+    }
+}
+
+void reference_close(struct reference *results)
+{
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+        free(*reference_member(results, tensor));
+        *reference_member(results, tensor) = NULL;
+    }
+}
+
+static int mask_hides(struct generator *generator, const int64_t shape[4], int64_t row, int64_t column)
+{
+    int one_in_four = generator_next(generator) % 4 == 0;
+    int whole_row = row % 5 == 3;
+    int whole_tile = row < shape[2] / 2 && column >= shape[3] / 3 && column < shape[3] * 2 / 3;
+    return one_in_four || whole_row || whole_tile;
+}
+
+static void fill(struct inputs *inputs, enum reference_tensor tensor, struct generator *generator)
+{
+    const mfa_problem *p = &inputs->problem;
+    int32_t dtype = reference_dtype(p, tensor);
+    int64_t shape[4], count = reference_count(p, tensor);
+    reference_shape(p, tensor, shape);
+    double *values = inputs->values[tensor] = reference_allocate(count);
+    for (int64_t at = 0; at < count; at++) {
+        int hidden = tensor == REFERENCE_MASK &&
+                     mask_hides(generator, shape, at / shape[3] % shape[2], at % shape[3]);
+        if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
+            values[at] = hidden ? 0 : (double)(1 + generator_next(generator) % 255);
+        else
+            values[at] = hidden ? -INFINITY : element_round(dtype, generator_normal(generator));
+    }
+}
+
+static void broadcast(mfa_layout *layout, int along)
+{
+    if (along & ALONG_BATCH)
+        layout->batch = 0;
+    if (along & ALONG_HEAD)
+        layout->head = 0;
+    if (along & ALONG_ROW)
+        layout->row = 0;
+    if (along & ALONG_COLUMN)
+        layout->column = 0;
+}
+
+void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
+                 const char *text)
+{
+    memset(inputs, 0, sizeof *inputs);
+    inputs->problem = *problem;
+    inputs->variant = variant;
+    broadcast(&inputs->problem.k_layout, variant.kv_broadcast);
+    broadcast(&inputs->problem.v_layout, variant.kv_broadcast);
+    broadcast(&inputs->problem.mask_layout, variant.mask_broadcast);
+    broadcast(&inputs->problem.dbias_layout, variant.dbias_broadcast);
+    struct generator generator;
+    generator_seed(&generator, seed, text);
+    for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++)
+        if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) && (tensor != REFERENCE_dL || variant.dlse))
+            fill(inputs, tensor, &generator);
+}
+
+void inputs_close(struct inputs *inputs)
+{
+    for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++)
+        free(inputs->values[tensor]);
+    memset(inputs, 0, sizeof *inputs);
+}
+
+/* Tells problem and buffers where the tensor lies. */
+static void attach(struct operands *operands, enum reference_tensor tensor)
+{
+    *(mfa_layout *)reference_layout(&operands->problem, tensor) = operands->tensors[tensor].layout;
+    *(mfa_buffer *)reference_buffer(&operands->buffers, tensor) = tensor_buffer(&operands->tensors[tensor]);
+}
+
+void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
+                   unsigned wanted)
+{
+    memset(operands, 0, sizeof *operands);
+    operands->problem = inputs->problem;
+    operands->buffers.size = sizeof operands->buffers;
+    if (inputs->problem.mask != MFA_MASK_ADDITIVE)
+        wanted &= ~OUTPUT(DBIAS);
+    for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++) {
+        int64_t shape[4];
+        reference_shape(&inputs->problem, tensor, shape);
+        int32_t dtype = reference_dtype(&inputs->problem, tensor);
+        if (inputs->values[tensor])
+            tensor_open_input(&operands->tensors[tensor], tensor_name(tensor), dtype, shape, arrangement,
+                              inputs->values[tensor]);
+        else if (tensor >= REFERENCE_O && (wanted & 1U << tensor))
+            tensor_open_output(&operands->tensors[tensor], tensor_name(tensor), dtype, shape, arrangement,
+                               tensor == REFERENCE_DBIAS);
+        else
+            continue;
+        attach(operands, tensor);
+    }
+}
+
+static int of_pass(const struct operands *operands, enum reference_tensor tensor)
+{
+    if (operands->problem.pass == MFA_FORWARD)
+        return tensor == REFERENCE_O || tensor == REFERENCE_L;
+    return tensor >= REFERENCE_dQ;
+}
+
+mfa_status operands_run(struct operands *operands, mfa_context *context, int planned)
+{
+    mfa_buffers buffers = operands->buffers;
+    if (operands->problem.pass == MFA_FORWARD)
+        buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias = (mfa_buffer){NULL, 0};
+    if (!planned)
+        return mfa_attention(context, &operands->problem, &buffers, NULL);
+
+    mfa_plan *plan;
+    mfa_status status = mfa_plan_create(context, &operands->problem, &plan);
+    if (status != MFA_OK)
+        return status;
+    struct guarded workspace;
+    guarded_open(&workspace, "workspace", mfa_plan_workspace(plan), 64, GUARDED_END, 0xff);
+    if (workspace.size)
+        buffers.workspace.base = workspace.bytes;
+    status = mfa_plan_run(plan, &buffers, NULL);
+    guarded_close(&workspace);
+    mfa_plan_destroy(plan);
+    return status;
+}
+
+const char *operands_collect(struct operands *operands, struct reference *results)
+{
+    const char *overrun = NULL;
+    for (int at = REFERENCE_O; at < REFERENCE_TENSORS; at++) {
+        struct tensor *tensor = &operands->tensors[at];
+        if (!tensor->memory.mapping || !of_pass(operands, at))
+            continue;
+        *reference_member(results, at) = tensor_read(tensor);
+        if (!tensor_gaps_intact(tensor))
+            overrun = tensor_name(at);
+        tensor_close(tensor);
+    }
+    return overrun;
+}
+
+void operands_turn(struct operands *operands, enum arrangement arrangement, const struct reference *given)
+{
+    double *values[] = {given->O, given->L};
+    for (int at = REFERENCE_O; at <= REFERENCE_L; at++) {
+        int64_t shape[4];
+        reference_shape(&operands->problem, at, shape);
+        tensor_close(&operands->tensors[at]);
+        tensor_open_input(&operands->tensors[at], tensor_name(at), reference_dtype(&operands->problem, at), shape,
+                          arrangement, values[at - REFERENCE_O]);
+        attach(operands, at);
+    }
+    operands->problem.pass = MFA_BACKWARD;
+}
+
+void operands_close(struct operands *operands)
+{
+    for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++)
+        tensor_close(&operands->tensors[tensor]);
+}

@@ -1,0 +1,65 @@
+/* The operands of one problem: inputs from a seed, outputs to be checked, in any arrangement. */
+#ifndef KIT_OPERANDS_H
+#define KIT_OPERANDS_H
+
+#include <stdint.h>
+
+#include "kit/tensor.h"
+#include "reference/attention.h"
+
+/* Dimensions as bits, for what is broadcast. */
+enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };
+
+/* What the problem's text does not say. */
+struct variant {
+    int mask_broadcast, dbias_broadcast, kv_broadcast; /* stride 0 along these */
+    int dlse;                                          /* given to backward */
+};
+
+/* Values of all inputs, dense and already rounded to their dtypes. */
+struct inputs {
+    mfa_problem problem; /* forward; its layouts have stride 0 where the variant broadcasts */
+    struct variant variant;
+    double *values[REFERENCE_TENSORS]; /* of Q K V mask dO dL; NULL: not there */
+};
+
+/* Masks hide about one key in four, some whole rows, and a third of the keys from half of the rows. */
+void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
+                 const char *text);
+void inputs_close(struct inputs *inputs);
+
+struct operands {
+    mfa_problem problem; /* with the layouts of the tensors */
+    mfa_buffers buffers; /* of both passes */
+    struct tensor tensors[REFERENCE_TENSORS];
+};
+
+/* Outputs as bits, 1 << REFERENCE_O and so on. */
+#define OUTPUT(tensor) (1U << REFERENCE_##tensor)
+#define FORWARD_OUTPUTS (OUTPUT(O) | OUTPUT(L))
+#define BACKWARD_OUTPUTS (OUTPUT(dQ) | OUTPUT(dK) | OUTPUT(dV) | OUTPUT(DBIAS))
+
+/* `wanted` says which outputs exist; dbias only exists for an additive mask. */
+void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
+                   unsigned wanted);
+
+/* Runs the problem's pass, in one call or (`planned`) by a plan with a workspace of exactly the stated size. */
+mfa_status operands_run(struct operands *operands, mfa_context *context, int planned);
+
+/* Reads the pass's outputs into `results`, and closes those tensors. Returns the name of one that has been
+ * written beyond its elements, or NULL. */
+const char *operands_collect(struct operands *operands, struct reference *results);
+
+/* From forward to backward: O and L are inputs now, and hold what is given. */
+void operands_turn(struct operands *operands, enum arrangement arrangement, const struct reference *given);
+void operands_close(struct operands *operands);
+
+void reference_close(struct reference *results);
+
+/* The member of `results` for a tensor. */
+double **reference_member(struct reference *results, enum reference_tensor tensor);
+
+/* "Q", "dbias" and so on. */
+const char *tensor_name(enum reference_tensor tensor);
+
+#endif

@@ -1,0 +1,26 @@
+/* What every test program prints: the seed first, a line for what it ran, the counts at the end. */
+#ifndef KIT_REPORT_H
+#define KIT_REPORT_H
+
+#include <stdint.h>
+
+void report_begin(const char *program, uint64_t seed);
+uint64_t report_seed(void);
+
+/* One check passed; one failed, with a line that says what and how. */
+void report_pass(void);
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+void report_fail(const char *format, ...);
+
+long long report_passed(void);
+long long report_failed(void);
+
+/* Prints "N passed, N failed"; what main returns. */
+int report_end(void);
+
+/* The same for a cmocka group of `count` tests, of which cmocka says that `failed` failed. */
+int report_group(int count, int failed);
+
+#endif

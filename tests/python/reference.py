@@ -1,0 +1,119 @@
+"""Attention as the definition says it, in any dtype: in float64 the truth, in the tested dtype the yardstick.
+
+Tolerance is a rule: our error may be twice that of the naive computation in the same dtype. The naive one is exact by
+luck at times, so a few ulp are always allowed: of the sum of the magnitudes that make up the value, since what cancels
+in the sum does not cancel in its rounding errors, plus what rounding the scores does to exp(scores).
+"""
+
+import torch
+
+ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}  # float64 is also the truth's own
+
+
+def _weights(query, key, mask, lower, upper, scale, softcap):
+    """(P, log-sum-exp, scores, slope of the softcap), with K of as many heads as Q."""
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    slope = 1.0
+    if softcap:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent * bent
+    offset = torch.arange(key.shape[2]) - torch.arange(query.shape[2])[:, None]
+    visible = torch.ones_like(offset, dtype=torch.bool)
+    if lower is not None:
+        visible = visible & (offset >= lower)
+    if upper is not None:
+        visible = visible & (offset <= upper)
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+        visible = visible & (scores > -torch.inf)
+    if key.shape[2] == 0:
+        return scores, scores.sum(-1) - torch.inf, scores, slope
+    scores = scores.masked_fill(~visible, -torch.inf)
+    largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - largest) * visible
+    total = weights.sum(-1, keepdim=True)
+    seen = total > 0
+    total = total.masked_fill(~seen, 1)
+    lse = (largest + total.log()).masked_fill(~seen, -torch.inf)
+    return weights / total, lse.squeeze(-1), scores, slope
+
+
+def attention(query, key, value, mask=None, *, lower=None, upper=None, scale=None, softcap=0.0):
+    """(out, lse) of (B, H, N, D) tensors. The band is lower <= j - i <= upper."""
+    group = query.shape[1] // key.shape[1]
+    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, lower, upper, scale, softcap)
+    return weights @ value.repeat_interleave(group, 1), lse
+
+
+def _magnitudes(tensors, d_out, d_lse, *, lower=None, upper=None, scale=None, softcap=0.0):
+    """({name: the sum of the magnitudes of its terms}, the largest score)."""
+    query, key, value, mask = tensors
+    heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    P, lse, scores, slope = _weights(query, key, mask, lower, upper, scale, softcap)
+    dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
+    D = (dO * (P @ value).abs()).sum(-1) + dL
+    dS = P * (dO @ value.abs().transpose(-1, -2) + D[..., None])
+    dX = dS * slope * abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    largest = scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 0.0
+    sizes = {
+        "out": P @ value.abs(),
+        "lse": lse.masked_fill(lse.isinf(), 0).abs() + 1,
+        "dQ": dX @ key.abs(),
+        "dK": (dX.transpose(-1, -2) @ query.abs()).unflatten(1, (heads, group)).sum(2),
+        "dV": (P.transpose(-1, -2) @ dO).unflatten(1, (heads, group)).sum(2),
+    }
+    if mask is not None:
+        sizes["dbias"] = dS.sum_to_size(mask.shape)
+    return sizes, largest
+
+
+def results(function, tensors, d_out, d_lse):
+    """{name: tensor} of out, lse and every gradient of function(query, key, value, mask) -> (out, lse)."""
+    inputs = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+    out, lse = function(*inputs)
+    wanted = {n: t for n, t in zip(("dQ", "dK", "dV", "dbias"), inputs) if t is not None and t.requires_grad}
+    loss = (out * d_out.to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * d_lse.to(lse.dtype)).sum()
+    gradients = torch.autograd.grad(loss, tuple(wanted.values()))
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
+
+
+def _to(dtype, tensors):
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def check(function, tensors, **options):
+    """Compares out, lse and all gradients of function(query, key, value, mask) -> (out, lse) with the truth."""
+    query, _, value, _ = tensors
+    d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
+    d_lse = torch.randn(query.shape[:3])
+
+    def naive(*arguments):
+        return attention(*arguments, **options)
+
+    exact = _to(torch.float64, tensors)
+    truth = results(naive, exact, d_out, d_lse)
+    yardstick = results(naive, _to(query.dtype, tensors), d_out, d_lse)
+    single = results(naive, _to(torch.promote_types(query.dtype, torch.float32), tensors), d_out, d_lse)
+    yardstick["lse"] = single["lse"]  # it is kept in float32 whatever the dtype
+    sizes, largest = _magnitudes([t if t is None else t.detach() for t in exact], d_out, d_lse, **options)
+    for name, got in results(function, tensors, d_out, d_lse).items():
+        compare(name, got, yardstick[name], truth[name], sizes[name], largest)
+
+
+def compare(name, got, yardstick, truth, size, largest_score):
+    """Asserts that `got` is as near to the truth as the rule above says."""
+    assert got.shape == truth.shape, name
+    assert not got.isnan().any(), f"{name} has NaN"
+    finite = torch.isfinite(truth)
+    assert torch.equal(got[~finite].double(), truth[~finite]), f"{name}: infinite in other places"
+    if not finite.any():
+        return
+    error = (got - truth)[finite].abs().max().item()
+    naive = (yardstick - truth)[finite].abs().nan_to_num(0).max().item()
+    sums = torch.promote_types(got.dtype, torch.float32)
+    unit = ULPS[got.dtype] * torch.finfo(got.dtype).eps + ULPS[sums] * torch.finfo(sums).eps * largest_score
+    allowed = 2 * naive + unit * size[finite].abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (naive {naive:.3g})"

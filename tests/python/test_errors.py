@@ -1,0 +1,107 @@
+"""What is wrong gets a sentence that names the field, what was given and what is accepted."""
+
+import pytest
+import torch
+
+from mps_flash_attn import Unsupported, explain, flash_attention
+
+
+def _arguments(**changes):
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
+    return {"query": query, "key": key, "value": value} | changes
+
+
+RANDOM = torch.randn
+SENTENCES = [
+    # tensors
+    (dict(query=[[1.0]]), TypeError, "query is a list; it must be a torch.Tensor"),
+    (dict(value=None), TypeError, "value is a NoneType; it must be a torch.Tensor"),
+    (dict(key=RANDOM(4, 7, 8)), ValueError, r"key has 3 dimensions; it must have 4: \(batch, heads, length"),
+    (dict(key=RANDOM(2, 4, 7, 8).to_sparse()), TypeError, "key has the layout sparse_coo; it must be strided"),
+    (dict(query=torch.nested.nested_tensor([RANDOM(2, 3)])), TypeError, "query has the layout nested"),
+    (dict(attn_mask=1.5), TypeError, "attn_mask is a float; it must be a torch.Tensor"),
+    # dtypes
+    (dict(query=torch.ones(2, 4, 5, 8, dtype=torch.int32)), TypeError, "query is int32; it must be float32, float16"),
+    (dict(value=torch.ones(2, 4, 7, 6, dtype=torch.complex64)), TypeError, "value is complex64; it must be float32"),
+    (dict(key=RANDOM(2, 4, 7, 8).half()), TypeError, "query is float32, key float16 and value float32; .* one dtype"),
+    (dict(attn_mask=torch.ones(5, 7, dtype=torch.uint8)), TypeError, "attn_mask is uint8; it must be bool"),
+    # devices
+    (dict(key=torch.empty(2, 4, 7, 8, device="meta")), Unsupported, "key is on meta; devices we run on: cpu"),
+    # shapes
+    (dict(key=RANDOM(3, 4, 7, 8)), ValueError, "batch sizes of query 2, key 3 and value 2 differ; they must be equal"),
+    (dict(value=RANDOM(1, 4, 7, 6)), ValueError, "batch sizes of query 2, key 2 and value 1 differ"),
+    (dict(key=RANDOM(2, 4, 7, 9)), ValueError, "query has the head_dim 8 and key 9; they must be equal"),
+    (dict(value=RANDOM(2, 4, 6, 6)), ValueError, "key has the length 7 and value 6; they must be equal"),
+    (dict(value=RANDOM(2, 2, 7, 6)), ValueError, "key has 4 heads and value 2; they must be equal"),
+    (
+        dict(key=RANDOM(2, 2, 7, 8), value=RANDOM(2, 2, 7, 6)),
+        ValueError,
+        "query has 4 heads and key has 2; enable_gqa=True allows that",
+    ),
+    (
+        dict(key=RANDOM(2, 3, 7, 8), value=RANDOM(2, 3, 7, 6), enable_gqa=True),
+        ValueError,
+        "q_heads is 4 and kv_heads is 3; q_heads must be a multiple of kv_heads",
+    ),
+    (dict(query=RANDOM(2, 4, 5, 0), key=RANDOM(2, 4, 7, 0)), Unsupported, "head_dim is 0; "),
+    # masks
+    (dict(attn_mask=RANDOM(5, 6)), ValueError, r"shape \(5, 6\); .* broadcastable to .* = \(2, 4, 5, 7\)"),
+    (dict(attn_mask=RANDOM(2, 5, 7)), ValueError, r"attn_mask has the shape \(2, 5, 7\)"),
+    (dict(attn_mask=RANDOM(1, 2, 4, 5, 7)), ValueError, r"attn_mask has the shape \(1, 2, 4, 5, 7\)"),
+    # numbers
+    (dict(softcap=-1.0), ValueError, "softcap is -1; "),
+    (dict(softcap=float("nan")), ValueError, "softcap is "),
+    (dict(scale=float("nan")), ValueError, "scale is "),
+    (dict(window_size=-3), ValueError, r"window_size is -3; it must be 0 \(none\), a positive number of keys"),
+    (dict(window_size=2.5), ValueError, "window_size is 2.5; "),
+    (dict(window_size=(1, -2)), ValueError, r"window_size is \(1, -2\); "),
+    (dict(window_size=(1, 2, 3)), ValueError, r"window_size is \(1, 2, 3\); "),
+    (dict(is_causal="left"), ValueError, 'is_causal is \'left\'; it must be False, True, "top_left" or "bottom_right"'),
+]
+
+
+@pytest.mark.parametrize("changes, exception, sentence", SENTENCES, ids=lambda value: None)
+def test_sentence(changes, exception, sentence):
+    with pytest.raises(exception, match=sentence):
+        flash_attention(**_arguments(**changes))
+    if exception is Unsupported:
+        assert not explain(**_arguments(**changes))
+    else:
+        with pytest.raises(exception, match=sentence):
+            explain(**_arguments(**changes))
+
+
+@pytest.mark.parametrize("changes", [dict(head_dim=513, value_dim=8), dict(head_dim=8, value_dim=513)], ids=str)
+def test_head_dim_too_large(changes):
+    query, value = RANDOM(1, 1, 2, changes["head_dim"]), RANDOM(1, 1, 2, changes["value_dim"])
+    with pytest.raises(Unsupported, match="513.*512"):
+        flash_attention(query, query, value)
+
+
+def test_tensor_without_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(RANDOM(1, 1, 2, 8))
+    with pytest.raises(TypeError, match="query is a FakeTensor, which has no memory of its own; it must be"):
+        flash_attention(fake, fake, fake)
+
+
+def test_subclass_with_memory_is_read():
+    class Named(torch.Tensor):
+        pass
+
+    query = RANDOM(1, 1, 2, 8)
+    assert torch.equal(flash_attention(*[query.as_subclass(Named)] * 3), flash_attention(query, query, query))
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="dropout_p"):
+        flash_attention(**_arguments(), dropout_p=0.1)
+
+
+def test_error_leaves_no_trace():
+    query = RANDOM(1, 1, 2, 8)
+    with pytest.raises(ValueError):
+        flash_attention(query, query, query, softcap=-1.0)
+    assert flash_attention(query, query, query).isfinite().all()

@@ -1,0 +1,130 @@
+"""Inside a process: many Python threads at once, children after fork, and the memory that a call really takes."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import mps_flash_attn
+from mps_flash_attn import flash_attention
+
+
+def _training_step(tensors, **options):
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    out = flash_attention(*tensors, **options)
+    return out.detach(), *torch.autograd.grad(out.square().sum(), tensors)
+
+
+def test_many_threads_at_once():
+    """Each gets the bits that it would get alone."""
+    cases = []
+    for length, width in ((33, 16), (64, 64), (150, 32), (200, 24)):
+        tensors = [torch.randn(2, 2, length, width) for _ in range(3)]
+        options = {"is_causal": length % 2 == 0, "window_size": length // 2}
+        cases.append((tensors, options, _training_step(tensors, **options)))
+    wrong = []
+
+    def run(tensors, options, expected):
+        for _ in range(20):
+            if not all(map(torch.equal, _training_step(tensors, **options), expected)):
+                wrong.append(options)
+
+    threads = [threading.Thread(target=run, args=case) for case in cases * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_bits_do_not_depend_on_threads():
+    tensors = [torch.randn(1, 2, 260, 40) for _ in range(3)]
+    before, got = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            got += [_training_step(tensors, is_causal=True) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(all(map(torch.equal, one, got[0])) for one in got)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_child_after_fork():
+    """The parent's thread pool is not in the child; the child works, and finds the same bits."""
+    tensors = [torch.randn(1, 4, 130, 32) for _ in range(3)]  # so small that PyTorch itself, which would hang, is serial
+    expected = _training_step(tensors)  # the pool is running by now
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def child():
+        sender.send(all(map(torch.equal, _training_step(tensors), expected)))
+
+    process = fork.Process(target=child)
+    process.start()
+    answered = receiver.poll(60)
+    if not answered:
+        process.kill()
+    process.join()
+    assert answered, "the child hangs"
+    assert receiver.recv()
+    assert all(map(torch.equal, _training_step(tensors), expected))
+
+
+MEASURE = """
+import json, sys, torch
+from mps_flash_attn import explain, flash_attention
+
+def status(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+
+def step(length, dtype, backward):
+    tensors = [torch.randn(1, 1, length, 64, dtype=dtype, requires_grad=backward) for _ in range(3)]
+    d_out = torch.randn(1, 1, length, 64, dtype=dtype)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before = status("VmRSS")
+    out = flash_attention(*tensors, True)
+    if backward:
+        gradients = torch.autograd.grad(out, tensors, d_out)
+    extra = status("VmHWM") - before
+    said = max(explain(*tensors, True, backward=b).workspace_bytes for b in {False, backward})
+    results = length * 64 * dtype.itemsize * (4 if backward else 1) + length * 4 * backward
+    return {"extra": extra, "said": said, "results": results}
+
+dtype, backward = getattr(torch, sys.argv[1]), sys.argv[2] == "backward"
+step(64, dtype, backward)
+print(json.dumps({n: step(n, dtype, backward) for n in (1024, 4096, 16384)}))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_grows_linearly(dtype, direction):
+    """The peak, measured, is the results plus the workspace that explain() states; a score matrix would be far more."""
+    path = os.pathsep.join([str(Path(mps_flash_attn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, dtype, direction],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    slack = 4 << 20  # the allocator's and the interpreter's own
+    measured = {int(n): sizes for n, sizes in json.loads(done.stdout).items()}
+    for length, sizes in measured.items():
+        assert sizes["extra"] <= sizes["said"] + sizes["results"] + slack, (length, sizes)
+    said = [measured[n]["said"] for n in (1024, 4096, 16384)]
+    assert said[2] <= 4.5 * said[1] and said[1] <= 4.5 * said[0], said
+    assert measured[16384]["extra"] < 16384 * 16384 // 8  # an eighth of a byte per score

@@ -1,0 +1,208 @@
+/* The reference, one row of S at a time:
+ *
+ *     S_j = scale * Q_i K_j, softcap, mask         P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
+ *     dP_j = dO_i V_j, D_i = sum_j P_j dP_j - dL_i, dS_j = P_j (dP_j - D_i)
+ *     dV_j += P_j dO_i      dbias_ij = dS_j      dQ_i = scale * dS K      dK_j += scale * dS_j Q_i
+ *
+ * where dS is taken through the softcap before dQ and dK. All inner loops run along memory; each number is
+ * still one plain sum in ascending order. */
+#include "reference/attention.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+struct head { /* of one batch and KV head: keys and values, and sums for their gradients */
+    double *K, *V, *K_transposed, *V_transposed, *dK, *dV;
+};
+
+struct row {
+    double *S, *P, *dP, *dS, *slope;      /* along keys; slope = dS after / dS before softcap */
+    double *Q, *dO, *O, *dQ;              /* along columns */
+    int64_t first, end;                   /* of the keys in the band; nothing else is touched */
+    double L;
+};
+
+struct work {
+    const mfa_problem *problem;
+    const struct reference *results;
+    struct reference_view Q, K, V, mask, dO, dL, dbias;
+    int backward;
+    struct head head;
+    struct row row;
+};
+
+static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
+{
+    const mfa_problem *p = w->problem;
+    struct row *row = &w->row;
+    for (int64_t j = row->first; j < row->end; j++)
+        row->S[j] = 0;
+    for (int64_t c = 0; c < p->head_dim; c++)
+        for (int64_t j = row->first; j < row->end; j++)
+            row->S[j] += row->Q[c] * w->head.K_transposed[c * p->kv_len + j];
+    for (int64_t j = row->first; j < row->end; j++) {
+        double s = p->scale * row->S[j], bent = 0;
+        if (p->softcap > 0) {
+            bent = tanh(s / p->softcap);
+            s = p->softcap * bent;
+        }
+        row->slope[j] = 1 - bent * bent;
+        if (p->mask != MFA_MASK_NONE) {
+            double mask = w->mask.values[b * w->mask.batch + h * w->mask.head + i * w->mask.row + j * w->mask.column];
+            if (p->mask == MFA_MASK_ADDITIVE)
+                s += mask;
+            else if (mask == 0)
+                s = -INFINITY;
+        }
+        row->S[j] = s;
+    }
+}
+
+static void forward_row(struct work *w)
+{
+    const mfa_problem *p = w->problem;
+    struct row *row = &w->row;
+    double largest = -INFINITY, sum = 0;
+    for (int64_t j = row->first; j < row->end; j++)
+        largest = fmax(largest, row->S[j]);
+    for (int64_t j = row->first; j < row->end; j++) {
+        row->P[j] = largest == -INFINITY ? 0 : exp(row->S[j] - largest);
+        sum += row->P[j];
+    }
+    row->L = sum > 0 ? largest + log(sum) : -INFINITY;
+    for (int64_t c = 0; c < p->value_dim; c++)
+        row->O[c] = 0;
+    for (int64_t j = row->first; j < row->end; j++) {
+        if (sum > 0)
+            row->P[j] /= sum;
+        for (int64_t c = 0; c < p->value_dim; c++)
+            row->O[c] += row->P[j] * w->head.V[j * p->value_dim + c];
+    }
+}
+
+static void backward_row(struct work *w, double dL)
+{
+    const mfa_problem *p = w->problem;
+    struct row *row = &w->row;
+    struct head *head = &w->head;
+    double D = -dL;
+    for (int64_t j = row->first; j < row->end; j++)
+        row->dP[j] = 0;
+    for (int64_t c = 0; c < p->value_dim; c++)
+        for (int64_t j = row->first; j < row->end; j++)
+            row->dP[j] += row->dO[c] * head->V_transposed[c * p->kv_len + j];
+    for (int64_t j = row->first; j < row->end; j++)
+        D += row->P[j] * row->dP[j];
+    for (int64_t c = 0; c < p->head_dim; c++)
+        row->dQ[c] = 0;
+    for (int64_t j = row->first; j < row->end; j++) {
+        row->dS[j] = row->P[j] * (row->dP[j] - D);
+        double dQK = p->scale * row->slope[j] * row->dS[j];
+        for (int64_t c = 0; c < p->head_dim; c++) {
+            row->dQ[c] += dQK * head->K[j * p->head_dim + c];
+            head->dK[j * p->head_dim + c] += dQK * row->Q[c];
+        }
+        for (int64_t c = 0; c < p->value_dim; c++)
+            head->dV[j * p->value_dim + c] += row->P[j] * row->dO[c];
+    }
+}
+
+static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
+{
+    const mfa_problem *p = w->problem;
+    const struct reference *results = w->results;
+    struct row *row = &w->row;
+    int64_t at = (b * p->q_heads + h) * p->q_len + i;
+    reference_band(p, i, &row->first, &row->end);
+    struct reference_view Q_i = w->Q;
+    Q_i.values += i * Q_i.row;
+    reference_gather(Q_i, b, h, 1, p->head_dim, row->Q);
+    scores(w, b, h, i);
+    forward_row(w);
+    for (int64_t c = 0; c < p->value_dim && results->O; c++)
+        results->O[at * p->value_dim + c] = row->O[c];
+    if (results->L)
+        results->L[at] = row->L;
+    if (!w->backward)
+        return;
+
+    struct reference_view dO_i = w->dO;
+    dO_i.values += i * dO_i.row;
+    reference_gather(dO_i, b, h, 1, p->value_dim, row->dO);
+    backward_row(w, w->dL.values ? w->dL.values[b * w->dL.batch + h * w->dL.head + i * w->dL.row] : 0);
+    for (int64_t c = 0; c < p->head_dim && results->dQ; c++)
+        results->dQ[at * p->head_dim + c] = row->dQ[c];
+    if (results->dbias) {
+        double *dbias = results->dbias + b * w->dbias.batch + h * w->dbias.head + i * w->dbias.row;
+        for (int64_t j = row->first; j < row->end; j++)
+            dbias[j * w->dbias.column] += row->dS[j];
+    }
+}
+
+static void kv_head(struct work *w, int64_t b, int64_t h)
+{
+    const mfa_problem *p = w->problem;
+    struct head *head = &w->head;
+    int64_t group = p->q_heads / p->kv_heads;
+    int64_t keys = p->kv_len * p->head_dim, values = p->kv_len * p->value_dim;
+    reference_gather(w->K, b, h, p->kv_len, p->head_dim, head->K);
+    reference_gather(w->V, b, h, p->kv_len, p->value_dim, head->V);
+    reference_gather_transposed(w->K, b, h, p->kv_len, p->head_dim, head->K_transposed);
+    reference_gather_transposed(w->V, b, h, p->kv_len, p->value_dim, head->V_transposed);
+    for (int64_t at = 0; at < keys; at++)
+        head->dK[at] = 0;
+    for (int64_t at = 0; at < values; at++)
+        head->dV[at] = 0;
+    for (int64_t member = 0; member < group; member++)
+        for (int64_t i = 0; i < p->q_len; i++)
+            query_row(w, b, h * group + member, i);
+    for (int64_t at = 0; at < keys && w->results->dK; at++)
+        w->results->dK[(b * p->kv_heads + h) * keys + at] = head->dK[at];
+    for (int64_t at = 0; at < values && w->results->dV; at++)
+        w->results->dV[(b * p->kv_heads + h) * values + at] = head->dV[at];
+}
+
+void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results)
+{
+    const mfa_problem *p = problem;
+    struct work w = {.problem = p, .results = results};
+    w.backward = results->dQ || results->dK || results->dV || results->dbias;
+    w.Q = reference_load(p, REFERENCE_Q, buffers);
+    w.K = reference_load(p, REFERENCE_K, buffers);
+    w.V = reference_load(p, REFERENCE_V, buffers);
+    if (p->mask != MFA_MASK_NONE)
+        w.mask = reference_load(p, REFERENCE_MASK, buffers);
+    if (w.backward)
+        w.dO = reference_load(p, REFERENCE_dO, buffers);
+    if (w.backward && buffers->dlse.base)
+        w.dL = reference_load(p, REFERENCE_dL, buffers);
+    if (results->dbias) {
+        w.dbias = reference_view(p, REFERENCE_DBIAS, results->dbias);
+        for (int64_t at = 0; at < reference_count(p, REFERENCE_DBIAS); at++)
+            results->dbias[at] = 0;
+    }
+    double **along_keys[] = {&w.row.S, &w.row.P, &w.row.dP, &w.row.dS, &w.row.slope};
+    double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ};
+    double **of_head[] = {&w.head.K, &w.head.V, &w.head.K_transposed, &w.head.V_transposed, &w.head.dK, &w.head.dV};
+    int64_t widest = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;
+    for (size_t n = 0; n < sizeof along_keys / sizeof *along_keys; n++)
+        *along_keys[n] = reference_allocate(p->kv_len);
+    for (size_t n = 0; n < sizeof along_columns / sizeof *along_columns; n++)
+        *along_columns[n] = reference_allocate(widest);
+    for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
+        *of_head[n] = reference_allocate(p->kv_len * widest);
+
+    for (int64_t b = 0; b < p->batch; b++)
+        for (int64_t h = 0; h < p->kv_heads; h++)
+            kv_head(&w, b, h);
+
+    for (size_t n = 0; n < sizeof along_keys / sizeof *along_keys; n++)
+        free(*along_keys[n]);
+    for (size_t n = 0; n < sizeof along_columns / sizeof *along_columns; n++)
+        free(*along_columns[n]);
+    for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
+        free(*of_head[n]);
+    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.dO, &w.dL};
+    for (size_t n = 0; n < sizeof views / sizeof *views; n++)
+        free(views[n]->values);
+}

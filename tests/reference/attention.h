@@ -1,0 +1,60 @@
+/* Naive attention in double, forward and backward: the one truth that tests and benches compare with. It
+ * materialises what flash attention does not, and knows of the library only mfa.h.
+ *
+ * Results are dense doubles, (batch, head, row, column). Wherever this folder has an array of a problem's
+ * tensor, reference_shape says its extents. */
+#ifndef REFERENCE_ATTENTION_H
+#define REFERENCE_ATTENTION_H
+
+#include <stdint.h>
+
+#include "mfa.h"
+
+enum reference_tensor {
+    REFERENCE_Q, REFERENCE_K, REFERENCE_V, REFERENCE_MASK, REFERENCE_dO, REFERENCE_dL, /* inputs */
+    REFERENCE_O, REFERENCE_L, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV, REFERENCE_DBIAS, /* results */
+    REFERENCE_TENSORS
+};
+
+struct reference {
+    double *O, *L, *dQ, *dK, *dV, *dbias; /* NULL: not wanted */
+};
+
+/* Extents of a tensor. One whose layout has stride 0 along a dimension has one element along it: for an
+ * input all its indices hold the same, for dbias the gradient is summed. */
+void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, int64_t shape[4]);
+
+/* Elements of that shape. */
+int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
+
+/* Reads q, k, v, mask, and for gradients d_o, and dlse if given. O and L it computes itself. */
+void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
+
+/* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */
+struct reference_view {
+    double *values;
+    int64_t batch, head, row, column;
+};
+
+/* Views `values`; views a copy of the operand in `buffers`, which the caller frees. */
+struct reference_view reference_view(const mfa_problem *problem, enum reference_tensor tensor, double *values);
+struct reference_view reference_load(const mfa_problem *problem, enum reference_tensor tensor,
+                                     const mfa_buffers *buffers);
+
+/* Copies `rows` rows of `columns` numbers out of one head; transposed: as `columns` rows. */
+void reference_gather(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns, double *out);
+void reference_gather_transposed(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns,
+                                 double *out);
+
+/* Layout, operand and element type of a tensor. */
+const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_tensor tensor);
+const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_tensor tensor);
+int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor);
+
+/* First key of query i's band, and the one after its last: an empty range if nothing is visible. */
+void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end);
+
+/* calloc of `count` doubles, at least one; ends the program if there is no memory. */
+double *reference_allocate(int64_t count);
+
+#endif

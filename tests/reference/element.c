@@ -1,0 +1,117 @@
+/* Conversions between double and the element types of tensors. The 16-bit formats share one encoder and
+ * one decoder, told how many bits the exponent and the fraction have. */
+#include "reference/element.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { F16_EXPONENT = 5, F16_FRACTION = 10, BF16_EXPONENT = 8, BF16_FRACTION = 7 };
+
+static uint16_t encode(double value, int exponent_bits, int fraction_bits)
+{
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint16_t sign = (uint16_t)(bits >> 63 << 15);
+    int exponent = (int)(bits >> 52 & 0x7ff) - 1023;
+    uint64_t fraction = bits & ((UINT64_C(1) << 52) - 1);
+    uint32_t infinity = ((1U << exponent_bits) - 1) << fraction_bits;
+    if (exponent == 1024)
+        return (uint16_t)(sign | infinity | (fraction ? 1U << (fraction_bits - 1) : 0));
+
+    /* A subnormal has the least exponent and no implicit bit: its shift grows as it shrinks. */
+    int least = 2 - (1 << (exponent_bits - 1));
+    int shift = 52 - fraction_bits + (exponent < least ? least - exponent : 0);
+    if (shift > 54)
+        return sign;
+    uint64_t significand = fraction | UINT64_C(1) << 52;
+    uint64_t kept = significand >> shift;
+    uint64_t dropped = significand & ((UINT64_C(1) << shift) - 1);
+    uint64_t half = UINT64_C(1) << (shift - 1);
+    kept += dropped > half || (dropped == half && (kept & 1));
+    /* The implicit bit, and a carry out of the fraction, add one to the exponent by themselves. */
+    uint64_t magnitude = kept + ((uint64_t)(exponent > least ? exponent - least : 0) << fraction_bits);
+    return (uint16_t)(sign | (magnitude > infinity ? infinity : magnitude));
+}
+
+static double decode(uint16_t bits, int exponent_bits, int fraction_bits)
+{
+    int exponent = bits >> fraction_bits & ((1 << exponent_bits) - 1);
+    uint64_t fraction = bits & ((UINT64_C(1) << fraction_bits) - 1);
+    int least = 2 - (1 << (exponent_bits - 1));
+    double magnitude;
+    if (exponent == (1 << exponent_bits) - 1) {
+        magnitude = fraction ? (double)NAN : (double)INFINITY;
+    } else if (exponent == 0) {
+        magnitude = ldexp((double)fraction, least - fraction_bits);
+    } else {
+        uint64_t wide = (uint64_t)(exponent - 1 + least + 1023) << 52 | fraction << (52 - fraction_bits);
+        memcpy(&magnitude, &wide, sizeof magnitude);
+    }
+    return bits >> 15 ? -magnitude : magnitude;
+}
+
+size_t element_size(int32_t dtype)
+{
+    switch (dtype) {
+    case MFA_F64: return 8;
+    case MFA_F32: return 4;
+    case MFA_F16:
+    case MFA_BF16: return 2;
+    default: return 1;
+    }
+}
+
+double element_load(int32_t dtype, const void *elements, int64_t index)
+{
+    switch (dtype) {
+    case MFA_F64: return ((const double *)elements)[index];
+    case MFA_F32: return ((const float *)elements)[index];
+    case MFA_F16: return decode(((const uint16_t *)elements)[index], F16_EXPONENT, F16_FRACTION);
+    case MFA_BF16: return decode(((const uint16_t *)elements)[index], BF16_EXPONENT, BF16_FRACTION);
+    default: return ((const uint8_t *)elements)[index] != 0;
+    }
+}
+
+void element_store(int32_t dtype, void *elements, int64_t index, double value)
+{
+    switch (dtype) {
+    case MFA_F64: ((double *)elements)[index] = value; break;
+    case MFA_F32: ((float *)elements)[index] = (float)value; break;
+    case MFA_F16: ((uint16_t *)elements)[index] = encode(value, F16_EXPONENT, F16_FRACTION); break;
+    case MFA_BF16: ((uint16_t *)elements)[index] = encode(value, BF16_EXPONENT, BF16_FRACTION); break;
+    default: ((uint8_t *)elements)[index] = (uint8_t)value; break;
+    }
+}
+
+double element_round(int32_t dtype, double value)
+{
+    switch (dtype) {
+    case MFA_F64: return value;
+    case MFA_F32: return (float)value;
+    case MFA_F16: return decode(encode(value, F16_EXPONENT, F16_FRACTION), F16_EXPONENT, F16_FRACTION);
+    case MFA_BF16: return decode(encode(value, BF16_EXPONENT, BF16_FRACTION), BF16_EXPONENT, BF16_FRACTION);
+    default: return value != 0;
+    }
+}
+
+double element_ulp(int32_t dtype)
+{
+    switch (dtype) {
+    case MFA_F64: return 0x1p-52;
+    case MFA_F32: return 0x1p-23;
+    case MFA_F16: return 0x1p-10;
+    case MFA_BF16: return 0x1p-7;
+    default: return 1;
+    }
+}
+
+const char *element_name(int32_t dtype)
+{
+    switch (dtype) {
+    case MFA_F64: return "f64";
+    case MFA_F32: return "f32";
+    case MFA_F16: return "f16";
+    case MFA_BF16: return "bf16";
+    default: return "bool";
+    }
+}

@@ -1,0 +1,26 @@
+/* Elements of tensors, read and written one at a time through double: the four dtypes of the library and
+ * the bytes of a bool mask. The conversions are our own and round to nearest, ties to even, in one step. */
+#ifndef REFERENCE_ELEMENT_H
+#define REFERENCE_ELEMENT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mfa.h"
+
+#define ELEMENT_BOOL 64 /* beside the mfa_dtypes: a byte, nonzero is true */
+
+size_t element_size(int32_t dtype);
+double element_load(int32_t dtype, const void *elements, int64_t index);
+void element_store(int32_t dtype, void *elements, int64_t index, double value);
+
+/* `value` as the dtype holds it. */
+double element_round(int32_t dtype, double value);
+
+/* The distance from 1 to the next larger number of the dtype. */
+double element_ulp(int32_t dtype);
+
+/* "f32" and so on; "bool". */
+const char *element_name(int32_t dtype);
+
+#endif

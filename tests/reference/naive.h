@@ -1,0 +1,194 @@
+/* The naive computation in a working precision: included by tolerance.c once for each REAL, with NAIVE the
+ * prefix of its functions. Beside the results it gathers the squares that the floor of the tolerance is
+ * made of. Dot products run in LANES partial sums and sums over keys descend, so that they differ from the
+ * reference's order (and the compiler may use vectors). */
+
+#define JOIN_NAMES(a, b) a##_##b
+#define JOIN(a, b) JOIN_NAMES(a, b)
+#define LOCAL(name) JOIN(NAIVE, name)
+
+struct LOCAL(head) {
+    struct position at;
+    REAL *K, *V, *dK, *dV;                 /* of all keys */
+    REAL *P, *slope, *Q, *dO, *O, *dQ;     /* of query i */
+    double K_norm, *V_norm;                /* the largest, and each */
+    double *dK_squares, *dV_squares, off;  /* errors that fall on keys; error of S_i */
+};
+
+static REAL LOCAL(dot)(const REAL *a, const REAL *b, int64_t length)
+{
+    REAL part[LANES] = {0}, sum = 0;
+    int64_t at = 0;
+    for (; at + LANES <= length; at += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            part[lane] += a[at + lane] * b[at + lane];
+    for (; at < length; at++)
+        sum += a[at] * b[at];
+    for (int lane = 0; lane < LANES; lane++)
+        sum += part[lane];
+    return sum;
+}
+
+static double LOCAL(norm)(const REAL *row, int64_t length)
+{
+    return sqrt((double)LOCAL(dot)(row, row, length));
+}
+
+static void LOCAL(gather)(struct reference_view view, int64_t b, int64_t h, int64_t first, int64_t rows,
+                          int64_t columns, REAL *out)
+{
+    const double *from = view.values + b * view.batch + h * view.head + first * view.row;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++)
+            out[r * columns + c] = (REAL)from[r * view.row + c * view.column];
+}
+
+/* P and the softcap's slope; returns L. */
+static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
+{
+    const mfa_problem *p = n->problem;
+    REAL largest = (REAL)-INFINITY, sum = 0, *P = head->P;
+    for (int64_t j = head->at.first; j < head->at.end; j++) {
+        REAL s = (REAL)p->scale * LOCAL(dot)(head->Q, head->K + j * p->head_dim, p->head_dim);
+        REAL bent = p->softcap > 0 ? (REAL)tanh(s / (REAL)p->softcap) : 0;
+        if (p->softcap > 0)
+            s = (REAL)p->softcap * bent;
+        head->slope[j] = 1 - bent * bent;
+        double mask = p->mask == MFA_MASK_NONE ? 1 : naive_mask(n, &head->at, j);
+        if (p->mask == MFA_MASK_ADDITIVE)
+            s += (REAL)mask;
+        else if (mask == 0)
+            s = (REAL)-INFINITY;
+        P[j] = s;
+        largest = s > largest ? s : largest;
+    }
+    for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
+        P[j] = largest == (REAL)-INFINITY ? 0 : (REAL)exp(P[j] - largest);
+        sum += P[j];
+    }
+    for (int64_t j = head->at.first; j < head->at.end && sum > 0; j++)
+        P[j] /= sum;
+    return sum > 0 ? largest + (REAL)log(sum) : (REAL)-INFINITY;
+}
+
+static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
+{
+    const mfa_problem *p = n->problem;
+    int64_t at = (head->at.b * p->q_heads + head->at.h) * p->q_len + head->at.i;
+    LOCAL(gather)(n->Q, head->at.b, head->at.h, head->at.i, 1, p->head_dim, head->Q);
+    REAL L = LOCAL(softmax)(n, head);
+    double P_squares = 0;
+    for (int64_t c = 0; c < p->value_dim; c++)
+        head->O[c] = 0;
+    for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
+        REAL P = (REAL)element_round(p->dtype, head->P[j]);
+        P_squares += (double)P * P;
+        for (int64_t c = 0; c < p->value_dim; c++)
+            head->O[c] += P * head->V[j * p->value_dim + c];
+    }
+    head->off = n->unit * (1 + fabs(p->scale) * LOCAL(norm)(head->Q, p->head_dim) * head->K_norm + n->mask_largest);
+    n->O_off = fmax(n->O_off, head->off * sqrt(P_squares));
+    n->L_off = fmax(n->L_off, head->off + n->unit * (isfinite(L) ? fabs((double)L) : 0));
+    n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
+    for (int64_t c = 0; c < p->value_dim; c++)
+        n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
+}
+
+static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
+{
+    const mfa_problem *p = n->problem;
+    const int64_t columns = p->head_dim, values = p->value_dim;
+    int64_t at = (head->at.b * p->q_heads + head->at.h) * p->q_len + head->at.i;
+    REAL *dQ = head->dQ, *dO = head->dO;
+    LOCAL(gather)(n->dO, head->at.b, head->at.h, head->at.i, 1, values, dO);
+    double dL = naive_dL(n, &head->at);
+    REAL D = LOCAL(dot)(dO, head->O, values) - (REAL)dL;
+    double dO_norm = LOCAL(norm)(dO, values), O_norm = LOCAL(norm)(head->O, values), dQ_squares = 0;
+    double D_off = n->unit * (dO_norm * O_norm + fabs(dL)) +
+                   naive_unit(p->dtype) * dO_norm * O_norm / sqrt((double)values);
+    for (int64_t c = 0; c < columns; c++)
+        dQ[c] = 0;
+    for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
+        REAL dP = LOCAL(dot)(dO, head->V + j * values, values);
+        REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(p->dtype, head->P[j]);
+        REAL dQK = (REAL)element_round(p->dtype, dS * head->slope[j]);
+        for (int64_t c = 0; c < columns; c++)
+            dQ[c] += dQK * head->K[j * columns + c];
+        for (int64_t c = 0; c < columns; c++)
+            head->dK[j * columns + c] += dQK * head->Q[c];
+        for (int64_t c = 0; c < values; c++)
+            head->dV[j * values + c] += P * dO[c];
+
+        double slope = head->slope[j], P_off = head->off * head->P[j];
+        double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * dO_norm * head->V_norm[j];
+        double slope_off = p->softcap > 0 ? n->unit + 2 * slope * head->off / p->softcap : 0;
+        double dQK_off = (own_off + head->P[j] * D_off) * slope + fabs((double)dS) * slope_off;
+        dQ_squares += dQK_off * dQK_off;
+        head->dK_squares[j] += dQK_off * dQK_off;
+        head->dV_squares[j] += P_off * P_off;
+        naive_add_dbias(n, &head->at, j, dS, own_off, head->P[j], D_off);
+    }
+    n->dQ_off = fmax(n->dQ_off, sqrt(dQ_squares));
+    for (int64_t c = 0; c < columns; c++)
+        n->results.dQ[at * columns + c] = element_round(p->dtype, (REAL)p->scale * dQ[c]);
+}
+
+/* All queries that read one KV head. */
+static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, int64_t kv_head)
+{
+    const mfa_problem *p = n->problem;
+    const int64_t columns = p->head_dim, values = p->value_dim, group = p->q_heads / p->kv_heads;
+    LOCAL(gather)(n->K, b, kv_head, 0, p->kv_len, columns, head->K);
+    LOCAL(gather)(n->V, b, kv_head, 0, p->kv_len, values, head->V);
+    for (int64_t j = 0; j < p->kv_len; j++) {
+        head->V_norm[j] = LOCAL(norm)(head->V + j * values, values);
+        head->K_norm = fmax(head->K_norm, LOCAL(norm)(head->K + j * columns, columns));
+    }
+    head->at.b = b;
+    for (head->at.h = kv_head * group; head->at.h < (kv_head + 1) * group; head->at.h++)
+        for (head->at.i = 0; head->at.i < p->q_len; head->at.i++) {
+            reference_band(p, head->at.i, &head->at.first, &head->at.end);
+            LOCAL(forward_row)(n, head);
+            if (n->backward)
+                LOCAL(backward_row)(n, head);
+        }
+    for (int64_t j = 0; j < p->kv_len && n->backward; j++) {
+        int64_t key = (b * p->kv_heads + kv_head) * p->kv_len + j;
+        n->dK_off = fmax(n->dK_off, sqrt(head->dK_squares[j]));
+        n->dV_off = fmax(n->dV_off, sqrt(head->dV_squares[j]));
+        for (int64_t c = 0; c < columns; c++)
+            n->results.dK[key * columns + c] = element_round(p->dtype, (REAL)p->scale * head->dK[j * columns + c]);
+        for (int64_t c = 0; c < values; c++)
+            n->results.dV[key * values + c] = element_round(p->dtype, head->dV[j * values + c]);
+    }
+}
+
+static void NAIVE(struct naive *n)
+{
+    const mfa_problem *p = n->problem;
+    const int64_t keys = p->kv_len, columns = p->head_dim, values = p->value_dim;
+    for (int64_t head = 0; head < p->batch * p->kv_heads; head++) {
+        struct LOCAL(head) h = {0};
+        struct { REAL **row; int64_t count; } reals[] = {
+            {&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
+            {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
+        const size_t count = sizeof reals / sizeof *reals;
+        for (size_t at = 0; at < count; at++)
+            *reals[at].row = (REAL *)reference_allocate(reals[at].count);
+        h.V_norm = reference_allocate(keys);
+        h.dK_squares = reference_allocate(keys);
+        h.dV_squares = reference_allocate(keys);
+        LOCAL(rows)(n, &h, head / p->kv_heads, head % p->kv_heads);
+        for (size_t at = 0; at < count; at++)
+            free(*reals[at].row);
+        free(h.V_norm);
+        free(h.dK_squares);
+        free(h.dV_squares);
+    }
+}
+
+#undef LOCAL
+#undef JOIN
+#undef JOIN_NAMES
+#undef NAIVE
+#undef REAL

@@ -1,0 +1,131 @@
+/* Which layout, operand, dtype and extents each tensor of a problem has, and reading one into doubles. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "reference/attention.h"
+#include "reference/element.h"
+
+const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_tensor tensor)
+{
+    const mfa_layout *layouts[REFERENCE_TENSORS] = {
+        [REFERENCE_Q] = &problem->q_layout, [REFERENCE_K] = &problem->k_layout, [REFERENCE_V] = &problem->v_layout,
+        [REFERENCE_MASK] = &problem->mask_layout, [REFERENCE_dO] = &problem->d_o_layout,
+        [REFERENCE_dL] = &problem->dlse_layout, [REFERENCE_O] = &problem->o_layout,
+        [REFERENCE_L] = &problem->lse_layout, [REFERENCE_dQ] = &problem->dq_layout,
+        [REFERENCE_dK] = &problem->dk_layout, [REFERENCE_dV] = &problem->dv_layout,
+        [REFERENCE_DBIAS] = &problem->dbias_layout};
+    return layouts[tensor];
+}
+
+const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_tensor tensor)
+{
+    const mfa_buffer *operands[REFERENCE_TENSORS] = {
+        [REFERENCE_Q] = &buffers->q, [REFERENCE_K] = &buffers->k, [REFERENCE_V] = &buffers->v,
+        [REFERENCE_MASK] = &buffers->mask, [REFERENCE_dO] = &buffers->d_o, [REFERENCE_dL] = &buffers->dlse,
+        [REFERENCE_O] = &buffers->o, [REFERENCE_L] = &buffers->lse, [REFERENCE_dQ] = &buffers->dq,
+        [REFERENCE_dK] = &buffers->dk, [REFERENCE_dV] = &buffers->dv, [REFERENCE_DBIAS] = &buffers->dbias};
+    return operands[tensor];
+}
+
+int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor)
+{
+    switch (tensor) {
+    case REFERENCE_MASK: return problem->mask == MFA_MASK_BOOL ? ELEMENT_BOOL : problem->mask_dtype;
+    case REFERENCE_DBIAS: return problem->mask_dtype;
+    case REFERENCE_L:
+    case REFERENCE_dL: return problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32;
+    default: return problem->dtype;
+    }
+}
+
+void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, int64_t shape[4])
+{
+    const mfa_problem *p = problem;
+    int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V || tensor == REFERENCE_dK || tensor == REFERENCE_dV;
+    shape[0] = p->batch;
+    shape[1] = of_keys ? p->kv_heads : p->q_heads;
+    shape[2] = of_keys ? p->kv_len : p->q_len;
+    switch (tensor) {
+    case REFERENCE_Q: case REFERENCE_K: case REFERENCE_dQ: case REFERENCE_dK: shape[3] = p->head_dim; break;
+    case REFERENCE_MASK: case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
+    case REFERENCE_L: case REFERENCE_dL: shape[3] = 1; break;
+    default: shape[3] = p->value_dim; break;
+    }
+    const mfa_layout *layout = reference_layout(problem, tensor);
+    const int64_t strides[4] = {layout->batch, layout->head, layout->row, layout->column};
+    for (int dimension = 0; dimension < 4; dimension++)
+        if (strides[dimension] == 0 && shape[dimension] > 1)
+            shape[dimension] = 1;
+}
+
+int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor)
+{
+    int64_t shape[4];
+    reference_shape(problem, tensor, shape);
+    return shape[0] * shape[1] * shape[2] * shape[3];
+}
+
+double *reference_allocate(int64_t count)
+{
+    double *doubles = calloc(count ? (size_t)count : 1, sizeof *doubles);
+    if (!doubles) {
+        fprintf(stderr, "no memory for %lld doubles\n", (long long)count);
+        exit(2);
+    }
+    return doubles;
+}
+
+struct reference_view reference_view(const mfa_problem *problem, enum reference_tensor tensor, double *values)
+{
+    int64_t n[4];
+    reference_shape(problem, tensor, n);
+    struct reference_view view = {values, n[0] > 1 ? n[1] * n[2] * n[3] : 0, n[1] > 1 ? n[2] * n[3] : 0,
+                                  n[2] > 1 ? n[3] : 0, n[3] > 1 ? 1 : 0};
+    return view;
+}
+
+struct reference_view reference_load(const mfa_problem *problem, enum reference_tensor tensor,
+                                     const mfa_buffers *buffers)
+{
+    int64_t n[4], at = 0;
+    reference_shape(problem, tensor, n);
+    double *dense = reference_allocate(reference_count(problem, tensor));
+    const mfa_layout *s = reference_layout(problem, tensor);
+    const mfa_buffer *buffer = reference_buffer(buffers, tensor);
+    const char *elements = (const char *)buffer->base + buffer->offset;
+    int32_t dtype = reference_dtype(problem, tensor);
+    for (int64_t b = 0; b < n[0]; b++)
+        for (int64_t h = 0; h < n[1]; h++)
+            for (int64_t r = 0; r < n[2]; r++)
+                for (int64_t c = 0; c < n[3]; c++)
+                    dense[at++] = element_load(dtype, elements,
+                                               b * s->batch + h * s->head + r * s->row + c * s->column);
+    return reference_view(problem, tensor, dense);
+}
+
+void reference_gather(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns, double *out)
+{
+    const double *from = view.values + b * view.batch + h * view.head;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++)
+            out[r * columns + c] = from[r * view.row + c * view.column];
+}
+
+void reference_gather_transposed(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns,
+                                 double *out)
+{
+    const double *from = view.values + b * view.batch + h * view.head;
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++)
+            out[c * rows + r] = from[r * view.row + c * view.column];
+}
+
+void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end)
+{
+    /* lower and upper may be as large as integers get: brought near the keys before they are added to. */
+    int64_t kv = problem->kv_len, lower = problem->lower, upper = problem->upper;
+    *first = lower <= -i ? 0 : lower >= kv - i ? kv : i + lower;
+    *end = upper < -i ? 0 : upper >= kv - 1 - i ? kv : i + upper + 1;
+    if (*end < *first)
+        *end = *first;
+}

@@ -1,0 +1,158 @@
+/* The naive computation's error and the floor under it, made into a tolerance for each tensor. */
+#include "reference/tolerance.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "reference/element.h"
+
+enum { LANES = 8 };
+
+/* Roundings that the floor grants to each number: the largest of many random ones is about four times the
+ * usual one. In f64 the reference is off by as much as what it judges. */
+static double few(int32_t dtype)
+{
+    return dtype == MFA_F64 ? 12 : 4;
+}
+
+/* A query, and the keys in its band. */
+struct position {
+    int64_t b, h, i, first, end;
+};
+
+struct naive {
+    const mfa_problem *problem;
+    struct reference_view Q, K, V, mask, dO, dL, dbias;
+    int backward;
+    double unit;                                             /* one rounding of the working precision */
+    double mask_largest;                                     /* finite elements */
+    struct reference results;
+    double *dbias_squares;
+    double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off;  /* the errors of tolerance.h, but for a last factor */
+};
+
+static double naive_unit(int32_t dtype)
+{
+    return element_ulp(dtype) / 2;
+}
+
+static double naive_mask(const struct naive *n, const struct position *at, int64_t j)
+{
+    return n->mask.values[at->b * n->mask.batch + at->h * n->mask.head + at->i * n->mask.row + j * n->mask.column];
+}
+
+static double naive_dL(const struct naive *n, const struct position *at)
+{
+    return n->dL.values ? n->dL.values[at->b * n->dL.batch + at->h * n->dL.head + at->i * n->dL.row] : 0;
+}
+
+/* `own` is this dS's error; beside it, all of the query's keys have P times `D_off` from D. Where dbias is
+ * summed over keys the latter adds up instead of averaging out: the sum of all P is 1. */
+static void naive_add_dbias(struct naive *n, const struct position *at, int64_t j, double dS, double own, double P,
+                            double D_off)
+{
+    if (!n->results.dbias)
+        return;
+    const struct reference_view *view = &n->dbias;
+    int64_t element = at->b * view->batch + at->h * view->head + at->i * view->row + j * view->column;
+    double sum = n->results.dbias[element] + dS;
+    n->results.dbias[element] = n->problem->dtype == MFA_F64 ? sum : (float)sum;
+    n->dbias_squares[element] += own * own + (view->column ? P * P : P) * D_off * D_off;
+    n->dbias_off = fmax(n->dbias_off, sqrt(n->dbias_squares[element]));
+}
+
+#define REAL float
+#define NAIVE naive_float
+#include "reference/naive.h"
+
+#define REAL double
+#define NAIVE naive_double
+#include "reference/naive.h"
+
+static double largest(const double *values, int64_t count)
+{
+    double most = 0;
+    for (int64_t at = 0; at < count; at++)
+        if (isfinite(values[at]))
+            most = fmax(most, fabs(values[at]));
+    return most;
+}
+
+/* The root mean square of the row where that is largest. */
+static double largest_row(struct reference_view view, const mfa_problem *p, enum reference_tensor tensor)
+{
+    int64_t shape[4], count = reference_count(p, tensor);
+    reference_shape(p, tensor, shape);
+    double most = 0;
+    for (int64_t row = 0; row < count; row += shape[3]) {
+        double squares = 0;
+        for (int64_t c = 0; c < shape[3]; c++)
+            squares += view.values[row + c] * view.values[row + c];
+        most = fmax(most, squares / (double)shape[3]);
+    }
+    return sqrt(most);
+}
+
+/* Twice naive's error, or `floor` and an ulp of the largest element. */
+static double allow(const mfa_problem *p, enum reference_tensor tensor, const double *truth, const double *naive,
+                    double floor)
+{
+    int64_t count = reference_count(p, tensor);
+    double error = 0;
+    if (!truth)
+        return 0;
+    for (int64_t at = 0; at < count; at++)
+        if (isfinite(truth[at]))
+            error = fmax(error, fabs(naive[at] - truth[at]));
+    return fmax(2 * error, floor + element_ulp(reference_dtype(p, tensor)) * largest(truth, count));
+}
+
+void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *truth,
+                         struct tolerance *tolerance)
+{
+    const mfa_problem *p = problem;
+    struct naive n = {.problem = p, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
+    n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias;
+    struct { struct reference_view *view; enum reference_tensor tensor; int wanted; } inputs[] = {
+        {&n.Q, REFERENCE_Q, 1}, {&n.K, REFERENCE_K, 1}, {&n.V, REFERENCE_V, 1},
+        {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE}, {&n.dO, REFERENCE_dO, n.backward},
+        {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
+    struct { double **values; enum reference_tensor tensor; int wanted; } outputs[] = {
+        {&n.results.O, REFERENCE_O, 1}, {&n.results.L, REFERENCE_L, 1}, {&n.results.dQ, REFERENCE_dQ, n.backward},
+        {&n.results.dK, REFERENCE_dK, n.backward}, {&n.results.dV, REFERENCE_dV, n.backward},
+        {&n.results.dbias, REFERENCE_DBIAS, truth->dbias != NULL},
+        {&n.dbias_squares, REFERENCE_DBIAS, truth->dbias != NULL}};
+    const size_t input_count = sizeof inputs / sizeof *inputs, output_count = sizeof outputs / sizeof *outputs;
+    for (size_t at = 0; at < input_count; at++)
+        if (inputs[at].wanted)
+            *inputs[at].view = reference_load(p, inputs[at].tensor, buffers);
+    for (size_t at = 0; at < output_count; at++)
+        if (outputs[at].wanted)
+            *outputs[at].values = reference_allocate(reference_count(p, outputs[at].tensor));
+    if (truth->dbias)
+        n.dbias = reference_view(p, REFERENCE_DBIAS, n.results.dbias);
+    if (p->mask == MFA_MASK_ADDITIVE)
+        n.mask_largest = largest(n.mask.values, reference_count(p, REFERENCE_MASK));
+
+    if (p->dtype == MFA_F64)
+        naive_double(&n);
+    else
+        naive_float(&n);
+    for (int64_t at = 0; at < reference_count(p, REFERENCE_DBIAS) && truth->dbias; at++)
+        n.results.dbias[at] = element_round(p->mask_dtype, n.results.dbias[at]);
+
+    double Q = largest_row(n.Q, p, REFERENCE_Q), K = largest_row(n.K, p, REFERENCE_K);
+    double V = largest_row(n.V, p, REFERENCE_V), dO = n.backward ? largest_row(n.dO, p, REFERENCE_dO) : 0;
+    double scale = fabs(p->scale);
+    tolerance->O = allow(p, REFERENCE_O, truth->O, n.results.O, few(p->dtype) * n.O_off * V);
+    tolerance->L = allow(p, REFERENCE_L, truth->L, n.results.L, few(p->dtype) * n.L_off);
+    tolerance->dQ = allow(p, REFERENCE_dQ, truth->dQ, n.results.dQ, few(p->dtype) * n.dQ_off * scale * K);
+    tolerance->dK = allow(p, REFERENCE_dK, truth->dK, n.results.dK, few(p->dtype) * n.dK_off * scale * Q);
+    tolerance->dV = allow(p, REFERENCE_dV, truth->dV, n.results.dV, few(p->dtype) * n.dV_off * dO);
+    tolerance->dbias = allow(p, REFERENCE_DBIAS, truth->dbias, n.results.dbias, few(p->dtype) * n.dbias_off);
+
+    for (size_t at = 0; at < input_count; at++)
+        free(inputs[at].view->values);
+    for (size_t at = 0; at < output_count; at++)
+        free(*outputs[at].values);
+}

@@ -1,0 +1,333 @@
+"""Runs every suite of tests, shows what each prints, and ends with one line: N passed, N failed.
+
+    tests/run.py [--build FOLDER] [--list] [SUITE ...]
+
+Run it through `make test`, which sees to what it needs. A suite is a function below: it builds something
+and runs programs. A program's own count is taken from its output (cmocka's, pytest's, or a last line
+"N passed, N failed"); a step without a count counts as one test. A program that dies, hangs or says
+nothing of its tests is a failure, whatever it had counted.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ISAS = ("scalar", "avx2", "avx512", "neon")
+LIMIT = 900  # seconds that one program may run
+
+
+class Run:
+    """Runs programs and keeps count."""
+
+    def __init__(self, build):
+        self.build = build
+        self.passed = self.failed = 0
+        self.failures = []
+        self.suite = ""
+        self.shipped = None
+
+    def count(self, what, passed, failed):
+        self.passed += passed
+        self.failed += failed
+        if failed:
+            self.failures.append(f"{self.suite}: {what}: {failed} failed")
+
+    def step(self, *command, counts=False, **environment):
+        """Runs one program; counts: it reports its tests itself. True if all went well."""
+        words = [str(word) for word in command]
+        settings = " ".join(f"{name}={value}" for name, value in environment.items())
+        title = " ".join(filter(None, [settings, *words])).replace(str(ROOT) + os.sep, "")
+        title = title if len(title) < 240 else title[:240] + " ..."
+        print(f"\n--- {self.suite}: {title}", flush=True)
+        began = time.monotonic()
+        code, text = execute(words, environment)
+        passed, failed = parse_counts(text) if counts else (0, 0)
+        if code and not failed:
+            print(f"--- killed by signal {-code}" if code < 0 else f"--- exit code {code}")
+            failed += 1
+        elif counts and not passed + failed:
+            print("--- no count of tests in its output")
+            failed += 1
+        elif not counts:
+            passed = 1
+        print(f"--- {passed} passed, {failed} failed in {time.monotonic() - began:.1f} s", flush=True)
+        self.count(title, passed, failed)
+        return not failed
+
+    def cmake(self, name, *options):
+        """Configures and builds a folder of the test programs; None if that fails."""
+        folder = self.build / name
+        # A sanitizer or another compiler is no reason to accept a warning.
+        options = ("-DMFA_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options)
+        if self.step("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options) and self.step(
+            "cmake", "--build", folder, "--", "-k", "0"
+        ):
+            return folder
+        return None
+
+    def release(self):
+        """The build folder of the library as it is shipped, and its library; both None if that fails."""
+        if not self.shipped:
+            folder = self.cmake("test-release")
+            self.shipped = (folder, next(folder.glob("libmfa.so.*.*.*"))) if folder else (None, None)
+        return self.shipped
+
+    def programs(self, folder, pattern="test_*", **environment):
+        """Runs the cmocka programs of a build folder."""
+        programs = [ROOT / path for path in sorted(ROOT.glob(f"tests/{pattern}.c"))]
+        if not programs:
+            self.count(f"no program tests/{pattern}.c", 0, 1)
+        for program in programs:
+            self.step(folder / program.stem, counts=True, **environment)
+
+
+def execute(words, environment):
+    """Runs a program, passing its output on as it comes. Returns its exit code and its output."""
+    try:
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that its children can be ended with it
+        )
+    except OSError as error:
+        print(error)
+        return 127, ""
+
+    def end():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    clock = threading.Timer(LIMIT, end)
+    clock.start()
+    lines = []
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        return process.wait(), "".join(lines)
+    finally:
+        clock.cancel()
+        end()
+
+
+def parse_counts(text):
+    """(passed, failed) as the program reported them; (0, 0) if it did not."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    own = re.findall(r"^(\d+) passed, (\d+) failed$", plain, re.MULTILINE)
+    if own:
+        return int(own[-1][0]), int(own[-1][1])
+    summary = re.findall(r"^=+ (.*) in [\d.]+s\b.*=+$", plain, re.MULTILINE)
+    if summary:
+        words = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", summary[-1])}
+        return words.get("passed", 0), words.get("failed", 0) + words.get("error", 0)
+    passed = re.findall(r"^\[  PASSED  \] (\d+) test", plain, re.MULTILINE)
+    failed = re.findall(r"^\[  FAILED  \] (\d+) test", plain, re.MULTILINE)
+    return sum(map(int, passed)), sum(map(int, failed))
+
+
+def machine_isas(library):
+    """The instruction sets that this machine and the library both have."""
+
+    class Options(ctypes.Structure):
+        _fields_ = [
+            ("size", ctypes.c_uint64),
+            ("threads", ctypes.c_int32),
+            ("reserved", ctypes.c_int32),
+            ("isa", ctypes.c_char_p),
+            ("cache", ctypes.c_char_p),
+            ("host", ctypes.c_void_p),
+        ]
+
+    mfa = ctypes.CDLL(str(library))
+    mfa.mfa_context_destroy.argtypes = [ctypes.c_void_p]
+    found = []
+    for isa in ISAS:
+        context = ctypes.c_void_p()
+        options = Options(size=ctypes.sizeof(Options), isa=isa.encode())
+        if mfa.mfa_context_create(ctypes.byref(options), ctypes.byref(context)) == 0:
+            found.append(isa)
+            mfa.mfa_context_destroy(context)
+    print(f"\n--- instruction sets of this machine: {' '.join(found) or 'none'}")
+    return found
+
+
+# --- The suites, in the order in which they run ---------------------------------------------------
+
+
+def checks(run):
+    """Who includes whom, names, documents, style; and that these checks catch what they should."""
+    for check in ("check_includes.py", "check_names.py", "check_docs.py"):
+        run.step(sys.executable, ROOT / "tools" / check, counts=True)
+    run.step("sh", ROOT / "tools/check_style.sh", counts=True)
+    run.step(sys.executable, "-m", "pytest", "tests/tools", counts=True)
+
+
+def release(run):
+    """The library as it is shipped: its exported symbols, and all tests on every instruction set of this machine."""
+    folder, library = run.release()
+    if not folder:
+        return
+    run.step(sys.executable, ROOT / "tools/check_names.py", "--library", library, counts=True)
+    for isa in machine_isas(library):
+        run.programs(folder, MFA_ISA=isa)
+        if (ROOT / "tests/check_kernels.c").exists():
+            run.step(folder / "check_kernels", "--isa", isa, counts=True)
+        run.step(folder / "check_attention", "--isa", isa, counts=True)
+
+
+def header(run):
+    """The public header by itself, as C11 and C++17, with two compilers; the program runs with the shipped library."""
+    folder, library = run.release()
+    if not folder:
+        return
+    strict = ("-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Iinclude")
+    languages = (("gcc", "c", "c11"), ("clang-19", "c", "c11"), ("g++", "c++", "c++17"), ("clang-19", "c++", "c++17"))
+    for compiler, language, standard in languages:
+        program = run.build / f"test-header-{compiler}-{standard}"
+        source = ("-x", language, f"-std={standard}", *strict, "tests/test_header.c")
+        if run.step(compiler, *source, "-x", "none", library, f"-Wl,-rpath,{folder}", "-o", program):
+            run.step(program, counts=True)
+
+
+def plain(run):
+    """One command of a plain C compiler, no options: a scalar library that is right."""
+    program = run.build / "test-plain"
+    patterns = ("src/*.c", "src/*/*.c", "src/cpu/kernels/*.c", "tests/kit/*.c", "tests/reference/*.c")
+    sources = [path.relative_to(ROOT) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    includes = ("-Iinclude", "-Isrc", "-Itests")
+    if run.step("cc", *includes, "tests/check_attention.c", *sources, "-o", program, "-lm", "-lpthread"):
+        # It is slow without optimisation; the other dtypes were tested on these kernels in the release suite.
+        run.step(program, "--quick", "--isa", "scalar", "--filter", " f32 ", counts=True)
+
+
+def clang(run):
+    """Another compiler."""
+    folder = run.cmake("test-clang", "-DCMAKE_C_COMPILER=clang-19")
+    if folder:
+        run.programs(folder)
+        run.step(folder / "check_attention", "--quick", counts=True)
+
+
+def memory(run):
+    """Address and undefined-behaviour sanitizers."""
+    folder = run.cmake("test-memory", "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=address,undefined")
+    _, library = run.release()
+    if not (folder and library):
+        return
+    settings = {"ASAN_OPTIONS": "allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    run.programs(folder, **settings)
+    for isa in machine_isas(library):
+        run.step(folder / "check_attention", "--quick", "--isa", isa, counts=True, **settings)
+
+
+def threads(run):
+    """Thread sanitizer, over the tests in which threads meet."""
+    folder = run.cmake("test-threads", "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=thread")
+    if folder:
+        # A child of fork() starts threads of its own: that is one of the tests.
+        settings = {"TSAN_OPTIONS": "die_after_fork=0 allocator_may_return_null=1"}
+        run.programs(folder, "test_threads", **settings)
+        run.programs(folder, "test_concurrency", **settings)
+        run.step(folder / "check_attention", "--quick", "--threads", "3", counts=True, **settings)
+
+
+def arm64(run):
+    """NEON, and scalar code of another compiler, under emulation."""
+    folder = run.cmake(
+        "test-arm64",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+        "-DBUILD_SHARED_LIBS=OFF",
+    )
+    if folder:
+        command = ("qemu-aarch64-static", folder / "check_attention", "--quick")
+        run.step(*command, "--isa", "neon", counts=True)
+        run.step(*command, "--isa", "scalar", "--filter", " f32 ", counts=True)
+
+
+def python(run):
+    """The Python package, in the tree."""
+    _, library = run.release()
+    if library:
+        paths = {"PYTHONPATH": str(ROOT / "python"), "MFA_LIBRARY": str(library)}
+        run.step(sys.executable, "-m", "pytest", "tests/python", counts=True, **paths)
+
+
+def wheel(run):
+    """The Python package as pip installs it: fit for any Python, and its library is found beside it."""
+    folder = run.build / "test-wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    if not run.step(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT):
+        return
+    (file,) = folder.glob("*.whl")
+    run.count(f"{file.name} is for any Python", *((1, 0) if "-py3-none-" in file.name else (0, 1)))
+    site = folder / "site"
+    if run.step(*pip, "install", "--no-deps", "--target", site, file):
+        program = "import mps_flash_attn, torch; q = torch.ones(1, 1, 4, 8); mps_flash_attn.flash_attention(q, q, q)"
+        run.step(sys.executable, "-c", program, PYTHONPATH=str(site))
+
+
+SUITES = (checks, release, header, plain, clang, memory, threads, arm64, python, wheel)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build", help="where to build (default: build)")
+    parser.add_argument("--list", action="store_true", help="name the suites and stop")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="run only these")
+    options = parser.parse_args()
+    if options.list:
+        for suite in SUITES:
+            print(f"{suite.__name__:10} {suite.__doc__}")
+        return 0
+    names = [suite.__name__ for suite in SUITES]
+    for name in options.suites:
+        if name not in names:
+            parser.error(f"no suite {name}; there are: {' '.join(names)}")
+
+    run = Run(options.build.resolve())
+    run.build.mkdir(parents=True, exist_ok=True)
+    os.environ["MFA_CACHE"] = str(run.build / "test-cache")  # not the user's own
+    times = []
+    for suite in SUITES:
+        if options.suites and suite.__name__ not in options.suites:
+            continue
+        run.suite = suite.__name__
+        began, passed, failed = time.monotonic(), run.passed, run.failed
+        print(f"\n=== {suite.__name__}: {suite.__doc__}", flush=True)
+        try:
+            suite(run)
+        except Exception as error:  # the other suites still have their say
+            run.count(f"{type(error).__name__}: {error}", 0, 1)
+        times.append((suite.__name__, run.passed - passed, run.failed - failed, time.monotonic() - began))
+
+    print("\n=== summary")
+    for name, passed, failed, seconds in times:
+        print(f"{name:10} {passed:7} passed {failed:5} failed {seconds:7.1f} s")
+    for failure in run.failures:
+        print(f"FAILED {failure}")
+    print(f"{run.passed} passed, {run.failed} failed")
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

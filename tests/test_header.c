@@ -1,0 +1,101 @@
+/* mfa.h by itself: it needs no other header, is C11 and C++17 alike, and its types have the layout that
+ * was promised, whatever the compiler. The build compiles this file in both languages. */
+#include "mfa.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <string.h>
+
+static_assert(sizeof(mfa_layout) == 32, "four strides of 8 bytes");
+static_assert(sizeof(mfa_buffer) == 16 && offsetof(mfa_buffer, offset) == 8, "64-bit machines");
+static_assert(sizeof(mfa_problem) == 504, "mfa_problem");
+static_assert(offsetof(mfa_problem, pass) == 8, "pass");
+static_assert(offsetof(mfa_problem, mask_dtype) == 24, "mask_dtype");
+static_assert(offsetof(mfa_problem, batch) == 32, "batch");
+static_assert(offsetof(mfa_problem, lower) == 88, "lower");
+static_assert(offsetof(mfa_problem, scale) == 104, "scale");
+static_assert(offsetof(mfa_problem, q_layout) == 120, "q_layout");
+static_assert(offsetof(mfa_problem, mask_layout) == 280, "mask_layout");
+static_assert(offsetof(mfa_problem, d_o_layout) == 312, "d_o_layout");
+static_assert(offsetof(mfa_problem, dbias_layout) == 472, "dbias_layout");
+static_assert(sizeof(mfa_buffers) == 216, "mfa_buffers");
+static_assert(offsetof(mfa_buffers, q) == 8, "q");
+static_assert(offsetof(mfa_buffers, dbias) == 184, "dbias");
+static_assert(offsetof(mfa_buffers, workspace) == 200, "workspace");
+static_assert(sizeof(mfa_context_options) == 40, "mfa_context_options");
+static_assert(offsetof(mfa_context_options, isa) == 16, "isa");
+static_assert(offsetof(mfa_context_options, host) == 32, "host");
+static_assert(sizeof(mfa_status) == 4, "mfa_status");
+static_assert(MFA_OK == 0 && MFA_INVALID == 1 && MFA_UNSUPPORTED == 2 && MFA_UNAVAILABLE == 3 &&
+                  MFA_OUT_OF_MEMORY == 4 && MFA_COMPILE_FAILED == 5 && MFA_DEVICE_FAILED == 6 && MFA_INTERNAL == 7,
+              "the codes of a status");
+static_assert(MFA_FORWARD == 0 && MFA_BACKWARD == 1, "passes");
+static_assert(MFA_DEVICE_CPU == 0 && MFA_DEVICE_METAL == 1, "devices");
+static_assert(MFA_F32 == 0 && MFA_F16 == 1 && MFA_BF16 == 2 && MFA_F64 == 3, "dtypes");
+static_assert(MFA_MASK_NONE == 0 && MFA_MASK_BOOL == 1 && MFA_MASK_ADDITIVE == 2, "masks");
+
+/* Each function, with the type that callers without the header, such as ctypes, rely on. */
+static const struct {
+    const char *(*version)(void);
+    const char *(*last_error)(void);
+    const char *(*status_name)(mfa_status);
+    mfa_status (*context_create)(const mfa_context_options *, mfa_context **);
+    void (*context_destroy)(mfa_context *);
+    mfa_status (*context_set_threads)(mfa_context *, int32_t);
+    void (*problem_init)(mfa_problem *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+    mfa_status (*problem_print)(const mfa_problem *, char *, size_t);
+    mfa_status (*problem_parse)(const char *, mfa_problem *);
+    mfa_status (*problem_supported)(mfa_context *, const mfa_problem *);
+    mfa_status (*plan_create)(mfa_context *, const mfa_problem *, mfa_plan **);
+    void (*plan_destroy)(mfa_plan *);
+    size_t (*plan_workspace)(const mfa_plan *);
+    mfa_status (*plan_describe)(const mfa_plan *, char *, size_t);
+    mfa_status (*plan_run)(const mfa_plan *, const mfa_buffers *, void *);
+    mfa_status (*attention)(mfa_context *, const mfa_problem *, const mfa_buffers *, void *);
+} mfa = {mfa_version,         mfa_last_error,      mfa_status_name,     mfa_context_create,
+         mfa_context_destroy, mfa_context_set_threads, mfa_problem_init, mfa_problem_print,
+         mfa_problem_parse,   mfa_problem_supported, mfa_plan_create,   mfa_plan_destroy,
+         mfa_plan_workspace,  mfa_plan_describe,   mfa_plan_run,        mfa_attention};
+
+static int passed, failed;
+
+static void check(int good, const char *what)
+{
+    good ? passed++ : failed++;
+    if (!good)
+        printf("FAILED  %s: %s\n", what, mfa.last_error());
+}
+
+int main(void)
+{
+    char text[256], numbers[64];
+    float one = 1, o = 0;
+    mfa_context *context = NULL;
+    mfa_plan *plan = NULL;
+    mfa_problem problem, same;
+    mfa_buffers buffers;
+    printf("test_header: the version, and a problem of one number by way of every function\n");
+    snprintf(numbers, sizeof numbers, "%d.%d.%d", MFA_VERSION_MAJOR, MFA_VERSION_MINOR, MFA_VERSION_PATCH);
+    check(!strcmp(mfa.version(), numbers), "the version is that of the header");
+    check(!strcmp(mfa.status_name(MFA_OK), "MFA_OK"), "a status has a name");
+    mfa.problem_init(&problem, 1, 1, 1, 1, 1, 1, 1);
+    check(mfa.problem_print(&problem, text, sizeof text) == MFA_OK, "print");
+    check(mfa.problem_parse(text, &same) == MFA_OK && !memcmp(&problem, &same, sizeof same), "parse gives it back");
+    check(mfa.context_create(NULL, &context) == MFA_OK, "context");
+    check(mfa.context_set_threads(context, 1) == MFA_OK, "threads");
+    check(mfa.problem_supported(context, &problem) == MFA_OK, "supported");
+    check(mfa.plan_create(context, &problem, &plan) == MFA_OK, "plan");
+    check(mfa.plan_describe(plan, text, sizeof text) == MFA_OK, "describe");
+    check(mfa.plan_workspace(plan) < 1 << 24, "workspace");
+    memset(&buffers, 0, sizeof buffers);
+    buffers.size = sizeof buffers;
+    buffers.q.base = buffers.k.base = buffers.v.base = &one;
+    buffers.o.base = &o;
+    check(mfa.plan_run(plan, &buffers, NULL) == MFA_OK && o == 1, "run");
+    o = 0;
+    check(mfa.attention(context, &problem, &buffers, NULL) == MFA_OK && o == 1, "in one call");
+    mfa.plan_destroy(plan);
+    mfa.context_destroy(context);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,209 @@
+/* Keys that the band or the mask hides from every query are not visited, forward or backward: their rows
+ * of K and V lie on pages that may not be read, and, in another run, hold NaN. Results must be the same bit
+ * for bit as with ordinary rows. A key counts as hidden if no visible one is within NEAR of it, which
+ * leaves a kernel its tiles. Each run is in a child, so that a fault is a failure and not the end. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "kit/compare.h"
+#include "kit/operands.h"
+#include "kit/report.h"
+#include "reference/element.h"
+
+enum { SEED = 1, NEAR = 256 };
+enum rows { ORDINARY, FORBIDDEN, NANS };
+
+/* The mask hides the second and third quarter of the keys from all queries. */
+static void mask_quarters(struct inputs *inputs)
+{
+    int64_t shape[4];
+    double *mask = inputs->values[REFERENCE_MASK];
+    reference_shape(&inputs->problem, REFERENCE_MASK, shape);
+    for (int64_t at = 0; mask && at < reference_count(&inputs->problem, REFERENCE_MASK); at++) {
+        int64_t j = at % shape[3];
+        int hidden = j >= shape[3] / 4 && j < shape[3] * 3 / 4;
+        mask[at] = inputs->problem.mask == MFA_MASK_BOOL ? !hidden : hidden ? -INFINITY : 0;
+    }
+}
+
+/* 1 for each key that is far from all visible ones; how many. */
+static int64_t find_hidden(const struct inputs *inputs, char *hidden)
+{
+    const mfa_problem *p = &inputs->problem;
+    const double *mask = inputs->values[REFERENCE_MASK];
+    int64_t count = 0;
+    memset(hidden, 1, (size_t)p->kv_len);
+    for (int64_t i = 0; i < p->q_len; i++) {
+        int64_t first, end;
+        reference_band(p, i, &first, &end);
+        for (int64_t j = first; j < end; j++)
+            if (!mask || mask[j] != (p->mask == MFA_MASK_BOOL ? 0 : -INFINITY))
+                for (int64_t at = j > NEAR ? j - NEAR : 0; at < p->kv_len && at <= j + NEAR; at++)
+                    hidden[at] = 0;
+    }
+    for (int64_t j = 0; j < p->kv_len; j++)
+        count += hidden[j];
+    return count;
+}
+
+static size_t forbid(struct tensor *tensor, const char *hidden)
+{
+    size_t row = (size_t)tensor->shape[3] * element_size(tensor->dtype), pages = 0;
+    for (int64_t head = 0; head < tensor->shape[0] * tensor->shape[1]; head++)
+        for (int64_t first = 0, end; first < tensor->shape[2]; first = end) {
+            for (end = first + 1; end < tensor->shape[2] && hidden[end] == hidden[first];)
+                end++;
+            size_t before = (size_t)(head * tensor->shape[2]);
+            if (hidden[first])
+                pages += guarded_forbid(&tensor->memory, (before + (size_t)first) * row, (before + (size_t)end) * row);
+        }
+    return pages;
+}
+
+static void put_nans(struct inputs *inputs, enum reference_tensor tensor, const char *hidden)
+{
+    int64_t shape[4], count = reference_count(&inputs->problem, tensor);
+    reference_shape(&inputs->problem, tensor, shape);
+    for (int64_t at = 0; at < count; at++)
+        if (hidden[at / shape[3] % shape[2]])
+            inputs->values[tensor][at] = NAN;
+}
+
+/* Forward and backward; 0 if a call failed. */
+static int run(mfa_context *context, const char *text, const mfa_problem *problem, int broadcast, enum rows rows,
+               struct reference *results)
+{
+    struct inputs inputs;
+    struct operands operands;
+    char *hidden = malloc((size_t)problem->kv_len);
+    static char testing[256];
+    guarded_testing(text);
+    inputs_open(&inputs, problem, (struct variant){broadcast, broadcast, 0, 1}, SEED, text);
+    mask_quarters(&inputs);
+    int64_t count = find_hidden(&inputs, hidden);
+    if (rows == NANS) {
+        put_nans(&inputs, REFERENCE_K, hidden);
+        put_nans(&inputs, REFERENCE_V, hidden);
+    }
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    if (rows == FORBIDDEN) {
+        size_t pages = forbid(&operands.tensors[REFERENCE_K], hidden) + forbid(&operands.tensors[REFERENCE_V], hidden);
+        printf("%5lld keys hidden, %3zu pages forbidden  %s\n", (long long)count, pages, text);
+        fflush(stdout);
+        if (!pages) {
+            report_fail("%s\n        hides too few keys to test anything", text);
+            return 0;
+        }
+    }
+    memset(results, 0, sizeof *results);
+    int good = operands_run(&operands, context, 0) == MFA_OK && !operands_collect(&operands, results);
+    operands_turn(&operands, DENSE, results);
+    guarded_testing(strcat(strcpy(testing, "backward of "), text));
+    good = good && operands_run(&operands, context, 0) == MFA_OK && !operands_collect(&operands, results);
+    if (!good)
+        report_fail("%s\n        %s", text, mfa_last_error());
+    operands_close(&operands);
+    inputs_close(&inputs);
+    free(hidden);
+    return good;
+}
+
+/* What the child does; its exit status. */
+static int compare_rows(const char *text, int broadcast)
+{
+    mfa_context *context;
+    mfa_problem problem;
+    struct reference ordinary, results;
+    guarded_report_faults();
+    if (mfa_context_create(NULL, &context) != MFA_OK || mfa_problem_parse(text, &problem) != MFA_OK) {
+        report_fail("%s\n        %s", text, mfa_last_error());
+        return 1;
+    }
+    int good = run(context, text, &problem, broadcast, ORDINARY, &ordinary);
+    for (enum rows rows = FORBIDDEN; rows <= NANS && good; rows++) {
+        good = run(context, text, &problem, broadcast, rows, &results);
+        for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS && good; tensor++) {
+            const double *got = *reference_member(&results, tensor), *expected = *reference_member(&ordinary, tensor);
+            int64_t shape[4];
+            mfa_problem shaped = problem;
+            if (broadcast & ALONG_ROW)
+                shaped.dbias_layout.row = 0;
+            if (broadcast & ALONG_HEAD)
+                shaped.dbias_layout.head = 0;
+            reference_shape(&shaped, tensor, shape);
+            good = !got || compare_same(text, tensor_name(tensor), shape, got, expected);
+        }
+        reference_close(&results);
+    }
+    reference_close(&ordinary);
+    mfa_context_destroy(context);
+    return !good;
+}
+
+static void in_child(const char *text, int broadcast)
+{
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(compare_rows(text, broadcast));
+    int status = -1;
+    assert_true(child > 0 && waitpid(child, &status, 0) == child);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+static void test_band(void **state)
+{
+    (void)state;
+    in_child("forward f32 b1 h1 q64 kv2048 d64 causal", 0);
+    in_child("forward bf16 b1 h2 q64 kv2048 d64 causal", 0);
+    in_child("forward f64 b2 h2 q40 kv1024 d32 causal", 0);
+    in_child("forward f16 b1 h4/2 q200 kv3000 d64 lower1000 upper1100", 0);
+    in_child("forward f32 b1 h1 q100 kv2048 d64 lower1884 upper1948", 0);
+    in_child("forward f32 b1 h1 q1500 kv900 d64 lower-1499 upper-1000", 0);
+    in_child("forward f32 b1 h1 q64 kv1024 d64 upper-64", 0);
+}
+
+static void test_decode_window(void **state)
+{
+    (void)state;
+    in_child("forward f32 b1 h4/1 q1 kv4096 d64 lower3900 upper4095", 0);
+    in_child("forward bf16 b2 h8/2 q3 kv4096 d64 lower3900 upper4093", 0);
+}
+
+static void test_bool_mask(void **state)
+{
+    (void)state;
+    in_child("forward f32 b1 h2 q100 kv2048 d64 mask_bool", 0);
+    in_child("forward f32 b1 h2 q100 kv2048 d64 mask_bool", ALONG_HEAD | ALONG_ROW);
+    in_child("forward f16 b1 h4/2 q1 kv4096 d64 mask_bool", ALONG_HEAD);
+    in_child("forward bf16 b1 h1 q300 kv3000 d64 causal mask_bool", 0);
+}
+
+static void test_additive_mask(void **state)
+{
+    (void)state;
+    in_child("forward f32 b1 h2 q100 kv2048 d64 mask_f32", 0);
+    in_child("forward f32 b1 h2 q100 kv2048 d64 mask_f32", ALONG_HEAD | ALONG_ROW);
+    in_child("forward bf16 b1 h4/2 q1 kv4096 d64 mask_f16", 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_band),
+        cmocka_unit_test(test_decode_window),
+        cmocka_unit_test(test_bool_mask),
+        cmocka_unit_test(test_additive_mask),
+    };
+    report_begin("test_hidden", SEED);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}

@@ -1,0 +1,574 @@
+/* Plans and calls through the public door: what a plan says and keeps, that one call is the same as a plan,
+ * empty problems, merged results, and that whatever is wrong gets its status and a sentence that names the
+ * field, while nothing is written. */
+#include <float.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <pthread.h>
+
+#include <cmocka.h>
+
+#include "kit/operands.h"
+#include "kit/report.h"
+
+enum { SEED = 1 };
+
+static mfa_context *context;
+
+static int set_up(void **state)
+{
+    (void)state;
+    return mfa_context_create(NULL, &context) != MFA_OK;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    mfa_context_destroy(context);
+    return 0;
+}
+
+/* `status`, and a sentence with `words` in it. */
+static void assert_refused(mfa_status got, mfa_status status, const char *words)
+{
+    const char *sentence = mfa_last_error();
+    print_message("%-15s %s\n", mfa_status_name(got), sentence);
+    assert_string_equal(mfa_status_name(got), mfa_status_name(status));
+    assert_non_null(strstr(sentence, words));
+    assert_null(strchr(sentence, '\n'));
+}
+
+static mfa_problem parsed(const char *text)
+{
+    mfa_problem problem;
+    assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
+    return problem;
+}
+
+/* --- What a plan says ------------------------------------------------------------------------- */
+
+static void test_describe(void **state)
+{
+    (void)state;
+    mfa_problem problem = parsed("forward f32 b1 h2 q100 kv200 d64 causal");
+    mfa_plan *plan;
+    char text[256], small[256];
+    assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+    assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
+    print_message("%s\n", text);
+    int block_q = 0, block_kv = 0, threads = 0, words;
+    size_t workspace = 0;
+    char pass[16], machine[16];
+    words = sscanf(text, "cpu %15[a-z]_f32_d64_q%d_k%d_band_%15s threads %d workspace %zu", pass, &block_q, &block_kv,
+                   machine, &threads, &workspace);
+    assert_int_equal(words, 6);
+    assert_string_equal(pass, "forward");
+    assert_true(block_q > 0 && block_kv > 0 && threads > 0);
+    assert_true(workspace == mfa_plan_workspace(plan));
+
+    memset(small, 'x', sizeof small);
+    assert_refused(mfa_plan_describe(plan, small, strlen(text)), MFA_INVALID, "capacity");
+    assert_int_equal(small[0], 'x');
+    assert_int_equal(mfa_plan_describe(plan, small, strlen(text) + 1), MFA_OK);
+    assert_string_equal(small, text);
+    mfa_plan_destroy(plan);
+    mfa_plan_destroy(NULL);
+}
+
+/* The kernel's key does not depend on lengths, and the workspace grows no faster than they do. */
+static void test_growing_lengths(void **state)
+{
+    (void)state;
+    static const char *const problems[] = {"forward f32 b1 h2 q64 kv64 d64", "backward f16 b2 h4/2 q64 kv64 d40 causal",
+                                           "backward f32 b1 h1 q64 kv64 d64 mask_f32"};
+    for (size_t n = 0; n < sizeof problems / sizeof *problems; n++) {
+        char key[256] = "", text[256];
+        for (int64_t length = 1024; length <= 1 << 20; length *= 4) {
+            mfa_problem model = parsed(problems[n]), problem;
+            mfa_problem_init(&problem, model.batch, model.q_heads, model.kv_heads, length, length, model.head_dim,
+                             model.value_dim);
+            problem.pass = model.pass;
+            problem.dtype = model.dtype;
+            problem.upper = model.upper;
+            problem.mask = model.mask;
+            mfa_plan *plan;
+            assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+            assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
+            print_message("length %7lld: %s\n", (long long)length, text);
+            *strstr(text, " threads") = 0;
+            if (*key)
+                assert_string_equal(text, key);
+            strcpy(key, text);
+            /* a few rows of f32 for each query and key, and a fixed amount: far from length squared */
+            double rows = (double)(problem.batch * problem.q_heads * length) * (double)problem.head_dim * 4;
+            assert_true((double)mfa_plan_workspace(plan) <= 16 * rows + 0x1p26);
+            mfa_plan_destroy(plan);
+        }
+    }
+    assert_true(mfa_plan_workspace(NULL) == 0);
+}
+
+/* --- Running ---------------------------------------------------------------------------------- */
+
+static void assert_same(const struct operands *operands, struct reference *a, struct reference *b)
+{
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+        double *x = *reference_member(a, tensor), *y = *reference_member(b, tensor);
+        assert_true(!x == !y);
+        if (x)
+            assert_memory_equal(x, y, (size_t)reference_count(&operands->problem, tensor) * sizeof *x);
+    }
+}
+
+/* A plan with its own workspace or the context's, and the one-call form, are the same bit for bit; the plan
+ * keeps nothing of the problem it was made from. */
+static void test_plan_and_one_call_are_the_same(void **state)
+{
+    (void)state;
+    static const char *const problems[] = {"forward f32 b2 h4/2 q33 kv70 d32 causal", "forward f16 b1 h2 q5 kv1500 d64",
+                                           "forward f64 b1 h1 q70 kv30 d16v8 softcap2 mask_f32"};
+    for (size_t n = 0; n < sizeof problems / sizeof *problems; n++) {
+        struct inputs inputs;
+        struct operands operands;
+        struct reference results[3];
+        mfa_problem problem = parsed(problems[n]);
+        inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, SEED, problems[n]);
+        for (int way = 0; way < 3; way++) {
+            memset(&results[way], 0, sizeof results[way]);
+            operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+            for (int pass = 0; pass < 2; pass++) {
+                mfa_problem given = operands.problem;
+                mfa_plan *plan;
+                assert_int_equal(mfa_plan_create(context, &given, &plan), MFA_OK);
+                memset(&given, 0xff, sizeof given);
+                mfa_buffers buffers = operands.buffers;
+                if (pass == 0)
+                    buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias =
+                        (mfa_buffer){NULL, 0};
+                assert_int_equal(way == 2 ? mfa_plan_run(plan, &buffers, NULL)
+                                          : operands_run(&operands, context, way), MFA_OK);
+                mfa_plan_destroy(plan);
+                assert_null(operands_collect(&operands, &results[way]));
+                if (pass == 0)
+                    operands_turn(&operands, DENSE, &results[way]);
+            }
+            operands_close(&operands);
+        }
+        assert_same(&operands, &results[0], &results[1]);
+        assert_same(&operands, &results[0], &results[2]);
+        print_message("three ways: %s\n", problems[n]);
+        for (int way = 0; way < 3; way++)
+            reference_close(&results[way]);
+        inputs_close(&inputs);
+    }
+}
+
+/* With the layouts that mfa_problem_init gives: those of an empty tensor have stride 0. */
+static void test_empty_problems(void **state)
+{
+    (void)state;
+    float row[8] = {1, 2, 3, 4, 5, 6, 7, 8}, o[8], lse[2], dk[8], dv[8], dq[8];
+    mfa_problem problem;
+    mfa_problem_init(&problem, 1, 2, 2, 1, 0, 4, 4); /* no keys: zeros, and L = -inf */
+    mfa_buffers buffers = {.size = sizeof buffers, .q = {row, 0}, .k = {row, 0}, .v = {row, 0},
+                           .o = {o, 0}, .lse = {lse, 0}};
+    memset(o, 0xff, sizeof o);
+    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    for (int at = 0; at < 8; at++)
+        assert_true(o[at] == 0);
+    assert_true(lse[0] == -INFINITY && lse[1] == -INFINITY);
+
+    problem.pass = MFA_BACKWARD;
+    memset(dq, 0xff, sizeof dq);
+    buffers.d_o.base = row;
+    buffers.dq.base = dq;
+    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    for (int at = 0; at < 8; at++)
+        assert_true(dq[at] == 0);
+
+    mfa_problem_init(&problem, 1, 2, 2, 0, 1, 4, 4); /* no queries: zero gradients of the keys */
+    problem.pass = MFA_BACKWARD;
+    memset(dk, 0xff, sizeof dk);
+    memset(dv, 0xff, sizeof dv);
+    buffers = (mfa_buffers){.size = sizeof buffers, .k = {row, 0}, .v = {row, 0}, .dk = {dk, 0}, .dv = {dv, 0}};
+    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    for (int at = 0; at < 8; at++)
+        assert_true(dk[at] == 0 && dv[at] == 0);
+
+    mfa_problem_init(&problem, 0, 2, 2, 5, 5, 4, 4); /* nothing at all, and no buffers either */
+    buffers = (mfa_buffers){.size = sizeof buffers};
+    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    print_message("no keys, no queries, no batch\n");
+}
+
+/* Keys cut in two parts: O and L of the parts merged, and backward of each part from the merged ones, give
+ * what the whole gives. */
+static void test_backward_takes_merged_results(void **state)
+{
+    (void)state;
+    enum { Q = 7, KV = 300, CUT = 130, D = 8 };
+    static double q[Q * D], kv[2][KV * D], d_o[Q * D], o[3][Q * D], lse[3][Q];
+    static double dq[3][Q * D], dk[2][KV * D], dv[2][KV * D];
+    double *all[] = {q, kv[0], kv[1], d_o};
+    for (int n = 0; n < 4; n++)
+        for (int at = 0; at < (n == 1 || n == 2 ? KV : Q) * D; at++)
+            all[n][at] = sin(1.7 * at + n);
+    for (int part = 0; part < 3; part++) { /* the whole, the first part, the second part */
+        mfa_problem problem;
+        int first = part == 2 ? CUT : 0, end = part == 1 ? CUT : KV;
+        mfa_problem_init(&problem, 1, 1, 1, Q, end - first, D, D);
+        problem.dtype = MFA_F64;
+        mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {kv[0] + first * D, 0},
+                               .v = {kv[1] + first * D, 0}, .o = {o[part], 0}, .lse = {lse[part], 0}};
+        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    }
+    for (int i = 0; i < Q; i++) { /* into part 1 */
+        double L = log(exp(lse[1][i]) + exp(lse[2][i]));
+        assert_true(fabs(L - lse[0][i]) < 1e-12);
+        for (int c = 0; c < D; c++) {
+            double merged = exp(lse[1][i] - L) * o[1][i * D + c] + exp(lse[2][i] - L) * o[2][i * D + c];
+            assert_true(fabs(merged - o[0][i * D + c]) < 1e-12);
+            o[1][i * D + c] = merged;
+        }
+        lse[1][i] = L;
+    }
+    for (int part = 0; part < 3; part++) {
+        mfa_problem problem;
+        int first = part == 2 ? CUT : 0, end = part == 1 ? CUT : KV;
+        mfa_problem_init(&problem, 1, 1, 1, Q, end - first, D, D);
+        problem.dtype = MFA_F64;
+        problem.pass = MFA_BACKWARD;
+        mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {kv[0] + first * D, 0},
+                               .v = {kv[1] + first * D, 0}, .o = {o[part > 0], 0}, .lse = {lse[part > 0], 0},
+                               .d_o = {d_o, 0}, .dq = {dq[part], 0}, .dk = {dk[part > 0] + first * D, 0},
+                               .dv = {dv[part > 0] + first * D, 0}};
+        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    }
+    for (int at = 0; at < Q * D; at++)
+        assert_true(fabs(dq[0][at] - dq[1][at] - dq[2][at]) < 1e-12);
+    for (int at = 0; at < KV * D; at++)
+        assert_true(fabs(dk[0][at] - dk[1][at]) < 1e-12 && fabs(dv[0][at] - dv[1][at]) < 1e-12);
+    print_message("%d keys in parts of %d and %d\n", KV, CUT, KV - CUT);
+}
+
+/* Models hide keys by the lowest finite number as well as by -inf. Where a query sees another key that is
+ * the same; where it does not, there must be no NaN. */
+static void test_lowest_finite_mask(void **state)
+{
+    (void)state;
+    enum { Q = 30, KV = 300, D = 8 };
+    static float q[KV * D], mask[Q * KV], o[2][Q * D], lse[2][Q], dq[2][Q * D], dk[2][KV * D], dv[2][KV * D];
+    mfa_problem problem;
+    for (int at = 0; at < KV * D; at++)
+        q[at] = (float)sin(1.7 * at);
+    for (int way = 0; way < 2; way++) { /* the last query sees nothing */
+        for (int at = 0; at < Q * KV; at++)
+            mask[at] = at % KV % 7 == 0 && at % KV > 140 && at < (Q - 1) * KV ? 0.5F : way ? -FLT_MAX : -INFINITY;
+        mfa_problem_init(&problem, 1, 1, 1, Q, KV, D, D);
+        problem.mask = MFA_MASK_ADDITIVE;
+        mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {q, 0}, .v = {q, 0}, .mask = {mask, 0},
+                               .o = {o[way], 0}, .lse = {lse[way], 0}};
+        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        problem.pass = MFA_BACKWARD;
+        buffers.d_o.base = q;
+        buffers.dq.base = dq[way];
+        buffers.dk.base = dk[way];
+        buffers.dv.base = dv[way];
+        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    }
+    for (int at = 0; at < (Q - 1) * D; at++)
+        assert_true(fabsf(o[0][at] - o[1][at]) < 1e-6F && fabsf(dq[0][at] - dq[1][at]) < 1e-6F);
+    for (int at = (Q - 1) * D; at < Q * D; at++)
+        assert_true(o[0][at] == 0 && dq[0][at] == 0 && isfinite(o[1][at]) && isfinite(dq[1][at]));
+    for (int at = 0; at < KV * D; at++)
+        assert_true(isfinite(dk[0][at]) && isfinite(dk[1][at]) && isfinite(dv[0][at]) && isfinite(dv[1][at]));
+    assert_true(lse[0][Q - 1] == -INFINITY && !isnan(lse[1][Q - 1]));
+    print_message("%d queries, %d keys\n", Q, KV);
+}
+
+/* --- What is refused -------------------------------------------------------------------------- */
+
+static void not_a_pass(mfa_problem *p) { p->pass = 2; }
+static void not_a_device(mfa_problem *p) { p->device = 9; }
+static void not_a_dtype(mfa_problem *p) { p->dtype = 4; }
+static void not_a_mask(mfa_problem *p) { p->mask = 3; }
+static void not_a_mask_dtype(mfa_problem *p) { p->mask = MFA_MASK_ADDITIVE; p->mask_dtype = -1; }
+static void reserved_is_used(mfa_problem *p) { p->reserved = 1; }
+static void another_size(mfa_problem *p) { p->size = 24; }
+static void size_of_the_future(mfa_problem *p) { p->size += 8; }
+static void negative_batch(mfa_problem *p) { p->batch = -1; }
+static void negative_q_len(mfa_problem *p) { p->q_len = -5; }
+static void negative_kv_len(mfa_problem *p) { p->kv_len = -5; }
+static void heads_do_not_divide(mfa_problem *p) { p->kv_heads = 3; }
+static void no_kv_heads(mfa_problem *p) { p->kv_heads = 0; }
+static void no_head_dim(mfa_problem *p) { p->head_dim = 0; }
+static void large_head_dim(mfa_problem *p) { p->head_dim = 513; }
+static void large_value_dim(mfa_problem *p) { p->value_dim = 513; }
+static void scale_is_nan(mfa_problem *p) { p->scale = NAN; }
+static void softcap_is_nan(mfa_problem *p) { p->softcap = NAN; }
+static void negative_softcap(mfa_problem *p) { p->softcap = -1; }
+static void infinite_softcap(mfa_problem *p) { p->softcap = INFINITY; }
+static void sizes_overflow(mfa_problem *p) { p->batch = p->q_len = INT64_C(1) << 40; }
+static void input_overflows(mfa_problem *p) { p->k_layout.row = INT64_MAX / 2; }
+static void input_overflows_downward(mfa_problem *p) { p->v_layout.head = INT64_MIN; }
+static void mask_overflows(mfa_problem *p) { p->mask = MFA_MASK_BOOL; p->mask_layout.row = INT64_MAX; }
+static void o_lies_over_itself(mfa_problem *p) { p->o_layout.row = 0; }
+static void lse_lies_over_itself(mfa_problem *p) { p->lse_layout.head = 0; }
+static void no_backend(mfa_problem *p) { p->device = MFA_DEVICE_METAL; }
+static void dq_lies_over_itself(mfa_problem *p) { p->pass = MFA_BACKWARD; p->dq_layout.column = 0; }
+
+static const struct { void (*spoil)(mfa_problem *problem); mfa_status status; const char *words; } refusals[] = {
+    {not_a_pass, MFA_INVALID, "pass is 2"},
+    {not_a_device, MFA_INVALID, "device is 9"},
+    {not_a_dtype, MFA_INVALID, "dtype is 4"},
+    {not_a_mask, MFA_INVALID, "mask is 3"},
+    {not_a_mask_dtype, MFA_INVALID, "mask_dtype is -1"},
+    {reserved_is_used, MFA_INVALID, "reserved is 1"},
+    {another_size, MFA_INVALID, "size"},
+    {size_of_the_future, MFA_INVALID, "size"},
+    {negative_batch, MFA_INVALID, "batch is -1"},
+    {negative_q_len, MFA_INVALID, "q_len is -5"},
+    {negative_kv_len, MFA_INVALID, "kv_len is -5"},
+    {heads_do_not_divide, MFA_INVALID, "q_heads is 4 and kv_heads is 3"},
+    {no_kv_heads, MFA_INVALID, "kv_heads is 0"},
+    {no_head_dim, MFA_UNSUPPORTED, "head_dim is 0"},
+    {large_head_dim, MFA_UNSUPPORTED, "head_dim is 513"},
+    {large_value_dim, MFA_UNSUPPORTED, "value_dim is 513"},
+    {scale_is_nan, MFA_INVALID, "scale is NaN"},
+    {softcap_is_nan, MFA_INVALID, "softcap is"},
+    {negative_softcap, MFA_INVALID, "softcap is -1"},
+    {infinite_softcap, MFA_INVALID, "softcap is inf"},
+    {sizes_overflow, MFA_INVALID, "q_len"},
+    {input_overflows, MFA_INVALID, "k_layout"},
+    {input_overflows_downward, MFA_INVALID, "v_layout"},
+    {mask_overflows, MFA_INVALID, "mask_layout"},
+    {o_lies_over_itself, MFA_INVALID, "o_layout.row"},
+    {lse_lies_over_itself, MFA_INVALID, "lse_layout.head"},
+    {dq_lies_over_itself, MFA_INVALID, "dq_layout.column"},
+    {no_backend, MFA_UNAVAILABLE, "device"},
+};
+
+static void test_refused_problems(void **state)
+{
+    (void)state;
+    static float memory[4 * 8 * 16];
+    static unsigned char o[sizeof memory], untouched[sizeof memory];
+    memset(untouched, 0xa5, sizeof untouched);
+    memcpy(o, untouched, sizeof o);
+    for (size_t n = 0; n < sizeof refusals / sizeof *refusals; n++) {
+        mfa_problem problem = parsed("forward f32 b1 h4/2 q8 kv8 d16");
+        mfa_plan *const nowhere = (mfa_plan *)untouched, *plan = nowhere;
+        mfa_buffers buffers = {.size = sizeof buffers, .q = {memory, 0}, .k = {memory, 0}, .v = {memory, 0},
+                               .o = {o, 0}, .mask = {memory, 0}};
+        refusals[n].spoil(&problem);
+        assert_refused(mfa_problem_supported(context, &problem), refusals[n].status, refusals[n].words);
+        assert_int_equal(mfa_plan_create(context, &problem, &plan), refusals[n].status);
+        assert_non_null(strstr(mfa_last_error(), refusals[n].words));
+        assert_ptr_equal(plan, nowhere);
+        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), refusals[n].status);
+        assert_non_null(strstr(mfa_last_error(), refusals[n].words));
+        assert_memory_equal(o, untouched, sizeof o);
+    }
+}
+
+static void no_q(mfa_buffers *b) { b->q.base = NULL; }
+static void no_k(mfa_buffers *b) { b->k.base = NULL; }
+static void no_v(mfa_buffers *b) { b->v.base = NULL; }
+static void no_mask(mfa_buffers *b) { b->mask.base = NULL; }
+static void no_o(mfa_buffers *b) { b->o.base = NULL; }
+static void no_lse(mfa_buffers *b) { b->lse.base = NULL; }
+static void no_d_o(mfa_buffers *b) { b->d_o.base = NULL; }
+static void small_buffers(mfa_buffers *b) { b->size -= 16; }
+static void q_off_by_a_byte(mfa_buffers *b) { b->q.offset = 1; }
+static void mask_off_by_a_byte(mfa_buffers *b) { b->mask.offset = 3; }
+static void lse_off_by_two(mfa_buffers *b) { b->lse.offset = 2; }
+static void dq_off_by_a_byte(mfa_buffers *b) { b->dq.base = (char *)b->dq.base + 1; }
+static void workspace_off(mfa_buffers *b) { b->workspace.offset = 32; }
+static void unused_dq(mfa_buffers *b) { b->dq = b->o; }
+
+static const struct { const char *problem; void (*spoil)(mfa_buffers *buffers); const char *words; } faults[] = {
+    {"forward f32 b1 h2 q8 kv8 d16", no_q, "q is NULL"},
+    {"forward f32 b1 h2 q8 kv8 d16", no_k, "k is NULL"},
+    {"forward f32 b1 h2 q8 kv8 d16", no_v, "v is NULL"},
+    {"forward f32 b1 h2 q8 kv8 d16", no_o, "o is NULL"},
+    {"forward f32 b1 h2 q8 kv8 d16 mask_f32", no_mask, "mask is NULL"},
+    {"backward f32 b1 h2 q8 kv8 d16", no_lse, "lse is NULL"},
+    {"backward f32 b1 h2 q8 kv8 d16", no_o, "o is NULL"},
+    {"backward f32 b1 h2 q8 kv8 d16", no_d_o, "d_o is NULL"},
+    {"forward f32 b1 h2 q8 kv8 d16", small_buffers, "size of mfa_buffers"},
+    {"forward f16 b1 h2 q8 kv8 d16", q_off_by_a_byte, "q begins at"},
+    {"forward f32 b1 h2 q8 kv8 d16 mask_f64", mask_off_by_a_byte, "mask begins at"},
+    {"forward f16 b1 h2 q8 kv8 d16", lse_off_by_two, "lse begins at"},
+    {"backward bf16 b1 h2 q8 kv8 d16", dq_off_by_a_byte, "dq begins at"},
+    {"forward f32 b1 h2 q8 kv8 d16", workspace_off, "workspace begins at"},
+    {"forward f32 b1 h2 q8 kv8 d16", unused_dq, "dq is given"},
+};
+
+static void test_refused_buffers(void **state)
+{
+    (void)state;
+    static _Alignas(64) unsigned char input[4096], output[6][4096], untouched[sizeof output], workspace[1 << 22];
+    memset(untouched, 0xa5, sizeof untouched);
+    memcpy(output, untouched, sizeof output);
+    for (size_t n = 0; n < sizeof faults / sizeof *faults; n++) {
+        mfa_problem problem = parsed(faults[n].problem);
+        mfa_plan *plan;
+        int backward = problem.pass == MFA_BACKWARD;
+        mfa_buffers buffers = {.size = sizeof buffers, .q = {input, 0}, .k = {input, 0}, .v = {input, 0},
+                               .o = {output[0], 0}, .lse = {output[1], 0}, .workspace = {workspace, 0}};
+        if (problem.mask)
+            buffers.mask.base = input;
+        if (backward) {
+            buffers.d_o.base = input;
+            buffers.dq.base = output[2];
+            buffers.dk.base = output[3];
+            buffers.dv.base = output[4];
+        }
+        faults[n].spoil(&buffers);
+        assert_refused(mfa_attention(context, &problem, &buffers, NULL), MFA_INVALID, faults[n].words);
+        assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+        assert_true(mfa_plan_workspace(plan) <= sizeof workspace);
+        assert_int_equal(mfa_plan_run(plan, &buffers, NULL), MFA_INVALID);
+        assert_non_null(strstr(mfa_last_error(), faults[n].words));
+        mfa_plan_destroy(plan);
+        assert_memory_equal(output, untouched, sizeof output);
+    }
+}
+
+static void test_null_arguments(void **state)
+{
+    (void)state;
+    mfa_problem problem = parsed("forward f32 b1 h1 q1 kv1 d1");
+    mfa_buffers buffers = {.size = sizeof buffers};
+    mfa_plan *plan;
+    char text[256];
+    assert_refused(mfa_context_create(NULL, NULL), MFA_INVALID, "context is NULL");
+    assert_refused(mfa_context_set_threads(NULL, 1), MFA_INVALID, "context is NULL");
+    assert_refused(mfa_problem_print(NULL, text, sizeof text), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_problem_print(&problem, NULL, 10), MFA_INVALID, "text is NULL");
+    assert_refused(mfa_problem_parse(NULL, &problem), MFA_INVALID, "text is NULL");
+    assert_refused(mfa_problem_parse("forward", NULL), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_problem_supported(NULL, &problem), MFA_INVALID, "context is NULL");
+    assert_refused(mfa_problem_supported(context, NULL), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_plan_create(NULL, &problem, &plan), MFA_INVALID, "context is NULL");
+    assert_refused(mfa_plan_create(context, NULL, &plan), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_plan_create(context, &problem, NULL), MFA_INVALID, "plan is NULL");
+    assert_refused(mfa_plan_describe(NULL, text, sizeof text), MFA_INVALID, "plan is NULL");
+    assert_refused(mfa_plan_run(NULL, &buffers, NULL), MFA_INVALID, "plan is NULL");
+    assert_refused(mfa_attention(NULL, &problem, &buffers, NULL), MFA_INVALID, "context is NULL");
+    assert_refused(mfa_attention(context, NULL, &buffers, NULL), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_attention(context, &problem, NULL, NULL), MFA_INVALID, "buffers is NULL");
+    assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+    assert_refused(mfa_plan_describe(plan, NULL, 10), MFA_INVALID, "text is NULL");
+    assert_refused(mfa_plan_run(plan, NULL, NULL), MFA_INVALID, "buffers is NULL");
+    mfa_plan_destroy(plan);
+    mfa_context_destroy(NULL);
+    mfa_problem_init(NULL, 1, 1, 1, 1, 1, 1, 1);
+}
+
+static void test_context_options(void **state)
+{
+    (void)state;
+    mfa_context *const nowhere = (mfa_context *)refusals, *made = nowhere;
+#if defined(__aarch64__)
+    const char *elsewhere = "avx2";
+#else
+    const char *elsewhere = "neon";
+#endif
+    const struct { mfa_context_options options; mfa_status status; const char *words; } wrong[] = {
+        {{.size = 8}, MFA_INVALID, "size of mfa_context_options"},
+        {{.size = sizeof(mfa_context_options), .threads = -1}, MFA_INVALID, "threads is -1"},
+        {{.size = sizeof(mfa_context_options), .reserved = 1}, MFA_INVALID, "reserved is 1"},
+        {{.size = sizeof(mfa_context_options), .isa = "sse9"}, MFA_INVALID, "sse9"},
+        {{.size = sizeof(mfa_context_options), .isa = elsewhere}, MFA_UNAVAILABLE, elsewhere},
+    };
+    for (size_t n = 0; n < sizeof wrong / sizeof *wrong; n++) {
+        assert_refused(mfa_context_create(&wrong[n].options, &made), wrong[n].status, wrong[n].words);
+        assert_ptr_equal(made, nowhere);
+    }
+    assert_refused(mfa_context_set_threads(context, -2), MFA_INVALID, "threads is -2");
+
+    mfa_context_options scalar = {.size = sizeof scalar, .isa = "scalar", .threads = 2};
+    mfa_problem problem = parsed("forward f32 b1 h1 q4 kv4 d4");
+    mfa_plan *plan;
+    char text[256];
+    assert_int_equal(mfa_context_create(&scalar, &made), MFA_OK);
+    assert_int_equal(mfa_plan_create(made, &problem, &plan), MFA_OK);
+    assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
+    assert_non_null(strstr(text, "_scalar threads "));
+    mfa_plan_destroy(plan);
+    mfa_context_destroy(made);
+}
+
+/* A workspace beyond any address space. The buffers are never looked at. */
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    mfa_problem problem;
+    double element = 0, untouched = 0;
+    mfa_problem_init(&problem, 1, 1, 1, INT64_C(1) << 49, 1, 1, 1);
+    problem.pass = MFA_BACKWARD;
+    problem.dtype = MFA_F64;
+    mfa_buffers buffers = {.size = sizeof buffers, .q = {&element, 0}, .k = {&element, 0}, .v = {&element, 0},
+                           .o = {&element, 0}, .lse = {&element, 0}, .d_o = {&element, 0}, .dq = {&element, 0}};
+    assert_refused(mfa_attention(context, &problem, &buffers, NULL), MFA_OUT_OF_MEMORY, "workspace");
+    assert_true(element == untouched);
+}
+
+static void *ask_elsewhere(void *sentence)
+{
+    mfa_problem problem;
+    *(int *)sentence = *mfa_last_error() == 0; /* nothing has failed in this thread */
+    mfa_problem_parse("nonsense", &problem);
+    return NULL;
+}
+
+static void test_last_error_is_of_its_thread(void **state)
+{
+    (void)state;
+    pthread_t thread;
+    int empty = 0;
+    assert_refused(mfa_context_set_threads(context, -3), MFA_INVALID, "-3");
+    assert_int_equal(pthread_create(&thread, NULL, ask_elsewhere, &empty), 0);
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    assert_true(empty);
+    assert_non_null(strstr(mfa_last_error(), "-3"));
+}
+
+static void test_status_names(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"MFA_OK", "MFA_INVALID", "MFA_UNSUPPORTED", "MFA_UNAVAILABLE",
+                                        "MFA_OUT_OF_MEMORY", "MFA_COMPILE_FAILED", "MFA_DEVICE_FAILED", "MFA_INTERNAL"};
+    for (int status = 0; status < 8; status++)
+        assert_string_equal(mfa_status_name((mfa_status)status), names[status]);
+    assert_string_equal(mfa_status_name((mfa_status)8), "unknown status");
+    assert_string_equal(mfa_status_name((mfa_status)-1), "unknown status");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_describe),
+        cmocka_unit_test(test_growing_lengths),
+        cmocka_unit_test(test_plan_and_one_call_are_the_same),
+        cmocka_unit_test(test_empty_problems),
+        cmocka_unit_test(test_backward_takes_merged_results),
+        cmocka_unit_test(test_lowest_finite_mask),
+        cmocka_unit_test(test_refused_problems),
+        cmocka_unit_test(test_refused_buffers),
+        cmocka_unit_test(test_null_arguments),
+        cmocka_unit_test(test_context_options),
+        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_last_error_is_of_its_thread),
+        cmocka_unit_test(test_status_names),
+    };
+    report_begin("test_plan", SEED);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, set_up, tear_down));
+}

@@ -1,0 +1,283 @@
+/* The reference against what it is the reference of: its gradients against central finite differences of
+ * its own forward, for every option; its forward and band against cases that can be counted by hand; the
+ * 16-bit conversions against all their values; and that tolerances are as small as they should be. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kit/operands.h"
+#include "kit/report.h"
+#include "reference/element.h"
+#include "reference/tolerance.h"
+
+enum { SEED = 1 };
+
+static void allocate(const mfa_problem *problem, struct reference *results, int backward)
+{
+    memset(results, 0, sizeof *results);
+    for (int tensor = REFERENCE_O; tensor < (backward ? REFERENCE_TENSORS : REFERENCE_dQ); tensor++)
+        if (tensor != REFERENCE_DBIAS || problem->mask == MFA_MASK_ADDITIVE)
+            *reference_member(results, tensor) = reference_allocate(reference_count(problem, tensor));
+}
+
+static void solve(const struct inputs *inputs, struct reference *results)
+{
+    struct operands operands;
+    operands_open(&operands, inputs, DENSE, 0);
+    reference_attention(&operands.problem, &operands.buffers, results);
+    operands_close(&operands);
+}
+
+/* A number whose gradients are those that backward gives: sum of dO * O and of dL * L. */
+static double loss(const struct inputs *inputs)
+{
+    struct reference results;
+    const mfa_problem *p = &inputs->problem;
+    double sum = 0;
+    allocate(p, &results, 0);
+    solve(inputs, &results);
+    for (int64_t at = 0; at < reference_count(p, REFERENCE_O); at++)
+        sum += inputs->values[REFERENCE_dO][at] * results.O[at];
+    for (int64_t at = 0; at < reference_count(p, REFERENCE_L) && inputs->values[REFERENCE_dL]; at++)
+        if (isfinite(results.L[at]))
+            sum += inputs->values[REFERENCE_dL][at] * results.L[at];
+    reference_close(&results);
+    return sum;
+}
+
+/* (f(x + h) - f(x - h)) / 2h, twice as often, extrapolated: the error is of the order of h^4. */
+static double slope(struct inputs *inputs, double *x)
+{
+    const double h = 1e-3, kept = *x;
+    double difference[2];
+    for (int n = 0; n < 2; n++) {
+        double step = n ? h : 2 * h;
+        *x = kept + step;
+        double above = loss(inputs);
+        *x = kept - step;
+        difference[n] = (above - loss(inputs)) / (2 * step);
+    }
+    *x = kept;
+    return (4 * difference[1] - difference[0]) / 3;
+}
+
+static void differentiate(const char *text, struct variant variant)
+{
+    static const enum reference_tensor pairs[][2] = {{REFERENCE_Q, REFERENCE_dQ}, {REFERENCE_K, REFERENCE_dK},
+                                                     {REFERENCE_V, REFERENCE_dV}, {REFERENCE_MASK, REFERENCE_DBIAS}};
+    mfa_problem problem;
+    struct inputs inputs;
+    struct reference results;
+    int64_t compared = 0;
+    assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
+    inputs_open(&inputs, &problem, variant, SEED, text);
+    allocate(&inputs.problem, &results, 1);
+    solve(&inputs, &results);
+    for (int pair = 0; pair < 4; pair++) {
+        const double *gradient = *reference_member(&results, pairs[pair][1]);
+        double *values = inputs.values[pairs[pair][0]];
+        int64_t count = gradient ? reference_count(&inputs.problem, pairs[pair][1]) : 0;
+        for (int64_t at = 0; at < count; at += count > 60 ? 3 : 1, compared++) {
+            double expected = isfinite(values[at]) ? slope(&inputs, &values[at]) : 0;
+            if (!(fabs(gradient[at] - expected) <= 1e-8 * (1 + fabs(expected)))) {
+                print_error("%s: %s[%lld] is %.12g, by differences %.12g\n", text, tensor_name(pairs[pair][1]),
+                            (long long)at, gradient[at], expected);
+                fail();
+            }
+        }
+    }
+    print_message("%6lld gradients  %s\n", (long long)compared, text);
+    reference_close(&results);
+    inputs_close(&inputs);
+}
+
+static void test_gradients_are_finite_differences(void **state)
+{
+    (void)state;
+    static const char *const problems[] = {
+        "forward f64 b1 h1 q5 kv7 d3",
+        "forward f64 b2 h2 q3 kv4 d3v5",
+        "forward f64 b1 h4/2 q4 kv5 d3",
+        "forward f64 b1 h1 q6 kv6 d3 causal",
+        "forward f64 b1 h1 q4 kv7 d3 upper3",
+        "forward f64 b1 h1 q8 kv8 d3 lower-2 upper1",
+        "forward f64 b1 h1 q8 kv3 d3 upper-5",
+        "forward f64 b1 h1 q5 kv7 d3 scale-0.7",
+        "forward f64 b1 h1 q5 kv7 d3 scale0",
+        "forward f64 b1 h1 q5 kv7 d3 scale2 softcap1.5",
+        "forward f64 b1 h2 q7 kv7 d3 mask_bool",
+        "forward f64 b1 h2 q7 kv7 d3 mask_f64",
+        "forward f64 b2 h4/2 q6 kv7 d3v2 lower-3 upper2 scale1 softcap2 mask_f64",
+    };
+    for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)
+        for (int dlse = 0; dlse < 2; dlse++)
+            differentiate(problems[n], (struct variant){.dlse = dlse});
+}
+
+static void test_dbias_of_a_broadcast_mask_is_summed(void **state)
+{
+    (void)state;
+    for (int along = 1; along < 16; along++)
+        differentiate("forward f64 b2 h2 q4 kv5 d3 softcap3 mask_f64", (struct variant){along, along, 0, along % 2});
+}
+
+/* With Q = 0 every visible key weighs the same: O is their mean, L the logarithm of their number. */
+static void test_band_and_mask_by_counting(void **state)
+{
+    (void)state;
+    static const int64_t edges[] = {INT64_MIN, -9, -5, -2, 0, 1, 4, 8, INT64_MAX};
+    const int count = sizeof edges / sizeof *edges;
+    mfa_problem problem;
+    for (int at = 0; at < count * count; at++) {
+        struct inputs inputs;
+        struct reference results;
+        mfa_problem_init(&problem, 1, 1, 1, 6, 7, 2, 1);
+        problem.dtype = MFA_F64;
+        problem.mask = MFA_MASK_BOOL;
+        problem.lower = edges[at / count];
+        problem.upper = edges[at % count];
+        inputs_open(&inputs, &problem, (struct variant){0}, SEED, NULL);
+        memset(inputs.values[REFERENCE_Q], 0, 12 * sizeof(double));
+        allocate(&problem, &results, 0);
+        solve(&inputs, &results);
+        for (int i = 0; i < 6; i++) {
+            double visible = 0, sum = 0;
+            for (int j = 0; j < 7; j++)
+                if (problem.lower <= j - i && j - i <= problem.upper && inputs.values[REFERENCE_MASK][i * 7 + j] != 0) {
+                    visible++;
+                    sum += inputs.values[REFERENCE_V][j];
+                }
+            assert_true(fabs(results.O[i] - (visible > 0 ? sum / visible : 0)) < 1e-14);
+            assert_true(visible > 0 ? fabs(results.L[i] - log(visible)) < 1e-14 : results.L[i] == -INFINITY);
+        }
+        reference_close(&results);
+        inputs_close(&inputs);
+    }
+    print_message("%d bands\n", count * count);
+}
+
+static void test_grouped_heads_are_repeated_ones(void **state)
+{
+    (void)state;
+    mfa_problem grouped, repeated;
+    struct inputs few, many;
+    struct reference shared, alone;
+    assert_int_equal(mfa_problem_parse("forward f64 b2 h6/2 q5 kv7 d3v4 causal", &grouped), MFA_OK);
+    assert_int_equal(mfa_problem_parse("forward f64 b2 h6 q5 kv7 d3v4 causal", &repeated), MFA_OK);
+    inputs_open(&few, &grouped, (struct variant){.dlse = 1}, SEED, NULL);
+    inputs_open(&many, &repeated, (struct variant){.dlse = 1}, SEED, NULL);
+    for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++) {
+        int64_t count = few.values[tensor] ? reference_count(&repeated, tensor) : 0;
+        int64_t head = tensor == REFERENCE_K ? 7 * 3 : 7 * 4;
+        int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V;
+        for (int64_t at = 0; at < count; at++) /* head h of 12 in both batches reads h / 3 */
+            many.values[tensor][at] = few.values[tensor][of_keys ? at / head / 3 * head + at % head : at];
+    }
+    allocate(&grouped, &shared, 1);
+    allocate(&repeated, &alone, 1);
+    solve(&few, &shared);
+    solve(&many, &alone);
+    for (int64_t at = 0; at < reference_count(&grouped, REFERENCE_dQ); at++)
+        assert_true(fabs(shared.dQ[at] - alone.dQ[at]) < 1e-14);
+    for (int64_t at = 0; at < reference_count(&grouped, REFERENCE_dV); at++) {
+        int64_t first = at / 28 * 3 * 28 + at % 28;
+        assert_true(fabs(shared.dV[at] - alone.dV[first] - alone.dV[first + 28] - alone.dV[first + 56]) < 1e-13);
+    }
+    reference_close(&shared);
+    reference_close(&alone);
+    inputs_close(&few);
+    inputs_close(&many);
+}
+
+/* Every 16-bit number comes back; what lies between two goes to the nearer, halfway to the even one. */
+static void test_conversions(void **state)
+{
+    (void)state;
+    static const int32_t dtypes[] = {MFA_F16, MFA_BF16};
+    for (int n = 0; n < 2; n++) {
+        uint16_t infinity = dtypes[n] == MFA_F16 ? 0x7c00 : 0x7f80;
+        for (uint32_t bits = 0; bits < 0x10000; bits++) {
+            uint16_t stored = (uint16_t)bits, back, magnitude = stored & 0x7fff;
+            double value = element_load(dtypes[n], &stored, 0);
+            element_store(dtypes[n], &back, 0, value);
+            if (magnitude > infinity) {
+                assert_true(isnan(value) && (back & 0x7fff) > infinity);
+                continue;
+            }
+            assert_int_equal(back, stored);
+            if (magnitude + 1 >= infinity || bits >> 15)
+                continue;
+            uint16_t next = stored + 1, even = stored & 1 ? next : stored;
+            double above = element_load(dtypes[n], &next, 0), middle = (value + above) / 2;
+            assert_true(above > value);
+            assert_true(element_round(dtypes[n], middle) == element_load(dtypes[n], &even, 0));
+            assert_true(element_round(dtypes[n], nextafter(middle, 0)) == value);
+            assert_true(element_round(dtypes[n], nextafter(middle, above)) == above);
+        }
+    }
+    assert_true(element_round(MFA_F16, 65519.999) == 65504 && isinf(element_round(MFA_F16, 65520)));
+    assert_true(element_round(MFA_F16, -1e300) == -INFINITY && element_round(MFA_BF16, 1e-300) == 0);
+    assert_true(element_round(MFA_BF16, 1 + 0x1p-8 + 0x1p-40) == 1 + 0x1p-7); /* by way of f32 it would be 1 */
+}
+
+/* A tolerance that grew would hide errors: these bounds are in ulp of the largest element. */
+static void test_tolerances_are_a_few_ulp(void **state)
+{
+    (void)state;
+    static const struct { const char *text; double most; } problems[] = {
+        {"forward f32 b1 h1 q64 kv64 d64", 64},  {"forward f16 b1 h1 q64 kv64 d64", 4},
+        {"forward bf16 b1 h1 q64 kv64 d64", 4},  {"forward f64 b1 h1 q64 kv64 d64", 64},
+        {"forward f32 b1 h1 q64 kv512 d64", 128}};
+    for (size_t n = 0; n < sizeof problems / sizeof *problems; n++) {
+        mfa_problem problem;
+        struct inputs inputs;
+        struct operands operands;
+        struct reference truth;
+        struct tolerance tolerance;
+        assert_int_equal(mfa_problem_parse(problems[n].text, &problem), MFA_OK);
+        inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, SEED, NULL);
+        allocate(&problem, &truth, 1);
+        operands_open(&operands, &inputs, DENSE, 0);
+        reference_attention(&operands.problem, &operands.buffers, &truth);
+        reference_tolerance(&operands.problem, &operands.buffers, &truth, &tolerance);
+        const double tolerances[] = {tolerance.O, tolerance.L, tolerance.dQ, tolerance.dK, tolerance.dV};
+        int few = 1;
+        print_message("%s:", problems[n].text);
+        for (int tensor = REFERENCE_O; tensor < REFERENCE_DBIAS; tensor++) {
+            const double *values = *reference_member(&truth, tensor);
+            double largest = 0;
+            for (int64_t at = 0; at < reference_count(&problem, tensor); at++)
+                largest = fmax(largest, fabs(values[at]));
+            double ulps = tolerances[tensor - REFERENCE_O] / largest /
+                          element_ulp(reference_dtype(&problem, tensor));
+            print_message(" %s %.1f", tensor_name(tensor), ulps);
+            few = few && ulps >= 1 && ulps <= (tensor == REFERENCE_L ? 64 : problems[n].most);
+        }
+        print_message(" ulp\n");
+        assert_true(few);
+        operands_close(&operands);
+        reference_close(&truth);
+        inputs_close(&inputs);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_conversions),
+        cmocka_unit_test(test_band_and_mask_by_counting),
+        cmocka_unit_test(test_grouped_heads_are_repeated_ones),
+        cmocka_unit_test(test_gradients_are_finite_differences),
+        cmocka_unit_test(test_dbias_of_a_broadcast_mask_is_summed),
+        cmocka_unit_test(test_tolerances_are_a_few_ulp),
+    };
+    report_begin("test_reference", SEED);
+    guarded_report_faults();
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}

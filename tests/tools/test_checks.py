@@ -1,0 +1,141 @@
+"""The checks of tools/ catch what they are for: each row plants one error in a small sound project."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from run import parse_counts  # noqa: E402
+
+SOUND = {
+    "include/mfa.h": "#include <stdint.h>\n#define MFA_ONE 1\n#define MFA_API\nMFA_API int mfa_plan_run(int plan);\n",
+    "src/mfa.c": '#include "mfa.h"\n#include "core/plan.h"\n\nint mfa_plan_run(int plan) {\n    return plan;\n}\n',
+    "src/core/plan.h": "struct mfa_plan {\n    int plan;\n};\n",
+    "src/core/args.h": "struct mfa_args {\n    int head_dim;\n};\n",
+    "src/cpu/tiles.c": '#include "core/plan.h"\n\nint mfa_cpu_choose(void) {\n    return 1;\n}\n',
+    "src/cpu/kernels/scalar.c": '#include "core/args.h"\n\nint mfa_cpu_scalar(void) {\n    return 1;\n}\n',
+    "docs/abi.md": "# ABI\n\n## `mfa_plan_run`\n\n[Above](#abi), `src/mfa.c`, forward_f32_d64_q48_k192_band_avx512.\n",
+    "python/mps_flash_attn/tensors.py": "def pointer(tensor):\n    return tensor.data_ptr()\n",
+}
+
+# Check, file, what is added at its end (a new file: all of it), and what the check must say.
+PLAN_H = "src/core/plan.h"
+PLANTED = (
+    ("check_includes.py", PLAN_H, '#include "cpu/tiles.h"\n', "src/core/plan.h:4: includes cpu/tiles.h"),
+    ("check_includes.py", "src/cpu/kernels/scalar.c", '#include "core/plan.h"\n', "core/plan.h; it may include"),
+    ("check_includes.py", "src/cpu/tiles.c", '#include "metal/tiles.h"\n', "includes metal/tiles.h"),
+    ("check_includes.py", "src/cpu/tiles.c", '#include "cpu/gone.h"\n', "cpu/gone.h, which is not there"),
+    ("check_includes.py", PLAN_H, "#include <immintrin.h>\n", "which this room has no use for"),
+    ("check_includes.py", "include/mfa.h", '#include "core/plan.h"\n', "it may include nothing of ours"),
+    ("check_includes.py", "src/other.c", "int one;\n", "no rule says"),
+    ("check_includes.py", "python/mps_flash_attn/sdpa.py", "import ctypes\n", "that is the work of library.py"),
+    ("check_names.py", "include/mfa.h", "MFA_API int mfa_run(void);\n", "mfa_run: a public function is"),
+    ("check_names.py", "include/mfa.h", "#define ONE 1\n", "ONE: a constant is MFA_"),
+    ("check_names.py", "include/mfa.h", "typedef struct plan {\n    int a;\n} plan;\n", "plan: a type is mfa_"),
+    ("check_names.py", PLAN_H, "typedef int mfa_number_t;\n", "mfa_number_t: no type of ours ends in _t"),
+    ("check_names.py", PLAN_H, "struct row_t {\n    int a;\n};\n", "row_t: no type of ours ends in _t"),
+    ("check_names.py", "src/cpu/tiles.c", "int choose(void) {\n    return 1;\n}\n", "choose: a function across files"),
+    ("check_names.py", "src/cpu/tiles.c", "int mfa_core_x(void) {\n    return 1;\n}\n", "begins with mfa_cpu_"),
+    ("check_names.py", "src/util/list.h", "struct list;\n", "src/util: not in the list of folders"),
+    ("check_names.py", "docs/abi.md", "forward_f32_d64_avx512\n", "not a kernel key"),
+    ("check_docs.py", "include/mfa.h", "MFA_API int mfa_plan_tell(int plan);\n", "no heading for mfa_plan_tell"),
+    ("check_docs.py", "docs/abi.md", "## `mfa_plan_gone`\n", "mfa_plan_gone is not in include/mfa.h"),
+    ("check_docs.py", "docs/abi.md", "## `mfa_plan_run`\n", "more than one heading"),
+    ("check_docs.py", "docs/abi.md", "`MFA_TWO`\n", "MFA_TWO is nowhere in the project"),
+    ("check_docs.py", "docs/abi.md", "`src/gone.c`\n", "src/gone.c does not exist"),
+    ("check_docs.py", "docs/abi.md", "[a](gone.md)\n", "the link gone.md leads nowhere"),
+    ("check_docs.py", "docs/abi.md", "[a](#gone)\n", "the link #gone leads nowhere"),
+    ("check_docs.py", "README.md", "```c\nint main(void) { return mfa(); }\n```\n", "does not compile"),
+    ("check_style.sh", PLAN_H, "\tint tab;\n", "a tab:\nsrc/core/plan.h:4"),
+    ("check_style.sh", "docs/abi.md", "blank \n", "blanks at the end of a line"),
+    ("check_style.sh", PLAN_H, "int end;", "no newline at the end"),
+    ("check_style.sh", PLAN_H, "\n", "no newline at the end of a file, or an empty line there"),
+    ("check_style.sh", PLAN_H, f"/* {'long ' * 30}*/\n", "over 120 columns:\nsrc/core/plan.h:4"),
+    ("check_style.sh", PLAN_H, "/* \N{LATIN SMALL LETTER E WITH ACUTE} */\n", "not ASCII:\nsrc/core/plan.h:4"),
+    ("check_style.sh", PLAN_H, "int line;\n" * 600, "over 600 lines:\nsrc/core/plan.h"),
+    ("check_style.sh", PLAN_H, "/* TO" "DO */\n", "a left-over:\nsrc/core/plan.h:4"),
+)
+
+
+def check(name, root):
+    """Runs a check on a project: whether it was content, and what it said."""
+    interpreter = "sh" if name.endswith(".sh") else sys.executable
+    done = subprocess.run([interpreter, ROOT / "tools" / name, root], capture_output=True, text=True)
+    passed, failed = parse_counts(done.stdout)
+    assert passed + failed, done.stdout + done.stderr
+    assert (done.returncode == 0) == (failed == 0)
+    return failed == 0, done.stdout
+
+
+def write(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", ("check_includes.py", "check_names.py", "check_docs.py", "check_style.sh"))
+def test_sound_project_passes(name, tmp_path):
+    write(tmp_path, SOUND)
+    content, said = check(name, tmp_path)
+    assert content, said
+
+
+@pytest.mark.parametrize("name, file, added, sentence", PLANTED)
+def test_planted_error_is_found(name, file, added, sentence, tmp_path):
+    write(tmp_path, {**SOUND, file: SOUND.get(file, "") + added})
+    content, said = check(name, tmp_path)
+    assert not content
+    assert sentence in said
+
+
+def git(root, *arguments):
+    identity = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("subject, fine", (("core: plan once", True), ("Fixed some stuff", False)))
+def test_commit_subject(subject, fine, tmp_path):
+    write(tmp_path, SOUND)
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", subject)
+    content, said = check("check_style.sh", tmp_path)
+    assert content == fine
+    assert (subject in said) != fine
+
+
+@pytest.mark.parametrize(
+    "listed, sentence",
+    (
+        ("mfa_plan_run\n", None),
+        ("", "mfa_plan_run: not in tests/symbols.txt"),
+        ("mfa_plan_gone\nmfa_plan_run\n", "mfa_plan_gone: not exported"),
+    ),
+)
+def test_exported_symbols(listed, sentence, tmp_path):
+    write(tmp_path, {**SOUND, "tests/symbols.txt": listed})
+    library = tmp_path / "libmfa.so"
+    compile_it = ["cc", "-shared", "-fPIC", "-Iinclude", "-Isrc", "src/mfa.c", "-o", library]
+    subprocess.run(compile_it, cwd=tmp_path, check=True)
+    command = [sys.executable, ROOT / "tools/check_names.py", "--library", library, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == (sentence is None)
+    assert (sentence or "") in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text, counts",
+    (
+        ("seed 1\n12 passed, 3 failed\n", (12, 3)),
+        ("[  PASSED  ] 4 test(s).\n[  PASSED  ] 2 test(s).\n[  FAILED  ] 1 test(s), listed below:\n", (6, 1)),
+        ("===== 1 failed, 20 passed, 2 skipped, 1 error in 3.10s =====\n", (20, 2)),
+        ("===== 20 passed in 75.22s (0:01:15) =====\n", (20, 0)),
+        ("\x1b[32m===== \x1b[1m20 passed\x1b[0m in 1.00s =====\x1b[0m\n", (20, 0)),
+        ("Segmentation fault\n", (0, 0)),
+    ),
+)
+def test_counts_are_read(text, counts):
+    assert parse_counts(text) == counts
