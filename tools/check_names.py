@@ -1,0 +1,123 @@
+"""Checks names: public and internal functions, types, constants, folders, kernel keys; and exported symbols.
+
+    tools/check_names.py [ROOT]                     the sources
+    tools/check_names.py --library FILE [ROOT]      the symbols that a built library exports
+
+Public functions are mfa_<noun>_<verb>, constants MFA_..., functions across files mfa_<noun>_<verb> in base and
+core and mfa_<room>_<verb> in a backend, and no type of ours ends in _t (POSIX keeps those for itself).
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import tree
+
+NOUNS = "context|problem|plan|status"
+ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_fail"}  # sentences of their own
+FOLDERS = set(
+    """.ci bench docs include python python/mps_flash_attn requirements src src/base src/core src/cpu src/cpu/kernels
+    tests tests/kit tests/python tests/reference tests/tools tools""".split()
+)  # closed: what a folder is called is decided here, and none is called util, common, misc, old or new
+
+DTYPE = "(?:f32|f16|bf16|f64)"
+KEY = re.compile(
+    rf"(?:forward|backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
+    rf"(?:_band)?(?:_mask_bool|_mask_{DTYPE})?(?:_softcap)?_(?:scalar|avx2|avx512|neon|apple\d+|sm\d+)"
+)
+LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward)_{DTYPE}_d\d\w*_\w+")
+
+DEFINITION = re.compile(r"^(?!static\b|typedef\b)[A-Za-z_][\w \*]*?\b(\w+)\([^;{]*\)\s*\{", re.MULTILINE)
+TYPE_WITH_T = re.compile(
+    r"\b(?:struct|enum|union)\s+(\w+_t)\s*\{|^typedef\b[^;{]*\b(\w+_t)\s*;|^\}\s*(\w+_t)\s*;", re.MULTILINE
+)
+
+
+def without_comments(text):
+    """The code alone; strings stay."""
+    return re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
+
+
+def public_functions(root):
+    header = without_comments((root / "include/mfa.h").read_text())
+    return re.findall(r"^MFA_API\b[^;(]*?\b(\w+)\(", header, re.MULTILINE)
+
+
+def check_header(root, report):
+    header = without_comments((root / "include/mfa.h").read_text())
+    for name in public_functions(root):
+        report.check(
+            name in ALONE or re.fullmatch(rf"mfa_({NOUNS})_[a-z_]+", name),
+            f"include/mfa.h: {name}: a public function is mfa_<noun>_<verb>, the noun one of {NOUNS}",
+        )
+    constants = re.findall(r"#define\s+(\w+)", header)
+    for body in re.findall(r"\benum\s+\w+\s*\{([^}]*)\}", header):
+        constants += re.findall(r"(?:^|,)\s*(\w+)", body)
+    for name in constants:
+        report.check(re.fullmatch(r"MFA_[A-Z0-9_]+", name), f"include/mfa.h: {name}: a constant is MFA_...")
+    for name in re.findall(r"\b(?:struct|enum)\s+(\w+)\s*[{;]|^\}\s*(\w+);", header, re.MULTILINE):
+        name = "".join(name)
+        report.check(re.fullmatch(r"mfa_[a-z_]+", name), f"include/mfa.h: {name}: a type is mfa_...")
+
+
+def check_sources(root, report):
+    for path in tree.files(root, ".c", ".h", ".inc"):
+        code = without_comments((root / path).read_text())
+        for match in TYPE_WITH_T.finditer(code):
+            report.check(False, f"{path}: {''.join(filter(None, match.groups()))}: no type of ours ends in _t")
+        if path.suffix != ".c" or path.parts[0] != "src":
+            continue
+        room = path.parts[1] if len(path.parts) > 2 else "core"
+        prefix = "mfa_[a-z]+_" if room in ("base", "core") else f"mfa_{room}_"
+        for name in DEFINITION.findall(code):
+            fine = name in ALONE or re.fullmatch(prefix + r"\w+", name)
+            report.check(fine, f"{path}: {name}: a function across files begins with {prefix}, else it is static")
+
+
+def check_folders(root, report):
+    text = (".c", ".h", ".inc", ".py", ".sh", ".md", ".txt", ".metal", ".cu", "")
+    folders = {str(parent) for path in tree.files(root, *text) for parent in path.parents} - {"."}
+    for folder in sorted(folders):
+        report.check(folder in FOLDERS, f"{folder}: not in the list of folders (tools/check_names.py)")
+
+
+def check_keys(root, report):
+    for path in tree.files(root, ".c", ".h", ".inc", ".py", ".md", ".txt"):
+        if path.parts[:2] == ("tests", "tools"):  # plants wrong ones
+            continue
+        for key in LOOKS_LIKE_KEY.findall((root / path).read_text()):
+            report.check(KEY.fullmatch(key), f"{path}: {key}: not a kernel key (src/core/key.h)")
+
+
+def check_library(root, library, report):
+    output = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
+    exported = {line.split()[-1] for line in output.splitlines()}
+    listed = (root / "tests/symbols.txt").read_text().split()
+    report.check(listed == sorted(set(listed)), "tests/symbols.txt: not sorted, or a name stands twice")
+    declared = set(public_functions(root))
+    for name in sorted(exported | set(listed) | declared):
+        places = {"exported": exported, "in tests/symbols.txt": listed, "declared in mfa.h": declared}
+        missing = [place for place, names in places.items() if name not in names]
+        report.check(not missing, f"{name}: not {', not '.join(missing)}")
+
+
+def main():
+    arguments = sys.argv[1:]
+    library = None
+    if arguments[:1] == ["--library"]:
+        library, arguments = arguments[1], arguments[2:]
+    root = pathlib.Path(arguments[0]) if arguments else tree.default_root()
+    report = tree.Report()
+    if library:
+        check_library(root, library, report)
+    else:
+        check_header(root, report)
+        check_sources(root, report)
+        check_folders(root, report)
+        check_keys(root, report)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
