@@ -1,0 +1,185 @@
+/* What this machine does at best, to set a measured speed beside: multiply-adds in f32, and bytes read
+ * from memory, on all threads at once. A probe takes a few milliseconds, so that one can be run just
+ * before and one just after each measurement: the clock of a shared machine moves, the share of the peak
+ * of the same moment much less. Loaded by bench/measure.py through ctypes; no part of libmfa. */
+#define _POSIX_C_SOURCE 200112L /* clock_gettime under a strict -std=c11 */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* The widest vectors that mfa_peak_gflops can probe here, in bits; 0: none. */
+EXPORT int mfa_peak_vector_bits(void);
+
+/* 10^9 multiplications and additions a second, with vectors of 512, 256 or 128 bits; 0 if this machine has
+ * no such vectors, or the threads cannot be had. */
+EXPORT double mfa_peak_gflops(int threads, int vector_bits, double milliseconds);
+
+/* 10^9 bytes a second, read once through from a buffer that should be larger than the caches; 0 as above. */
+EXPORT double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds);
+
+enum { MOST_THREADS = 1024, STEPS = 4096, CHUNK = 1 << 18 };
+
+struct probe {
+    /* Does a piece of work, the `turn`-th of its thread, and returns its size in operations or bytes. */
+    double (*piece)(const struct probe *probe, int thread, size_t turn);
+    double seconds;
+    int threads;
+    atomic_int arrived; /* all begin together, else the first ones would run alone */
+    const char *buffer;
+    size_t share; /* bytes of the buffer for each thread */
+};
+
+struct worker {
+    struct probe *probe;
+    int index;
+    double rate;
+};
+
+/* Independent sums, enough to hide the latency of a multiply-add on every unit, few enough to stay in
+ * registers. The factor is volatile: the compiler must not work out the sums beforehand. */
+static const volatile float factor = 0.5f;
+
+#define DEFINE_FMA_PIECE(name, attributes, vector, count, broadcast, multiply_add)                                     \
+    attributes static double name(const struct probe *probe, int thread, size_t turn)                                  \
+    {                                                                                                                  \
+        static _Thread_local volatile float kept;                                                                      \
+        const vector a = broadcast(factor), b = broadcast(factor);                                                     \
+        vector sums[count], total = a;                                                                                 \
+        _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = broadcast((float)n);                      \
+        for (int step = 0; step < STEPS; step++)                                                                       \
+            _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = multiply_add(a, b, sums[n]);          \
+        _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) total += sums[n];                                   \
+        kept = total[0];                                                                                               \
+        (void)kept, (void)probe, (void)thread, (void)turn;                                                             \
+        return 2.0 * STEPS * (count) * (double)(sizeof(vector) / sizeof(float));                                       \
+    }
+
+#if defined(__x86_64__)
+DEFINE_FMA_PIECE(fma_512, __attribute__((target("avx512f"))), __m512, 12, _mm512_set1_ps, _mm512_fmadd_ps)
+DEFINE_FMA_PIECE(fma_256, __attribute__((target("avx2,fma"))), __m256, 12, _mm256_set1_ps, _mm256_fmadd_ps)
+DEFINE_FMA_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_set1_ps, _mm_fmadd_ps)
+#elif defined(__aarch64__)
+#define MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+DEFINE_FMA_PIECE(fma_128, , float32x4_t, 20, vdupq_n_f32, MULTIPLY_ADD)
+#endif
+
+static double (*fma_piece(int vector_bits))(const struct probe *, int, size_t)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (vector_bits == 512 && __builtin_cpu_supports("avx512f"))
+        return fma_512;
+    if (vector_bits == 256 && __builtin_cpu_supports("fma"))
+        return fma_256;
+    if (vector_bits == 128 && __builtin_cpu_supports("fma"))
+        return fma_128;
+#elif defined(__aarch64__)
+    if (vector_bits == 128)
+        return fma_128;
+#endif
+    (void)vector_bits;
+    return NULL;
+}
+
+static double read_piece(const struct probe *probe, int thread, size_t turn)
+{
+    typedef uint64_t lanes __attribute__((vector_size(64), aligned(8), may_alias));
+    static _Thread_local volatile uint64_t kept;
+    const size_t begin = turn * CHUNK % probe->share;
+    const size_t bytes = probe->share - begin < CHUNK ? probe->share - begin : CHUNK;
+    const lanes *from = (const lanes *)(probe->buffer + (size_t)thread * probe->share + begin);
+    lanes a = {0}, b = {0}, c = {0}, d = {0};
+    for (size_t n = 0; n + 4 <= bytes / sizeof(lanes); n += 4) {
+        a ^= from[n];
+        b ^= from[n + 1];
+        c ^= from[n + 2];
+        d ^= from[n + 3];
+    }
+    a ^= b ^ c ^ d;
+    kept = a[0];
+    (void)kept;
+    return (double)bytes;
+}
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+static void *work(void *argument)
+{
+    struct worker *worker = argument;
+    struct probe *probe = worker->probe;
+    atomic_fetch_add(&probe->arrived, 1);
+    while (atomic_load(&probe->arrived) < probe->threads)
+        ;
+    const double begin = now();
+    double done = 0, elapsed = 0;
+    for (size_t turn = 0; elapsed < probe->seconds; turn++) {
+        done += probe->piece(probe, worker->index, turn);
+        elapsed = now() - begin;
+    }
+    worker->rate = done / elapsed;
+    return NULL;
+}
+
+/* The sum of what the threads do a second; the caller is one of them. */
+static double run(struct probe *probe)
+{
+    struct worker workers[MOST_THREADS];
+    pthread_t threads[MOST_THREADS];
+    int started = 0;
+    if (!probe->piece || probe->threads < 1 || probe->threads > MOST_THREADS)
+        return 0;
+    const int wanted = probe->threads;
+    for (int n = 0; n < wanted; n++)
+        workers[n] = (struct worker){.probe = probe, .index = n};
+    while (started < wanted - 1 && !pthread_create(&threads[started], NULL, work, &workers[started + 1]))
+        started++;
+    /* A thread too few: those that wait would wait for ever. */
+    if (started < wanted - 1)
+        atomic_fetch_add(&probe->arrived, wanted - 1 - started);
+    work(&workers[0]);
+    double rate = 0;
+    for (int n = 0; n < started; n++)
+        pthread_join(threads[n], NULL);
+    for (int n = 0; n < wanted; n++)
+        rate += workers[n].rate;
+    return started == wanted - 1 ? 1e-9 * rate : 0;
+}
+
+int mfa_peak_vector_bits(void)
+{
+    for (int bits = 512; bits >= 128; bits /= 2)
+        if (fma_piece(bits))
+            return bits;
+    return 0;
+}
+
+double mfa_peak_gflops(int threads, int vector_bits, double milliseconds)
+{
+    struct probe probe = {.piece = fma_piece(vector_bits), .seconds = 1e-3 * milliseconds, .threads = threads};
+    return run(&probe);
+}
+
+double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds)
+{
+    struct probe probe = {.seconds = 1e-3 * milliseconds, .threads = threads, .buffer = buffer};
+    if (threads < 1 || bytes / (size_t)threads < CHUNK)
+        return 0;
+    probe.piece = read_piece;
+    probe.share = bytes / (size_t)threads / CHUNK * CHUNK;
+    return run(&probe);
+}
