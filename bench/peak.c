@@ -49,19 +49,19 @@ struct worker {
  * registers. The factor is volatile: the compiler must not work out the sums beforehand. */
 static const volatile float factor = 0.5f;
 
-#define DEFINE_FMA_PIECE(name, attributes, vector, count, broadcast, multiply_add)                                     \
-    attributes static double name(const struct probe *probe, int thread, size_t turn)                                  \
-    {                                                                                                                  \
-        static _Thread_local volatile float kept;                                                                      \
-        const vector a = broadcast(factor), b = broadcast(factor);                                                     \
-        vector sums[count], total = a;                                                                                 \
-        _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = broadcast((float)n);                      \
-        for (int step = 0; step < STEPS; step++)                                                                       \
-            _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = multiply_add(a, b, sums[n]);          \
-        _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) total += sums[n];                                   \
-        kept = total[0];                                                                                               \
-        (void)kept, (void)probe, (void)thread, (void)turn;                                                             \
-        return 2.0 * STEPS * (count) * (double)(sizeof(vector) / sizeof(float));                                       \
+#define DEFINE_FMA_PIECE(name, attributes, vector, count, broadcast, multiply_add)                            \
+    attributes static double name(const struct probe *probe, int thread, size_t turn)                         \
+    {                                                                                                         \
+        static _Thread_local volatile float kept;                                                             \
+        const vector a = broadcast(factor), b = broadcast(factor);                                            \
+        vector sums[count], total = a;                                                                        \
+        _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = broadcast((float)n);             \
+        for (int step = 0; step < STEPS; step++)                                                              \
+            _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = multiply_add(a, b, sums[n]); \
+        _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) total += sums[n];                          \
+        kept = total[0];                                                                                      \
+        (void)kept, (void)probe, (void)thread, (void)turn;                                                    \
+        return 2.0 * STEPS * (count) * (double)(sizeof(vector) / sizeof(float));                              \
     }
 
 #if defined(__x86_64__)

@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 import report
-from measure import machine, measure, versions
+from measure import Problem, machine, measure, versions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -68,6 +68,11 @@ def main():
     options = parser.parse_args()
     problems = options.problems or users_table() + speed() + ([] if options.quick else breadth())
     problems = [problem for problem in problems if options.filter in problem]
+    try:
+        for problem in problems:
+            Problem.parse(problem)
+    except ValueError as error:
+        parser.error(str(error))
     seconds = options.seconds or (1.5 if options.quick else 6.0)
 
     console = Console()

@@ -506,6 +506,20 @@ static void test_context_options(void **state)
     mfa_context_destroy(made);
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+/* Sanitizers end the program at such a request unless told otherwise. */
+const char *__asan_default_options(void);
+const char *__tsan_default_options(void);
+const char *__asan_default_options(void)
+{
+    return "allocator_may_return_null=1";
+}
+const char *__tsan_default_options(void)
+{
+    return "allocator_may_return_null=1";
+}
+#endif
+
 /* A workspace beyond any address space. The buffers are never looked at. */
 static void test_out_of_memory(void **state)
 {

@@ -153,6 +153,11 @@ def _prepare(query, key, value, is_causal, scale, mask, window_size, softcap, en
     value = tensors.check("value", value)
     if mask is not None:
         mask = tensors.check("attn_mask", mask)
+        if mask.device != query.device:
+            raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
+    if not query.device == key.device == value.device:
+        _refuse_devices(query, key, value)
+    device = tensors.device(query)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     if not query.dim() == key.dim() == value.dim() == 4:
@@ -160,8 +165,6 @@ def _prepare(query, key, value, is_causal, scale, mask, window_size, softcap, en
         raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: {_DIMENSIONS}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in tensors.DTYPES:
         _refuse_dtypes(query, key, value)
-    if not query.device == key.device == value.device:
-        _refuse_devices(query, key, value)
 
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -172,12 +175,12 @@ def _prepare(query, key, value, is_causal, scale, mask, window_size, softcap, en
 
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
-        mask_kind, mask_dtype = _mask_kind(mask, query, (batch, q_heads, q_len, kv_len))
+        mask_kind, mask_dtype = _mask_kind(mask, (batch, q_heads, q_len, kv_len))
     lower, upper = _band(is_causal, window_size, q_len, kv_len)
     if scale is None:
         scale = max(head_dim, 1) ** -0.5
     return query, key, value, mask, Scalars(
-        tensors.DEVICES[query.device.type],
+        device,
         tensors.DTYPES[query.dtype],
         mask_kind,
         mask_dtype,
@@ -224,15 +227,13 @@ def _band(is_causal, window_size, q_len, kv_len):
     )
 
 
-def _mask_kind(mask, query, shape):
+def _mask_kind(mask, shape):
     """The mask's (kind, dtype) codes, if it fits."""
     if mask.dtype is not torch.bool and mask.dtype not in tensors.DTYPES:
         raise TypeError(
             f"attn_mask is {tensors.dtype_name(mask)}; it must be bool (True takes part), "
             "float32, float16, bfloat16 or float64 (added to the scores)"
         )
-    if mask.device != query.device:
-        raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     sizes = mask.shape
     if len(sizes) > 4 or any(given not in (1, full) for given, full in zip(reversed(sizes), reversed(shape))):
         raise ValueError(

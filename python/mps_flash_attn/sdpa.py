@@ -17,8 +17,9 @@ from .attention import flash_attention
 from .library import Unsupported, library
 
 # The least work, in multiply-adds of the forward pass (B * H * L * S * (E + Ev)), that is worth taking over from
-# PyTorch; below it the call costs more than the kernel saves. float("inf") leaves a dtype to PyTorch altogether.
-sdpa_thresholds = {"float32": 0, "float16": 0, "bfloat16": 0, "float64": 0}
+# PyTorch: below it the call costs more than the kernel saves. Measured with one thread, forward; may be set.
+# float("inf") leaves a dtype to PyTorch altogether.
+sdpa_thresholds = {"float32": 1 << 19, "float16": 1 << 16, "bfloat16": 1 << 18, "float64": 1 << 17}
 
 _KEYS = ("CPU", "AutogradCPU")
 _HEAD_DIM_MOST = 512

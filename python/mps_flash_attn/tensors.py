@@ -27,9 +27,15 @@ def check(name, tensor):
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} has the layout {layout}; it must be strided")
-    if not tensor.is_cpu and tensor.device.type not in DEVICES:
-        raise Unsupported(f"{name} is on {tensor.device}; devices we run on: {', '.join(DEVICES)}")
     return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def device(tensor):
+    """The code of the device that holds the tensor."""
+    code = DEVICES.get(tensor.device.type)
+    if code is None:
+        raise Unsupported(f"the tensors are on {tensor.device}; devices we run on: {', '.join(DEVICES)}")
+    return code
 
 
 def dtype_name(tensor):

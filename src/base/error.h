@@ -9,6 +9,7 @@
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-mfa_status mfa_fail(mfa_status status, const char *format, ...);
+mfa_status
+mfa_fail(mfa_status status, const char *format, ...);
 
 #endif

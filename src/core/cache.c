@@ -91,12 +91,13 @@ mfa_status mfa_cache_draft_begin(const char *folder, const struct mfa_key *key, 
         return MFA_OK;
     if (begin_in("/tmp", name, draft))
         return MFA_OK;
-    return mfa_fail(MFA_COMPILE_FAILED, "%s cannot be compiled: neither the cache folder (%s) nor TMPDIR nor /tmp "
-                    "can be written", name, folder ? folder : "there is none");
+    return mfa_fail(MFA_COMPILE_FAILED,
+                    "%s cannot be compiled: neither the cache folder (%s) nor TMPDIR nor /tmp "
+                    "can be written",
+                    name, folder ? folder : "there is none");
 }
 
-void mfa_cache_draft_keep(const char *folder, const struct mfa_key *key, uint64_t stamp,
-                          struct mfa_cache_draft *draft)
+void mfa_cache_draft_keep(const char *folder, const struct mfa_key *key, uint64_t stamp, struct mfa_cache_draft *draft)
 {
     struct place place;
     char line[CHECK_LINE];

@@ -25,8 +25,7 @@ struct mfa_cache_draft {
 mfa_status mfa_cache_draft_begin(const char *folder, const struct mfa_key *key, struct mfa_cache_draft *draft);
 
 /* Puts the draft's file into the cache if that can be done. Its path is the place to load it from. */
-void mfa_cache_draft_keep(const char *folder, const struct mfa_key *key, uint64_t stamp,
-                          struct mfa_cache_draft *draft);
+void mfa_cache_draft_keep(const char *folder, const struct mfa_key *key, uint64_t stamp, struct mfa_cache_draft *draft);
 
 /* Removes what has not been kept. */
 void mfa_cache_draft_end(struct mfa_cache_draft *draft);

@@ -25,8 +25,7 @@ static mfa_status read_options(const mfa_context_options *given, mfa_context_opt
     *options = (mfa_context_options){.size = sizeof *options};
     if (!given)
         return MFA_OK;
-    const mfa_status status =
-        mfa_sized_copy("mfa_context_options", given, FIRST_SIZE, options, sizeof *options);
+    const mfa_status status = mfa_sized_copy("mfa_context_options", given, FIRST_SIZE, options, sizeof *options);
     if (status != MFA_OK)
         return status;
     if (options->reserved != 0)
@@ -112,8 +111,7 @@ mfa_status mfa_context_limit(mfa_context *context, int32_t threads)
     return status;
 }
 
-mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *problem,
-                              const struct mfa_opened **chosen)
+mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *problem, const struct mfa_opened **chosen)
 {
     const struct mfa_opened *unavailable = NULL;
     mfa_status refused = MFA_OK;
@@ -139,8 +137,8 @@ mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *pro
 }
 
 /* From the cache if it is there, else compiled and kept. */
-static mfa_status load_from_disk(const mfa_context *context, const struct mfa_opened *opened,
-                                 const struct mfa_key *key, const void **kernel)
+static mfa_status load_from_disk(const mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
+                                 const void **kernel)
 {
     const struct mfa_backend *backend = opened->backend;
     const uint64_t stamp = backend->stamp(opened->state);
@@ -177,9 +175,8 @@ static mfa_status load(mfa_context *context, const struct mfa_opened *opened, co
     if (!made)
         return mfa_fail(MFA_OUT_OF_MEMORY, "no memory to load a kernel");
     *made = (struct mfa_loaded){atomic_load(&context->loaded), opened, *key, NULL};
-    const mfa_status status = opened->backend->compile
-                                  ? load_from_disk(context, opened, key, &made->kernel)
-                                  : opened->backend->load(opened->state, key, NULL, &made->kernel);
+    const mfa_status status = opened->backend->compile ? load_from_disk(context, opened, key, &made->kernel)
+                                                       : opened->backend->load(opened->state, key, NULL, &made->kernel);
     if (status != MFA_OK) {
         free(made);
         return status;

@@ -48,8 +48,7 @@ void mfa_context_close(mfa_context *context);
 mfa_status mfa_context_limit(mfa_context *context, int32_t threads);
 
 /* The backend that runs this canonical problem, or why there is none. */
-mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *problem,
-                              const struct mfa_opened **opened);
+mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *problem, const struct mfa_opened **opened);
 
 /* The loaded kernel of that key: from memory, from the cache, or compiled. */
 mfa_status mfa_context_kernel(mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,

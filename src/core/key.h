@@ -9,10 +9,10 @@
 #include <stdint.h>
 
 enum mfa_feature { /* in the order in which a key's text names them */
-    MFA_FEATURE_BAND = 1,
-    MFA_FEATURE_MASK_BOOL = 2,
-    MFA_FEATURE_MASK_ADDITIVE = 4,
-    MFA_FEATURE_SOFTCAP = 8
+                   MFA_FEATURE_BAND = 1,
+                   MFA_FEATURE_MASK_BOOL = 2,
+                   MFA_FEATURE_MASK_ADDITIVE = 4,
+                   MFA_FEATURE_SOFTCAP = 8
 };
 
 struct mfa_key { /* no padding: compared and hashed as bytes */

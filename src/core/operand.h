@@ -9,10 +9,10 @@
 #include "mfa.h"
 
 enum mfa_role { /* 0: has no part in this problem */
-    MFA_ROLE_READ = 1,
-    MFA_ROLE_WRITTEN = 2,
-    MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
-    MFA_ROLE_SUMMED = 8    /* written, and stride 0 asks for the sum along that dimension */
+                MFA_ROLE_READ = 1,
+                MFA_ROLE_WRITTEN = 2,
+                MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
+                MFA_ROLE_SUMMED = 8    /* written, and stride 0 asks for the sum along that dimension */
 };
 
 struct mfa_operand {

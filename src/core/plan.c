@@ -45,8 +45,7 @@ static uintptr_t address(const struct mfa_plan *plan, const mfa_buffer *buffer)
     return base + (uintptr_t)buffer->offset;
 }
 
-static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_operand *operand,
-                               const mfa_buffer *buffer)
+static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_operand *operand, const mfa_buffer *buffer)
 {
     const int role = mfa_operand_role(operand, &plan->problem);
     if (!buffer->base) {

@@ -54,12 +54,32 @@ void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int6
     const mfa_layout k = dense(kv_heads, kv_len, head_dim), v = dense(kv_heads, kv_len, value_dim);
     *problem = (mfa_problem){
         .size = sizeof *problem,
-        .pass = MFA_FORWARD, .device = MFA_DEVICE_CPU, .dtype = MFA_F32, .mask = MFA_MASK_NONE, .mask_dtype = MFA_F32,
-        .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len,
-        .head_dim = head_dim, .value_dim = value_dim,
-        .lower = MFA_BAND_OPEN_LOWER, .upper = MFA_BAND_OPEN_UPPER, .scale = mfa_problem_scale(head_dim),
-        .q_layout = q, .k_layout = k, .v_layout = v, .o_layout = o, .lse_layout = row_sums, .mask_layout = scores,
-        .d_o_layout = o, .dlse_layout = row_sums, .dq_layout = q, .dk_layout = k, .dv_layout = v,
+        .pass = MFA_FORWARD,
+        .device = MFA_DEVICE_CPU,
+        .dtype = MFA_F32,
+        .mask = MFA_MASK_NONE,
+        .mask_dtype = MFA_F32,
+        .batch = batch,
+        .q_heads = q_heads,
+        .kv_heads = kv_heads,
+        .q_len = q_len,
+        .kv_len = kv_len,
+        .head_dim = head_dim,
+        .value_dim = value_dim,
+        .lower = MFA_BAND_OPEN_LOWER,
+        .upper = MFA_BAND_OPEN_UPPER,
+        .scale = mfa_problem_scale(head_dim),
+        .q_layout = q,
+        .k_layout = k,
+        .v_layout = v,
+        .o_layout = o,
+        .lse_layout = row_sums,
+        .mask_layout = scores,
+        .d_o_layout = o,
+        .dlse_layout = row_sums,
+        .dq_layout = q,
+        .dk_layout = k,
+        .dv_layout = v,
         .dbias_layout = scores,
     };
 }
@@ -102,9 +122,9 @@ static mfa_status check_sizes(const mfa_problem *problem)
         const char *name;
         size_t offset;
     } sizes[] = {
-        {"batch", offsetof(mfa_problem, batch)},       {"q_heads", offsetof(mfa_problem, q_heads)},
-        {"kv_heads", offsetof(mfa_problem, kv_heads)}, {"q_len", offsetof(mfa_problem, q_len)},
-        {"kv_len", offsetof(mfa_problem, kv_len)},     {"head_dim", offsetof(mfa_problem, head_dim)},
+        {"batch", offsetof(mfa_problem, batch)},         {"q_heads", offsetof(mfa_problem, q_heads)},
+        {"kv_heads", offsetof(mfa_problem, kv_heads)},   {"q_len", offsetof(mfa_problem, q_len)},
+        {"kv_len", offsetof(mfa_problem, kv_len)},       {"head_dim", offsetof(mfa_problem, head_dim)},
         {"value_dim", offsetof(mfa_problem, value_dim)},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {

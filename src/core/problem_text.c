@@ -247,8 +247,7 @@ static mfa_status read_options(struct reader *reader, mfa_problem *problem)
     }
 }
 
-static mfa_status read_name(struct reader *reader, const char *(*name)(int32_t), int32_t *value,
-                            const char *expected)
+static mfa_status read_name(struct reader *reader, const char *(*name)(int32_t), int32_t *value, const char *expected)
 {
     const mfa_status status = next_word(reader);
     if (status != MFA_OK)

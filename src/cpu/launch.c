@@ -19,17 +19,33 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
 {
     memset(call, 0, sizeof *call);
     call->args = (struct mfa_args){
-        .batch = p->batch, .q_heads = p->q_heads, .kv_heads = p->kv_heads,
+        .batch = p->batch,
+        .q_heads = p->q_heads,
+        .kv_heads = p->kv_heads,
         .group = p->kv_heads ? p->q_heads / p->kv_heads : 1,
-        .q_len = p->q_len, .kv_len = p->kv_len, .head_dim = p->head_dim, .value_dim = p->value_dim,
-        .lower = p->lower, .upper = p->upper,
-        .q = strides(&p->q_layout), .k = strides(&p->k_layout), .v = strides(&p->v_layout),
-        .o = strides(&p->o_layout), .lse = strides(&p->lse_layout), .mask = strides(&p->mask_layout),
-        .d_o = strides(&p->d_o_layout), .dlse = strides(&p->dlse_layout), .dq = strides(&p->dq_layout),
-        .dk = strides(&p->dk_layout), .dv = strides(&p->dv_layout), .dbias = strides(&p->dbias_layout),
-        .scale = (float)p->scale, .softcap = (float)p->softcap,
+        .q_len = p->q_len,
+        .kv_len = p->kv_len,
+        .head_dim = p->head_dim,
+        .value_dim = p->value_dim,
+        .lower = p->lower,
+        .upper = p->upper,
+        .q = strides(&p->q_layout),
+        .k = strides(&p->k_layout),
+        .v = strides(&p->v_layout),
+        .o = strides(&p->o_layout),
+        .lse = strides(&p->lse_layout),
+        .mask = strides(&p->mask_layout),
+        .d_o = strides(&p->d_o_layout),
+        .dlse = strides(&p->dlse_layout),
+        .dq = strides(&p->dq_layout),
+        .dk = strides(&p->dk_layout),
+        .dv = strides(&p->dv_layout),
+        .dbias = strides(&p->dbias_layout),
+        .scale = (float)p->scale,
+        .softcap = (float)p->softcap,
     };
     call->scale = p->scale, call->softcap = p->softcap;
+    call->unit = p->pass == MFA_FORWARD ? 1.4426950408889634074 : 1;
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
     call->block_kv = choice->key.block_kv, call->panels = (int32_t)choice->panels, call->splits = choice->splits;
 }
@@ -47,7 +63,8 @@ static uint64_t align(uint64_t bytes)
 /* dQ is summed in its own memory if that holds whole vectors of reals. */
 static int sums_in_place(const struct mfa_cpu_kernels *kernels, const mfa_problem *p)
 {
-    return (p->dtype == MFA_F32 || p->dtype == MFA_F64) && p->dq_layout.column == 1 && p->head_dim % kernels->lanes == 0;
+    return (p->dtype == MFA_F32 || p->dtype == MFA_F64) && p->dq_layout.column == 1 &&
+           p->head_dim % kernels->lanes == 0;
 }
 
 static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
@@ -79,8 +96,8 @@ void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_pro
     struct mfa_cpu_call call;
     describe(problem, choice, &call);
     choice->shared = lay_out(kernels, problem, &call).end;
-    choice->per_thread = align(problem->pass == MFA_FORWARD ? kernels->forward_scratch(&call)
-                                                            : kernels->backward_scratch(&call));
+    choice->per_thread =
+        align(problem->pass == MFA_FORWARD ? kernels->forward_scratch(&call) : kernels->backward_scratch(&call));
 }
 
 static void *address(const mfa_buffer *buffer)
@@ -93,7 +110,8 @@ static void bind(struct mfa_cpu_call *call, const mfa_buffers *b)
     call->q = address(&b->q), call->k = address(&b->k), call->v = address(&b->v), call->mask = address(&b->mask);
     call->d_o = address(&b->d_o), call->dlse = address(&b->dlse);
     call->o = address(&b->o), call->lse = address(&b->lse);
-    call->dq = address(&b->dq), call->dk = address(&b->dk), call->dv = address(&b->dv), call->dbias = address(&b->dbias);
+    call->dq = address(&b->dq), call->dk = address(&b->dk), call->dv = address(&b->dv),
+    call->dbias = address(&b->dbias);
 }
 
 static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,

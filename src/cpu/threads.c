@@ -204,8 +204,7 @@ static int start_workers(struct pool *pool, int wanted)
     }
     sigset_t before;
     hide_from_signals(&before);
-    while (pool->started < wanted &&
-           pthread_create(&pool->workers[pool->started], NULL, worker_main, pool) == 0)
+    while (pool->started < wanted && pthread_create(&pool->workers[pool->started], NULL, worker_main, pool) == 0)
         pool->started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return pool->started;

@@ -1,5 +1,7 @@
 """What is wrong gets a sentence that names the field, what was given and what is accepted."""
 
+import functools
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ def _arguments(**changes):
     return {"query": query, "key": key, "value": value} | changes
 
 
-RANDOM = torch.randn
+RANDOM, META = torch.randn, functools.partial(torch.empty, device="meta")
 SENTENCES = [
     # tensors
     (dict(query=[[1.0]]), TypeError, "query is a list; it must be a torch.Tensor"),
@@ -26,7 +28,13 @@ SENTENCES = [
     (dict(key=RANDOM(2, 4, 7, 8).half()), TypeError, "query is float32, key float16 and value float32; .* one dtype"),
     (dict(attn_mask=torch.ones(5, 7, dtype=torch.uint8)), TypeError, "attn_mask is uint8; it must be bool"),
     # devices
-    (dict(key=torch.empty(2, 4, 7, 8, device="meta")), Unsupported, "key is on meta; devices we run on: cpu"),
+    (dict(key=META(2, 4, 7, 8)), ValueError, "query is on cpu, key on meta and value on cpu; they must be on one"),
+    (dict(attn_mask=META(5, 7)), ValueError, "attn_mask is on meta and query on cpu; they must be on one device"),
+    (
+        dict(query=META(2, 4, 5, 8), key=META(2, 4, 7, 8), value=META(2, 4, 7, 8)),
+        Unsupported,
+        "the tensors are on meta; devices we run on: cpu",
+    ),
     # shapes
     (dict(key=RANDOM(3, 4, 7, 8)), ValueError, "batch sizes of query 2, key 3 and value 2 differ; they must be equal"),
     (dict(value=RANDOM(1, 4, 7, 6)), ValueError, "batch sizes of query 2, key 2 and value 1 differ"),

@@ -58,7 +58,7 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_child_after_fork():
     """The parent's thread pool is not in the child; the child works, and finds the same bits."""
-    tensors = [torch.randn(1, 4, 130, 32) for _ in range(3)]  # so small that PyTorch itself, which would hang, is serial
+    tensors = [torch.randn(1, 4, 130, 32) for _ in range(3)]  # small: PyTorch's own pool would hang in the child
     expected = _training_step(tensors)  # the pool is running by now
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)

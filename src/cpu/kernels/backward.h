@@ -85,7 +85,7 @@ static inline int64_t group_number(const struct mfa_cpu_call *call, const struct
     return (g->batch * call->args.q_heads + g->head) * groups_of(call) + g->index;
 }
 
-/* Where the group's D or L (in log2 units) begin. */
+/* Where the group's D or L begin. */
 static inline real *group_rows(const struct mfa_cpu_call *call, const struct group *g, void *all)
 {
     return (real *)all + group_number(call, g) * call->panels * PANEL;
@@ -124,7 +124,7 @@ static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g)
     }
 }
 
-/* D = rowsum(dO * O) - dL and L in log2 units, for one group; +inf for a query that saw nothing, so that its P
+/* D = rowsum(dO * O) - dL and L for one group; L is +inf for a query that saw nothing, so that its P
  * is 0. Sets the group's turn, and writes the dQ of a group that no block will visit. */
 static void prepare(void *data, int64_t task, int worker)
 {
@@ -152,7 +152,7 @@ static void prepare(void *data, int64_t task, int worker)
         D[i] = lane[0];
         if (call->dlse)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
-        L[i] = l == -(real)INFINITY ? (real)INFINITY : l * (real)LOG2E;
+        L[i] = l == -(real)INFINITY ? (real)INFINITY : l;
     }
     atomic_store_explicit(&call->progress[group_number(call, &g)], g.from, memory_order_relaxed);
     if (call->dq && g.from > g.to) {
@@ -165,11 +165,12 @@ static void prepare(void *data, int64_t task, int worker)
 static void gradients(const struct panel *panel, int64_t n, real *P, real *dS, int64_t stride, const real *L,
                       const real *D, const real *slope)
 {
+    vec log2e = vec_set1((real)LOG2E);
     for (int v = 0; v < panel->vectors; v++) {
         int64_t at = v * LANES;
         vec l = vec_load(L + at), delta = vec_load(D + at);
         for (int64_t k = 0; k < n; k++, at += stride) {
-            vec p = vec_exp2(vec_sub(vec_load(P + at), l));
+            vec p = vec_exp2(vec_mul(vec_sub(vec_load(P + at), l), log2e));
             vec ds = vec_mul(p, vec_sub(vec_load(dS + at), delta));
             if (slope)
                 ds = vec_mul(ds, vec_load(slope + k * PANEL + v * LANES));
@@ -195,8 +196,8 @@ static struct keys keys_of(const struct mfa_cpu_call *call, int64_t batch, int64
 static void load_keys(const struct mfa_cpu_call *call, struct backward_scratch *s, struct keys *keys)
 {
     const struct mfa_args *a = &call->args;
-    keys->K = load_block(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n,
-                         a->head_dim, 1);
+    keys->K =
+        load_block(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n, a->head_dim, 1);
     keys->V = load_block(s->V, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
                          a->value_dim, 1);
 }
@@ -286,7 +287,8 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
     int64_t d = padded(call->args.head_dim), e = padded(call->args.value_dim), size = (int64_t)call->panels * PANEL;
     for (int64_t i = 0, next; i < sight->strips; i = next) {
         struct range r = sight->panels[i];
-        for (next = i + 1; next < sight->strips && sight->panels[next].from == r.from && sight->panels[next].to == r.to;)
+        for (next = i + 1;
+             next < sight->strips && sight->panels[next].from == r.from && sight->panels[next].to == r.to;)
             next++;
         if (r.from >= r.to)
             continue;

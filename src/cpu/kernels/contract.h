@@ -20,17 +20,20 @@ enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values
 struct mfa_cpu_call {
     struct mfa_args args;
     double scale, softcap;
+    /* Scores are kept times this: log2(e) forward, so that P = exp2(S - m); 1 backward, where S - L comes first, lest L
+     * be rounded once more. */
+    double unit;
     int32_t dtype, mask_kind, mask_dtype;
     int32_t block_kv; /* keys of a block */
-    int32_t panels;   /* forward: panels of a chunk of queries; backward: of a group */
-    int64_t splits;   /* forward: parts of a chunk's kv range */
+    int32_t panels; /* forward: panels of a chunk of queries; backward: of a group */
+    int64_t splits; /* forward: parts of a chunk's kv range */
 
     const void *q, *k, *v, *mask, *d_o, *dlse; /* mask, dlse may be NULL */
-    void *o, *lse, *dq, *dk, *dv, *dbias;      /* read by backward: o, lse. NULL: not wanted */
+    void *o, *lse, *dq, *dk, *dv, *dbias; /* read by backward: o, lse. NULL: not wanted */
 
-    void *partials;       /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
-    void *D, *L;          /* backward: real [batch][q_heads][groups * rows of a group]; L in log2 units */
-    void *dq_sums;        /* backward: real [batch][q_heads][q_len][padded head_dim]; NULL: sum in dq itself */
+    void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
+    void *D, *L; /* backward: real [batch][q_heads][groups * rows of a group] */
+    void *dq_sums; /* backward: real [batch][q_heads][q_len][padded head_dim]; NULL: sum in dq itself */
     _Atomic int64_t *progress; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
 
     char *scratch; /* of worker w: scratch + w * scratch_bytes, 64-byte aligned */

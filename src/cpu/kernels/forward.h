@@ -203,8 +203,7 @@ static void forward(void *data, int64_t task, int worker)
             if (r.from >= r.to)
                 continue;
             int64_t count = r.to - r.from;
-            enum visibility seen =
-                panel_sees(&panels[p], call, c.batch, key + r.from, count, s.mask_rows, s.mask_tile);
+            enum visibility seen = panel_sees(&panels[p], call, c.batch, key + r.from, count, s.mask_rows, s.mask_tile);
             if (seen == HIDDEN)
                 continue;
             if (!K.rows) {

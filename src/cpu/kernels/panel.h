@@ -1,7 +1,7 @@
 /* A panel: up to PANEL queries of one KV head, one a lane. Which keys they see, and their scores.
  *
- * Scores are kept transposed, S[key][lane], so that everything of the softmax is lane by lane; they are in
- * log2 units, so that P = exp2(S - m). A hidden score is -inf. */
+ * Scores are kept transposed, S[key][lane], so that everything of the softmax is lane by lane, and times
+ * call->unit. A hidden score is -inf. */
 
 #define PANEL (MFA_CPU_PANEL_VECTORS * LANES)
 
@@ -80,7 +80,7 @@ enum visibility {
     MASKED  /* a mask tile must be added; the band may hide a part too */
 };
 
-/* Row of mask: what it adds to the scores of n keys, in log2 units. Notes hidden and nonzero values. */
+/* Row of mask: what it adds to the scores of n keys. Notes hidden and nonzero values. */
 static void load_mask_row(real *to, const char *from, const struct mfa_cpu_call *call, int64_t n, int *any_shown,
                           int *any_nonzero)
 {
@@ -98,7 +98,7 @@ static void load_mask_row(real *to, const char *from, const struct mfa_cpu_call 
         for (int64_t k = 0; k < n; k++) {
             shown += to[k] != -(real)INFINITY;
             nonzero += to[k] != 0;
-            to[k] *= (real)LOG2E;
+            to[k] *= (real)call->unit;
         }
     }
     *any_shown |= shown != 0;
@@ -161,10 +161,10 @@ static inline vec vec_tanh(vec x)
     return vec_select_less(size, vec_set1((real)0.625), p, far);
 }
 
-/* S = softcap * tanh(S) in log2 units; slope, if wanted, gets 1 - tanh^2. The queries hold scale / softcap. */
+/* S = cap * tanh(S); slope, if wanted, gets 1 - tanh^2. The queries hold scale / softcap. */
 static void cap_scores(const struct panel *panel, real *S, int64_t stride, int64_t n, double softcap, real *slope)
 {
-    vec cap = vec_set1((real)(softcap * LOG2E));
+    vec cap = vec_set1((real)softcap);
     for (int64_t k = 0; k < n; k++)
         for (int v = 0; v < panel->vectors; v++) {
             vec t = vec_tanh(vec_load(S + k * stride + v * LANES));
@@ -174,11 +174,11 @@ static void cap_scores(const struct panel *panel, real *S, int64_t stride, int64
         }
 }
 
-/* What each query is multiplied by when it is packed, so that Q K^T gives the scores in log2 units (or what
- * cap_scores takes). */
+/* What each query is multiplied by when it is packed, so that Q K^T gives the scores (or what cap_scores
+ * takes). */
 static inline real query_factor(const struct mfa_cpu_call *call)
 {
-    return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * LOG2E);
+    return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * call->unit);
 }
 
 /* Softcap, mask and band on the raw scores of keys [key, key + n). */
@@ -186,7 +186,7 @@ static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *c
                          int64_t n, real *S, int64_t stride, const real *tile, real *slope)
 {
     if (call->softcap > 0)
-        cap_scores(panel, S, stride, n, call->softcap, slope);
+        cap_scores(panel, S, stride, n, call->softcap * call->unit, slope);
     if (seen == MASKED)
         for (int64_t k = 0; k < n; k++)
             for (int v = 0; v < panel->vectors; v++) {

@@ -18,40 +18,42 @@
 #define EACH_VECTOR_2(F, r) F(r, 0) F(r, 1)
 #define EACH_VECTOR_3(F, r) F(r, 0) F(r, 1) F(r, 2)
 
-#define START(r, v) vec sum_##r##_##v = add ? vec_load(C + (r)*c_step + (v)*LANES) : vec_set1(0);
+#define START(r, v) vec sum_##r##_##v = add ? vec_load(C + (r) * c_step + (v) * LANES) : vec_set1(0);
 #define ADD(r, v) sum_##r##_##v = vec_fma(a_##r, b_##v, sum_##r##_##v);
-#define STORE(r, v) vec_store(C + (r)*c_step + (v)*LANES, sum_##r##_##v);
-#define LOAD_B(r, v) vec b_##v = vec_load(B + (v)*LANES);
+#define STORE(r, v) vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
+#define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
 #define START_ROW(r, V) EACH_VECTOR_##V(START, r)
-#define ADD_ROW(r, V) vec a_##r = vec_set1(A[(r)*row_step]); EACH_VECTOR_##V(ADD, r)
+#define ADD_ROW(r, V)                        \
+    vec a_##r = vec_set1(A[(r) * row_step]); \
+    EACH_VECTOR_##V(ADD, r)
 #define STORE_ROW(r, V) EACH_VECTOR_##V(STORE, r)
 
 #define TILE(R, V) TILE_(R, V)
-#define TILE_(R, V)                                                                                                  \
-    static inline __attribute__((always_inline)) void tile_##R##x##V(                                                \
-        const real *restrict A, int64_t row_step, int64_t step, const real *restrict B, int64_t b_step,              \
-        real *restrict C, int64_t c_step, int64_t n, int add)                                                        \
-    {                                                                                                                \
-        EACH_ROW(R, START_ROW, V)                                                                                    \
-        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                                    \
-            EACH_VECTOR_##V(LOAD_B, 0) EACH_ROW(R, ADD_ROW, V)                                                       \
-        }                                                                                                            \
-        EACH_ROW(R, STORE_ROW, V)                                                                                    \
+#define TILE_(R, V)                                                                                     \
+    static inline __attribute__((always_inline)) void tile_##R##x##V(                                   \
+        const real *restrict A, int64_t row_step, int64_t step, const real *restrict B, int64_t b_step, \
+        real *restrict C, int64_t c_step, int64_t n, int add)                                           \
+    {                                                                                                   \
+        EACH_ROW(R, START_ROW, V)                                                                       \
+        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                       \
+            EACH_VECTOR_##V(LOAD_B, 0) EACH_ROW(R, ADD_ROW, V)                                          \
+        }                                                                                               \
+        EACH_ROW(R, STORE_ROW, V)                                                                       \
     }
 
 /* All rows of C, V vectors wide: tiles of R rows, then of 4, then single rows. */
 #define COLUMN(R, V) COLUMN_(R, V)
-#define COLUMN_(R, V)                                                                                                \
-    static inline __attribute__((always_inline)) void column_##V(                                                    \
-        int64_t rows, const real *restrict A, int64_t row_step, int64_t step, const real *restrict B,                \
-        int64_t b_step, real *restrict C, int64_t c_step, int64_t n, int add)                                        \
-    {                                                                                                                \
-        for (; rows >= R; rows -= R, A += R * row_step, C += R * c_step)                                             \
-            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                         \
-        for (; rows >= 4; rows -= 4, A += 4 * row_step, C += 4 * c_step)                                             \
-            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                             \
-        for (; rows > 0; rows--, A += row_step, C += c_step)                                                         \
-            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                             \
+#define COLUMN_(R, V)                                                                                                 \
+    static inline __attribute__((always_inline)) void column_##V(                                                     \
+        int64_t rows, const real *restrict A, int64_t row_step, int64_t step, const real *restrict B, int64_t b_step, \
+        real *restrict C, int64_t c_step, int64_t n, int add)                                                         \
+    {                                                                                                                 \
+        for (; rows >= R; rows -= R, A += R * row_step, C += R * c_step)                                              \
+            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                          \
+        for (; rows >= 4; rows -= 4, A += 4 * row_step, C += 4 * c_step)                                              \
+            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                              \
+        for (; rows > 0; rows--, A += row_step, C += c_step)                                                          \
+            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                              \
     }
 
 TILE(1, 1)
