@@ -423,8 +423,7 @@ class Probe:
 
 def rounds(problem, operands, contenders, first, budget):
     """Times the contenders in turn: {contender: [seconds]}; beside those of ours [(probe before, probe after)]; the
-    probe. One that has used its share of the budget sits out; if it never had a turn, its first run
-    counts."""
+    probe. One that has used its share of the budget sits out; if it never had a turn, its first run counts."""
     probe, share = Probe(problem), budget / len(contenders)
     calls = {contender: Call(contender, problem, operands) for contender in contenders}
     for call in calls.values():

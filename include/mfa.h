@@ -77,8 +77,9 @@ typedef struct mfa_layout {
  *
  * Backward takes o and lse from the caller, so results merged from several devices work, and gives
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (dP - D), dP = dO V^T
- *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K, dbias = dS
- * (with dS times 1 - tanh^2 where softcap is used). Results are bitwise the same for any number of
+ *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
+ *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K
+ * Results are bitwise the same for any number of
  * threads, and in any run. */
 typedef struct mfa_problem {
     uint64_t size; /* sizeof(mfa_problem), set by mfa_problem_init */
@@ -117,7 +118,8 @@ typedef struct mfa_buffers {
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
- * any threads and in any order; returns 0 when all have returned. */
+ * any threads and in any order; returns 0 when all have returned. Not 0: no range is running or will run, and
+ * the caller does what is left. */
 typedef int32_t (*mfa_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                     void (*worker)(int64_t begin, int64_t end, void *argument), void *argument);
 

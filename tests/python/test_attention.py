@@ -422,7 +422,7 @@ def test_long():
     truth = weights @ value.double()
     yardstick = weights.float() @ value
     sizes = weights @ value.double().abs()
-    compare("out", out[:, :, rows], yardstick, truth, sizes, scores.abs().max().item())
+    compare("out", out[:, :, rows], yardstick, truth, sizes, scores.abs().max().item(), out.dtype)
 
 
 # --- explain -------------------------------------------------------------------------------------

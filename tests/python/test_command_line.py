@@ -9,11 +9,11 @@ import mps_flash_attn
 from mps_flash_attn.library import library
 
 
-def run(*arguments):
+def run(*arguments, **environment):
     path = os.pathsep.join([str(Path(mps_flash_attn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "mps_flash_attn", *arguments],
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -40,12 +40,5 @@ def test_explain_a_wrong_line():
 
 
 def test_no_library():
-    path = os.environ.get("MFA_LIBRARY")
-    os.environ["MFA_LIBRARY"] = "/nowhere/libmfa.so"
-    try:
-        done = run("info")
-    finally:
-        os.environ.pop("MFA_LIBRARY")
-        if path is not None:
-            os.environ["MFA_LIBRARY"] = path
+    done = run("info", MFA_LIBRARY="/nowhere/libmfa.so")
     assert done.returncode == 1 and "libmfa is not at /nowhere/libmfa.so" in done.stderr

@@ -12,7 +12,8 @@ struct LOCAL(head) {
     REAL *K, *V, *dK, *dV;                 /* of all keys */
     REAL *P, *slope, *Q, *dO, *O, *dQ;     /* of query i */
     double K_norm, *V_norm;                /* the largest, and each */
-    double *dK_squares, *dV_squares, off;  /* errors that fall on keys; error of S_i */
+    double *dK_squares, *dV_squares;       /* errors that fall on keys */
+    double off, off_from_L;                /* error of S_i; of S_i - L_i, L being rounded */
 };
 
 static REAL LOCAL(dot)(const REAL *a, const REAL *b, int64_t length)
@@ -88,7 +89,8 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
     }
     head->off = n->unit * (1 + fabs(p->scale) * LOCAL(norm)(head->Q, p->head_dim) * head->K_norm + n->mask_largest);
     n->O_off = fmax(n->O_off, head->off * sqrt(P_squares));
-    n->L_off = fmax(n->L_off, head->off + n->unit * (isfinite(L) ? fabs((double)L) : 0));
+    head->off_from_L = head->off + n->unit * (isfinite(L) ? fabs((double)L) : 0);
+    n->L_off = fmax(n->L_off, head->off_from_L);
     n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
     for (int64_t c = 0; c < p->value_dim; c++)
         n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
@@ -119,7 +121,7 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
         for (int64_t c = 0; c < values; c++)
             head->dV[j * values + c] += P * dO[c];
 
-        double slope = head->slope[j], P_off = head->off * head->P[j];
+        double slope = head->slope[j], P_off = head->off_from_L * head->P[j];
         double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * dO_norm * head->V_norm[j];
         double slope_off = p->softcap > 0 ? n->unit + 2 * slope * head->off / p->softcap : 0;
         double dQK_off = (own_off + head->P[j] * D_off) * slope + fabs((double)dS) * slope_off;

@@ -17,7 +17,8 @@
  * numbers' difference. It is an ulp of the dtype at the tensor's largest element, plus what a few roundings
  * u of the working precision do to the result if they fall at random, and so add as the root of the sum of
  * squares:
- *     S_ij is off by s_i = u (1 + |scale| |Q_i| max|K_j| + max|mask|), P_ij by P_ij s_i
+ *     S_ij is off by s_i = u (1 + |scale| |Q_i| max|K_j| + max|mask|), P_ij by P_ij s_i; in backward, which
+ *     has P from L, s_i has u |L_i| more
  *     O: the root of sum_j (P_ij s_i)^2, times V;  dV: the root of sum_i (P_ij s_i)^2, times dO
  *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what rounding the O that
  *     backward is given does to it; dS_ij by P_ij times these, and by P_ij s_i |dP_ij - D_i|

@@ -165,12 +165,11 @@ static void prepare(void *data, int64_t task, int worker)
 static void gradients(const struct panel *panel, int64_t n, real *P, real *dS, int64_t stride, const real *L,
                       const real *D, const real *slope)
 {
-    vec log2e = vec_set1((real)LOG2E);
     for (int v = 0; v < panel->vectors; v++) {
         int64_t at = v * LANES;
         vec l = vec_load(L + at), delta = vec_load(D + at);
         for (int64_t k = 0; k < n; k++, at += stride) {
-            vec p = vec_exp2(vec_mul(vec_sub(vec_load(P + at), l), log2e));
+            vec p = vec_exp(vec_sub(vec_load(P + at), l));
             vec ds = vec_mul(p, vec_sub(vec_load(dS + at), delta));
             if (slope)
                 ds = vec_mul(ds, vec_load(slope + k * PANEL + v * LANES));

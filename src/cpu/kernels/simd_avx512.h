@@ -68,16 +68,31 @@ static inline int vec_any_less(vec a, vec b)
     return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
 }
 
-static inline vec vec_exp2(vec x)
+/* 2^(n + f), 0 for lanes that are not kept. */
+static inline vec exp2_of_parts(__mmask16 kept, vec n, vec f)
 {
-    __mmask16 normal = _mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ);
-    vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
     p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
     p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
     p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
     p = vec_fma(p, f, vec_set1(1));
-    return _mm512_maskz_scalef_ps(normal, p, n);
+    return _mm512_maskz_scalef_ps(kept, p, n);
+}
+
+static inline vec vec_exp2(vec x)
+{
+    __mmask16 normal = _mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ);
+    vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return exp2_of_parts(normal, n, vec_sub(x, n));
+}
+
+/* The product with log2(e) is not rounded; what the constant lacks, 1.3e-8 |x|, counts only where e^x is small. */
+static inline vec vec_exp(vec x)
+{
+    vec log2e = vec_set1(1.44269504f), t = vec_mul(x, log2e);
+    __mmask16 normal = _mm512_cmp_ps_mask(t, vec_set1(-126), _CMP_NLT_UQ);
+    vec n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return exp2_of_parts(normal, n, _mm512_fmsub_ps(x, log2e, n));
 }
 
 static inline vec vec_load_f16(const uint16_t *p)

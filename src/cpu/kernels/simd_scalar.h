@@ -100,15 +100,12 @@ static inline int vec_any_less(vec a, vec b)
     return any != 0;
 }
 
-/* 2^x: 0 below the smallest normal number, NaN for NaN. Splits x = n + f, |f| <= 1/2; n goes into the
- * exponent by integer addition. f32: a minimax polynomial (relative error 1e-7); f64: Taylor's, 4e-18. */
-static inline vec vec_exp2(vec x)
+/* 2^(n + f), |f| <= 1/2 or little more, where t holds n in its low bits: n goes into the exponent by integer addition.
+ * f32: a minimax polynomial (relative error 1e-7); f64: Taylor's (4e-18). */
+static inline vec exp2_of_parts(vec t, vec f)
 {
     int is_double = sizeof(real) == 8;
-    vec low = vec_set1(is_double ? -1022 : -126), high = vec_set1(is_double ? (real)1023.4 : (real)127.4);
-    vec magic = vec_set1(is_double ? (real)0x1.8p52 : (real)0x1.8p23);
-    vec y = vec_select_less(x, low, low, vec_select_less(high, x, high, x));
-    vec t = y + magic, f = y - (t - magic), p;
+    vec p;
     if (is_double) {
         static const double c[] = {0x1.62e42fefa39efp-1,  0x1.ebfbdff82c58fp-3,  0x1.c6b08d704a0cp-5,
                                    0x1.3b2ab6fba4e77p-7,  0x1.5d87fe78a6731p-10, 0x1.430912f86c787p-13,
@@ -124,8 +121,36 @@ static inline vec vec_exp2(vec x)
         p = p * f + (real)0x1.62e42ap-1;
     }
     p = p * f + (real)1;
-    p = (vec)((bits_vec)p + ((bits_vec)t << (is_double ? 52 : 23)));
-    return vec_select_less(x, low, (vec){0}, p);
+    return (vec)((bits_vec)p + ((bits_vec)t << (is_double ? 52 : 23)));
+}
+
+static inline vec vec_clamp(vec x, vec low, real high) /* NaN stays */
+{
+    return vec_select_less(x, low, low, vec_select_less(vec_set1(high), x, vec_set1(high), x));
+}
+
+/* 2^x: 0 below the smallest normal number, NaN for NaN. */
+static inline vec vec_exp2(vec x)
+{
+    int is_double = sizeof(real) == 8;
+    vec low = vec_set1(is_double ? -1022 : -126), magic = vec_set1(is_double ? (real)0x1.8p52 : (real)0x1.8p23);
+    vec y = vec_clamp(x, low, is_double ? (real)1023.4 : (real)127.4), t = y + magic;
+    return vec_select_less(x, low, (vec){0}, exp2_of_parts(t, y - (t - magic)));
+}
+
+/* e^x, likewise. x is reduced by n ln(2) in two parts, the first of few bits, so that x is not rounded: |x| may be
+ * large where P is not small. */
+static inline vec vec_exp(vec x)
+{
+    int is_double = sizeof(real) == 8;
+    real log2e = (real)1.4426950408889634074, high = is_double ? (real)709.3 : (real)88.3;
+    real ln2_high = is_double ? (real)0x1.62e42fefa38p-1 : (real)0x1.63p-1;
+    real ln2_low = is_double ? (real)0x1.ef35793c7673p-45 : (real)-2.12194440e-4;
+    vec low = vec_set1(is_double ? (real)-708.3 : (real)-87.3);
+    vec magic = vec_set1(is_double ? (real)0x1.8p52 : (real)0x1.8p23);
+    vec y = vec_clamp(x, low, high), t = y * log2e + magic, n = t - magic;
+    vec f = ((y - n * ln2_high) - n * ln2_low) * log2e;
+    return vec_select_less(x, low, (vec){0}, exp2_of_parts(t, f));
 }
 
 static inline vec vec_load_f16(const uint16_t *p)
