@@ -11,6 +11,7 @@
 struct mfa_choice {
     struct mfa_key key;           /* which kernel: does not depend on q_len or kv_len */
     int64_t splits;               /* parts that the kv range of a forward row is cut into */
+    int few;                      /* forward: by the kernel for few queries */
     int64_t panels;               /* tiles of queries that share one visit of K and V */
     int threads;                  /* most threads of a run */
     uint64_t shared, per_thread;  /* workspace bytes: of the run, and of each thread */

@@ -47,6 +47,7 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
     call->scale = p->scale, call->softcap = p->softcap;
     call->unit = p->pass == MFA_FORWARD ? 1.4426950408889634074 : 1;
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
+    call->few = choice->few;
     call->block_kv = choice->key.block_kv, call->panels = (int32_t)choice->panels, call->splits = choice->splits;
 }
 
@@ -96,8 +97,9 @@ void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_pro
     struct mfa_cpu_call call;
     describe(problem, choice, &call);
     choice->shared = lay_out(kernels, problem, &call).end;
-    choice->per_thread =
-        align(problem->pass == MFA_FORWARD ? kernels->forward_scratch(&call) : kernels->backward_scratch(&call));
+    choice->per_thread = align(problem->pass == MFA_BACKWARD ? kernels->backward_scratch(&call)
+                               : choice->few                 ? kernels->few_scratch(&call)
+                                                             : kernels->forward_scratch(&call));
 }
 
 static void *address(const mfa_buffer *buffer)
@@ -120,7 +122,7 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
     int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
-    mfa_cpu_threads_run(threads, workers, chunks * call->splits, kernels->forward, call);
+    mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->few ? kernels->few : kernels->forward, call);
     if (call->splits > 1)
         mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
 }

@@ -45,10 +45,17 @@ static int32_t features_of(const mfa_problem *p)
 }
 
 /* Chunks as large as leaves enough tasks; if there are too few chunks even so, the keys are split. */
-static int64_t choose_forward(const mfa_problem *p, const struct row *row, int block_q, struct mfa_choice *choice)
+static int64_t choose_forward(const mfa_problem *p, const struct row *row, const struct mfa_cpu_kernels *kernels,
+                              struct mfa_choice *choice)
 {
+    int64_t block_q = choice->key.block_q;
     int64_t heads = p->batch * p->kv_heads, queries = p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0, tasks;
     int64_t panels = row->forward_panels;
+    choice->few = queries <= kernels->few_rows;
+    if (choice->few) {
+        panels = 1;
+        choice->key.block_q = kernels->few_rows, choice->key.block_kv = kernels->few_keys;
+    }
     while (tasks = heads * mfa_cpu_ceil(queries, panels * block_q), panels > 1 && tasks < ENOUGH_TASKS)
         panels /= 2;
     choice->panels = panels;
@@ -73,9 +80,9 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     choice->key.features = features_of(p), choice->key.mask_dtype = p->mask_dtype;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
-    choice->splits = 1;
+    choice->splits = 1, choice->few = 0;
     if (forward) {
-        tasks = choose_forward(p, row, block_q, choice);
+        tasks = choose_forward(p, row, kernels, choice);
     } else {
         choice->panels = row->backward_panels;
         tasks = p->batch * p->kv_heads * mfa_cpu_ceil(p->kv_len, row->backward_kv);

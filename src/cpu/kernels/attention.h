@@ -8,17 +8,22 @@
 #include "cpu/kernels/product.h"
 #include "cpu/kernels/panel.h"
 #include "cpu/kernels/forward.h"
+#include "cpu/kernels/few.h"
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/bias.h"
 
 const struct mfa_cpu_kernels KERNEL_SET = {
     .lanes = LANES,
     .forward = forward,
+    .few = few,
     .merge = merge,
+    .few_rows = LANES / 2,
+    .few_keys = FEW_KEYS,
     .prepare = prepare,
     .backward = backward,
     .bias = bias,
     .forward_scratch = forward_scratch,
+    .few_scratch = few_scratch,
     .backward_scratch = backward_scratch,
     .partial_bytes = partial_bytes,
 };

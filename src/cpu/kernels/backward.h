@@ -144,12 +144,8 @@ static void prepare(void *data, int64_t task, int worker)
         vec sum = vec_set1(0);
         for (int64_t d = 0; d < e; d += LANES)
             sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
-        real lane[LANES], l = *(const real *)row_at(call->lse, sizeof(real), &a->lse, g.batch, g.head, row);
-        vec_store(lane, sum);
-        for (int n = LANES / 2; n; n /= 2)
-            for (int k = 0; k < n; k++)
-                lane[k] += lane[k + n];
-        D[i] = lane[0];
+        real l = *(const real *)row_at(call->lse, sizeof(real), &a->lse, g.batch, g.head, row);
+        D[i] = horizontal_sum(sum);
         if (call->dlse)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
         L[i] = l == -(real)INFINITY ? (real)INFINITY : l;

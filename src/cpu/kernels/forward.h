@@ -11,6 +11,7 @@
  * nearly all rescaling. The result is the same function. */
 
 #define SLACK 8
+#define LOWEST (sizeof(real) == 8 ? (real) - DBL_MAX : (real) - FLT_MAX)
 #define KEY_UNIT 8 /* a panel visits whole tiles of keys */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
@@ -81,6 +82,13 @@ static void chunk_panel(const struct chunk *c, const struct mfa_args *a, int64_t
 {
     int64_t left = c->rows - p * PANEL;
     panel_init(panel, a, c->kv_head, c->first + p * PANEL, left < PANEL ? left : PANEL);
+}
+
+/* Blocks [from, to) of `size` keys: a split's share of those that hold keys low..high. */
+static struct range split_of(const struct mfa_cpu_call *call, int64_t split, int64_t low, int64_t high, int64_t size)
+{
+    int64_t first = low / size, blocks = high < low ? 0 : high / size - first + 1;
+    return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
 }
 
 /* Q^T[d][lane], times query_factor. */
@@ -187,15 +195,15 @@ static void forward(void *data, int64_t task, int worker)
         pack_queries(call, &panels[p], c.batch, s.rows, s.Q + p * d * PANEL);
         struct sums sums = sums_at(s.sums, a, p);
         fill(sums.O, padded(a->value_dim) * PANEL, 0);
-        fill(sums.m, PANEL, sizeof(real) == 8 ? (real)-DBL_MAX : (real)-FLT_MAX);
+        fill(sums.m, PANEL, LOWEST);
         fill(sums.l, PANEL, 0);
         low = panels[p].any_low < low ? panels[p].any_low : low;
         high = panels[p].any_high > high ? panels[p].any_high : high;
     }
 
-    int64_t size = call->block_kv, first = low / size, blocks = high < low ? 0 : high / size - first + 1;
-    int64_t split = task % call->splits, end = first + blocks * (split + 1) / call->splits;
-    for (int64_t j = first + blocks * split / call->splits; j < end; j++) {
+    int64_t size = call->block_kv;
+    struct range blocks = split_of(call, task % call->splits, low, high, size);
+    for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
         struct block K = {0}, V = {0};
         for (int64_t p = 0; p < c.panels; p++) {

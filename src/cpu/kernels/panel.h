@@ -161,12 +161,12 @@ static inline vec vec_tanh(vec x)
     return vec_select_less(size, vec_set1((real)0.625), p, far);
 }
 
-/* S = cap * tanh(S); slope, if wanted, gets 1 - tanh^2. The queries hold scale / softcap. */
-static void cap_scores(const struct panel *panel, real *S, int64_t stride, int64_t n, double softcap, real *slope)
+/* S = softcap * tanh(S) of n rows; slope, if wanted, gets 1 - tanh^2. The queries hold scale / softcap. */
+static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double softcap, real *slope)
 {
     vec cap = vec_set1((real)softcap);
     for (int64_t k = 0; k < n; k++)
-        for (int v = 0; v < panel->vectors; v++) {
+        for (int v = 0; v < vectors; v++) {
             vec t = vec_tanh(vec_load(S + k * stride + v * LANES));
             vec_store(S + k * stride + v * LANES, vec_mul(t, cap));
             if (slope)
@@ -186,7 +186,7 @@ static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *c
                          int64_t n, real *S, int64_t stride, const real *tile, real *slope)
 {
     if (call->softcap > 0)
-        cap_scores(panel, S, stride, n, call->softcap * call->unit, slope);
+        cap_scores(panel->vectors, S, stride, n, call->softcap * call->unit, slope);
     if (seen == MASKED)
         for (int64_t k = 0; k < n; k++)
             for (int v = 0; v < panel->vectors; v++) {

@@ -5,7 +5,8 @@
  * with lanes along v. A is read one element at a time and broadcast: along its rows (step = 1) in S^T = K
  * Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q; down its columns (row_step = 1) in O^T = V^T P^T and dQ =
  * dS K. A register tile is R rows by V vectors. The sums are named variables, made by macros: compilers
- * keep arrays of vectors in memory. */
+ * keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of a sum
+ * grows with its length, and long sequences make long ones. */
 
 #define EACH_1(F, V) F(0, V)
 #define EACH_4(F, V) F(0, V) F(1, V) F(2, V) F(3, V)
@@ -18,9 +19,12 @@
 #define EACH_VECTOR_2(F, r) F(r, 0) F(r, 1)
 #define EACH_VECTOR_3(F, r) F(r, 0) F(r, 1) F(r, 2)
 
-#define START(r, v) vec sum_##r##_##v = add ? vec_load(C + (r) * c_step + (v) * LANES) : vec_set1(0);
+#define START(r, v) vec sum_##r##_##v = vec_set1(0);
 #define ADD(r, v) sum_##r##_##v = vec_fma(a_##r, b_##v, sum_##r##_##v);
-#define STORE(r, v) vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
+#define STORE(r, v)                                                                       \
+    if (add)                                                                              \
+        sum_##r##_##v = vec_add(vec_load(C + (r) * c_step + (v) * LANES), sum_##r##_##v); \
+    vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
 #define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
 #define START_ROW(r, V) EACH_VECTOR_##V(START, r)
 #define ADD_ROW(r, V)                        \

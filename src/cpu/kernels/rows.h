@@ -89,6 +89,25 @@ static void scale_vectors(real *x, int64_t n, real factor) /* n: whole vectors *
         vec_store(x + i, vec_mul(vec_load(x + i), vec_set1(factor)));
 }
 
+static real horizontal_max(vec x)
+{
+    real lane[LANES];
+    vec_store(lane, x);
+    for (int i = 1; i < LANES; i++)
+        lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+    return lane[0];
+}
+
+static real horizontal_sum(vec x)
+{
+    real lane[LANES];
+    vec_store(lane, x);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int k = 0; k < n; k++)
+            lane[k] += lane[k + n];
+    return lane[0];
+}
+
 static void fill(real *x, int64_t n, real value)
 {
     for (int64_t i = 0; i < n; i++)

@@ -1,0 +1,139 @@
+/* Forward for few queries, as in a decode step: so few that a vector of them would be mostly empty. Lanes run along
+ * keys for S and P, and along value columns for O:
+ *
+ *     for each block of keys that the queries see:
+ *         S = Q K^T, from a transposed copy of the block      (softcap, mask, band)
+ *         if max(S) > m + SLACK: rescale; P = exp2(S - m), l += sum(P), O += P V
+ *
+ * K and V are read once for all query heads of a group. Leaves its sums as forward does, for merge and finish. */
+
+#define FEW_KEYS 96 /* of a block: two tiles of 3 vectors in AVX-512 */
+
+struct few_scratch {
+    real *Q, *Kt, *S, *O, *m, *l;
+    real *K, *V, *sums, *rows, *mask_rows, *mask_tile;
+};
+
+static uint64_t few_carve(const struct mfa_cpu_call *call, char *base, struct few_scratch *s)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t d = padded(a->head_dim), e = padded(a->value_dim), wide = d > e ? d : e;
+    int masked = call->mask_kind != CPU_MASK_NONE;
+    uint64_t used = 0;
+    s->Q = carve(base, &used, LANES * d);
+    s->Kt = carve(base, &used, d * FEW_KEYS);
+    s->S = carve(base, &used, LANES * FEW_KEYS);
+    s->O = carve(base, &used, LANES * e);
+    s->m = carve(base, &used, LANES);
+    s->l = carve(base, &used, LANES);
+    s->K = carve(base, &used, FEW_KEYS * d);
+    s->V = carve(base, &used, FEW_KEYS * e);
+    s->sums = carve(base, &used, sums_reals(a));
+    s->rows = carve(base, &used, PANEL * wide);
+    s->mask_rows = carve(base, &used, masked ? PANEL * FEW_KEYS : 0);
+    s->mask_tile = carve(base, &used, masked ? PANEL * FEW_KEYS : 0);
+    return used;
+}
+
+static uint64_t few_scratch(const struct mfa_cpu_call *call)
+{
+    struct few_scratch s;
+    return few_carve(call, NULL, &s);
+}
+
+/* K^T[d][key] of n keys, zeros up to whole vectors of them. */
+static void transpose_keys(const struct mfa_cpu_call *call, struct few_scratch *s, const struct chunk *c, int64_t key,
+                           int64_t n)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t d = padded(a->head_dim);
+    int whole = n % LANES == 0 && a->head_dim == d;
+    struct block K = load_block(s->K, call->k, call->dtype, &a->k, c->batch, c->kv_head, key, n, a->head_dim, !whole);
+    if (!whole)
+        fill(s->K + n * d, (padded(n) - n) * d, 0);
+    transpose(K.rows, K.stride, s->Kt, FEW_KEYS, padded(n), d);
+}
+
+/* Softcap, mask, band, and the end of the keys, on the raw scores of one query. */
+static void adjust_row(const struct mfa_cpu_call *call, const struct panel *panel, int64_t i, enum visibility seen,
+                       int64_t key, int64_t n, real *S, const real *mask)
+{
+    int vectors = (int)(padded(n) / LANES);
+    if (call->softcap > 0)
+        cap_scores(vectors, S, 0, 1, call->softcap * call->unit, NULL);
+    if (seen == MASKED)
+        for (int64_t k = 0; k < vectors * LANES; k += LANES)
+            vec_store(S + k, vec_add(vec_load(S + k), vec_load(mask + k)));
+    int64_t from = panel->low[i] - key, to = panel->high[i] + 1 - key;
+    from = from < 0 ? 0 : from < n ? from : n;
+    to = to < from ? from : to < n ? to : n;
+    fill(S, from, -(real)INFINITY);
+    fill(S + to, vectors * LANES - to, -(real)INFINITY);
+}
+
+/* P in place of one query's scores, n of them, in whole vectors. */
+static void softmax_row(real *S, int64_t n, real *m, real *l, real *O, int64_t columns)
+{
+    vec top = vec_load(S), sum = vec_set1(0);
+    for (int64_t k = LANES; k < n; k += LANES)
+        top = vec_max(top, vec_load(S + k));
+    real most = horizontal_max(top);
+    if (most > *m + SLACK) {
+        vec alpha = vec_exp2(vec_set1(*m - most));
+        for (int64_t d = 0; d < columns; d += LANES)
+            vec_store(O + d, vec_mul(vec_load(O + d), alpha));
+        sum = vec_mul(vec_set1(*l / LANES), alpha);
+        *l = 0;
+        *m = most;
+    }
+    for (int64_t k = 0; k < n; k += LANES) {
+        vec p = vec_exp2(vec_sub(vec_load(S + k), vec_set1(*m)));
+        sum = vec_add(sum, p);
+        vec_store(S + k, p);
+    }
+    *l += horizontal_sum(sum);
+}
+
+static void few(void *data, int64_t task, int worker)
+{
+    const struct mfa_cpu_call *call = data;
+    const struct mfa_args *a = &call->args;
+    struct few_scratch s;
+    few_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
+    struct chunk c = chunk_of(call, task / call->splits);
+    struct panel panel;
+    chunk_panel(&c, a, 0, &panel);
+    int64_t d = padded(a->head_dim), e = padded(a->value_dim), rows = panel.lanes;
+    panel_load(&panel, s.Q, d, call->q, call->dtype, &a->q, c.batch, a->head_dim);
+    scale_vectors(s.Q, LANES * d, query_factor(call));
+    fill(s.O, LANES * e, 0);
+    fill(s.m, LANES, LOWEST);
+    fill(s.l, LANES, 0);
+
+    struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);
+    for (int64_t j = blocks.from; j < blocks.to; j++) {
+        int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS, wide = padded(n);
+        enum visibility seen = panel_sees(&panel, call, c.batch, key, n, s.mask_rows, s.mask_tile);
+        if (seen == HIDDEN)
+            continue;
+        transpose_keys(call, &s, &c, key, n);
+        struct block V =
+            load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim, a->value_dim != e);
+        multiply_rows(rows, (int)(wide / LANES), s.Q, d, s.Kt, FEW_KEYS, s.S, FEW_KEYS, a->head_dim);
+        for (int64_t i = 0; i < rows; i++) {
+            real *S = s.S + i * FEW_KEYS;
+            adjust_row(call, &panel, i, seen, key, n, S, s.mask_rows + i * wide);
+            softmax_row(S, wide, &s.m[i], &s.l[i], s.O + i * e, e);
+        }
+        add_rows(rows, (int)(e / LANES), s.S, FEW_KEYS, V.rows, V.stride, s.O, e, n);
+    }
+
+    if (call->splits > 1)
+        s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
+    struct sums sums = sums_at(s.sums, a, 0);
+    transpose(s.O, e, sums.O, PANEL, LANES, e);
+    memcpy(sums.m, s.m, LANES * sizeof(real));
+    memcpy(sums.l, s.l, LANES * sizeof(real));
+    if (call->splits == 1)
+        finish_panel(call, &panel, c.batch, sums, s.rows);
+}
