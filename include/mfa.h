@@ -90,7 +90,7 @@ typedef struct mfa_problem {
     int64_t head_dim, value_dim; /* columns of q and k; of v and o. 1 to 512 */
     int64_t lower, upper;
     double scale;   /* finite or infinite, any sign; not NaN */
-    double softcap; /* 0: none */
+    double softcap; /* 0: none; else 1e-30 to 1e30 */
     mfa_layout q_layout, k_layout, v_layout, o_layout, lse_layout, mask_layout;
     /* backward only: */
     mfa_layout d_o_layout, dlse_layout, dq_layout, dk_layout, dv_layout;
@@ -110,11 +110,13 @@ typedef struct mfa_buffer {
 /* What a run reads and writes. Unused members are zero.
  * forward:  reads q, k, v, mask; writes o, and lse if given (f32; f64 for f64).
  * backward: reads q, k, v, mask, o, lse, d_o, and dlse if given (like lse); writes those of dq, dk, dv,
- *           dbias that are given. Outputs may not overlap anything. */
+ *           dbias that are given. Outputs may not overlap anything.
+ * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
     mfa_buffer q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias;
-    mfa_buffer workspace; /* mfa_plan_workspace() bytes, 64-byte aligned; none: the context's own is used */
+    mfa_buffer workspace;    /* 64-byte aligned; none: the context's own is used */
+    uint64_t workspace_size; /* its bytes: mfa_plan_workspace() or more */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
@@ -149,7 +151,8 @@ MFA_API const char *mfa_status_name(mfa_status status);
 MFA_API mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context);
 MFA_API void mfa_context_destroy(mfa_context *context); /* NULL is good; destroy its plans first */
 
-/* Most threads that runs begun from now on may use; 0: as many as this process may use. */
+/* Most threads that runs begun from now on may use; 0: as many as this process may use. A plan keeps to the number that
+ * it was made with where that is less. */
 MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads);
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all

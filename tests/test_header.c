@@ -18,7 +18,7 @@ static_assert(offsetof(mfa_problem, q_layout) == 120, "q_layout");
 static_assert(offsetof(mfa_problem, mask_layout) == 280, "mask_layout");
 static_assert(offsetof(mfa_problem, d_o_layout) == 312, "d_o_layout");
 static_assert(offsetof(mfa_problem, dbias_layout) == 472, "dbias_layout");
-static_assert(sizeof(mfa_buffers) == 216, "mfa_buffers");
+static_assert(sizeof(mfa_buffers) == 224, "mfa_buffers");
 static_assert(offsetof(mfa_buffers, q) == 8, "q");
 static_assert(offsetof(mfa_buffers, dbias) == 184, "dbias");
 static_assert(offsetof(mfa_buffers, workspace) == 200, "workspace");

@@ -421,7 +421,8 @@ static void test_refused_buffers(void **state)
         mfa_plan *plan;
         int backward = problem.pass == MFA_BACKWARD;
         mfa_buffers buffers = {.size = sizeof buffers, .q = {input, 0}, .k = {input, 0}, .v = {input, 0},
-                               .o = {output[0], 0}, .lse = {output[1], 0}, .workspace = {workspace, 0}};
+                               .o = {output[0], 0}, .lse = {output[1], 0}, .workspace = {workspace, 0},
+                               .workspace_size = sizeof workspace};
         if (problem.mask)
             buffers.mask.base = input;
         if (backward) {

@@ -28,8 +28,8 @@ from .library import (
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
-_NO_BUFFERS = (0,) * 14
-_OWN_WORKSPACE = (0, 0)  # of libmfa's context
+_NO_BUFFERS = (0,) * 15
+_OWN_WORKSPACE = (0, 0, 0)  # of libmfa's context
 _FAR = 2**62  # farther than any two keys, yet an int64 after a length is added
 
 

@@ -38,6 +38,7 @@ BUFFERS_FIELDS = (
     ("size", "Q"),
     *((name, _BUFFER) for name in ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("workspace", _BUFFER),
+    ("workspace_size", "Q"),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 

@@ -9,7 +9,7 @@
 #include "core/operand.h"
 #include "core/problem.h"
 
-#define FIRST_SIZE (offsetof(mfa_buffers, workspace) + sizeof(mfa_buffer)) /* in version 0.1 */
+#define FIRST_SIZE (offsetof(mfa_buffers, workspace_size) + sizeof(uint64_t)) /* in version 0.1 */
 #define WORKSPACE_ALIGNMENT 64
 
 /* Returns 0 if the bytes are more than a size_t can say. */
@@ -82,6 +82,9 @@ static mfa_status check_buffers(const struct mfa_plan *plan, const mfa_buffers *
     if (buffers->workspace.base && address(plan, &buffers->workspace) % WORKSPACE_ALIGNMENT != 0)
         return mfa_fail(MFA_INVALID, "workspace begins at %p + %llu; it must be aligned to %d bytes",
                         buffers->workspace.base, (unsigned long long)buffers->workspace.offset, WORKSPACE_ALIGNMENT);
+    if (buffers->workspace.base && buffers->workspace_size < plan->workspace)
+        return mfa_fail(MFA_INVALID, "workspace_size is %llu; this problem needs %zu bytes",
+                        (unsigned long long)buffers->workspace_size, plan->workspace);
     return MFA_OK;
 }
 

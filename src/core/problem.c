@@ -151,6 +151,9 @@ static mfa_status check_numbers(const mfa_problem *problem)
         return mfa_fail(MFA_INVALID, "scale is NaN; it must be a number");
     if (!(problem->softcap >= 0) || isinf(problem->softcap))
         return mfa_fail(MFA_INVALID, "softcap is %g; it must be 0 (none) or positive and finite", problem->softcap);
+    if (problem->softcap > 0 && !(problem->softcap >= 1e-30 && problem->softcap <= 1e30))
+        return mfa_fail(MFA_UNSUPPORTED, "softcap is %g; kernels exist for 0 (none) and 1e-30 to 1e30",
+                        problem->softcap);
     return MFA_OK;
 }
 

@@ -23,19 +23,19 @@ static mfa_status choose_isa(const char *mask, mfa_cpu_isa *isa)
     mfa_status status = mfa_cpu_isa_choose(mask, isa);
     if (status != MFA_OK)
         return status;
-    if (mask && !mfa_cpu_program_find(*isa, MFA_F32))
+    if (mask && !mfa_cpu_program_has(*isa))
         return mfa_fail(MFA_UNAVAILABLE, "isa is %s; this library was built without kernels for it", mask);
-    if (!mfa_cpu_program_find(*isa, MFA_F32) && *isa == MFA_CPU_AVX512)
-        *isa = MFA_CPU_AVX2;
-    if (!mfa_cpu_program_find(*isa, MFA_F32))
-        *isa = MFA_CPU_SCALAR;
+    while (!mfa_cpu_program_has(*isa) || !mfa_cpu_isa_present(*isa))
+        *isa = (mfa_cpu_isa)(*isa - 1); /* scalar, the first, is always there */
     return MFA_OK;
 }
 
 static mfa_status set_threads(void *state, int32_t threads)
 {
     struct cpu *cpu = state;
-    atomic_store(&cpu->limit, threads ? threads : mfa_cpu_threads_available());
+    if (threads == 0)
+        threads = mfa_cpu_threads_available();
+    atomic_store(&cpu->limit, threads < MFA_CPU_THREADS_MAX ? threads : MFA_CPU_THREADS_MAX);
     return MFA_OK;
 }
 
@@ -98,8 +98,10 @@ static mfa_status launch(void *state, const void *kernel, const mfa_problem *pro
                          const mfa_buffers *buffers, void *workspace, void *stream)
 {
     struct cpu *cpu = state;
+    const int limit = atomic_load(&cpu->limit); /* may be less now than when the choice was made */
     (void)stream;
-    mfa_cpu_launch(cpu->threads, kernel, problem, choice, buffers, workspace);
+    mfa_cpu_launch(cpu->threads, choice->threads < limit ? choice->threads : limit, kernel, problem, choice, buffers,
+                   workspace);
     return MFA_OK;
 }
 

@@ -22,7 +22,7 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
         .batch = p->batch,
         .q_heads = p->q_heads,
         .kv_heads = p->kv_heads,
-        .group = p->kv_heads ? p->q_heads / p->kv_heads : 1,
+        .group = p->kv_heads ? p->q_heads / p->kv_heads : 0,
         .q_len = p->q_len,
         .kv_len = p->kv_len,
         .head_dim = p->head_dim,
@@ -143,8 +143,9 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
     }
 }
 
-void mfa_cpu_launch(mfa_cpu_threads *threads, const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
-                    const struct mfa_choice *choice, const mfa_buffers *buffers, void *workspace)
+void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
+                    const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
+                    void *workspace)
 {
     struct mfa_cpu_call call;
     describe(problem, choice, &call);
@@ -154,10 +155,10 @@ void mfa_cpu_launch(mfa_cpu_threads *threads, const struct mfa_cpu_kernels *kern
     call.scratch = memory + at.end, call.scratch_bytes = choice->per_thread;
     if (problem->pass == MFA_FORWARD) {
         call.partials = memory + at.partials;
-        run_forward(threads, choice->threads, kernels, &call);
+        run_forward(threads, workers, kernels, &call);
     } else {
         call.D = memory + at.D, call.L = memory + at.L, call.progress = (void *)(memory + at.progress);
         call.dq_sums = sums_in_place(kernels, problem) ? NULL : memory + at.dq_sums;
-        run_backward(threads, choice->threads, kernels, &call);
+        run_backward(threads, workers, kernels, &call);
     }
 }

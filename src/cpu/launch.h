@@ -10,7 +10,9 @@
 void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
                             struct mfa_choice *choice);
 
-void mfa_cpu_launch(mfa_cpu_threads *threads, const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
-                    const struct mfa_choice *choice, const mfa_buffers *buffers, void *workspace);
+/* On at most `workers` threads, themselves at most choice->threads. */
+void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
+                    const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
+                    void *workspace);
 
 #endif

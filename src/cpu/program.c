@@ -18,3 +18,8 @@ const struct mfa_cpu_kernels *mfa_cpu_program_find(mfa_cpu_isa isa, int32_t dtyp
             return entries[i].kernels->lanes ? entries[i].kernels : NULL;
     return NULL;
 }
+
+int mfa_cpu_program_has(mfa_cpu_isa isa)
+{
+    return mfa_cpu_program_find(isa, MFA_F32) && mfa_cpu_program_find(isa, MFA_F64);
+}

@@ -25,7 +25,7 @@
 #endif
 
 #define SPIN_NANOSECONDS 30000 /* a wait of this length costs about as much as going to sleep */
-#define HELPERS_MAX 4095
+#define HELPERS_MAX (MFA_CPU_THREADS_MAX - 1)
 
 /* The gate: 32 bits of run number, 16 of free seats, 16 of workers inside. */
 #define RUN_SHIFT 32

@@ -8,6 +8,8 @@
 
 typedef struct mfa_cpu_threads mfa_cpu_threads;
 
+#define MFA_CPU_THREADS_MAX 4096 /* of a run, the caller among them */
+
 /* One task. `worker` is below the count given to run: it names the scratch memory to use. */
 typedef void (*mfa_cpu_task)(void *call, int64_t task, int worker);
 

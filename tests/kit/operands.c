@@ -149,7 +149,7 @@ mfa_status operands_run(struct operands *operands, mfa_context *context, int pla
     struct guarded workspace;
     guarded_open(&workspace, "workspace", mfa_plan_workspace(plan), 64, GUARDED_END, 0xff);
     if (workspace.size)
-        buffers.workspace.base = workspace.bytes;
+        buffers.workspace.base = workspace.bytes, buffers.workspace_size = mfa_plan_workspace(plan);
     status = mfa_plan_run(plan, &buffers, NULL);
     guarded_close(&workspace);
     mfa_plan_destroy(plan);

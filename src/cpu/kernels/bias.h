@@ -21,17 +21,28 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
                      const struct group *g, int64_t offset, struct keys *keys, real *tile)
 {
     const struct mfa_args *a = &call->args;
+    struct range r = panel_range(panel, keys->first, keys->n, 1);
+    if (r.from >= r.to)
+        return;
     panel_load(panel, s->Q, padded(a->head_dim), call->q, call->dtype, &a->q, keys->batch, a->head_dim);
     panel_load(panel, s->dO, padded(a->value_dim), call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim);
-    struct range all = {0, keys->n};
-    if (!panel_gradients(call, s, panel, keys, all, s->Q, s->dO, group_rows(call, g, call->L) + offset,
+    if (!panel_gradients(call, s, panel, keys, r, s->Q, s->dO, group_rows(call, g, call->L) + offset,
                          group_rows(call, g, call->D) + offset, s->P, s->dS, PANEL, 0))
         return;
-    for (int64_t k = 0; k < keys->n; k++) {
+    for (int64_t k = r.from; k < r.to; k++) {
         real *to = tile + (a->dbias.column ? k * PANEL : 0);
         for (int64_t i = 0; i < panel->vectors * LANES; i += LANES)
             vec_store(to + i, vec_add(vec_load(to + i), vec_load(s->dS + k * PANEL + i)));
     }
+}
+
+/* The panels among [from, to) with a query to which the band shows a key of the block. */
+static struct range panels_that_see(const struct mfa_args *a, const struct keys *keys, int64_t from, int64_t to)
+{
+    int64_t first = keys->first - a->upper, last = keys->first + keys->n - 1 - a->lower; /* queries */
+    first = first < 0 ? 0 : first / PANEL;
+    last = last < 0 ? -1 : last / PANEL;
+    return (struct range){first > from ? first : from, last + 1 < to ? last + 1 : to};
 }
 
 static void bias(void *data, int64_t task, int worker)
@@ -46,17 +57,18 @@ static void bias(void *data, int64_t task, int worker)
     int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
     int64_t rows = a->dbias.row ? 1 : mfa_cpu_ceil(a->q_len, PANEL);
     int64_t columns = a->dbias.column ? 1 : mfa_cpu_ceil(a->kv_len, call->block_kv);
-    struct keys keys = keys_of(call, batch, head / a->group, column);
+    struct keys keys = keys_of(call, batch, 0, column); /* where the tile is, should nothing be summed into it */
     struct panel panel = {.lanes = 0};
     if (a->q_len > 0)
-        panel_of_head(&panel, a, head, row * PANEL);
+        panel_init(&panel, a, 0, row * PANEL, a->q_len - row * PANEL < PANEL ? a->q_len - row * PANEL : PANEL);
     fill(s.dbias, (int64_t)call->block_kv * PANEL, 0);
 
     for (int64_t b = batch; b < batch + batches; b++)
         for (int64_t h = head; h < head + heads; h++)
             for (int64_t j = column; j < column + columns; j++) {
                 keys = keys_of(call, b, h / a->group, j);
-                for (int64_t p = row; p < row + rows; p++) {
+                struct range see = panels_that_see(a, &keys, row, row + rows);
+                for (int64_t p = see.from; p < see.to; p++) {
                     struct group g = group_of(call, b, h, p / call->panels);
                     panel_of_head(&panel, a, h, p * PANEL);
                     add_bias(call, &s, &panel, &g, p % call->panels * PANEL, &keys, s.dbias);

@@ -63,7 +63,7 @@ static void adjust_row(const struct mfa_cpu_call *call, const struct panel *pane
         cap_scores(vectors, S, 0, 1, call->softcap * call->unit, NULL);
     if (seen == MASKED)
         for (int64_t k = 0; k < vectors * LANES; k += LANES)
-            vec_store(S + k, vec_add(vec_load(S + k), vec_load(mask + k)));
+            vec_store(S + k, masked(vec_load(S + k), vec_load(mask + k)));
     int64_t from = panel->low[i] - key, to = panel->high[i] + 1 - key;
     from = from < 0 ? 0 : from < n ? from : n;
     to = to < from ? from : to < n ? to : n;
@@ -107,7 +107,7 @@ static void few(void *data, int64_t task, int worker)
     panel_load(&panel, s.Q, d, call->q, call->dtype, &a->q, c.batch, a->head_dim);
     scale_vectors(s.Q, LANES * d, query_factor(call));
     fill(s.O, LANES * e, 0);
-    fill(s.m, LANES, LOWEST);
+    fill(s.m, LANES, -REAL_MAX);
     fill(s.l, LANES, 0);
 
     struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);

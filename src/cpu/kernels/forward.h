@@ -11,7 +11,6 @@
  * nearly all rescaling. The result is the same function. */
 
 #define SLACK 8
-#define LOWEST (sizeof(real) == 8 ? (real) - DBL_MAX : (real) - FLT_MAX)
 #define KEY_UNIT 8 /* a panel visits whole tiles of keys */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
@@ -195,7 +194,7 @@ static void forward(void *data, int64_t task, int worker)
         pack_queries(call, &panels[p], c.batch, s.rows, s.Q + p * d * PANEL);
         struct sums sums = sums_at(s.sums, a, p);
         fill(sums.O, padded(a->value_dim) * PANEL, 0);
-        fill(sums.m, PANEL, LOWEST);
+        fill(sums.m, PANEL, -REAL_MAX);
         fill(sums.l, PANEL, 0);
         low = panels[p].any_low < low ? panels[p].any_low : low;
         high = panels[p].any_high > high ? panels[p].any_high : high;

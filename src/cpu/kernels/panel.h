@@ -80,6 +80,12 @@ enum visibility {
     MASKED  /* a mask tile must be added; the band may hide a part too */
 };
 
+#define REAL_MAX (sizeof(real) == 8 ? (real)DBL_MAX : (real)FLT_MAX)
+
+/* Finite masks are often the lowest number of their type: that times log2(e) would be -inf, which hides. A power of two
+ * survives the way into L and back. */
+#define LOWEST_BIAS (sizeof(real) == 8 ? -(real)0x1p1023 : -(real)0x1p127)
+
 /* Row of mask: what it adds to the scores of n keys. Notes hidden and nonzero values. */
 static void load_mask_row(real *to, const char *from, const struct mfa_cpu_call *call, int64_t n, int *any_shown,
                           int *any_nonzero)
@@ -87,18 +93,21 @@ static void load_mask_row(real *to, const char *from, const struct mfa_cpu_call 
     int64_t step = call->args.mask.column;
     real shown = 0, nonzero = 0;
     if (call->mask_kind == CPU_MASK_BOOL) {
-        for (int64_t k = 0; k < n; k++) {
-            real seen = from[k * step] != 0;
-            shown += seen;
-            to[k] = seen != 0 ? (real)0 : -(real)INFINITY;
-        }
-        nonzero = (real)n - shown;
+        int64_t count = 0;
+        if (step == 1) /* in words that compilers turn into vectors */
+            for (int64_t k = 0; k < n; k++)
+                count += from[k] != 0, to[k] = from[k] ? (real)0 : -(real)INFINITY;
+        else
+            for (int64_t k = 0; k < n; k++)
+                count += from[k * step] != 0, to[k] = from[k * step] ? (real)0 : -(real)INFINITY;
+        shown = (real)count, nonzero = (real)(n - count);
     } else {
         load_row(to, from, call->mask_dtype, step, n);
         for (int64_t k = 0; k < n; k++) {
-            shown += to[k] != -(real)INFINITY;
-            nonzero += to[k] != 0;
-            to[k] *= (real)call->unit;
+            real x = to[k] < LOWEST_BIAS && to[k] >= -REAL_MAX ? LOWEST_BIAS : to[k];
+            shown += x != -(real)INFINITY;
+            nonzero += x != 0;
+            to[k] = x * (real)call->unit;
         }
     }
     *any_shown |= shown != 0;
@@ -181,6 +190,12 @@ static inline real query_factor(const struct mfa_cpu_call *call)
     return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * call->unit);
 }
 
+/* S + mask; -inf wherever the mask is, also if S is NaN. */
+static inline vec masked(vec S, vec mask)
+{
+    return vec_select_less(mask, vec_set1(-REAL_MAX), mask, vec_add(S, mask));
+}
+
 /* Softcap, mask and band on the raw scores of keys [key, key + n). */
 static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *call, enum visibility seen, int64_t key,
                          int64_t n, real *S, int64_t stride, const real *tile, real *slope)
@@ -191,7 +206,7 @@ static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *c
         for (int64_t k = 0; k < n; k++)
             for (int v = 0; v < panel->vectors; v++) {
                 real *at = S + k * stride + v * LANES;
-                vec_store(at, vec_add(vec_load(at), vec_load(tile + k * PANEL + v * LANES)));
+                vec_store(at, masked(vec_load(at), vec_load(tile + k * PANEL + v * LANES)));
             }
     if (seen == SHOWN || (key >= panel->all_low && key + n - 1 <= panel->all_high))
         return;

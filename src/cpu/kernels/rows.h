@@ -121,6 +121,19 @@ static inline const char *row_at(const void *data, int64_t bytes, const struct m
     return (const char *)data + bytes * (batch * s->batch + head * s->head + row * s->row);
 }
 
+/* The same for many rows that lie next to each other, column by column: squares are turned around. */
+static void load_columns(real *to, int64_t to_stride, const real *from, int64_t step, int64_t rows, int64_t columns)
+{
+    for (int64_t r = 0; r < rows; r += LANES)
+        for (int64_t c = 0; c < padded(columns); c += LANES)
+            if (r + LANES <= rows && c + LANES <= columns)
+                vec_transpose(from + c * step + r, step, to + r * to_stride + c, to_stride);
+            else
+                for (int64_t i = r; i < r + LANES && i < rows; i++)
+                    for (int64_t k = c; k < c + LANES; k++)
+                        to[i * to_stride + k] = k < columns ? from[k * step + i] : 0;
+}
+
 /* A block of K or V as reals: the caller's own memory where it can be used as it lies, else a copy. Rows
  * that lie a multiple of 4096 bytes apart would share one set of the cache: these are copied too. */
 struct block {
@@ -135,8 +148,11 @@ static struct block load_block(real *copy, const void *data, int dtype, const st
     const char *from = row_at(data, bytes, s, batch, head, row);
     if (!must_copy && is_real(dtype) && s->column == 1 && s->row * bytes % 4096 != 0)
         return (struct block){(const real *)(const void *)from, s->row};
-    for (int64_t r = 0; r < rows; r++)
-        load_row(copy + r * stride, from + r * s->row * bytes, dtype, s->column, columns);
+    if (is_real(dtype) && s->row == 1 && s->column != 1)
+        load_columns(copy, stride, (const real *)(const void *)from, s->column, rows, columns);
+    else
+        for (int64_t r = 0; r < rows; r++)
+            load_row(copy + r * stride, from + r * s->row * bytes, dtype, s->column, columns);
     return (struct block){copy, stride};
 }
 

@@ -68,7 +68,7 @@ static inline int vec_any_less(vec a, vec b)
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
 }
 
-/* 2^(n + f), where t holds n in its low bits; 0 where x < low. */
+/* 2^(n + f), where t holds n in its low bits; 0 where x < low. A product, not a sum of bits: NaN stays NaN. */
 static inline vec exp2_of_parts(vec t, vec f, vec x, vec low)
 {
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
@@ -76,8 +76,8 @@ static inline vec exp2_of_parts(vec t, vec f, vec x, vec low)
     p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
     p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
     p = vec_fma(p, f, vec_set1(1));
-    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+    __m256i n = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(127 << 23));
+    p = vec_mul(p, _mm256_castsi256_ps(n));
     return _mm256_and_ps(p, _mm256_cmp_ps(x, low, _CMP_NLT_UQ));
 }
 

@@ -68,7 +68,7 @@ static inline int vec_any_less(vec a, vec b)
     return vmaxvq_u32(vcltq_f32(a, b)) != 0;
 }
 
-/* 2^(n + f); 0 where x < low. */
+/* 2^(n + f); 0 where x < low. A product, not a sum of bits: NaN stays NaN. */
 static inline vec exp2_of_parts(vec n, vec f, vec x, vec low)
 {
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
@@ -76,8 +76,8 @@ static inline vec exp2_of_parts(vec n, vec f, vec x, vec low)
     p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
     p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
     p = vec_fma(p, f, vec_set1(1));
-    int32x4_t scaled = vaddq_s32(vreinterpretq_s32_f32(p), vshlq_n_s32(vcvtq_s32_f32(n), 23));
-    return vec_select_less(x, low, vec_set1(0), vreinterpretq_f32_s32(scaled));
+    int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vec_select_less(x, low, vec_set1(0), vec_mul(p, vreinterpretq_f32_s32(power)));
 }
 
 static inline vec vec_exp2(vec x)

@@ -100,7 +100,8 @@ static inline int vec_any_less(vec a, vec b)
     return any != 0;
 }
 
-/* 2^(n + f), |f| <= 1/2 or little more, where t holds n in its low bits: n goes into the exponent by integer addition.
+/* 2^(n + f), |f| <= 1/2 or little more, where t holds n in its low bits: 2^n is made of
+ * bits, and multiplied with, so that NaN stays NaN.
  * f32: a minimax polynomial (relative error 1e-7); f64: Taylor's (4e-18). */
 static inline vec exp2_of_parts(vec t, vec f)
 {
@@ -121,7 +122,8 @@ static inline vec exp2_of_parts(vec t, vec f)
         p = p * f + (real)0x1.62e42ap-1;
     }
     p = p * f + (real)1;
-    return (vec)((bits_vec)p + ((bits_vec)t << (is_double ? 52 : 23)));
+    bits one = is_double ? (bits)1023 : (bits)127;
+    return p * (vec)(((bits_vec)t + one) << (is_double ? 52 : 23));
 }
 
 static inline vec vec_clamp(vec x, vec low, real high) /* NaN stays */

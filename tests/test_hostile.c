@@ -1,0 +1,214 @@
+/* Inputs that no model means and some caller will pass: NaN of every kind, masks of the lowest finite number, no
+ * heads, workspaces that are too small, strange caps. Through the public door, on every instruction set. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "mfa.h"
+
+enum { Q_LEN = 5, KV_LEN = 40, DIM = 8, MANY = 1024 };
+
+static float q[MANY], k[MANY], v[MANY], o[MANY], lse[MANY], mask[MANY], d_o[MANY], dq[MANY], dk[MANY], dv[MANY];
+static float dbias[MANY];
+static uint8_t allowed[MANY];
+static mfa_context *context;
+
+static int open_context(void **state)
+{
+    (void)state;
+    for (int i = 0; i < MANY; i++) {
+        q[i] = sinf((float)i), k[i] = cosf(1.7f * (float)i), v[i] = sinf(0.3f * (float)i + 1), d_o[i] = cosf((float)i);
+        mask[i] = 0, allowed[i] = 1;
+        o[i] = lse[i] = dq[i] = dk[i] = dv[i] = dbias[i] = NAN;
+    }
+    return mfa_context_create(NULL, &context) != MFA_OK;
+}
+
+static int close_context(void **state)
+{
+    (void)state;
+    mfa_context_destroy(context);
+    return 0;
+}
+
+static mfa_problem problem_of(mfa_pass pass, mfa_mask kind, int64_t q_len)
+{
+    mfa_problem p;
+    mfa_problem_init(&p, 1, 1, 1, q_len, KV_LEN, DIM, DIM);
+    p.pass = pass, p.mask = kind;
+    return p;
+}
+
+static mfa_buffers buffers_of(const mfa_problem *p)
+{
+    mfa_buffers b = {.size = sizeof b, .q = {q, 0}, .k = {k, 0}, .v = {v, 0}, .o = {o, 0}, .lse = {lse, 0}};
+    if (p->mask != MFA_MASK_NONE)
+        b.mask.base = p->mask == MFA_MASK_BOOL ? (void *)allowed : mask;
+    if (p->pass == MFA_BACKWARD)
+        b.d_o.base = d_o, b.dq.base = dq, b.dk.base = dk, b.dv.base = dv;
+    return b;
+}
+
+static void run(const mfa_problem *p)
+{
+    const mfa_buffers b = buffers_of(p);
+    const mfa_status status = mfa_attention(context, p, &b, NULL);
+    if (status != MFA_OK)
+        fail_msg("%s: %s", mfa_status_name(status), mfa_last_error());
+}
+
+/* Whatever its bits are, a NaN in a key must be seen: integer tricks in exp2 can lose it. */
+static void test_nan_of_any_payload_stays(void **state)
+{
+    static const uint32_t payloads[] = {0x7fc00000, 0x7fc00001, 0x7fffffff, 0xffffffff, 0xffc12345, 0x7fc001ff};
+    (void)state;
+    for (size_t i = 0; i < sizeof payloads / sizeof *payloads; i++)
+        for (int64_t q_len = 1; q_len <= Q_LEN; q_len += Q_LEN - 1) {
+            const float kept = k[3 * DIM];
+            const mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, q_len);
+            memcpy(&k[3 * DIM], &payloads[i], sizeof *payloads);
+            run(&p);
+            k[3 * DIM] = kept;
+            for (int64_t n = 0; n < q_len * DIM; n++)
+                if (!isnan(o[n]))
+                    fail_msg("K holds NaN 0x%08x, q_len %d, and O[%d] is %g", (unsigned)payloads[i], (int)q_len, (int)n,
+                             (double)o[n]);
+        }
+}
+
+/* A bool mask, or -inf in an additive one, hides a key whose scores are NaN. */
+static void test_mask_hides_nan_scores(void **state)
+{
+    (void)state;
+    for (int kind = MFA_MASK_BOOL; kind <= MFA_MASK_ADDITIVE; kind++)
+        for (int64_t q_len = 1; q_len <= Q_LEN; q_len += Q_LEN - 1) {
+            const mfa_problem p = problem_of(MFA_FORWARD, (mfa_mask)kind, q_len);
+            const float kept = k[3 * DIM];
+            k[3 * DIM] = NAN;
+            for (int64_t i = 0; i < q_len; i++)
+                allowed[i * KV_LEN + 3] = 0, mask[i * KV_LEN + 3] = -INFINITY;
+            run(&p);
+            k[3 * DIM] = kept;
+            for (int64_t n = 0; n < q_len * DIM; n++)
+                assert_false(isnan(o[n]));
+        }
+}
+
+/* The lowest finite number hides nothing: a row of it is the mean of V, as in PyTorch. */
+static void test_lowest_finite_mask(void **state)
+{
+    static const float lowest[] = {-3.40282347e38f, -3.3895314e38f, -2e38f, -1e38f};
+    (void)state;
+    for (size_t i = 0; i < sizeof lowest / sizeof *lowest; i++)
+        for (int64_t q_len = 1; q_len <= Q_LEN; q_len += Q_LEN - 1) {
+            mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_ADDITIVE, q_len);
+            for (int64_t n = 0; n < KV_LEN; n++)
+                mask[n] = lowest[i];
+            run(&p);
+            for (int d = 0; d < DIM; d++) {
+                double mean = 0;
+                for (int j = 0; j < KV_LEN; j++)
+                    mean += (double)v[j * DIM + d] / KV_LEN;
+                if (!(fabs((double)o[d] - mean) < 1e-6))
+                    fail_msg("mask %g, q_len %d: O[%d] is %g; the mean of V is %g", (double)lowest[i], (int)q_len, d,
+                             (double)o[d], mean);
+            }
+            assert_true(isfinite(lse[0]));
+            p.pass = MFA_BACKWARD;
+            run(&p);
+            for (int n = 0; n < KV_LEN * DIM; n++)
+                assert_true(isfinite(dk[n]) && isfinite(dv[n]));
+        }
+}
+
+/* No query heads, and a gradient for a mask that is broadcast over them. */
+static void test_no_query_heads(void **state)
+{
+    mfa_problem p;
+    (void)state;
+    mfa_problem_init(&p, 1, 0, 2, Q_LEN, KV_LEN, DIM, DIM);
+    p.pass = MFA_BACKWARD, p.mask = MFA_MASK_ADDITIVE;
+    p.mask_layout = p.dbias_layout = (mfa_layout){0, 0, KV_LEN, 1};
+    mfa_buffers b = buffers_of(&p);
+    b.dbias.base = dbias;
+    assert_int_equal(mfa_attention(context, &p, &b, NULL), MFA_OK);
+    for (int n = 0; n < Q_LEN * KV_LEN; n++)
+        assert_true(dbias[n] == 0);
+    for (int n = 0; n < 2 * KV_LEN * DIM; n++)
+        assert_true(dk[n] == 0 && dv[n] == 0);
+}
+
+static void test_workspace_too_small(void **state)
+{
+    const mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, Q_LEN);
+    mfa_plan *plan = NULL;
+    (void)state;
+    assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_OK);
+    const size_t bytes = mfa_plan_workspace(plan);
+    mfa_buffers b = buffers_of(&p);
+    b.workspace.base = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    b.workspace_size = bytes - 1;
+    o[0] = 42;
+    assert_int_equal(mfa_plan_run(plan, &b, NULL), MFA_INVALID);
+    assert_non_null(strstr(mfa_last_error(), "workspace_size"));
+    assert_true(o[0] == 42);
+    b.workspace_size = bytes;
+    assert_int_equal(mfa_plan_run(plan, &b, NULL), MFA_OK);
+    free(b.workspace.base);
+    mfa_plan_destroy(plan);
+}
+
+static void test_strange_caps(void **state)
+{
+    static const double refused[] = {1e-40, 1e-31, 1e31, 3.5e38, 1e300}, good[] = {1e-30, 1e-3, 1e30};
+    mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, Q_LEN);
+    (void)state;
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        p.softcap = refused[i];
+        assert_int_equal(mfa_problem_supported(context, &p), MFA_UNSUPPORTED);
+        assert_non_null(strstr(mfa_last_error(), "softcap"));
+    }
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        p.softcap = good[i];
+        run(&p);
+        for (int n = 0; n < Q_LEN * DIM; n++)
+            assert_true(isfinite(o[n]));
+    }
+}
+
+/* As many threads as an int holds: the plan keeps to what there can be. */
+static void test_too_many_threads(void **state)
+{
+    mfa_problem p;
+    mfa_plan *plan = NULL;
+    char text[256];
+    int threads;
+    (void)state;
+    mfa_problem_init(&p, 64, 64, 64, 1024, 1024, DIM, DIM);
+    assert_int_equal(mfa_context_set_threads(context, INT32_MAX), MFA_OK);
+    assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_OK);
+    assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
+    assert_int_equal(sscanf(strstr(text, "threads"), "threads %d", &threads), 1);
+    assert_true(threads <= 4096);
+    mfa_plan_destroy(plan);
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, open_context, close_context)
+    const struct CMUnitTest tests[] = {
+        TEST(test_nan_of_any_payload_stays), TEST(test_mask_hides_nan_scores), TEST(test_lowest_finite_mask),
+        TEST(test_no_query_heads),           TEST(test_workspace_too_small),   TEST(test_strange_caps),
+        TEST(test_too_many_threads),
+    };
+    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    printf("%d passed, %d failed\n", (int)(sizeof tests / sizeof *tests) - failed, failed);
+    return failed != 0;
+}
