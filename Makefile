@@ -1,6 +1,7 @@
 # make          build libmfa into build/release
 # make demo     what it does, in a few minutes: speed and memory beside PyTorch, and a small GPT trained with it
 # make test     every test there is; ends with "N passed, N failed". SUITES="checks release" runs only these
+# make test-metal   the Metal kernels alone: executed, checked and linted without a GPU
 # make bench    the whole benchmark, into build/bench.json. BENCH=--quick takes under two minutes
 # make clean    remove what was built; make distclean removes the virtual environment too
 #
@@ -17,7 +18,7 @@ bin := $(CURDIR)/$(venv)/bin
 suffix := $(if $(filter Darwin,$(shell uname -s)),dylib,so)
 in_tree := PYTHONPATH="$(CURDIR)/python" MFA_LIBRARY="$(CURDIR)/build/release/libmfa.$(suffix)"
 
-.PHONY: build demo test bench clean distclean
+.PHONY: build demo test test-metal bench clean distclean
 
 build: $(venv)/.build
 	@PATH="$(bin):$$PATH" cmake -S . -B build/release -G Ninja -DMFA_BENCH=ON
@@ -31,6 +32,9 @@ bench: build $(venv)/.demo
 
 test: build/.packages-test $(venv)/.test
 	@PATH="$(bin):$$PATH" python tests/run.py $(SUITES)
+
+test-metal:
+	@$(MAKE) --no-print-directory test SUITES="metal-simulator metal-kernels metal-mutants metal-lint metal-coverage"
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name venv -exec rm -rf {} +

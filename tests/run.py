@@ -34,7 +34,7 @@ class Run:
         self.passed = self.failed = 0
         self.failures = []
         self.suite = ""
-        self.shipped = None
+        self.shipped = self.simulated = None
 
     def count(self, what, passed, failed):
         self.passed += passed
@@ -81,6 +81,12 @@ class Run:
             folder = self.cmake("test-release")
             self.shipped = (folder, next(folder.glob("libmfa.so.*.*.*"))) if folder else (None, None)
         return self.shipped
+
+    def metal(self):
+        """The build folder with metalsim and the Metal programs; None if that fails."""
+        if not self.simulated:
+            self.simulated = self.cmake("test-metal", "-DMFA_METALSIM=ON")
+        return self.simulated
 
     def programs(self, folder, pattern="test_*", **environment):
         """Runs the cmocka programs of a build folder."""
@@ -286,7 +292,77 @@ def wheel(run):
         run.step(sys.executable, "-c", program, PYTHONPATH=str(site))
 
 
+# Problems that, between them, compile every Metal kernel with every option.
+METAL_PROBLEMS = (
+    "both any b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5",
+    "both any b1 h2 q33 kv40 d200 mask_bool",
+    "both f32 b1 h1 q17 kv20 d264 mask_f16",
+    "both bf16 b1 h1 q17 kv20 d264 mask_bf16",
+    "forward any b1 h4/2 q1 kv1100 d64",
+)
+
+
+def metal_simulator(run):
+    """metalsim itself: it executes Metal right, refuses what Metal refuses, and finds what is planted."""
+    folder = run.metal()
+    if not folder:
+        return
+    for program in sorted(ROOT.glob("metalsim/tests/test_*.c")):
+        run.step(folder / f"metalsim/metalsim_{program.stem}", counts=True)
+    cover = str(folder / "metalsim/metalsim_cover")
+    run.step(sys.executable, "-m", "pytest", "metalsim/tests", counts=True, METALSIM_COVER=cover)
+
+
+def metal_kernels(run):
+    """The Metal kernels on metalsim: right for every case, by every schedule, without a race, and with fast math."""
+    folder = run.metal()
+    if not folder:
+        return
+    run.step(folder / "test_metal", counts=True)
+    run.step(folder / "metal_table", "docs/metal-kernels.md", counts=True)
+    for options in ((), ("--tiles",), ("--tiles", "--checked"), ("--fast-math", *METAL_PROBLEMS)):
+        run.step(folder / "check_metal", *options, counts=True)
+
+
+def metal_mutants(run):
+    """Every barrier of the Metal kernels is needed, and without it the checker finds a fault."""
+    folder = run.metal()
+    if folder:
+        run.step(folder / "check_mutants", counts=True)
+
+
+def metal_lint(run):
+    """The texts of the Metal kernels hold nothing that Apple's compiler is known to reject."""
+    folder = run.metal()
+    cache = run.build / "test-metal-lint"
+    shutil.rmtree(cache, ignore_errors=True)
+    if folder and run.step(folder / "check_metal", "--quick", *METAL_PROBLEMS, counts=True, MFA_CACHE=str(cache)):
+        run.step(sys.executable, "metalsim/lint/lint.py", *sorted(cache.glob("*.metal")), counts=True)
+
+
+def metal_coverage(run):
+    """Random problems for the Metal kernels; after these, every region of the kernels has been executed."""
+    folder = run.metal()
+    cache, profiles = run.build / "test-metal-cover", run.build / "test-metal-profiles"
+    for old in (cache, profiles):
+        shutil.rmtree(old, ignore_errors=True)
+    if not folder:
+        return
+    cases = run.build / "test-metal-cases.txt"
+    cases.write_text("".join(problem + "\n" for problem in METAL_PROBLEMS))
+    settings = {"MFA_CACHE": str(cache), "LLVM_PROFILE_FILE": str(profiles / "%m.profraw")}
+    run.step(folder / "check_metal", "--quick", "--cases", cases, counts=True, **settings)
+    run.step(folder / "check_metal", "--random", "300", counts=True, **settings)
+    kernels = [path.relative_to(ROOT / "src") for path in sorted((ROOT / "src/metal/kernels").glob("*.metal"))]
+    run.step(sys.executable, "metalsim/coverage.py", cache, profiles, *kernels, counts=True)
+
+
 SUITES = (checks, release, header, plain, clang, memory, threads, arm64, python, wheel)
+METAL = (metal_simulator, metal_kernels, metal_mutants, metal_lint, metal_coverage)  # on request: make test-metal
+
+
+def name_of(suite):
+    return suite.__name__.replace("_", "-")
 
 
 def main():
@@ -296,10 +372,10 @@ def main():
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="run only these")
     options = parser.parse_args()
     if options.list:
-        for suite in SUITES:
-            print(f"{suite.__name__:10} {suite.__doc__}")
+        for suite in SUITES + METAL:
+            print(f"{name_of(suite):15} {suite.__doc__}")
         return 0
-    names = [suite.__name__ for suite in SUITES]
+    names = [name_of(suite) for suite in SUITES + METAL]
     for name in options.suites:
         if name not in names:
             parser.error(f"no suite {name}; there are: {' '.join(names)}")
@@ -308,21 +384,21 @@ def main():
     run.build.mkdir(parents=True, exist_ok=True)
     os.environ["MFA_CACHE"] = str(run.build / "test-cache")  # not the user's own
     times = []
-    for suite in SUITES:
-        if options.suites and suite.__name__ not in options.suites:
+    for suite in SUITES + METAL:
+        if name_of(suite) not in (options.suites or map(name_of, SUITES)):
             continue
-        run.suite = suite.__name__
+        run.suite = name_of(suite)
         began, passed, failed = time.monotonic(), run.passed, run.failed
-        print(f"\n=== {suite.__name__}: {suite.__doc__}", flush=True)
+        print(f"\n=== {run.suite}: {suite.__doc__}", flush=True)
         try:
             suite(run)
         except Exception as error:  # the other suites still have their say
             run.count(f"{type(error).__name__}: {error}", 0, 1)
-        times.append((suite.__name__, run.passed - passed, run.failed - failed, time.monotonic() - began))
+        times.append((run.suite, run.passed - passed, run.failed - failed, time.monotonic() - began))
 
     print("\n=== summary")
     for name, passed, failed, seconds in times:
-        print(f"{name:10} {passed:7} passed {failed:5} failed {seconds:7.1f} s")
+        print(f"{name:15} {passed:7} passed {failed:5} failed {seconds:7.1f} s")
     for failure in run.failures:
         print(f"FAILED {failure}")
     print(f"{run.passed} passed, {run.failed} failed")

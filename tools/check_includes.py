@@ -28,8 +28,16 @@ RULES = (
     ("tests/kit/*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
     ("tests/check_attention*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
     ("tests/*", ("*",), ()),
+    # The software Metal: a program of its own beside the library, of which it knows base only. Its include folder is
+    # what kernels are compiled with; its tests and its CUDA leg are tests.
+    ("metalsim/include/*", ("metalsim/*",), SYSTEM),
+    ("metalsim/tests/*", ("*",), ()),
+    ("metalsim/cuda/*", ("*",), ()),
+    ("metalsim/*", ("[!/]*.h", "include/metalsim/*", "base/*", "mfa.h"), ()),
     ("bench/*", ("mfa.h",), ()),
 )
+# Where includes are looked for. metalsim and its parts may also name files of their own folder.
+TOPS = ("src", "include", "tests", ".", "metalsim", "metalsim/include")
 
 
 def rule_of(path):
@@ -58,7 +66,7 @@ def check_file(root, path, report):
                 problems.append(f"{where}, which this room has no use for")
         elif not any(fnmatch.fnmatch(name, allowed) for allowed in ours):
             problems.append(f"{where}; it may include {', '.join(ours) or 'nothing of ours'}")
-        elif not any((root / top / name).is_file() for top in ("src", "include", "tests")):
+        elif not any((root / top / name).is_file() for top in TOPS) and not (root / path.parent / name).is_file():
             problems.append(f"{where}, which is not there; includes are written from src/")
     report.check(not problems, "\n".join(problems))
 

@@ -17,8 +17,9 @@ import tree
 NOUNS = "context|problem|plan|status"
 ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_fail"}  # sentences of their own
 FOLDERS = set(
-    """.ci bench docs include python python/mps_flash_attn requirements src src/base src/core src/cpu src/cpu/kernels
-    tests tests/kit tests/python tests/reference tests/tools tools""".split()
+    """.ci bench docs include metalsim metalsim/cuda metalsim/cuda/include metalsim/include metalsim/include/metalsim
+    metalsim/lint metalsim/tests python python/mps_flash_attn requirements src src/base src/core src/cpu src/cpu/kernels
+    src/metal src/metal/kernels tests tests/kit tests/metal tests/python tests/reference tests/tools tools""".split()
 )  # closed: what a folder is called is decided here, and none is called util, common, misc, old or new
 
 DTYPE = "(?:f32|f16|bf16|f64)"

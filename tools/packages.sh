@@ -32,6 +32,7 @@ look() {
     need g++ links g++ -x c++ "$scratch/empty.c"
     need libcmocka-dev links cc "$scratch/cmocka.c" -lcmocka
     need "clang-19 libclang-rt-19-dev" links clang-19 -fsanitize=thread "$scratch/empty.c"
+    need llvm-19 command -v llvm-cov-19
     need "gcc-aarch64-linux-gnu libc6-dev-arm64-cross" links aarch64-linux-gnu-gcc -static "$scratch/empty.c" -lm
     need qemu-user-static command -v qemu-aarch64-static
 }

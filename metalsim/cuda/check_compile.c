@@ -1,0 +1,48 @@
+/* Whether nvcc compiles the kernels, on a machine without a GPU: each of them, with and without options, for the
+ * narrowest and the widest columns. Wants METALSIM_CUDA_ARCH to be set. */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "kit/report.h"
+#include "metal/device.h"
+#include "metal/source.h"
+#include "mfa.h"
+
+static const struct {
+    int dtype, dim, features, mask_dtype, family;
+} variants[] = {
+    {MFA_F16, 64, 0, 0, 7},
+    {MFA_F32, 512, MFA_FEATURE_BAND | MFA_FEATURE_MASK_BOOL, 0, 7},
+    {MFA_BF16, 128, MFA_FEATURE_BAND | MFA_FEATURE_MASK_ADDITIVE | MFA_FEATURE_SOFTCAP, MFA_F32, 7},
+    {MFA_BF16, 256, MFA_FEATURE_MASK_ADDITIVE, MFA_BF16, 9},
+};
+
+int main(void)
+{
+    const char *cache = getenv("MFA_CACHE");
+    const struct device_settings settings = {.cache = cache ? cache : "build/metalsim"};
+    device_set(&settings);
+    report_begin("check_compile", 1);
+    for (size_t v = 0; v < sizeof variants / sizeof *variants; v++)
+        for (int n = 0; n < 2 * MFA_METAL_KERNELS; n++) {
+            const enum mfa_metal_kernel kernel = (enum mfa_metal_kernel)(n / 2);
+            struct mfa_key key = {.pass = n % 2,
+                                  .dtype = variants[v].dtype,
+                                  .head_dim = variants[v].dim,
+                                  .value_dim = variants[v].dim,
+                                  .features = variants[v].features,
+                                  .mask_dtype = variants[v].mask_dtype};
+            char *text;
+            snprintf(key.machine, sizeof key.machine, "apple%d", variants[v].family);
+            if (mfa_metal_source_write(&key, kernel, "#define COUNT_TILES\n", &text) != MFA_OK)
+                continue; /* not a kernel of this pass, or not without a mask */
+            const struct device_launch launch = {.text = text, .function = mfa_metal_source_function(kernel)};
+            const char *why = device_run(&launch);
+            if (why)
+                report_fail("%s", why);
+            else
+                report_pass();
+            free(text);
+        }
+    return report_end();
+}

@@ -1,0 +1,225 @@
+/* tests/metal/device.h on an NVIDIA GPU: programs are compiled by nvcc through include/metal_stdlib, once for each
+ * text, and kept in the cache folder. Without a GPU, METALSIM_CUDA_ARCH (as "sm_90") says what to compile for; then
+ * nothing runs. NVCC is the compiler, if it is not found as nvcc. */
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/hash.h"
+#include "metal/device.h"
+
+static struct device_settings settings;
+static char reason[4096];
+
+void device_set(const struct device_settings *given)
+{
+    settings = *given;
+}
+
+static const char *failed(const char *what, cudaError_t error)
+{
+    snprintf(reason, sizeof reason, "%s: %s", what, cudaGetErrorString(error));
+    return reason;
+}
+
+/* --- Memory --------------------------------------------------------------------------------------- */
+
+/* What is on the device between begin and end. */
+static struct copy {
+    struct copy *next;
+    const void *base;
+    void *there;
+} *copies;
+
+void device_begin(struct device_buffer *buffers, int count)
+{
+    for (int n = 0; n < count; n++) {
+        const struct device_buffer *b = &buffers[n];
+        struct copy *copy = b->base ? malloc(sizeof *copy) : NULL;
+        if (!copy)
+            continue;
+        *copy = (struct copy){copies, b->base, NULL};
+        copies = copy;
+        /* Scratch memory is not set, so that initcheck sees who reads it too early. */
+        if (cudaMalloc(&copy->there, b->length ? b->length : 1) == cudaSuccess && !b->scratch)
+            cudaMemcpy(copy->there, b->base, b->length, cudaMemcpyHostToDevice);
+    }
+}
+
+void device_end(struct device_buffer *buffers, int count)
+{
+    for (int n = 0; n < count; n++)
+        for (struct copy **at = &copies; *at; at = &(*at)->next)
+            if ((*at)->base == buffers[n].base) {
+                struct copy *copy = *at;
+                if (buffers[n].written && !buffers[n].scratch)
+                    cudaMemcpy(buffers[n].base, copy->there, buffers[n].length, cudaMemcpyDeviceToHost);
+                cudaFree(copy->there);
+                *at = copy->next;
+                free(copy);
+                break;
+            }
+}
+
+static void *find_copy(const void *base)
+{
+    for (struct copy *copy = copies; copy; copy = copy->next)
+        if (copy->base == base)
+            return copy->there;
+    return NULL;
+}
+
+/* --- Programs ------------------------------------------------------------------------------------- */
+
+/* What each kernel is called with: C the call, B(n) buffer n, T(n) threadgroup memory n, then positions. */
+static const char *arguments_of(const char *function)
+{
+    static const char *const table[][2] = {
+        {"attention_forward", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(17), T(0), T(1), GROUP, INDEX, "
+                              "SIMDGROUP, LANE"},
+        {"attention_decode", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(17), T(0), T(1), GROUP, INDEX, "
+                             "SIMDGROUP, LANE"},
+        {"attention_merge", "C, B(5), B(6), B(14), GROUP, SIMDGROUP, LANE"},
+        {"attention_rows", "C, B(5), B(6), B(7), B(8), B(15), B(16), GROUP, SIMDGROUP, LANE"},
+        {"attention_backward_dq",
+         "C, B(1), B(2), B(3), B(4), B(7), B(9), B(13), B(15), B(16), B(17), T(0), T(1), GROUP, "
+         "INDEX, SIMDGROUP, LANE"},
+        {"attention_backward_dkv", "C, B(1), B(2), B(3), B(4), B(7), B(10), B(11), B(13), B(15), B(16), B(17), T(0), "
+                                   "T(1), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_dbias",
+         "C, B(1), B(2), B(3), B(4), B(7), B(12), B(14), B(15), B(16), T(1), GROUP, SIMDGROUP, LANE"},
+        {"attention_dbias_sum", "C, B(12), B(14), GROUP, INDEX"},
+        {"mask_tiles", "C, B(4), B(13), GROUP, SIMDGROUP, LANE"},
+        {"layout_test", "B(14), T(0), LANE"},
+        {"narrow_test", "B(1), B(2), B(3), POSITION"},
+    };
+    for (size_t n = 0; n < sizeof table / sizeof *table; n++)
+        if (!strcmp(table[n][0], function))
+            return table[n][1];
+    return NULL;
+}
+
+/* The entry that CUDA launches: fills threadgroup memory with NaN and calls the kernel. */
+static const char entry[] =
+    "\n#include \"core/args.h\"\n#include \"metal/kernels/contract.h\"\n"
+    "struct any_pointer {\n    void *at;\n    template <class T> __device__ operator T *() const { return (T *)at; "
+    "}\n};\n"
+    "struct any_buffers {\n    void *at[%d];\n};\n"
+    "extern \"C\" __global__ void entry(const __grid_constant__ mfa_metal_call call,\n"
+    "    const __grid_constant__ any_buffers buffers, uint first_bytes, uint all_bytes)\n{\n"
+    "    extern __shared__ __align__(16) char memory[];\n"
+    "    for (uint n = threadIdx.x; n < all_bytes / 4; n += blockDim.x)\n        ((uint *)memory)[n] = ~0u;\n"
+    "    __syncthreads();\n"
+    "#define C call\n#define B(n) any_pointer{buffers.at[n]}\n#define T(n) any_pointer{memory + (n) * first_bytes}\n"
+    "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
+    "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"
+    "    %s(%s);\n}\n";
+
+static int write_file(const char *path, const char *text, const char *function)
+{
+    FILE *file = fopen(path, "w");
+    if (!file)
+        return 0;
+    fputs(text, file);
+    fprintf(file, entry, MFA_METAL_BUFFERS, function, arguments_of(function));
+    return !fclose(file);
+}
+
+/* "sm_90"; NULL: there is no GPU. */
+static const char *architecture(void)
+{
+    static char name[16];
+    struct cudaDeviceProp gpu;
+    const char *given = getenv("METALSIM_CUDA_ARCH");
+    if (given)
+        return given;
+    if (cudaGetDeviceProperties(&gpu, 0) != cudaSuccess)
+        return NULL;
+    snprintf(name, sizeof name, "sm_%d%d", gpu.major, gpu.minor);
+    return name;
+}
+
+/* Compiles into a file of this process, which then takes its place: others may be at the same program. */
+static const char *compile(const struct device_launch *launch, const char *path)
+{
+    char source[512], object[512], log[512], command[4096];
+    const char *compiler = getenv("NVCC"), *arch = architecture();
+    snprintf(source, sizeof source, "%s.%d.cu", path, (int)getpid());
+    snprintf(object, sizeof object, "%s.%d.cubin", path, (int)getpid());
+    snprintf(log, sizeof log, "%s.%d.log", path, (int)getpid());
+    if (!arch || !write_file(source, launch->text, launch->function)) {
+        snprintf(reason, sizeof reason, arch ? "%s cannot be written" : "no NVIDIA GPU to compile %s for", source);
+        return reason;
+    }
+    snprintf(command, sizeof command,
+             "'%s' -cubin -arch=%s -std=c++17 -lineinfo -diag-suppress 1097,177,550 -I'%s' -I'%s' '%s' -o '%s' "
+             ">'%s' 2>&1",
+             compiler ? compiler : "nvcc", arch, METALSIM_CUDA_INCLUDE, MFA_SOURCES, source, object, log);
+    if (system(command) || rename(object, path)) {
+        snprintf(reason, sizeof reason, "nvcc did not compile %s: see %s", source, log);
+        return reason;
+    }
+    unlink(source);
+    unlink(log);
+    return NULL;
+}
+
+static struct program {
+    struct program *next;
+    uint64_t hash;
+    cudaKernel_t kernel;
+} *programs;
+
+static const char *find_kernel(const struct device_launch *launch, cudaKernel_t *kernel)
+{
+    uint64_t hash = mfa_hash_bytes(MFA_HASH_EMPTY, launch->text, strlen(launch->text));
+    hash = mfa_hash_bytes(hash, launch->function, strlen(launch->function) + 1);
+    for (struct program *p = programs; p; p = p->next)
+        if (p->hash == hash) {
+            *kernel = p->kernel;
+            return NULL;
+        }
+    char path[400];
+    mkdir(settings.cache, 0700);
+    snprintf(path, sizeof path, "%s/%016llx.cubin", settings.cache, (unsigned long long)hash);
+    const char *why = access(path, R_OK) ? compile(launch, path) : NULL;
+    if (why || getenv("METALSIM_CUDA_ARCH"))
+        return why;
+    cudaLibrary_t library;
+    cudaError_t error = cudaLibraryLoadFromFile(&library, path, NULL, NULL, 0, NULL, NULL, 0);
+    if (error == cudaSuccess)
+        error = cudaLibraryGetKernel(kernel, library, "entry");
+    if (error != cudaSuccess)
+        return failed(path, error);
+    struct program *program = malloc(sizeof *program);
+    if (program) {
+        *program = (struct program){programs, hash, *kernel};
+        programs = program;
+    }
+    return NULL;
+}
+
+const char *device_run(const struct device_launch *launch)
+{
+    cudaKernel_t kernel;
+    struct {
+        void *at[MFA_METAL_BUFFERS];
+    } buffers = {{NULL}};
+    struct mfa_metal_call call = launch->call;
+    unsigned first = (unsigned)launch->threadgroup_bytes[0], all = first + (unsigned)launch->threadgroup_bytes[1];
+    const char *why = find_kernel(launch, &kernel);
+    if (why || getenv("METALSIM_CUDA_ARCH"))
+        return why;
+    for (int n = 0; n < MFA_METAL_BUFFERS; n++)
+        if (launch->buffers[n].base)
+            buffers.at[n] = (char *)find_copy(launch->buffers[n].base) + launch->buffers[n].offset;
+    void *arguments[] = {&call, &buffers, &first, &all};
+    const dim3 grid = {(unsigned)launch->groups, 1, 1}, block = {(unsigned)launch->threads, 1, 1};
+    cudaError_t error = cudaLaunchKernel((const void *)kernel, grid, block, arguments, all, 0);
+    if (error == cudaSuccess)
+        error = cudaDeviceSynchronize();
+    return error == cudaSuccess ? NULL : failed(launch->function, error);
+}

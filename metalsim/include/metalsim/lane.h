@@ -1,0 +1,65 @@
+/* The way from a kernel's code to the runtime: the lane that is running, and the runtime's functions.
+ * In a checked library this code must neither be instrumented nor be inlined into code that is. */
+#ifndef METALSIM_LANE_H
+#define METALSIM_LANE_H
+
+#if defined(METALSIM_CHECKED)
+#define METALSIM_UNWATCHED __attribute__((disable_sanitizer_instrumentation, no_sanitize("undefined")))
+#define METALSIM_OURS METALSIM_UNWATCHED __attribute__((noinline))
+#else
+#define METALSIM_UNWATCHED
+#define METALSIM_OURS inline __attribute__((always_inline))
+#endif
+
+extern "C" {
+#include "metalsim/abi.h"
+}
+
+/* Never made to depend on more conditions than in the text, nor merged with another call: where a lane
+ * calls from is what tells whether all lanes are at the same operation. */
+#define METALSIM_TOGETHER METALSIM_UNWATCHED __attribute__((noinline, convergent, nomerge))
+
+static metalsim_runtime metalsim_functions;
+
+namespace metalsim
+{
+
+METALSIM_OURS metalsim_lane *lane()
+{
+    return metalsim_self();
+}
+
+METALSIM_TOGETHER static void meet(void (*operate)(unsigned char *slots))
+{
+    metalsim_functions.meet(operate, __builtin_return_address(0));
+}
+
+METALSIM_TOGETHER static void simdgroup_barrier(unsigned memory)
+{
+    metalsim_functions.simdgroup_barrier(memory, __builtin_return_address(0));
+}
+
+METALSIM_TOGETHER static void threadgroup_barrier(unsigned memory)
+{
+    metalsim_functions.threadgroup_barrier(memory, __builtin_return_address(0));
+}
+
+/* The slots of the lane's next meeting, and of its last. */
+METALSIM_OURS unsigned char *slots_to_give()
+{
+    metalsim_simdgroup *s = lane()->simdgroup;
+    return s->slots[s->meetings & 1];
+}
+
+METALSIM_OURS unsigned char *slots_to_take()
+{
+    metalsim_simdgroup *s = lane()->simdgroup;
+    return s->slots[(s->meetings - 1) & 1];
+}
+
+} // namespace metalsim
+
+#if defined(METALSIM_CHECKED)
+#include "metalsim/instrument.h"
+#endif
+#endif

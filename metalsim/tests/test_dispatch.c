@@ -1,0 +1,286 @@
+/* Dispatches and libraries: Metal's limits are refused with sentences, bindings are what they say, many
+ * CPU threads do the same as one, and the cache compiles a text once. */
+#define _GNU_SOURCE
+#include "kit.h"
+
+#include <dirent.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char *const text =
+    "#include <metal_stdlib>\nusing namespace metal;\n"
+    "struct sizes { ulong count; float scale; };\n"
+    "kernel void scale(device const float *from [[buffer(0)]], device float *to [[buffer(30)]],\n"
+    "    constant sizes &s [[buffer(1)]], threadgroup float *memory TG_ARG(0),\n"
+    "    uint i [[thread_position_in_grid]], uint own [[thread_index_in_threadgroup]]) {\n"
+    "    memory[own] = i < s.count ? from[i] : 0.0f;\n"
+    "    threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+    "    if (i < s.count) to[i] = memory[own] * s.scale;\n"
+    "}\n"
+    "[[kernel, max_total_threads_per_threadgroup(64)]] void\n"
+    "few(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = i; }\n"
+    "kernel void sum(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = simd_sum(i); }\n"
+    "kernel void nothing() {}\n";
+
+struct sizes {
+    uint64_t count;
+    float scale;
+};
+
+#define COUNT 1000
+static float from[COUNT], to[COUNT];
+static const struct sizes sizes = {COUNT, 3};
+
+static struct metalsim_dispatch sound(void)
+{
+    return (struct metalsim_dispatch){
+        .threadgroups = {(COUNT + 127) / 128, 1, 1},
+        .threads = {128, 1, 1},
+        .buffers = {[0] = kit_buffer(from, sizeof from),
+                    [1] = kit_bytes(&sizes, sizeof sizes),
+                    [30] = kit_output(to, sizeof to)},
+        .threadgroup_lengths = {128 * sizeof(float)},
+    };
+}
+
+static void expect_refusal(const metalsim_library *library, const char *name, const struct metalsim_dispatch *dispatch,
+                           const char *words)
+{
+    assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, name), dispatch), METALSIM_REFUSED);
+    kit_expect_error(words);
+}
+
+static void test_limits(void **state)
+{
+    static char large[METALSIM_BYTES_MAX + 1];
+    metalsim_library *library = kit_compile(text, 0);
+    struct metalsim_dispatch d;
+    (void)state;
+#define REFUSE(change, words) d = sound(), change, expect_refusal(library, "scale", &d, words)
+    REFUSE(d.threads[0] = 0, "scale: threads are 0 x 1 x 1; a threadgroup has 1 to 1024 in all");
+    REFUSE(d.threads[1] = 9, "threads are 128 x 9 x 1");
+    REFUSE(d.threads[2] = SIZE_MAX / 2, "1 to 1024");
+    REFUSE(d.threadgroups[0] = (size_t)1 << 33, "threads along a dimension");
+    REFUSE(d.threadgroup_lengths[0] = 24, "threadgroup length 0 is 24; it must be a multiple of 16");
+    REFUSE(d.threadgroup_lengths[0] = 32784, "all lengths together may be 32768");
+    REFUSE((d.threadgroup_lengths[1] = 16384, d.threadgroup_lengths[30] = 16384),
+           "threadgroup length 30 is 16384, after");
+    REFUSE(d.threadgroup_lengths[0] = 0, "threadgroup length 0 is 0; parameter memory needs 4");
+    REFUSE(d.buffers[0].binding = METALSIM_NONE, "nothing is bound at index 0, where parameter from reads");
+    REFUSE(d.buffers[30].base = NULL, "bound at index 30 has a base of NULL");
+    REFUSE(d.buffers[0].offset = sizeof from + 1, "has offset 4001; its length is 4000");
+    REFUSE(d.buffers[1].length = 8, "8 bytes are bound at index 1; parameter s needs 16");
+    REFUSE(d.buffers[1] = kit_bytes(large, sizeof large), "bytes at index 1 have length 4097; it must be 1 to 4096");
+    REFUSE(d.buffers[1] = kit_bytes(large, 0), "have length 0");
+    REFUSE(d.buffers[0] = kit_bytes(large, 16), "bytes are bound at index 0; parameter from is in device memory");
+#undef REFUSE
+    d = sound();
+    d.buffers[0] = kit_output(to, sizeof to);
+    expect_refusal(library, "few", &d, "threads are 128 x 1 x 1; a threadgroup has 1 to 64 in all");
+    assert_null(metalsim_library_find(library, "missing"));
+    kit_expect_error("the library has no kernel \"missing\"");
+    metalsim_library_destroy(library);
+    metalsim_library_destroy(NULL);
+}
+
+static void test_partial_simdgroup(void **state)
+{
+    uint32_t out[64];
+    struct metalsim_dispatch d = {.threadgroups = {1, 1, 1}, .threads = {33, 1, 1}, .buffers = {kit_output(out, 256)}};
+    metalsim_library *library = kit_compile(text, 0);
+    (void)state;
+    assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "few"), &d), METALSIM_OK);
+    assert_int_equal(out[32], 32);
+    assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "sum"), &d), METALSIM_FAULT);
+    kit_expect_error("in a simdgroup of 1 lanes: the threads of a threadgroup must be a multiple of 32");
+    metalsim_library_destroy(library);
+}
+
+static void test_kernels(void **state)
+{
+    const char *const names[] = {"scale", "few", "sum", "nothing"};
+    metalsim_library *library = kit_compile(text, 0);
+    (void)state;
+    assert_int_equal(metalsim_library_count(library), 4);
+    for (size_t i = 0; i < 4; i++)
+        assert_string_equal(metalsim_kernel_name(metalsim_library_kernel(library, i)), names[i]);
+    assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "scale")), 1024);
+    assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "few")), 64);
+    struct metalsim_dispatch none = {.threadgroups = {0, 1, 1}, .threads = {1, 1, 1}};
+    assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "nothing"), &none), METALSIM_OK);
+    metalsim_library_destroy(library);
+}
+
+static void fill(void)
+{
+    for (int i = 0; i < COUNT; i++)
+        from[i] = (float)i, to[i] = -1;
+}
+
+static void test_cpus(void **state)
+{
+    metalsim_library *library = kit_compile(text, 0);
+    (void)state;
+    for (int cpus = 0; cpus < 100; cpus = cpus * 2 + 1) {
+        struct metalsim_dispatch d = sound();
+        d.cpus = cpus;
+        fill();
+        assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "scale"), &d), METALSIM_OK);
+        for (int i = 0; i < COUNT; i++)
+            assert_true(to[i] == 3.0f * (float)i);
+    }
+    metalsim_library_destroy(library);
+}
+
+/* One buffer at two indices, with offsets; and two that overlap otherwise. */
+static void test_shared_buffer(void **state)
+{
+    static float both[2 * COUNT];
+    metalsim_library *plain = kit_compile(text, 0), *checked = kit_compile(text, METALSIM_CHECKED);
+    const metalsim_library *const libraries[] = {plain, checked};
+    (void)state;
+    for (int l = 0; l < 2; l++) {
+        struct metalsim_dispatch d = sound();
+        for (int i = 0; i < COUNT; i++)
+            both[i] = (float)i, both[COUNT + i] = -1;
+        d.buffers[0] = d.buffers[30] = kit_buffer(both, sizeof both);
+        d.buffers[30].offset = COUNT * sizeof(float);
+        assert_int_equal(metalsim_dispatch_run(metalsim_library_find(libraries[l], "scale"), &d), METALSIM_OK);
+        for (int i = 0; i < COUNT; i++)
+            assert_true(both[i] == (float)i && both[COUNT + i] == 3.0f * (float)i);
+    }
+    struct metalsim_dispatch d = sound();
+    d.buffers[0] = kit_buffer(both, sizeof from);
+    d.buffers[30] = kit_output(both + 10, sizeof from);
+    expect_refusal(checked, "scale", &d, "the buffers at indices 0 and 30 overlap");
+    metalsim_library_destroy(plain);
+    metalsim_library_destroy(checked);
+}
+
+/* An access just before an offset's buffer, or past its end, is found. */
+static void test_buffer_ends(void **state)
+{
+    metalsim_library *library = kit_compile(text, METALSIM_CHECKED);
+    const metalsim_kernel *kernel = metalsim_library_find(library, "scale");
+    struct metalsim_dispatch d = sound();
+    (void)state;
+    fill();
+    d.buffers[0].length -= 4;
+    assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_FAULT);
+    kit_expect_error("out of bounds: read of 4 bytes at byte 3996 of buffer 0, which has 3996");
+    d = sound();
+    d.buffers[30].length -= 2;
+    assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_FAULT);
+    kit_expect_error("out of bounds: write of 4 bytes at byte 3996 of buffer 30, which has 3998");
+    metalsim_library_destroy(library);
+}
+
+static void *run_often(void *argument)
+{
+    const metalsim_kernel *kernel = metalsim_library_find(argument, "scale");
+    float *own = malloc(sizeof to);
+    long wrong = !own;
+    for (int round = 0; own && round < 20; round++) {
+        struct metalsim_dispatch d = sound();
+        d.buffers[30] = kit_output(own, sizeof to);
+        wrong += metalsim_dispatch_run(kernel, &d) != METALSIM_OK;
+        for (int i = 0; i < COUNT; i++)
+            wrong += own[i] != 3.0f * (float)i;
+    }
+    free(own);
+    return (void *)wrong;
+}
+
+static void test_concurrent_dispatches(void **state)
+{
+    metalsim_library *plain = kit_compile(text, 0), *checked = kit_compile(text, METALSIM_CHECKED);
+    pthread_t threads[4];
+    (void)state;
+    fill();
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, run_often, i % 2 ? plain : checked), 0);
+    for (int i = 0; i < 4; i++) {
+        void *wrong;
+        pthread_join(threads[i], &wrong);
+        assert_null(wrong);
+    }
+    metalsim_library_destroy(plain);
+    metalsim_library_destroy(checked);
+}
+
+/* -- The cache -- */
+
+static int count_files(const char *folder, const char *suffix)
+{
+    DIR *open = opendir(folder);
+    int count = 0;
+    assert_non_null(open);
+    for (const struct dirent *entry; (entry = readdir(open));) {
+        const char *dot = strrchr(entry->d_name, '.');
+        count += dot && !strcmp(dot, suffix);
+    }
+    closedir(open);
+    return count;
+}
+
+static void remove_folder(const char *folder)
+{
+    DIR *open = opendir(folder);
+    char path[4096];
+    for (const struct dirent *entry; open && (entry = readdir(open));) {
+        snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
+        unlink(path);
+    }
+    if (open)
+        closedir(open);
+    rmdir(folder);
+}
+
+static void test_cache(void **state)
+{
+    char folder[] = "/tmp/metalsim-XXXXXX", inner[64];
+    metalsim_library *library;
+    (void)state;
+    setenv("LLVM_PROFILE_FILE", "/dev/null", 1); /* of the library that counts */
+    assert_non_null(mkdtemp(folder));
+    snprintf(inner, sizeof inner, "%s/a", folder);
+    struct {
+        const char *text, *defines;
+        unsigned build;
+        int libraries; /* in the cache, when this one is there */
+    } cases[] = {
+        {"constant int x = 1;", NULL, 0, 1},
+        {"constant int x = 1;", NULL, 0, 1},
+        {"constant int x = 1;", "FIRST 1", 0, 2},
+        {"constant int x = 1;", "FIRST 1\nSECOND", 0, 3},
+        {"constant int x = 1;", NULL, METALSIM_CHECKED, 4},
+        {"constant int x = 1;", NULL, METALSIM_COVERAGE, 5},
+        {"constant int x = 2;", NULL, 0, 6},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char source[128];
+        snprintf(source, sizeof source, "#include <metal_stdlib>\n%s\n", cases[i].text);
+        if (metalsim_library_create("a.metal", source, cases[i].defines, inner, cases[i].build, &library))
+            fail_msg("%s", metalsim_last_error());
+        assert_int_equal(metalsim_library_count(library), 0);
+        metalsim_library_destroy(library);
+        assert_int_equal(count_files(inner, ".so"), cases[i].libraries);
+    }
+    remove_folder(inner);
+    remove_folder(folder);
+    assert_int_equal(metalsim_library_create("a.metal", "", NULL, "/dev/null/x", 0, &library), METALSIM_REFUSED);
+    kit_expect_error("cache is \"/dev/null/x\"; it must be a folder that can be written");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_limits), cmocka_unit_test(test_partial_simdgroup),     cmocka_unit_test(test_kernels),
+        cmocka_unit_test(test_cpus),   cmocka_unit_test(test_shared_buffer),         cmocka_unit_test(test_buffer_ends),
+        cmocka_unit_test(test_cache),  cmocka_unit_test(test_concurrent_dispatches),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

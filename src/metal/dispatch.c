@@ -1,0 +1,344 @@
+#include "metal/dispatch.h"
+
+#include <string.h>
+
+#include "core/operand.h"
+#include "core/problem.h"
+#include "metal/source.h"
+
+#define ROWS_OF_GROUP 4 /* simdgroups of a threadgroup of the small kernels, each with a row or a tile */
+#define FLOP_OF_COMMAND 1e11 /* a tenth of a second on an M1 */
+#define GROUPS_OF_COMMAND 64 /* at least, to keep cores busy */
+
+/* --- Sizes ---------------------------------------------------------------------------------------- */
+
+static int64_t ceil_of(int64_t n, int64_t unit)
+{
+    return (n + unit - 1) / unit;
+}
+
+/* Saturating: a workspace that no memory holds is refused by its size. */
+static uint64_t times(uint64_t a, uint64_t b)
+{
+    uint64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
+static uint64_t plus_aligned(uint64_t at, uint64_t bytes)
+{
+    uint64_t sum;
+    return __builtin_add_overflow(at, bytes, &sum) || sum > UINT64_MAX - 63 ? UINT64_MAX : (sum + 63) / 64 * 64;
+}
+
+static int64_t group_of(const mfa_problem *p)
+{
+    return p->kv_heads ? p->q_heads / p->kv_heads : 1;
+}
+
+static int64_t groups_of(const struct mfa_metal_grid *grid)
+{
+    const uint64_t groups =
+        times(times((uint64_t)grid->batch, (uint64_t)grid->head), times((uint64_t)grid->row, (uint64_t)grid->column));
+    return groups > INT64_MAX ? INT64_MAX : (int64_t)groups;
+}
+
+/* Extents of the table of tile classes for a kernel with this tile, whose rows are folded so: 1 along what the mask
+ * does not depend on. */
+static struct mfa_metal_grid table_grid(const mfa_problem *p, const struct mfa_metal_tile *tile, int64_t fold)
+{
+    const mfa_layout *s = &p->mask_layout;
+    const int one_row = s->row == 0 && (s->head == 0 || fold == 1);
+    return (struct mfa_metal_grid){s->batch ? p->batch : 1, s->head ? p->q_heads / fold : 1,
+                                   one_row ? 1 : ceil_of(p->q_len * fold, tile->block_q),
+                                   s->column ? ceil_of(p->kv_len, tile->block_kv) : 1};
+}
+
+static struct mfa_metal_grid bias_grid(const mfa_problem *p)
+{
+    const mfa_layout *s = &p->dbias_layout;
+    return (struct mfa_metal_grid){s->batch ? p->batch : 1, s->head ? p->q_heads : 1,
+                                   s->row ? ceil_of(p->q_len, MFA_METAL_BIAS_BLOCK) : 1,
+                                   s->column ? ceil_of(p->kv_len, MFA_METAL_BIAS_BLOCK) : 1};
+}
+
+/* --- The workspace -------------------------------------------------------------------------------- */
+
+/* Where its parts begin, and at last where all end. */
+struct regions {
+    uint64_t classes[2]; /* of forward, or of dQ and of dK dV */
+    uint64_t partials, D, L, end;
+};
+
+static enum mfa_metal_kernel forward_kernel(const mfa_problem *p)
+{
+    return mfa_metal_tiles_decodes(p) ? MFA_METAL_DECODE : MFA_METAL_FORWARD;
+}
+
+static uint64_t classes_bytes(const mfa_problem *p, const struct mfa_key *key, enum mfa_metal_kernel kernel)
+{
+    if (p->mask == MFA_MASK_NONE)
+        return 0;
+    const struct mfa_metal_grid t =
+        table_grid(p, mfa_metal_tiles_find(kernel, key), kernel == MFA_METAL_BACKWARD_DKV ? 1 : group_of(p));
+    return (uint64_t)groups_of(&t);
+}
+
+static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *choice)
+{
+    uint64_t numbers;
+    if (choice->splits == 1)
+        return 0;
+    if (p->pass == MFA_FORWARD) {
+        numbers = times(times((uint64_t)p->batch, (uint64_t)p->q_heads), (uint64_t)p->q_len);
+        numbers = times(numbers, (uint64_t)p->value_dim + 2);
+    } else {
+        const struct mfa_metal_grid t = bias_grid(p);
+        numbers = times((uint64_t)groups_of(&t), MFA_METAL_BIAS_BLOCK * MFA_METAL_BIAS_BLOCK);
+    }
+    return times(times(numbers, (uint64_t)choice->splits), sizeof(float));
+}
+
+static struct regions lay_out(const mfa_problem *p, const struct mfa_choice *choice)
+{
+    struct regions at = {{0, 0}, 0, 0, 0, 0};
+    const int forward = p->pass == MFA_FORWARD;
+    const enum mfa_metal_kernel first = forward ? forward_kernel(p) : MFA_METAL_BACKWARD_DQ;
+    const uint64_t row_sums = forward ? 0 : (uint64_t)(p->batch * p->q_heads * p->q_len) * sizeof(float);
+    at.classes[1] = plus_aligned(0, classes_bytes(p, &choice->key, first));
+    at.partials = plus_aligned(at.classes[1], forward ? 0 : classes_bytes(p, &choice->key, MFA_METAL_BACKWARD_DKV));
+    at.D = plus_aligned(at.partials, partials_bytes(p, choice));
+    at.L = plus_aligned(at.D, row_sums);
+    at.end = plus_aligned(at.L, row_sums);
+    return at;
+}
+
+void mfa_metal_dispatch_measure(const mfa_problem *problem, struct mfa_choice *choice)
+{
+    choice->shared = lay_out(problem, choice).end;
+    choice->per_thread = 0;
+}
+
+/* --- The call ------------------------------------------------------------------------------------- */
+
+static struct mfa_strides strides(const mfa_layout *layout)
+{
+    return (struct mfa_strides){layout->batch, layout->head, layout->row, layout->column};
+}
+
+static const mfa_buffer *buffer_of(const mfa_buffers *buffers, int operand)
+{
+    return (const mfa_buffer *)((const char *)buffers + mfa_operands[operand].buffer);
+}
+
+static mfa_int given(const mfa_buffers *buffers)
+{
+    mfa_int bits = 0;
+    for (int n = 0; n < MFA_OPERAND_COUNT; n++)
+        if (buffer_of(buffers, n)->base)
+            bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
+    return bits;
+}
+
+/* Whether runs of four elements of an operand's rows are aligned: then the kernels read them at once. */
+static int is_wide(const mfa_problem *p, const struct mfa_operand *operand, uint64_t offset)
+{
+    const mfa_layout *s = (const mfa_layout *)((const char *)p + operand->layout);
+    const int64_t stride[3] = {s->batch, s->head, s->row};
+    int64_t shape[4];
+    mfa_operand_shape(operand, p, shape);
+    for (int n = 0; n < 3; n++)
+        if (shape[n] > 1 && stride[n] % 4 != 0)
+            return 0;
+    return s->column == 1 && offset % (4 * mfa_operand_element(operand, p)) == 0;
+}
+
+static mfa_int wide(const mfa_problem *p, const mfa_buffers *buffers)
+{
+    mfa_int bits = 0;
+    for (int n = 0; n < MFA_OPERAND_COUNT; n++)
+        if (is_wide(p, &mfa_operands[n], buffer_of(buffers, n)->offset))
+            bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
+    return bits;
+}
+
+static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choice *choice, const mfa_buffers *buffers)
+{
+    const double log2e = 1.4426950408889634074;
+    struct mfa_metal_call call;
+    memset(&call, 0, sizeof call);
+    call.args = (struct mfa_args){
+        .batch = p->batch,
+        .q_heads = p->q_heads,
+        .kv_heads = p->kv_heads,
+        .group = group_of(p),
+        .q_len = p->q_len,
+        .kv_len = p->kv_len,
+        .head_dim = p->head_dim,
+        .value_dim = p->value_dim,
+        .lower = p->lower,
+        .upper = p->upper,
+        .q = strides(&p->q_layout),
+        .k = strides(&p->k_layout),
+        .v = strides(&p->v_layout),
+        .o = strides(&p->o_layout),
+        .lse = strides(&p->lse_layout),
+        .mask = strides(&p->mask_layout),
+        .d_o = strides(&p->d_o_layout),
+        .dlse = strides(&p->dlse_layout),
+        .dq = strides(&p->dq_layout),
+        .dk = strides(&p->dk_layout),
+        .dv = strides(&p->dv_layout),
+        .dbias = strides(&p->dbias_layout),
+        .scale = (float)p->scale,
+        .softcap = (float)p->softcap,
+    };
+    if (p->lower > p->upper) /* no query sees any key, nor does a block of them */
+        call.args.lower = p->kv_len, call.args.upper = -p->q_len;
+    call.fold = group_of(p), call.splits = choice->splits;
+    call.given = given(buffers), call.wide = wide(p, buffers);
+    const double unit = p->pass == MFA_FORWARD ? log2e : 1;
+    call.score_factor = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale * unit);
+    call.cap_factor = (float)(p->softcap * unit);
+    call.bias_factor = (float)unit;
+    return call;
+}
+
+/* --- The list ------------------------------------------------------------------------------------- */
+
+struct run {
+    const mfa_problem *problem;
+    const struct mfa_choice *choice;
+    struct mfa_metal_call call;
+    struct regions at;
+    struct mfa_metal_dispatch *list;
+    int count;
+};
+
+/* The next dispatch of the list, complete for a kernel without tiles. `classes`: which table it makes or reads. */
+static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_kernel kernel, int classes,
+                                        int64_t groups)
+{
+    struct mfa_metal_dispatch *d = &run->list[run->count];
+    const uint64_t offsets[] = {run->at.classes[classes], run->at.partials, run->at.D, run->at.L};
+    memset(d, 0, sizeof *d);
+    d->kernel = kernel, d->groups = groups, d->threads = 32 * ROWS_OF_GROUP, d->call = run->call;
+    for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFER_VISITED; n++)
+        if (mfa_metal_source_buffers(kernel) >> n & 1) {
+            const int in_workspace = n >= MFA_METAL_BUFFER_CLASSES;
+            d->bindings[d->binding_count++] =
+                (struct mfa_metal_binding){n, in_workspace ? -1 : n - MFA_METAL_BUFFER_OPERAND,
+                                           in_workspace ? offsets[n - MFA_METAL_BUFFER_CLASSES] : 0};
+        }
+    return d;
+}
+
+/* Keeps the dispatch if it has anything to do. `flop`: of one threadgroup, about. */
+static void finish(struct run *run, struct mfa_metal_dispatch *d, double flop)
+{
+    const double most = 1 << 30, chunk = FLOP_OF_COMMAND / flop;
+    d->chunk = chunk < GROUPS_OF_COMMAND ? GROUPS_OF_COMMAND : (int64_t)(chunk < most ? chunk : most);
+    run->count += d->groups > 0;
+}
+
+/* The table of tile classes, if there is a mask, and then the kernel that reads it. */
+static void add_tiled(struct run *run, enum mfa_metal_kernel kernel, const struct mfa_metal_tile *tile, int classes,
+                      int64_t fold, struct mfa_metal_grid grid, double flop)
+{
+    const mfa_problem *p = run->problem;
+    struct mfa_strides table = {0, 0, 0, 0};
+    struct mfa_metal_dispatch *d;
+    if (p->mask != MFA_MASK_NONE) {
+        const struct mfa_metal_grid t = table_grid(p, tile, fold);
+        table.column = t.column > 1;
+        table.row = t.row > 1 ? t.column : 0;
+        table.head = t.head > 1 ? t.row * t.column : 0;
+        table.batch = t.batch > 1 ? t.head * t.row * t.column : 0;
+        d = begin(run, MFA_METAL_MASK_TILES, classes, ceil_of(groups_of(&t), ROWS_OF_GROUP));
+        d->call.grid = t, d->call.fold = fold;
+        d->call.block_q = tile->block_q, d->call.block_kv = tile->block_kv;
+        finish(run, d, ROWS_OF_GROUP * tile->block_q * tile->block_kv);
+    }
+    d = begin(run, kernel, classes, groups_of(&grid));
+    d->call.grid = grid, d->call.fold = fold, d->call.classes = table, d->call.splits = grid.column;
+    d->call.block_q = tile->block_q, d->call.block_kv = tile->block_kv;
+    d->threads = mfa_metal_tiles_threads(tile);
+    mfa_metal_tiles_memory(kernel, tile, &run->choice->key, d->threadgroup_bytes);
+    finish(run, d, flop);
+}
+
+/* How many of `length` keys, or queries, a block of `block` of the others sees at most. */
+static double seen(const mfa_problem *p, int64_t length, int64_t block)
+{
+    const double in_band = (double)p->upper - (double)p->lower + (double)block;
+    return in_band < 1 ? 1 : in_band < (double)length ? in_band : (double)length;
+}
+
+static void list_forward(struct run *run)
+{
+    const mfa_problem *p = run->problem;
+    const enum mfa_metal_kernel kernel = forward_kernel(p);
+    const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, &run->choice->key);
+    const int64_t rows = group_of(p) * p->q_len, splits = run->choice->splits;
+    const double flop =
+        2.0 * tile->block_q * (double)(p->head_dim + p->value_dim) * seen(p, p->kv_len, tile->block_q) / (double)splits;
+    add_tiled(run, kernel, tile, 0, group_of(p),
+              (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(rows, tile->block_q), splits}, flop);
+    if (splits > 1) {
+        struct mfa_metal_dispatch *d =
+            begin(run, MFA_METAL_MERGE, 0, ceil_of(p->batch * p->kv_heads * rows, ROWS_OF_GROUP));
+        finish(run, d, 4.0 * ROWS_OF_GROUP * (double)(splits * p->value_dim));
+    }
+}
+
+static void list_bias(struct run *run)
+{
+    const mfa_problem *p = run->problem;
+    const int64_t splits = run->choice->splits, block = MFA_METAL_BIAS_BLOCK;
+    const struct mfa_metal_grid tiles = bias_grid(p);
+    const double rows = (double)ceil_of(p->q_len, block), columns = (double)ceil_of(p->kv_len, block);
+    const double all = (double)(p->batch * p->q_heads) * rows * columns;
+    struct mfa_metal_dispatch *d = begin(run, MFA_METAL_DBIAS, 0, groups_of(&tiles) * splits);
+    d->call.grid = tiles;
+    d->threadgroup_bytes[1] = 4096;
+    finish(run, d, 2.0 * (double)(block * block * (p->head_dim + p->value_dim)) * all / (double)(d->groups + 1));
+    if (splits > 1) {
+        d = begin(run, MFA_METAL_DBIAS_SUM, 0, groups_of(&tiles));
+        d->call.grid = tiles;
+        finish(run, d, (double)(block * block * splits));
+    }
+}
+
+static void list_backward(struct run *run, const mfa_buffers *buffers)
+{
+    const mfa_problem *p = run->problem;
+    const struct mfa_key *key = &run->choice->key;
+    const struct mfa_metal_tile *dq = mfa_metal_tiles_find(MFA_METAL_BACKWARD_DQ, key);
+    const struct mfa_metal_tile *dkv = mfa_metal_tiles_find(MFA_METAL_BACKWARD_DKV, key);
+    const double columns = (double)p->head_dim, values = (double)p->value_dim;
+    struct mfa_metal_dispatch *d =
+        begin(run, MFA_METAL_ROWS, 0, ceil_of(p->batch * p->q_heads * p->q_len, ROWS_OF_GROUP));
+    finish(run, d, 2.0 * ROWS_OF_GROUP * values);
+    if (buffers->dq.base)
+        add_tiled(run, MFA_METAL_BACKWARD_DQ, dq, 0, group_of(p),
+                  (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(group_of(p) * p->q_len, dq->block_q), 1},
+                  2.0 * dq->block_q * seen(p, p->kv_len, dq->block_q) * (2 * columns + values));
+    if (buffers->dk.base || buffers->dv.base)
+        add_tiled(run, MFA_METAL_BACKWARD_DKV, dkv, 1, 1,
+                  (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(p->kv_len, dkv->block_kv), 1},
+                  4.0 * dkv->block_kv * (double)group_of(p) * seen(p, p->q_len, dkv->block_kv) * (columns + values));
+    if (buffers->dbias.base)
+        list_bias(run);
+}
+
+int mfa_metal_dispatch_list(const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
+                            struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES])
+{
+    struct run run = {.problem = problem, .choice = choice, .list = list};
+    run.call = call_of(problem, choice, buffers);
+    run.at = lay_out(problem, choice);
+    if (problem->pass == MFA_FORWARD)
+        list_forward(&run);
+    else
+        list_backward(&run, buffers);
+    return run.count;
+}

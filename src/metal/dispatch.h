@@ -1,0 +1,44 @@
+/* What a run does on the GPU, decided without one: which kernels, over how many threadgroups, with what bound where.
+ * The host encodes the list as it stands; so do the tests that execute kernels without a GPU. */
+#ifndef MFA_METAL_DISPATCH_H
+#define MFA_METAL_DISPATCH_H
+
+#include <stdint.h>
+
+#include "core/backend.h"
+#include "metal/kernels/contract.h"
+#include "metal/tiles.h"
+#include "mfa.h"
+
+#define MFA_METAL_DISPATCHES 8 /* most of one run */
+#define MFA_METAL_BINDINGS 12  /* most of one kernel, beside the call */
+
+/* Where the memory of one of the kernel's buffers is: an operand, or the workspace. */
+struct mfa_metal_binding {
+    int32_t buffer;  /* the kernel's index */
+    int32_t operand; /* number in mfa_operands, whose mfa_buffer says where it begins; -1: the workspace */
+    uint64_t offset; /* bytes from the workspace's begin */
+};
+
+/* A kernel and all that it is given. Dispatches run one after another: each sees what those before it have written.
+ * An operand that a kernel has no use for, or that has no elements, may have no base: then anything may be bound. */
+struct mfa_metal_dispatch {
+    enum mfa_metal_kernel kernel;
+    int64_t groups;               /* threadgroups, 1 or more */
+    int64_t chunk; /* most of them in one command, so that none takes long; call.first is where it begins */
+    int32_t threads; /* of a threadgroup */
+    int32_t threadgroup_bytes[2]; /* at threadgroup indices 0 and 1; 0: none */
+    struct mfa_metal_call call; /* for buffer 0, with first = 0 */
+    int32_t binding_count;
+    struct mfa_metal_binding bindings[MFA_METAL_BINDINGS];
+};
+
+/* Fills in choice->shared, the bytes of the workspace; the rest of the choice has been made. */
+void mfa_metal_dispatch_measure(const mfa_problem *problem, struct mfa_choice *choice);
+
+/* The dispatches of a canonical problem that is supported, with the choice made for it; of the buffers only whether
+ * they are there and their offsets matter. Returns how many. */
+int mfa_metal_dispatch_list(const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
+                            struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES]);
+
+#endif

@@ -1,0 +1,147 @@
+/* The types in which operands lie in memory, and the way from there to f32 and back.
+ *
+ * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a
+ * bf16 is the upper half of a float, handled as bits. Rounding is to nearest, ties to even. Metal compiles
+ * with fast math, under which a float is never infinite: infinities are met and made as bits only. */
+
+#if defined(DTYPE_F32)
+typedef float storage;
+typedef float2 storage2;
+typedef float4 storage4;
+#elif defined(DTYPE_F16)
+typedef half storage;
+typedef half2 storage2;
+typedef half4 storage4;
+#else
+typedef ushort storage;
+typedef ushort2 storage2;
+typedef ushort4 storage4;
+#endif
+
+#define LOG2E 1.44269504f
+#define NEGATIVE_INFINITY 0xff800000u /* the bits of a float */
+
+METAL_FUNC float bf16_widen(ushort bits)
+{
+#if defined(BF16_NATIVE)
+    return float(as_type<bfloat>(bits));
+#else
+    return as_type<float>(uint(bits) << 16);
+#endif
+}
+
+METAL_FUNC ushort bf16_narrow(float x)
+{
+#if defined(BF16_NATIVE)
+    return as_type<ushort>(bfloat(x));
+#else
+    uint bits = as_type<uint>(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return ushort(bits >> 16 | 0x40u);
+    return ushort((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
+}
+
+METAL_FUNC float widen(storage x)
+{
+#if defined(DTYPE_BF16)
+    return bf16_widen(x);
+#else
+    return float(x);
+#endif
+}
+
+METAL_FUNC float2 widen(storage2 x)
+{
+    return float2{widen(x[0]), widen(x[1])};
+}
+
+METAL_FUNC storage narrow(float x)
+{
+#if defined(DTYPE_F32)
+    return x;
+#elif defined(DTYPE_F16)
+    return half(x);
+#else
+    return bf16_narrow(x);
+#endif
+}
+
+#if defined(MASK_BOOL)
+typedef uchar mask_storage;
+
+METAL_FUNC bool mask_hides(mask_storage bits)
+{
+    return bits == 0;
+}
+
+METAL_FUNC bool mask_changes(mask_storage bits)
+{
+    return bits == 0;
+}
+#elif defined(MASK_F32)
+typedef uint mask_storage;
+
+METAL_FUNC float mask_value(mask_storage bits)
+{
+    return as_type<float>(bits);
+}
+
+METAL_FUNC mask_storage mask_narrow(float x)
+{
+    return as_type<uint>(x);
+}
+
+#define MASK_HIDING NEGATIVE_INFINITY
+#define MASK_MAGNITUDE 0x7fffffffu /* all bits but the sign */
+#elif defined(MASK_F16)
+typedef ushort mask_storage;
+
+METAL_FUNC float mask_value(mask_storage bits)
+{
+    return float(as_type<half>(bits));
+}
+
+METAL_FUNC mask_storage mask_narrow(float x)
+{
+    return as_type<ushort>(half(x));
+}
+
+#define MASK_HIDING 0xfc00u
+#define MASK_MAGNITUDE 0x7fffu
+#elif defined(MASK_BF16)
+typedef ushort mask_storage;
+
+METAL_FUNC float mask_value(mask_storage bits)
+{
+    return bf16_widen(bits);
+}
+
+METAL_FUNC mask_storage mask_narrow(float x)
+{
+    return bf16_narrow(x);
+}
+
+#define MASK_HIDING 0xff80u
+#define MASK_MAGNITUDE 0x7fffu
+#else
+typedef uchar mask_storage; /* of an argument that is not read */
+#endif
+
+#if defined(MASK_HIDING)
+#define MASK_ADDITIVE
+
+METAL_FUNC bool mask_hides(mask_storage bits)
+{
+    return bits == MASK_HIDING;
+}
+
+METAL_FUNC bool mask_changes(mask_storage bits)
+{
+    return (bits & MASK_MAGNITUDE) != 0;
+}
+#endif
+
+#if defined(MASK_BOOL) || defined(MASK_ADDITIVE)
+#define MASKED
+#endif

@@ -1,0 +1,216 @@
+#include "metal/source.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "core/problem.h"
+#include "metal/kernels/contract.h"
+
+/* kernels/ and what it includes, as text. The build makes it (tools/embed.cmake); a plain compilation of the sources
+ * goes without. */
+static const struct file {
+    const char *name, *text;
+} files[] = {
+#if defined(MFA_METAL_SOURCES)
+#include MFA_METAL_SOURCES
+#endif
+    {NULL, NULL}};
+
+enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD | BACKWARD };
+
+#define ALL(a, b) (((UINT32_C(2) << (b)) - 1) & ~((UINT32_C(1) << (a)) - 1)) /* bits a to b */
+#define ONE(n) (UINT32_C(1) << (n))
+
+static const struct entry {
+    const char *function, *file;
+    int passes;
+    enum { NONE, ANY, ADDITIVE } mask; /* that it needs */
+    uint32_t buffers;
+} entries[MFA_METAL_KERNELS] = {
+    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE, ALL(0, 6) | ALL(13, 14)},
+    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE, ALL(0, 6) | ALL(13, 14)},
+    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, ONE(0) | ALL(5, 6) | ONE(14)},
+    [MFA_METAL_ROWS] = {"attention_rows", "attention_rows", BACKWARD, NONE, ONE(0) | ALL(5, 8) | ALL(15, 16)},
+    [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NONE,
+                               ALL(0, 4) | ONE(7) | ONE(9) | ONE(13) | ALL(15, 16)},
+    [MFA_METAL_BACKWARD_DKV] = {"attention_backward_dkv", "attention_backward_dkv", BACKWARD, NONE,
+                                ALL(0, 4) | ONE(7) | ALL(10, 11) | ONE(13) | ALL(15, 16)},
+    [MFA_METAL_DBIAS] = {"attention_dbias", "attention_dbias", BACKWARD, ADDITIVE,
+                         ALL(0, 4) | ONE(7) | ONE(12) | ALL(14, 16)},
+    [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE, ONE(0) | ONE(12) | ONE(14)},
+    [MFA_METAL_MASK_TILES] = {"mask_tiles", "mask_tiles", BOTH, ANY, ONE(0) | ONE(4) | ONE(13)},
+    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, ONE(14)},
+};
+
+const char *mfa_metal_source_function(enum mfa_metal_kernel kernel)
+{
+    return (unsigned)kernel < MFA_METAL_KERNELS ? entries[kernel].function : NULL;
+}
+
+uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel)
+{
+    return entries[kernel].buffers;
+}
+
+/* --- Text that grows ------------------------------------------------------------------------------ */
+
+struct text {
+    char *bytes; /* NULL after running out of memory */
+    size_t length, capacity;
+};
+
+static void append(struct text *text, const char *from, size_t length)
+{
+    if (!text->bytes)
+        return;
+    if (text->length + length >= text->capacity) {
+        text->capacity = 2 * (text->length + length) + 1;
+        char *bytes = realloc(text->bytes, text->capacity);
+        if (!bytes)
+            free(text->bytes);
+        text->bytes = bytes;
+        if (!bytes)
+            return;
+    }
+    memcpy(text->bytes + text->length, from, length);
+    text->length += length;
+    text->bytes[text->length] = 0;
+}
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static void
+append_line(struct text *text, const char *format, ...)
+{
+    char line[256];
+    va_list values;
+    va_start(values, format);
+    const int length = vsnprintf(line, sizeof line - 1, format, values);
+    va_end(values);
+    line[length] = '\n';
+    append(text, line, (size_t)length + 1);
+}
+
+/* --- Files and their includes --------------------------------------------------------------------- */
+
+static int find_file(const char *name, size_t length)
+{
+    for (int n = 0; files[n].name; n++)
+        if (strlen(files[n].name) == length && !memcmp(files[n].name, name, length))
+            return n;
+    return -1;
+}
+
+/* Appends a file with what it includes of ours in place of the lines that say so: each file once, so that guards are
+ * not needed. Metal takes one text, without files; #line tells its compiler where each line stands. */
+static void splice(struct text *text, int file, uint32_t *seen)
+{
+    *seen |= ONE(file);
+    append_line(text, "#line 1 \"%s\"", files[file].name);
+    int number = 1;
+    for (const char *line = files[file].text; *line; number++) {
+        static const char include[] = "#include \"";
+        const size_t length = strcspn(line, "\n");
+        if (!strncmp(line, include, sizeof include - 1)) {
+            const char *name = line + sizeof include - 1;
+            const int other = find_file(name, strcspn(name, "\""));
+            if (other >= 0 && !(*seen & ONE(other)))
+                splice(text, other, seen);
+            append_line(text, "#line %d \"%s\"", number + 1, files[file].name);
+        } else {
+            append(text, line, length);
+            append(text, "\n", 1);
+        }
+        line += length + (line[length] == '\n');
+    }
+}
+
+/* --- What the key says ---------------------------------------------------------------------------- */
+
+static void define_types(struct text *text, const struct mfa_key *key, int family)
+{
+    static const char *const dtypes[] = {"F32", "F16", "BF16"};
+    append_line(text, "#define DTYPE_%s", dtypes[key->dtype]);
+    if (family >= 9) /* M3 and later convert bfloat in one instruction; others' compilers emulate it slowly */
+        append_line(text, "#define BF16_NATIVE");
+    if (key->features & MFA_FEATURE_MASK_BOOL)
+        append_line(text, "#define MASK_BOOL");
+    if (key->features & MFA_FEATURE_MASK_ADDITIVE)
+        append_line(text, "#define MASK_%s", dtypes[key->mask_dtype]);
+    if (key->features & MFA_FEATURE_BAND)
+        append_line(text, "#define BAND");
+    if (key->features & MFA_FEATURE_SOFTCAP)
+        append_line(text, "#define SOFTCAP");
+}
+
+static void define_tile(struct text *text, const struct mfa_key *key, const struct mfa_metal_tile *tile)
+{
+    append_line(text, "#define HEAD_DIM %d", mfa_metal_tiles_columns(tile, key->head_dim));
+    append_line(text, "#define VALUE_DIM %d", mfa_metal_tiles_columns(tile, key->value_dim));
+    append_line(text, "#define BLOCK_Q %d", tile->block_q);
+    append_line(text, "#define BLOCK_KV %d", tile->block_kv);
+    append_line(text, "#define ROW_GROUPS %d", tile->row_groups);
+    append_line(text, "#define SPLIT %d", tile->split);
+    append_line(text, "#define KEY_GROUPS %d", tile->key_groups);
+    append_line(text, "#define THREADS %d", mfa_metal_tiles_threads(tile));
+    if (tile->shared)
+        append_line(text, "#define SHARED_TILE");
+}
+
+static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)
+{
+    if ((unsigned)kernel >= MFA_METAL_KERNELS)
+        return mfa_fail(MFA_UNSUPPORTED, "kernel is %d; they are numbered from 0 to %d", (int)kernel,
+                        MFA_METAL_KERNELS - 1);
+    const struct entry *entry = &entries[kernel];
+    const char *name = entry->function;
+    const int additive = key->features & MFA_FEATURE_MASK_ADDITIVE;
+    const int masked = additive || (key->features & MFA_FEATURE_MASK_BOOL);
+    if (!mfa_pass_name(key->pass) || !(entry->passes & 1 << key->pass))
+        return mfa_fail(MFA_UNSUPPORTED, "the key's pass is %d; %s is not a kernel of it", key->pass, name);
+    if (key->dtype < 0 || key->dtype > MFA_BF16)
+        return mfa_fail(MFA_UNSUPPORTED, "the key's dtype is %d; %s exists for f32, f16 and bf16", key->dtype, name);
+    if (additive && (key->mask_dtype < 0 || key->mask_dtype > MFA_BF16))
+        return mfa_fail(MFA_UNSUPPORTED, "the key's mask_dtype is %d; %s exists for f32, f16 and bf16", key->mask_dtype,
+                        name);
+    if (key->head_dim < 1 || key->head_dim > MFA_DIM_MAX || key->value_dim < 1 || key->value_dim > MFA_DIM_MAX)
+        return mfa_fail(MFA_UNSUPPORTED, "the key's head_dim is %d and its value_dim %d; %s exists for 1 to %d",
+                        key->head_dim, key->value_dim, name, MFA_DIM_MAX);
+    if ((entry->mask == ADDITIVE && !additive) || (entry->mask == ANY && !masked))
+        return mfa_fail(MFA_UNSUPPORTED, "the key has %s; %s is for those with %s", masked ? "a bool mask" : "no mask",
+                        name, entry->mask == ADDITIVE ? "an additive one" : "one");
+    if (!mfa_metal_tiles_family_of(key))
+        return mfa_fail(MFA_UNSUPPORTED, "the key's machine is %.*s; %s exists for apple7 and apple9",
+                        (int)sizeof key->machine, key->machine, name);
+    return MFA_OK;
+}
+
+mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kernel kernel, const char *defines,
+                                  char **result)
+{
+    const mfa_status status = check(key, kernel);
+    if (status != MFA_OK)
+        return status;
+    char name[64];
+    const int length = snprintf(name, sizeof name, "metal/kernels/%s.metal", entries[kernel].file);
+    const int file = find_file(name, (size_t)length);
+    if (file < 0)
+        return mfa_fail(MFA_UNAVAILABLE, "this library was built without the text of %s", name);
+    struct text text = {.bytes = malloc(1 << 16), .capacity = 1 << 16};
+    uint32_t seen = 0;
+    if (defines)
+        append(&text, defines, strlen(defines));
+    define_types(&text, key, mfa_metal_tiles_family_of(key));
+    const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, key);
+    if (tile)
+        define_tile(&text, key, tile);
+    splice(&text, file, &seen);
+    if (!text.bytes)
+        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for the text of %s", name);
+    *result = text.bytes;
+    return MFA_OK;
+}

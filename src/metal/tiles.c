@@ -1,0 +1,222 @@
+#include "metal/tiles.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "core/problem.h"
+
+/* The numbers, and where they come from. A row serves head_dim and value_dim up to `dim`; the first that fits counts.
+ *
+ * Registers decide. An 8 x 8 fragment of f32 takes 2 registers of a lane, one of f16 or bf16 takes 1; a lane has about
+ * 100 before a core runs out of threads (208 KB of registers). What a simdgroup holds, per 8 columns of its slice, is
+ * Q and O forward, Q dO dQ for dQ, K V dK dV for dK and dV, beside S (and dP) of a tile. So a slice is at most 128
+ * columns forward, 128 (f32: 64) for dQ, 64 for dK and dV; wider heads are split over simdgroups, where others page
+ * registers out to memory (metal-flash-attention; its tables cache O to 96 or 128 columns on M1, to 160 on M3).
+ *
+ * Rows: 32 to a block, 4 simdgroups of 8, as MLX and vllm-metal have it; 16 where slices make many simdgroups of these,
+ * for a threadgroup must find room on one core.
+ *
+ * Tiles of 32 keys up to 64 columns and 16 up to 128 as in MLX (on M3 and later 32, as in mlx-mfa); beyond, as many
+ * as fit into 32 KB of threadgroup memory with the exchange of a split. f32 above 256 columns fits only if K and V
+ * take turns.
+ *
+ * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile so that each barrier pays. */
+static const struct row {
+    int8_t family; /* and those after it, up to the next that has rows */
+    int8_t kernel;
+    int8_t element; /* bytes */
+    int16_t dim;
+    struct mfa_metal_tile tile; /* block_q, block_kv; simdgroups by rows, slices and keys; shared */
+} rows[] = {
+    {7, MFA_METAL_FORWARD, 2, 64, {32, 32, 4, 1, 1, 0}},
+    {7, MFA_METAL_FORWARD, 2, 128, {32, 16, 4, 1, 1, 0}},
+    {7, MFA_METAL_FORWARD, 2, 256, {32, 16, 4, 2, 1, 0}},
+    {7, MFA_METAL_FORWARD, 2, 512, {16, 8, 2, 4, 1, 0}},
+    {7, MFA_METAL_FORWARD, 4, 64, {32, 16, 4, 1, 1, 0}},
+    {7, MFA_METAL_FORWARD, 4, 128, {32, 16, 4, 1, 1, 0}},
+    {7, MFA_METAL_FORWARD, 4, 256, {32, 8, 4, 2, 1, 0}},
+    {7, MFA_METAL_FORWARD, 4, 512, {16, 8, 2, 4, 1, 1}},
+
+    {7, MFA_METAL_DECODE, 2, 64, {8, 64, 1, 1, 4, 0}},
+    {7, MFA_METAL_DECODE, 2, 128, {8, 32, 1, 1, 4, 0}},
+    {7, MFA_METAL_DECODE, 2, 256, {8, 16, 1, 2, 2, 0}},
+    {7, MFA_METAL_DECODE, 2, 512, {8, 8, 1, 4, 1, 0}},
+    {7, MFA_METAL_DECODE, 4, 64, {8, 32, 1, 1, 4, 0}},
+    {7, MFA_METAL_DECODE, 4, 128, {8, 16, 1, 2, 2, 0}},
+    {7, MFA_METAL_DECODE, 4, 256, {8, 8, 1, 4, 1, 0}},
+    {7, MFA_METAL_DECODE, 4, 512, {8, 8, 1, 4, 1, 1}},
+
+    {7, MFA_METAL_BACKWARD_DQ, 2, 64, {32, 32, 4, 1, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 128, {32, 16, 4, 1, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 256, {32, 16, 4, 2, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 512, {16, 8, 2, 4, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 64, {32, 16, 4, 1, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 128, {32, 8, 4, 2, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 256, {16, 8, 2, 4, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 512, {16, 8, 2, 8, 1, 1}},
+
+    {7, MFA_METAL_BACKWARD_DKV, 2, 64, {32, 32, 4, 1, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 128, {16, 32, 4, 2, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 256, {16, 16, 2, 4, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 512, {8, 16, 2, 8, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 64, {16, 32, 4, 1, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 128, {8, 32, 4, 2, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 256, {8, 16, 2, 4, 1, 0}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 512, {8, 16, 2, 8, 1, 1}},
+
+    {9, MFA_METAL_FORWARD, 2, 128, {32, 32, 4, 1, 1, 0}},
+};
+
+static const int8_t families[] = {9, 7}; /* that have rows, newest first */
+
+#define ENOUGH_GROUPS 256 /* threadgroups that keep every core of the largest GPU busy */
+#define SPLIT_KEYS 256    /* fewest keys worth a part of their own */
+
+int mfa_metal_tiles_family(int family)
+{
+    for (size_t n = 0; n < sizeof families; n++)
+        if (family >= families[n])
+            return families[n];
+    return 0;
+}
+
+int mfa_metal_tiles_family_of(const struct mfa_key *key)
+{
+    for (size_t n = 0; n < sizeof families; n++) {
+        char machine[sizeof key->machine];
+        snprintf(machine, sizeof machine, "apple%d", families[n]);
+        if (!strncmp(machine, key->machine, sizeof machine))
+            return families[n];
+    }
+    return 0;
+}
+
+static int64_t wider(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static int64_t ceil_of(int64_t n, int64_t unit)
+{
+    return (n + unit - 1) / unit;
+}
+
+const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key)
+{
+    const int family = mfa_metal_tiles_family_of(key);
+    const int64_t dim = wider(key->head_dim, key->value_dim);
+    for (size_t f = 0; f < sizeof families; f++)
+        for (size_t n = 0; n < sizeof rows / sizeof *rows && families[f] <= family; n++) {
+            const struct row *row = &rows[n];
+            if (row->family == families[f] && row->kernel == (int)kernel && dim <= row->dim &&
+                (size_t)row->element == mfa_dtype_size(key->dtype))
+                return &row->tile;
+        }
+    return NULL;
+}
+
+int32_t mfa_metal_tiles_columns(const struct mfa_metal_tile *tile, int64_t dim)
+{
+    return (int32_t)(ceil_of(dim, 8 * tile->split) * 8 * tile->split);
+}
+
+int32_t mfa_metal_tiles_threads(const struct mfa_metal_tile *tile)
+{
+    return 32 * tile->row_groups * tile->split * tile->key_groups;
+}
+
+void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal_tile *tile, const struct mfa_key *key,
+                            int32_t bytes[2])
+{
+    const int32_t fragment = 32 * 8; /* bytes of a fragment of f32 */
+    const int32_t element = (int32_t)mfa_dtype_size(key->dtype), simdgroups = mfa_metal_tiles_threads(tile) / 32;
+    const int32_t staged = kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
+    const int32_t E = mfa_metal_tiles_columns(tile, key->value_dim);
+    const int32_t first = staged * (mfa_metal_tiles_columns(tile, key->head_dim) * element + 16);
+    const int32_t second = staged * (E * element + 16);
+    bytes[0] = tile->shared ? (int32_t)wider(first, second) : first + second;
+    if (tile->key_groups > 1) { /* attention_decode puts its simdgroups' results there at last */
+        const int32_t O = (tile->key_groups - 1) * E / 8;
+        bytes[0] = (int32_t)wider(bytes[0], (simdgroups + O) * fragment);
+    }
+    const int32_t scores = staged / tile->key_groups / 8 * (kernel >= MFA_METAL_BACKWARD_DQ ? 2 : 1);
+    bytes[1] = tile->split > 1 ? simdgroups * scores * fragment : 16;
+}
+
+mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
+{
+    if (p->dtype == MFA_F64)
+        return mfa_fail(MFA_UNSUPPORTED, "dtype is f64; Metal kernels exist for f32, f16 and bf16");
+    if (p->mask == MFA_MASK_ADDITIVE && p->mask_dtype == MFA_F64)
+        return mfa_fail(MFA_UNSUPPORTED, "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
+    return MFA_OK;
+}
+
+static int32_t features_of(const mfa_problem *p)
+{
+    int32_t features = 0;
+    if (p->lower > 1 - p->q_len || p->upper < p->kv_len - 1)
+        features |= MFA_FEATURE_BAND;
+    if (p->mask == MFA_MASK_BOOL)
+        features |= MFA_FEATURE_MASK_BOOL;
+    if (p->mask == MFA_MASK_ADDITIVE)
+        features |= MFA_FEATURE_MASK_ADDITIVE;
+    if (p->softcap > 0)
+        features |= MFA_FEATURE_SOFTCAP;
+    return features;
+}
+
+int mfa_metal_tiles_decodes(const mfa_problem *p)
+{
+    return p->kv_heads > 0 && p->q_heads / p->kv_heads * p->q_len <= 8;
+}
+
+/* Parts that a sum over `steps` is cut into, so that there are threadgroups enough. */
+static int64_t parts_of(int64_t groups, int64_t steps)
+{
+    const int64_t wanted = groups > 0 ? ceil_of(ENOUGH_GROUPS, groups) : 1;
+    return wider(1, wanted < steps ? wanted : steps);
+}
+
+/* Parts of each row's keys. */
+static int64_t splits_of_keys(const mfa_problem *p, const struct mfa_key *key)
+{
+    const struct mfa_metal_tile *tile =
+        mfa_metal_tiles_find(mfa_metal_tiles_decodes(p) ? MFA_METAL_DECODE : MFA_METAL_FORWARD, key);
+    const int64_t heads = p->batch * p->kv_heads, in_band = p->upper - p->lower + p->q_len;
+    const int64_t rows_of_head = p->kv_heads > 0 ? p->q_heads / p->kv_heads * p->q_len : 0;
+    const int64_t keys = in_band < p->kv_len ? in_band : p->kv_len;
+    return parts_of(heads * ceil_of(rows_of_head, tile->block_q), keys / SPLIT_KEYS);
+}
+
+/* Parts of all that is summed into an element of dbias. */
+static int64_t splits_of_bias(const mfa_problem *p)
+{
+    const mfa_layout *s = &p->dbias_layout;
+    const int64_t size[4] = {p->batch, p->q_heads, ceil_of(p->q_len, MFA_METAL_BIAS_BLOCK),
+                             ceil_of(p->kv_len, MFA_METAL_BIAS_BLOCK)};
+    const int64_t stride[4] = {s->batch, s->head, s->row, s->column};
+    int64_t tiles = 1, steps = 1;
+    for (int n = 0; n < 4; n++) {
+        int64_t *product = stride[n] ? &tiles : &steps;
+        if (__builtin_mul_overflow(*product, size[n], product))
+            *product = INT64_MAX;
+    }
+    return p->mask == MFA_MASK_ADDITIVE ? parts_of(tiles, steps) : 1;
+}
+
+void mfa_metal_tiles_choose(int family, const mfa_problem *p, struct mfa_choice *choice)
+{
+    struct mfa_key *key = &choice->key;
+    memset(choice, 0, sizeof *choice);
+    key->pass = p->pass, key->dtype = p->dtype;
+    key->head_dim = (int32_t)ceil_of(p->head_dim, 8) * 8, key->value_dim = (int32_t)ceil_of(p->value_dim, 8) * 8;
+    key->features = features_of(p), key->mask_dtype = p->mask_dtype;
+    snprintf(key->machine, sizeof key->machine, "apple%d", family);
+    const struct mfa_metal_tile *tile =
+        mfa_metal_tiles_find(p->pass == MFA_FORWARD ? MFA_METAL_FORWARD : MFA_METAL_BACKWARD_DQ, key);
+    key->block_q = tile->block_q, key->block_kv = tile->block_kv;
+    choice->splits = p->pass == MFA_FORWARD ? splits_of_keys(p, key) : splits_of_bias(p);
+    choice->panels = choice->threads = 1;
+}

@@ -1,0 +1,200 @@
+/* Whether each barrier of the kernels is needed, and its absence found: every barrier is deleted or weakened, one at a
+ * time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker or
+ * by wrong results. A mutant that is never caught means a barrier too many, or a problem too few. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/file.h"
+#include "kit/arguments.h"
+#include "kit/report.h"
+#include "metal/device.h"
+#include "metal/run.h"
+#include "metal/subject.h"
+#include "metalsim/metalsim.h"
+#include "metalsim/mutants.h"
+
+/* Between them they compile every barrier: split and shared tiles, key groups, dbias summed over rows. Each kernel
+ * visits several tiles, or a barrier at the end of a tile would have nothing to guard. */
+static const struct {
+    const char *text;
+    int family;
+    struct variant variant;
+} problems[] = {
+    {"forward f32 b1 h1 q20 kv40 d264v512 causal mask_f32", 7, {.dbias_broadcast = ALONG_ROW}},
+    {"forward f16 b1 h2 q40 kv70 d16", 7, {0, 0, 0, 0}},
+    {"forward f16 b1 h1 q33 kv70 d64", 9, {0, 0, 0, 0}},
+    {"forward f16 b1 h2 q40 kv70 d136", 7, {0, 0, 0, 0}},
+    {"forward f16 b1 h1 q3 kv150 d40", 7, {0, 0, 0, 0}},
+    {"forward f16 b1 h1 q3 kv150 d256", 7, {0, 0, 0, 0}},
+};
+
+struct mutant {
+    struct mutant *next;
+    char name[METALSIM_MUTANT_NAME];
+    int runs, caught;
+};
+
+static struct mutant *mutants;
+static const char *cache;
+
+static char *texts[MFA_METAL_KERNELS]; /* of the kernels that a problem runs */
+static struct {
+    enum mfa_metal_kernel kernel;
+    const char *text;
+} replacement;
+
+/* Notes the text, and gives the one kernel that is under test its mutant. */
+static char *rewrite(enum mfa_metal_kernel kernel, char *text)
+{
+    if (!texts[kernel])
+        texts[kernel] = strdup(text);
+    if (!replacement.text || kernel != replacement.kernel)
+        return text;
+    free(text);
+    return strdup(replacement.text);
+}
+
+static struct mutant *find(const char *name)
+{
+    for (struct mutant *m = mutants; m; m = m->next)
+        if (!strcmp(m->name, name))
+            return m;
+    struct mutant *m = calloc(1, sizeof *m);
+    if (!m)
+        abort();
+    snprintf(m->name, sizeof m->name, "%s", name);
+    m->next = mutants;
+    return mutants = m;
+}
+
+/* How a run ends, of the problem or of the layout test. */
+enum verdict { GOOD, CAUGHT, BROKEN };
+typedef enum verdict run_function(void *argument, const char **why);
+
+/* A fault of the kernel is what the checker says; all else that can go wrong is no work of a mutant. */
+static enum verdict judge(const char *why)
+{
+    static const char *const faults[] = {": race at", ": unwritten: ", ": divergence: ", ": out of bounds: "};
+    for (size_t n = 0; n < sizeof faults / sizeof *faults && why; n++)
+        if (strstr(why, faults[n]))
+            return CAUGHT;
+    return why ? BROKEN : GOOD;
+}
+
+static enum verdict run_problem(void *argument, const char **why)
+{
+    struct subject *s = argument;
+    struct reference results;
+    *why = subject_run(s, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, 0, &results);
+    enum verdict verdict = judge(*why);
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+        const double *got = *reference_member(&results, tensor), *right = *reference_member(&s->truth, tensor);
+        const int64_t count = reference_count(&s->inputs.problem, tensor);
+        for (int64_t n = 0; got && right && n < count && verdict == GOOD; n++)
+            if (got[n] != right[n] && !(fabs(got[n] - right[n]) <= subject_tolerance(s, tensor)))
+                verdict = CAUGHT, *why = "wrong results";
+    }
+    reference_close(&results);
+    return verdict;
+}
+
+/* The start-up test of the device's matrices belongs to no problem. */
+static enum verdict run_layout_test(void *argument, const char **why)
+{
+    (void)argument;
+    *why = metal_run_layout_test(7) ? NULL : metalsim_last_error();
+    return judge(*why);
+}
+
+static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_function *run, void *argument, int verbose)
+{
+    const size_t count = metalsim_mutants_count(text);
+    for (size_t n = 0; n < count; n++) {
+        char name[METALSIM_MUTANT_NAME];
+        char *mutated = metalsim_mutants_make(text, n, name);
+        struct mutant *m = find(name);
+        if (mutated && !m->caught && metalsim_mutants_differ(text, mutated, cache) != 0) {
+            const char *why = NULL;
+            replacement.kernel = kernel, replacement.text = mutated;
+            const enum verdict verdict = run(argument, &why);
+            replacement.text = NULL;
+            m->runs++;
+            m->caught = verdict == CAUGHT;
+            if (verdict == BROKEN)
+                report_fail("%s: %s", name, why);
+            if (verbose && m->caught)
+                printf("%s\n    %s\n", name, why);
+        }
+        free(mutated);
+    }
+}
+
+/* All mutants of all kernels that `run` runs; it must be good without. */
+static void try_kernels(run_function *run, void *argument, const char *what, int verbose)
+{
+    const char *why = NULL;
+    char *originals[MFA_METAL_KERNELS];
+    memset(texts, 0, sizeof texts);
+    if (run(argument, &why) == GOOD)
+        report_pass();
+    else
+        report_fail("%s: %s, and no barrier was touched", what, why);
+    memcpy(originals, texts, sizeof originals);
+    for (int kernel = 0; kernel < MFA_METAL_KERNELS; kernel++)
+        if (originals[kernel])
+            try_mutants((enum mfa_metal_kernel)kernel, originals[kernel], run, argument, verbose);
+    for (int kernel = 0; kernel < MFA_METAL_KERNELS; kernel++)
+        free(texts[kernel]);
+}
+
+static void try_problem(const char *text, int family, struct variant variant, uint64_t seed, int verbose)
+{
+    struct subject s = {.text = text, .passes = SUBJECT_FORWARD | SUBJECT_BACKWARD, .family = family};
+    mfa_problem problem;
+    if (mfa_problem_parse(text, &problem) != MFA_OK) {
+        report_fail("%s: %s", text, mfa_last_error());
+        return;
+    }
+    subject_open(&s, &problem, variant, seed);
+    try_kernels(run_problem, &s, text, verbose);
+    subject_close(&s);
+}
+
+static void report_mutants(void)
+{
+    while (mutants) {
+        struct mutant *m = mutants;
+        mutants = m->next;
+        if (m->caught)
+            report_pass();
+        else if (m->runs)
+            report_fail("%s: not caught in any of %d runs", m->name, m->runs);
+        else
+            report_fail("%s: no problem of the list compiles it", m->name);
+        free(m);
+    }
+}
+
+int main(int count, char **words)
+{
+    struct arguments arguments;
+    if (!arguments_parse(&arguments, count, words))
+        return 2;
+    report_begin("check_mutants", arguments.seed);
+    cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim";
+    if (!mfa_file_make_folder(cache)) {
+        report_fail("the cache \"%s\" is no folder that can be written", cache);
+        return report_end();
+    }
+    const struct device_settings settings = {
+        .cache = cache, .checked = 1, .schedule = DEVICE_SHUFFLED, .seed = arguments.seed};
+    device_set(&settings);
+    metal_rewrite = rewrite;
+    try_kernels(run_layout_test, NULL, "layout_test", arguments.verbose);
+    for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)
+        try_problem(problems[n].text, problems[n].family, problems[n].variant, arguments.seed, arguments.verbose);
+    report_mutants();
+    return report_end();
+}

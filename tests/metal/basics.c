@@ -1,0 +1,151 @@
+#include "metal/basics.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kit/report.h"
+#include "metal/device.h"
+#include "metal/run.h"
+#include "metal/source.h"
+#include "reference/element.h"
+
+static const int families[] = {7, 9};
+
+/* Mirrors every matrix of the kernels, as a device of another layout would. */
+static char *swap_lanes(enum mfa_metal_kernel kernel, char *text)
+{
+    static const char right[] = "lane / 16 * 4", wrong[] = "3 - lane / 8 ";
+    char *at = strstr(text, right);
+    (void)kernel;
+    if (at)
+        memcpy(at, wrong, sizeof wrong - 1);
+    else
+        report_fail("tile.h says no longer \"%s\", which this test changes", right);
+    return text;
+}
+
+void basics_check_layout(void)
+{
+    for (size_t f = 0; f < sizeof families / sizeof *families; f++) {
+        if (metal_run_layout_test(families[f]))
+            report_pass();
+        else
+            report_fail("layout_test does not find the device's matrices as tile.h says");
+    }
+    metal_rewrite = swap_lanes;
+    if (!metal_run_layout_test(7))
+        report_pass();
+    else
+        report_fail("layout_test does not notice another layout");
+    metal_rewrite = NULL;
+}
+
+#define LOW_HALVES 6
+#define FLOATS (65536 * LOW_HALVES)
+
+/* Every upper half of a float, with lower halves about the points where rounding changes. */
+static float *all_floats(void)
+{
+    static const uint32_t low[LOW_HALVES] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff};
+    uint32_t *bits = malloc(FLOATS * sizeof *bits);
+    for (uint32_t n = 0; bits && n < FLOATS; n++)
+        bits[n] = n / LOW_HALVES << 16 | low[n % LOW_HALVES];
+    return (float *)(void *)bits;
+}
+
+static void check_rounding(int32_t dtype, int family, float *floats, uint16_t *operands, uint16_t *masks)
+{
+    static const char kernel[] = "\nkernel void narrow_test(device const float *x [[buffer(1)]],\n"
+                                 "    device storage *operand [[buffer(2)]], device mask_storage *mask [[buffer(3)]],\n"
+                                 "    uint i [[thread_position_in_grid]])\n"
+                                 "{\n    operand[i] = narrow(x[i]);\n    mask[i] = mask_narrow(x[i]);\n}\n";
+    const size_t bytes = FLOATS * sizeof *operands;
+    struct mfa_key key = {.dtype = dtype, .head_dim = 8, .value_dim = 8, .mask_dtype = dtype};
+    struct device_launch launch = {
+        .name = "narrow_test", .function = "narrow_test", .groups = FLOATS / 32, .threads = 32};
+    char *text;
+    key.features = MFA_FEATURE_MASK_ADDITIVE;
+    snprintf(key.machine, sizeof key.machine, "apple%d", family);
+    if (mfa_metal_source_write(&key, MFA_METAL_LAYOUT_TEST, NULL, &text) != MFA_OK)
+        return;
+    const size_t length = strlen(text);
+    char *whole = malloc(length + sizeof kernel);
+    memcpy(whole, text, length);
+    memcpy(whole + length, kernel, sizeof kernel);
+    launch.text = whole;
+    launch.buffers[1] = (struct device_buffer){.base = floats, .length = FLOATS * sizeof *floats};
+    launch.buffers[2] = (struct device_buffer){.base = operands, .length = bytes, .written = 1, .unwritten = 1};
+    launch.buffers[3] = (struct device_buffer){.base = masks, .length = bytes, .written = 1, .unwritten = 1};
+    device_begin(launch.buffers, MFA_METAL_BUFFERS);
+    const char *why = device_run(&launch);
+    device_end(launch.buffers, MFA_METAL_BUFFERS);
+    size_t wrong = 0;
+    for (size_t n = 0; n < FLOATS && !why; n++) {
+        uint16_t right;
+        element_store(dtype, &right, 0, (double)floats[n]);
+        const int nan = floats[n] != floats[n]; /* any NaN is as good as another */
+        const double got = element_load(dtype, operands, (int64_t)n);
+        if (nan ? got == got : operands[n] != right || masks[n] != right)
+            wrong++;
+    }
+    if (why || wrong)
+        report_fail("apple%d narrows %zu of %d floats wrongly to %s %s", family, wrong, FLOATS, element_name(dtype),
+                    why ? why : "");
+    else
+        report_pass();
+    free(whole);
+    free(text);
+}
+
+void basics_check_rounding(void)
+{
+    float *floats = all_floats();
+    uint16_t *narrowed = malloc(2 * FLOATS * sizeof *narrowed);
+    for (size_t f = 0; f < sizeof families / sizeof *families; f++) {
+        check_rounding(MFA_F16, families[f], floats, narrowed, narrowed + FLOATS);
+        check_rounding(MFA_BF16, families[f], floats, narrowed, narrowed + FLOATS);
+    }
+    free(floats);
+    free(narrowed);
+}
+
+void basics_check_lowest_mask(void)
+{
+    enum { QUERIES = 40, KEYS = 70, COLUMNS = 16, ROW = 3 };
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    struct reference forward = {0}, backward = {0};
+    struct metal_trace trace;
+    mfa_problem_init(&problem, 1, 1, 1, QUERIES, KEYS, COLUMNS, COLUMNS);
+    problem.mask = MFA_MASK_ADDITIVE;
+    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, 1, "lowest");
+    for (int j = 0; j < KEYS; j++)
+        inputs.values[REFERENCE_MASK][ROW * KEYS + j] = (double)-FLT_MAX;
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    int good = metal_run(&operands, 7, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &forward);
+    for (int c = 0; c < COLUMNS && good; c++) {
+        double mean = 0;
+        for (int j = 0; j < KEYS; j++)
+            mean += inputs.values[REFERENCE_V][j * COLUMNS + c] / KEYS;
+        good = fabs(forward.O[ROW * COLUMNS + c] - mean) < 1e-6;
+    }
+    operands_turn(&operands, DENSE, &forward);
+    good = good && isfinite(forward.L[ROW]) && metal_run(&operands, 7, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &backward);
+    for (int n = 0; n < KEYS * COLUMNS && good; n++)
+        good = isfinite(backward.dK[n]) && isfinite(backward.dV[n]) &&
+               (n >= QUERIES * COLUMNS || isfinite(backward.dQ[n]));
+    if (good)
+        report_pass();
+    else
+        report_fail("a row whose mask is the lowest finite number is not the mean of V, or has no gradients");
+    reference_close(&forward);
+    reference_close(&backward);
+    operands_close(&operands);
+    inputs_close(&inputs);
+}

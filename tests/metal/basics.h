@@ -1,0 +1,14 @@
+/* What all kernels stand on: the layout of matrices, and rounding. Reports passes and failures. */
+#ifndef TESTS_METAL_BASICS_H
+#define TESTS_METAL_BASICS_H
+
+/* layout_test finds the device's layout right, and a wrong one wrong. */
+void basics_check_layout(void);
+
+/* Floats of all kinds, narrowed to f16 and bf16 as operands and as masks, by the kernels' own functions. */
+void basics_check_rounding(void);
+
+/* The lowest finite number as a mask is not -inf: a row of nothing else sees all its keys. */
+void basics_check_lowest_mask(void);
+
+#endif

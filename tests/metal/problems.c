@@ -1,0 +1,106 @@
+#include "metal/problems.h"
+
+#include <string.h>
+
+#include "core/problem.h"
+#include "kit/generator.h"
+
+#define SHARING 20 /* random problems share programs */
+
+static void finish(struct generated *g)
+{
+    mfa_problem_print(&g->problem, g->text, sizeof g->text);
+}
+
+int problems_of_tiles(struct generated *g, uint64_t seed, int n)
+{
+    /* Where rows of src/metal/tiles.c begin and end. */
+    static const int columns[][2] = {{1, 64},    {64, 7},    {65, 128},  {128, 72},
+                                     {129, 256}, {256, 130}, {257, 512}, {512, 264}};
+    static const int32_t dtypes[] = {MFA_F32, MFA_F16, MFA_BF16};
+    static const int families[] = {7, 9};
+    static const int32_t masks[] = {MFA_MASK_NONE, MFA_MASK_BOOL, MFA_MASK_ADDITIVE};
+    const int c = n % 8, dtype = n / 8 % 3, family = n / 24 % 2, decode = n / 48 % 2;
+    (void)seed;
+    if (n >= PROBLEMS_OF_TILES)
+        return 0;
+    memset(g, 0, sizeof *g);
+    if (decode)
+        mfa_problem_init(&g->problem, 1, 3, 1, 1 + (n / 8 + n) % 4, 530, columns[c][0], columns[c][1]);
+    else
+        mfa_problem_init(&g->problem, 1, 2, 1, 41, 75, columns[c][0], columns[c][1]);
+    g->problem.dtype = dtypes[dtype];
+    g->problem.mask = masks[n % 3];
+    g->problem.mask_dtype = dtypes[(dtype + n / 8) % 3];
+    if (n % 4 != 1)
+        g->problem.upper = decode ? g->problem.kv_len - g->problem.q_len : 20;
+    if (n % 5 == 2)
+        g->problem.softcap = 3;
+    g->family = families[family];
+    g->variant.dlse = n % 2;
+    finish(g);
+    return 1;
+}
+
+static int64_t between(struct generator *r, int64_t low, int64_t high)
+{
+    return low + (int64_t)(generator_next(r) % (uint64_t)(high - low + 1));
+}
+
+/* Types, columns, features, family: what is compiled. */
+static void draw_program(struct generated *g, struct generator *r)
+{
+    static const int32_t dtypes[] = {MFA_F32, MFA_F16, MFA_BF16};
+    static const int64_t columns[] = {8, 16, 24, 40, 64, 64, 72, 128, 136, 192, 256, 320, 512};
+    const int64_t choices = sizeof columns / sizeof *columns;
+    g->problem.head_dim = columns[between(r, 0, choices - 1)];
+    g->problem.value_dim = between(r, 0, 2) ? g->problem.head_dim : columns[between(r, 0, choices - 1)];
+    g->problem.dtype = dtypes[between(r, 0, 2)];
+    g->problem.mask = (int32_t)between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
+    g->problem.mask_dtype = dtypes[between(r, 0, 2)];
+    g->problem.softcap = between(r, 0, 3) ? 0 : 2;
+    g->problem.upper = between(r, 0, 1); /* whether there is a band */
+    g->family = between(r, 0, 1) ? 7 : 9;
+}
+
+/* A length: often short, sometimes beyond a tile or several, now and then 0. */
+static int64_t draw_length(struct generator *r, int64_t most)
+{
+    const int64_t kinds[] = {between(r, 0, 3), between(r, 1, 20), between(r, 20, 70), between(r, 1, most)};
+    return kinds[between(r, 0, 3)];
+}
+
+int problems_random(struct generated *g, uint64_t seed, int n)
+{
+    struct generator shared, r;
+    generator_seed(&shared, seed + (uint64_t)(n / SHARING), "program");
+    generator_seed(&r, seed + (uint64_t)n, "problem");
+    memset(g, 0, sizeof *g);
+    draw_program(g, &shared);
+    const struct generated program = *g;
+    const int64_t wide = program.problem.head_dim > 128 || program.problem.value_dim > 128;
+    const int64_t kv_heads = between(&r, 1, 3), q_len = draw_length(&r, 150);
+    const int64_t kv_len = draw_length(&r, wide ? 150 : 700);
+    /* Columns that need the same padding: up to 7 fewer. */
+    mfa_problem_init(&g->problem, between(&r, 1, 2), kv_heads * between(&r, 1, 4), kv_heads, q_len, kv_len,
+                     program.problem.head_dim - between(&r, 0, 7), program.problem.value_dim - between(&r, 0, 7));
+    g->problem.dtype = program.problem.dtype;
+    g->problem.mask = program.problem.mask, g->problem.mask_dtype = program.problem.mask_dtype;
+    g->problem.softcap = program.problem.softcap;
+    g->problem.scale = between(&r, 0, 3) ? g->problem.scale : 0.7;
+    if (program.problem.upper) {
+        if (between(&r, 0, 1))
+            g->problem.lower = between(&r, -q_len, kv_len / 2 + 1);
+        if (between(&r, 0, 3))
+            g->problem.upper = between(&r, -q_len / 2, kv_len);
+    }
+    g->variant.dlse = (int)between(&r, 0, 1);
+    if (g->problem.mask != MFA_MASK_NONE) {
+        g->variant.mask_broadcast = (int)between(&r, 0, 15);
+        g->variant.dbias_broadcast = between(&r, 0, 1) ? g->variant.mask_broadcast : (int)between(&r, 0, 15);
+    }
+    g->variant.kv_broadcast = between(&r, 0, 3) ? 0 : (int)between(&r, 1, 3);
+    g->arrangement = (enum arrangement)between(&r, 0, ARRANGEMENTS - 1);
+    finish(g);
+    return 1;
+}

@@ -1,0 +1,28 @@
+/* Problems that are made, not listed. */
+#ifndef TESTS_METAL_PROBLEMS_H
+#define TESTS_METAL_PROBLEMS_H
+
+#include <stdint.h>
+
+#include "kit/operands.h"
+
+struct generated {
+    mfa_problem problem;
+    struct variant variant;
+    enum arrangement arrangement;
+    int family;
+    char text[256]; /* of the problem */
+};
+
+/* Problem n of a series; 0: there are no more. */
+
+/* For each row of the tiles, in each dtype, the smallest and the largest columns that it serves, with several tiles of
+ * queries and of keys; and few queries of many keys, for the kernel of decode steps and the merge of split ranges. */
+#define PROBLEMS_OF_TILES 96
+int problems_of_tiles(struct generated *g, uint64_t seed, int n);
+
+/* Random ones, without end. Twenty in a row share types, columns and features, and so programs, for these take the time
+ * to compile; they differ in lengths, strides, bands and broadcasts. */
+int problems_random(struct generated *g, uint64_t seed, int n);
+
+#endif

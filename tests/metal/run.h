@@ -1,0 +1,26 @@
+/* One run of a problem's pass by the Metal kernels, on whatever device.h is: through the same code that a host uses. */
+#ifndef TESTS_METAL_RUN_H
+#define TESTS_METAL_RUN_H
+
+#include "kit/operands.h"
+#include "metal/tiles.h"
+
+struct metal_trace {
+    int64_t visited[MFA_METAL_KERNELS]; /* tiles; -1: the kernel did not run */
+    int dispatches, commands;
+};
+
+/* As operands_run. `family` of the GPU; `chunk`: threadgroups of a command, 0: as the list has it. A failure that the
+ * library has no word for (the device's) is MFA_DEVICE_FAILED, and mfa_last_error has it. */
+mfa_status metal_run(struct operands *operands, int family, int64_t chunk, struct metal_trace *trace);
+
+/* Runs layout_test on the device; 1 if it finds all as tile.h says. */
+int metal_run_layout_test(int family);
+
+/* If set, gives a kernel's program another text: both are from malloc, and the old one is the callee's to free. */
+extern char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
+
+/* How many tiles each kernel of the pass has to visit: those that neither the band nor the mask hides. */
+void metal_expect(const struct inputs *inputs, int32_t pass, int family, int64_t expected[MFA_METAL_KERNELS]);
+
+#endif

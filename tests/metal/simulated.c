@@ -1,0 +1,72 @@
+/* Kernels on metalsim. Compiled programs are kept for the life of the process. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "metal/device.h"
+#include "metalsim/metalsim.h"
+
+static struct device_settings settings;
+
+static struct program {
+    struct program *next;
+    char *text;
+    unsigned build;
+    metalsim_library *library;
+} *programs;
+
+void device_set(const struct device_settings *given)
+{
+    settings = *given;
+}
+
+void device_begin(struct device_buffer *buffers, int count)
+{
+    (void)buffers, (void)count;
+}
+
+void device_end(struct device_buffer *buffers, int count)
+{
+    (void)buffers, (void)count;
+}
+
+static metalsim_library *find_library(const struct device_launch *launch)
+{
+    const unsigned build = (settings.checked ? METALSIM_CHECKED : 0) | (settings.fast_math ? METALSIM_FAST_MATH : 0) |
+                           (getenv("LLVM_PROFILE_FILE") ? METALSIM_COVERAGE : 0);
+    for (struct program *p = programs; p; p = p->next)
+        if (p->build == build && !strcmp(p->text, launch->text))
+            return p->library;
+    metalsim_library *library;
+    struct program *program = malloc(sizeof *program);
+    if (!program || metalsim_library_create(launch->name, launch->text, NULL, settings.cache, build, &library)) {
+        free(program);
+        return NULL;
+    }
+    *program = (struct program){programs, strdup(launch->text), build, library};
+    programs = program;
+    return library;
+}
+
+const char *device_run(const struct device_launch *launch)
+{
+    struct metalsim_dispatch dispatch = {
+        .threadgroups = {(size_t)launch->groups, 1, 1},
+        .threads = {(size_t)launch->threads, 1, 1},
+        .threadgroup_lengths = {(size_t)launch->threadgroup_bytes[0], (size_t)launch->threadgroup_bytes[1]},
+        .schedule = (enum metalsim_schedule)settings.schedule,
+        .seed = settings.seed,
+    };
+    dispatch.buffers[MFA_METAL_BUFFER_CALL] =
+        (struct metalsim_argument){METALSIM_BYTES_BINDING, &launch->call, sizeof launch->call, 0, 0};
+    for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFERS; n++) {
+        const struct device_buffer *b = &launch->buffers[n];
+        if (b->base)
+            dispatch.buffers[n] =
+                (struct metalsim_argument){METALSIM_BUFFER_BINDING, b->base, b->length, b->offset, b->unwritten};
+    }
+    metalsim_library *library = find_library(launch);
+    const metalsim_kernel *kernel = library ? metalsim_library_find(library, launch->function) : NULL;
+    if (!kernel || metalsim_dispatch_run(kernel, &dispatch) != METALSIM_OK)
+        return metalsim_last_error();
+    return NULL;
+}

@@ -1,0 +1,300 @@
+/* The parts of the Metal room that need no GPU: tiles within Metal's limits for every problem, texts that are whole,
+ * keys and problems refused with a sentence, lists of dispatches that make sense. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "core/problem.h"
+#include "kit/report.h"
+#include "metal/dispatch.h"
+#include "metal/source.h"
+#include "metal/tiles.h"
+#include "mfa.h"
+
+static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
+                                              MFA_METAL_BACKWARD_DKV};
+static const int families[] = {7, 9};
+
+static struct mfa_key key_of(int pass, int dtype, int head_dim, int value_dim, int family)
+{
+    struct mfa_key key = {.pass = pass, .dtype = dtype, .head_dim = head_dim, .value_dim = value_dim};
+    snprintf(key.machine, sizeof key.machine, "apple%d", family);
+    return key;
+}
+
+static void check_tile(enum mfa_metal_kernel kernel, const struct mfa_key *key)
+{
+    const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, key);
+    int32_t bytes[2];
+    assert_non_null(tile);
+    mfa_metal_tiles_memory(kernel, tile, key, bytes);
+    const int32_t threads = mfa_metal_tiles_threads(tile);
+    const int keys_are_rows = kernel == MFA_METAL_BACKWARD_DKV;
+    const int rows = keys_are_rows ? tile->block_kv : tile->block_q,
+              walked = keys_are_rows ? tile->block_q : tile->block_kv;
+    assert_true(bytes[0] > 0 && bytes[0] % 16 == 0 && bytes[1] > 0 && bytes[1] % 16 == 0);
+    assert_in_range(bytes[0] + bytes[1], 32, 32768);
+    assert_in_range(threads, 32, 512);
+    assert_int_equal(threads % 32, 0);
+    assert_int_equal(rows, 8 * tile->row_groups);
+    assert_int_equal(walked % (8 * tile->key_groups), 0);
+    assert_true(mfa_metal_tiles_columns(tile, key->head_dim) >= key->head_dim);
+    assert_int_equal(mfa_metal_tiles_columns(tile, key->head_dim) % (8 * tile->split), 0);
+    assert_true(!tile->shared || tile->split > 1); /* the kernels' barriers count on it */
+    assert_true(tile->key_groups == 1 || (kernel == MFA_METAL_DECODE && tile->row_groups == 1));
+}
+
+/* Every head_dim with every value_dim: threadgroup memory is the sum of theirs, so multiples of 8 show all. */
+static void test_limits(void **state)
+{
+    (void)state;
+    for (size_t f = 0; f < 2; f++)
+        for (int dtype = MFA_F32; dtype <= MFA_BF16; dtype++)
+            for (int d = 8; d <= MFA_DIM_MAX; d += 8)
+                for (int e = 8; e <= MFA_DIM_MAX; e += 8) {
+                    const struct mfa_key key = key_of(MFA_FORWARD, dtype, d, e, families[f]);
+                    for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++)
+                        check_tile(tiled[n], &key);
+                }
+}
+
+static void test_families(void **state)
+{
+    (void)state;
+    assert_int_equal(mfa_metal_tiles_family(6), 0);
+    assert_int_equal(mfa_metal_tiles_family(7), 7);
+    assert_int_equal(mfa_metal_tiles_family(8), 7);
+    assert_int_equal(mfa_metal_tiles_family(9), 9);
+    assert_int_equal(mfa_metal_tiles_family(10), 9);
+    const struct mfa_key cpu = {.machine = "avx512"}, key = key_of(MFA_FORWARD, MFA_F16, 64, 64, 9);
+    assert_int_equal(mfa_metal_tiles_family_of(&cpu), 0);
+    assert_int_equal(mfa_metal_tiles_family_of(&key), 9);
+    assert_null(mfa_metal_tiles_find(MFA_METAL_MERGE, &key));
+    assert_null(mfa_metal_tiles_find(MFA_METAL_FORWARD, &cpu));
+}
+
+/* --- Texts ---------------------------------------------------------------------------------------- */
+
+static size_t count(const char *text, const char *words)
+{
+    size_t found = 0;
+    for (; (text = strstr(text, words)); text++)
+        found++;
+    return found;
+}
+
+static void test_text(void **state)
+{
+    struct mfa_key key = key_of(MFA_FORWARD, MFA_BF16, 72, 40, 9);
+    char *text;
+    (void)state;
+    key.features = MFA_FEATURE_BAND | MFA_FEATURE_MASK_ADDITIVE | MFA_FEATURE_SOFTCAP, key.mask_dtype = MFA_F16;
+    assert_int_equal(mfa_metal_source_write(&key, MFA_METAL_FORWARD, "#define FIRST\n", &text), MFA_OK);
+    assert_memory_equal(text, "#define FIRST\n", 14);
+    static const char *const once[] = {"#define DTYPE_BF16\n",
+                                       "#define BF16_NATIVE\n",
+                                       "#define MASK_F16\n",
+                                       "#define BAND\n",
+                                       "#define SOFTCAP\n",
+                                       "#define HEAD_DIM 72\n",
+                                       "#define VALUE_DIM 40\n",
+                                       "#define BLOCK_Q 32\n",
+                                       "#include <metal_stdlib>",
+                                       "struct mfa_args {",
+                                       "struct mfa_metal_call {",
+                                       "#line 1 \"core/args.h\"",
+                                       "#line 1 \"metal/kernels/tile.h\"",
+                                       "\nattention_forward("};
+    for (size_t n = 0; n < sizeof once / sizeof *once; n++)
+        assert_int_equal(count(text, once[n]), 1);
+    assert_int_equal(count(text, "#include \""), 0);
+    assert_int_equal(count(text, "#define SHARED_TILE"), 0);
+    free(text);
+}
+
+static void expect_refusal(const struct mfa_key *key, int kernel, const char *words)
+{
+    char *text = NULL;
+    assert_int_equal(mfa_metal_source_write(key, (enum mfa_metal_kernel)kernel, NULL, &text), MFA_UNSUPPORTED);
+    assert_null(text);
+    if (!strstr(mfa_last_error(), words))
+        fail_msg("\"%s\" does not say \"%s\"", mfa_last_error(), words);
+}
+
+static void test_refused_keys(void **state)
+{
+    const struct mfa_key good = key_of(MFA_FORWARD, MFA_F16, 64, 64, 7);
+    struct mfa_key key = good;
+    (void)state;
+    expect_refusal(&good, MFA_METAL_KERNELS, "kernel is 10");
+    expect_refusal(&good, -1, "kernel is -1");
+    expect_refusal(&good, MFA_METAL_BACKWARD_DQ, "pass is 0; attention_backward_dq");
+    expect_refusal(&good, MFA_METAL_MASK_TILES, "no mask; mask_tiles");
+    key.pass = MFA_BACKWARD, key.features = MFA_FEATURE_MASK_BOOL;
+    expect_refusal(&key, MFA_METAL_DBIAS, "bool mask; attention_dbias is for those with an additive one");
+    key = good, key.pass = 7;
+    expect_refusal(&key, MFA_METAL_FORWARD, "pass is 7");
+    key = good, key.dtype = MFA_F64;
+    expect_refusal(&key, MFA_METAL_FORWARD, "dtype is 3");
+    key = good, key.features = MFA_FEATURE_MASK_ADDITIVE, key.mask_dtype = MFA_F64;
+    expect_refusal(&key, MFA_METAL_FORWARD, "mask_dtype is 3");
+    key = good, key.head_dim = 520;
+    expect_refusal(&key, MFA_METAL_FORWARD, "head_dim is 520");
+    key = good, key.value_dim = 0;
+    expect_refusal(&key, MFA_METAL_FORWARD, "value_dim 0");
+    key = good, memcpy(key.machine, "apple8", 7);
+    expect_refusal(&key, MFA_METAL_FORWARD, "machine is apple8");
+    assert_null(mfa_metal_source_function(MFA_METAL_KERNELS));
+}
+
+static void test_refused_problems(void **state)
+{
+    mfa_problem p;
+    (void)state;
+    mfa_problem_init(&p, 1, 2, 1, 5, 5, 8, 8);
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
+    p.dtype = MFA_F64;
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    assert_string_equal(mfa_last_error(), "dtype is f64; Metal kernels exist for f32, f16 and bf16");
+    p.dtype = MFA_F16, p.mask = MFA_MASK_ADDITIVE, p.mask_dtype = MFA_F64;
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    assert_string_equal(mfa_last_error(), "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
+}
+
+/* --- Dispatches ----------------------------------------------------------------------------------- */
+
+struct listed {
+    struct mfa_choice choice;
+    struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES];
+    int count;
+};
+
+/* With all buffers given. */
+static void list(const mfa_problem *problem, struct listed *l)
+{
+    static char memory;
+    const mfa_buffer b = {&memory, 0};
+    const mfa_buffers buffers = {.size = sizeof buffers,
+                                 .q = b,
+                                 .k = b,
+                                 .v = b,
+                                 .mask = b,
+                                 .o = b,
+                                 .lse = b,
+                                 .d_o = b,
+                                 .dlse = b,
+                                 .dq = b,
+                                 .dk = b,
+                                 .dv = b,
+                                 .dbias = b};
+    mfa_problem canonical;
+    assert_int_equal(mfa_problem_check(problem, &canonical), MFA_OK);
+    mfa_metal_tiles_choose(7, &canonical, &l->choice);
+    mfa_metal_dispatch_measure(&canonical, &l->choice);
+    l->count = mfa_metal_dispatch_list(&canonical, &l->choice, &buffers, l->list);
+    for (int n = 0; n < l->count; n++) {
+        const struct mfa_metal_dispatch *d = &l->list[n];
+        assert_true(d->groups > 0 && d->chunk > 0 && d->call.first == 0);
+        assert_in_range(d->binding_count, 1, MFA_METAL_BINDINGS);
+        for (int i = 0; i < d->binding_count; i++)
+            assert_true(d->bindings[i].operand >= 0 || d->bindings[i].offset <= l->choice.shared);
+    }
+}
+
+static void expect_kernels(const mfa_problem *problem, int count_expected, ...)
+{
+    struct listed l;
+    va_list kernels;
+    list(problem, &l);
+    assert_int_equal(l.count, count_expected);
+    va_start(kernels, count_expected);
+    for (int n = 0; n < l.count; n++)
+        assert_int_equal(l.list[n].kernel, va_arg(kernels, int));
+    va_end(kernels);
+}
+
+static void test_lists(void **state)
+{
+    mfa_problem p;
+    (void)state;
+    mfa_problem_init(&p, 4, 32, 32, 512, 512, 64, 64);
+    expect_kernels(&p, 1, MFA_METAL_FORWARD);
+    p.mask = MFA_MASK_BOOL;
+    expect_kernels(&p, 2, MFA_METAL_MASK_TILES, MFA_METAL_FORWARD);
+    p.pass = MFA_BACKWARD;
+    expect_kernels(&p, 6, MFA_METAL_ROWS, MFA_METAL_MASK_TILES, MFA_METAL_BACKWARD_DQ, MFA_METAL_MASK_TILES,
+                   MFA_METAL_BACKWARD_DKV, MFA_METAL_DBIAS);
+    mfa_problem_init(&p, 1, 8, 2, 2, 4096, 64, 64);
+    expect_kernels(&p, 2, MFA_METAL_DECODE, MFA_METAL_MERGE);
+    p.q_len = 3; /* 12 rows: more than a block of 8 */
+    expect_kernels(&p, 2, MFA_METAL_FORWARD, MFA_METAL_MERGE);
+    p.kv_len = 0;
+    expect_kernels(&p, 1, MFA_METAL_FORWARD); /* O is 0, and must be written */
+    p.q_len = 0;
+    expect_kernels(&p, 0);
+}
+
+/* A dbias that is summed is cut into parts, one that is not is not. */
+static void test_bias_parts(void **state)
+{
+    mfa_problem p;
+    struct listed l;
+    (void)state;
+    mfa_problem_init(&p, 2, 8, 8, 1000, 1000, 64, 64);
+    p.pass = MFA_BACKWARD, p.mask = MFA_MASK_ADDITIVE;
+    list(&p, &l);
+    assert_int_equal(l.choice.splits, 1);
+    assert_int_equal(l.list[l.count - 1].kernel, MFA_METAL_DBIAS);
+    p.dbias_layout = (mfa_layout){0, 0, 0, 0};
+    list(&p, &l);
+    assert_true(l.choice.splits > 1);
+    assert_int_equal(l.list[l.count - 1].kernel, MFA_METAL_DBIAS_SUM);
+    assert_int_equal(l.list[l.count - 1].groups, 1);
+}
+
+/* Work that would take seconds is cut into commands; all of it is done. */
+static void test_chunks(void **state)
+{
+    mfa_problem p;
+    struct listed l;
+    (void)state;
+    mfa_problem_init(&p, 1, 32, 32, 131072, 131072, 128, 128);
+    list(&p, &l);
+    assert_int_equal(l.list[0].groups, 32 * 131072 / 32);
+    assert_true(l.list[0].chunk < l.list[0].groups / 100);
+    p.lower = -127, p.upper = 0;
+    struct listed window;
+    list(&p, &window);
+    assert_true(window.list[0].chunk > 100 * l.list[0].chunk);
+}
+
+/* A problem as large as they get: nothing overflows. */
+static void test_huge(void **state)
+{
+    mfa_problem p;
+    struct listed l;
+    (void)state;
+    mfa_problem_init(&p, 1, 1, 1, INT64_C(1) << 50, INT64_C(1) << 50, 1, 1);
+    p.mask = MFA_MASK_BOOL, p.mask_layout = (mfa_layout){1, 1, 1, 1};
+    list(&p, &l);
+    assert_true(l.choice.shared > UINT64_C(1) << 62); /* of tile classes: no memory holds them */
+    p.mask_layout = (mfa_layout){0, 0, 0, 1};
+    list(&p, &l);
+    assert_true(l.choice.shared > UINT64_C(1) << 44 && l.choice.shared < UINT64_C(1) << 50);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_limits),       cmocka_unit_test(test_families),         cmocka_unit_test(test_text),
+        cmocka_unit_test(test_refused_keys), cmocka_unit_test(test_refused_problems), cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_bias_parts),   cmocka_unit_test(test_chunks),           cmocka_unit_test(test_huge),
+    };
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}
