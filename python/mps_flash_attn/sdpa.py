@@ -1,34 +1,38 @@
-"""replace_sdpa: puts flash_attention under every torch.nn.functional.scaled_dot_product_attention of this process.
+"""replace_sdpa: puts libmfa under every torch.nn.functional.scaled_dot_product_attention of this process.
 
-The operator itself is overridden, aten::scaled_dot_product_attention, so that names imported early,
-nn.MultiheadAttention and scripted models come here too. It has an autograd key and a plain one for each device: the
-first is met in training and evaluation alike, the second under inference_mode. What we do not support, PyTorch's
-untouched original computes.
+The operator itself is overridden, aten::scaled_dot_product_attention, so that names imported early, scripted and
+compiled models come here too. It has an autograd key and a plain one for each device: the first is met in training and
+evaluation alike, the second under inference_mode. What we do not run, PyTorch's untouched original computes.
 """
 
+import contextlib
+import math
 import threading
-from collections import Counter
+from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
 
-from . import tensors
-from .attention import flash_attention
+from . import fast_path, shapes, tensors
 from .library import Unsupported, library
+from .operators import EAGER, Attention, Route, attention_forward, is_differentiated
+from .run import forward
+from .stats import REPLACED, count, small
 
-# The least work, in multiply-adds of the forward pass (B * H * L * S * (E + Ev)), that is worth taking over from
-# PyTorch: below it the call costs more than the kernel saves. Measured with one thread, forward; may be set.
-# float("inf") leaves a dtype to PyTorch altogether.
-sdpa_thresholds = {"float32": 1 << 19, "float16": 1 << 16, "bfloat16": 1 << 18, "float64": 1 << 17}
-
-_KEYS = ("CPU", "AutogradCPU")
-_HEAD_DIM_MOST = 512
-_REPLACED = "replaced"
+_KEYS = ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
+_TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
+_CACHE_TAG = "mps_flash_attn"
+_FUSED, _MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
 
 _lock = threading.Lock()
 _handles = set()
 _registration = None
-_stats = Counter()
+
+
+# --- On and off ----------------------------------------------------------------------------------
 
 
 class Replacement:
@@ -53,20 +57,23 @@ def replace_sdpa():
 
         replace_sdpa()                  for good, or until restore_sdpa()
         handle = replace_sdpa()         until handle.remove()
-        with replace_sdpa(): ...        in the block
+        with replaced_sdpa(): ...       in the block
 
     Replacements nest: PyTorch's own operator is back when all have been removed. ImportError if there is no libmfa."""
-    global _registration
     library()
     handle = Replacement()
     with _lock:
         if _registration is None:
-            registration = torch.library.Library("aten", "IMPL")
-            for key in _KEYS:
-                registration.impl("scaled_dot_product_attention", _attention, key)
-            _registration = registration
+            _register()
         _handles.add(handle)
     return handle
+
+
+@contextlib.contextmanager
+def replaced_sdpa():
+    """replace_sdpa() for a `with` block, or for each call of a function that this decorates."""
+    with replace_sdpa() as handle:
+        yield handle
 
 
 def restore_sdpa():
@@ -76,14 +83,18 @@ def restore_sdpa():
         _unregister()
 
 
-def sdpa_stats(reset=False):
-    """How many calls came by since the start (or since the last reset): under "replaced" those that ran on libmfa, and
-    under each reason those that PyTorch's own operator was given."""
-    with _lock:
-        stats = dict(_stats)
-        if reset:
-            _stats.clear()
-    return stats
+def _register():
+    global _registration
+    registration = torch.library.Library("aten", "IMPL")
+    try:
+        for key in _KEYS:
+            registration.impl("scaled_dot_product_attention", _attention, key)
+        fast_path.register(registration)
+    except BaseException:
+        registration._destroy()
+        raise
+    _registration = registration
+    _tag_compiler_cache()
 
 
 def _unregister():
@@ -91,42 +102,56 @@ def _unregister():
     if _registration is not None:
         _registration._destroy()
         _registration = None
+        _tag_compiler_cache(wanted=False)
 
 
-def _count(outcome):
-    with _lock:
-        _stats[outcome] += 1
+def _tag_compiler_cache(wanted=True):
+    """Compiled code is kept on disk under the code that was compiled, in which there is nothing of us: without a tag,
+    processes that know nothing of this package are given code that calls it. The tag is each thread's own, and so is
+    set again where a call is traced, which is before the disk is looked at."""
+    config = getattr(torch.compiler, "config", None)
+    if hasattr(config, "cache_key_tag"):
+        bare = config.cache_key_tag.removesuffix(_CACHE_TAG)
+        config.cache_key_tag = bare + _CACHE_TAG if wanted else bare
+
+
+# --- The operator --------------------------------------------------------------------------------
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    reason = _objection(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    traced = not all(map(tensors.is_plain, given))
+    reason = _objection(given, traced, dropout_p, scale)
+    if reason is None:
+        judge = shapes.judge if traced else shapes.judge_sizes
+        mask_shape = None if attn_mask is None else attn_mask.shape
+        verdict = judge(query.shape, key.shape, value.shape, mask_shape, is_causal, enable_gqa)
+        reason = verdict.objection or small(verdict.work, query.dtype)
     if reason is None:
         try:
-            out = _run(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-            _count(_REPLACED)
-            return out
+            run = _trace if traced else _run
+            out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict.fits)
         except Unsupported as error:
             reason = str(error)
-    _count(reason)
-    original = torch.ops.aten.scaled_dot_product_attention.default.decompose
+        else:
+            count("traced into a compiled graph" if traced else REPLACED)
+            return out
+    count(reason)
+    original = _math if reason is shapes.LENGTHS else _original
     return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _run(query, key, value, mask, is_causal, scale, enable_gqa):
-    if query.dim() == 4:
-        return flash_attention(query, key, value, is_causal, scale, mask, enable_gqa=enable_gqa)
-    if mask is not None and mask.dim() == 3:
-        mask = mask.unsqueeze(1)
-    return flash_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), is_causal, scale, mask).squeeze(1)
-
-
-def _objection(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):
-    """Why this call is left to PyTorch; None if we take it. What is wrong is left to it too: the error is PyTorch's."""
-    for tensor in (query, key, value) if mask is None else (query, key, value, mask):
-        if not tensors.is_plain(tensor):
-            return "a tensor subclass"
-        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_nested:
-            return "not dense CPU tensors"
+def _objection(given, traced, dropout_p, scale):
+    """Why a call is left to PyTorch, whatever its shapes; None if we take it. What is wrong is left to it too: then the
+    error is PyTorch's."""
+    if traced:
+        for tensor in given:
+            if type(tensor) not in _TRACERS and not tensors.is_plain(tensor):
+                return tensors.peculiarity(tensor)
+        if torch.compiler.is_exporting():
+            return "torch.export"  # a program for other places keeps PyTorch's operator
+    elif torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode, which is to see the operators inside"
     if not torch._C._get_flash_sdp_enabled():
         return "flash attention is disabled"
     if dropout_p:
@@ -135,51 +160,76 @@ def _objection(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
         return "a functorch transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode, which is to see the operators inside"
+    query, key, value = given[:3]
+    if query.device.type not in tensors.DEVICES:
+        return f"no backend for {query.device.type}"
+    if not query.device == key.device == value.device == given[-1].device:
+        return "devices"
     if query.dtype not in tensors.DTYPES or not query.dtype == key.dtype == value.dtype:
         return "dtypes"
-    if scale is not None and scale != scale:
-        return "scale is NaN"
-    return (
-        _objection_to_shapes(query.shape, key.shape, value.shape, enable_gqa)
-        or _objection_to_mask(query, key, mask, is_causal)
-        or _objection_to_size(query, key, value)
-    )
-
-
-def _objection_to_shapes(query, key, value, enable_gqa):
-    if not len(query) == len(key) == len(value) or len(query) not in (3, 4):
-        return "not 3 or 4 dimensions"
-    if key[:-1] != value[:-1] or query[0] != key[0] or query[-1] != key[-1]:
-        return "shapes"
-    if len(query) == 4 and query[1] != key[1] and not (enable_gqa and key[1] and query[1] % key[1] == 0):
-        return "head counts"
-    if len(query) == 3 and enable_gqa:
-        return "grouped heads in 3 dimensions"
-    if 0 in query or 0 in key or 0 in value:
-        return "empty tensors"
-    if query[-1] > _HEAD_DIM_MOST or value[-1] > _HEAD_DIM_MOST:
-        return f"head_dim above {_HEAD_DIM_MOST}"
-    return None
-
-
-def _objection_to_mask(query, key, mask, is_causal):
-    if mask is None:
-        return None
-    if is_causal:
-        return "attn_mask together with is_causal"
-    if mask.dtype is not torch.bool and mask.dtype is not query.dtype:
-        if mask.dtype is not torch.float32 or query.dtype is torch.float64:
+    kind = given[-1].dtype  # of the mask, if there is one
+    if kind is not torch.bool and kind is not query.dtype:
+        if kind is not torch.float32 or query.dtype is torch.float64:
             return "attn_mask dtype"
-    scores = (*query.shape[:-1], key.shape[-2])
-    if not 2 <= mask.dim() <= len(scores):
-        return "attn_mask dimensions"
-    if any(given not in (1, full) for given, full in zip(reversed(mask.shape), reversed(scores))):
-        return "attn_mask shape"
+    if scale is not None and not 0 < scale < math.inf:
+        return "scale is not a positive number"  # with is_causal PyTorch's kernels disagree on what such a one does
     return None
 
 
-def _objection_to_size(query, key, value):
-    work = query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    return "small" if work < sdpa_thresholds[tensors.dtype_name(query)] else None
+def _original(*arguments, **options):
+    """PyTorch's own operator."""
+    return torch.ops.aten.scaled_dot_product_attention.default.decompose(*arguments, **options)
+
+
+def _math(*arguments, **options):
+    """PyTorch's unfused path."""
+    return torch.ops.aten._scaled_dot_product_attention_math(*arguments, **options)[0]
+
+
+# --- Running -------------------------------------------------------------------------------------
+
+
+def _run(query, key, value, mask, is_causal, scale, enable_gqa, fits):
+    place = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if place not in _ROUTES:
+        raise Unsupported("PyTorch has no backend for it")
+    if not fits:
+        query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
+    options = (None, 0 if is_causal else None, scale, 0.0)
+    if is_differentiated(query, key, value, mask):
+        out, _ = Attention.apply(query, key, value, mask, *options, _ROUTES[place])
+    else:
+        out, _ = forward(query, key, value, mask, *options, False, place == _MATH)
+    return out if fits else out.view(shape)
+
+
+def _trace(query, key, value, mask, is_causal, scale, enable_gqa, fits):
+    _tag_compiler_cache()
+    fused = shapes.is_fused(query, key, value, mask)
+    if not fits:
+        query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
+    out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
+    out = out if fused else out.contiguous()
+    return out if fits else out.view(shape)
+
+
+def _backward(original, d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
+    """The gradients; through PyTorch's own operator if they are to be differentiated again."""
+    if not torch.is_grad_enabled():
+        saved = (query, key, value, mask, out, lse)
+        return EAGER.backward(d_out, d_lse, *saved, lower, upper, scale, softcap, wanted)
+    count("a second derivative")
+    # As views, so that one tensor that was given twice gets two gradients.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (query, key, value, mask)]
+    grouped = query.shape[1] != key.shape[1]
+    out = original(*inputs, 0.0, upper is not None, scale=scale, enable_gqa=grouped)
+    asked = [tensor for tensor, is_wanted in zip(inputs, wanted) if is_wanted]
+    gradients = iter(torch.autograd.grad(out, asked, d_out, create_graph=True))
+    return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
+
+
+# Where PyTorch would have run the call: it decides the layout of the result, and whether there is a second derivative.
+_ROUTES = {
+    _FUSED: Route(forward, partial(_backward, _original)),
+    _MATH: Route(partial(forward, contiguous=True), partial(_backward, _math)),
+}

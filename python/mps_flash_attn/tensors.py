@@ -9,25 +9,34 @@ DEVICES = {"cpu": DEVICE_CPU}
 DTYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _ABSENT = (1, 1, 1, 1)
 
 
 def is_plain(tensor):
-    """Whether this is a tensor that owns ordinary memory, and not a subclass that only stands for one."""
-    return type(tensor) in _PLAIN
+    """Whether this is a tensor with dense memory of its own, read as it lies. Not so are subclasses, which may only
+    stand for one, those that vmap makes, sparse and nested ones, and views with a negation still to be carried out."""
+    return type(tensor) in _PLAIN and torch._C._has_storage(tensor) and not tensor.is_nested and not tensor.is_neg()
+
+
+def peculiarity(tensor):
+    """In what way a tensor is not plain."""
+    if type(tensor) not in _PLAIN:
+        return "a tensor subclass"
+    return "a negation still to be carried out" if tensor.is_neg() else "a tensor without dense memory"
 
 
 def check(name, tensor):
-    """Refuses all but dense memory; returns the tensor, with a pending negation carried out."""
+    """Refuses what neither memory nor an operator could be found for; returns the tensor, as a plain one where that
+    can be done."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if not is_plain(tensor) and type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-        kind = type(tensor).__name__
-        raise TypeError(f"{name} is a {kind}, which has no memory of its own; it must be a plain tensor")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} has the layout {layout}; it must be strided")
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
+    if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
+        return tensor.as_subclass(torch.Tensor)  # it adds behaviour in Python and has ordinary memory
+    return tensor
 
 
 def device(tensor):
@@ -40,6 +49,14 @@ def device(tensor):
 
 def dtype_name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_autocast(tensor):
+    """Whether PyTorch's autocast is on, for a device that we run on."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    kind = tensor.device.type
+    return kind in DEVICES and torch.is_autocast_enabled(kind)
 
 
 def autocast(query, *others):
@@ -63,10 +80,19 @@ def like(query, columns):
     return torch.empty_permuted((batch, heads, rows, columns), (*order, 3), dtype=query.dtype, device=query.device)
 
 
+def dense(query, columns):
+    """The same in plain (batch, head, row, column) order."""
+    return query.new_empty((*query.shape[:3], columns))
+
+
+def rows_dtype(query):
+    """The dtype of log-sum-exp: f32 (f64 for f64)."""
+    return torch.float64 if query.dtype is torch.float64 else torch.float32
+
+
 def empty_rows(query):
-    """Memory for one number per row of `query`: log-sum-exp, in f32 (f64 for f64)."""
-    dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    return torch.empty(query.shape[:3], dtype=dtype, device=query.device)
+    """Memory for one number per row of `query`: log-sum-exp."""
+    return torch.empty(query.shape[:3], dtype=rows_dtype(query), device=query.device)
 
 
 def gradient(tensor, wanted):
@@ -76,14 +102,15 @@ def gradient(tensor, wanted):
 
 def incoming(gradient, out):
     """The gradient that reaches `out`, as it can be read; zeros where nothing did."""
-    if gradient is None:
-        return out.new_zeros(1).expand(out.shape)
-    return gradient.resolve_neg() if gradient.is_neg() else gradient
+    return out.new_zeros(1).expand(out.shape) if gradient is None else resolved(gradient)
 
 
-def incoming_rows(gradient):
-    """The same for log-sum-exp, in the memory order that empty_rows() has."""
-    return None if gradient is None else gradient.resolve_neg().contiguous()
+def resolved(gradient):
+    """The tensor, with a pending negation carried out; None stays None."""
+    return gradient.resolve_neg() if gradient is not None and gradient.is_neg() else gradient
+
+
+address = torch.Tensor.data_ptr  # of the first element
 
 
 def pointer(tensor):
@@ -94,3 +121,8 @@ def pointer(tensor):
 def layout(tensor):
     """The (batch, head, row, column) strides; for None, any that are sound: nobody goes by them."""
     return _ABSENT if tensor is None else tensor.stride()
+
+
+def rows_layout(tensor):
+    """The same for a tensor without columns: log-sum-exp and its gradient."""
+    return _ABSENT if tensor is None else (*tensor.stride(), 0)

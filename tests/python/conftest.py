@@ -1,15 +1,22 @@
-"""Every run says which library it tests and from which seed; --seed N, or MFA_SEED, gives the seed back."""
+"""Every run says which library it tests and from which seed; --seed N, or MFA_SEED, gives the seed back.
+
+A test whose library is missing fails. On a machine that does not have it, --without NAME leaves its tests out, and the
+run says so. The rest needs PyTorch, pytest and hypothesis.
+"""
 
 import os
 import random
+from collections import Counter
 
 import hypothesis
 import pytest
 import torch
 
-from mps_flash_attn import restore_sdpa
+from mps_flash_attn import restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.attention import Explanation
 from mps_flash_attn.library import library
+
+LIBRARIES = ("diffusers", "expecttest", "transformers")
 
 hypothesis.settings.register_profile("mfa", deadline=None, print_blob=True, database=None)
 hypothesis.settings.load_profile("mfa")
@@ -17,6 +24,13 @@ hypothesis.settings.load_profile("mfa")
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="seed of all random inputs (default: MFA_SEED, else new)")
+    parser.addoption(
+        "--without",
+        action="append",
+        choices=LIBRARIES,
+        default=[],
+        help="leave out the tests that need this library; may be given more than once",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its own option
@@ -26,6 +40,22 @@ def pytest_configure(config):
         seed = int(os.environ.get("MFA_SEED") or random.SystemRandom().randrange(2**31))
     config.option.hypothesis_seed = str(seed)
     config.mfa_seed = seed
+    config.addinivalue_line("markers", "needs(library): fails without this library; see --without")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark in item.iter_markers("needs"):
+            if mark.args[0] in config.getoption("--without"):
+                item.add_marker(pytest.mark.skip(reason=f"--without {mark.args[0]}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    left_out = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    for reason, number in left_out.items():
+        terminalreporter.write_line(f"{number} tests were left out: {reason}", yellow=True)
 
 
 def pytest_report_header(config):
@@ -46,3 +76,20 @@ def _seed(request):
 def _original_sdpa():
     yield
     restore_sdpa()
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """No call is too small to be taken over, and none has been counted."""
+    for dtype in sdpa_thresholds:
+        monkeypatch.setitem(sdpa_thresholds, dtype, 0)
+    sdpa_stats(reset=True)
+
+
+@pytest.fixture
+def one_thread():
+    """For small problems, on which a pool of threads only waits: for long, on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

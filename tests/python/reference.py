@@ -119,3 +119,19 @@ def compare(name, got, yardstick, truth, size, largest_score, dtype):
     unit = ULPS[dtype] * torch.finfo(dtype).eps + ULPS[sums] * torch.finfo(sums).eps * largest_score
     allowed = 2 * naive + unit * size[finite].abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (naive {naive:.3g})"
+
+
+def agree(name, ours, theirs, truth, dtype, terms, size=1.0, largest_score=1.0):
+    """Asserts that two computations of one thing in `dtype` agree: ours is at most twice as far from the truth as
+    theirs, or a few ulp: of sums of so many `terms` of that `size`, if they are larger than what they come to."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
+    finite = theirs.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{name}: not finite in other places"
+    if not finite.any():
+        return
+    ours, theirs, truth = (tensor.detach()[finite].double() for tensor in (ours, theirs, truth))
+    sums = torch.promote_types(dtype, torch.float32)
+    unit = ULPS[dtype] * torch.finfo(dtype).eps + ULPS[sums] * torch.finfo(sums).eps * largest_score
+    error, other = (ours - truth).abs().max().item(), (theirs - truth).abs().max().item()
+    allowed = 2 * other + unit * max(size, truth.abs().max().item()) * terms**0.5
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (theirs {other:.3g})"

@@ -332,9 +332,7 @@ def test_gradcheck(option, mask):
 
     def run(query, key, value, *bias):
         given_mask = bias[0] if bias else allowed if mask == "bool" else None
-        out, lse = flash_attention(
-            query, key, value, attn_mask=given_mask, enable_gqa=True, return_lse=True, **options
-        )
+        out, lse = flash_attention(query, key, value, attn_mask=given_mask, enable_gqa=True, return_lse=True, **options)
         return out, lse.masked_fill(lse.isinf(), 0)
 
     assert torch.autograd.gradcheck(run, (*tensors, bias) if mask == "float" else tensors)

@@ -1,0 +1,82 @@
+"""nn.MultiheadAttention and nn.TransformerEncoderLayer, where they do not come by scaled_dot_product_attention.
+
+In evaluation, without gradients, they take a way of their own, an operator that projects, attends and projects again,
+and holds all scores meanwhile. After replace_sdpa() its self-attention goes through scaled_dot_product_attention, if
+that is ours to run. TransformerEncoder with padding makes nested tensors first: those stay PyTorch's.
+
+Where a query may see no key the operator gives NaN; scaled_dot_product_attention, and so this, gives zeros.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from . import tensors
+from .stats import count, small
+
+_NAME = "_native_multi_head_attention"
+_KEY = "CPU"
+_MASK_SHAPES = {  # mask_type: what its mask, in which True hides, covers
+    0: lambda batch, heads, length: (1, 1, length, length),
+    1: lambda batch, heads, length: (batch, 1, 1, length),
+    2: lambda batch, heads, length: (batch, heads, length, length),
+}
+
+
+def register(registration):
+    """Adds the override to the others. A PyTorch without get_kernel has no way to the original: then it is let be."""
+    if not hasattr(torch.library, "get_kernel"):
+        return
+    original = torch.library.get_kernel(f"aten::{_NAME}", _KEY)
+
+    def attention(
+        query,
+        key,
+        value,
+        embed_dim,
+        num_head,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        mask=None,
+        need_weights=True,
+        average_attn_weights=True,
+        mask_type=None,
+    ):
+        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+        reason = _objection(query, key, value, num_head, weights, mask, need_weights, mask_type)
+        if reason is None:
+            return _attend(query, num_head, *weights, mask, mask_type), None
+        count(reason)
+        options = (mask, need_weights, average_attn_weights, mask_type)
+        keys = torch._C._dispatch_keys(query)
+        return original.call_boxed(keys, query, key, value, embed_dim, num_head, *weights, *options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is a kernel already is why we are here
+        registration.impl(_NAME, attention, _KEY)
+
+
+def _objection(query, key, value, heads, weights, mask, need_weights, mask_type):
+    """Why the operator keeps this call; None if it goes through scaled_dot_product_attention."""
+    if query is not key or key is not value or need_weights:
+        return "nn.MultiheadAttention: not self-attention, or its weights are wanted"
+    given = (query, *weights) if mask is None else (query, *weights, mask)
+    if torch._C._len_torch_dispatch_stack() or not all(map(tensors.is_plain, given)):
+        return "nn.MultiheadAttention: not plain tensors"
+    if query.dtype not in tensors.DTYPES or query.dim() != 3 or query.shape[2] % heads:
+        return "nn.MultiheadAttention: shapes or dtypes"
+    if mask is not None and mask_type not in _MASK_SHAPES:
+        return "nn.MultiheadAttention: its mask"
+    batch, length, width = query.shape
+    return small(2 * batch * length * length * width, query.dtype)
+
+
+def _attend(query, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type):
+    batch, length, width = query.shape
+    projected = F.linear(query, qkv_weight, qkv_bias).view(batch, length, 3, heads, width // heads)
+    visible = None if mask is None else ~mask.to(torch.bool).view(_MASK_SHAPES[mask_type](batch, heads, length))
+    out = F.scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4), visible)
+    return F.linear(out.transpose(1, 2).reshape(batch, length, width), proj_weight, proj_bias)

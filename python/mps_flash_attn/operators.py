@@ -1,0 +1,268 @@
+"""torch.ops.mfa.attention_forward and attention_backward: what the dispatcher, torch.compile and torch.export know.
+
+Each operator has a kernel, a fake rule (shapes and strides without memory), and rules for autograd, vmap and autocast.
+Eager calls go past the dispatcher, which costs more than a small problem takes: both ways meet in one autograd
+function, `Attention`, and differ in the Route that it is given.
+
+    attention_forward(query, key, value, mask, lower, upper, scale, softcap) -> (out, lse)
+    attention_backward(d_out, d_lse, ..., out, lse, ..., wanted) -> (dQ, dK, dV, dbias), of size 0 where not wanted
+
+Backward takes any `out` and `lse`, so that results merged from several devices work.
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from . import run, tensors
+from .problem import check, check_saved
+
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? mask"
+_OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
+_SCHEMAS = (
+    f"attention_forward({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"attention_backward(Tensor d_out, Tensor? d_lse, {_OPERANDS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
+    " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)",
+)
+# Compiled code then gives our kernels the strides that the fake rule saw; a PyTorch without this tag keeps their order.
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)
+)
+
+_registration = torch.library.Library("mfa", "FRAGMENT")
+for _schema in _SCHEMAS:
+    _registration.define(_schema, tags=_TAGS)
+attention_forward = torch.ops.mfa.attention_forward.default
+attention_backward = torch.ops.mfa.attention_backward.default
+
+
+# --- Kernels and fake rules ----------------------------------------------------------------------
+
+
+def _absent_as_empty(gradients, query):
+    """An operator returns tensors only."""
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _backward(d_out, d_lse, query, *arguments):
+    return _absent_as_empty(run.backward(d_out, d_lse, query, *arguments), query)
+
+
+for _key in (name.upper() for name in tensors.DEVICES):
+    _registration.impl("attention_forward", run.forward, _key)
+    _registration.impl("attention_backward", _backward, _key)
+
+
+@torch.library.register_fake("mfa::attention_forward", lib=_registration)
+def _(query, key, value, mask, lower, upper, scale, softcap):
+    check(query, key, value, mask)
+    return tensors.like(query, value.shape[3]), tensors.empty_rows(query)
+
+
+@torch.library.register_fake("mfa::attention_backward", lib=_registration)
+def _(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
+    check(query, key, value, mask)
+    check_saved(query, value, out, lse, d_out, d_lse)
+    return _absent_as_empty(map(tensors.gradient, (query, key, value, mask), wanted), query)
+
+
+@register_flop_formula(torch.ops.mfa.attention_forward)
+def _(query, key, value, *_, out_shape=None, **__):
+    return sdpa_flop_count(query, _ungrouped(key, query), _ungrouped(value, query))
+
+
+@register_flop_formula(torch.ops.mfa.attention_backward)
+def _(d_out, d_lse, query, key, value, *_, out_shape=None, **__):
+    return sdpa_backward_flop_count(d_out, query, _ungrouped(key, query), _ungrouped(value, query))
+
+
+def _ungrouped(shape, query):
+    return (shape[0], query[1], *shape[2:])
+
+
+# --- Autograd ------------------------------------------------------------------------------------
+
+
+class Route(NamedTuple):
+    """How `Attention` reaches libmfa."""
+
+    forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse)
+    backward: Callable  # the arguments of attention_backward -> gradients, None where not wanted
+
+
+class Attention(torch.autograd.Function):
+    """(out, lse), differentiable once."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, lower, upper, scale, softcap, route):
+        out, lse = route.forward(query, key, value, mask, lower, upper, scale, softcap)
+        ctx.save_for_backward(query, key, value, mask, out, lse)
+        ctx.options, ctx.route = (lower, upper, scale, softcap), route
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        query, key, value, mask, out, lse = ctx.saved_tensors
+        if d_out is None:
+            d_out = tensors.incoming(None, out)
+        saved = (query, key, value, mask, out, lse)
+        wanted = ctx.needs_input_grad[:4]
+        gradients = ctx.route.backward(d_out, d_lse, *saved, *ctx.options, wanted)
+        return *gradients, None, None, None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients as a function of their own, so that to differentiate them again is an error: without it autograd
+    would take them for constants, and a second derivative would be wrong without a word."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _beneath(attention_backward, *arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "flash_attention has no second derivative; for that use scaled_dot_product_attention with "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+
+
+def is_differentiated(*operands):
+    """Whether autograd has to know. In forward mode always: it then refuses a tangent, instead of losing it."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in operands:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
+    """Route.backward through the dispatcher: gradients, None where not wanted."""
+    gradients = attention_backward(
+        d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, list(wanted)
+    )
+    return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted))
+
+
+def needs_operator(*given):
+    """Whether a rule of the dispatcher is to see this call: one for vmap, for modes, or for the tensors' own class."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return True
+    for tensor in given:
+        if not tensors.is_plain(tensor):
+            return True
+    return False
+
+
+def _eager_backward(d_out, d_lse, *arguments):
+    given = (d_out,) if d_lse is None else (d_out, d_lse)
+    if torch.is_grad_enabled() or needs_operator(*given):  # a batch of gradients, or one to be differentiated again
+        return by_operator(d_out, d_lse, *arguments)
+    return run.backward(d_out, d_lse, *arguments)
+
+
+def _beneath(operator, *arguments):
+    """The operator without its rule for autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+EAGER = Route(run.forward, _eager_backward)
+_TRACED = Route(lambda *arguments: _beneath(attention_forward, *arguments), by_operator)
+
+
+def _forward_with_autograd(query, key, value, mask, *options):
+    if is_differentiated(query, key, value, mask):
+        return Attention.apply(query, key, value, mask, *options, _TRACED)
+    return _beneath(attention_forward, query, key, value, mask, *options)
+
+
+def _backward_with_autograd(d_out, d_lse, query, key, value, mask, out, lse, *options):
+    arguments = (d_out, d_lse, query, key, value, mask, out, lse, *options)
+    if is_differentiated(d_out, d_lse, query, key, value, mask, out, lse):
+        return _Gradients.apply(*arguments)
+    return _beneath(attention_backward, *arguments)
+
+
+_registration.impl("attention_forward", _forward_with_autograd, "Autograd")
+_registration.impl("attention_backward", _backward_with_autograd, "Autograd")
+
+
+# --- Autocast ------------------------------------------------------------------------------------
+
+
+def _register_autocast(key):
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_run(query, key, value, mask, *options):
+        operands = tensors.autocast(query, key, value, mask)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return attention_forward(*operands, *options)
+
+    _registration.impl("attention_forward", cast_and_run, key)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
+    if hasattr(torch._C.DispatchKey, _key):
+        _register_autocast(_key)
+
+
+# --- vmap: the mapped dimension becomes a part of the batch --------------------------------------
+
+
+def _fold(tensor, dimension, size):
+    """(size * batch, ...)."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dimension is None else tensor.movedim(dimension, 0)
+    return tensor.flatten(0, 1)
+
+
+def _fold_mask(mask, dimension, size, batch):
+    """The same for a mask, which has its dimensions, and its batch, only as far as it needs them."""
+    if mask is None:
+        return None
+    mask = mask.expand(size, *mask.shape) if dimension is None else mask.movedim(dimension, 0)
+    mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
+    return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
+
+
+@torch.library.register_vmap("mfa::attention_forward", lib=_registration)
+def _(info, dimensions, query, key, value, mask, *options):
+    size = info.batch_size
+    query, key, value = (_fold(t, d, size) for t, d in zip((query, key, value), dimensions))
+    batch = query.shape[0] // size
+    mask = _fold_mask(mask, dimensions[3], size, batch)
+    results = attention_forward(query, key, value, mask, *options)
+    return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
+
+
+@torch.library.register_vmap("mfa::attention_backward", lib=_registration)
+def _(info, dimensions, d_out, d_lse, query, key, value, mask, out, lse, *options):
+    size, wanted = info.batch_size, options[-1]
+    mask_shape = _without(mask, dimensions[5])
+    operands = [_fold(t, d, size) for t, d in zip((d_out, d_lse, query, key, value), dimensions)]
+    batch = operands[0].shape[0] // size
+    operands.append(_fold_mask(mask, dimensions[5], size, batch))
+    operands += [_fold(t, d, size) for t, d in zip((out, lse), dimensions[6:])]
+    *gradients, dbias = (
+        gradient.unflatten(0, (size, batch)) if asked else gradient
+        for gradient, asked in zip(attention_backward(*operands, *options), wanted)
+    )
+    if wanted[3]:
+        while dbias.dim() > 1 + len(mask_shape):
+            dbias = dbias.sum(1)
+        dbias = dbias.sum_to_size(size, *mask_shape)
+    return (*gradients, dbias), tuple(0 if asked else None for asked in wanted)
+
+
+def _without(tensor, dimension):
+    """The shape that one sample of a vmap sees."""
+    if tensor is None or dimension is None:
+        return None if tensor is None else tuple(tensor.shape)
+    return tuple(size for place, size in enumerate(tensor.shape) if place != dimension)

@@ -1,0 +1,178 @@
+"""What is asked: the arguments of a call checked, and packed into the mfa_problem that libmfa reads.
+
+Python checks what libmfa cannot see, which gets numbers and strides only: that shapes, dtypes and devices agree.
+All else (head counts, dimensions, scale, softcap) libmfa refuses with a sentence of its own.
+
+Everywhere below, `lower` and `upper` bound j - i, None being an open side; `scale` None is 1/sqrt(head_dim).
+"""
+
+import torch
+
+from . import tensors
+from .library import (
+    BACKWARD,
+    BAND_OPEN_LOWER,
+    BAND_OPEN_UPPER,
+    FORWARD,
+    MASK_ADDITIVE,
+    MASK_BOOL,
+    MASK_NONE,
+    PROBLEM,
+    Scalars,
+)
+
+_DIMENSIONS = "(batch, heads, length, head_dim)"
+_NO_GRADIENTS = (0,) * 24  # layouts
+
+
+def check(query, key, value, mask):
+    """Refuses tensors that do not belong together, and devices and dtypes that we do not know."""
+    if mask is not None and mask.device != query.device:
+        raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            f"query is on {query.device}, key on {key.device} and value on {value.device}; they must be on one device"
+        )
+    for name, tensor in _named(query, key, value):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: {_DIMENSIONS}")
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in tensors.DTYPES:
+        _refuse_dtypes(query, key, value)
+    batch, q_heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    if key.shape != (batch, kv_heads, kv_len, head_dim) or value.shape[:3] != key.shape[:3]:
+        _refuse_shapes(query, key, value)
+    if mask is not None:
+        _check_mask(mask, (batch, q_heads, q_len, kv_len))
+
+
+def check_saved(query, value, out, lse, d_out, d_lse):
+    """Refuses what the forward pass of this problem cannot have given, and gradients that do not fit it."""
+    rows = query.shape[:3]
+    for name, tensor, shape, dtype in (
+        ("out", out, (*rows, value.shape[3]), query.dtype),
+        ("d_out", d_out, (*rows, value.shape[3]), query.dtype),
+        ("lse", lse, rows, tensors.rows_dtype(query)),
+        ("d_lse", d_lse, rows, tensors.rows_dtype(query)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be {str(dtype).removeprefix('torch.')}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
+
+
+def expand_mask(mask, query, key):
+    """The mask as (batch, head, row, column), with stride 0 where it is broadcast."""
+    return mask if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+
+
+def pack_forward(query, key, value, mask, lower, upper, scale, softcap, out):
+    layout = tensors.layout
+    return PROBLEM.pack(
+        PROBLEM.size,
+        FORWARD,
+        *_scalars(query, key, value, mask, lower, upper, scale, softcap),
+        *layout(query),
+        *layout(key),
+        *layout(value),
+        *layout(out),
+        *_dense_rows(query),
+        *layout(expand_mask(mask, query, key)),
+        *_NO_GRADIENTS,
+    )
+
+
+def pack_backward(query, key, value, mask, lower, upper, scale, softcap, out, lse, d_out, d_lse, dq, dk, dv, dbias):
+    layout, rows = tensors.layout, tensors.rows_layout
+    return PROBLEM.pack(
+        PROBLEM.size,
+        BACKWARD,
+        *_scalars(query, key, value, mask, lower, upper, scale, softcap),
+        *layout(query),
+        *layout(key),
+        *layout(value),
+        *layout(out),
+        *rows(lse),
+        *layout(expand_mask(mask, query, key)),
+        *layout(d_out),
+        *rows(d_lse),
+        *layout(dq),
+        *layout(dk),
+        *layout(dv),
+        *layout(expand_mask(dbias, query, key)),
+    )
+
+
+def _scalars(query, key, value, mask, lower, upper, scale, softcap):
+    batch, q_heads, q_len, head_dim = query.shape
+    mask_kind, mask_dtype = MASK_NONE, 0
+    if mask is not None:
+        is_bool = mask.dtype is torch.bool
+        mask_kind, mask_dtype = (MASK_BOOL, 0) if is_bool else (MASK_ADDITIVE, tensors.DTYPES[mask.dtype])
+    return Scalars(
+        tensors.device(query),
+        tensors.DTYPES[query.dtype],
+        mask_kind,
+        mask_dtype,
+        0,
+        batch,
+        q_heads,
+        key.shape[1],
+        q_len,
+        key.shape[2],
+        head_dim,
+        value.shape[3],
+        BAND_OPEN_LOWER if lower is None else lower,
+        BAND_OPEN_UPPER if upper is None else upper,
+        max(head_dim, 1) ** -0.5 if scale is None else scale,
+        softcap,
+    )
+
+
+def _dense_rows(query):
+    """The layout that tensors.empty_rows() has."""
+    _, q_heads, q_len, _ = query.shape
+    return q_heads * q_len, q_len, 1, 0
+
+
+def _check_mask(mask, shape):
+    if mask.dtype is not torch.bool and mask.dtype not in tensors.DTYPES:
+        raise TypeError(
+            f"attn_mask is {tensors.dtype_name(mask)}; it must be bool (True takes part), "
+            "float32, float16, bfloat16 or float64 (added to the scores)"
+        )
+    sizes = mask.shape
+    if len(sizes) > 4 or any(given != 1 and given != full for given, full in zip(reversed(sizes), reversed(shape))):
+        raise ValueError(
+            f"attn_mask has the shape {tuple(sizes)}; it must be broadcastable to (batch, heads, L, S) = {shape}"
+        )
+
+
+def _named(query, key, value):
+    return (("query", query), ("key", key), ("value", value))
+
+
+def _refuse_dtypes(query, key, value):
+    for name, tensor in _named(query, key, value):
+        if tensor.dtype not in tensors.DTYPES:
+            raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be float32, float16, bfloat16 or float64")
+    raise TypeError(
+        f"query is {tensors.dtype_name(query)}, key {tensors.dtype_name(key)} and value {tensors.dtype_name(value)}; "
+        "they must have one dtype"
+    )
+
+
+def _refuse_shapes(query, key, value):
+    (batch, _, _, head_dim), (key_batch, key_heads, key_len, key_dim) = query.shape, key.shape
+    if not batch == key_batch == value.shape[0]:
+        sizes = f"query {batch}, key {key_batch} and value {value.shape[0]}"
+        raise ValueError(f"the batch sizes of {sizes} differ; they must be equal")
+    if head_dim != key_dim:
+        raise ValueError(f"query has the head_dim {head_dim} and key {key_dim}; they must be equal")
+    if key_heads != value.shape[1]:
+        raise ValueError(f"key has {key_heads} heads and value {value.shape[1]}; they must be equal")
+    raise ValueError(f"key has the length {key_len} and value {value.shape[2]}; they must be equal")

@@ -1,0 +1,115 @@
+"""The shapes that scaled_dot_product_attention takes: 2 dimensions or more, leading ones broadcast, heads grouped.
+
+Here they are told from those that it refuses, and brought to the (batch, head, row, column) that libmfa reads.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+HEAD_DIM_MOST = 512
+LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read beyond the shorter
+
+
+class Verdict(NamedTuple):
+    """On a call with certain shapes."""
+
+    objection: str | None  # why it is left to PyTorch; what is wrong is left to it too
+    fits: bool = False  # libmfa reads these shapes as they are
+    work: int = 0  # multiply-adds of the forward pass
+
+
+def judge(query, key, value, mask, is_causal, enable_gqa):
+    """The Verdict on these shapes; mask is None if there is none."""
+    if len(query) < 2 or len(key) < 2 or len(value) < 2 or query[-1] != key[-1]:
+        return Verdict("shapes")
+    if key[-2] != value[-2]:
+        return Verdict(LENGTHS)
+    if 0 in query or 0 in key or 0 in value:
+        return Verdict("empty tensors")
+    if query[-1] > HEAD_DIM_MOST or value[-1] > HEAD_DIM_MOST:
+        return Verdict(f"head_dim above {HEAD_DIM_MOST}")
+    if enable_gqa and (min(map(len, (query, key, value))) < 3 or query[-3] % key[-3] or query[-3] % value[-3]):
+        return Verdict("head counts")
+    k_lead, v_lead = ((*shape[:-3], 1) if enable_gqa else shape[:-2] for shape in (key, value))
+    lead = broadcast(query[:-2], k_lead, v_lead)
+    if lead is None:
+        return Verdict("shapes")
+    if mask is not None:
+        if is_causal:
+            return Verdict("attn_mask together with is_causal")
+        scores = (*broadcast(query[:-2], k_lead), query[-2], key[-2])
+        if not 2 <= len(mask) <= len(scores):
+            return Verdict("attn_mask dimensions")
+        if any(size != 1 and size != full for size, full in zip(reversed(mask), reversed(scores))):
+            return Verdict("attn_mask shape")
+    fits = len(query) == len(key) == len(value) == 4 and query[0] == key[0] and key[:2] == value[:2]
+    return Verdict(
+        None,
+        fits and (enable_gqa or query[1] == key[1]),
+        math.prod(lead) * query[-2] * key[-2] * (query[-1] + value[-1]),
+    )
+
+
+judge_sizes = functools.lru_cache(maxsize=1024)(judge)  # for shapes that are numbers, not symbols
+
+
+def broadcast(*shapes):
+    """The shape that all broadcast to; None if there is none."""
+    rank = max(map(len, shapes))
+    result = [1] * rank
+    for shape in shapes:
+        for place, size in enumerate(shape, rank - len(shape)):
+            if size != 1:
+                if result[place] != 1 and result[place] != size:
+                    return None
+                result[place] = size
+    return result
+
+
+def four_dimensions(query, key, value, mask, enable_gqa):
+    """The four tensors as libmfa reads them, and the shape that the result is then to get."""
+    rank = max(query.dim(), key.dim(), value.dim())
+    most = max(rank, 4)
+    query, key, value = (_pad(tensor, most) for tensor in (query, key, value))
+    lead = broadcast(*(tensor.shape[:-3] for tensor in (query, key, value)))
+    if enable_gqa:
+        heads = query.shape[-3]
+        key, value = _same_groups(key, value)
+    else:
+        (heads,) = broadcast(*(tensor.shape[-3:-2] for tensor in (query, key, value)))
+        query = query.expand(*query.shape[:-3], heads, -1, -1)
+        if not key.shape[-3] == value.shape[-3] == 1:
+            key, value = (tensor.expand(*tensor.shape[:-3], heads, -1, -1) for tensor in (key, value))
+    shape = (*lead, heads, query.shape[-2], value.shape[-1])[-rank:]
+    query, key, value = (tensor.expand(*lead, -1, -1, -1).flatten(0, -4) for tensor in (query, key, value))
+    if mask is not None:
+        mask = _pad(mask, most)
+        if any(size != 1 for size in mask.shape[:-3]):
+            mask = mask.expand(*lead, -1, -1, -1)
+        mask = mask.flatten(0, -4)
+    return query, key, value, mask, shape
+
+
+def is_fused(query, key, value, mask):
+    """Whether PyTorch's fused CPU kernel takes such tensors; its result is laid out like the query, else contiguous."""
+    if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
+        return False
+    if key.shape[:2] != value.shape[:2] or query.shape[3] != value.shape[3]:
+        return False
+    if mask is not None and (mask.requires_grad or mask.dim() == 3):
+        return False
+    return query.stride(3) == key.stride(3) == value.stride(3) == 1
+
+
+def _pad(tensor, rank):
+    return tensor[(None,) * (rank - tensor.dim())]
+
+
+def _same_groups(key, value):
+    """Key and value of as many heads: query head h uses head h // (query heads // heads) of each, before and after."""
+    heads = math.lcm(key.shape[-3], value.shape[-3])
+    return tuple(
+        tensor if tensor.shape[-3] == heads else tensor.repeat_interleave(heads // tensor.shape[-3], -3)
+        for tensor in (key, value)
+    )

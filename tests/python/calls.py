@@ -1,0 +1,23 @@
+"""Calls of scaled_dot_product_attention, for the tests of replace_sdpa."""
+
+import torch
+
+from mps_flash_attn import replaced_sdpa, sdpa_stats
+
+
+def problem(*shape, kv_heads=None, kv_len=None, value_dim=None, dtype=torch.float32):
+    *batch, q_len, head_dim = shape or (2, 4, 33, 24)
+    kv_len, value_dim = kv_len or q_len + 5, value_dim or head_dim
+    kv_batch = [*batch[:-1], kv_heads or batch[-1]]
+    return [
+        torch.randn(size).to(dtype)
+        for size in ((*batch, q_len, head_dim), (*kv_batch, kv_len, head_dim), (*kv_batch, kv_len, value_dim))
+    ]
+
+
+def calls(function, *arguments, **options):
+    """(result, how the calls of SDPA in it went) after replace_sdpa."""
+    sdpa_stats(reset=True)
+    with replaced_sdpa():
+        result = function(*arguments, **options)
+    return result, sdpa_stats()

@@ -1,0 +1,169 @@
+"""Whole models with replace_sdpa, and by transformers' own door: what they compute, learn and say is what they did."""
+
+import copy
+
+import pytest
+import torch
+from models import KINDS, VOCABULARY, result, seeded
+from torch._dynamo.backends.common import aot_autograd
+
+from mps_flash_attn import register_transformers, replaced_sdpa, sdpa_stats
+
+pytestmark = [pytest.mark.usefixtures("everything", "one_thread"), pytest.mark.filterwarnings("ignore")]
+STEPS = 50
+DOORS = [(name, "replaced") for name in KINDS if name != "gemma"]  # for softcap there is the other door only
+DOORS += [(name, "registered") for name, kind in KINDS.items() if kind.attention]
+
+
+def each(doors):
+    """A test for each of them, left out with the library that it needs."""
+    marked = (pytest.param(name, door, marks=pytest.mark.needs(KINDS[name].library)) for name, door in doors)
+    return pytest.mark.parametrize("name, door", list(marked))
+
+
+def pair(name, door):
+    """The same model twice: on PyTorch's attention and on ours."""
+    kind = KINDS[name]
+    theirs = seeded(lambda: kind.make(kind.attention))
+    ours = copy.deepcopy(theirs)
+    if door == "registered":
+        register_transformers()
+        ours = seeded(lambda: kind.make("mfa"))
+        assert ours.config._attn_implementation == "mfa"
+        ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def on_ours(door, function, *arguments, **options):
+    """The function's result; not one call of attention went elsewhere."""
+    sdpa_stats(reset=True)
+    if door == "registered":
+        done = function(*arguments, **options)
+    else:
+        with replaced_sdpa():
+            done = function(*arguments, **options)
+    assert set(sdpa_stats()) == {"replaced"}
+    return done
+
+
+def step(model, kind, inputs):
+    """(output, loss, gradient of each parameter)"""
+    model.zero_grad()
+    output = model(**inputs)
+    loss = kind.loss(output)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return result(output, **inputs).detach(), loss.detach(), gradients
+
+
+@each(DOORS)
+def test_output_loss_and_gradients(name, door):
+    kind = KINDS[name]
+    theirs, ours = pair(name, door)
+    inputs = seeded(kind.inputs)
+    wanted = step(theirs, kind, inputs)
+    found = on_ours(door, step, ours, kind, inputs)
+    torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
+    for gradient in found[2].values():
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@each(DOORS)
+def test_evaluation(name, door, mode):
+    """Also where torch.nn takes a shortcut of its own."""
+    theirs, ours = pair(name, door)
+    inputs = seeded(KINDS[name].inputs)
+    with mode():
+        wanted = result(theirs.eval()(**inputs), **inputs)
+        found = on_ours(door, lambda: result(ours.eval()(**inputs), **inputs))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@each((name, door) for name, door in DOORS if door == "replaced" or name == "gemma")
+def test_autocast(name, door):
+    theirs, ours = pair(name, door)
+    inputs = seeded(KINDS[name].inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = step(theirs, KINDS[name], inputs)
+        found = on_ours(door, step, ours, KINDS[name], inputs)
+    torch.testing.assert_close(found[:2], wanted[:2], rtol=3e-2, atol=3e-2)
+
+
+@each(DOORS)
+def test_fifty_steps_of_training(name, door):
+    """The same loss curve; what two roundings drift apart while learning is far less than what is learnt."""
+    kind = KINDS[name]
+
+    def train(model):
+        optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+        losses = []
+        for number in range(STEPS):
+            torch.manual_seed(number % 4)
+            loss = kind.loss(model(**kind.inputs()))
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    theirs, ours = pair(name, door)
+    wanted = train(theirs)
+    found = on_ours(door, train, ours)
+    learnt = max(wanted) - min(wanted)
+    apart = max(abs(a - b) for a, b in zip(found, wanted))
+    assert learnt > 0 and apart <= 0.02 * learnt, (apart, learnt)
+    assert max(abs(a - b) for a, b in zip(found[:5], wanted)) <= 1e-3 * learnt
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@each((name, door) for name, door in DOORS if KINDS[name].generates)
+def test_greedy_generation(name, door, cached):
+    """The same words: with a cache, where keys grow by one at a time, and without."""
+    theirs, ours = (model.eval() for model in pair(name, door))
+    prompt = torch.randint(2, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    mask[1, :2] = 0
+
+    def speak(model):
+        options = {"max_new_tokens": 20, "do_sample": False, "use_cache": cached, "pad_token_id": 0}
+        return model.generate(prompt, attention_mask=mask, **options)
+
+    wanted = speak(theirs)
+    found = on_ours(door, speak, ours)
+    assert torch.equal(found, wanted) and found.shape[1] >= 20
+
+
+@each([("llama", "replaced"), ("llama", "registered"), ("gemma", "registered")])
+def test_compiled(name, door):
+    """One graph, in which attention is ours."""
+    theirs, ours = pair(name, door)
+    inputs = seeded(KINDS[name].inputs)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ours.eval(), backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    with torch.no_grad():
+        wanted = result(theirs.eval()(**inputs), **inputs)
+        with replaced_sdpa():
+            found = result(compiled(**inputs), **inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    (graph,) = graphs
+    operators = [str(node.target) for node in graph.graph.nodes if "attention" in str(node.target)]
+    assert operators == ["mfa.attention_forward.default"] * ours.config.num_hidden_layers
+
+
+def test_padding_as_nested_tensors_stays_pytorchs():
+    """nn.TransformerEncoder in evaluation makes nested tensors of padded rows, and zeros of the padding afterwards."""
+    encoder = seeded(lambda: KINDS["encoder"].make(None)).encoder.eval()
+    encoder.enable_nested_tensor = encoder.use_nested_tensor = True
+    inputs = seeded(KINDS["encoder"].inputs)
+    with torch.no_grad():
+        wanted = encoder(inputs["x"], src_key_padding_mask=inputs["padding"])
+        with replaced_sdpa():
+            found = encoder(inputs["x"], src_key_padding_mask=inputs["padding"])
+    assert torch.equal(found, wanted) and not found[inputs["padding"]].any()
