@@ -15,18 +15,13 @@ import pathlib
 import platform
 import re
 import statistics
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
-from mps_flash_attn import explain, flash_attention
+from mps_flash_attn import explain, flash_attention, reference
 from mps_flash_attn.library import library
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "python"))
-import reference  # noqa: E402  the one that the tests use
 
 CONTENDERS = ("ours", "torch", "math")
 PASSES = ("forward", "backward", "forward+backward")
@@ -143,6 +138,10 @@ class Operands:
     d_o: torch.Tensor | None
     mask: torch.Tensor | None
     torch_mask: torch.Tensor | None  # the mask that PyTorch needs: it has no windows, and no causal masks
+
+    def to(self, device):
+        tensors = (self.q, self.k, self.v, self.d_o, self.mask, self.torch_mask)
+        return Operands(*(None if tensor is None else tensor.detach().to(device) for tensor in tensors))
 
     @classmethod
     def make(cls, problem, seed):
@@ -317,27 +316,51 @@ def peak_library():
     library = ctypes.CDLL(place)
     library.mfa_peak_gflops.restype = library.mfa_peak_read_gbytes.restype = ctypes.c_double
     library.mfa_peak_gflops.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_double)
+    library.mfa_peak_bf16_gflops.restype = ctypes.c_double
+    library.mfa_peak_bf16_gflops.argtypes = (ctypes.c_int, ctypes.c_double)
     library.mfa_peak_read_gbytes.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_double)
     return library
 
 
 def vector_bits(library):
     """Of the instruction set in use: MFA_ISA where set, else this machine's widest."""
-    widths = {"scalar": 128, "neon": 128, "avx2": 256, "avx512": 512}
+    widths = {"scalar": 128, "neon": 128, "avx2": 256, "avx512": 512, "avx512bf16": 512}
     return widths.get(os.environ.get("MFA_ISA"), library.mfa_peak_vector_bits())
 
 
-def machine():
-    """One line: the processor, the vectors probed, the threads used."""
+def machine(device="cpu"):
+    """One line: the processor, the vectors probed, the threads used; or that it is its GPU."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         found = re.search(r"model name\s*:\s*(.+)", pathlib.Path("/proc/cpuinfo").read_text())
         name = found[1] if found else name
+    if device == "mps":
+        return f"{name}, its GPU"
     return f"{name}, {vector_bits(peak_library())}-bit vectors, {torch.get_num_threads()} threads"
 
 
 def versions():
     return f"libmfa {library().version}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def settle(device):
+    """Waits until all that was asked of a GPU is done."""
+    if device == "mps":
+        torch.mps.synchronize()
+
+
+class DeviceMemory:
+    """The most memory that a GPU had lent to this process since begin(), beyond what it had then: PyTorch keeps what
+    was freed, so it is what there is at the end."""
+
+    def begin(self):
+        settle("mps")
+        torch.mps.empty_cache()
+        self.before = torch.mps.driver_allocated_memory()
+
+    def extra(self, results):
+        settle("mps")
+        return max(0, torch.mps.driver_allocated_memory() - self.before - sum(t.nbytes for t in results))
 
 
 class Memory:
@@ -370,10 +393,13 @@ class Memory:
 
 
 def timed(call, repeats):
+    device = call.operands.q.device.type
+    settle(device)
     time.sleep(SETTLE_SECONDS)
     begin = time.perf_counter()
     for _ in range(repeats):
         call.run()
+    settle(device)
     return (time.perf_counter() - begin) / repeats
 
 
@@ -381,9 +407,10 @@ def first_runs(problem, operands, contenders):
     """Runs each contender once: {contender: seconds}, {contender: extra bytes}, our results. Ours is the first,
     so that what it keeps for later calls (workspace, threads) is counted."""
     warm = Problem.parse(f"{problem.passes} {problem.dtype} b1 h1 q16 kv16 d{problem.head_dim}v{problem.value_dim}")
-    memory, seconds, extra, ours = Memory(), {}, {}, None
+    device = operands.q.device.type
+    memory, seconds, extra, ours = DeviceMemory() if device == "mps" else Memory(), {}, {}, None
     for contender in contenders:
-        small = Call(contender, warm, Operands.make(warm, 0))
+        small = Call(contender, warm, Operands.make(warm, 0).to(device))
         small.prepare()
         small.run()
         call = Call(contender, problem, operands)
@@ -391,6 +418,7 @@ def first_runs(problem, operands, contenders):
         memory.begin()
         begin = time.perf_counter()
         results = call.run()
+        settle(device)
         seconds[contender] = time.perf_counter() - begin
         extra[contender] = memory.extra(results)
         if contender == "ours":
@@ -401,11 +429,11 @@ def first_runs(problem, operands, contenders):
 
 class Probe:
     """What bounds the problem, measured now: 10^9 operations a second, or for a single query, which reads K and V
-    but once, 10^9 bytes a second."""
+    but once, 10^9 bytes a second. A kernel that multiplies pairs of bf16 is set beside a probe that does so, too."""
 
-    def __init__(self, problem):
+    def __init__(self, problem, kernel):
         self.library, self.threads = peak_library(), torch.get_num_threads()
-        self.bits = vector_bits(self.library)
+        self.bits, self.is_bf16 = vector_bits(self.library), kernel.endswith("bf16")
         self.memory = torch.ones(1 << 28, dtype=torch.uint8) if problem.q_len == 1 else None
         element = DTYPES[problem.dtype].itemsize
         columns = problem.head_dim + problem.value_dim
@@ -414,6 +442,8 @@ class Probe:
 
     def __call__(self):
         time.sleep(SETTLE_SECONDS)
+        if self.memory is None and self.is_bf16:
+            return self.library.mfa_peak_bf16_gflops(self.threads, PROBE_MS)
         if self.memory is None:
             return self.library.mfa_peak_gflops(self.threads, self.bits, PROBE_MS)
         return self.library.mfa_peak_read_gbytes(
@@ -421,10 +451,11 @@ class Probe:
         )
 
 
-def rounds(problem, operands, contenders, first, budget):
+def rounds(problem, kernel, operands, contenders, first, budget):
     """Times the contenders in turn: {contender: [seconds]}; beside those of ours [(probe before, probe after)]; the
-    probe. One that has used its share of the budget sits out; if it never had a turn, its first run counts."""
-    probe, share = Probe(problem), budget / len(contenders)
+    probe, None on a GPU. One that has used its share of the budget sits out; if it never had a turn, its first run
+    counts."""
+    probe, share = Probe(problem, kernel) if operands.q.device.type == "cpu" else None, budget / len(contenders)
     calls = {contender: Call(contender, problem, operands) for contender in contenders}
     for call in calls.values():
         call.prepare()
@@ -436,42 +467,45 @@ def rounds(problem, operands, contenders, first, budget):
 
     def playing(contender):
         within = used[contender] + cost[contender] * repeats[contender] <= share
-        return len(taken[contender]) < MOST_ROUNDS and (within or (contender == "ours" and not peaks))
+        return len(taken[contender]) < MOST_ROUNDS and (within or (contender == "ours" and not taken["ours"]))
 
     while players := [contender for contender in contenders if playing(contender)]:
         for contender in players:
-            before = probe() if contender == "ours" else 0
+            probed = probe and contender == "ours"
+            before = probe() if probed else 0
             taken[contender].append(timed(calls[contender], repeats[contender]))
-            if contender == "ours":
+            if probed:
                 peaks.append((before, probe()))
             used[contender] += taken[contender][-1] * repeats[contender]
     return {contender: taken[contender] or [cost[contender]] for contender in contenders}, peaks, probe
 
 
-def measure_here(problem, budget, seed):
+def measure_here(problem, budget, seed, device):
     """The row of one problem; see measure()."""
     scores = problem.batch * problem.q_heads * problem.q_len * problem.kv_len * DTYPES[problem.dtype].itemsize
     contenders = [c for c in CONTENDERS if c != "math" or scores <= MATH_SCORES_BYTES]
-    operands = Operands.make(problem, seed)
+    operands = Operands.make(problem, seed).to(device)
     first, extra, results = first_runs(problem, operands, contenders)
-    wrong = check(problem, operands, results)
+    wrong = check(problem, operands.to("cpu"), [result.cpu() for result in results])
     del results
     row = {f"{contender}_extra_bytes": extra.get(contender) for contender in CONTENDERS}
     row["extra_bytes"] = extra["ours"]
     row["kernel"] = kernel(problem, operands)
     if wrong:
         return row | {"failed": wrong}
-    taken, peaks, probe = rounds(problem, operands, contenders, first, budget)
+    taken, peaks, probe = rounds(problem, row["kernel"], operands, contenders, first, budget)
     median = {contender: statistics.median(seconds) for contender, seconds in taken.items()}
     for contender in CONTENDERS:
         row[f"{contender}_ms"] = 1e3 * median[contender] if contender in median else None
         row[f"{contender}_runs"] = len(taken.get(contender, ()))
     for other in ("torch", "math"):
         row[f"ratio_{other}"] = median[other] / median["ours"] if other in median else None
+    row["gflops"] = 1e-9 * problem.flop() / median["ours"]
+    if not probe:
+        return row
     share = statistics.median(probe.work / seconds / max(peak) for seconds, peak in zip(taken["ours"], peaks))
     peak = statistics.median(max(peak) for peak in peaks)
     row |= {
-        "gflops": 1e-9 * problem.flop() / median["ours"],
         "share_of_peak": share if probe.memory is None else None,
         "peak_gflops": peak if probe.memory is None else None,
         "share_of_read": share if probe.memory is not None else None,
@@ -481,23 +515,24 @@ def measure_here(problem, budget, seed):
     return row
 
 
-def serve(pipe, threads, problem, budget, seed):
+def serve(pipe, threads, *arguments):
     """The process of one problem."""
     torch.set_num_threads(threads)
     try:
-        pipe.send(measure_here(problem, budget, seed))
+        pipe.send(measure_here(*arguments))
     except Exception as exception:  # the parent goes on with the next problem
         pipe.send({"failed": f"{type(exception).__name__}: {exception}"})
 
 
-def measure(text, budget=3.0, seed=1):
+def measure(text, budget=3.0, seed=1, device="cpu"):
     """The row of one problem, measured in a process of its own for about `budget` seconds beyond the first runs.
     A row with "failed" says what went wrong, and then has no times."""
     problem = Problem.parse(text)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["mps_flash_attn"])  # and torch: both take their time
+    processes = multiprocessing.get_context("spawn" if device == "mps" else "forkserver")  # Metal does not outlive fork
+    if device == "cpu":
+        processes.set_forkserver_preload(["mps_flash_attn"])  # and torch: both take their time
     ours, theirs = processes.Pipe(duplex=False)
-    process = processes.Process(target=serve, args=(theirs, torch.get_num_threads(), problem, budget, seed))
+    process = processes.Process(target=serve, args=(theirs, torch.get_num_threads(), problem, budget, seed, device))
     process.start()
     theirs.close()
     try:
@@ -513,7 +548,7 @@ def measure(text, budget=3.0, seed=1):
         "threads": torch.get_num_threads(),
         "seed": seed,
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(device),
         "versions": versions(),
     }
     return about | row

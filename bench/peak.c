@@ -1,5 +1,5 @@
-/* What this machine does at best, to set a measured speed beside: multiply-adds in f32, and bytes read
- * from memory, on all threads at once. A probe takes a few milliseconds, so that one can be run just
+/* What this machine does at best, to set a measured speed beside: multiply-adds in f32, dot products of bf16, and
+ * bytes read from memory, on all threads at once. A probe takes a few milliseconds, so that one can be run just
  * before and one just after each measurement: the clock of a shared machine moves, the share of the peak
  * of the same moment much less. Loaded by bench/measure.py through ctypes; no part of libmfa. */
 #define _POSIX_C_SOURCE 200112L /* clock_gettime under a strict -std=c11 */
@@ -23,6 +23,9 @@ EXPORT int mfa_peak_vector_bits(void);
 /* 10^9 multiplications and additions a second, with vectors of 512, 256 or 128 bits; 0 if this machine has
  * no such vectors, or the threads cannot be had. */
 EXPORT double mfa_peak_gflops(int threads, int vector_bits, double milliseconds);
+
+/* The same by dot products of pairs of bf16 (vdpbf16ps); 0 if this machine has none. */
+EXPORT double mfa_peak_bf16_gflops(int threads, double milliseconds);
 
 /* 10^9 bytes a second, read once through from a buffer that should be larger than the caches; 0 as above. */
 EXPORT double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds);
@@ -71,6 +74,25 @@ DEFINE_FMA_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_s
 #elif defined(__aarch64__)
 #define MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
 DEFINE_FMA_PIECE(fma_128, , float32x4_t, 20, vdupq_n_f32, MULTIPLY_ADD)
+#endif
+
+#if defined(__x86_64__)
+/* 24 sums: an instruction takes 6 cycles, and two begin in each. */
+__attribute__((target("avx512f,avx512bf16"))) static double dots_512(const struct probe *probe, int thread, size_t turn)
+{
+    enum { SUMS = 24 };
+    static _Thread_local volatile float kept;
+    const __m512 broadcast = _mm512_set1_ps(factor);
+    const __m512bh a = (__m512bh)broadcast, b = (__m512bh)broadcast;
+    __m512 sums[SUMS], total = broadcast;
+    _Pragma("GCC unroll 32") for (int n = 0; n < SUMS; n++) sums[n] = _mm512_set1_ps((float)n);
+    for (int step = 0; step < STEPS; step++)
+        _Pragma("GCC unroll 32") for (int n = 0; n < SUMS; n++) sums[n] = _mm512_dpbf16_ps(sums[n], a, b);
+    _Pragma("GCC unroll 32") for (int n = 0; n < SUMS; n++) total += sums[n];
+    kept = total[0];
+    (void)kept, (void)probe, (void)thread, (void)turn;
+    return 4.0 * STEPS * SUMS * (double)(sizeof(__m512) / sizeof(float));
+}
 #endif
 
 static double (*fma_piece(int vector_bits))(const struct probe *, int, size_t)
@@ -171,6 +193,17 @@ int mfa_peak_vector_bits(void)
 double mfa_peak_gflops(int threads, int vector_bits, double milliseconds)
 {
     struct probe probe = {.piece = fma_piece(vector_bits), .seconds = 1e-3 * milliseconds, .threads = threads};
+    return run(&probe);
+}
+
+double mfa_peak_bf16_gflops(int threads, double milliseconds)
+{
+    struct probe probe = {.seconds = 1e-3 * milliseconds, .threads = threads};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bf16"))
+        probe.piece = dots_512;
+#endif
     return run(&probe);
 }
 

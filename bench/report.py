@@ -70,7 +70,8 @@ def line(row):
 def table(rows, title, name=lambda row: row["problem"]):
     """For the terminal; `name` is the text of the first column."""
     caption = (
-        "of peak: useful operations, as a share of what this machine did in f32 just before and after\n"
+        "of peak: useful operations, as a share of what this machine did just before and after, in f32 or,\n"
+        "where the kernel does so, in dot products of bf16\n"
         "+MiB: peak memory beside operands and results, measured"
     )
     made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")

@@ -9,8 +9,9 @@
  * only on success. mfa_last_error() then holds one sentence for the calling thread: the field, what
  * was given, what is accepted. The library never prints, exits, aborts or throws.
  *
- * All functions may be called from several threads at once, and in a child after fork(); only
- * mfa_context_destroy() and mfa_plan_destroy() need the object to be idle. */
+ * All functions may be called from several threads at once, and in a child after fork(), where a Metal
+ * device that the parent has opened is MFA_UNAVAILABLE; only mfa_context_destroy() and mfa_plan_destroy()
+ * need the object to be idle. */
 #ifndef MFA_H
 #define MFA_H
 
@@ -115,7 +116,7 @@ typedef struct mfa_buffer {
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
     mfa_buffer q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias;
-    mfa_buffer workspace;    /* 64-byte aligned; none: the context's own is used */
+    mfa_buffer workspace;    /* 64-byte aligned; none: the context's own is used. On Metal an MTLBuffer, too */
     uint64_t workspace_size; /* its bytes: mfa_plan_workspace() or more */
 } mfa_buffers;
 
@@ -129,11 +130,15 @@ typedef struct mfa_context_options {
     uint64_t size;         /* sizeof(mfa_context_options) */
     int32_t threads;       /* most threads of a run; 0: as many as this process may use */
     int32_t reserved;      /* 0 */
-    const char *isa;       /* CPU: highest instruction set to use: scalar, avx2, avx512, neon. NULL: the
-                              environment's MFA_ISA, else the best of this machine */
+    const char *isa;       /* CPU: highest instruction set to use: scalar, avx2, avx512, avx512bf16, neon.
+                              NULL: the environment's MFA_ISA, else the best of this machine */
     const char *cache;     /* folder for compiled kernels. NULL: MFA_CACHE, else the user's cache folder */
     mfa_parallel_for host; /* the host's thread pool; NULL: the library's own */
 } mfa_context_options;
+
+/* Compiles `count` texts, files in the device's language, into the file `library`, which serves any device;
+ * returns 0 if it did. On Metal: xcrun metal -std=metal3.1 -fno-fast-math -o LIBRARY TEXT... */
+typedef int32_t (*mfa_compiler)(const char *const *texts, int32_t count, const char *library, void *argument);
 
 typedef struct mfa_context mfa_context; /* devices, threads, kernels: what lives between calls */
 typedef struct mfa_plan mfa_plan;       /* what was decided for one problem; never changes */
@@ -179,13 +184,28 @@ MFA_API size_t mfa_plan_workspace(const mfa_plan *plan);
 /* "cpu forward_f32_d64_q48_k192_band_avx512 threads 2 workspace 393216". MFA_INVALID if it does not fit. */
 MFA_API mfa_status mfa_plan_describe(const mfa_plan *plan, char *text, size_t capacity);
 
-/* `stream` is the device's queue; NULL on the CPU, where the call returns when the results are there. */
+/* `stream` is where the device's commands go. On the CPU it is NULL. On Metal:
+ *     NULL              a queue of the context's own; the call returns when the results are there
+ *     MFA_STREAM_TORCH  the stream of PyTorch in this process; the call returns when the commands are
+ *                       encoded, in the order of PyTorch's own. MFA_UNAVAILABLE if there is none
+ *     anything else     an MTLCommandBuffer without an open encoder; the call returns when the commands
+ *                       are encoded, and the caller commits. Without a workspace each run makes one */
+#define MFA_STREAM_TORCH ((void *)1)
 MFA_API mfa_status mfa_plan_run(const mfa_plan *plan, const mfa_buffers *buffers, void *stream);
 
 /* Plan and run in one call, for problems that change with each call (a decode loop with a growing
  * kv_len). Kernels and workspace are kept in the context: it neither compiles nor allocates anew. */
 MFA_API mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const mfa_buffers *buffers,
                                  void *stream);
+
+/* Compiles the kernel that a problem needs, without running it, and keeps it in `folder`; NULL: in the
+ * context's cache. What is there already stays. Files in a folder `kernels` beside this library are found
+ * like those in the cache, so they can be shipped: a device's own files serve that device and system, a
+ * library any. `compiler` makes libraries; NULL: none are made. It is called with `argument`, and may not
+ * call this library. A backend whose kernels are built in has nothing to do. MFA_COMPILE_FAILED;
+ * MFA_INVALID if the folder cannot be written. */
+MFA_API mfa_status mfa_precompile(mfa_context *context, const mfa_problem *problem, const char *folder,
+                                  mfa_compiler compiler, void *argument);
 
 #ifdef __cplusplus
 }

@@ -28,12 +28,14 @@
 /* METALSIM_INCLUDE is where include/ lies, METALSIM_CLANG the compiler: the build says so. */
 #define LANGUAGE METALSIM_CLANG, TARGET, "-x", "c++", "-std=c++14", "-nostdinc", "-isystem", METALSIM_INCLUDE, "-w"
 
-/* No call of a barrier may come to depend on more conditions than in the text: threads that are together must see one
- * and the same. Uninitialised variables hold a pattern, of floats a NaN. */
-#define GENERATE                                                                                                 \
-    "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",                \
-        "-fno-strict-aliasing", "-fconvergent-functions", "-ffp-contract=on", "-ftrivial-auto-var-init=pattern", \
-        "-Xclang", "-cl-single-precision-constant", "-gdwarf-4", "-gline-tables-only", "-fdebug-compilation-dir=."
+/* No call of a barrier may come to depend on more conditions than in the text, nor be a jump that returns to the
+ * caller's caller: threads that are together must see one and the same. Uninitialised variables hold a pattern, of
+ * floats a NaN. */
+#define GENERATE                                                                                             \
+    "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",            \
+        "-fno-strict-aliasing", "-fconvergent-functions", "-fno-optimize-sibling-calls", "-ffp-contract=on", \
+        "-ftrivial-auto-var-init=pattern", "-Xclang", "-cl-single-precision-constant", "-gdwarf-4",          \
+        "-gline-tables-only", "-fdebug-compilation-dir=."
 
 static const char *const plain_options[] = {"-O2", NULL};
 /* No vectors wider than an access that the instrumentation knows, no read left out. */

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "include/metalsim/abi.h"
+#include "metalsim.h"
 
 static const char *const positions[] = {
     "thread_position_in_grid",        "threads_per_grid",
@@ -80,7 +81,7 @@ static int take_attribute(struct span *s, struct span *attribute)
     return 0;
 }
 
-/* attribute is name(n): 1 and n. */
+/* attribute is name(n): 1 and n, which is UINT32_MAX if it is no plain number. */
 static int numbered(struct span attribute, const char *name, unsigned *n)
 {
     size_t length = strlen(name);
@@ -91,8 +92,9 @@ static int numbered(struct span attribute, const char *name, unsigned *n)
         return 0;
     rest = trim((struct span){rest.begin + 1, rest.end - 1});
     char *past;
-    *n = rest.begin < rest.end && isdigit((unsigned char)*rest.begin) ? (unsigned)strtoul(rest.begin, &past, 0)
-                                                                      : UINT32_MAX;
+    *n = (unsigned)strtoul(rest.begin, &past, 0);
+    if (!isdigit((unsigned char)*rest.begin) || past != rest.end)
+        *n = UINT32_MAX;
     return 1;
 }
 
@@ -182,27 +184,52 @@ static int write_parameters(struct kernel *kernel, struct span list, struct meta
     return 1;
 }
 
-/* The kernel whose head begins behind the word "kernel"; *at moves past its head. */
-static int write_kernel(const char **at, struct kernel *kernel, struct metalsim_text *code, struct metalsim_text *error)
+static const char *const threads_attribute = "max_total_threads_per_threadgroup";
+
+/* Reads that attribute, which may stand anywhere in a kernel's head. */
+static int read_threads(struct span head, struct kernel *kernel, struct metalsim_text *error)
 {
-    const char *open = strchr(*at, '('), *end = *at + strlen(*at), *close;
-    while (open && open[1] && open > *at) { /* past the brackets of attributes before the name */
-        const char *before = open;
-        while (before > *at && isspace((unsigned char)before[-1]))
+    const char *at = find_word(head.begin, threads_attribute);
+    if (!at || at >= head.end)
+        return 1;
+    const char *open = strchr(at, '('), *past = open ? past_bracket(open, head.end) : NULL;
+    if (past && numbered((struct span){at, past}, threads_attribute, &kernel->max_threads) && kernel->max_threads > 0 &&
+        kernel->max_threads <= METALSIM_THREADS_MAX)
+        return 1;
+    metalsim_text_add(error, "kernel %.*s: %s must be a number from 1 to %d\n",
+                      (int)(kernel->name.end - kernel->name.begin), kernel->name.begin, threads_attribute,
+                      METALSIM_THREADS_MAX);
+    return 0;
+}
+
+/* The bracket that opens the list of parameters, and the name before it; NULL: there is none. */
+static const char *find_list(const char *at, struct kernel *kernel)
+{
+    const char *open = at;
+    while ((open = strchr(open, '('))) {
+        const char *before = open++;
+        while (before > at && isspace((unsigned char)before[-1]))
             before--;
         kernel->name = (struct span){before, before};
-        while (kernel->name.begin > *at && word_char(kernel->name.begin[-1]))
+        while (kernel->name.begin > at && word_char(kernel->name.begin[-1]))
             kernel->name.begin--;
-        if (!is(kernel->name, "max_total_threads_per_threadgroup"))
-            break;
-        kernel->max_threads = (unsigned)strtoul(open + 1, NULL, 0);
-        open = strchr(open + 1, '(');
+        if (!is(kernel->name, threads_attribute))
+            return open - 1;
     }
-    close = open ? past_bracket(open, end) : NULL;
+    return NULL;
+}
+
+/* The kernel whose head begins at `head` and goes on behind the word "kernel"; *at moves past its head. */
+static int write_kernel(const char *head, const char **at, struct kernel *kernel, struct metalsim_text *code,
+                        struct metalsim_text *error)
+{
+    const char *open = find_list(*at, kernel), *close = open ? past_bracket(open, *at + strlen(*at)) : NULL;
     if (!close) {
         metalsim_text_add(error, "a kernel's list of parameters does not end\n");
         return 0;
     }
+    if (!read_threads((struct span){head, open}, kernel, error))
+        return 0;
     struct metalsim_text table = {0}, call = {0};
     const char *name = kernel->name.begin;
     int length = (int)(kernel->name.end - name);
@@ -229,8 +256,11 @@ int metalsim_parameters_write(const char *text, struct metalsim_text *code, stru
     const char *at = text;
     while ((at = find_word(at, "kernel"))) {
         struct kernel kernel = {{NULL, NULL}, 0, 0, {0, 0}};
+        const char *head = at;
+        while (head > text && head[-1] != ';' && head[-1] != '}')
+            head--;
         at += strlen("kernel");
-        if (!write_kernel(&at, &kernel, code, error)) {
+        if (!write_kernel(head, &at, &kernel, code, error)) {
             free(entries.bytes);
             return 0;
         }

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "core/plan.h"
+#include "core/precompile.h"
 #include "core/problem.h"
 
 #define TEXT(number) #number
@@ -120,4 +121,12 @@ mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const
     mfa_plan plan;
     const mfa_status status = mfa_plan_prepare(context, problem, &plan);
     return status == MFA_OK ? mfa_plan_execute(&plan, buffers, stream) : status;
+}
+
+mfa_status mfa_precompile(mfa_context *context, const mfa_problem *problem, const char *folder, mfa_compiler compiler,
+                          void *argument)
+{
+    NEED(context);
+    NEED(problem);
+    return mfa_precompile_problem(context, problem, folder, compiler, argument);
 }

@@ -1,15 +1,16 @@
-/* The Metal kernels against the reference, on what stands in for a GPU (metal/device.h).
+/* The Metal kernels against the reference, on what stands in for a GPU (metal/gpu.h).
  *
  *     check_metal [options of check_attention] [PROBLEM ...]     these problems, or the case list
  *     check_metal --tiles         problems for each row of src/metal/tiles.c
  *     check_metal --random N      N problems from the seed
- *     --checked                   the device looks for races and the like
- *     --fast-math                 kernels compiled as Metal does by default
+ *     --checked                   look for races and the like
+ *     --fast-math                 kernels compiled as Metal does if it is not told otherwise
  *     --shard K/N                 every Nth of these problems from number K on
  *
- * Each line of the case list is taken in f32, f16 and bf16, for one of the GPU families that have tiles of their own,
- * and run forward and backward through tiles, source and dispatch. Results must be within the tolerance, tiles visited
- * must be those that can be seen, and three schedules of the device must give the same bits. */
+ * Each line of the case list is taken in f32, f16 and bf16, for one of the GPU families that have tiles of their own (a
+ * quarter of them for tiles with half the threads), and run forward and backward through tiles, source and dispatch.
+ * Results must be within the tolerance, tiles visited must be those that can be seen, and three schedules of threads
+ * must give the same bits. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,7 @@
 #include "kit/compare.h"
 #include "kit/report.h"
 #include "metal/basics.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metal/problems.h"
 #include "metal/subject.h"
 #include "metal/tiles.h"
@@ -28,7 +29,7 @@
 
 enum { LINE = 512 };
 
-static struct device_settings settings;
+static struct gpu_settings settings;
 
 static int shard, shards = 1;
 
@@ -47,9 +48,10 @@ static const char *describe(const struct subject *s, enum arrangement arrangemen
     static char what[LINE + 256];
     const struct variant *v = &s->inputs.variant;
     static const char *const schedules[] = {"natural", "reversed", "shuffled"};
-    snprintf(what, sizeof what, "%s | apple%d, %s, broadcast mask %d dbias %d K V %d%s, chunk %lld, %s", s->text,
-             s->family, arrangement_name(arrangement), v->mask_broadcast, v->dbias_broadcast, v->kv_broadcast,
-             v->dlse ? ", dL given" : "", (long long)chunk, schedules[settings.schedule]);
+    snprintf(what, sizeof what, "%s | apple%d%s, %s, broadcast mask %d dbias %d K V %d%s, chunk %lld, %s", s->text,
+             s->target.family, s->target.halved ? " halved" : "", arrangement_name(arrangement), v->mask_broadcast,
+             v->dbias_broadcast, v->kv_broadcast, v->dlse ? ", dL given" : "", (long long)chunk,
+             schedules[settings.schedule]);
     return what;
 }
 
@@ -103,17 +105,17 @@ static int check(struct subject *s, enum arrangement arrangement, unsigned wante
 static int check_same(struct subject *s, int64_t chunk)
 {
     const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS;
-    const enum device_schedule usual = settings.schedule;
+    const enum gpu_schedule usual = settings.schedule;
     struct reference expected, results;
     int good = run(s, DENSE, all, 0, &expected);
-    for (int schedule = DEVICE_REVERSED; schedule <= DEVICE_SHUFFLED && good; schedule++) {
+    for (int schedule = GPU_REVERSED; schedule <= GPU_SHUFFLED && good; schedule++) {
         settings.schedule = schedule;
-        device_set(&settings);
+        gpu_set(&settings);
         good = run(s, DENSE, all, chunk, &results) && compare(s, describe(s, DENSE, chunk), 1, &results, &expected);
         reference_close(&results);
     }
     settings.schedule = usual;
-    device_set(&settings);
+    gpu_set(&settings);
     reference_close(&expected);
     if (good)
         report_pass();
@@ -159,8 +161,8 @@ static int check_variant(struct subject *s, const mfa_problem *problem, struct v
 
 static void print_verdict(const struct subject *s, int good, clock_t begin)
 {
-    printf("%-6s error %4.0f %% of the tolerance, %6.2f s  apple%d %s\n", good ? "ok" : "FAILED", 100 * s->worst,
-           (double)(clock() - begin) / CLOCKS_PER_SEC, s->family, s->text);
+    printf("%-6s error %4.0f %% of the tolerance, %6.2f s  apple%d%s %s\n", good ? "ok" : "FAILED", 100 * s->worst,
+           (double)(clock() - begin) / CLOCKS_PER_SEC, s->target.family, s->target.halved ? " halved" : "", s->text);
     fflush(stdout);
 }
 
@@ -171,7 +173,7 @@ static void check_problem(const struct arguments *arguments, const char *text, i
     char whole[LINE + 16];
     mfa_problem problem;
     int both = !strncmp(text, "both ", 5), backward = !strncmp(text, "backward ", 9);
-    struct subject s = {.text = text, .family = number % 2 ? 7 : 9};
+    struct subject s = {.text = text, .target = {number % 2 ? 7 : 9, number % 8 > 5}};
     s.passes = both ? SUBJECT_FORWARD | SUBJECT_BACKWARD : backward ? SUBJECT_BACKWARD : SUBJECT_FORWARD;
     snprintf(whole, sizeof whole, "%s%s", both ? "forward" : "", both ? rest : text);
     if (mfa_problem_parse(whole, &problem) != MFA_OK) {
@@ -245,7 +247,7 @@ static void check_generated(const struct arguments *arguments, int count,
 {
     struct generated g;
     for (int n = 0; n < count && make(&g, arguments->seed, n); n++) {
-        struct subject s = {.text = g.text, .passes = SUBJECT_FORWARD | SUBJECT_BACKWARD, .family = g.family};
+        struct subject s = {.text = g.text, .passes = SUBJECT_FORWARD | SUBJECT_BACKWARD, .target = g.target};
         if ((arguments->filter && !strstr(g.text, arguments->filter)) || !mine())
             continue;
         const clock_t begin = clock();
@@ -287,7 +289,7 @@ int main(int count, char **words)
     report_begin("check_metal", arguments.seed);
     settings.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim";
     settings.seed = arguments.seed;
-    device_set(&settings);
+    gpu_set(&settings);
     guarded_report_faults();
     for (int n = 0; n < arguments.problem_count; n++)
         check_line(&arguments, arguments.problems[n], n);

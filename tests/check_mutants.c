@@ -9,7 +9,7 @@
 #include "base/file.h"
 #include "kit/arguments.h"
 #include "kit/report.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metal/run.h"
 #include "metal/subject.h"
 #include "metalsim/metalsim.h"
@@ -151,7 +151,7 @@ static void try_kernels(run_function *run, void *argument, const char *what, int
 
 static void try_problem(const char *text, int family, struct variant variant, uint64_t seed, int verbose)
 {
-    struct subject s = {.text = text, .passes = SUBJECT_FORWARD | SUBJECT_BACKWARD, .family = family};
+    struct subject s = {.text = text, .passes = SUBJECT_FORWARD | SUBJECT_BACKWARD, .target.family = family};
     mfa_problem problem;
     if (mfa_problem_parse(text, &problem) != MFA_OK) {
         report_fail("%s: %s", text, mfa_last_error());
@@ -188,9 +188,9 @@ int main(int count, char **words)
         report_fail("the cache \"%s\" is no folder that can be written", cache);
         return report_end();
     }
-    const struct device_settings settings = {
-        .cache = cache, .checked = 1, .schedule = DEVICE_SHUFFLED, .seed = arguments.seed};
-    device_set(&settings);
+    const struct gpu_settings settings = {
+        .cache = cache, .checked = 1, .schedule = GPU_SHUFFLED, .seed = arguments.seed};
+    gpu_set(&settings);
     metal_rewrite = rewrite;
     try_kernels(run_layout_test, NULL, "layout_test", arguments.verbose);
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)

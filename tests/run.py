@@ -9,10 +9,12 @@ nothing of its tests is a failure, whatever it had counted.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import os
 import pathlib
+import platform
 import re
 import shutil
 import signal
@@ -20,9 +22,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ISAS = ("scalar", "avx2", "avx512", "neon")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")  # where Debian has the libraries of arm64
 LIMIT = 900  # seconds that one program may run
 
 
@@ -31,16 +35,18 @@ class Run:
 
     def __init__(self, build):
         self.build = build
+        self.counting = threading.Lock()
         self.passed = self.failed = 0
         self.failures = []
         self.suite = ""
-        self.shipped = self.simulated = None
+        self.shipped = self.simulated = self.emulated = self.packed = None
 
     def count(self, what, passed, failed):
-        self.passed += passed
-        self.failed += failed
-        if failed:
-            self.failures.append(f"{self.suite}: {what}: {failed} failed")
+        with self.counting:
+            self.passed += passed
+            self.failed += failed
+            if failed:
+                self.failures.append(f"{self.suite}: {what}: {failed} failed")
 
     def step(self, *command, counts=False, **environment):
         """Runs one program; counts: it reports its tests itself. True if all went well."""
@@ -63,6 +69,16 @@ class Run:
         print(f"--- {passed} passed, {failed} failed in {time.monotonic() - began:.1f} s", flush=True)
         self.count(title, passed, failed)
         return not failed
+
+    def shards(self, *command):
+        """Runs a program that counts its tests on several CPUs at once, each time with a part of the problems."""
+        cpus = min(os.cpu_count(), 16)
+
+        def run_shard(number):
+            self.step(*command, "--shard", f"{number}/{cpus}", counts=True)
+
+        with concurrent.futures.ThreadPoolExecutor(cpus) as pool:
+            list(pool.map(run_shard, range(cpus)))
 
     def cmake(self, name, *options):
         """Configures and builds a folder of the test programs; None if that fails."""
@@ -87,6 +103,31 @@ class Run:
         if not self.simulated:
             self.simulated = self.cmake("test-metal", "-DMFA_METALSIM=ON")
         return self.simulated
+
+    def arm64(self):
+        """The build folder for arm64 Linux, whose programs an emulator runs; None if that fails."""
+        if not self.emulated:
+            self.emulated = self.cmake(
+                "test-arm64",
+                "-DCMAKE_SYSTEM_NAME=Linux",
+                "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+                "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
+                "-DBUILD_SHARED_LIBS=OFF",
+                "-DMFA_MACHO=ON",
+            )
+        return self.emulated
+
+    def wheels(self):
+        """The folder with the wheels for all platforms; None if that fails."""
+        if not self.packed:
+            folder = self.build / "test-wheels"
+            shutil.rmtree(folder, ignore_errors=True)
+            self.packed = folder if self.step(sys.executable, "tools/wheels.py", "--to", folder) else None
+        return self.packed
+
+    def registers(self, folder, *options):
+        """The CPU kernels' inner loops, as compiled: their sums stay in registers."""
+        self.step(sys.executable, ROOT / "tools/check_registers.py", *options, folder, counts=True)
 
     def programs(self, folder, pattern="test_*", **environment):
         """Runs the cmocka programs of a build folder."""
@@ -190,11 +231,11 @@ def release(run):
     if not folder:
         return
     run.step(sys.executable, ROOT / "tools/check_names.py", "--library", library, counts=True)
+    run.registers(folder)
     for isa in machine_isas(library):
+        own = ("--filter", " bf16 ") if isa.endswith("bf16") else ()  # the others' kernels are those of the set below
         run.programs(folder, MFA_ISA=isa)
-        if (ROOT / "tests/check_kernels.c").exists():
-            run.step(folder / "check_kernels", "--isa", isa, counts=True)
-        run.step(folder / "check_attention", "--isa", isa, counts=True)
+        run.step(folder / "check_attention", "--isa", isa, *own, counts=True)
 
 
 def header(run):
@@ -226,6 +267,7 @@ def clang(run):
     """Another compiler."""
     folder = run.cmake("test-clang", "-DCMAKE_C_COMPILER=clang-19")
     if folder:
+        run.registers(folder)
         run.programs(folder)
         run.step(folder / "check_attention", "--quick", counts=True)
 
@@ -255,16 +297,10 @@ def threads(run):
 
 def arm64(run):
     """NEON, and scalar code of another compiler, under emulation."""
-    folder = run.cmake(
-        "test-arm64",
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
-        "-DCMAKE_EXE_LINKER_FLAGS=-static",
-        "-DBUILD_SHARED_LIBS=OFF",
-    )
+    folder = run.arm64()
     if folder:
-        command = ("qemu-aarch64-static", folder / "check_attention", "--quick")
+        run.registers(folder, "--objdump", "aarch64-linux-gnu-objdump")
+        command = (*EMULATOR, folder / "check_attention", "--quick")
         run.step(*command, "--isa", "neon", counts=True)
         run.step(*command, "--isa", "scalar", "--filter", " f32 ", counts=True)
 
@@ -277,19 +313,45 @@ def python(run):
         run.step(sys.executable, "-m", "pytest", "tests/python", counts=True, **paths)
 
 
-def wheel(run):
-    """The Python package as pip installs it: fit for any Python, and its library is found beside it."""
-    folder = run.build / "test-wheel"
-    shutil.rmtree(folder, ignore_errors=True)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    if not run.step(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT):
+def wheels(run):
+    """The wheels of all platforms; this machine's as pip installs it: its library is found beside the package."""
+    folder = run.wheels()
+    if not folder:
         return
-    (file,) = folder.glob("*.whl")
-    run.count(f"{file.name} is for any Python", *((1, 0) if "-py3-none-" in file.name else (0, 1)))
+    run.step(sys.executable, "-m", "pytest", "tests/test_wheels.py", counts=True, MFA_WHEELS=str(folder))
+    (file,) = folder.glob(f"*linux*_{platform.machine()}.whl")
     site = folder / "site"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     if run.step(*pip, "install", "--no-deps", "--target", site, file):
         program = "import mps_flash_attn, torch; q = torch.ones(1, 1, 4, 8); mps_flash_attn.flash_attention(q, q, q)"
         run.step(sys.executable, "-c", program, PYTHONPATH=str(site))
+
+
+# One problem of each kind that the CPU's kernels tell apart.
+MACOS_PROBLEMS = (
+    "both any b2 h4/2 q70 kv130 d64 causal",
+    "both any b1 h3 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
+    "both any b1 h2 q65 kv129 d128 mask_f32",
+    "both any b2 h2 q1 kv300 d40",
+)
+
+
+def macos(run):
+    """The library of the macOS wheel: what it is, and executed by a loader of Mach-O on an arm64 emulator."""
+    folder, programs = run.wheels(), run.arm64()
+    if not (folder and programs):
+        return
+    (file,) = folder.glob("*macosx*.whl")
+    scratch = run.build / "test-macos"
+    shutil.rmtree(scratch, ignore_errors=True)
+    with zipfile.ZipFile(file) as archive:
+        settings = {"MFA_DYLIB": archive.extract("mps_flash_attn/libmfa.dylib", scratch)}
+    run.step(sys.executable, "-m", "pytest", "tests/macos", counts=True, **settings)
+    run.step(*EMULATOR, programs / "check_dylib", counts=True, **settings)
+    program = (*EMULATOR, programs / "check_attention_dylib", "--quick")
+    run.step(*program, *MACOS_PROBLEMS, counts=True, **settings)
+    settings["METALSIM_CACHE"] = str(scratch / "compiled")
+    run.step(*EMULATOR, programs / "check_metal_dylib", scratch / "caches", counts=True, **settings)
 
 
 # Problems that, between them, compile every Metal kernel with every option.
@@ -319,9 +381,12 @@ def metal_kernels(run):
     if not folder:
         return
     run.step(folder / "test_metal", counts=True)
+    run.step(folder / "test_far", counts=True)
     run.step(folder / "metal_table", "docs/metal-kernels.md", counts=True)
-    for options in ((), ("--tiles",), ("--tiles", "--checked"), ("--fast-math", *METAL_PROBLEMS)):
-        run.step(folder / "check_metal", *options, counts=True)
+    for options in ((), ("--tiles", "--checked")):
+        run.shards(folder / "check_metal", *options)
+    for options in (METAL_PROBLEMS, ("--random", "100")):
+        run.step(folder / "check_metal", "--fast-math", *options, counts=True)
 
 
 def metal_mutants(run):
@@ -357,8 +422,49 @@ def metal_coverage(run):
     run.step(sys.executable, "metalsim/coverage.py", cache, profiles, *kernels, counts=True)
 
 
-SUITES = (checks, release, header, plain, clang, memory, threads, arm64, python, wheel)
-METAL = (metal_simulator, metal_kernels, metal_mutants, metal_lint, metal_coverage)  # on request: make test-metal
+def metal_host(run):
+    """The Metal backend on metalsim's runtime: messages, memory, files, failures, PyTorch's stream; and its results."""
+    folder = run.metal()
+    if not folder:
+        return
+    settings = {"METALSIM_CACHE": str(run.build / "test-metal-host")}
+    programs = ("runtime", "table", "host", "host_faults", "host_files", "torch_bare", "torch_2_4", "torch_2_14")
+    for program in programs:
+        run.step(folder / f"test_{program}", counts=True, **settings)
+    run.step(folder / "test_torch_2_14", counts=True, METALSIM_CHECKED="1", **settings)
+    for options in ((), ("--quick", "--every", "16"), ("--quick", "--checked")):
+        run.step(folder / "check_host", *options, counts=True, **settings)
+
+
+def metal_python(run):
+    """The Python tests on the Metal backend, their tensors standing in for those of the mps device."""
+    folder = run.metal()
+    if folder:
+        settings = {"MFA_BACKEND": "metal", "METALSIM_CACHE": str(run.build / "test-metal-host")}
+        settings |= {"PYTHONPATH": str(ROOT / "python"), "MFA_LIBRARY": str(folder / "libmfa.so")}
+        for part in ("[a-l]", "[m-o]", "[p-z]"):  # none of which takes too long
+            files = sorted(ROOT.glob(f"tests/python/test_{part}*.py"))
+            run.step(sys.executable, "-m", "pytest", *files, counts=True, **settings)
+
+
+def metal_cuda(run):
+    """The texts of the Metal kernels compile with nvcc, where there is one, for an NVIDIA GPU."""
+    toolkit = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    if not (shutil.which("nvcc") or (toolkit / "bin/nvcc").exists()):
+        print("\n--- no nvcc here, nor in CUDA_HOME: NOT compiled for NVIDIA GPUs")
+        return
+    folder = run.build / "test-metal-cuda"
+    shutil.rmtree(folder, ignore_errors=True)  # or it would find the kernels compiled
+    run.step("sh", "metalsim/cuda/run.sh", folder, counts=True, METALSIM_CUDA_ARCH="sm_90")
+
+
+CPU = (checks, release, header, plain, clang, memory, threads, arm64, python, wheels, macos)
+# make test-metal
+METAL = (
+    *(metal_simulator, metal_kernels, metal_mutants, metal_lint, metal_coverage),
+    *(metal_host, metal_python, metal_cuda),
+)
+SUITES = CPU + METAL
 
 
 def name_of(suite):
@@ -372,10 +478,10 @@ def main():
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="run only these")
     options = parser.parse_args()
     if options.list:
-        for suite in SUITES + METAL:
+        for suite in SUITES:
             print(f"{name_of(suite):15} {suite.__doc__}")
         return 0
-    names = [name_of(suite) for suite in SUITES + METAL]
+    names = [name_of(suite) for suite in SUITES]
     for name in options.suites:
         if name not in names:
             parser.error(f"no suite {name}; there are: {' '.join(names)}")
@@ -384,8 +490,8 @@ def main():
     run.build.mkdir(parents=True, exist_ok=True)
     os.environ["MFA_CACHE"] = str(run.build / "test-cache")  # not the user's own
     times = []
-    for suite in SUITES + METAL:
-        if name_of(suite) not in (options.suites or map(name_of, SUITES)):
+    for suite in SUITES:
+        if options.suites and name_of(suite) not in options.suites:
             continue
         run.suite = name_of(suite)
         began, passed, failed = time.monotonic(), run.passed, run.failed

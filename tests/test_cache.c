@@ -1,6 +1,5 @@
-/* The kernel cache, and the context's way to it, with a backend that compiles: its "compiler" writes the
- * key's text to a file, and its "kernel" is that text. Whatever is wrong with a file is a miss, and
- * nothing that can be wrong with the folder is an error. */
+/* The context's way to its kernels, with a backend that compiles: its "compiler" writes the key's text to a file,
+ * and its "kernel" is that text. Nothing that can be wrong with the cache folder is an error. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -9,7 +8,6 @@
 
 #include <cmocka.h>
 
-#include <dirent.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -21,16 +19,17 @@
 
 #include "base/error.h"
 #include "base/file.h"
-#include "core/cache.h"
 #include "core/context.h"
 #include "core/plan.h"
+#include "folder.h"
 #include "mfa.h"
 
 /* -- A backend -- */
 
-static atomic_int compiled, loaded, unloaded;
+static atomic_int compiled, from_library, loaded, unloaded;
 static uint64_t stamp_now = 1, shared = 100;
-static int compile_fails, load_fails;
+static int compile_fails, write_fails, load_fails, attempts;
+static int most_rows; /* of a kernel that the device can run; 0: any */
 
 static mfa_status fake_open(const mfa_context_options *options, void **state)
 {
@@ -50,39 +49,63 @@ static mfa_status fake_supports(void *state, const mfa_problem *problem)
     return problem->head_dim == 7 ? mfa_fail(MFA_UNSUPPORTED, "head_dim is 7; seven is not done") : MFA_OK;
 }
 
-static void fake_choose(void *state, const mfa_problem *problem, struct mfa_choice *choice)
+static void fake_choose(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice)
 {
     (void)state;
     *choice = (struct mfa_choice){.key = {problem->pass, problem->dtype, (int32_t)problem->head_dim,
-                                          (int32_t)problem->value_dim, 32, 64, 0, problem->dtype, "apple9"},
-                                  .splits = 1, .panels = 1, .threads = 2, .shared = shared,
+                                          (int32_t)problem->value_dim, simpler ? 16 : 32, 64, 0, problem->dtype,
+                                          "apple9"},
+                                  .threads = 2, .shared = shared,
                                   .per_thread = (uint64_t)problem->q_len * 8};
 }
 
-static mfa_status fake_compile(void *state, const struct mfa_key *key, const char *path)
+static mfa_status fake_compile(void *state, const struct mfa_key *key, const char *library, const char *path,
+                               const void **kernel)
 {
     (void)state;
     char text[MFA_KEY_TEXT];
     mfa_key_print(key, text);
+    attempts++;
     if (compile_fails)
         return mfa_fail(MFA_COMPILE_FAILED, "%s: not today", text);
+    if (most_rows && key->block_q > most_rows)
+        return mfa_fail(MFA_UNSUPPORTED, "%s is too large", text);
     atomic_fetch_add(&compiled, 1);
-    FILE *file = fopen(path, "w");
-    assert_non_null(file);
-    fputs(text, file);
-    fclose(file);
+    atomic_fetch_add(&from_library, library != NULL);
+    if (path && !write_fails)
+        assert_true(mfa_file_write(path, text, strlen(text)));
+    char *copy = strdup(text);
+    assert_non_null(copy);
+    *kernel = copy;
     return MFA_OK;
 }
 
-static uint64_t fake_stamp(void *state)
+static uint64_t fake_stamp(void *state, const struct mfa_key *key)
 {
-    (void)state;
+    (void)state, (void)key;
     return stamp_now;
 }
 
-static mfa_status fake_load(void *state, const struct mfa_key *key, const char *path, const void **kernel)
+static uint64_t fake_library_stamp(void *state, const struct mfa_key *key)
 {
-    (void)state;
+    (void)state, (void)key;
+    return 1;
+}
+
+/* Two texts, "a.text" and "b.text". */
+static mfa_status fake_text(void *state, const struct mfa_key *key, int n, char **text, char **name)
+{
+    static const char *const texts[] = {"first", "second"}, *const names[] = {"a.text", "b.text"};
+    (void)state, (void)key;
+    *text = n < 2 ? strdup(texts[n]) : NULL;
+    *name = n < 2 ? strdup(names[n]) : NULL;
+    return MFA_OK;
+}
+
+static mfa_status fake_load(void *state, const struct mfa_key *key, const char *library, const char *path,
+                            const void **kernel)
+{
+    (void)state, (void)library;
     char expected[MFA_KEY_TEXT], *text;
     size_t length;
     mfa_key_print(key, expected);
@@ -123,7 +146,8 @@ static mfa_status fake_launch(void *state, const void *kernel, const mfa_problem
 
 static const struct mfa_backend fake = {
     .name = "fake", .device = MFA_DEVICE_CPU, .open = fake_open, .close = fake_close, .supports = fake_supports,
-    .choose = fake_choose, .compile = fake_compile, .stamp = fake_stamp, .load = fake_load, .unload = fake_unload,
+    .choose = fake_choose, .library_suffix = ".lib", .stamp = fake_stamp, .library_stamp = fake_library_stamp,
+    .text = fake_text, .compile = fake_compile, .load = fake_load, .unload = fake_unload,
     .launch = fake_launch};
 
 static mfa_status absent_open(const mfa_context_options *options, void **state)
@@ -149,36 +173,10 @@ static int make_folder(void **state)
     atomic_store(&compiled, 0);
     atomic_store(&loaded, 0);
     atomic_store(&unloaded, 0);
+    atomic_store(&from_library, 0);
     stamp_now = 1;
-    compile_fails = load_fails = 0;
+    attempts = compile_fails = write_fails = load_fails = most_rows = 0;
     return mkdtemp(folder) ? 0 : -1;
-}
-
-/* Calls `visit` with each file of the folder. Returns how many there are. */
-static int each_file(const char *path, void (*visit)(const char *path))
-{
-    DIR *listing = opendir(path);
-    int count = 0;
-    for (struct dirent *entry; listing && (entry = readdir(listing)) != NULL;) {
-        char name[MFA_FILE_PATH];
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
-            continue;
-        snprintf(name, sizeof name, "%s/%s", path, entry->d_name);
-        count++;
-        if (visit)
-            visit(name);
-    }
-    if (listing)
-        closedir(listing);
-    return count;
-}
-
-static void remove_all(const char *path)
-{
-    struct stat found;
-    if (lstat(path, &found) == 0 && S_ISDIR(found.st_mode))
-        each_file(path, remove_all);
-    remove(path);
 }
 
 static int remove_folder(void **state)
@@ -187,170 +185,6 @@ static int remove_folder(void **state)
     chmod(folder, 0700);
     remove_all(folder);
     return 0;
-}
-
-static const struct mfa_key key = {MFA_FORWARD, MFA_F16, 64, 64, 32, 64, MFA_FEATURE_BAND, MFA_F16, "apple9"};
-
-static void keep_contents(uint64_t stamp, const char *contents)
-{
-    struct mfa_cache_draft draft;
-    assert_int_equal(mfa_cache_draft_begin(folder, &key, &draft), MFA_OK);
-    assert_true(mfa_file_write(draft.path, contents, strlen(contents)));
-    mfa_cache_draft_keep(folder, &key, stamp, &draft);
-    char *bytes;
-    size_t length;
-    assert_true(mfa_file_read(draft.path, &bytes, &length));
-    assert_int_equal(length, strlen(contents));
-    assert_memory_equal(bytes, contents, length);
-    free(bytes);
-    mfa_cache_draft_end(&draft);
-}
-
-static int hit(uint64_t stamp)
-{
-    char path[MFA_FILE_PATH];
-    return mfa_cache_find(folder, &key, stamp, path);
-}
-
-static void test_files(void **state)
-{
-    (void)state;
-    char path[MFA_FILE_PATH], *bytes;
-    size_t length;
-    snprintf(path, sizeof path, "%s/a/b/c", folder);
-    assert_true(mfa_file_make_folder(path));
-    assert_true(mfa_file_make_folder(path));
-    strcat(path, "/file");
-    assert_false(mfa_file_read(path, &bytes, &length));
-    assert_true(mfa_file_write(path, "", 0));
-    assert_true(mfa_file_read(path, &bytes, &length));
-    assert_int_equal(length, 0);
-    free(bytes);
-    assert_true(mfa_file_write(path, "two\0words", 9));
-    assert_true(mfa_file_read(path, &bytes, &length));
-    assert_int_equal(length, 9);
-    assert_memory_equal(bytes, "two\0words", 9);
-    free(bytes);
-    assert_false(mfa_file_make_folder(path)); /* a file is there */
-    assert_false(mfa_file_read(folder, &bytes, &length));
-    snprintf(path, sizeof path, "%s/a/b/c", folder);
-    assert_int_equal(each_file(path, NULL), 1); /* no temporary is left */
-}
-
-static void test_default_folder(void **state)
-{
-    (void)state;
-    char path[MFA_FILE_PATH];
-    setenv("HOME", "/home/of", 1);
-    unsetenv("MFA_CACHE");
-    unsetenv("XDG_CACHE_HOME");
-    assert_true(mfa_file_cache_folder(path));
-#if defined(__APPLE__)
-    assert_string_equal(path, "/home/of/Library/Caches/libmfa");
-#else
-    assert_string_equal(path, "/home/of/.cache/libmfa");
-#endif
-    setenv("XDG_CACHE_HOME", "not/absolute", 1);
-    assert_true(mfa_file_cache_folder(path));
-    assert_non_null(strstr(path, "/home/of/"));
-    setenv("XDG_CACHE_HOME", "/caches", 1);
-    assert_true(mfa_file_cache_folder(path));
-    assert_string_equal(path, "/caches/libmfa");
-    setenv("MFA_CACHE", "/here", 1);
-    assert_true(mfa_file_cache_folder(path));
-    assert_string_equal(path, "/here");
-    unsetenv("MFA_CACHE");
-    unsetenv("XDG_CACHE_HOME");
-    unsetenv("HOME");
-    assert_false(mfa_file_cache_folder(path));
-}
-
-static void test_hit_and_stale(void **state)
-{
-    (void)state;
-    assert_false(hit(1));
-    assert_false(mfa_cache_find(NULL, &key, 1, NULL));
-    keep_contents(1, "kernel one");
-    assert_true(hit(1));
-    assert_false(hit(2));
-    assert_int_equal(each_file(folder, NULL), 2);
-    keep_contents(2, "kernel two");
-    assert_true(hit(1));
-    assert_true(hit(2));
-    keep_contents(1, "kernel one, compiled again");
-    assert_true(hit(1));
-    assert_int_equal(each_file(folder, NULL), 4);
-    struct mfa_key other = key;
-    other.head_dim = 65;
-    char path[MFA_FILE_PATH];
-    assert_false(mfa_cache_find(folder, &other, 1, path));
-}
-
-static void truncate_last(const char *path)
-{
-    struct stat found;
-    assert_int_equal(stat(path, &found), 0);
-    assert_int_equal(truncate(path, found.st_size - 1), 0);
-}
-
-static void flip_first(const char *path)
-{
-    FILE *file = fopen(path, "r+");
-    const int first = fgetc(file);
-    rewind(file);
-    fputc(first ^ 1, file);
-    fclose(file);
-}
-
-static void append_one(const char *path)
-{
-    FILE *file = fopen(path, "a");
-    fputc('x', file);
-    fclose(file);
-}
-
-static void make_empty(const char *path)
-{
-    assert_int_equal(truncate(path, 0), 0);
-}
-
-static void remove_one(const char *path)
-{
-    assert_int_equal(unlink(path), 0);
-}
-
-static void replace_by_folder(const char *path)
-{
-    remove_one(path);
-    assert_int_equal(mkdir(path, 0700), 0);
-}
-
-static const char *wanted_end; /* NULL: the kernel; else the line beside it */
-static void (*wanted_damage)(const char *path);
-
-static void damage(const char *path)
-{
-    const int is_check = strstr(path, ".check") != NULL;
-    if (is_check == (wanted_end != NULL))
-        wanted_damage(path);
-}
-
-static void test_damage_is_a_miss(void **state)
-{
-    (void)state;
-    static void (*const damages[])(const char *) = {truncate_last, flip_first, append_one,
-                                                    make_empty,    remove_one, replace_by_folder};
-    for (size_t i = 0; i < sizeof damages / sizeof *damages; i++)
-        for (int check = 0; check < 2; check++) {
-            keep_contents(1, "kernel");
-            assert_true(hit(1));
-            wanted_damage = damages[i];
-            wanted_end = check ? ".check" : NULL;
-            each_file(folder, damage);
-            assert_false(hit(1));
-            remove_all(folder);
-            assert_int_equal(mkdir(folder, 0700), 0);
-        }
 }
 
 /* -- The context -- */
@@ -387,14 +221,14 @@ static void test_compiled_once(void **state)
     assert_int_equal(plan_one(context, 64), MFA_OK);
     assert_int_equal(plan_one(context, 32), MFA_OK);
     assert_int_equal(compiled, 2);
-    assert_int_equal(loaded, 2);
+    assert_int_equal(loaded, 0);
     mfa_context_destroy(context);
     assert_int_equal(unloaded, 2);
 
     context = open_context(folder); /* from the disk */
     assert_int_equal(plan_one(context, 64), MFA_OK);
     assert_int_equal(compiled, 2);
-    assert_int_equal(loaded, 3);
+    assert_int_equal(loaded, 1);
     mfa_context_destroy(context);
 
     stamp_now = 2; /* a new driver */
@@ -408,7 +242,7 @@ static void test_compiled_once(void **state)
     assert_int_equal(plan_one(context, 64), MFA_OK);
     assert_int_equal(compiled, 4);
     mfa_context_destroy(context);
-    assert_int_equal(unloaded, loaded);
+    assert_int_equal(unloaded, loaded + compiled);
 }
 
 static void test_failures(void **state)
@@ -420,9 +254,15 @@ static void test_failures(void **state)
     assert_non_null(strstr(mfa_last_error(), "not today"));
     assert_int_equal(each_file(folder, NULL), 0); /* no draft is left */
     compile_fails = 0;
-    load_fails = 1;
-    assert_int_equal(plan_one(context, 64), MFA_DEVICE_FAILED);
+    assert_int_equal(plan_one(context, 64), MFA_COMPILE_FAILED); /* it is not tried again */
+    assert_non_null(strstr(mfa_last_error(), "not today"));
+    assert_int_equal(attempts, 1);
+    mfa_context_destroy(context);
+    context = open_context(folder);
+    write_fails = 1;
     assert_int_equal(plan_one(context, 64), MFA_OK);
+    assert_int_equal(each_file(folder, NULL), 0);
+    write_fails = 0;
     assert_int_equal(plan_one(context, 7), MFA_UNSUPPORTED);
     assert_string_equal(mfa_last_error(), "head_dim is 7; seven is not done");
     mfa_problem problem = a_problem(64);
@@ -441,7 +281,6 @@ static void test_folders_that_cannot_be_written(void **state)
 {
     (void)state;
     char path[MFA_FILE_PATH];
-    setenv("TMPDIR", folder, 1);
     snprintf(path, sizeof path, "%s/file", folder);
     assert_true(mfa_file_write(path, "a file, no folder", 17));
     static const char *const refused[] = {"/proc/no/folder", "", NULL};
@@ -450,9 +289,114 @@ static void test_folders_that_cannot_be_written(void **state)
         assert_int_equal(plan_one(context, 64), MFA_OK);
         assert_int_equal(compiled, i + 1);
         mfa_context_destroy(context);
-        assert_int_equal(each_file(folder, NULL), 1); /* the private temporary is gone */
+        assert_int_equal(each_file(folder, NULL), 1);
     }
-    unsetenv("TMPDIR");
+}
+
+/* What the device cannot run is followed by the next choice, in this context and in one that finds it on disk. */
+static void test_next_choice(void **state)
+{
+    (void)state;
+    most_rows = 16;
+    for (int i = 0; i < 2; i++) {
+        mfa_context *context = open_context(folder);
+        const mfa_problem problem = a_problem(64);
+        mfa_plan *plan;
+        char text[256];
+        assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+        assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
+        assert_non_null(strstr(text, "_q16_"));
+        assert_int_equal(compiled, 1);
+        mfa_plan_destroy(plan);
+        mfa_context_destroy(context);
+    }
+    most_rows = 8; /* nothing is left to choose */
+    remove_all(folder);
+    mfa_context *context = open_context(folder);
+    attempts = 0;
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(plan_one(context, 64), MFA_UNSUPPORTED);
+        assert_non_null(strstr(mfa_last_error(), "_q16_k64_apple9 is too large"));
+        assert_int_equal(attempts, 2);
+    }
+    mfa_context_destroy(context);
+}
+
+static int libraries, compiler_fails;
+
+/* A device's own compiler: copies the texts into the library. */
+static int32_t join_texts(const char *const *texts, int32_t count, const char *library, void *argument)
+{
+    char all[64] = "";
+    assert_ptr_equal(argument, &libraries);
+    libraries++;
+    for (int32_t n = 0; n < count; n++) {
+        char *text;
+        size_t length;
+        assert_true(mfa_file_read(texts[n], &text, &length));
+        strncat(all, text, length);
+        free(text);
+    }
+    assert_string_equal(all, "firstsecond");
+    assert_non_null(strstr(texts[1], "/b.text"));
+    if (compiler_fails < 2) /* 2: it says that it has made a file, and has not */
+        assert_true(mfa_file_write(library, all, strlen(all)));
+    return compiler_fails == 1;
+}
+
+static void test_precompile(void **state)
+{
+    (void)state;
+    char shipped[MFA_FILE_PATH];
+    const mfa_problem problem = a_problem(64);
+    mfa_context *context = open_context(folder);
+    snprintf(shipped, sizeof shipped, "%s/shipped", folder);
+    libraries = compiler_fails = 0;
+    for (int i = 0; i < 2; i++) { /* what is there stays */
+        assert_int_equal(mfa_precompile(context, &problem, shipped, join_texts, &libraries), MFA_OK);
+        assert_int_equal(compiled, 1);
+        assert_int_equal(from_library, 1);
+        assert_int_equal(libraries, 1);
+        assert_int_equal(each_file(shipped, NULL), 4);
+    }
+    assert_int_equal(unloaded, 1);
+    assert_int_equal(mfa_precompile(context, &problem, NULL, NULL, NULL), MFA_OK); /* into the cache */
+    assert_int_equal(compiled, 2);
+    assert_int_equal(from_library, 1);
+    assert_int_equal(each_file(folder, NULL), 3);
+    assert_int_equal(plan_one(context, 64), MFA_OK);
+    assert_int_equal(compiled, 2);
+    mfa_context_destroy(context);
+
+    context = open_context(shipped); /* a new driver: the library is still good */
+    stamp_now = 2;
+    assert_int_equal(plan_one(context, 64), MFA_OK);
+    assert_int_equal(compiled, 3);
+    assert_int_equal(from_library, 2);
+    mfa_context_destroy(context);
+}
+
+static void test_precompile_failures(void **state)
+{
+    (void)state;
+    const mfa_problem problem = a_problem(64), seven = a_problem(7);
+    mfa_context *context = open_context(folder);
+    assert_int_equal(mfa_precompile(NULL, &problem, NULL, NULL, NULL), MFA_INVALID);
+    assert_int_equal(mfa_precompile(context, NULL, NULL, NULL, NULL), MFA_INVALID);
+    assert_int_equal(mfa_precompile(context, &seven, NULL, NULL, NULL), MFA_UNSUPPORTED);
+    assert_int_equal(mfa_precompile(context, &problem, "/proc/no/folder", NULL, NULL), MFA_INVALID);
+    assert_non_null(strstr(mfa_last_error(), "folder is /proc/no/folder"));
+    for (compiler_fails = 1; compiler_fails <= 2; compiler_fails++) {
+        assert_int_equal(mfa_precompile(context, &problem, NULL, join_texts, &libraries), MFA_COMPILE_FAILED);
+        assert_non_null(strstr(mfa_last_error(), "the compiler that was given"));
+    }
+    write_fails = 1;
+    assert_int_equal(mfa_precompile(context, &problem, NULL, NULL, NULL), MFA_COMPILE_FAILED);
+    compile_fails = 1;
+    assert_int_equal(mfa_precompile(context, &problem, NULL, NULL, NULL), MFA_COMPILE_FAILED);
+    assert_non_null(strstr(mfa_last_error(), "not today"));
+    assert_int_equal(each_file(folder, NULL), 0); /* no draft is left */
+    mfa_context_destroy(context);
 }
 
 static void *plan_often(void *argument)
@@ -541,15 +485,75 @@ static void test_workspace(void **state)
     mfa_context_destroy(context);
 }
 
+/* A buffer whose length the backend can tell. */
+static uint64_t measure(void *state, const void *base)
+{
+    (void)state;
+    return *(const uint64_t *)base;
+}
+
+/* Operands must lie within their buffers, whichever way they run. */
+static void test_extents(void **state)
+{
+    (void)state;
+    struct mfa_backend measured = fake;
+    measured.buffer_length = measure;
+    const struct mfa_backend *const one[] = {&measured, NULL};
+    static const struct {
+        int64_t row, column;
+        uint64_t offset, length; /* of k: 3 rows of 8 */
+        int fits;
+    } cases[] = {
+        {8, 1, 0, 96, 1},     {8, 1, 0, 95, 0},    {8, 1, 4, 96, 0},  {8, 1, 4, 100, 1}, {0, 0, 0, 4, 1},
+        {-8, 1, 64, 96, 1},   {-8, 1, 60, 96, 0},  {-8, 1, 64, 95, 0}, {8, -1, 28, 96, 1}, {8, -1, 24, 96, 0},
+        {-8, -1, 92, 96, 1},  {-8, -1, 88, 96, 0}, {-8, -1, 92, 95, 0}, {8, 1, 200, 96, 0},
+        {INT64_C(1) << 58, 1, 0, UINT64_MAX, 1},   {INT64_C(1) << 58, 1, UINT64_MAX - 63, UINT64_MAX, 0},
+    };
+    mfa_context_options options = {.size = sizeof options, .cache = folder};
+    mfa_context *context = NULL;
+    uint64_t all = UINT64_MAX, length;
+    assert_int_equal(mfa_context_open(one, &options, &context), MFA_OK);
+    for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+        mfa_problem problem;
+        mfa_problem_init(&problem, 1, 1, 1, 2, 3, 8, 8);
+        problem.k_layout.row = cases[n].row, problem.k_layout.column = cases[n].column;
+        length = cases[n].length;
+        const mfa_buffers buffers = {.size = sizeof buffers, .q = {&all, 0}, .k = {&length, cases[n].offset},
+                                     .v = {&all, 0}, .o = {&all, 0}};
+        const mfa_status status = mfa_attention(context, &problem, &buffers, NULL);
+        assert_int_equal(status, cases[n].fits ? MFA_OK : MFA_INVALID);
+        if (!cases[n].fits)
+            assert_int_equal(strncmp(mfa_last_error(), "k begins at byte ", 17), 0);
+    }
+    static const struct {
+        uint64_t offset, size, length;
+        int fits;
+    } rooms[] = {{0, 132, 132, 1}, {64, 132, 196, 1}, {64, 132, 195, 0}, {0, 200, 132, 0}, {192, 132, 132, 0}};
+    static _Alignas(64) uint64_t room[32]; /* the workspace of a fake run is memory, which this is */
+    for (size_t n = 0; n < sizeof rooms / sizeof *rooms; n++) {
+        mfa_problem problem;
+        mfa_problem_init(&problem, 1, 1, 1, 2, 3, 8, 8);
+        room[0] = rooms[n].length;
+        const mfa_buffers buffers = {.size = sizeof buffers, .q = {&all, 0}, .k = {&all, 0}, .v = {&all, 0},
+                                     .o = {&all, 0}, .workspace = {room, rooms[n].offset},
+                                     .workspace_size = rooms[n].size};
+        const mfa_status status = mfa_attention(context, &problem, &buffers, NULL);
+        assert_int_equal(status, rooms[n].fits ? MFA_OK : MFA_INVALID);
+        if (!rooms[n].fits)
+            assert_int_equal(strncmp(mfa_last_error(), "workspace begins at byte ", 25), 0);
+    }
+    mfa_context_destroy(context);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_folder, remove_folder)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_files),          TEST(test_hit_and_stale), TEST(test_damage_is_a_miss),
-        TEST(test_compiled_once),  TEST(test_failures),      TEST(test_folders_that_cannot_be_written),
-        TEST(test_many_threads),   TEST(test_workspace),     TEST(test_fork_while_loading),
-        TEST(test_default_folder),
+        TEST(test_compiled_once), TEST(test_failures),    TEST(test_folders_that_cannot_be_written),
+        TEST(test_next_choice),   TEST(test_precompile),  TEST(test_precompile_failures),
+        TEST(test_many_threads),  TEST(test_workspace),   TEST(test_fork_while_loading),
+        TEST(test_extents),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -33,8 +33,9 @@ RULES = (
     ("metalsim/include/*", ("metalsim/*",), SYSTEM),
     ("metalsim/tests/*", ("*",), ()),
     ("metalsim/cuda/*", ("*",), ()),
-    ("metalsim/*", ("[!/]*.h", "include/metalsim/*", "base/*", "mfa.h"), ()),
+    ("metalsim/*", ("[!/]*.h", "*.inc", "include/metalsim/*", "base/*", "mfa.h"), ()),
     ("bench/*", ("mfa.h",), ()),
+    ("tools/macos/sdk/*", (), MACHINE),
 )
 # Where includes are looked for. metalsim and its parts may also name files of their own folder.
 TOPS = ("src", "include", "tests", ".", "metalsim", "metalsim/include")

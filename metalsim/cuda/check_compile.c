@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #include "kit/report.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metal/source.h"
 #include "mfa.h"
 
@@ -20,8 +20,8 @@ static const struct {
 int main(void)
 {
     const char *cache = getenv("MFA_CACHE");
-    const struct device_settings settings = {.cache = cache ? cache : "build/metalsim"};
-    device_set(&settings);
+    const struct gpu_settings settings = {.cache = cache ? cache : "build/metalsim"};
+    gpu_set(&settings);
     report_begin("check_compile", 1);
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++)
         for (int n = 0; n < 2 * MFA_METAL_KERNELS; n++) {
@@ -36,8 +36,8 @@ int main(void)
             snprintf(key.machine, sizeof key.machine, "apple%d", variants[v].family);
             if (mfa_metal_source_write(&key, kernel, "#define COUNT_TILES\n", &text) != MFA_OK)
                 continue; /* not a kernel of this pass, or not without a mask */
-            const struct device_launch launch = {.text = text, .function = mfa_metal_source_function(kernel)};
-            const char *why = device_run(&launch);
+            const struct gpu_launch launch = {.text = text, .function = mfa_metal_source_function(kernel)};
+            const char *why = gpu_run(&launch);
             if (why)
                 report_fail("%s", why);
             else

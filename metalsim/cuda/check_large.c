@@ -11,7 +11,7 @@
 #include "kit/compare.h"
 #include "kit/operands.h"
 #include "kit/report.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metal/run.h"
 #include "mfa.h"
 #include "reference/element.h"
@@ -58,7 +58,7 @@ static int check_pass(const char *text, const struct inputs *inputs, mfa_context
     if (status == MFA_OK) {
         operands_collect(&cpu, truth);
         begin = seconds();
-        status = metal_run(&gpu, 7, 0, &trace);
+        status = metal_run(&gpu, (struct metal_target){.family = 7}, 0, &trace);
         operands_collect(&gpu, &results);
     }
     if (status != MFA_OK)
@@ -116,8 +116,8 @@ int main(int count, char **words)
         return 2;
     report_begin("check_large", arguments.seed);
     const char *cache = getenv("MFA_CACHE");
-    const struct device_settings settings = {.cache = cache ? cache : "build/metalsim"};
-    device_set(&settings);
+    const struct gpu_settings settings = {.cache = cache ? cache : "build/metalsim"};
+    gpu_set(&settings);
     if (mfa_context_create(NULL, &context) != MFA_OK) {
         fprintf(stderr, "%s\n", mfa_last_error());
         return 2;

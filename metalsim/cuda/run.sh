@@ -6,6 +6,7 @@
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 out=${1:-build/cuda}
+rm -rf "$out/objects"
 mkdir -p "$out/objects" "$out/logs" "$out/programs"
 out=$(cd "$out" && pwd)
 cores=$(getconf _NPROCESSORS_ONLN)
@@ -37,21 +38,33 @@ build() {
     names=$(cd src && echo core/args.h metal/kernels/*.h metal/kernels/*.metal | tr ' ' ';')
     cmake "-DOUTPUT=$out/sources.inc" "-DFOLDER=$PWD/src" "-DNAMES=$names" -P tools/embed.cmake || return 1
     fast="-O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+    avx2="-mavx2 -mfma -mf16c"
     avx512="-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
     {
-        compile "" src/*.c src/base/*.c src/core/*.c src/cpu/*.c src/metal/tiles.c src/metal/dispatch.c
+        compile "" src/*.c src/base/*.c src/core/*.c src/cpu/*.c
+        for file in src/metal/*.c; do
+            [ "$file" = src/metal/source.c ] || compile "" "$file"
+        done
         compile "-DMFA_METAL_SOURCES='\"$out/sources.inc\"'" src/metal/source.c
-        compile "$fast" src/cpu/kernels/scalar*.c src/cpu/kernels/neon*.c
-        compile "$fast -mavx2 -mfma -mf16c" src/cpu/kernels/avx2*.c
-        compile "$fast -mavx2 -mfma -mf16c $avx512" src/cpu/kernels/avx512*.c
+        for file in src/cpu/kernels/*.c; do
+            case $file in
+            */avx512bf16*) set_of="$avx2 $avx512 -mavx512bf16" ;;
+            */avx512*) set_of="$avx2 $avx512" ;;
+            */avx2*) set_of=$avx2 ;;
+            *) set_of= ;;
+            esac
+            compile "$fast $set_of" "$file"
+        done
         compile "-O3" tests/kit/*.c tests/reference/*.c
         compile "" tests/metal/basics.c tests/metal/expect.c tests/metal/problems.c tests/metal/run.c \
             tests/metal/subject.c
         compile "-DMETALSIM_CUDA_INCLUDE='\"$PWD/metalsim/cuda/include\"' -DMFA_SOURCES='\"$PWD/src\"'" \
-            metalsim/cuda/device.c
+            metalsim/cuda/gpu.c
     } | tr '\n' '\0' | xargs -0 -n 1 -P "$cores" sh -c || return 1
+    rm -f "$out/objects.a"
+    ar rcs "$out/objects.a" "$out"/objects/*.o || return 1
     for program in tests/check_metal.c metalsim/cuda/check_large.c metalsim/cuda/check_compile.c; do
-        gcc -std=gnu11 -O2 -Iinclude -Isrc -Itests -I. "$program" "$out"/objects/*.o \
+        gcc -std=gnu11 -O2 -Iinclude -Isrc -Itests -I. "$program" "$out/objects.a" \
             -o "$out/$(basename "$program" .c)" "-L$cuda/lib64" -lcudart_static -lm -lpthread -ldl -lrt || return 1
     done
 }
@@ -90,10 +103,10 @@ shards() {
     count "$name" "$out/logs/$name"-*
 }
 
-# sanitize TOOL: on problems for each row of the tiles in f16, whose programs are compiled by now
+# sanitize TOOL: on a problem for each row of the tiles in f16, whose programs are compiled by now
 sanitize() {
-    timeout 240 compute-sanitizer --tool "$1" --error-exitcode 9 "$out/check_metal" --tiles --filter " f16 " \
-        >"$out/logs/$1" 2>&1
+    timeout 240 compute-sanitizer --tool "$1" --error-exitcode 9 \
+        "$out/check_metal" --tiles --filter " f16 " --shard 0/2 >"$out/logs/$1" 2>&1
     echo $? >"$out/logs/$1-code"
 }
 

@@ -141,3 +141,16 @@ kernel void split_in_two(device float *to [[buffer(0)]], threadgroup float *shar
     }
     to[index] = x[0] + x[1] + x[2] + x[3];
 }
+
+#if PLANT == 26 /* each half of the threads ends with a barrier of its own */
+kernel void end_apart(device uint *to [[buffer(0)]], uint index [[thread_index_in_threadgroup]])
+{
+    if (index & 1) {
+        to[index] = 1;
+        threadgroup_barrier(mem_flags::mem_device);
+    } else {
+        to[index + 1] = 2;
+        threadgroup_barrier(mem_flags::mem_device);
+    }
+}
+#endif

@@ -22,6 +22,8 @@ static const char *const text =
     "}\n"
     "[[kernel, max_total_threads_per_threadgroup(64)]] void\n"
     "few(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = i; }\n"
+    "[[max_total_threads_per_threadgroup(32)]] kernel void\n"
+    "fewer(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = i; }\n"
     "kernel void sum(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = simd_sum(i); }\n"
     "kernel void nothing() {}\n";
 
@@ -80,6 +82,8 @@ static void test_limits(void **state)
     d = sound();
     d.buffers[0] = kit_output(to, sizeof to);
     expect_refusal(library, "few", &d, "threads are 128 x 1 x 1; a threadgroup has 1 to 64 in all");
+    d.threads[0] = 33;
+    expect_refusal(library, "fewer", &d, "threads are 33 x 1 x 1; a threadgroup has 1 to 32 in all");
     assert_null(metalsim_library_find(library, "missing"));
     kit_expect_error("the library has no kernel \"missing\"");
     metalsim_library_destroy(library);
@@ -101,14 +105,16 @@ static void test_partial_simdgroup(void **state)
 
 static void test_kernels(void **state)
 {
-    const char *const names[] = {"scale", "few", "sum", "nothing"};
+    const char *const names[] = {"scale", "few", "fewer", "sum", "nothing"};
     metalsim_library *library = kit_compile(text, 0);
     (void)state;
-    assert_int_equal(metalsim_library_count(library), 4);
-    for (size_t i = 0; i < 4; i++)
+    assert_int_equal(metalsim_library_count(library), 5);
+    for (size_t i = 0; i < 5; i++)
         assert_string_equal(metalsim_kernel_name(metalsim_library_kernel(library, i)), names[i]);
     assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "scale")), 1024);
     assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "few")), 64);
+    assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "fewer")), 32);
+    assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "sum")), 1024);
     struct metalsim_dispatch none = {.threadgroups = {0, 1, 1}, .threads = {1, 1, 1}};
     assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "nothing"), &none), METALSIM_OK);
     metalsim_library_destroy(library);

@@ -190,6 +190,8 @@ static void test_rejections(void **state)
         {HEAD "kernel void k(device float *a TG_ARG(0)) {}", "threadgroup pointer"},
         {HEAD "template <class X> kernel void k(device X *a [[buffer(0)]]) {}", "template"},
         {HEAD "kernel void k(device float *a [[buffer(0)]]", "does not end"},
+        {HEAD "[[max_total_threads_per_threadgroup(32 * 4)]] kernel void k() {}", "must be a number from 1 to 1024"},
+        {HEAD "kernel void [[max_total_threads_per_threadgroup(2048)]] k() {}", "must be a number from 1 to 1024"},
         {"#error \"not with these\"\n", "not with these"},
     };
     (void)state;

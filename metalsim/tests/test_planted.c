@@ -195,6 +195,22 @@ static void test_one_barrier(void **state)
     }
 }
 
+/* Nor two barriers one place, where a last call made a jump would return. */
+static void test_two_barriers(void **state)
+{
+    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
+    (void)state;
+    for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
+        metalsim_library *library = kit_load("planted.metal", "PLANT 26", builds[b]);
+        uint32_t to[65];
+        const struct metalsim_dispatch dispatch = {
+            .threadgroups = {1, 1, 1}, .threads = {64, 1, 1}, .buffers = {kit_output(to, sizeof to)}};
+        assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "end_apart"), &dispatch), METALSIM_FAULT);
+        kit_expect_error("divergence");
+        metalsim_library_destroy(library);
+    }
+}
+
 /* What no barrier orders shows in a plain build, too, as schedules differ; and writes beside threadgroup
  * memory show there by themselves. */
 static void test_plain_build_shows_some(void **state)
@@ -221,11 +237,9 @@ static void test_plain_build_shows_some(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_planted),
-        cmocka_unit_test(test_widths),
-        cmocka_unit_test(test_clean),
-        cmocka_unit_test(test_one_barrier),
-        cmocka_unit_test(test_plain_build_shows_some),
+        cmocka_unit_test(test_planted),      cmocka_unit_test(test_widths),
+        cmocka_unit_test(test_clean),        cmocka_unit_test(test_one_barrier),
+        cmocka_unit_test(test_two_barriers), cmocka_unit_test(test_plain_build_shows_some),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

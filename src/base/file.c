@@ -2,10 +2,12 @@
 #define _GNU_SOURCE
 #include "base/file.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -32,6 +34,30 @@ int mfa_file_cache_folder(char path[MFA_FILE_PATH])
 #else
     return join(path, folder, "/.cache/libmfa");
 #endif
+}
+
+int mfa_file_absolute(const char *path, char absolute[MFA_FILE_PATH])
+{
+    if (*path == '/')
+        return join(absolute, path, "");
+    if (!*path || !getcwd(absolute, MFA_FILE_PATH))
+        return 0;
+    const size_t length = strlen(absolute), room = MFA_FILE_PATH - length;
+    const int put = snprintf(absolute + length, room, "/%s", path);
+    return put > 0 && (size_t)put < room;
+}
+
+int mfa_file_shipped_folder(char path[MFA_FILE_PATH])
+{
+    static const char here = 0, name[] = "/kernels";
+    Dl_info found;
+    if (!dladdr(&here, &found) || !found.dli_fname || !mfa_file_absolute(found.dli_fname, path))
+        return 0;
+    char *end = strrchr(path, '/');
+    if (!end || sizeof name > MFA_FILE_PATH - (size_t)(end - path))
+        return 0;
+    memcpy(end, name, sizeof name);
+    return 1;
 }
 
 int mfa_file_make_folder(const char *path)

@@ -11,6 +11,13 @@
  * macOS, ~/.cache/libmfa elsewhere. It need not exist. */
 int mfa_file_cache_folder(char path[MFA_FILE_PATH]);
 
+/* The path from the root, in the folder that is current now. 0: the path is empty, or too long. */
+int mfa_file_absolute(const char *path, char absolute[MFA_FILE_PATH]);
+
+/* The folder `kernels` beside the file that this library is in: kernels that were shipped with it. It need not
+ * exist. */
+int mfa_file_shipped_folder(char path[MFA_FILE_PATH]);
+
 /* Makes the folder and those above it, for this user alone; good if it is already there. */
 int mfa_file_make_folder(const char *path);
 

@@ -10,11 +10,9 @@
 /* What `choose` decides for one problem. */
 struct mfa_choice {
     struct mfa_key key;           /* which kernel: does not depend on q_len or kv_len */
-    int64_t splits;               /* parts that the kv range of a forward row is cut into */
-    int few;                      /* forward: by the kernel for few queries */
-    int64_t panels;               /* tiles of queries that share one visit of K and V */
     int threads;                  /* most threads of a run */
     uint64_t shared, per_thread;  /* workspace bytes: of the run, and of each thread */
+    int64_t cut[4];               /* how the work is cut: the backend's own, from its tiles to its launch */
 };
 
 struct mfa_backend {
@@ -26,16 +24,34 @@ struct mfa_backend {
     mfa_status (*set_threads)(void *state, int32_t threads); /* NULL: has none */
 
     mfa_status (*supports)(void *state, const mfa_problem *problem);
-    void (*choose)(void *state, const mfa_problem *problem, struct mfa_choice *choice);
+    /* `simpler`: 0; or 1, if the device could not run the kernel that 0 gave: another one, or the same if there is
+     * none. */
+    void (*choose)(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice);
 
-    /* key -> file at `path`. NULL: kernels are built in, and `path` below is NULL. */
-    mfa_status (*compile)(void *state, const struct mfa_key *key, const char *path);
-    /* A hash of all that makes a compiled file stale: kernel sources, device, driver. NULL if compile is. */
-    uint64_t (*stamp)(void *state);
-    mfa_status (*load)(void *state, const struct mfa_key *key, const char *path, const void **kernel);
+    /* Kernels that are built in have `load` and `unload`, which get no paths; the rest of these is NULL. Compiled ones
+     * may come in two steps, text -> library -> kernel, where a library is what serves every device. A file that cannot
+     * be read or written is no failure: then its kernel is made from what comes before it. */
+    const char *library_suffix; /* of a library's file; NULL: there are none */
+    /* Hashes of all that makes a file stale: a kernel's (texts, device, driver) and a library's (texts). */
+    uint64_t (*stamp)(void *state, const struct mfa_key *key);
+    uint64_t (*library_stamp)(void *state, const struct mfa_key *key);
+    /* Text number `n` of the key's program and the name of its file, both to be freed; NULL after the last. */
+    mfa_status (*text)(void *state, const struct mfa_key *key, int n, char **text, char **name);
+    /* The kernel, and its file at `path` (NULL: none). `library`: a library's file, or NULL. */
+    mfa_status (*compile)(void *state, const struct mfa_key *key, const char *library, const char *path,
+                          const void **kernel);
+    /* The kernel from its file; not from anything else, which is what `compile` does. */
+    mfa_status (*load)(void *state, const struct mfa_key *key, const char *library, const char *path,
+                       const void **kernel);
     void (*unload)(void *state, const void *kernel);
 
-    /* `workspace` holds choice->shared + choice->threads * choice->per_thread bytes, 64-byte aligned. */
+    /* Bytes of an operand's memory from its base; NULL: it cannot be asked. */
+    uint64_t (*buffer_length)(void *state, const void *base);
+
+    /* `workspace` holds choice->shared + choice->threads * choice->per_thread bytes, 64-byte aligned. Or, if the
+     * backend keeps scratch memory of its own, it is NULL, and buffers->workspace is what the caller may have
+     * given. */
+    int keeps_workspace;
     mfa_status (*launch)(void *state, const void *kernel, const mfa_problem *problem, const struct mfa_choice *choice,
                          const mfa_buffers *buffers, void *workspace, void *stream);
 };

@@ -9,7 +9,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "base/error.h"
 #include "base/hash.h"
 
 #define CHECK_LINE 512 /* bytes of the line beside a file, and its end */
@@ -24,15 +23,16 @@ static int fits(int length)
     return length > 0 && length < MFA_FILE_PATH;
 }
 
-static int find_place(const char *folder, const struct mfa_key *key, uint64_t stamp, struct place *place)
+static int find_place(const char *folder, const struct mfa_cache_name *wanted, struct place *place)
 {
     char name[MFA_KEY_TEXT];
-    mfa_key_print(key, name);
-    snprintf(place->identity, sizeof place->identity, "libmfa %d.%d.%d %s stamp %016" PRIx64, MFA_VERSION_MAJOR,
-             MFA_VERSION_MINOR, MFA_VERSION_PATCH, name, stamp);
+    mfa_key_print(wanted->key, name);
+    snprintf(place->identity, sizeof place->identity, "libmfa %d.%d.%d %s%s stamp %016" PRIx64, MFA_VERSION_MAJOR,
+             MFA_VERSION_MINOR, MFA_VERSION_PATCH, name, wanted->suffix, wanted->stamp);
     const uint64_t hash = mfa_hash_bytes(MFA_HASH_EMPTY, place->identity, strlen(place->identity));
-    return fits(snprintf(place->path, MFA_FILE_PATH, "%s/%s-%016" PRIx64, folder, name, hash)) &&
-           fits(snprintf(place->check, MFA_FILE_PATH, "%s/%s-%016" PRIx64 ".check", folder, name, hash));
+    const char *suffix = wanted->suffix;
+    return fits(snprintf(place->path, MFA_FILE_PATH, "%s/%s-%016" PRIx64 "%s", folder, name, hash, suffix)) &&
+           fits(snprintf(place->check, MFA_FILE_PATH, "%s/%s-%016" PRIx64 "%s.check", folder, name, hash, suffix));
 }
 
 /* What the line beside the file says if `bytes` are its contents. Returns its length. */
@@ -55,11 +55,11 @@ static size_t describe_file(const struct place *place, const char *path, char li
     return line_length;
 }
 
-int mfa_cache_find(const char *folder, const struct mfa_key *key, uint64_t stamp, char path[MFA_FILE_PATH])
+int mfa_cache_find(const char *folder, const struct mfa_cache_name *name, char path[MFA_FILE_PATH])
 {
     struct place place;
     char expected[CHECK_LINE], *line;
-    if (!folder || !find_place(folder, key, stamp, &place))
+    if (!folder || !find_place(folder, name, &place))
         return 0;
     const size_t expected_length = describe_file(&place, place.path, expected);
     size_t length;
@@ -72,44 +72,26 @@ int mfa_cache_find(const char *folder, const struct mfa_key *key, uint64_t stamp
     return good;
 }
 
-static int begin_in(const char *folder, const char *name, struct mfa_cache_draft *draft)
+int mfa_cache_draft_begin(const char *folder, const struct mfa_cache_name *name, struct mfa_cache_draft *draft)
 {
-    return fits(snprintf(draft->folder, MFA_FILE_PATH, "%s/libmfa-draft-XXXXXX", folder)) &&
-           strlen(draft->folder) + 1 + strlen(name) < MFA_FILE_PATH && mkdtemp(draft->folder) &&
-           fits(snprintf(draft->path, MFA_FILE_PATH, "%s/%s", draft->folder, name));
+    if (folder && mfa_file_make_folder(folder) &&
+        fits(snprintf(draft->folder, MFA_FILE_PATH, "%s/libmfa-draft-XXXXXX", folder)) && mkdtemp(draft->folder)) {
+        if (fits(snprintf(draft->path, MFA_FILE_PATH, "%s/draft%s", draft->folder, name->suffix)))
+            return 1;
+        rmdir(draft->folder);
+    }
+    draft->folder[0] = draft->path[0] = '\0';
+    return 0;
 }
 
-mfa_status mfa_cache_draft_begin(const char *folder, const struct mfa_key *key, struct mfa_cache_draft *draft)
-{
-    char name[MFA_KEY_TEXT];
-    mfa_key_print(key, name);
-    draft->beside = folder && mfa_file_make_folder(folder) && begin_in(folder, name, draft);
-    if (draft->beside)
-        return MFA_OK;
-    const char *temporary = getenv("TMPDIR");
-    if (temporary && *temporary && begin_in(temporary, name, draft))
-        return MFA_OK;
-    if (begin_in("/tmp", name, draft))
-        return MFA_OK;
-    return mfa_fail(MFA_COMPILE_FAILED,
-                    "%s cannot be compiled: neither the cache folder (%s) nor TMPDIR nor /tmp "
-                    "can be written",
-                    name, folder ? folder : "there is none");
-}
-
-void mfa_cache_draft_keep(const char *folder, const struct mfa_key *key, uint64_t stamp, struct mfa_cache_draft *draft)
+int mfa_cache_draft_keep(const char *folder, const struct mfa_cache_name *name, struct mfa_cache_draft *draft)
 {
     struct place place;
     char line[CHECK_LINE];
-    if (!draft->beside || !find_place(folder, key, stamp, &place))
-        return;
+    if (!draft->folder[0] || !find_place(folder, name, &place))
+        return 0;
     const size_t length = describe_file(&place, draft->path, line);
-    if (!length || rename(draft->path, place.path) != 0)
-        return;
-    memcpy(draft->path, place.path, sizeof place.path);
-    rmdir(draft->folder);
-    draft->folder[0] = '\0';
-    (void)mfa_file_write(place.check, line, length); /* without it the file is a miss next time */
+    return length && rename(draft->path, place.path) == 0 && mfa_file_write(place.check, line, length);
 }
 
 void mfa_cache_draft_end(struct mfa_cache_draft *draft)
@@ -118,4 +100,5 @@ void mfa_cache_draft_end(struct mfa_cache_draft *draft)
         return;
     unlink(draft->path);
     rmdir(draft->folder);
+    draft->folder[0] = '\0';
 }

@@ -51,6 +51,18 @@ static mfa_status open_backend(const struct mfa_backend *backend, const mfa_cont
     return MFA_OK;
 }
 
+/* Returns 0 if there is no memory; a folder that cannot be is none. */
+static int find_folders(mfa_context_options *options, mfa_context *context)
+{
+    char given[MFA_FILE_PATH], folder[MFA_FILE_PATH];
+    if (!options->cache && mfa_file_cache_folder(given))
+        options->cache = given;
+    if (options->cache && mfa_file_absolute(options->cache, folder) && !(context->cache = strdup(folder)))
+        return 0;
+    options->cache = context->cache;
+    return !mfa_file_shipped_folder(folder) || (context->shipped = strdup(folder));
+}
+
 mfa_status mfa_context_open(const struct mfa_backend *const *backends, const mfa_context_options *given,
                             mfa_context **context)
 {
@@ -65,10 +77,7 @@ mfa_status mfa_context_open(const struct mfa_backend *const *backends, const mfa
     if (!made)
         return out_of_memory();
 
-    char folder[MFA_FILE_PATH];
-    if (!options.cache && mfa_file_cache_folder(folder))
-        options.cache = folder;
-    if (options.cache && !(made->cache = strdup(options.cache)))
+    if (!find_folders(&options, made))
         status = out_of_memory();
     for (size_t i = 0; i < count && status == MFA_OK; i++) {
         status = open_backend(backends[i], &options, &made->backends[i]);
@@ -87,7 +96,9 @@ void mfa_context_close(mfa_context *context)
     const struct mfa_loaded *loaded = atomic_load(&context->loaded);
     while (loaded) {
         const struct mfa_loaded *next = loaded->next;
-        loaded->opened->backend->unload(loaded->opened->state, loaded->kernel);
+        if (loaded->status == MFA_OK)
+            loaded->opened->backend->unload(loaded->opened->state, loaded->kernel);
+        free(loaded->refusal);
         free((void *)loaded);
         loaded = next;
     }
@@ -97,6 +108,7 @@ void mfa_context_close(mfa_context *context)
     for (int i = 0; i < MFA_CONTEXT_BLOCKS; i++)
         free(atomic_load(&context->blocks[i]));
     free(context->cache);
+    free(context->shipped);
     free(context);
 }
 
@@ -136,24 +148,45 @@ mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *pro
     return mfa_fail(MFA_UNAVAILABLE, "device is %d; this library has no backend for it", problem->device);
 }
 
-/* From the cache if it is there, else compiled and kept. */
+struct mfa_cache_name mfa_context_file(const struct mfa_opened *opened, const struct mfa_key *key)
+{
+    return (struct mfa_cache_name){key, opened->backend->stamp(opened->state, key), ""};
+}
+
+struct mfa_cache_name mfa_context_library_file(const struct mfa_opened *opened, const struct mfa_key *key)
+{
+    const struct mfa_backend *backend = opened->backend;
+    return (struct mfa_cache_name){key, backend->library_stamp(opened->state, key), backend->library_suffix};
+}
+
+/* The library's file, or NULL. */
+static const char *find_library(const mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
+                                char path[MFA_FILE_PATH])
+{
+    if (!opened->backend->library_suffix)
+        return NULL;
+    const struct mfa_cache_name name = mfa_context_library_file(opened, key);
+    return mfa_cache_find(context->cache, &name, path) || mfa_cache_find(context->shipped, &name, path) ? path : NULL;
+}
+
+/* From a file if there is a good one, else compiled and kept. */
 static mfa_status load_from_disk(const mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
                                  const void **kernel)
 {
     const struct mfa_backend *backend = opened->backend;
-    const uint64_t stamp = backend->stamp(opened->state);
-    char path[MFA_FILE_PATH];
-    if (mfa_cache_find(context->cache, key, stamp, path) && backend->load(opened->state, key, path, kernel) == MFA_OK)
-        return MFA_OK;
+    const char *const folders[2] = {context->cache, context->shipped};
+    char library_path[MFA_FILE_PATH], path[MFA_FILE_PATH];
+    const char *library = find_library(context, opened, key, library_path);
+    const struct mfa_cache_name name = mfa_context_file(opened, key);
+    for (int n = 0; n < 2; n++)
+        if (mfa_cache_find(folders[n], &name, path) &&
+            backend->load(opened->state, key, library, path, kernel) == MFA_OK)
+            return MFA_OK;
     struct mfa_cache_draft draft;
-    mfa_status status = mfa_cache_draft_begin(context->cache, key, &draft);
-    if (status != MFA_OK)
-        return status;
-    status = backend->compile(opened->state, key, draft.path);
-    if (status == MFA_OK) {
-        mfa_cache_draft_keep(context->cache, key, stamp, &draft);
-        status = backend->load(opened->state, key, draft.path, kernel);
-    }
+    const int written = mfa_cache_draft_begin(context->cache, &name, &draft);
+    const mfa_status status = backend->compile(opened->state, key, library, written ? draft.path : NULL, kernel);
+    if (status == MFA_OK)
+        (void)mfa_cache_draft_keep(context->cache, &name, &draft);
     mfa_cache_draft_end(&draft);
     return status;
 }
@@ -167,17 +200,25 @@ static const struct mfa_loaded *find_loaded(mfa_context *context, const struct m
     return loaded;
 }
 
+/* Whether another attempt would end in the same way. */
+static int is_final(mfa_status status)
+{
+    return status == MFA_OK || status == MFA_UNSUPPORTED || status == MFA_COMPILE_FAILED;
+}
+
 /* Loads a kernel and puts it into the list. The caller holds the lock. */
 static mfa_status load(mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
                        const struct mfa_loaded **result)
 {
-    struct mfa_loaded *made = malloc(sizeof *made);
+    struct mfa_loaded *made = calloc(1, sizeof *made);
     if (!made)
         return mfa_fail(MFA_OUT_OF_MEMORY, "no memory to load a kernel");
-    *made = (struct mfa_loaded){atomic_load(&context->loaded), opened, *key, NULL};
-    const mfa_status status = opened->backend->compile ? load_from_disk(context, opened, key, &made->kernel)
-                                                       : opened->backend->load(opened->state, key, NULL, &made->kernel);
-    if (status != MFA_OK) {
+    made->next = atomic_load(&context->loaded), made->opened = opened, made->key = *key;
+    const mfa_status status = opened->backend->compile
+                                  ? load_from_disk(context, opened, key, &made->kernel)
+                                  : opened->backend->load(opened->state, key, NULL, NULL, &made->kernel);
+    made->status = status;
+    if (!is_final(status) || (status != MFA_OK && !(made->refusal = strdup(mfa_last_error())))) {
         free(made);
         return status;
     }
@@ -198,6 +239,8 @@ mfa_status mfa_context_kernel(mfa_context *context, const struct mfa_opened *ope
         if (status != MFA_OK)
             return status;
     }
+    if (loaded->status != MFA_OK)
+        return mfa_fail(loaded->status, "%s", loaded->refusal);
     *kernel = loaded->kernel;
     return MFA_OK;
 }

@@ -9,6 +9,7 @@
 
 #include "base/sync.h"
 #include "core/backend.h"
+#include "core/cache.h"
 #include "mfa.h"
 
 /* A backend of this context. */
@@ -18,11 +19,14 @@ struct mfa_opened {
     char refusal[256]; /* why it is not available on this machine; "" if it is */
 };
 
-/* A kernel that has been loaded: it stays so until the context is destroyed. */
+/* A kernel that has been loaded, or that this device and its compiler cannot make: it stays so until the context is
+ * destroyed. */
 struct mfa_loaded {
     const struct mfa_loaded *next;
     const struct mfa_opened *opened;
     struct mfa_key key;
+    mfa_status status; /* MFA_OK, MFA_UNSUPPORTED or MFA_COMPILE_FAILED ... */
+    char *refusal;     /* ... and why */
     const void *kernel;
 };
 
@@ -31,7 +35,8 @@ struct mfa_block; /* scratch memory, see context.c */
 #define MFA_CONTEXT_BLOCKS 16 /* kept for later runs: as many as may well go on at once */
 
 struct mfa_context {
-    char *cache; /* folder; NULL: there is none */
+    char *cache;   /* folder; NULL: there is none */
+    char *shipped; /* a folder to be read only, beside the library; NULL: there is none */
     struct mfa_lock loading;
     _Atomic(const struct mfa_loaded *) loaded; /* the newest first; grows at this end only */
     _Atomic(struct mfa_block *) blocks[MFA_CONTEXT_BLOCKS];
@@ -53,6 +58,10 @@ mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *pro
 /* The loaded kernel of that key: from memory, from the cache, or compiled. */
 mfa_status mfa_context_kernel(mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
                               const void **kernel);
+
+/* Which files of a cache are a kernel's, and its library's if the backend has such. */
+struct mfa_cache_name mfa_context_file(const struct mfa_opened *opened, const struct mfa_key *key);
+struct mfa_cache_name mfa_context_library_file(const struct mfa_opened *opened, const struct mfa_key *key);
 
 /* Lends `bytes` of 64-byte aligned memory; NULL: out of memory. */
 void *mfa_context_borrow(mfa_context *context, size_t bytes);

@@ -1,9 +1,23 @@
-/* The text of a kernel's key. */
+/* A kernel's key: what a problem asks of it, and its text. */
 #include "core/key.h"
 
 #include <stdio.h>
 
 #include "core/problem.h"
+
+int32_t mfa_key_features(const mfa_problem *p)
+{
+    int32_t features = 0;
+    if (p->lower > 1 - p->q_len || p->upper < p->kv_len - 1)
+        features |= MFA_FEATURE_BAND;
+    if (p->mask == MFA_MASK_BOOL)
+        features |= MFA_FEATURE_MASK_BOOL;
+    if (p->mask == MFA_MASK_ADDITIVE)
+        features |= MFA_FEATURE_MASK_ADDITIVE;
+    if (p->softcap > 0)
+        features |= MFA_FEATURE_SOFTCAP;
+    return features;
+}
 
 void mfa_key_print(const struct mfa_key *key, char text[MFA_KEY_TEXT])
 {

@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "mfa.h"
+
 enum mfa_feature { /* in the order in which a key's text names them */
                    MFA_FEATURE_BAND = 1,
                    MFA_FEATURE_MASK_BOOL = 2,
@@ -21,6 +23,9 @@ struct mfa_key { /* no padding: compared and hashed as bytes */
 };
 
 #define MFA_KEY_TEXT 128 /* enough for any key's text and its end */
+
+/* The set of enum mfa_feature that a canonical problem asks for. */
+int32_t mfa_key_features(const mfa_problem *problem);
 
 void mfa_key_print(const struct mfa_key *key, char text[MFA_KEY_TEXT]);
 

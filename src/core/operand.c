@@ -43,6 +43,18 @@ void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *pro
     shape[3] = operand->columns ? *(const int64_t *)(base + operand->columns) : 1;
 }
 
+int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4])
+{
+    const mfa_layout *layout = (const mfa_layout *)((const char *)problem + operand->layout);
+    const int64_t strides[4] = {layout->batch, layout->head, layout->row, layout->column};
+    const int summed = mfa_operand_role(operand, problem) & MFA_ROLE_SUMMED;
+    mfa_operand_shape(operand, problem, shape);
+    for (int n = 0; n < 4 && summed; n++)
+        if (strides[n] == 0)
+            shape[n] = 1;
+    return shape[0] && shape[1] && shape[2] && shape[3];
+}
+
 size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem)
 {
     switch (operand->element) {
@@ -50,4 +62,9 @@ size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem 
     case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
     default: return mfa_dtype_size(problem->dtype);
     }
+}
+
+const mfa_buffer *mfa_operand_buffer(const mfa_buffers *buffers, int n)
+{
+    return (const mfa_buffer *)((const char *)buffers + mfa_operands[n].buffer);
 }

@@ -32,6 +32,13 @@ int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *probl
 /* Sizes in the order of mfa_layout: batch, heads, rows, columns. */
 void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4]);
 
+/* The sizes of what lies in memory: 1 along dimensions that are summed over, however long these are. Returns 0 if there
+ * is no element. */
+int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4]);
+
+/* What is given for operand number `n`. */
+const mfa_buffer *mfa_operand_buffer(const mfa_buffers *buffers, int n);
+
 /* Bytes of one element. */
 size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem);
 

@@ -23,6 +23,22 @@ static int count_workspace(const struct mfa_choice *choice, size_t *bytes)
     return 1;
 }
 
+/* Chooses and loads. A kernel that turns out to be too much for the device is followed by a simpler one. */
+static mfa_status load(struct mfa_plan *plan)
+{
+    const struct mfa_opened *opened = plan->opened;
+    mfa_status status = MFA_OK;
+    for (int simpler = 0; simpler < 2; simpler++) {
+        opened->backend->choose(opened->state, &plan->problem, simpler, &plan->choice);
+        if (!count_workspace(&plan->choice, &plan->workspace))
+            return mfa_fail(MFA_OUT_OF_MEMORY, "this problem's workspace is larger than any memory");
+        status = mfa_context_kernel(plan->context, opened, &plan->choice.key, &plan->kernel);
+        if (status != MFA_UNSUPPORTED)
+            break;
+    }
+    return status;
+}
+
 mfa_status mfa_plan_prepare(mfa_context *context, const mfa_problem *problem, struct mfa_plan *plan)
 {
     mfa_status status = mfa_problem_check(problem, &plan->problem);
@@ -32,10 +48,7 @@ mfa_status mfa_plan_prepare(mfa_context *context, const mfa_problem *problem, st
     if (status != MFA_OK)
         return status;
     plan->context = context;
-    plan->opened->backend->choose(plan->opened->state, &plan->problem, &plan->choice);
-    if (!count_workspace(&plan->choice, &plan->workspace))
-        return mfa_fail(MFA_OUT_OF_MEMORY, "this problem's workspace is larger than any memory");
-    return mfa_context_kernel(context, plan->opened, &plan->choice.key, &plan->kernel);
+    return load(plan);
 }
 
 /* Where the first element lies: on the CPU in memory, elsewhere in the device's buffer. */
@@ -45,6 +58,31 @@ static uintptr_t address(const struct mfa_plan *plan, const mfa_buffer *buffer)
     return base + (uintptr_t)buffer->offset;
 }
 
+/* Where the buffer's length can be asked: all elements must be within. */
+static mfa_status check_extent(const struct mfa_plan *plan, const struct mfa_operand *operand, const mfa_buffer *buffer)
+{
+    const struct mfa_opened *opened = plan->opened;
+    const mfa_layout *layout = (const mfa_layout *)((const char *)&plan->problem + operand->layout);
+    const int64_t strides[4] = {layout->batch, layout->head, layout->row, layout->column};
+    const uint64_t element = mfa_operand_element(operand, &plan->problem);
+    int64_t shape[4];
+    uint64_t below = 0, above = 1; /* elements; their bytes fit, as the problem has been checked */
+    if (!mfa_operand_extent(operand, &plan->problem, shape))
+        return MFA_OK;
+    for (int n = 0; n < 4; n++) {
+        const int64_t reach = (shape[n] - 1) * strides[n];
+        *(reach < 0 ? &below : &above) += reach < 0 ? -(uint64_t)reach : (uint64_t)reach;
+    }
+    const uint64_t length = opened->backend->buffer_length(opened->state, buffer->base), offset = buffer->offset;
+    if (below * element > offset || offset > length || above * element > length - offset)
+        return mfa_fail(MFA_INVALID,
+                        "%s begins at byte %llu and has elements from %llu bytes before that to %llu after; its buffer "
+                        "must hold them, but has %llu bytes",
+                        operand->name, (unsigned long long)offset, (unsigned long long)(below * element),
+                        (unsigned long long)(above * element), (unsigned long long)length);
+    return MFA_OK;
+}
+
 static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_operand *operand, const mfa_buffer *buffer)
 {
     const int role = mfa_operand_role(operand, &plan->problem);
@@ -52,8 +90,7 @@ static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_ope
         if (!(role & MFA_ROLE_REQUIRED))
             return MFA_OK;
         int64_t shape[4];
-        mfa_operand_shape(operand, &plan->problem, shape);
-        if (!shape[0] || !shape[1] || !shape[2] || !shape[3])
+        if (!mfa_operand_extent(operand, &plan->problem, shape))
             return MFA_OK;
         return mfa_fail(MFA_INVALID, "%s is NULL; the %s pass needs it", operand->name,
                         mfa_pass_name(plan->problem.pass));
@@ -67,6 +104,28 @@ static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_ope
     if (address(plan, buffer) % element != 0)
         return mfa_fail(MFA_INVALID, "%s begins at %p + %llu; it must be aligned to its elements of %zu bytes",
                         operand->name, buffer->base, (unsigned long long)buffer->offset, element);
+    return plan->opened->backend->buffer_length ? check_extent(plan, operand, buffer) : MFA_OK;
+}
+
+static mfa_status check_workspace(const struct mfa_plan *plan, const mfa_buffers *buffers)
+{
+    const struct mfa_opened *opened = plan->opened;
+    const mfa_buffer *workspace = &buffers->workspace;
+    if (address(plan, workspace) % WORKSPACE_ALIGNMENT != 0)
+        return mfa_fail(MFA_INVALID, "workspace begins at %p + %llu; it must be aligned to %d bytes", workspace->base,
+                        (unsigned long long)workspace->offset, WORKSPACE_ALIGNMENT);
+    if (buffers->workspace_size < plan->workspace)
+        return mfa_fail(MFA_INVALID, "workspace_size is %llu; this problem needs %zu bytes",
+                        (unsigned long long)buffers->workspace_size, plan->workspace);
+    if (!opened->backend->buffer_length)
+        return MFA_OK;
+    const uint64_t length = opened->backend->buffer_length(opened->state, workspace->base);
+    if (workspace->offset > length || buffers->workspace_size > length - workspace->offset)
+        return mfa_fail(MFA_INVALID,
+                        "workspace begins at byte %llu and workspace_size is %llu; its buffer must hold "
+                        "that, but has %llu bytes",
+                        (unsigned long long)workspace->offset, (unsigned long long)buffers->workspace_size,
+                        (unsigned long long)length);
     return MFA_OK;
 }
 
@@ -74,18 +133,11 @@ static mfa_status check_buffers(const struct mfa_plan *plan, const mfa_buffers *
 {
     for (int i = 0; i < MFA_OPERAND_COUNT; i++) {
         const struct mfa_operand *operand = &mfa_operands[i];
-        const mfa_buffer *buffer = (const mfa_buffer *)((const char *)buffers + operand->buffer);
-        const mfa_status status = check_buffer(plan, operand, buffer);
+        const mfa_status status = check_buffer(plan, operand, mfa_operand_buffer(buffers, i));
         if (status != MFA_OK)
             return status;
     }
-    if (buffers->workspace.base && address(plan, &buffers->workspace) % WORKSPACE_ALIGNMENT != 0)
-        return mfa_fail(MFA_INVALID, "workspace begins at %p + %llu; it must be aligned to %d bytes",
-                        buffers->workspace.base, (unsigned long long)buffers->workspace.offset, WORKSPACE_ALIGNMENT);
-    if (buffers->workspace.base && buffers->workspace_size < plan->workspace)
-        return mfa_fail(MFA_INVALID, "workspace_size is %llu; this problem needs %zu bytes",
-                        (unsigned long long)buffers->workspace_size, plan->workspace);
-    return MFA_OK;
+    return buffers->workspace.base ? check_workspace(plan, buffers) : MFA_OK;
 }
 
 mfa_status mfa_plan_execute(const struct mfa_plan *plan, const mfa_buffers *given, void *stream)
@@ -97,9 +149,10 @@ mfa_status mfa_plan_execute(const struct mfa_plan *plan, const mfa_buffers *give
     if (status != MFA_OK)
         return status;
     void *workspace = NULL, *borrowed = NULL;
-    if (buffers.workspace.base) {
+    const int lends = !plan->opened->backend->keeps_workspace;
+    if (lends && buffers.workspace.base) {
         workspace = (char *)buffers.workspace.base + buffers.workspace.offset;
-    } else if (plan->workspace > 0) {
+    } else if (lends && plan->workspace > 0) {
         workspace = borrowed = mfa_context_borrow(plan->context, plan->workspace);
         if (!borrowed)
             return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a workspace of %zu bytes", plan->workspace);

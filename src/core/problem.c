@@ -179,8 +179,7 @@ static mfa_status check_layout(const struct mfa_operand *operand, int role, cons
     const mfa_layout *layout = (const mfa_layout *)((const char *)problem + operand->layout);
     const int64_t stride[4] = {layout->batch, layout->head, layout->row, operand->columns ? layout->column : 0};
     int64_t shape[4];
-    mfa_operand_shape(operand, problem, shape);
-    if (!shape[0] || !shape[1] || !shape[2] || !shape[3])
+    if (!mfa_operand_extent(operand, problem, shape))
         return MFA_OK; /* no element is ever looked for */
     if (!extent_fits(shape, stride, mfa_operand_element(operand, problem)))
         return mfa_fail(MFA_INVALID,
@@ -189,7 +188,7 @@ static mfa_status check_layout(const struct mfa_operand *operand, int role, cons
                         operand->name, (long long)stride[0], (long long)stride[1], (long long)stride[2],
                         (long long)stride[3], (long long)shape[0], (long long)shape[1], (long long)shape[2],
                         (long long)shape[3]);
-    if (!(role & MFA_ROLE_WRITTEN) || (role & MFA_ROLE_SUMMED))
+    if (!(role & MFA_ROLE_WRITTEN))
         return MFA_OK;
     for (int i = 0; i < 4; i++)
         if (stride[i] == 0 && shape[i] > 1)
@@ -238,4 +237,39 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
     if (status == MFA_OK)
         *canonical = problem;
     return status;
+}
+
+static struct mfa_strides strides(const mfa_layout *layout)
+{
+    return (struct mfa_strides){layout->batch, layout->head, layout->row, layout->column};
+}
+
+struct mfa_args mfa_problem_args(const mfa_problem *p)
+{
+    return (struct mfa_args){
+        .batch = p->batch,
+        .q_heads = p->q_heads,
+        .kv_heads = p->kv_heads,
+        .group = p->kv_heads ? p->q_heads / p->kv_heads : 1,
+        .q_len = p->q_len,
+        .kv_len = p->kv_len,
+        .head_dim = p->head_dim,
+        .value_dim = p->value_dim,
+        .lower = p->lower,
+        .upper = p->upper,
+        .q = strides(&p->q_layout),
+        .k = strides(&p->k_layout),
+        .v = strides(&p->v_layout),
+        .o = strides(&p->o_layout),
+        .lse = strides(&p->lse_layout),
+        .mask = strides(&p->mask_layout),
+        .d_o = strides(&p->d_o_layout),
+        .dlse = strides(&p->dlse_layout),
+        .dq = strides(&p->dq_layout),
+        .dk = strides(&p->dk_layout),
+        .dv = strides(&p->dv_layout),
+        .dbias = strides(&p->dbias_layout),
+        .scale = (float)p->scale,
+        .softcap = (float)p->softcap,
+    };
 }

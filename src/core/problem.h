@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core/args.h"
 #include "mfa.h"
 
 #define MFA_DIM_MAX 512 /* of head_dim and value_dim, in all our kernels */
@@ -36,5 +37,8 @@ mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy);
  *   - lower and upper are within [-q_len, kv_len], and so i + lower and i + upper fit too;
  *   - mask_dtype is dtype unless the mask is additive. */
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical);
+
+/* What kernels are told of a canonical problem. Without heads, the group is 1. */
+struct mfa_args mfa_problem_args(const mfa_problem *canonical);
 
 #endif

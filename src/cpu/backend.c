@@ -74,17 +74,20 @@ static mfa_status supports(void *state, const mfa_problem *problem)
     return MFA_OK;
 }
 
-static void choose(void *state, const mfa_problem *problem, struct mfa_choice *choice)
+static void choose(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice)
 {
     struct cpu *cpu = state;
+    (void)simpler;
     choice->threads = atomic_load(&cpu->limit);
-    mfa_cpu_tiles_choose(cpu->isa, mfa_cpu_program_find(cpu->isa, problem->dtype), problem, choice);
+    mfa_cpu_tiles_choose(mfa_cpu_program_isa(cpu->isa, problem->dtype), mfa_cpu_program_find(cpu->isa, problem->dtype),
+                         problem, choice);
 }
 
-static mfa_status load(void *state, const struct mfa_key *key, const char *path, const void **kernel)
+static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path,
+                       const void **kernel)
 {
     struct cpu *cpu = state;
-    (void)path;
+    (void)library, (void)path;
     *kernel = mfa_cpu_program_find(cpu->isa, key->dtype);
     return MFA_OK;
 }

@@ -9,8 +9,11 @@
 
 #include "base/error.h"
 
-static const char *const names[MFA_CPU_ISA_COUNT] = {
-    [MFA_CPU_SCALAR] = "scalar", [MFA_CPU_AVX2] = "avx2", [MFA_CPU_AVX512] = "avx512", [MFA_CPU_NEON] = "neon"};
+static const char *const names[MFA_CPU_ISA_COUNT] = {[MFA_CPU_SCALAR] = "scalar",
+                                                     [MFA_CPU_AVX2] = "avx2",
+                                                     [MFA_CPU_AVX512] = "avx512",
+                                                     [MFA_CPU_AVX512BF16] = "avx512bf16",
+                                                     [MFA_CPU_NEON] = "neon"};
 
 const char *mfa_cpu_isa_name(mfa_cpu_isa isa)
 {
@@ -38,6 +41,7 @@ static int x86_present(mfa_cpu_isa isa)
 {
     const uint32_t fma_osxsave_avx_f16c = BIT(12) | BIT(27) | BIT(28) | BIT(29); /* leaf 1, ecx */
     const uint32_t avx2 = BIT(5), f_dq_bw_vl = BIT(16) | BIT(17) | BIT(30) | BIT(31); /* leaf 7, ebx */
+    const uint32_t avx512_bf16 = BIT(5);                                               /* leaf 7.1, eax */
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & fma_osxsave_avx_f16c) != fma_osxsave_avx_f16c)
         return 0;
@@ -45,7 +49,9 @@ static int x86_present(mfa_cpu_isa isa)
         return 0;
     const uint32_t need = isa == MFA_CPU_AVX2 ? avx2 : avx2 | f_dq_bw_vl;
     const uint32_t need_saved = isa == MFA_CPU_AVX2 ? XMM_YMM : XMM_YMM | OPMASK_AND_ZMM;
-    return (b & need) == need && (saved_state() & need_saved) == need_saved;
+    if ((b & need) != need || (saved_state() & need_saved) != need_saved)
+        return 0;
+    return isa != MFA_CPU_AVX512BF16 || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16));
 }
 #endif
 
@@ -55,7 +61,8 @@ int mfa_cpu_isa_present(mfa_cpu_isa isa)
     case MFA_CPU_SCALAR: return 1;
 #if defined(__x86_64__) || defined(__i386__)
     case MFA_CPU_AVX2:
-    case MFA_CPU_AVX512: return x86_present(isa);
+    case MFA_CPU_AVX512:
+    case MFA_CPU_AVX512BF16: return x86_present(isa);
 #elif defined(__aarch64__)
     case MFA_CPU_NEON: return 1;
 #endif
@@ -76,7 +83,7 @@ static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa 
         }
     }
     if (named < 0)
-        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512 or neon", field, name);
+        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16 or neon", field, name);
     if (!mfa_cpu_isa_present((mfa_cpu_isa)named))
         return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
     *isa = (mfa_cpu_isa)named;

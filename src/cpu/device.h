@@ -5,12 +5,20 @@
 #include "mfa.h"
 
 /* Ordered: a machine that has one has all before it of its family. */
-typedef enum mfa_cpu_isa { MFA_CPU_SCALAR, MFA_CPU_AVX2, MFA_CPU_AVX512, MFA_CPU_NEON, MFA_CPU_ISA_COUNT } mfa_cpu_isa;
+typedef enum mfa_cpu_isa {
+    MFA_CPU_SCALAR,
+    MFA_CPU_AVX2,
+    MFA_CPU_AVX512,
+    MFA_CPU_AVX512BF16,
+    MFA_CPU_NEON,
+    MFA_CPU_ISA_COUNT
+} mfa_cpu_isa;
 
-/* "scalar", "avx2", "avx512", "neon". */
+/* "scalar", "avx2", "avx512", "avx512bf16", "neon". */
 const char *mfa_cpu_isa_name(mfa_cpu_isa isa);
 
-/* 1 if this machine runs it (AVX2 means AVX2, FMA and F16C; AVX-512 means F, DQ, BW and VL), else 0. */
+/* 1 if this machine runs it (AVX2 means AVX2, FMA and F16C; AVX-512 means F, DQ, BW and VL;
+ * avx512bf16 has BF16 beside these), else 0. */
 int mfa_cpu_isa_present(mfa_cpu_isa isa);
 
 /* The best one present; or the one named in `mask` (NULL: the environment's MFA_ISA, if set).

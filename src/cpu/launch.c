@@ -2,6 +2,9 @@
 
 #include <string.h>
 
+#include "core/problem.h"
+#include "cpu/tiles.h"
+
 _Static_assert((int)CPU_F32 == MFA_F32 && (int)CPU_F16 == MFA_F16 && (int)CPU_BF16 == MFA_BF16 &&
                    (int)CPU_F64 == MFA_F64,
                "contract.h counts dtypes as mfa.h does");
@@ -9,46 +12,17 @@ _Static_assert((int)CPU_MASK_NONE == MFA_MASK_NONE && (int)CPU_MASK_BOOL == MFA_
                    (int)CPU_MASK_ADDITIVE == MFA_MASK_ADDITIVE,
                "contract.h counts masks as mfa.h does");
 
-static struct mfa_strides strides(const mfa_layout *layout)
-{
-    return (struct mfa_strides){layout->batch, layout->head, layout->row, layout->column};
-}
-
 /* The call without its pointers. */
 static void describe(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
 {
     memset(call, 0, sizeof *call);
-    call->args = (struct mfa_args){
-        .batch = p->batch,
-        .q_heads = p->q_heads,
-        .kv_heads = p->kv_heads,
-        .group = p->kv_heads ? p->q_heads / p->kv_heads : 0,
-        .q_len = p->q_len,
-        .kv_len = p->kv_len,
-        .head_dim = p->head_dim,
-        .value_dim = p->value_dim,
-        .lower = p->lower,
-        .upper = p->upper,
-        .q = strides(&p->q_layout),
-        .k = strides(&p->k_layout),
-        .v = strides(&p->v_layout),
-        .o = strides(&p->o_layout),
-        .lse = strides(&p->lse_layout),
-        .mask = strides(&p->mask_layout),
-        .d_o = strides(&p->d_o_layout),
-        .dlse = strides(&p->dlse_layout),
-        .dq = strides(&p->dq_layout),
-        .dk = strides(&p->dk_layout),
-        .dv = strides(&p->dv_layout),
-        .dbias = strides(&p->dbias_layout),
-        .scale = (float)p->scale,
-        .softcap = (float)p->softcap,
-    };
+    call->args = mfa_problem_args(p);
     call->scale = p->scale, call->softcap = p->softcap;
     call->unit = p->pass == MFA_FORWARD ? 1.4426950408889634074 : 1;
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
-    call->few = choice->few;
-    call->block_kv = choice->key.block_kv, call->panels = (int32_t)choice->panels, call->splits = choice->splits;
+    call->few = choice->cut[MFA_CPU_FEW] != 0;
+    call->block_kv = choice->key.block_kv;
+    call->panels = (int32_t)choice->cut[MFA_CPU_PANELS], call->splits = choice->cut[MFA_CPU_SPLITS];
 }
 
 /* The parts of the workspace that a run's threads share: where each begins, and at last where all end. */
@@ -97,9 +71,12 @@ void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_pro
     struct mfa_cpu_call call;
     describe(problem, choice, &call);
     choice->shared = lay_out(kernels, problem, &call).end;
-    choice->per_thread = align(problem->pass == MFA_BACKWARD ? kernels->backward_scratch(&call)
-                               : choice->few                 ? kernels->few_scratch(&call)
-                                                             : kernels->forward_scratch(&call));
+    uint64_t bytes = problem->pass == MFA_BACKWARD ? kernels->backward_scratch(&call)
+                     : call.few                    ? kernels->few_scratch(&call)
+                                                   : kernels->forward_scratch(&call);
+    if (problem->pass == MFA_BACKWARD && call.few && bytes < kernels->few_backward_scratch(&call))
+        bytes = kernels->few_backward_scratch(&call);
+    choice->per_thread = align(bytes);
 }
 
 static void *address(const mfa_buffer *buffer)
@@ -136,7 +113,7 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
     int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
     mfa_cpu_threads_run(threads, workers, groups, kernels->prepare, call);
     if (call->dq || call->dk || call->dv)
-        mfa_cpu_threads_run(threads, workers, blocks, kernels->backward, call);
+        mfa_cpu_threads_run(threads, workers, blocks, call->few ? kernels->few_backward : kernels->backward, call);
     if (call->dbias) {
         struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->lanes);
         mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->bias, call);

@@ -6,10 +6,13 @@
 #include "cpu/kernels/contract.h"
 #include "mfa.h"
 
-/* 1 if both sets of that instruction set were built, for f32 and for f64. */
+/* 1 if all sets of that instruction set were built. */
 int mfa_cpu_program_has(mfa_cpu_isa isa);
 
-/* The kernel set for tensors of that dtype; NULL if it was not built. */
+/* The instruction set, that one or one that it includes, whose kernels are for tensors of that dtype. */
+mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, int32_t dtype);
+
+/* These kernels. */
 const struct mfa_cpu_kernels *mfa_cpu_program_find(mfa_cpu_isa isa, int32_t dtype);
 
 #endif

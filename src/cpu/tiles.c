@@ -30,18 +30,10 @@ static const struct row *row_of(const mfa_problem *p)
     return row;
 }
 
-static int32_t features_of(const mfa_problem *p)
+/* Of all query heads that share a KV head. */
+static int64_t queries_of(const mfa_problem *p)
 {
-    int32_t features = 0;
-    if (p->lower > 1 - p->q_len || p->upper < p->kv_len - 1)
-        features |= MFA_FEATURE_BAND;
-    if (p->mask == MFA_MASK_BOOL)
-        features |= MFA_FEATURE_MASK_BOOL;
-    if (p->mask == MFA_MASK_ADDITIVE)
-        features |= MFA_FEATURE_MASK_ADDITIVE;
-    if (p->softcap > 0)
-        features |= MFA_FEATURE_SOFTCAP;
-    return features;
+    return p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0;
 }
 
 /* Chunks as large as leaves enough tasks; if there are too few chunks even so, the keys are split. */
@@ -49,21 +41,18 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
                               struct mfa_choice *choice)
 {
     int64_t block_q = choice->key.block_q;
-    int64_t heads = p->batch * p->kv_heads, queries = p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0, tasks;
+    int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), tasks;
     int64_t panels = row->forward_panels;
-    choice->few = queries <= kernels->few_rows;
-    if (choice->few) {
-        panels = 1;
-        choice->key.block_q = kernels->few_rows, choice->key.block_kv = kernels->few_keys;
-    }
+    if (choice->cut[MFA_CPU_FEW])
+        panels = 1, choice->key.block_kv = kernels->few_keys;
     while (tasks = heads * mfa_cpu_ceil(queries, panels * block_q), panels > 1 && tasks < ENOUGH_TASKS)
         panels /= 2;
-    choice->panels = panels;
+    choice->cut[MFA_CPU_PANELS] = panels;
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
-        choice->splits = wanted < most ? wanted : most < 1 ? 1 : most;
+        choice->cut[MFA_CPU_SPLITS] = wanted < most ? wanted : most < 1 ? 1 : most;
     }
-    return tasks * choice->splits;
+    return tasks * choice->cut[MFA_CPU_SPLITS];
 }
 
 void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
@@ -77,14 +66,17 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     choice->key.pass = p->pass, choice->key.dtype = p->dtype;
     choice->key.head_dim = (int32_t)p->head_dim, choice->key.value_dim = (int32_t)p->value_dim;
     choice->key.block_q = block_q, choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
-    choice->key.features = features_of(p), choice->key.mask_dtype = p->mask_dtype;
+    choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
-    choice->splits = 1, choice->few = 0;
+    choice->cut[MFA_CPU_SPLITS] = 1;
+    choice->cut[MFA_CPU_FEW] = queries_of(p) > 0 && queries_of(p) <= kernels->few_rows;
+    if (choice->cut[MFA_CPU_FEW])
+        choice->key.block_q = kernels->few_rows;
     if (forward) {
         tasks = choose_forward(p, row, kernels, choice);
     } else {
-        choice->panels = row->backward_panels;
+        choice->cut[MFA_CPU_PANELS] = row->backward_panels;
         tasks = p->batch * p->kv_heads * mfa_cpu_ceil(p->kv_len, row->backward_kv);
     }
     double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;

@@ -6,6 +6,12 @@
 #include "cpu/device.h"
 #include "cpu/kernels/contract.h"
 
+enum { /* of choice->cut */
+       MFA_CPU_SPLITS, /* forward: parts that the keys of a chunk are cut into */
+       MFA_CPU_PANELS, /* of queries that share one visit of K and V */
+       MFA_CPU_FEW     /* 0 or 1: by the kernels for few queries */
+};
+
 /* The key, and the cut of the problem into tasks. Looks at the problem and the instruction set only, never at
  * threads: results must not depend on them. choice->threads comes in as the most there may be, and goes
  * out as the most that this problem is worth. */

@@ -86,7 +86,7 @@ static uint64_t classes_bytes(const mfa_problem *p, const struct mfa_key *key, e
 static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *choice)
 {
     uint64_t numbers;
-    if (choice->splits == 1)
+    if (choice->cut[MFA_METAL_SPLITS] == 1)
         return 0;
     if (p->pass == MFA_FORWARD) {
         numbers = times(times((uint64_t)p->batch, (uint64_t)p->q_heads), (uint64_t)p->q_len);
@@ -95,7 +95,7 @@ static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *ch
         const struct mfa_metal_grid t = bias_grid(p);
         numbers = times((uint64_t)groups_of(&t), MFA_METAL_BIAS_BLOCK * MFA_METAL_BIAS_BLOCK);
     }
-    return times(times(numbers, (uint64_t)choice->splits), sizeof(float));
+    return times(times(numbers, (uint64_t)choice->cut[MFA_METAL_SPLITS]), sizeof(float));
 }
 
 static struct regions lay_out(const mfa_problem *p, const struct mfa_choice *choice)
@@ -118,23 +118,19 @@ void mfa_metal_dispatch_measure(const mfa_problem *problem, struct mfa_choice *c
     choice->per_thread = 0;
 }
 
+int32_t mfa_metal_dispatch_threads(enum mfa_metal_kernel kernel, const struct mfa_key *key)
+{
+    const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, key);
+    return tile ? mfa_metal_tiles_threads(tile) : kernel == MFA_METAL_LAYOUT_TEST ? 32 : 32 * ROWS_OF_GROUP;
+}
+
 /* --- The call ------------------------------------------------------------------------------------- */
-
-static struct mfa_strides strides(const mfa_layout *layout)
-{
-    return (struct mfa_strides){layout->batch, layout->head, layout->row, layout->column};
-}
-
-static const mfa_buffer *buffer_of(const mfa_buffers *buffers, int operand)
-{
-    return (const mfa_buffer *)((const char *)buffers + mfa_operands[operand].buffer);
-}
 
 static mfa_int given(const mfa_buffers *buffers)
 {
     mfa_int bits = 0;
     for (int n = 0; n < MFA_OPERAND_COUNT; n++)
-        if (buffer_of(buffers, n)->base)
+        if (mfa_operand_buffer(buffers, n)->base)
             bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
     return bits;
 }
@@ -156,7 +152,7 @@ static mfa_int wide(const mfa_problem *p, const mfa_buffers *buffers)
 {
     mfa_int bits = 0;
     for (int n = 0; n < MFA_OPERAND_COUNT; n++)
-        if (is_wide(p, &mfa_operands[n], buffer_of(buffers, n)->offset))
+        if (is_wide(p, &mfa_operands[n], mfa_operand_buffer(buffers, n)->offset))
             bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
     return bits;
 }
@@ -166,35 +162,10 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
     const double log2e = 1.4426950408889634074;
     struct mfa_metal_call call;
     memset(&call, 0, sizeof call);
-    call.args = (struct mfa_args){
-        .batch = p->batch,
-        .q_heads = p->q_heads,
-        .kv_heads = p->kv_heads,
-        .group = group_of(p),
-        .q_len = p->q_len,
-        .kv_len = p->kv_len,
-        .head_dim = p->head_dim,
-        .value_dim = p->value_dim,
-        .lower = p->lower,
-        .upper = p->upper,
-        .q = strides(&p->q_layout),
-        .k = strides(&p->k_layout),
-        .v = strides(&p->v_layout),
-        .o = strides(&p->o_layout),
-        .lse = strides(&p->lse_layout),
-        .mask = strides(&p->mask_layout),
-        .d_o = strides(&p->d_o_layout),
-        .dlse = strides(&p->dlse_layout),
-        .dq = strides(&p->dq_layout),
-        .dk = strides(&p->dk_layout),
-        .dv = strides(&p->dv_layout),
-        .dbias = strides(&p->dbias_layout),
-        .scale = (float)p->scale,
-        .softcap = (float)p->softcap,
-    };
+    call.args = mfa_problem_args(p);
     if (p->lower > p->upper) /* no query sees any key, nor does a block of them */
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
-    call.fold = group_of(p), call.splits = choice->splits;
+    call.fold = call.args.group, call.splits = choice->cut[MFA_METAL_SPLITS];
     call.given = given(buffers), call.wide = wide(p, buffers);
     const double unit = p->pass == MFA_FORWARD ? log2e : 1;
     call.score_factor = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale * unit);
@@ -221,7 +192,8 @@ static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_ke
     struct mfa_metal_dispatch *d = &run->list[run->count];
     const uint64_t offsets[] = {run->at.classes[classes], run->at.partials, run->at.D, run->at.L};
     memset(d, 0, sizeof *d);
-    d->kernel = kernel, d->groups = groups, d->threads = 32 * ROWS_OF_GROUP, d->call = run->call;
+    d->kernel = kernel, d->groups = groups, d->call = run->call;
+    d->threads = mfa_metal_dispatch_threads(kernel, &run->choice->key);
     for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFER_VISITED; n++)
         if (mfa_metal_source_buffers(kernel) >> n & 1) {
             const int in_workspace = n >= MFA_METAL_BUFFER_CLASSES;
@@ -261,7 +233,6 @@ static void add_tiled(struct run *run, enum mfa_metal_kernel kernel, const struc
     d = begin(run, kernel, classes, groups_of(&grid));
     d->call.grid = grid, d->call.fold = fold, d->call.classes = table, d->call.splits = grid.column;
     d->call.block_q = tile->block_q, d->call.block_kv = tile->block_kv;
-    d->threads = mfa_metal_tiles_threads(tile);
     mfa_metal_tiles_memory(kernel, tile, &run->choice->key, d->threadgroup_bytes);
     finish(run, d, flop);
 }
@@ -278,7 +249,7 @@ static void list_forward(struct run *run)
     const mfa_problem *p = run->problem;
     const enum mfa_metal_kernel kernel = forward_kernel(p);
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, &run->choice->key);
-    const int64_t rows = group_of(p) * p->q_len, splits = run->choice->splits;
+    const int64_t rows = group_of(p) * p->q_len, splits = run->choice->cut[MFA_METAL_SPLITS];
     const double flop =
         2.0 * tile->block_q * (double)(p->head_dim + p->value_dim) * seen(p, p->kv_len, tile->block_q) / (double)splits;
     add_tiled(run, kernel, tile, 0, group_of(p),
@@ -293,7 +264,7 @@ static void list_forward(struct run *run)
 static void list_bias(struct run *run)
 {
     const mfa_problem *p = run->problem;
-    const int64_t splits = run->choice->splits, block = MFA_METAL_BIAS_BLOCK;
+    const int64_t splits = run->choice->cut[MFA_METAL_SPLITS], block = MFA_METAL_BIAS_BLOCK;
     const struct mfa_metal_grid tiles = bias_grid(p);
     const double rows = (double)ceil_of(p->q_len, block), columns = (double)ceil_of(p->kv_len, block);
     const double all = (double)(p->batch * p->q_heads) * rows * columns;

@@ -36,6 +36,9 @@ struct mfa_metal_dispatch {
 /* Fills in choice->shared, the bytes of the workspace; the rest of the choice has been made. */
 void mfa_metal_dispatch_measure(const mfa_problem *problem, struct mfa_choice *choice);
 
+/* Threads of a threadgroup of the kernel. */
+int32_t mfa_metal_dispatch_threads(enum mfa_metal_kernel kernel, const struct mfa_key *key);
+
 /* The dispatches of a canonical problem that is supported, with the choice made for it; of the buffers only whether
  * they are there and their offsets matter. Returns how many. */
 int mfa_metal_dispatch_list(const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,

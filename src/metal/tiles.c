@@ -21,51 +21,54 @@
  * as fit into 32 KB of threadgroup memory with the exchange of a split. f32 above 256 columns fits only if K and V
  * take turns.
  *
- * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile so that each barrier pays. */
+ * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile so that each barrier pays.
+ *
+ * Beside each tile stands one with half its simdgroups, for a device on which a pipeline of the first has not threads
+ * enough: half the rows that are kept, or of decode's keys. */
 static const struct row {
     int8_t family; /* and those after it, up to the next that has rows */
     int8_t kernel;
     int8_t element; /* bytes */
     int16_t dim;
-    struct mfa_metal_tile tile; /* block_q, block_kv; simdgroups by rows, slices and keys; shared */
+    struct mfa_metal_tile tiles[2]; /* block_q, block_kv; simdgroups by rows, slices and keys; shared */
 } rows[] = {
-    {7, MFA_METAL_FORWARD, 2, 64, {32, 32, 4, 1, 1, 0}},
-    {7, MFA_METAL_FORWARD, 2, 128, {32, 16, 4, 1, 1, 0}},
-    {7, MFA_METAL_FORWARD, 2, 256, {32, 16, 4, 2, 1, 0}},
-    {7, MFA_METAL_FORWARD, 2, 512, {16, 8, 2, 4, 1, 0}},
-    {7, MFA_METAL_FORWARD, 4, 64, {32, 16, 4, 1, 1, 0}},
-    {7, MFA_METAL_FORWARD, 4, 128, {32, 16, 4, 1, 1, 0}},
-    {7, MFA_METAL_FORWARD, 4, 256, {32, 8, 4, 2, 1, 0}},
-    {7, MFA_METAL_FORWARD, 4, 512, {16, 8, 2, 4, 1, 1}},
+    {7, MFA_METAL_FORWARD, 2, 64, {{32, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 2, 128, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 2, 256, {{32, 16, 4, 2, 1, 0}, {16, 16, 2, 2, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 2, 512, {{16, 8, 2, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 4, 64, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 4, 128, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 4, 256, {{32, 8, 4, 2, 1, 0}, {16, 8, 2, 2, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 4, 512, {{16, 8, 2, 4, 1, 1}, {8, 8, 1, 4, 1, 1}}},
 
-    {7, MFA_METAL_DECODE, 2, 64, {8, 64, 1, 1, 4, 0}},
-    {7, MFA_METAL_DECODE, 2, 128, {8, 32, 1, 1, 4, 0}},
-    {7, MFA_METAL_DECODE, 2, 256, {8, 16, 1, 2, 2, 0}},
-    {7, MFA_METAL_DECODE, 2, 512, {8, 8, 1, 4, 1, 0}},
-    {7, MFA_METAL_DECODE, 4, 64, {8, 32, 1, 1, 4, 0}},
-    {7, MFA_METAL_DECODE, 4, 128, {8, 16, 1, 2, 2, 0}},
-    {7, MFA_METAL_DECODE, 4, 256, {8, 8, 1, 4, 1, 0}},
-    {7, MFA_METAL_DECODE, 4, 512, {8, 8, 1, 4, 1, 1}},
+    {7, MFA_METAL_DECODE, 2, 64, {{8, 64, 1, 1, 4, 0}, {8, 32, 1, 1, 2, 0}}},
+    {7, MFA_METAL_DECODE, 2, 128, {{8, 32, 1, 1, 4, 0}, {8, 16, 1, 1, 2, 0}}},
+    {7, MFA_METAL_DECODE, 2, 256, {{8, 16, 1, 2, 2, 0}, {8, 8, 1, 2, 1, 0}}},
+    {7, MFA_METAL_DECODE, 2, 512, {{8, 8, 1, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_DECODE, 4, 64, {{8, 32, 1, 1, 4, 0}, {8, 16, 1, 1, 2, 0}}},
+    {7, MFA_METAL_DECODE, 4, 128, {{8, 16, 1, 2, 2, 0}, {8, 8, 1, 2, 1, 0}}},
+    {7, MFA_METAL_DECODE, 4, 256, {{8, 8, 1, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_DECODE, 4, 512, {{8, 8, 1, 4, 1, 1}, {8, 8, 1, 4, 1, 1}}},
 
-    {7, MFA_METAL_BACKWARD_DQ, 2, 64, {32, 32, 4, 1, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 2, 128, {32, 16, 4, 1, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 2, 256, {32, 16, 4, 2, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 2, 512, {16, 8, 2, 4, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 4, 64, {32, 16, 4, 1, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 4, 128, {32, 8, 4, 2, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 4, 256, {16, 8, 2, 4, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DQ, 4, 512, {16, 8, 2, 8, 1, 1}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 64, {{32, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 128, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 256, {{32, 16, 4, 2, 1, 0}, {16, 16, 2, 2, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 2, 512, {{16, 8, 2, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 64, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 128, {{32, 8, 4, 2, 1, 0}, {16, 8, 2, 2, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 256, {{16, 8, 2, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DQ, 4, 512, {{16, 8, 2, 8, 1, 1}, {8, 8, 1, 8, 1, 1}}},
 
-    {7, MFA_METAL_BACKWARD_DKV, 2, 64, {32, 32, 4, 1, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 2, 128, {16, 32, 4, 2, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 2, 256, {16, 16, 2, 4, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 2, 512, {8, 16, 2, 8, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 4, 64, {16, 32, 4, 1, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 4, 128, {8, 32, 4, 2, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 4, 256, {8, 16, 2, 4, 1, 0}},
-    {7, MFA_METAL_BACKWARD_DKV, 4, 512, {8, 16, 2, 8, 1, 1}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 64, {{32, 32, 4, 1, 1, 0}, {32, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 128, {{16, 32, 4, 2, 1, 0}, {16, 16, 2, 2, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 256, {{16, 16, 2, 4, 1, 0}, {16, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 2, 512, {{8, 16, 2, 8, 1, 0}, {8, 8, 1, 8, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 64, {{16, 32, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 128, {{8, 32, 4, 2, 1, 0}, {8, 16, 2, 2, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 256, {{8, 16, 2, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
+    {7, MFA_METAL_BACKWARD_DKV, 4, 512, {{8, 16, 2, 8, 1, 1}, {8, 8, 1, 8, 1, 1}}},
 
-    {9, MFA_METAL_FORWARD, 2, 128, {32, 32, 4, 1, 1, 0}},
+    {9, MFA_METAL_FORWARD, 2, 128, {{32, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
 };
 
 static const int8_t families[] = {9, 7}; /* that have rows, newest first */
@@ -102,7 +105,7 @@ static int64_t ceil_of(int64_t n, int64_t unit)
     return (n + unit - 1) / unit;
 }
 
-const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key)
+static const struct row *find_row(enum mfa_metal_kernel kernel, const struct mfa_key *key)
 {
     const int family = mfa_metal_tiles_family_of(key);
     const int64_t dim = wider(key->head_dim, key->value_dim);
@@ -111,9 +114,24 @@ const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, 
             const struct row *row = &rows[n];
             if (row->family == families[f] && row->kernel == (int)kernel && dim <= row->dim &&
                 (size_t)row->element == mfa_dtype_size(key->dtype))
-                return &row->tile;
+                return row;
         }
     return NULL;
+}
+
+/* The kernel whose tile a key names. */
+static enum mfa_metal_kernel first_kernel(int32_t pass)
+{
+    return pass == MFA_FORWARD ? MFA_METAL_FORWARD : MFA_METAL_BACKWARD_DQ;
+}
+
+const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key)
+{
+    const struct row *row = find_row(kernel, key);
+    if (!row)
+        return NULL;
+    const struct mfa_metal_tile *whole = &find_row(first_kernel(key->pass), key)->tiles[0];
+    return &row->tiles[0 < key->block_q && key->block_q < whole->block_q];
 }
 
 int32_t mfa_metal_tiles_columns(const struct mfa_metal_tile *tile, int64_t dim)
@@ -151,20 +169,6 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->mask == MFA_MASK_ADDITIVE && p->mask_dtype == MFA_F64)
         return mfa_fail(MFA_UNSUPPORTED, "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
     return MFA_OK;
-}
-
-static int32_t features_of(const mfa_problem *p)
-{
-    int32_t features = 0;
-    if (p->lower > 1 - p->q_len || p->upper < p->kv_len - 1)
-        features |= MFA_FEATURE_BAND;
-    if (p->mask == MFA_MASK_BOOL)
-        features |= MFA_FEATURE_MASK_BOOL;
-    if (p->mask == MFA_MASK_ADDITIVE)
-        features |= MFA_FEATURE_MASK_ADDITIVE;
-    if (p->softcap > 0)
-        features |= MFA_FEATURE_SOFTCAP;
-    return features;
 }
 
 int mfa_metal_tiles_decodes(const mfa_problem *p)
@@ -206,17 +210,25 @@ static int64_t splits_of_bias(const mfa_problem *p)
     return p->mask == MFA_MASK_ADDITIVE ? parts_of(tiles, steps) : 1;
 }
 
+static void take_tile(const mfa_problem *p, const struct mfa_metal_tile *tile, struct mfa_choice *choice)
+{
+    choice->key.block_q = tile->block_q, choice->key.block_kv = tile->block_kv;
+    choice->cut[MFA_METAL_SPLITS] = p->pass == MFA_FORWARD ? splits_of_keys(p, &choice->key) : splits_of_bias(p);
+}
+
+void mfa_metal_tiles_halve(const mfa_problem *p, struct mfa_choice *choice)
+{
+    take_tile(p, &find_row(first_kernel(p->pass), &choice->key)->tiles[1], choice);
+}
+
 void mfa_metal_tiles_choose(int family, const mfa_problem *p, struct mfa_choice *choice)
 {
     struct mfa_key *key = &choice->key;
     memset(choice, 0, sizeof *choice);
     key->pass = p->pass, key->dtype = p->dtype;
     key->head_dim = (int32_t)ceil_of(p->head_dim, 8) * 8, key->value_dim = (int32_t)ceil_of(p->value_dim, 8) * 8;
-    key->features = features_of(p), key->mask_dtype = p->mask_dtype;
+    key->features = mfa_key_features(p), key->mask_dtype = p->mask_dtype;
     snprintf(key->machine, sizeof key->machine, "apple%d", family);
-    const struct mfa_metal_tile *tile =
-        mfa_metal_tiles_find(p->pass == MFA_FORWARD ? MFA_METAL_FORWARD : MFA_METAL_BACKWARD_DQ, key);
-    key->block_q = tile->block_q, key->block_kv = tile->block_kv;
-    choice->splits = p->pass == MFA_FORWARD ? splits_of_keys(p, key) : splits_of_bias(p);
-    choice->panels = choice->threads = 1;
+    take_tile(p, mfa_metal_tiles_find(first_kernel(p->pass), key), choice);
+    choice->threads = 1;
 }

@@ -21,6 +21,10 @@ enum mfa_metal_kernel {
     MFA_METAL_KERNELS
 };
 
+enum {               /* of choice->cut */
+       MFA_METAL_SPLITS /* parts of the range that a row of O, or an element of dbias, is summed over */
+};
+
 #define MFA_METAL_BIAS_BLOCK 32 /* rows and columns of a tile of dbias: BLOCK of kernels/attention_dbias.metal */
 
 /* How a kernel cuts its work. Its threadgroup has row_groups * split * key_groups simdgroups (kernels/blocks.h). */
@@ -53,6 +57,9 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *problem);
 
 /* The key and the cut into parts, all but the workspace. `family` is one with rows of its own. */
 void mfa_metal_tiles_choose(int family, const mfa_problem *problem, struct mfa_choice *choice);
+
+/* Goes over to tiles with half the threads, for a device that cannot run these. */
+void mfa_metal_tiles_halve(const mfa_problem *problem, struct mfa_choice *choice);
 
 /* Whether a forward problem is a decode step: its rows fit into one block of that kernel. */
 int mfa_metal_tiles_decodes(const mfa_problem *problem);

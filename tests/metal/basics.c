@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "kit/report.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metal/run.h"
 #include "metal/source.h"
 #include "reference/element.h"
@@ -64,8 +64,7 @@ static void check_rounding(int32_t dtype, int family, float *floats, uint16_t *o
                                  "{\n    operand[i] = narrow(x[i]);\n    mask[i] = mask_narrow(x[i]);\n}\n";
     const size_t bytes = FLOATS * sizeof *operands;
     struct mfa_key key = {.dtype = dtype, .head_dim = 8, .value_dim = 8, .mask_dtype = dtype};
-    struct device_launch launch = {
-        .name = "narrow_test", .function = "narrow_test", .groups = FLOATS / 32, .threads = 32};
+    struct gpu_launch launch = {.name = "narrow_test", .function = "narrow_test", .groups = FLOATS / 32, .threads = 32};
     char *text;
     key.features = MFA_FEATURE_MASK_ADDITIVE;
     snprintf(key.machine, sizeof key.machine, "apple%d", family);
@@ -76,12 +75,12 @@ static void check_rounding(int32_t dtype, int family, float *floats, uint16_t *o
     memcpy(whole, text, length);
     memcpy(whole + length, kernel, sizeof kernel);
     launch.text = whole;
-    launch.buffers[1] = (struct device_buffer){.base = floats, .length = FLOATS * sizeof *floats};
-    launch.buffers[2] = (struct device_buffer){.base = operands, .length = bytes, .written = 1, .unwritten = 1};
-    launch.buffers[3] = (struct device_buffer){.base = masks, .length = bytes, .written = 1, .unwritten = 1};
-    device_begin(launch.buffers, MFA_METAL_BUFFERS);
-    const char *why = device_run(&launch);
-    device_end(launch.buffers, MFA_METAL_BUFFERS);
+    launch.buffers[1] = (struct gpu_buffer){.base = floats, .length = FLOATS * sizeof *floats};
+    launch.buffers[2] = (struct gpu_buffer){.base = operands, .length = bytes, .written = 1, .unwritten = 1};
+    launch.buffers[3] = (struct gpu_buffer){.base = masks, .length = bytes, .written = 1, .unwritten = 1};
+    gpu_begin(launch.buffers, MFA_METAL_BUFFERS);
+    const char *why = gpu_run(&launch);
+    gpu_end(launch.buffers, MFA_METAL_BUFFERS);
     size_t wrong = 0;
     for (size_t n = 0; n < FLOATS && !why; n++) {
         uint16_t right;
@@ -120,13 +119,14 @@ void basics_check_lowest_mask(void)
     struct operands operands;
     struct reference forward = {0}, backward = {0};
     struct metal_trace trace;
+    const struct metal_target target = {.family = 7};
     mfa_problem_init(&problem, 1, 1, 1, QUERIES, KEYS, COLUMNS, COLUMNS);
     problem.mask = MFA_MASK_ADDITIVE;
     inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, 1, "lowest");
     for (int j = 0; j < KEYS; j++)
         inputs.values[REFERENCE_MASK][ROW * KEYS + j] = (double)-FLT_MAX;
     operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
-    int good = metal_run(&operands, 7, 0, &trace) == MFA_OK;
+    int good = metal_run(&operands, target, 0, &trace) == MFA_OK;
     operands_collect(&operands, &forward);
     for (int c = 0; c < COLUMNS && good; c++) {
         double mean = 0;
@@ -135,7 +135,7 @@ void basics_check_lowest_mask(void)
         good = fabs(forward.O[ROW * COLUMNS + c] - mean) < 1e-6;
     }
     operands_turn(&operands, DENSE, &forward);
-    good = good && isfinite(forward.L[ROW]) && metal_run(&operands, 7, 0, &trace) == MFA_OK;
+    good = good && isfinite(forward.L[ROW]) && metal_run(&operands, target, 0, &trace) == MFA_OK;
     operands_collect(&operands, &backward);
     for (int n = 0; n < KEYS * COLUMNS && good; n++)
         good = isfinite(backward.dK[n]) && isfinite(backward.dV[n]) &&

@@ -51,14 +51,15 @@ static int64_t count_tiles(const struct inputs *inputs, const struct mfa_metal_t
     return count;
 }
 
-void metal_expect(const struct inputs *inputs, int32_t pass, int family, int64_t expected[MFA_METAL_KERNELS])
+void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target target,
+                  int64_t expected[MFA_METAL_KERNELS])
 {
     mfa_problem p = inputs->problem;
     struct mfa_choice choice;
     p.pass = pass;
     if (mfa_problem_check(&p, &p) != MFA_OK)
         return;
-    mfa_metal_tiles_choose(mfa_metal_tiles_family(family), &p, &choice);
+    metal_choose(target, &p, &choice);
     const int64_t group = p.kv_heads ? p.q_heads / p.kv_heads : 1;
     const struct {
         enum mfa_metal_kernel kernel;

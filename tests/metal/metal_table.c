@@ -1,4 +1,5 @@
-/* The table of docs/metal-kernels.md: what each row of src/metal/tiles.c costs.
+/* The table of docs/metal-kernels.md: what each row of src/metal/tiles.c costs. Barriers and products are counted while
+ * the kernels run on metalsim; the rest follows from the row.
  *
  *     metal_table          prints it
  *     metal_table FILE     checks that FILE has it, as it is */
@@ -7,89 +8,187 @@
 #include <string.h>
 
 #include "core/problem.h"
+#include "kit/operands.h"
+#include "metal/gpu.h"
+#include "metal/run.h"
 #include "metal/source.h"
 #include "metal/tiles.h"
 
 #define FIXED_REGISTERS 24 /* addresses, strides, row sums, temporaries: a guess */
 
-struct cost {
-    int barriers, products, registers;
-    int64_t matrix_operations, device_bytes;
+/* --- Counting ------------------------------------------------------------------------------------- */
+
+/* Has a kernel say, in place of how many tiles it visited, how many barriers and products of matrices thread 0 took
+ * part in: so many times 65536, and so many. */
+static char *tell_meetings(enum mfa_metal_kernel kernel, char *text)
+{
+    static const char *const changes[][2] = {
+        /* found in this order, and what takes its place */
+        {"using namespace metal;\n", "using namespace metal;\n"
+                                     "static uint met;\n"
+                                     "#define MEET(weight) (met += metalsim::lane()->index == 0 ? weight : 0)\n"
+                                     "#define threadgroup_barrier(flags) (MEET(65536), threadgroup_barrier(flags))\n"
+                                     "#define simdgroup_multiply_accumulate(...) "
+                                     "(MEET(1), simdgroup_multiply_accumulate(__VA_ARGS__))\n"},
+        {"kernel void", "kernel void"},
+        {"\n{\n", "\n{\n    if (index == 0)\n        met = 0;\n"},
+        {"= uint(count);", "= met + 0 * uint(count);"},
+    };
+    char *changed = NULL;
+    size_t length;
+    const char *from = text;
+    if (!strstr(text, changes[3][0])) /* not a kernel that visits tiles */
+        return text;
+    FILE *memory = open_memstream(&changed, &length);
+    for (size_t n = 0; memory && n < sizeof changes / sizeof *changes; n++) {
+        const char *at = strstr(from, changes[n][0]);
+        if (!at) {
+            fprintf(stderr, "%s says no longer \"%s\", which is changed here\n", mfa_metal_source_function(kernel),
+                    changes[n][0]);
+            exit(2);
+        }
+        fprintf(memory, "%.*s%s", (int)(at - from), from, changes[n][1]);
+        from = at + strlen(changes[n][0]);
+    }
+    if (!memory)
+        return text;
+    fputs(from, memory);
+    fclose(memory);
+    free(text);
+    return changed;
+}
+
+/* A row of the tiles, as a kernel has it: for the widest columns, all of them in use. */
+struct line {
+    enum mfa_metal_kernel kernel;
+    struct metal_target target;
+    struct mfa_key key;
+    const struct mfa_metal_tile *tile;
 };
 
-/* For the widest columns of a row, all of them in use. `walked`: the rows that are staged tile by tile. */
-static struct cost cost_of(enum mfa_metal_kernel kernel, const struct mfa_metal_tile *tile, int dim, int element)
+static struct line line_of(enum mfa_metal_kernel kernel, struct metal_target target, int dtype, int dim)
 {
-    const int walked = kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
+    struct line line = {.kernel = kernel, .target = target};
+    struct mfa_choice choice;
+    mfa_problem problem;
+    mfa_problem_init(&problem, 1, 1, 1, 1, 1, dim, dim);
+    problem.dtype = dtype, problem.pass = kernel >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
+    mfa_problem_check(&problem, &problem);
+    metal_choose(target, &problem, &choice);
+    line.key = choice.key;
+    line.tile = mfa_metal_tiles_find(kernel, &line.key);
+    return line;
+}
+
+/* What one threadgroup meets when it walks along so many tiles. Of attention_forward there are two if 8 rows would be a
+ * decode step; one after another, for they count in one place. */
+static int64_t met_on_walk(const struct line *line, int tiles)
+{
+    const int keys_are_rows = line->kernel == MFA_METAL_BACKWARD_DKV;
+    const int groups = line->kernel == MFA_METAL_FORWARD && line->tile->block_q == 8 ? 2 : 1;
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    struct reference forward = {0};
+    struct metal_trace trace;
+    mfa_problem_init(&problem, 1, 1, 1, line->tile->block_q * (keys_are_rows ? tiles : groups),
+                     line->tile->block_kv * (keys_are_rows ? 1 : tiles), line->key.head_dim, line->key.value_dim);
+    problem.dtype = line->key.dtype;
+    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, 1, "count");
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    mfa_status status = metal_run(&operands, line->target, 1, &trace);
+    operands_collect(&operands, &forward);
+    if (status == MFA_OK && line->key.pass == MFA_BACKWARD) {
+        operands_turn(&operands, DENSE, &forward);
+        status = metal_run(&operands, line->target, 1, &trace);
+    }
+    if (status != MFA_OK)
+        fprintf(stderr, "%s\n", mfa_last_error());
+    reference_close(&forward);
+    operands_close(&operands);
+    inputs_close(&inputs);
+    return status == MFA_OK ? trace.visited[line->kernel] / groups : 0;
+}
+
+/* --- The table ------------------------------------------------------------------------------------ */
+
+struct cost {
+    int products, registers; /* products of tiles */
+    int64_t barriers, matrix_operations, device_bytes;
+};
+
+static struct cost cost_of(const struct line *line)
+{
+    const struct mfa_metal_tile *tile = line->tile;
+    const int dim = line->key.head_dim, element = (int)mfa_dtype_size(line->key.dtype);
+    /* rows that are staged tile by tile */
+    const int walked = line->kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
     const int slice = dim / tile->split / 8, scores = walked / tile->key_groups / 8, cached = element == 2 ? 1 : 2;
-    const int simdgroups = mfa_metal_tiles_threads(tile) / 32;
-    struct cost c = {.barriers = 2 + (tile->split > 1)};
-    switch (kernel) {
+    const int64_t met = met_on_walk(line, 3) - met_on_walk(line, 2);
+    struct cost c = {.barriers = met / 65536};
+    c.matrix_operations = met % 65536 * mfa_metal_tiles_threads(tile) / 32;
+    switch (line->kernel) {
     case MFA_METAL_BACKWARD_DQ: /* S, dP, dQ; in registers Q dO dQ S dP */
-        c.products = 3, c.barriers += 2 * tile->shared;
+        c.products = 3;
         c.registers = slice * (2 * cached + 2) + 4 * scores;
         break;
     case MFA_METAL_BACKWARD_DKV: /* S, dP, dV, dK; in registers K V dK dV S dP */
-        c.products = 4, c.barriers += 4 * tile->shared;
+        c.products = 4;
         c.registers = slice * (2 * cached + 4) + 4 * scores;
         break;
     default: /* S, O; in registers Q O S */
-        c.products = 2, c.barriers += tile->shared;
+        c.products = 2;
         c.registers = slice * (cached + 2) + 2 * scores;
+        break;
     }
     c.registers += FIXED_REGISTERS;
-    c.matrix_operations = (int64_t)simdgroups * c.products * scores * slice;
-    const int staged = kernel == MFA_METAL_BACKWARD_DKV && tile->shared ? 3 : 2;
+    const int staged = line->kernel == MFA_METAL_BACKWARD_DKV && tile->shared ? 3 : 2;
     c.device_bytes = (int64_t)staged * walked * dim * element;
     return c;
 }
 
-static const struct mfa_metal_tile *tile_of(enum mfa_metal_kernel kernel, int family, struct mfa_key *key)
+static void write_line(FILE *to, const struct line *line)
 {
-    snprintf(key->machine, sizeof key->machine, "apple%d", family);
-    return mfa_metal_tiles_find(kernel, key);
-}
-
-static void write_row(FILE *to, enum mfa_metal_kernel kernel, const struct mfa_metal_tile *tile,
-                      const struct mfa_key *key)
-{
-    const int dim = key->head_dim;
+    const struct mfa_metal_tile *tile = line->tile;
+    const int dim = line->key.head_dim;
     int32_t bytes[2];
-    mfa_metal_tiles_memory(kernel, tile, key, bytes);
-    const struct cost c = cost_of(kernel, tile, dim, (int)mfa_dtype_size(key->dtype));
+    mfa_metal_tiles_memory(line->kernel, tile, &line->key, bytes);
+    const struct cost c = cost_of(line);
     const double least = (double)c.products * tile->block_q * tile->block_kv * dim / 512;
-    fprintf(to, "| `%s` | %s | %d | %d x %d | %d x %d x %d | %d | %d | %lld | %.2f | %lld | %d |\n",
-            mfa_metal_source_function(kernel), key->dtype == MFA_F32 ? "f32" : "f16, bf16", dim, tile->block_q,
-            tile->block_kv, tile->row_groups, tile->split, tile->key_groups,
-            bytes[0] + (tile->split > 1 ? bytes[1] : 0), c.barriers, (long long)c.matrix_operations,
+    fprintf(to, "| `%s` | %s | %d | %d x %d | %d x %d x %d | %d | %lld | %lld | %.2f | %lld | %d |\n",
+            mfa_metal_source_function(line->kernel), line->key.dtype == MFA_F32 ? "f32" : "f16, bf16", dim,
+            tile->block_q, tile->block_kv, tile->row_groups, tile->split, tile->key_groups,
+            bytes[0] + (tile->split > 1 ? bytes[1] : 0), (long long)c.barriers, (long long)c.matrix_operations,
             (double)c.matrix_operations / least, (long long)c.device_bytes, c.registers);
 }
 
-/* The rows of a family; those of a later one only where they are its own. */
-static void write_family(FILE *to, int family)
+/* The lines of a target; after the first only where its tile is another one than `usual` has. */
+static void write_target(FILE *to, const char *title, struct metal_target target, const struct metal_target *usual)
 {
     static const enum mfa_metal_kernel kernels[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
                                                     MFA_METAL_BACKWARD_DKV};
-    fprintf(to, "| kernel | dtype | columns to | block_q x block_kv | simdgroups: rows x slices x keys | "
-                "threadgroup bytes | barriers | matrix products | to the least | device bytes | registers |\n"
-                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    fprintf(to,
+            "\n%s:\n\n"
+            "| kernel | dtype | columns to | block_q x block_kv | simdgroups: rows x slices x keys | "
+            "threadgroup bytes | barriers | matrix products | to the least | device bytes | registers |\n"
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+            title);
     for (size_t k = 0; k < sizeof kernels / sizeof *kernels; k++)
         for (int dtype = MFA_F16; dtype >= MFA_F32; dtype--)
             for (int dim = 64; dim <= MFA_DIM_MAX; dim *= 2) {
-                struct mfa_key key = {.dtype = dtype, .head_dim = dim, .value_dim = dim};
-                const struct mfa_metal_tile *first = tile_of(kernels[k], 7, &key);
-                const struct mfa_metal_tile *tile = tile_of(kernels[k], family, &key);
-                if (family == 7 || memcmp(tile, first, sizeof *tile))
-                    write_row(to, kernels[k], tile, &key);
+                const struct line line = line_of(kernels[k], target, dtype, dim);
+                if (!usual || memcmp(line.tile, line_of(kernels[k], *usual, dtype, dim).tile, sizeof *line.tile))
+                    write_line(to, &line);
             }
 }
 
 static void write_table(FILE *to)
 {
-    fprintf(to, "\nM1 and M2 (families 7 and 8), and later ones but for the next table:\n\n");
-    write_family(to, 7);
-    fprintf(to, "\nM3 and later (family 9 and up):\n\n");
-    write_family(to, 9);
+    const struct metal_target first = {7, 0}, halved = {7, 1}, later = {9, 0}, later_halved = {9, 1};
+    write_target(to, "M1 and M2 (families 7 and 8), and later ones but for the next table", first, NULL);
+    write_target(to, "M3 and later (family 9 and up)", later, &first);
+    write_target(to, "Where a device runs no pipeline with so many threads", halved, &first);
+    write_target(to, "The same, M3 and later", later_halved, &halved);
     fprintf(to, "\n");
 }
 
@@ -117,6 +216,9 @@ int main(int count, char **words)
 {
     char *text = NULL;
     size_t length = 0;
+    const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
+    gpu_set(&settings);
+    metal_rewrite = tell_meetings;
     FILE *memory = open_memstream(&text, &length);
     if (!memory)
         return 2;

@@ -36,7 +36,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
         g->problem.upper = decode ? g->problem.kv_len - g->problem.q_len : 20;
     if (n % 5 == 2)
         g->problem.softcap = 3;
-    g->family = families[family];
+    g->target = (struct metal_target){families[family], n / 96 % 2};
     g->variant.dlse = n % 2;
     finish(g);
     return 1;
@@ -47,7 +47,7 @@ static int64_t between(struct generator *r, int64_t low, int64_t high)
     return low + (int64_t)(generator_next(r) % (uint64_t)(high - low + 1));
 }
 
-/* Types, columns, features, family: what is compiled. */
+/* Types, columns, features, tiles: what is compiled. */
 static void draw_program(struct generated *g, struct generator *r)
 {
     static const int32_t dtypes[] = {MFA_F32, MFA_F16, MFA_BF16};
@@ -60,7 +60,8 @@ static void draw_program(struct generated *g, struct generator *r)
     g->problem.mask_dtype = dtypes[between(r, 0, 2)];
     g->problem.softcap = between(r, 0, 3) ? 0 : 2;
     g->problem.upper = between(r, 0, 1); /* whether there is a band */
-    g->family = between(r, 0, 1) ? 7 : 9;
+    g->target.family = between(r, 0, 1) ? 7 : 9;
+    g->target.halved = !between(r, 0, 3);
 }
 
 /* A length: often short, sometimes beyond a tile or several, now and then 0. */
@@ -79,10 +80,11 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     draw_program(g, &shared);
     const struct generated program = *g;
     const int64_t wide = program.problem.head_dim > 128 || program.problem.value_dim > 128;
+    static const int64_t groups[] = {1, 2, 3, 4, 7};
     const int64_t kv_heads = between(&r, 1, 3), q_len = draw_length(&r, 150);
     const int64_t kv_len = draw_length(&r, wide ? 150 : 700);
     /* Columns that need the same padding: up to 7 fewer. */
-    mfa_problem_init(&g->problem, between(&r, 1, 2), kv_heads * between(&r, 1, 4), kv_heads, q_len, kv_len,
+    mfa_problem_init(&g->problem, between(&r, 1, 2), kv_heads * groups[between(&r, 0, 4)], kv_heads, q_len, kv_len,
                      program.problem.head_dim - between(&r, 0, 7), program.problem.value_dim - between(&r, 0, 7));
     g->problem.dtype = program.problem.dtype;
     g->problem.mask = program.problem.mask, g->problem.mask_dtype = program.problem.mask_dtype;
@@ -93,6 +95,8 @@ int problems_random(struct generated *g, uint64_t seed, int n)
             g->problem.lower = between(&r, -q_len, kv_len / 2 + 1);
         if (between(&r, 0, 3))
             g->problem.upper = between(&r, -q_len / 2, kv_len);
+        if (!between(&r, 0, 7))
+            g->problem.upper = g->problem.lower = between(&r, -q_len / 2, kv_len / 2);
     }
     g->variant.dlse = (int)between(&r, 0, 1);
     if (g->problem.mask != MFA_MASK_NONE) {

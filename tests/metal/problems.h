@@ -5,20 +5,22 @@
 #include <stdint.h>
 
 #include "kit/operands.h"
+#include "metal/run.h"
 
 struct generated {
     mfa_problem problem;
     struct variant variant;
     enum arrangement arrangement;
-    int family;
+    struct metal_target target;
     char text[256]; /* of the problem */
 };
 
 /* Problem n of a series; 0: there are no more. */
 
 /* For each row of the tiles, in each dtype, the smallest and the largest columns that it serves, with several tiles of
- * queries and of keys; and few queries of many keys, for the kernel of decode steps and the merge of split ranges. */
-#define PROBLEMS_OF_TILES 96
+ * queries and of keys; and few queries of many keys, for the kernel of decode steps and the merge of split ranges. The
+ * usual tiles first, then those with half the threads. */
+#define PROBLEMS_OF_TILES 192
 int problems_of_tiles(struct generated *g, uint64_t seed, int n);
 
 /* Random ones, without end. Twenty in a row share types, columns and features, and so programs, for these take the time

@@ -7,7 +7,7 @@
 #include "base/error.h"
 #include "core/operand.h"
 #include "core/problem.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metal/dispatch.h"
 #include "metal/source.h"
 
@@ -21,7 +21,7 @@ static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
     REFERENCE_dO, REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK,   REFERENCE_dV, REFERENCE_DBIAS};
 
 /* From the first of the 64 bytes that an operand begins in, so that alignment is as the offset says. */
-static void attach(struct operands *operands, const mfa_problem *problem, struct device_buffer *buffers,
+static void attach(struct operands *operands, const mfa_problem *problem, struct gpu_buffer *buffers,
                    mfa_buffers *given)
 {
     *given = (mfa_buffers){.size = sizeof *given};
@@ -32,21 +32,21 @@ static void attach(struct operands *operands, const mfa_problem *problem, struct
             continue;
         const uintptr_t begin = (uintptr_t)tensor->memory.bytes, base = begin / 64 * 64;
         const mfa_buffer at = tensor_buffer(tensor);
-        buffers[n] = (struct device_buffer){.base = (void *)base,
-                                            .length = begin + tensor->memory.size - base,
-                                            .offset = (uintptr_t)at.base + at.offset - base,
-                                            .written = (role & MFA_ROLE_WRITTEN) != 0,
-                                            .unwritten = (role & MFA_ROLE_WRITTEN) != 0};
+        buffers[n] = (struct gpu_buffer){.base = (void *)base,
+                                         .length = begin + tensor->memory.size - base,
+                                         .offset = (uintptr_t)at.base + at.offset - base,
+                                         .written = (role & MFA_ROLE_WRITTEN) != 0,
+                                         .unwritten = (role & MFA_ROLE_WRITTEN) != 0};
         *(mfa_buffer *)((char *)given + mfa_operands[n].buffer) = (mfa_buffer){(void *)base, buffers[n].offset};
     }
 }
 
 /* Runs one dispatch of the list in commands of at most `chunk` threadgroups. */
 static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal_dispatch *d, int64_t chunk,
-                               struct device_buffer *buffers, struct metal_trace *trace)
+                               struct gpu_buffer *buffers, struct metal_trace *trace)
 {
     static const char defines[] = "#define COUNT_TILES\n#define UNROLL\n";
-    struct device_launch launch = {.threads = d->threads, .call = d->call};
+    struct gpu_launch launch = {.threads = d->threads, .call = d->call};
     char *text;
     const mfa_status status = mfa_metal_source_write(key, d->kernel, defines, &text);
     if (status != MFA_OK)
@@ -57,7 +57,7 @@ static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal
     memcpy(launch.threadgroup_bytes, d->threadgroup_bytes, sizeof launch.threadgroup_bytes);
     for (int n = 0; n < d->binding_count; n++) {
         const struct mfa_metal_binding *b = &d->bindings[n];
-        struct device_buffer *to = &launch.buffers[b->buffer];
+        struct gpu_buffer *to = &launch.buffers[b->buffer];
         *to = buffers[b->operand < 0 ? WORKSPACE : b->operand];
         to->offset += b->offset;
         if (!to->base || to->offset >= to->length)
@@ -68,7 +68,7 @@ static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal
     for (int64_t first = 0; first < d->groups && !why; first += chunk) {
         launch.call.first = first;
         launch.groups = d->groups - first < chunk ? d->groups - first : chunk;
-        why = device_run(&launch);
+        why = gpu_run(&launch);
         trace->commands++;
     }
     trace->dispatches++;
@@ -77,7 +77,7 @@ static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal
 }
 
 static mfa_status run_list(const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *given,
-                           int64_t chunk, struct device_buffer *buffers, struct metal_trace *trace)
+                           int64_t chunk, struct gpu_buffer *buffers, struct metal_trace *trace)
 {
     struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES];
     const int count = mfa_metal_dispatch_list(problem, choice, given, list);
@@ -87,10 +87,10 @@ static mfa_status run_list(const mfa_problem *problem, const struct mfa_choice *
         const size_t groups = tiled ? (size_t)list[n].groups : 4;
         uint32_t *visited = calloc(groups, sizeof *visited);
         buffers[VISITED] =
-            (struct device_buffer){.base = visited, .length = groups * sizeof *visited, .written = 1, .unwritten = 1};
-        device_begin(&buffers[VISITED], 1);
+            (struct gpu_buffer){.base = visited, .length = groups * sizeof *visited, .written = 1, .unwritten = 1};
+        gpu_begin(&buffers[VISITED], 1);
         status = run_dispatch(&choice->key, &list[n], chunk ? chunk : list[n].chunk, buffers, trace);
-        device_end(&buffers[VISITED], 1);
+        gpu_end(&buffers[VISITED], 1);
         if (tiled)
             trace->visited[list[n].kernel] = 0;
         for (size_t g = 0; tiled && g < groups; g++)
@@ -103,10 +103,18 @@ static mfa_status run_list(const mfa_problem *problem, const struct mfa_choice *
     return status;
 }
 
-mfa_status metal_run(struct operands *operands, int family, int64_t chunk, struct metal_trace *trace)
+void metal_choose(struct metal_target target, const mfa_problem *problem, struct mfa_choice *choice)
+{
+    mfa_metal_tiles_choose(mfa_metal_tiles_family(target.family), problem, choice);
+    if (target.halved)
+        mfa_metal_tiles_halve(problem, choice);
+    mfa_metal_dispatch_measure(problem, choice);
+}
+
+mfa_status metal_run(struct operands *operands, struct metal_target target, int64_t chunk, struct metal_trace *trace)
 {
     static char filler[64];
-    struct device_buffer buffers[BUFFERS] = {[FILLER] = {.base = filler, .length = sizeof filler}};
+    struct gpu_buffer buffers[BUFFERS] = {[FILLER] = {.base = filler, .length = sizeof filler}};
     struct mfa_choice choice;
     struct guarded workspace;
     mfa_buffers given;
@@ -119,16 +127,15 @@ mfa_status metal_run(struct operands *operands, int family, int64_t chunk, struc
         status = mfa_metal_tiles_supports(&problem);
     if (status != MFA_OK)
         return status;
-    mfa_metal_tiles_choose(mfa_metal_tiles_family(family), &problem, &choice);
-    mfa_metal_dispatch_measure(&problem, &choice);
+    metal_choose(target, &problem, &choice);
     attach(operands, &problem, buffers, &given);
     guarded_open(&workspace, "workspace", choice.shared, 64, GUARDED_END, 0xff);
     if (workspace.size)
-        buffers[WORKSPACE] = (struct device_buffer){
+        buffers[WORKSPACE] = (struct gpu_buffer){
             .base = workspace.bytes, .length = workspace.size, .written = 1, .unwritten = 1, .scratch = 1};
-    device_begin(buffers, BUFFERS);
+    gpu_begin(buffers, BUFFERS);
     status = run_list(&problem, &choice, &given, chunk, buffers, trace);
-    device_end(buffers, BUFFERS);
+    gpu_end(buffers, BUFFERS);
     guarded_close(&workspace);
     return status;
 }
@@ -136,7 +143,7 @@ mfa_status metal_run(struct operands *operands, int family, int64_t chunk, struc
 int metal_run_layout_test(int family)
 {
     uint32_t wrong[32];
-    struct device_launch launch = {.groups = 1, .threads = 32, .threadgroup_bytes = {256, 0}};
+    struct gpu_launch launch = {.groups = 1, .threads = 32, .threadgroup_bytes = {256, 0}};
     struct mfa_key key = {.pass = MFA_FORWARD, .dtype = MFA_F32, .head_dim = 8, .value_dim = 8};
     char *text;
     snprintf(key.machine, sizeof key.machine, "apple%d", family);
@@ -147,10 +154,10 @@ int metal_run_layout_test(int family)
     memset(wrong, 0xff, sizeof wrong);
     launch.text = text, launch.name = launch.function = mfa_metal_source_function(MFA_METAL_LAYOUT_TEST);
     launch.buffers[MFA_METAL_BUFFER_PARTIALS] =
-        (struct device_buffer){.base = wrong, .length = sizeof wrong, .written = 1, .unwritten = 1};
-    device_begin(&launch.buffers[MFA_METAL_BUFFER_PARTIALS], 1);
-    int right = !device_run(&launch);
-    device_end(&launch.buffers[MFA_METAL_BUFFER_PARTIALS], 1);
+        (struct gpu_buffer){.base = wrong, .length = sizeof wrong, .written = 1, .unwritten = 1};
+    gpu_begin(&launch.buffers[MFA_METAL_BUFFER_PARTIALS], 1);
+    int right = !gpu_run(&launch);
+    gpu_end(&launch.buffers[MFA_METAL_BUFFER_PARTIALS], 1);
     for (int lane = 0; lane < 32; lane++)
         right = right && wrong[lane] == 0;
     free(text);

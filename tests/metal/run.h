@@ -1,4 +1,4 @@
-/* One run of a problem's pass by the Metal kernels, on whatever device.h is: through the same code that a host uses. */
+/* One run of a problem's pass by the Metal kernels, on whatever gpu.h is: through the same code that a host uses. */
 #ifndef TESTS_METAL_RUN_H
 #define TESTS_METAL_RUN_H
 
@@ -10,17 +10,26 @@ struct metal_trace {
     int dispatches, commands;
 };
 
-/* As operands_run. `family` of the GPU; `chunk`: threadgroups of a command, 0: as the list has it. A failure that the
- * library has no word for (the device's) is MFA_DEVICE_FAILED, and mfa_last_error has it. */
-mfa_status metal_run(struct operands *operands, int family, int64_t chunk, struct metal_trace *trace);
+/* Which tiles: those of a GPU family, and of these the ones with half the threads or not. */
+struct metal_target {
+    int family, halved;
+};
 
-/* Runs layout_test on the device; 1 if it finds all as tile.h says. */
+/* What the Metal room chooses for a canonical problem, workspace and all. */
+void metal_choose(struct metal_target target, const mfa_problem *problem, struct mfa_choice *choice);
+
+/* As operands_run. `chunk`: threadgroups of a command, 0: as the list has it. A failure that the
+ * library has no word for (the device's) is MFA_DEVICE_FAILED, and mfa_last_error has it. */
+mfa_status metal_run(struct operands *operands, struct metal_target target, int64_t chunk, struct metal_trace *trace);
+
+/* Runs layout_test; 1 if it finds all as tile.h says. */
 int metal_run_layout_test(int family);
 
 /* If set, gives a kernel's program another text: both are from malloc, and the old one is the callee's to free. */
 extern char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 
 /* How many tiles each kernel of the pass has to visit: those that neither the band nor the mask hides. */
-void metal_expect(const struct inputs *inputs, int32_t pass, int family, int64_t expected[MFA_METAL_KERNELS]);
+void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target target,
+                  int64_t expected[MFA_METAL_KERNELS]);
 
 #endif

@@ -2,10 +2,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "metal/device.h"
+#include "metal/gpu.h"
 #include "metalsim/metalsim.h"
 
-static struct device_settings settings;
+static struct gpu_settings settings;
 
 static struct program {
     struct program *next;
@@ -14,22 +14,22 @@ static struct program {
     metalsim_library *library;
 } *programs;
 
-void device_set(const struct device_settings *given)
+void gpu_set(const struct gpu_settings *given)
 {
     settings = *given;
 }
 
-void device_begin(struct device_buffer *buffers, int count)
+void gpu_begin(struct gpu_buffer *buffers, int count)
 {
     (void)buffers, (void)count;
 }
 
-void device_end(struct device_buffer *buffers, int count)
+void gpu_end(struct gpu_buffer *buffers, int count)
 {
     (void)buffers, (void)count;
 }
 
-static metalsim_library *find_library(const struct device_launch *launch)
+static metalsim_library *find_library(const struct gpu_launch *launch)
 {
     const unsigned build = (settings.checked ? METALSIM_CHECKED : 0) | (settings.fast_math ? METALSIM_FAST_MATH : 0) |
                            (getenv("LLVM_PROFILE_FILE") ? METALSIM_COVERAGE : 0);
@@ -47,7 +47,7 @@ static metalsim_library *find_library(const struct device_launch *launch)
     return library;
 }
 
-const char *device_run(const struct device_launch *launch)
+const char *gpu_run(const struct gpu_launch *launch)
 {
     struct metalsim_dispatch dispatch = {
         .threadgroups = {(size_t)launch->groups, 1, 1},
@@ -59,7 +59,7 @@ const char *device_run(const struct device_launch *launch)
     dispatch.buffers[MFA_METAL_BUFFER_CALL] =
         (struct metalsim_argument){METALSIM_BYTES_BINDING, &launch->call, sizeof launch->call, 0, 0};
     for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFERS; n++) {
-        const struct device_buffer *b = &launch->buffers[n];
+        const struct gpu_buffer *b = &launch->buffers[n];
         if (b->base)
             dispatch.buffers[n] =
                 (struct metalsim_argument){METALSIM_BUFFER_BINDING, b->base, b->length, b->offset, b->unwritten};

@@ -3,7 +3,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "metal/run.h"
 #include "metal/source.h"
 
 double subject_tolerance(const struct subject *s, enum reference_tensor tensor)
@@ -44,7 +43,7 @@ static const char *run_pass(struct subject *s, struct operands *operands, int64_
     static char wrong[4096];
     struct metal_trace trace;
     int64_t expected[MFA_METAL_KERNELS];
-    const mfa_status status = metal_run(operands, s->family, chunk, &trace);
+    const mfa_status status = metal_run(operands, s->target, chunk, &trace);
     const char *overrun = operands_collect(operands, results);
     if (status != MFA_OK) {
         snprintf(wrong, sizeof wrong, "%s: %s", mfa_status_name(status), mfa_last_error());
@@ -54,7 +53,7 @@ static const char *run_pass(struct subject *s, struct operands *operands, int64_
         snprintf(wrong, sizeof wrong, "%s is written beside its elements", overrun);
         return wrong;
     }
-    metal_expect(&s->inputs, operands->problem.pass, s->family, expected);
+    metal_expect(&s->inputs, operands->problem.pass, s->target, expected);
     for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++) {
         const int64_t visited = trace.visited[tiled[n]], visible = expected[tiled[n]];
         if (visited < 0 || visited == visible)

@@ -5,20 +5,22 @@
 #include <stdint.h>
 
 #include "kit/operands.h"
+#include "metal/run.h"
 #include "reference/tolerance.h"
 
 enum { SUBJECT_FORWARD = 1, SUBJECT_BACKWARD = 2 };
 
-struct subject { /* one variant of one problem in one dtype, for one GPU family */
+struct subject { /* one variant of one problem in one dtype, for one set of tiles */
     const char *text;
-    int passes, family;
+    int passes;
+    struct metal_target target;
     struct inputs inputs;
     struct reference truth;
     struct tolerance tolerance;
     double worst; /* error as a share of the tolerance */
 };
 
-/* Makes inputs, reference and tolerance; text, passes and family are given. */
+/* Makes inputs, reference and tolerance; text, passes and target are given. */
 void subject_open(struct subject *subject, const mfa_problem *problem, struct variant variant, uint64_t seed);
 void subject_close(struct subject *subject);
 

@@ -50,6 +50,18 @@ static void check_tile(enum mfa_metal_kernel kernel, const struct mfa_key *key)
     assert_true(tile->key_groups == 1 || (kernel == MFA_METAL_DECODE && tile->row_groups == 1));
 }
 
+/* Both tiles of a row, usual and halved. */
+static void check_tiles(struct mfa_key key)
+{
+    for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++) {
+        key.pass = tiled[n] >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
+        key.block_q = 0;
+        check_tile(tiled[n], &key);
+        key.block_q = 8; /* less than any of the usual ones */
+        check_tile(tiled[n], &key);
+    }
+}
+
 /* Every head_dim with every value_dim: threadgroup memory is the sum of theirs, so multiples of 8 show all. */
 static void test_limits(void **state)
 {
@@ -57,11 +69,8 @@ static void test_limits(void **state)
     for (size_t f = 0; f < 2; f++)
         for (int dtype = MFA_F32; dtype <= MFA_BF16; dtype++)
             for (int d = 8; d <= MFA_DIM_MAX; d += 8)
-                for (int e = 8; e <= MFA_DIM_MAX; e += 8) {
-                    const struct mfa_key key = key_of(MFA_FORWARD, dtype, d, e, families[f]);
-                    for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++)
-                        check_tile(tiled[n], &key);
-                }
+                for (int e = 8; e <= MFA_DIM_MAX; e += 8)
+                    check_tiles(key_of(MFA_FORWARD, dtype, d, e, families[f]));
 }
 
 static void test_families(void **state)
@@ -77,6 +86,31 @@ static void test_families(void **state)
     assert_int_equal(mfa_metal_tiles_family_of(&key), 9);
     assert_null(mfa_metal_tiles_find(MFA_METAL_MERGE, &key));
     assert_null(mfa_metal_tiles_find(MFA_METAL_FORWARD, &cpu));
+}
+
+static struct mfa_key chosen(const mfa_problem *problem)
+{
+    struct mfa_choice choice;
+    mfa_problem canonical;
+    assert_int_equal(mfa_problem_check(problem, &canonical), MFA_OK);
+    mfa_metal_tiles_choose(9, &canonical, &choice);
+    return choice.key;
+}
+
+/* No length, stride, count of heads, band or number makes another program. */
+static void test_keys(void **state)
+{
+    mfa_problem p;
+    struct mfa_key first, key;
+    (void)state;
+    mfa_problem_init(&p, 1, 4, 4, 512, 512, 72, 72);
+    p.upper = 0, p.softcap = 30;
+    first = chosen(&p);
+    mfa_problem_init(&p, 3, 8, 2, 7, 100000, 65, 66);
+    p.lower = -1000, p.upper = 5, p.softcap = 0.5, p.scale = -3;
+    p.q_layout = (mfa_layout){0, -7, 1, 3};
+    key = chosen(&p);
+    assert_memory_equal(&key, &first, sizeof key);
 }
 
 /* --- Texts ---------------------------------------------------------------------------------------- */
@@ -249,13 +283,57 @@ static void test_bias_parts(void **state)
     mfa_problem_init(&p, 2, 8, 8, 1000, 1000, 64, 64);
     p.pass = MFA_BACKWARD, p.mask = MFA_MASK_ADDITIVE;
     list(&p, &l);
-    assert_int_equal(l.choice.splits, 1);
+    assert_int_equal(l.choice.cut[MFA_METAL_SPLITS], 1);
     assert_int_equal(l.list[l.count - 1].kernel, MFA_METAL_DBIAS);
     p.dbias_layout = (mfa_layout){0, 0, 0, 0};
     list(&p, &l);
-    assert_true(l.choice.splits > 1);
+    assert_true(l.choice.cut[MFA_METAL_SPLITS] > 1);
     assert_int_equal(l.list[l.count - 1].kernel, MFA_METAL_DBIAS_SUM);
     assert_int_equal(l.list[l.count - 1].groups, 1);
+}
+
+/* Whether the kernels may load four elements of Q at once, if Q begins at that byte of its buffer. */
+static int is_wide(const mfa_problem *problem, uint64_t offset)
+{
+    static char memory;
+    const mfa_buffer b = {&memory, 0};
+    const mfa_buffers buffers = {.size = sizeof buffers, .q = {&memory, offset}, .k = b, .v = b, .o = b};
+    struct mfa_metal_dispatch dispatches[MFA_METAL_DISPATCHES];
+    struct mfa_choice choice;
+    mfa_problem canonical;
+    assert_int_equal(mfa_problem_check(problem, &canonical), MFA_OK);
+    mfa_metal_tiles_choose(7, &canonical, &choice);
+    mfa_metal_dispatch_measure(&canonical, &choice);
+    assert_true(mfa_metal_dispatch_list(&canonical, &choice, &buffers, dispatches) > 0);
+    return dispatches[0].call.wide >> MFA_METAL_BUFFER_Q & 1;
+}
+
+/* Four elements are loaded at once only where all such loads are aligned. */
+static void test_wide_loads(void **state)
+{
+    mfa_problem p;
+    (void)state;
+    mfa_problem_init(&p, 2, 2, 2, 9, 9, 61, 64);
+    p.dtype = MFA_F16;
+    const mfa_layout padded = {2 * 9 * 64, 9 * 64, 64, 1}, odd[] = {{2 * 9 * 64 + 2, 9 * 64, 64, 1},
+                                                                    {2 * 9 * 64, 9 * 64 + 1, 64, 1},
+                                                                    {2 * 9 * 62, 9 * 62, 62, 1},
+                                                                    {1, 2, 4, 8 * 9}};
+    assert_false(is_wide(&p, 0)); /* rows of 61 elements */
+    p.q_layout = padded;
+    assert_true(is_wide(&p, 0));
+    assert_true(is_wide(&p, 8));
+    for (uint64_t offset = 2; offset < 8; offset += 2)
+        assert_false(is_wide(&p, offset));
+    for (size_t n = 0; n < sizeof odd / sizeof *odd; n++) {
+        p.q_layout = odd[n];
+        assert_false(is_wide(&p, 0));
+    }
+    p.batch = 1, p.q_layout = odd[0];
+    assert_true(is_wide(&p, 0)); /* there is one batch: no step */
+    p.dtype = MFA_F32;
+    assert_false(is_wide(&p, 8));
+    assert_true(is_wide(&p, 16));
 }
 
 /* Work that would take seconds is cut into commands; all of it is done. */
@@ -292,9 +370,10 @@ static void test_huge(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_limits),       cmocka_unit_test(test_families),         cmocka_unit_test(test_text),
-        cmocka_unit_test(test_refused_keys), cmocka_unit_test(test_refused_problems), cmocka_unit_test(test_lists),
-        cmocka_unit_test(test_bias_parts),   cmocka_unit_test(test_chunks),           cmocka_unit_test(test_huge),
+        cmocka_unit_test(test_keys),       cmocka_unit_test(test_limits),       cmocka_unit_test(test_families),
+        cmocka_unit_test(test_text),       cmocka_unit_test(test_refused_keys), cmocka_unit_test(test_refused_problems),
+        cmocka_unit_test(test_lists),      cmocka_unit_test(test_bias_parts),   cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_wide_loads), cmocka_unit_test(test_huge),
     };
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
 }

@@ -15,9 +15,10 @@ extern "C" {
 #include "metalsim/abi.h"
 }
 
-/* Never made to depend on more conditions than in the text, nor merged with another call: where a lane
- * calls from is what tells whether all lanes are at the same operation. */
-#define METALSIM_TOGETHER METALSIM_UNWATCHED __attribute__((noinline, convergent, nomerge))
+/* Where a lane calls from tells whether all lanes are at the same operation. So a call is neither copied, as into both
+ * branches before it, nor merged with another, nor made to depend on more conditions than in the text. The function is
+ * weak lest it be inlined: clang forgets noinline where it sees noduplicate. */
+#define METALSIM_TOGETHER METALSIM_UNWATCHED __attribute__((weak, convergent, nomerge, noduplicate))
 
 static metalsim_runtime metalsim_functions;
 
@@ -29,17 +30,17 @@ METALSIM_OURS metalsim_lane *lane()
     return metalsim_self();
 }
 
-METALSIM_TOGETHER static void meet(void (*operate)(unsigned char *slots))
+METALSIM_TOGETHER void meet(void (*operate)(unsigned char *slots))
 {
     metalsim_functions.meet(operate, __builtin_return_address(0));
 }
 
-METALSIM_TOGETHER static void simdgroup_barrier(unsigned memory)
+METALSIM_TOGETHER void simdgroup_barrier(unsigned memory)
 {
     metalsim_functions.simdgroup_barrier(memory, __builtin_return_address(0));
 }
 
-METALSIM_TOGETHER static void threadgroup_barrier(unsigned memory)
+METALSIM_TOGETHER void threadgroup_barrier(unsigned memory)
 {
     metalsim_functions.threadgroup_barrier(memory, __builtin_return_address(0));
 }

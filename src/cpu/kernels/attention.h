@@ -5,11 +5,14 @@
 
 #include "cpu/kernels/contract.h"
 #include "cpu/kernels/rows.h"
+#include "cpu/kernels/terms.h"
 #include "cpu/kernels/product.h"
 #include "cpu/kernels/panel.h"
 #include "cpu/kernels/forward.h"
+#include "cpu/kernels/few_product.h"
 #include "cpu/kernels/few.h"
 #include "cpu/kernels/backward.h"
+#include "cpu/kernels/few_backward.h"
 #include "cpu/kernels/bias.h"
 
 const struct mfa_cpu_kernels KERNEL_SET = {
@@ -17,13 +20,15 @@ const struct mfa_cpu_kernels KERNEL_SET = {
     .forward = forward,
     .few = few,
     .merge = merge,
-    .few_rows = LANES / 2,
+    .few_rows = FEW_ROWS,
     .few_keys = FEW_KEYS,
     .prepare = prepare,
     .backward = backward,
+    .few_backward = few_backward,
     .bias = bias,
     .forward_scratch = forward_scratch,
     .few_scratch = few_scratch,
     .backward_scratch = backward_scratch,
+    .few_backward_scratch = few_backward_scratch,
     .partial_bytes = partial_bytes,
 };

@@ -15,10 +15,15 @@
 #define STRIPS_MAX 8 /* of a block */
 
 struct backward_scratch {
-    real *Q, *dO;         /* rows [group][padded(dim)] */
-    real *Qt, *dOt;       /* [padded(dim)][PANEL] of one panel */
-    real *K, *V, *dK, *dV;
-    real *P, *dS;         /* [key][group] */
+    term *rows;           /* of a panel of Q or dO, terms across */
+    term *Qt, *dOt;       /* their transposes: [terms(dim)][PANEL] */
+    term *Q, *dO;         /* of the group, terms down */
+    term *K, *V;          /* terms across */
+    term *K_down;
+    real *dK, *dV;
+    real *S, *dP;         /* of a panel, [key] score_stride apart; in the places of its P and dS if these are reals */
+    term *P, *dS;         /* of the group, terms across: [key][group / TERM] */
+    term *dS_down;        /* [terms(key)][group] */
     real *slope;          /* [key][PANEL]: 1 - tanh^2 */
     real *mask_rows, *mask_tile;
     real *row;            /* one of O and one of dO */
@@ -29,18 +34,24 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
 {
     const struct mfa_args *a = &call->args;
     int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = padded(call->block_kv), group = call->panels * PANEL;
+    int64_t d_terms = across_stride(a->head_dim), e_terms = across_stride(a->value_dim);
     int masked = call->mask_kind != CPU_MASK_NONE;
     uint64_t used = 0;
-    s->Q = carve(base, &used, group * d);
-    s->dO = carve(base, &used, group * e);
-    s->Qt = carve(base, &used, d * PANEL);
-    s->dOt = carve(base, &used, e * PANEL);
-    s->K = carve(base, &used, n * d);
-    s->V = carve(base, &used, n * e);
+    s->rows = carve(base, &used, TERM > 1 ? PANEL * (d_terms > e_terms ? d_terms : e_terms) : 0);
+    s->Qt = carve(base, &used, d_terms * PANEL);
+    s->dOt = carve(base, &used, e_terms * PANEL);
+    s->Q = carve(base, &used, group * d_terms);
+    s->dO = carve(base, &used, group * e_terms);
+    s->K = carve(base, &used, n * d_terms);
+    s->V = carve(base, &used, n * e_terms);
+    s->K_down = carve(base, &used, TERM > 1 ? n * d_terms : 0);
     s->dK = carve(base, &used, n * d);
     s->dV = carve(base, &used, n * e);
-    s->P = carve(base, &used, n * group);
-    s->dS = carve(base, &used, n * group);
+    s->S = carve(base, &used, TERM > 1 ? n * PANEL : 0);
+    s->dP = carve(base, &used, TERM > 1 ? n * PANEL : 0);
+    s->P = carve(base, &used, n * group / TERM);
+    s->dS = carve(base, &used, n * group / TERM);
+    s->dS_down = TERM > 1 ? carve(base, &used, n * group / TERM) : s->dS;
     s->slope = carve(base, &used, call->softcap > 0 ? n * PANEL : 0);
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
@@ -157,28 +168,10 @@ static void prepare(void *data, int64_t task, int worker)
     }
 }
 
-/* P and dS of one panel for the n keys of a block. S and dP come in their places; slope may be NULL. */
-static void gradients(const struct panel *panel, int64_t n, real *P, real *dS, int64_t stride, const real *L,
-                      const real *D, const real *slope)
-{
-    for (int v = 0; v < panel->vectors; v++) {
-        int64_t at = v * LANES;
-        vec l = vec_load(L + at), delta = vec_load(D + at);
-        for (int64_t k = 0; k < n; k++, at += stride) {
-            vec p = vec_exp(vec_sub(vec_load(P + at), l));
-            vec ds = vec_mul(p, vec_sub(vec_load(dS + at), delta));
-            if (slope)
-                ds = vec_mul(ds, vec_load(slope + k * PANEL + v * LANES));
-            vec_store(P + at, p);
-            vec_store(dS + at, ds);
-        }
-    }
-}
-
 /* One block of keys: where it begins and how many. K and V are loaded when the first panel sees it. */
 struct keys {
     int64_t batch, kv_head, first, n;
-    struct block K, V;
+    struct block K, V, K_down;
 };
 
 static struct keys keys_of(const struct mfa_cpu_call *call, int64_t batch, int64_t kv_head, int64_t block)
@@ -195,41 +188,112 @@ static void load_keys(const struct mfa_cpu_call *call, struct backward_scratch *
         load_block(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n, a->head_dim, 1);
     keys->V = load_block(s->V, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
                          a->value_dim, 1);
+    keys->K_down = turn_down(keys->K, keys->n, a->head_dim, s->K_down);
 }
 
-/* P and dS, `stride` apart, of a panel for keys r of the block; the panel's rows of Q, dO, L and D are given. 0 if
- * it sees none of them. `chain`: dS is for Q and K, behind the softcap; else for the bias, before it. */
-static int panel_gradients(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
-                           struct keys *keys, struct range r, const real *Q, const real *dO, const real *L,
-                           const real *D, real *P, real *dS, int64_t stride, int chain)
+/* The panel's rows of Q or dO: down, as the rows of a group from `first` on, and transposed. */
+static void load_panel(const struct backward_scratch *s, const struct panel *panel, int64_t first, const void *data,
+                       int dtype, const struct mfa_strides *strides, int64_t batch, int64_t columns, term *down,
+                       term *transposed)
+{
+    int64_t lanes = panel->vectors * LANES, across = across_stride(columns);
+    down += first / TERM * down_stride(columns);
+    term *rows = TERM > 1 ? s->rows : down;
+    panel_load(panel, rows, across, data, dtype, strides, batch, columns);
+    turn_down((struct block){rows, across}, lanes, columns, down);
+    transpose(rows, across, transposed, PANEL, lanes, across);
+}
+
+static inline int64_t score_stride(const struct mfa_cpu_call *call)
+{
+    return TERM > 1 ? PANEL : (int64_t)call->panels * PANEL;
+}
+
+/* S and dP of a panel, the rows from `first` on of its group, for keys r of the block; loads the panel's Q and dO. 0 if
+ * it sees none of them. `slope` is for softcap, or NULL. */
+static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
+                        int64_t first, struct keys *keys, struct range r, real *slope)
 {
     const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), lanes = panel->vectors * LANES;
     int64_t key = keys->first + r.from, n = r.to - r.from;
+    load_panel(s, panel, first, call->q, call->dtype, &a->q, keys->batch, a->head_dim, s->Q, s->Qt);
+    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim, s->dO, s->dOt);
     enum visibility seen = panel_sees(panel, call, keys->batch, key, n, s->mask_rows, s->mask_tile);
     if (seen == HIDDEN)
         return 0;
     if (!keys->K.rows)
         load_keys(call, s, keys);
-    real *slope = chain && call->softcap > 0 ? s->slope : NULL;
-    P += r.from * stride, dS += r.from * stride;
-    transpose(Q, d, s->Qt, PANEL, lanes, d);
-    scale_vectors(s->Qt, d * PANEL, query_factor(call));
-    multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, P, stride,
-                  a->head_dim);
-    panel_adjust(panel, call, seen, key, n, P, stride, s->mask_tile, slope);
-    transpose(dO, e, s->dOt, PANEL, lanes, e);
-    multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, dS, stride,
-                  a->value_dim);
-    gradients(panel, n, P, dS, stride, L, D, slope);
+    int64_t stride = score_stride(call);
+    if (TERM == 1)
+        s->S = s->P + r.from * stride + first, s->dP = s->dS + r.from * stride + first;
+    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+    multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, s->S, stride,
+                  terms(a->head_dim), score_factor(call));
+    panel_adjust(panel, call, seen, key, n, s->S, stride, s->mask_tile, slope);
+    multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, s->dP,
+                  stride, terms(a->value_dim), 1);
     return 1;
+}
+
+/* A vector of P, and of dS, from S and dP. */
+static inline vec probabilities(const real *S, vec L)
+{
+    return vec_exp(vec_sub(vec_load(S), L));
+}
+
+static inline vec score_gradients(vec P, const real *dP, vec D, const real *slope)
+{
+    vec dS = vec_mul(P, vec_sub(vec_load(dP), D));
+    return slope ? vec_mul(dS, vec_load(slope)) : dS;
+}
+
+/* P and dS of a panel, the rows from `first` on of its group, for keys r of the block. */
+static void panel_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
+                            const struct panel *panel, int64_t first, struct range r, const real *L, const real *D,
+                            const real *slope)
+{
+    int64_t size = (int64_t)call->panels * PANEL, across = size / TERM, n = r.to - r.from, stride = score_stride(call);
+    for (int v = 0; v < panel->vectors; v++) {
+        int64_t at = v * LANES, place = r.from * across + (first + at) / TERM;
+        term *P = s->P + place, *dS = s->dS + place, *dS_down = s->dS_down + r.from / TERM * size + first + at;
+        vec l = vec_load(L + at), delta = vec_load(D + at);
+        for (int64_t k = 0; k < n; k += 2) {
+            const real *S = s->S + k * stride + at, *dP = s->dP + k * stride + at,
+                       *t = slope ? slope + k * PANEL + at : NULL;
+            vec P0 = probabilities(S, l), dS0 = score_gradients(P0, dP, delta, t);
+            store_across(P + k * across, P0);
+            if (TERM > 1)
+                store_across(dS + k * across, dS0);
+            if (k + 1 == n) {
+                store_down_last(dS_down, size, k, dS0);
+                break;
+            }
+            vec P1 = probabilities(S + stride, l), dS1 = score_gradients(P1, dP + stride, delta, t ? t + PANEL : NULL);
+            store_across(P + (k + 1) * across, P1);
+            if (TERM > 1)
+                store_across(dS + (k + 1) * across, dS1);
+            store_down(dS_down, size, k, dS0, dS1);
+        }
+    }
+}
+
+/* The same for a panel that sees nothing: its neighbours may see the same strips. */
+static void clear_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
+                            struct range r)
+{
+    int64_t size = (int64_t)call->panels * PANEL, across = size / TERM;
+    for (int64_t k = r.from; k < r.to; k++) {
+        fill(s->P + k * across + first / TERM, PANEL / TERM, 0);
+        fill(s->dS + k * across + first / TERM, PANEL / TERM, 0);
+        fill(s->dS_down + k / TERM * size + first, PANEL, 0);
+    }
 }
 
 /* Which panels of a group see which keys of a block: by panel, whole strips; by strip, the panels of it. Under a band
  * the panels that see a strip are neighbours. */
 struct sight {
     struct range keys[MFA_CPU_PANELS_MAX]; /* of each panel; empty: sees none */
-    struct range panels[STRIPS_MAX];       /* of each strip */
+    struct range panels[STRIPS_MAX]; /* of each strip */
     int64_t strips;
 };
 
@@ -247,6 +311,13 @@ static void see_strips(struct sight *sight, int64_t panels, int64_t n)
     }
 }
 
+static void wait_for_turn(_Atomic int64_t *turn, int64_t block)
+{
+    for (unsigned spins = 0; atomic_load_explicit(turn, memory_order_acquire) != block; spins++)
+        if (spins % 1024 == 1023)
+            sched_yield();
+}
+
 /* Waits until the blocks before this one have added to the group's dQ, then adds this block's. Panels that see the
  * same keys are taken together. */
 static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
@@ -255,9 +326,7 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
     int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = (int64_t)call->panels * PANEL;
     int vectors = (int)(padded(call->args.head_dim) / LANES);
     _Atomic int64_t *turn = &call->progress[group_number(call, g)];
-    for (unsigned spins = 0; atomic_load_explicit(turn, memory_order_acquire) != block; spins++)
-        if (spins % 1024 == 1023)
-            sched_yield();
+    wait_for_turn(turn, block);
     real *dQ = group_dQ(call, g, &stride);
     if (block == g->from)
         clear_dQ(call, g);
@@ -267,8 +336,9 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
             next++;
         int64_t first = p * PANEL, rows = (next * PANEL < g->rows ? next * PANEL : g->rows) - first;
         if (r.from < r.to)
-            add_columns(rows, vectors, s->dS + r.from * size + first, size, keys->K.rows + r.from * keys->K.stride,
-                        keys->K.stride, dQ + first * stride, stride, r.to - r.from);
+            add_columns(rows, vectors, s->dS_down + r.from / TERM * size + first, size,
+                        keys->K_down.rows + r.from / TERM * keys->K_down.stride, keys->K_down.stride,
+                        dQ + first * stride, stride, terms(r.to - r.from));
     }
     if (block == g->to)
         finish_dQ(call, g);
@@ -279,7 +349,9 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
 static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
                       const struct keys *keys, const struct sight *sight)
 {
-    int64_t d = padded(call->args.head_dim), e = padded(call->args.value_dim), size = (int64_t)call->panels * PANEL;
+    int64_t d = padded(call->args.head_dim), e = padded(call->args.value_dim);
+    int64_t d_stride = down_stride(call->args.head_dim), e_stride = down_stride(call->args.value_dim);
+    int64_t across = call->panels * PANEL / TERM;
     for (int64_t i = 0, next; i < sight->strips; i = next) {
         struct range r = sight->panels[i];
         for (next = i + 1;
@@ -288,47 +360,39 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
         if (r.from >= r.to)
             continue;
         int64_t key = i * STRIP, rows = (next * STRIP < keys->n ? next * STRIP : keys->n) - key;
-        int64_t first = r.from * PANEL, end = r.to * PANEL, at = key * size + first;
-        int64_t n = (end < g->rows ? end : padded(g->rows)) - first;
+        int64_t first = r.from * PANEL / TERM, end = r.to * PANEL, at = key * across + first;
+        int64_t n = (end < g->rows ? end : padded(g->rows)) / TERM - first;
         if (call->dv)
-            add_rows(rows, (int)(e / LANES), s->P + at, size, s->dO + first * e, e, s->dV + key * e, e, n);
+            add_rows(rows, (int)(e / LANES), s->P + at, across, s->dO + first * e_stride, e_stride, s->dV + key * e, e,
+                     n);
         if (call->dk)
-            add_rows(rows, (int)(d / LANES), s->dS + at, size, s->Q + first * d, d, s->dK + key * d, d, n);
+            add_rows(rows, (int)(d / LANES), s->dS + at, across, s->Q + first * d_stride, d_stride, s->dK + key * d, d,
+                     n);
     }
-}
-
-static void clear_panel(real *P, int64_t stride, struct range r)
-{
-    for (int64_t k = r.from; k < r.to; k++)
-        fill(P + k * stride, PANEL, 0);
 }
 
 /* What one group of queries adds to dK, dV of the block and gets from it as dQ. */
 static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct group *g,
                         struct keys *keys, int64_t block)
 {
-    const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), size = (int64_t)call->panels * PANEL;
+    real *slope = call->softcap > 0 ? s->slope : NULL;
     int64_t panels = mfa_cpu_ceil(g->rows, PANEL);
     int any_shown = 0;
     struct sight sight;
     for (int64_t p = 0; p < panels; p++) {
         struct panel panel;
         int64_t first = p * PANEL;
-        panel_of_head(&panel, a, g->head, g->first + first);
+        panel_of_head(&panel, &call->args, g->head, g->first + first);
         struct range r = panel_range(&panel, keys->first, keys->n, STRIP);
         sight.keys[p] = r;
         if (r.from >= r.to)
             continue;
-        panel_load(&panel, s->Q + first * d, d, call->q, call->dtype, &a->q, g->batch, a->head_dim);
-        panel_load(&panel, s->dO + first * e, e, call->d_o, call->dtype, &a->d_o, g->batch, a->value_dim);
-        int shown = panel_gradients(call, s, &panel, keys, r, s->Q + first * d, s->dO + first * e,
-                                    group_rows(call, g, call->L) + first, group_rows(call, g, call->D) + first,
-                                    s->P + first, s->dS + first, size, 1);
-        any_shown |= shown;
-        if (!shown) { /* by the mask: its neighbours may see the same strips */
-            clear_panel(s->P + first, size, r);
-            clear_panel(s->dS + first, size, r);
+        if (panel_scores(call, s, &panel, first, keys, r, slope)) {
+            panel_gradients(call, s, &panel, first, r, group_rows(call, g, call->L) + first,
+                            group_rows(call, g, call->D) + first, slope);
+            any_shown = 1;
+        } else {
+            clear_gradients(call, s, first, r);
         }
     }
     if (any_shown)

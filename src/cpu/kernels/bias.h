@@ -24,15 +24,17 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
     struct range r = panel_range(panel, keys->first, keys->n, 1);
     if (r.from >= r.to)
         return;
-    panel_load(panel, s->Q, padded(a->head_dim), call->q, call->dtype, &a->q, keys->batch, a->head_dim);
-    panel_load(panel, s->dO, padded(a->value_dim), call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim);
-    if (!panel_gradients(call, s, panel, keys, r, s->Q, s->dO, group_rows(call, g, call->L) + offset,
-                         group_rows(call, g, call->D) + offset, s->P, s->dS, PANEL, 0))
+    if (!panel_scores(call, s, panel, 0, keys, r, NULL))
         return;
+    const real *L = group_rows(call, g, call->L) + offset, *D = group_rows(call, g, call->D) + offset;
     for (int64_t k = r.from; k < r.to; k++) {
         real *to = tile + (a->dbias.column ? k * PANEL : 0);
-        for (int64_t i = 0; i < panel->vectors * LANES; i += LANES)
-            vec_store(to + i, vec_add(vec_load(to + i), vec_load(s->dS + k * PANEL + i)));
+        for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
+            int64_t at = (k - r.from) * score_stride(call) + i;
+            vec P = probabilities(s->S + at, vec_load(L + i));
+            vec dS = score_gradients(P, s->dP + at, vec_load(D + i), NULL);
+            vec_store(to + i, vec_add(vec_load(to + i), dS));
+        }
     }
 }
 

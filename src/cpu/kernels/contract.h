@@ -26,7 +26,7 @@ struct mfa_cpu_call {
     int32_t dtype, mask_kind, mask_dtype;
     int32_t block_kv; /* keys of a block */
     int32_t panels; /* forward: panels of a chunk of queries; backward: of a group */
-    int32_t few; /* forward: by the kernel for few queries */
+    int32_t few; /* by the kernels for few queries */
     int64_t splits; /* forward: parts of a chunk's kv range */
 
     const void *q, *k, *v, *mask, *d_o, *dlse; /* mask, dlse may be NULL */
@@ -50,8 +50,8 @@ struct mfa_cpu_kernels {
      * place of forward where all queries of a KV head are at most few_rows: one panel, blocks of few_keys */
     mfa_cpu_task_function *forward, *few, *merge;
     int few_rows, few_keys;
-    /* backward: prepare [batch][q_heads][groups], then backward [batch][kv_heads][kv blocks] */
-    mfa_cpu_task_function *prepare, *backward;
+    /* backward: prepare [batch][q_heads][groups], then backward [batch][kv_heads][kv blocks], or few_backward */
+    mfa_cpu_task_function *prepare, *backward, *few_backward;
     /* if dbias is wanted: one task for each tile of it (mfa_cpu_bias_tiles) */
     mfa_cpu_task_function *bias;
 
@@ -59,6 +59,7 @@ struct mfa_cpu_kernels {
     uint64_t (*forward_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*few_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*backward_scratch)(const struct mfa_cpu_call *call);
+    uint64_t (*few_backward_scratch)(const struct mfa_cpu_call *call); /* beside that of backward */
     uint64_t (*partial_bytes)(const struct mfa_cpu_call *call); /* of one task, if splits > 1 */
 };
 

@@ -1,16 +1,17 @@
-/* Forward for few queries, as in a decode step: so few that a vector of them would be mostly empty. Lanes run along
- * keys for S and P, and along value columns for O:
+/* Forward for few queries, as in a decode step: so few that a vector of them would be mostly empty. Lanes run along the
+ * columns of Q, K, V and O:
  *
  *     for each block of keys that the queries see:
- *         S = Q K^T, from a transposed copy of the block      (softcap, mask, band)
+ *         S = Q K^T, each a dot product                       (softcap, mask, band)
  *         if max(S) > m + SLACK: rescale; P = exp2(S - m), l += sum(P), O += P V
  *
- * K and V are read once for all query heads of a group. Leaves its sums as forward does, for merge and finish. */
-
-#define FEW_KEYS 96 /* of a block: two tiles of 3 vectors in AVX-512 */
+ * Reading memory is what takes the time. K and V are read once for all query heads of a group, where they lie, and
+ * converted in registers; what comes some rows later is asked for in time. Leaves its sums as forward does, for merge
+ * and finish. */
 
 struct few_scratch {
-    real *Q, *Kt, *S, *O, *m, *l;
+    real *Q, *S, *O, *m, *l;
+    real *dots; /* [query][LANES keys]: a vector of partial sums each */
     real *K, *V, *sums, *rows, *mask_rows, *mask_tile;
 };
 
@@ -21,11 +22,11 @@ static uint64_t few_carve(const struct mfa_cpu_call *call, char *base, struct fe
     int masked = call->mask_kind != CPU_MASK_NONE;
     uint64_t used = 0;
     s->Q = carve(base, &used, LANES * d);
-    s->Kt = carve(base, &used, d * FEW_KEYS);
     s->S = carve(base, &used, LANES * FEW_KEYS);
     s->O = carve(base, &used, LANES * e);
     s->m = carve(base, &used, LANES);
     s->l = carve(base, &used, LANES);
+    s->dots = carve(base, &used, FEW_ROWS * LANES * LANES);
     s->K = carve(base, &used, FEW_KEYS * d);
     s->V = carve(base, &used, FEW_KEYS * e);
     s->sums = carve(base, &used, sums_reals(a));
@@ -41,26 +42,13 @@ static uint64_t few_scratch(const struct mfa_cpu_call *call)
     return few_carve(call, NULL, &s);
 }
 
-/* K^T[d][key] of n keys, zeros up to whole vectors of them. */
-static void transpose_keys(const struct mfa_cpu_call *call, struct few_scratch *s, const struct chunk *c, int64_t key,
-                           int64_t n)
-{
-    const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim);
-    int whole = n % LANES == 0 && a->head_dim == d;
-    struct block K = load_block(s->K, call->k, call->dtype, &a->k, c->batch, c->kv_head, key, n, a->head_dim, !whole);
-    if (!whole)
-        fill(s->K + n * d, (padded(n) - n) * d, 0);
-    transpose(K.rows, K.stride, s->Kt, FEW_KEYS, padded(n), d);
-}
-
-/* Softcap, mask, band, and the end of the keys, on the raw scores of one query. */
+/* Softcap, mask, band, and the end of the keys, on the raw scores of one query; slope, if wanted, gets 1 - tanh^2. */
 static void adjust_row(const struct mfa_cpu_call *call, const struct panel *panel, int64_t i, enum visibility seen,
-                       int64_t key, int64_t n, real *S, const real *mask)
+                       int64_t key, int64_t n, real *S, const real *mask, real *slope)
 {
     int vectors = (int)(padded(n) / LANES);
     if (call->softcap > 0)
-        cap_scores(vectors, S, 0, 1, call->softcap * call->unit, NULL);
+        cap_scores(vectors, S, 0, 1, call->softcap * call->unit, slope);
     if (seen == MASKED)
         for (int64_t k = 0; k < vectors * LANES; k += LANES)
             vec_store(S + k, masked(vec_load(S + k), vec_load(mask + k)));
@@ -94,6 +82,26 @@ static void softmax_row(real *S, int64_t n, real *m, real *l, real *O, int64_t c
     *l += horizontal_sum(sum);
 }
 
+/* What a block of keys adds to the sums of all queries. */
+static void visit_keys(const struct mfa_cpu_call *call, struct few_scratch *s, const struct panel *panel,
+                       const struct chunk *c, int64_t key, int64_t n, enum visibility seen)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t d = padded(a->head_dim), e = padded(a->value_dim), rows = panel->lanes;
+    struct lines K = lines_of(s->K, call->k, call->dtype, &a->k, c->batch, c->kv_head, key, n, a->head_dim);
+    struct lines V = lines_of(s->V, call->v, call->dtype, &a->v, c->batch, c->kv_head, key, n, a->value_dim);
+    for (int64_t k = 0; k < n; k += LANES) {
+        struct ahead ahead = {line(K, k + FEW_AHEAD), line(V, k + FEW_AHEAD), a->kv_len - key - k - FEW_AHEAD, d, e};
+        few_scores(rows, s->Q, line(K, k), n - k < LANES ? n - k : LANES, d, s->dots, s->S + k, &ahead);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        real *S = s->S + i * FEW_KEYS;
+        adjust_row(call, panel, i, seen, key, n, S, s->mask_rows + i * padded(n), NULL);
+        softmax_row(S, padded(n), &s->m[i], &s->l[i], s->O + i * e, e);
+    }
+    few_outputs(rows, s->S, V, n, e, s->O);
+}
+
 static void few(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -103,29 +111,23 @@ static void few(void *data, int64_t task, int worker)
     struct chunk c = chunk_of(call, task / call->splits);
     struct panel panel;
     chunk_panel(&c, a, 0, &panel);
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), rows = panel.lanes;
-    panel_load(&panel, s.Q, d, call->q, call->dtype, &a->q, c.batch, a->head_dim);
-    scale_vectors(s.Q, LANES * d, query_factor(call));
+    int64_t d = padded(a->head_dim), e = padded(a->value_dim);
+    fill(s.Q, LANES * d, 0);
+    for (int64_t i = 0; i < panel.lanes; i++)
+        load_row(s.Q + i * d, row_at(call->q, bytes_of(call->dtype), &a->q, c.batch, panel.head[i], panel.row[i]),
+                 call->dtype, a->q.column, a->head_dim);
+    scale_vectors(s.Q, LANES * d, score_factor(call));
+    fill(s.S, LANES * FEW_KEYS, 0);
     fill(s.O, LANES * e, 0);
     fill(s.m, LANES, -REAL_MAX);
     fill(s.l, LANES, 0);
 
     struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
-        int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS, wide = padded(n);
+        int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS;
         enum visibility seen = panel_sees(&panel, call, c.batch, key, n, s.mask_rows, s.mask_tile);
-        if (seen == HIDDEN)
-            continue;
-        transpose_keys(call, &s, &c, key, n);
-        struct block V =
-            load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim, a->value_dim != e);
-        multiply_rows(rows, (int)(wide / LANES), s.Q, d, s.Kt, FEW_KEYS, s.S, FEW_KEYS, a->head_dim);
-        for (int64_t i = 0; i < rows; i++) {
-            real *S = s.S + i * FEW_KEYS;
-            adjust_row(call, &panel, i, seen, key, n, S, s.mask_rows + i * wide);
-            softmax_row(S, wide, &s.m[i], &s.l[i], s.O + i * e, e);
-        }
-        add_rows(rows, (int)(e / LANES), s.S, FEW_KEYS, V.rows, V.stride, s.O, e, n);
+        if (seen != HIDDEN)
+            visit_keys(call, &s, &panel, &c, key, n, seen);
     }
 
     if (call->splits > 1)

@@ -29,13 +29,15 @@ static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel
 }
 
 struct forward_scratch {
-    real *Q, *rows, *S, *K, *V, *sums, *mask_rows, *mask_tile;
+    term *Q, *K, *V, *V_down;
+    real *rows, *S, *sums, *mask_rows, *mask_tile;
 };
 
 static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struct forward_scratch *s)
 {
     const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = padded(call->block_kv), wide = d > e ? d : e;
+    int64_t d = across_stride(a->head_dim), e = across_stride(a->value_dim), n = padded(call->block_kv);
+    int64_t wide = padded(a->head_dim > a->value_dim ? a->head_dim : a->value_dim);
     int masked = call->mask_kind != CPU_MASK_NONE;
     uint64_t used = 0;
     s->Q = carve(base, &used, call->panels * d * PANEL);
@@ -43,6 +45,7 @@ static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struc
     s->S = carve(base, &used, n * PANEL);
     s->K = carve(base, &used, n * d);
     s->V = carve(base, &used, n * e);
+    s->V_down = carve(base, &used, TERM > 1 ? n * e : 0);
     s->sums = carve(base, &used, call->panels * sums_reals(a));
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
@@ -90,13 +93,13 @@ static struct range split_of(const struct mfa_cpu_call *call, int64_t split, int
     return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
 }
 
-/* Q^T[d][lane], times query_factor. */
-static void pack_queries(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, real *rows, real *Q)
+/* Q^T[d][lane]. */
+static void pack_queries(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, term *rows, term *Q)
 {
     const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim);
+    int64_t d = across_stride(a->head_dim);
     panel_load(panel, rows, d, call->q, call->dtype, &a->q, batch, a->head_dim);
-    scale_vectors(rows, panel->vectors * LANES * d, query_factor(call));
+    scale_queries(call, rows, panel->vectors * LANES * d);
     transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
 }
 
@@ -115,21 +118,22 @@ static vec column_max(const real *S, int64_t n)
     return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
 }
 
-/* P = exp2(S - m) in place; its sum. */
+/* P = exp2(S - m), terms down, in the place of S; its sum. */
 static vec column_exp2(real *S, int64_t n, vec m)
 {
     vec l[2] = {vec_set1(0), vec_set1(0)};
     int64_t k = 0;
-    for (; k + 2 <= n; k += 2, S += 2 * PANEL)
-        for (int i = 0; i < 2; i++) {
-            vec p = vec_exp2(vec_sub(vec_load(S + i * PANEL), m));
-            l[i] = vec_add(l[i], p);
-            vec_store(S + i * PANEL, p);
-        }
+    for (; k + 2 <= n; k += 2) {
+        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
+        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
+        l[0] = vec_add(l[0], even);
+        l[1] = vec_add(l[1], odd);
+        store_down(S, PANEL, k, even, odd);
+    }
     if (k < n) {
-        vec p = vec_exp2(vec_sub(vec_load(S), m));
-        l[0] = vec_add(l[0], p);
-        vec_store(S, p);
+        vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
+        l[0] = vec_add(l[0], last);
+        store_down_last(S, PANEL, k, last);
     }
     return vec_add(l[0], l[1]);
 }
@@ -177,6 +181,32 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
     }
 }
 
+/* S = K Q^T for keys r of a block. Under a causal band the first vectors see fewer keys than the last: what none of
+ * their lanes sees is left as it is, for the band to hide. */
+static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
+                          struct block K, const term *Q, real *S)
+{
+    int64_t from = r.from, to;
+    for (int v = 0; v < panel->vectors; v++, from = to) {
+        to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
+        multiply_rows(to - from, panel->vectors - v, K.rows + from * K.stride, K.stride, Q + v * LANES, PANEL,
+                      S + (from - r.from) * PANEL + v * LANES, PANEL, terms(call->args.head_dim), score_factor(call));
+    }
+}
+
+/* O^T += V^T P^T, likewise: P is 0 where it is left out. */
+static void add_values(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
+                       struct block V, const term *P, real *O)
+{
+    int64_t from = r.from, to;
+    for (int v = 0; v < panel->vectors; v++, from = to) {
+        to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
+        if (from < to)
+            add_columns(call->args.value_dim, panel->vectors - v, V.rows + from / TERM * V.stride, V.stride,
+                        P + (from - r.from) / TERM * PANEL + v * LANES, PANEL, O + v * LANES, PANEL, terms(to - from));
+    }
+}
+
 static void forward(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -188,7 +218,7 @@ static void forward(void *data, int64_t task, int worker)
         s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
 
     struct panel panels[MFA_CPU_PANELS_MAX];
-    int64_t d = padded(a->head_dim), low = a->kv_len, high = -1;
+    int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
     for (int64_t p = 0; p < c.panels; p++) {
         chunk_panel(&c, a, p, &panels[p]);
         pack_queries(call, &panels[p], c.batch, s.rows, s.Q + p * d * PANEL);
@@ -215,15 +245,15 @@ static void forward(void *data, int64_t task, int worker)
                 continue;
             if (!K.rows) {
                 K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
-                V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim, 0);
+                V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
+                               a->value_dim % (TERM * LANES) != 0 && TERM > 1);
+                V = turn_down(V, n, a->value_dim, s.V_down);
             }
-            int vectors = panels[p].vectors;
             struct sums sums = sums_at(s.sums, a, p);
-            multiply_rows(count, vectors, K.rows + r.from * K.stride, K.stride, s.Q + p * d * PANEL, PANEL, s.S, PANEL,
-                          a->head_dim);
+            multiply_keys(call, &panels[p], key, r, K, s.Q + p * d * PANEL, s.S);
             panel_adjust(&panels[p], call, seen, key + r.from, count, s.S, PANEL, s.mask_tile, NULL);
             softmax_step(&panels[p], sums, a->value_dim, s.S, count);
-            add_columns(a->value_dim, vectors, V.rows + r.from * V.stride, V.stride, s.S, PANEL, sums.O, PANEL, count);
+            add_values(call, &panels[p], key, r, V, s.S, sums.O);
         }
     }
     if (call->splits == 1)

@@ -12,6 +12,7 @@ struct panel {
     int64_t low[PANEL], high[PANEL]; /* first and last key that the band shows a lane; none if low > high */
     int64_t any_low, any_high;    /* keys outside are hidden from all lanes */
     int64_t all_low, all_high;    /* keys inside are shown to all lanes */
+    int64_t vector_high[MFA_CPU_PANEL_VECTORS]; /* keys after it are hidden from this vector and all before it */
 };
 
 /* The panel of `lanes` folded rows from `first` on: row r of a KV head is query r % q_len of the head
@@ -22,6 +23,8 @@ static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv
     panel->vectors = (int)mfa_cpu_ceil(lanes, LANES);
     panel->any_low = a->kv_len, panel->any_high = -1;
     panel->all_low = 0, panel->all_high = a->kv_len - 1;
+    for (int v = 0; v < MFA_CPU_PANEL_VECTORS; v++)
+        panel->vector_high[v] = -1;
     int64_t head = first / a->q_len, row = first % a->q_len;
     for (int64_t i = 0; i < PANEL; i++) {
         panel->head[i] = kv_head * a->group + head;
@@ -33,6 +36,7 @@ static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv
             panel->any_low = low < panel->any_low ? low : panel->any_low;
             panel->any_high = high > panel->any_high ? high : panel->any_high;
         }
+        panel->vector_high[i / LANES] = panel->any_high;
         panel->all_low = low > panel->all_low ? low : panel->all_low;
         panel->all_high = high < panel->all_high ? high : panel->all_high;
         if (i + 1 < lanes && ++row == a->q_len)
@@ -47,16 +51,16 @@ static void panel_of_head(struct panel *panel, const struct mfa_args *a, int64_t
     panel_init(panel, a, head / a->group, head % a->group * a->q_len + first, left < PANEL ? left : PANEL);
 }
 
-/* rows[lane] = the panel's rows of a tensor of queries, as reals, `stride` apart; zeros beyond its lanes. */
-static void panel_load(const struct panel *panel, real *rows, int64_t stride, const void *data, int dtype,
+/* rows[lane] = the panel's rows of a tensor of queries, terms across, `stride` apart; zeros beyond its lanes. */
+static void panel_load(const struct panel *panel, term *rows, int64_t stride, const void *data, int dtype,
                        const struct mfa_strides *s, int64_t batch, int64_t columns)
 {
     for (int64_t i = 0; i < panel->vectors * LANES; i++)
         if (i < panel->lanes)
-            load_row(rows + i * stride, row_at(data, bytes_of(dtype), s, batch, panel->head[i], panel->row[i]), dtype,
-                     s->column, columns);
+            load_terms(rows + i * stride, row_at(data, bytes_of(dtype), s, batch, panel->head[i], panel->row[i]), dtype,
+                       s->column, columns);
         else
-            fill(rows + i * stride, padded(columns), 0);
+            fill(rows + i * stride, across_stride(columns), 0);
 }
 
 /* Keys [from, to) of a block, counted from its first. */
@@ -71,6 +75,14 @@ static struct range panel_range(const struct panel *panel, int64_t key, int64_t 
     from = from < 0 ? 0 : from / unit * unit;
     to = mfa_cpu_ceil(to < 0 ? 0 : to, unit) * unit;
     return (struct range){from, to < n ? to : n};
+}
+
+/* The end of the keys of range r for which the vectors from v on are all that see any; in whole units. */
+static int64_t vector_end(const struct panel *panel, int v, int64_t key, struct range r, int64_t unit)
+{
+    int64_t to = panel->vector_high[v] + 1 - key;
+    to = mfa_cpu_ceil(to < r.from ? r.from : to, unit) * unit;
+    return v + 1 < panel->vectors && to < r.to ? to : r.to;
 }
 
 enum visibility {
@@ -183,11 +195,17 @@ static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double s
         }
 }
 
-/* What each query is multiplied by when it is packed, so that Q K^T gives the scores (or what cap_scores
- * takes). */
-static inline real query_factor(const struct mfa_cpu_call *call)
+/* What Q K^T is multiplied by to give the scores (or what cap_scores takes). Reals of Q^T can be given the factor
+ * beforehand; terms of two numbers cannot, without rounding them. */
+static inline real score_factor(const struct mfa_cpu_call *call)
 {
     return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * call->unit);
+}
+
+static void scale_queries(const struct mfa_cpu_call *call, term *Q, int64_t n)
+{
+    if (TERM == 1)
+        scale_vectors(Q, n, score_factor(call));
 }
 
 /* S + mask; -inf wherever the mask is, also if S is NaN. */

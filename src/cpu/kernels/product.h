@@ -2,14 +2,15 @@
  *
  *     C[r][v] (+)= sum over t < n of A[r * row_step + t * step] * B[t * b_step + v]
  *
- * with lanes along v. A is read one element at a time and broadcast: along its rows (step = 1) in S^T = K
- * Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q; down its columns (row_step = 1) in O^T = V^T P^T and dQ =
- * dS K. A register tile is R rows by V vectors. The sums are named variables, made by macros: compilers
- * keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of a sum
- * grows with its length, and long sequences make long ones. */
+ * with lanes along v, A and B of terms (terms.h). A is read one term at a time and broadcast: along its rows
+ * (step = 1) in S^T = K Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q; down its columns (row_step = 1) in
+ * O^T = V^T P^T and dQ = dS K. A register tile is R rows by V vectors. The sums are named variables, made by
+ * macros: compilers keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of
+ * a sum grows with its length, and long sequences make long ones. */
 
 #define EACH_1(F, V) F(0, V)
-#define EACH_4(F, V) F(0, V) F(1, V) F(2, V) F(3, V)
+#define EACH_2(F, V) F(0, V) F(1, V)
+#define EACH_4(F, V) EACH_2(F, V) F(2, V) F(3, V)
 #define EACH_8(F, V) EACH_4(F, V) F(4, V) F(5, V) F(6, V) F(7, V)
 #define EACH_12(F, V) EACH_8(F, V) F(8, V) F(9, V) F(10, V) F(11, V)
 #define EACH_ROW(R, F, V) EACH_ROW_(R, F, V)
@@ -20,10 +21,12 @@
 #define EACH_VECTOR_3(F, r) F(r, 0) F(r, 1) F(r, 2)
 
 #define START(r, v) vec sum_##r##_##v = vec_set1(0);
-#define ADD(r, v) sum_##r##_##v = vec_fma(a_##r, b_##v, sum_##r##_##v);
+#define ADD(r, v) sum_##r##_##v = vec_dot(a_##r, b_##v, sum_##r##_##v);
 #define STORE(r, v)                                                                       \
     if (add)                                                                              \
         sum_##r##_##v = vec_add(vec_load(C + (r) * c_step + (v) * LANES), sum_##r##_##v); \
+    else if (TERM > 1)                                                                    \
+        sum_##r##_##v = vec_mul(sum_##r##_##v, vec_set1(factor));                         \
     vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
 #define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
 #define START_ROW(r, V) EACH_VECTOR_##V(START, r)
@@ -32,32 +35,40 @@
     EACH_VECTOR_##V(ADD, r)
 #define STORE_ROW(r, V) EACH_VECTOR_##V(STORE, r)
 
+#ifndef TILE_UNROLL
+#define TILE_UNROLL
+#endif
+
 #define TILE(R, V) TILE_(R, V)
-#define TILE_(R, V)                                                                                     \
-    static inline __attribute__((always_inline)) void tile_##R##x##V(                                   \
-        const real *restrict A, int64_t row_step, int64_t step, const real *restrict B, int64_t b_step, \
-        real *restrict C, int64_t c_step, int64_t n, int add)                                           \
-    {                                                                                                   \
-        EACH_ROW(R, START_ROW, V)                                                                       \
-        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                       \
-            EACH_VECTOR_##V(LOAD_B, 0) EACH_ROW(R, ADD_ROW, V)                                          \
-        }                                                                                               \
-        EACH_ROW(R, STORE_ROW, V)                                                                       \
+/* clang-format off */
+#define TILE_(R, V)                                                                                                    \
+    static inline __attribute__((always_inline)) void tile_##R##x##V(                                                  \
+        const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step,                \
+        real *restrict C, int64_t c_step, int64_t n, int add, real factor)                                             \
+    {                                                                                                                  \
+        EACH_ROW(R, START_ROW, V)                                                                                      \
+        TILE_UNROLL                                                                                                    \
+        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                                      \
+            EACH_VECTOR_##V(LOAD_B, 0)                                                                                 \
+            EACH_ROW(R, ADD_ROW, V)                                                                                    \
+        }                                                                                                              \
+        EACH_ROW(R, STORE_ROW, V)                                                                                      \
     }
+/* clang-format on */
 
 /* All rows of C, V vectors wide: tiles of R rows, then of 4, then single rows. */
 #define COLUMN(R, V) COLUMN_(R, V)
 #define COLUMN_(R, V)                                                                                                 \
     static inline __attribute__((always_inline)) void column_##V(                                                     \
-        int64_t rows, const real *restrict A, int64_t row_step, int64_t step, const real *restrict B, int64_t b_step, \
-        real *restrict C, int64_t c_step, int64_t n, int add)                                                         \
+        int64_t rows, const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step, \
+        real *restrict C, int64_t c_step, int64_t n, int add, real factor)                                            \
     {                                                                                                                 \
         for (; rows >= R; rows -= R, A += R * row_step, C += R * c_step)                                              \
-            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                          \
+            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor);                                  \
         for (; rows >= 4; rows -= 4, A += 4 * row_step, C += 4 * c_step)                                              \
-            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                              \
+            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor);                                      \
         for (; rows > 0; rows--, A += row_step, C += c_step)                                                          \
-            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add);                                              \
+            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor);                                      \
     }
 
 TILE(1, 1)
@@ -78,39 +89,40 @@ COLUMN(TILE_ROWS_2, 2)
 COLUMN(TILE_ROWS_1, 1)
 
 /* C is rows x (vectors * LANES); add: 0 overwrites C, 1 adds to it. */
-static inline __attribute__((always_inline)) void product(int64_t rows, int vectors, const real *restrict A,
-                                                          int64_t row_step, int64_t step, const real *restrict B,
+static inline __attribute__((always_inline)) void product(int64_t rows, int vectors, const term *restrict A,
+                                                          int64_t row_step, int64_t step, const term *restrict B,
                                                           int64_t b_step, real *restrict C, int64_t c_step, int64_t n,
-                                                          int add)
+                                                          int add, real factor)
 {
     while (vectors > 0) {
         int width = vectors == 4 ? 2 : vectors < 3 ? vectors : 3;
         if (width == 3)
-            column_3(rows, A, row_step, step, B, b_step, C, c_step, n, add);
+            column_3(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor);
         else if (width == 2)
-            column_2(rows, A, row_step, step, B, b_step, C, c_step, n, add);
+            column_2(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor);
         else
-            column_1(rows, A, row_step, step, B, b_step, C, c_step, n, add);
+            column_1(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor);
         vectors -= width, B += width * LANES, C += width * LANES;
     }
 }
 
-/* A along its rows, a_step apart: C = A B, or C += A B. */
-static void multiply_rows(int64_t rows, int vectors, const real *A, int64_t a_step, const real *B, int64_t b_step,
-                          real *C, int64_t c_step, int64_t n)
+/* A along its rows, a_step apart: C = A B, times `factor` where operands may not be scaled, which would round them. */
+static void multiply_rows(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
+                          real *C, int64_t c_step, int64_t n, real factor)
 {
-    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0);
+    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor);
 }
 
-static void add_rows(int64_t rows, int vectors, const real *A, int64_t a_step, const real *B, int64_t b_step, real *C,
+/* C += A B. */
+static void add_rows(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step, real *C,
                      int64_t c_step, int64_t n)
 {
-    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 1);
+    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 1, 1);
 }
 
 /* A down its columns, rows of A a_step apart: C += A^T B. */
-static void add_columns(int64_t rows, int vectors, const real *A, int64_t a_step, const real *B, int64_t b_step,
+static void add_columns(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
                         real *C, int64_t c_step, int64_t n)
 {
-    product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1);
+    product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1, 1);
 }

@@ -33,9 +33,11 @@ static inline void set_element(void *data, int dtype, int64_t i, real x)
     }
 }
 
+#define CPU_REAL (sizeof(real) == 8 ? CPU_F64 : CPU_F32)
+
 static inline int is_real(int dtype) /* elements are reals as they lie */
 {
-    return dtype == (sizeof(real) == 8 ? CPU_F64 : CPU_F32);
+    return dtype == CPU_REAL;
 }
 
 /* to[0..n) = from[0..n * stride), then zeros up to whole vectors. */
@@ -132,28 +134,6 @@ static void load_columns(real *to, int64_t to_stride, const real *from, int64_t 
                 for (int64_t i = r; i < r + LANES && i < rows; i++)
                     for (int64_t k = c; k < c + LANES; k++)
                         to[i * to_stride + k] = k < columns ? from[k * step + i] : 0;
-}
-
-/* A block of K or V as reals: the caller's own memory where it can be used as it lies, else a copy. Rows
- * that lie a multiple of 4096 bytes apart would share one set of the cache: these are copied too. */
-struct block {
-    const real *rows;
-    int64_t stride;
-};
-
-static struct block load_block(real *copy, const void *data, int dtype, const struct mfa_strides *s, int64_t batch,
-                               int64_t head, int64_t row, int64_t rows, int64_t columns, int must_copy)
-{
-    int64_t bytes = bytes_of(dtype), stride = padded(columns);
-    const char *from = row_at(data, bytes, s, batch, head, row);
-    if (!must_copy && is_real(dtype) && s->column == 1 && s->row * bytes % 4096 != 0)
-        return (struct block){(const real *)(const void *)from, s->row};
-    if (is_real(dtype) && s->row == 1 && s->column != 1)
-        load_columns(copy, stride, (const real *)(const void *)from, s->column, rows, columns);
-    else
-        for (int64_t r = 0; r < rows; r++)
-            load_row(copy + r * stride, from + r * s->row * bytes, dtype, s->column, columns);
-    return (struct block){copy, stride};
 }
 
 /* Cuts pieces off a worker's scratch memory; with a NULL base it only counts. */

@@ -12,6 +12,9 @@ typedef __m512 vec;
 #define TILE_ROWS_3 8
 #define TILE_ROWS_2 12
 #define TILE_ROWS_1 12
+#ifndef __clang__ /* which then keeps sums in memory */
+#define TILE_UNROLL _Pragma("GCC unroll 4") /* processors foresee the end of a loop of few rounds */
+#endif
 
 static inline vec vec_load(const real *p)
 {

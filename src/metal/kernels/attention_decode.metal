@@ -29,9 +29,9 @@ METAL_FUNC void merge_key_groups(thread sums &s, thread const seat &own, threadg
         m = max(m, memory[(g * SPLIT + own.slice) * 32 + own.lane][0]);
     for (int g = 0; g < KEY_GROUPS; g++) {
         float2 other = memory[(g * SPLIT + own.slice) * 32 + own.lane];
-        l += exp2(other[0] - m) * other[1];
+        l += fast::exp2(other[0] - m) * other[1];
     }
-    float alpha = exp2(s.m - m);
+    float alpha = fast::exp2(s.m - m);
     s.m = m;
     s.l = l;
     UNROLL

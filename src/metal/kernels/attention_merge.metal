@@ -32,7 +32,7 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
     m = simd_max(m);
     float l = 0.0f;
     for (long p = lane; p < call.splits; p += 32)
-        l += exp2(parts[p * step] - m) * parts[p * step + 1];
+        l += fast::exp2(parts[p * step] - m) * parts[p * step + 1];
     l = simd_sum(l);
     float inverse = l != 0.0f ? 1.0f / l : 0.0f;
 
@@ -40,7 +40,7 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
     for (long d = lane; there && d < args.value_dim; d += 32) {
         float sum = 0.0f;
         for (long p = 0; p < call.splits; p++)
-            sum += exp2(parts[p * step] - m) * parts[p * step + 2 + d];
+            sum += fast::exp2(parts[p * step] - m) * parts[p * step + 2 + d];
         O_row[d * args.o.column] = narrow(sum * inverse);
     }
     if (there && lane == 0 && (call.given >> MFA_METAL_BUFFER_LSE & 1))

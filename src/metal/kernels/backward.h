@@ -10,5 +10,5 @@ struct backward_operands {
 /* P = exp(S - L) */
 METAL_FUNC float probability(float S, float L)
 {
-    return exp2((S - L) * LOG2E);
+    return fast::exp2((S - L) * LOG2E);
 }

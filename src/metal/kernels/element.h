@@ -1,8 +1,8 @@
 /* The types in which operands lie in memory, and the way from there to f32 and back.
  *
  * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a
- * bf16 is the upper half of a float, handled as bits. Rounding is to nearest, ties to even. Metal compiles
- * with fast math, under which a float is never infinite: infinities are met and made as bits only. */
+ * bf16 is the upper half of a float, handled as bits. Rounding is to nearest, ties to even. Metal's
+ * default is fast math, under which a float is never infinite: infinities are met and made as bits only. */
 
 #if defined(DTYPE_F32)
 typedef float storage;

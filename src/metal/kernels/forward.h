@@ -34,12 +34,12 @@ METAL_FUNC void softmax_step(thread sums &s, thread float2 *S)
     for (int n = 0; n < KEY_FRAGMENTS; n++)
         top = max(top, max(S[n][0], S[n][1]));
     top = row_max(top);
-    float alpha = exp2(s.m - top);
+    float alpha = fast::exp2(s.m - top);
     s.m = top;
     s.l *= alpha;
     UNROLL
     for (int n = 0; n < KEY_FRAGMENTS; n++) {
-        S[n] = float2{exp2(S[n][0] - top), exp2(S[n][1] - top)};
+        S[n] = float2{fast::exp2(S[n][0] - top), fast::exp2(S[n][1] - top)};
         s.l += S[n][0] + S[n][1];
     }
     UNROLL

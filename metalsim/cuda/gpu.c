@@ -1,4 +1,4 @@
-/* tests/metal/device.h on an NVIDIA GPU: programs are compiled by nvcc through include/metal_stdlib, once for each
+/* tests/metal/gpu.h on an NVIDIA GPU: programs are compiled by nvcc through include/metal_stdlib, once for each
  * text, and kept in the cache folder. Without a GPU, METALSIM_CUDA_ARCH (as "sm_90") says what to compile for; then
  * nothing runs. NVCC is the compiler, if it is not found as nvcc. */
 #include <cuda_runtime_api.h>
@@ -9,12 +9,12 @@
 #include <unistd.h>
 
 #include "base/hash.h"
-#include "metal/device.h"
+#include "metal/gpu.h"
 
-static struct device_settings settings;
+static struct gpu_settings settings;
 static char reason[4096];
 
-void device_set(const struct device_settings *given)
+void gpu_set(const struct gpu_settings *given)
 {
     settings = *given;
 }
@@ -34,10 +34,10 @@ static struct copy {
     void *there;
 } *copies;
 
-void device_begin(struct device_buffer *buffers, int count)
+void gpu_begin(struct gpu_buffer *buffers, int count)
 {
     for (int n = 0; n < count; n++) {
-        const struct device_buffer *b = &buffers[n];
+        const struct gpu_buffer *b = &buffers[n];
         struct copy *copy = b->base ? malloc(sizeof *copy) : NULL;
         if (!copy)
             continue;
@@ -49,7 +49,7 @@ void device_begin(struct device_buffer *buffers, int count)
     }
 }
 
-void device_end(struct device_buffer *buffers, int count)
+void gpu_end(struct gpu_buffer *buffers, int count)
 {
     for (int n = 0; n < count; n++)
         for (struct copy **at = &copies; *at; at = &(*at)->next)
@@ -102,13 +102,15 @@ static const char *arguments_of(const char *function)
     return NULL;
 }
 
-/* The entry that CUDA launches: fills threadgroup memory with NaN and calls the kernel. */
+/* The entry that CUDA launches: fills threadgroup memory with NaN and calls the kernel. Kernels with tiles define how
+ * many THREADS they have, up to 512, and must leave registers for all of them. */
 static const char entry[] =
     "\n#include \"core/args.h\"\n#include \"metal/kernels/contract.h\"\n"
     "struct any_pointer {\n    void *at;\n    template <class T> __device__ operator T *() const { return (T *)at; "
     "}\n};\n"
     "struct any_buffers {\n    void *at[%d];\n};\n"
-    "extern \"C\" __global__ void entry(const __grid_constant__ mfa_metal_call call,\n"
+    "#if defined(THREADS)\n#define BOUNDS __launch_bounds__(THREADS)\n#else\n#define BOUNDS\n#endif\n"
+    "extern \"C\" __global__ void BOUNDS entry(const __grid_constant__ mfa_metal_call call,\n"
     "    const __grid_constant__ any_buffers buffers, uint first_bytes, uint all_bytes)\n{\n"
     "    extern __shared__ __align__(16) char memory[];\n"
     "    for (uint n = threadIdx.x; n < all_bytes / 4; n += blockDim.x)\n        ((uint *)memory)[n] = ~0u;\n"
@@ -143,7 +145,7 @@ static const char *architecture(void)
 }
 
 /* Compiles into a file of this process, which then takes its place: others may be at the same program. */
-static const char *compile(const struct device_launch *launch, const char *path)
+static const char *compile(const struct gpu_launch *launch, const char *path)
 {
     char source[512], object[512], log[512], command[4096];
     const char *compiler = getenv("NVCC"), *arch = architecture();
@@ -173,7 +175,7 @@ static struct program {
     cudaKernel_t kernel;
 } *programs;
 
-static const char *find_kernel(const struct device_launch *launch, cudaKernel_t *kernel)
+static const char *find_kernel(const struct gpu_launch *launch, cudaKernel_t *kernel)
 {
     uint64_t hash = mfa_hash_bytes(MFA_HASH_EMPTY, launch->text, strlen(launch->text));
     hash = mfa_hash_bytes(hash, launch->function, strlen(launch->function) + 1);
@@ -202,7 +204,7 @@ static const char *find_kernel(const struct device_launch *launch, cudaKernel_t 
     return NULL;
 }
 
-const char *device_run(const struct device_launch *launch)
+const char *gpu_run(const struct gpu_launch *launch)
 {
     cudaKernel_t kernel;
     struct {

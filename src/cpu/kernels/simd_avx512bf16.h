@@ -1,0 +1,34 @@
+/* AVX-512 with dot products of pairs of bf16 (AVX512_BF16). What products multiply are pairs, and all else is as in
+ * simd_avx512.h. terms.h says what each name means. */
+#include "cpu/kernels/simd_avx512.h"
+
+#define TERM 2
+
+static inline vec vec_dot(vec a, vec b, vec sum)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+/* Where the 16-bit elements of two vectors, one after the other, go when they take turns. */
+static inline __m512i turns(int first)
+{
+    __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_add_epi32(_mm512_or_si512(low, _mm512_slli_epi32(low, 16)), _mm512_set1_epi32(first));
+}
+
+static inline vec vec_pair(vec even, vec odd)
+{
+    return (vec)_mm512_permutexvar_epi16(turns(16 << 16), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+static inline void vec_store_across(real *to, vec v)
+{
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+static inline void vec_zip(vec even, vec odd, real *to)
+{
+    const int odd_first = 32 << 16, both = 16 | 16 << 16;
+    vec_store(to, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first), (__m512i)odd));
+    vec_store(to + LANES, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first + both), (__m512i)odd));
+}

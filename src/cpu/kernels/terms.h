@@ -1,0 +1,124 @@
+/* What the matrix products multiply. A term is what a lane multiplies and adds in one step: a real; or, where the
+ * dialect has dot products, TERM = 2 numbers of 16 bits in the room of one. The two may be neighbours in a row, and
+ * then terms run across, or in a column, and then they run down:
+ *
+ *     across  [row][terms(columns)]   K Q^T: K and Q;  V dO^T: V and dO;  P dO: P;  dS Q: dS
+ *     down    [terms(rows)][column]   V^T P^T: V and P^T;  P dO: dO;  dS Q: Q;  dS^T K: dS and K
+ *
+ * With TERM = 1 either is the matrix itself. Rows are padded with zeros to whole vectors. A dialect with TERM = 2
+ * gives
+ *     vec_dot(a, b, sum)            sum + a b, over the numbers of each term
+ *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
+ *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
+ *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down */
+
+#ifndef TERM
+#define TERM 1
+#define vec_dot vec_fma
+#endif
+
+typedef real term;
+
+static inline int64_t terms(int64_t n)
+{
+    return (n + TERM - 1) / TERM;
+}
+
+static inline int64_t across_stride(int64_t columns)
+{
+    return padded(terms(columns));
+}
+
+static inline int64_t down_stride(int64_t columns)
+{
+    return across_stride(columns) * TERM;
+}
+
+/* A row of the caller's, across. With TERM = 2 tensors have numbers of 16 bits, and these stay as they are. */
+static void load_terms(term *to, const void *from, int dtype, int64_t stride, int64_t n)
+{
+#if TERM == 1
+    load_row(to, from, dtype, stride, n);
+#else
+    (void)dtype;
+    char *at = (char *)to;
+    if (stride == 1)
+        memcpy(at, from, (size_t)n * 2);
+    else
+        for (int64_t i = 0; i < n; i++)
+            memcpy(at + 2 * i, (const char *)from + 2 * i * stride, 2);
+    memset(at + 2 * n, 0, (size_t)(across_stride(n) * (int64_t)sizeof(term) - 2 * n));
+#endif
+}
+
+/* A block of K or V, across: the caller's own memory where it can be used as it lies, else a copy. Rows
+ * that lie a multiple of 4096 bytes apart would share one set of the cache: these are copied too. */
+struct block {
+    const term *rows;
+    int64_t stride;
+};
+
+static struct block load_block(term *copy, const void *data, int dtype, const struct mfa_strides *s, int64_t batch,
+                               int64_t head, int64_t row, int64_t rows, int64_t columns, int must_copy)
+{
+    int64_t bytes = bytes_of(dtype), stride = across_stride(columns);
+    const char *from = row_at(data, bytes, s, batch, head, row);
+    int fits = TERM == 1 ? is_real(dtype) : (columns | s->row) % TERM == 0 && (uintptr_t)from % sizeof(term) == 0;
+    if (!must_copy && fits && s->column == 1 && s->row * bytes % 4096 != 0)
+        return (struct block){(const term *)(const void *)from, s->row / TERM};
+    if (is_real(dtype) && s->row == 1 && s->column != 1)
+        load_columns(copy, stride, (const real *)(const void *)from, s->column, rows, columns);
+    else
+        for (int64_t r = 0; r < rows; r++)
+            load_terms(copy + r * stride, from + r * s->row * bytes, dtype, s->column, columns);
+    return (struct block){copy, stride};
+}
+
+/* Terms down of a block whose rows are whole vectors: the block itself, or made in `down`. */
+static struct block turn_down(struct block block, int64_t rows, int64_t columns, term *down)
+{
+#if TERM == 1
+    (void)rows, (void)columns, (void)down;
+    return block;
+#else
+    int64_t stride = down_stride(columns);
+    for (int64_t r = 0; r < rows; r += 2)
+        for (int64_t c = 0; c < across_stride(columns); c += LANES) {
+            const term *even = block.rows + r * block.stride + c;
+            vec odd = r + 1 < rows ? vec_load(even + block.stride) : vec_set1(0);
+            vec_zip(vec_load(even), odd, down + r / 2 * stride + 2 * c);
+        }
+    return (struct block){down, stride};
+#endif
+}
+
+/* Rows k and k + 1 of a matrix whose terms run down, k even; rows of terms `stride` apart. */
+static inline void store_down(term *to, int64_t stride, int64_t k, vec even, vec odd)
+{
+#if TERM == 1
+    vec_store(to + k * stride, even);
+    vec_store(to + (k + 1) * stride, odd);
+#else
+    vec_store(to + k / 2 * stride, vec_pair(even, odd));
+#endif
+}
+
+/* The last row, k even. */
+static inline void store_down_last(term *to, int64_t stride, int64_t k, vec even)
+{
+#if TERM == 1
+    vec_store(to + k * stride, even);
+#else
+    vec_store(to + k / 2 * stride, vec_pair(even, vec_set1(0)));
+#endif
+}
+
+/* LANES reals of a row whose terms run across. */
+static inline void store_across(term *to, vec v)
+{
+#if TERM == 1
+    vec_store(to, v);
+#else
+    vec_store_across(to, v);
+#endif
+}

@@ -1,0 +1,243 @@
+/* Metal behind core/backend.h. Each function that sends messages does so within an autorelease pool: the threads that
+ * call us may have none. */
+#include "metal/backend.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "base/error.h"
+#include "base/sync.h"
+#include "metal/device.h"
+#include "metal/dispatch.h"
+#include "metal/launch.h"
+#include "metal/objc.h"
+#include "metal/program.h"
+#include "metal/stream.h"
+#include "metal/tiles.h"
+
+/* The device is opened by the first problem for it, not by the context: so who uses the CPU only has no GPU at
+ * work, and a child made by fork() can still do that. */
+struct metal {
+    struct mfa_metal_device device;
+    struct mfa_metal_scratch scratch;
+    struct mfa_metal_torch torch; /* found when it is first asked for, and there */
+    struct mfa_lock changing; /* of what follows and what it guards */
+    atomic_int opened; /* the device: 1 yes, -1 there is none */
+    atomic_int torch_found;
+    atomic_int tested; /* by layout_test, before the first kernel is trusted: 1 passed, -1 failed */
+    char refusal[256]; /* why the device is not opened */
+    char mistrust[256]; /* why layout_test failed */
+};
+
+static mfa_status open_metal(const mfa_context_options *options, void **state)
+{
+    (void)options;
+    struct metal *metal = calloc(1, sizeof *metal);
+    if (!metal)
+        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a context");
+    *state = metal;
+    return MFA_OK;
+}
+
+static void close_metal(void *state)
+{
+    struct metal *metal = state;
+    if (atomic_load(&metal->opened) > 0 && mfa_metal_objc_is_here()) {
+        void *pool = mfa_metal_objc_push();
+        mfa_metal_scratch_free(&metal->scratch);
+        mfa_metal_device_close(&metal->device);
+        mfa_metal_objc_pop(pool);
+    }
+    free(metal);
+}
+
+static void open_device(struct metal *metal)
+{
+    mfa_status status = mfa_metal_objc_open();
+    if (status == MFA_OK) {
+        void *pool = mfa_metal_objc_push();
+        status = mfa_metal_device_open(&metal->device);
+        mfa_metal_objc_pop(pool);
+    }
+    if (status != MFA_OK)
+        snprintf(metal->refusal, sizeof metal->refusal, "%s", mfa_last_error());
+    atomic_store_explicit(&metal->opened, status == MFA_OK ? 1 : -1, memory_order_release);
+}
+
+static mfa_status need_device(struct metal *metal)
+{
+    if (!atomic_load_explicit(&metal->opened, memory_order_acquire)) {
+        mfa_lock_take(&metal->changing);
+        if (!atomic_load(&metal->opened))
+            open_device(metal);
+        mfa_lock_release(&metal->changing);
+    }
+    if (atomic_load_explicit(&metal->opened, memory_order_acquire) < 0)
+        return mfa_fail(MFA_UNAVAILABLE, "%s", metal->refusal);
+    return mfa_metal_objc_open(); /* which says no in a child */
+}
+
+static mfa_status supports(void *state, const mfa_problem *problem)
+{
+    struct metal *metal = state;
+    const mfa_status status = need_device(metal);
+    if (status != MFA_OK)
+        return status;
+    if (atomic_load_explicit(&metal->tested, memory_order_acquire) < 0)
+        return mfa_fail(MFA_UNAVAILABLE, "%s", metal->mistrust);
+    return mfa_metal_tiles_supports(problem);
+}
+
+static void choose(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice)
+{
+    const struct metal *metal = state;
+    mfa_metal_tiles_choose(mfa_metal_tiles_family(metal->device.family), problem, choice);
+    if (simpler)
+        mfa_metal_tiles_halve(problem, choice);
+    mfa_metal_dispatch_measure(problem, choice);
+}
+
+static uint64_t stamp(void *state, const struct mfa_key *key)
+{
+    const struct metal *metal = state;
+    return mfa_metal_program_stamp(&metal->device, key);
+}
+
+static uint64_t library_stamp(void *state, const struct mfa_key *key)
+{
+    (void)state;
+    return mfa_metal_program_library_stamp(key);
+}
+
+static mfa_status text(void *state, const struct mfa_key *key, int n, char **text, char **name)
+{
+    (void)state;
+    return mfa_metal_program_text(key, n, text, name);
+}
+
+/* The core loads one kernel at a time, so tests do not meet. */
+static mfa_status trust(struct metal *metal, const struct mfa_metal_program *program)
+{
+    if (atomic_load(&metal->tested) > 0)
+        return MFA_OK;
+    const mfa_status status = mfa_metal_launch_test(&metal->device, program);
+    if (status == MFA_UNAVAILABLE)
+        snprintf(metal->mistrust, sizeof metal->mistrust, "%s", mfa_last_error());
+    if (status == MFA_OK || status == MFA_UNAVAILABLE)
+        atomic_store_explicit(&metal->tested, status == MFA_OK ? 1 : -1, memory_order_release);
+    return status;
+}
+
+typedef mfa_status make_program(const struct mfa_metal_device *device, const struct mfa_key *key, const char *library,
+                                const char *path, struct mfa_metal_program **program);
+
+static mfa_status make(struct metal *metal, make_program *how, const struct mfa_key *key, const char *library,
+                       const char *path, const void **kernel)
+{
+    struct mfa_metal_program *program = NULL;
+    mfa_status status = need_device(metal);
+    if (status != MFA_OK)
+        return status;
+    void *pool = mfa_metal_objc_push();
+    status = how(&metal->device, key, library, path, &program);
+    if (status == MFA_OK) {
+        status = trust(metal, program);
+        if (status == MFA_OK)
+            *kernel = program;
+        else
+            mfa_metal_program_free(program);
+    }
+    mfa_metal_objc_pop(pool);
+    return status;
+}
+
+static mfa_status compile(void *state, const struct mfa_key *key, const char *library, const char *path,
+                          const void **kernel)
+{
+    return make(state, mfa_metal_program_compile, key, library, path, kernel);
+}
+
+static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path,
+                       const void **kernel)
+{
+    return make(state, mfa_metal_program_load, key, library, path, kernel);
+}
+
+static void unload(void *state, const void *kernel)
+{
+    (void)state;
+    if (!mfa_metal_objc_is_here())
+        return;
+    void *pool = mfa_metal_objc_push();
+    mfa_metal_program_free((struct mfa_metal_program *)kernel);
+    mfa_metal_objc_pop(pool);
+}
+
+static uint64_t buffer_length(void *state, const void *base)
+{
+    (void)state; /* in a child, launch refuses */
+    return mfa_metal_objc_is_here() ? SEND(buffer_length, (id)base) : UINT64_MAX;
+}
+
+static mfa_status find_torch(struct metal *metal)
+{
+    if (!atomic_load_explicit(&metal->torch_found, memory_order_acquire)) {
+        mfa_lock_take(&metal->changing);
+        const struct mfa_metal_torch torch = mfa_metal_stream_find_torch();
+        if (torch.queue && !atomic_load(&metal->torch_found)) {
+            metal->torch = torch;
+            atomic_store_explicit(&metal->torch_found, 1, memory_order_release);
+        }
+        mfa_lock_release(&metal->changing);
+    }
+    if (atomic_load_explicit(&metal->torch_found, memory_order_acquire))
+        return MFA_OK;
+    return mfa_fail(MFA_UNAVAILABLE,
+                    "stream is MFA_STREAM_TORCH; PyTorch is not in this process, or has not the functions "
+                    "by which its stream is used");
+}
+
+static mfa_status launch(void *state, const void *kernel, const mfa_problem *problem, const struct mfa_choice *choice,
+                         const mfa_buffers *buffers, void *workspace, void *stream)
+{
+    struct metal *metal = state;
+    const int torch = stream == MFA_STREAM_TORCH;
+    const struct mfa_metal_launch run = {.device = &metal->device,
+                                         .torch = torch ? &metal->torch : NULL,
+                                         .scratch = &metal->scratch,
+                                         .program = kernel,
+                                         .problem = problem,
+                                         .choice = choice,
+                                         .buffers = buffers,
+                                         .stream = stream};
+    (void)workspace;
+    mfa_status status = need_device(metal);
+    if (status == MFA_OK && torch)
+        status = find_torch(metal);
+    if (status != MFA_OK)
+        return status;
+    void *pool = mfa_metal_objc_push();
+    status = mfa_metal_launch_run(&run);
+    mfa_metal_objc_pop(pool);
+    return status;
+}
+
+const struct mfa_backend mfa_metal_backend = {
+    .name = "metal",
+    .device = MFA_DEVICE_METAL,
+    .open = open_metal,
+    .close = close_metal,
+    .supports = supports,
+    .choose = choose,
+    .library_suffix = ".metallib",
+    .stamp = stamp,
+    .library_stamp = library_stamp,
+    .text = text,
+    .compile = compile,
+    .load = load,
+    .unload = unload,
+    .buffer_length = buffer_length,
+    .keeps_workspace = 1,
+    .launch = launch,
+};

@@ -1,0 +1,9 @@
+/* The Metal behind core/backend.h. */
+#ifndef MFA_METAL_BACKEND_H
+#define MFA_METAL_BACKEND_H
+
+#include "core/backend.h"
+
+extern const struct mfa_backend mfa_metal_backend;
+
+#endif

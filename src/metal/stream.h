@@ -1,0 +1,58 @@
+/* Whose commands ours go among: a queue of our own, PyTorch's stream, or a command buffer of the caller. */
+#ifndef MFA_METAL_STREAM_H
+#define MFA_METAL_STREAM_H
+
+#include "metal/device.h"
+#include "metal/objc.h"
+#include "mfa.h"
+
+/* What is known of the runs that went to a stream before. */
+enum mfa_metal_order {
+    MFA_METAL_ALONE,    /* this one ends before its call returns; others may run beside it */
+    MFA_METAL_IN_ORDER, /* the GPU runs this one after all those */
+    MFA_METAL_UNKNOWN
+};
+
+/* Where a run is encoded, while its call goes on. */
+struct mfa_metal_stream {
+    id commands, encoder; /* borrowed; commands may be nil with PyTorch's encoder */
+    enum mfa_metal_order order;
+    int retains;    /* what is bound stays alive until the GPU is done with it */
+    int shared;     /* the encoder is PyTorch's, which goes on using it */
+    int concurrent; /* the encoder's commands may overlap, unless there are barriers */
+    id queue;       /* of our own: commands may be split; else nil */
+    id before;      /* on our queue: what has been committed and not waited for */
+};
+
+/* Functions of PyTorch that are in this process, if it is: those of torch::mps are documented, those of at::mps
+ * exported. All are called as C functions are. */
+struct mfa_metal_torch {
+    void *(*queue)(void);              /* torch::mps::get_dispatch_queue */
+    id (*commands)(void);              /* torch::mps::get_command_buffer */
+    void (*commit)(void);              /* torch::mps::commit */
+    void *(*current)(void);            /* at::mps::getCurrentMPSStream: of the calling thread, perhaps */
+    void *(*standard)(void);           /* at::mps::getDefaultMPSStream: that of the first three */
+    id (*encoder)(void *stream);       /* at::mps::MPSStream::commandEncoder */
+    void (*end_encoder)(void *stream); /* at::mps::MPSStream::endKernelCoalescing */
+};
+
+/* Looks for them; empty, if they do not suffice. */
+struct mfa_metal_torch mfa_metal_stream_find_torch(void);
+
+/* Encodes a run. */
+typedef mfa_status mfa_metal_encode(struct mfa_metal_stream *stream, void *argument);
+
+/* Call `encode`, once, with an encoder: on our own queue, which is waited for; on PyTorch's, where
+ * MFA_UNAVAILABLE means that another stream than its default one is current; on the caller's MTLCommandBuffer.
+ * MFA_DEVICE_FAILED: Metal reports a failure. */
+mfa_status mfa_metal_stream_run_alone(const struct mfa_metal_device *device, mfa_metal_encode *encode, void *argument);
+mfa_status mfa_metal_stream_run_torch(const struct mfa_metal_torch *torch, mfa_metal_encode *encode, void *argument);
+mfa_status mfa_metal_stream_run_commands(id commands, mfa_metal_encode *encode, void *argument);
+
+/* What is encoded from now on sees what has been encoded so far. */
+void mfa_metal_stream_barrier(struct mfa_metal_stream *stream);
+
+/* Between two commands that take long: hands over what is encoded, where that is ours to do. */
+mfa_status mfa_metal_stream_cut(struct mfa_metal_stream *stream);
+
+#endif

@@ -1,0 +1,47 @@
+/* What stands in for an Apple GPU: metalsim (simulated.c), or an NVIDIA GPU (metalsim/cuda/gpu.c). A program of tests
+ * is linked with one of them. */
+#ifndef TESTS_METAL_GPU_H
+#define TESTS_METAL_GPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "metal/kernels/contract.h"
+
+/* A buffer is all of its memory, of which a kernel sees what begins at the offset. */
+struct gpu_buffer {
+    void *base; /* NULL: nothing is bound */
+    size_t length, offset;
+    int written; /* by some kernel of the run */
+    int unwritten; /* what is there now means nothing */
+    int scratch; /* nor what will be there at the end */
+};
+
+struct gpu_launch {
+    const char *name, *text, *function; /* the program, under a name for messages, and its kernel */
+    int64_t groups;
+    int32_t threads, threadgroup_bytes[2];
+    struct mfa_metal_call call;
+    struct gpu_buffer buffers[MFA_METAL_BUFFERS]; /* but for that of the call */
+};
+
+enum gpu_schedule { GPU_NATURAL, GPU_REVERSED, GPU_SHUFFLED };
+
+/* How kernels run from now on; a GPU knows no schedules. */
+struct gpu_settings {
+    const char *cache; /* a folder for compiled programs */
+    int checked, fast_math;
+    enum gpu_schedule schedule;
+    uint64_t seed;
+};
+
+void gpu_set(const struct gpu_settings *settings);
+
+/* Begins and ends the kernels of one run: between them, memory is the GPU's. */
+void gpu_begin(struct gpu_buffer *buffers, int count);
+void gpu_end(struct gpu_buffer *buffers, int count);
+
+/* Runs one kernel and waits. NULL, or why it could not. */
+const char *gpu_run(const struct gpu_launch *launch);
+
+#endif

@@ -1,0 +1,147 @@
+/* Strides beyond 2^31 elements: tensors of a few elements, far apart in memory that is mapped and hardly touched. Every
+ * result must be, bit for bit, that of the same tensors close together. */
+#define _GNU_SOURCE
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <cmocka.h>
+
+#include "kit/operands.h"
+#include "kit/report.h"
+#include "metal/gpu.h"
+#include "metal/run.h"
+#include "mfa.h"
+#include "reference/element.h"
+
+enum { NOWHERE = -1 }; /* in place of a dimension: nothing is far */
+
+static mfa_layout far_layout(const struct tensor *tensor, int dimension, int64_t far)
+{
+    mfa_layout layout = tensor->layout;
+    int64_t *const strides[4] = {&layout.batch, &layout.head, &layout.row, &layout.column};
+    if (tensor->shape[dimension] > 1)
+        *strides[dimension] = far;
+    return layout;
+}
+
+static int64_t span_of(const int64_t shape[4], const mfa_layout *layout)
+{
+    return (shape[0] - 1) * layout->batch + (shape[1] - 1) * layout->head + (shape[2] - 1) * layout->row +
+           (shape[3] - 1) * layout->column + 1;
+}
+
+static int64_t place_of(int64_t index, const int64_t shape[4], const mfa_layout *layout)
+{
+    return index % shape[3] * layout->column + index / shape[3] % shape[2] * layout->row +
+           index / shape[3] / shape[2] % shape[1] * layout->head +
+           index / shape[3] / shape[2] / shape[1] * layout->batch;
+}
+
+/* Moves the tensor to memory of its own, which guarded_close() gives back, and tells the problem. */
+static void move(struct operands *operands, enum reference_tensor which, int dimension, int64_t far)
+{
+    struct tensor *tensor = &operands->tensors[which];
+    if (dimension == NOWHERE || !tensor->memory.mapping)
+        return;
+    double *values = tensor_read(tensor);
+    tensor_close(tensor);
+    tensor->layout = far_layout(tensor, dimension, far);
+    struct guarded *memory = &tensor->memory;
+    memory->size = (size_t)span_of(tensor->shape, &tensor->layout) * element_size(tensor->dtype);
+    memory->mapped = memory->size + 2 * guarded_page();
+    memory->mapping =
+        mmap(NULL, memory->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    assert_ptr_not_equal(memory->mapping, MAP_FAILED);
+    memory->bytes = memory->mapping + guarded_page();
+    for (int64_t n = 0; n < tensor_count(tensor); n++)
+        element_store(tensor->dtype, memory->bytes, place_of(n, tensor->shape, &tensor->layout), values[n]);
+    free(values);
+    *(mfa_layout *)reference_layout(&operands->problem, which) = tensor->layout;
+    *(mfa_buffer *)reference_buffer(&operands->buffers, which) = tensor_buffer(tensor);
+}
+
+static void run(struct operands *operands)
+{
+    struct metal_trace trace;
+    if (metal_run(operands, (struct metal_target){.family = 7}, 0, &trace) != MFA_OK)
+        fail_msg("%s", mfa_last_error());
+}
+
+/* Both passes; the results are read where they are. */
+static void run_passes(const struct inputs *inputs, int dimension, int64_t far, struct reference *results)
+{
+    struct operands operands;
+    operands_open(&operands, inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++)
+        move(&operands, tensor, dimension, far);
+    run(&operands);
+    results->O = tensor_read(&operands.tensors[REFERENCE_O]);
+    results->L = tensor_read(&operands.tensors[REFERENCE_L]);
+    operands_turn(&operands, DENSE, results);
+    move(&operands, REFERENCE_O, dimension, far);
+    move(&operands, REFERENCE_L, dimension, far);
+    run(&operands);
+    for (int tensor = REFERENCE_dQ; tensor < REFERENCE_TENSORS; tensor++)
+        if (operands.tensors[tensor].memory.mapping)
+            *reference_member(results, tensor) = tensor_read(&operands.tensors[tensor]);
+    operands_close(&operands);
+}
+
+static void check_dimension(const char *text, const struct inputs *inputs, int dimension, struct reference *close)
+{
+    /* Past 2^31 and 2^32; one that runs of four elements can be read at, and one that they cannot. */
+    static const int64_t strides[] = {(INT64_C(1) << 31) + 4, (INT64_C(1) << 32) + 3};
+    for (size_t s = 0; s < sizeof strides / sizeof *strides; s++) {
+        struct reference far = {0};
+        run_passes(inputs, dimension, strides[s], &far);
+        for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+            const double *got = *reference_member(&far, tensor), *right = *reference_member(close, tensor);
+            const size_t bytes = (size_t)reference_count(&inputs->problem, tensor) * sizeof *got;
+            if (got && right && memcmp(got, right, bytes))
+                fail_msg("%s: %s differs where dimension %d has stride %lld", text, tensor_name(tensor), dimension,
+                         (long long)strides[s]);
+        }
+        reference_close(&far);
+    }
+}
+
+static void check(const char *text)
+{
+    mfa_problem problem;
+    struct inputs inputs;
+    struct reference close = {0};
+    assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
+    inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, 1, text);
+    run_passes(&inputs, NOWHERE, 0, &close);
+    for (int dimension = 0; dimension < 4; dimension++)
+        check_dimension(text, &inputs, dimension, &close);
+    reference_close(&close);
+    inputs_close(&inputs);
+}
+
+/* mask_tiles, attention_forward, and all of the backward pass. */
+static void test_blocks(void **state)
+{
+    (void)state;
+    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 mask_f32");
+}
+
+/* attention_decode and attention_merge. */
+static void test_decode(void **state)
+{
+    (void)state;
+    check("forward f32 b2 h4/2 q2 kv600 d24 mask_bool");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_blocks), cmocka_unit_test(test_decode)};
+    const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
+    gpu_set(&settings);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}

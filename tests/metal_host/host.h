@@ -1,0 +1,80 @@
+/* The library on metalsim's runtime: problems whose operands are MTLBuffers, run through the public door. */
+#ifndef TESTS_METAL_HOST_HOST_H
+#define TESTS_METAL_HOST_HOST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kit/operands.h"
+#include "mfa.h"
+#include "reference/tolerance.h"
+#include "runtime/runtime.h"
+
+/* A problem, its inputs, and what the reference makes of them. */
+struct host_subject {
+    const char *text; /* a line of the case list, in a dtype */
+    int forward, backward;
+    struct inputs inputs;
+    struct reference truth;
+    struct tolerance tolerance;
+    double worst; /* error as a share of the tolerance */
+};
+
+/* 0: the text is no problem; it is reported. `number` chooses what is broadcast; 0: nothing is. */
+int host_subject_open(struct host_subject *subject, const char *text, int number, uint64_t seed);
+void host_subject_close(struct host_subject *subject);
+
+/* A pass on its way. */
+struct host_pass {
+    struct operands operands;
+    mfa_buffers buffers; /* of MTLBuffers over their memory */
+    struct guarded workspace;
+};
+
+/* How a problem is run. All 0: dense, every output, the library's workspace, its own queue. */
+struct host_way {
+    enum arrangement arrangement;
+    unsigned outputs;  /* as operands_open has it; 0: all */
+    int own_workspace; /* the caller's, of exactly the size that the plan states */
+    void *stream;      /* of mfa_plan_run */
+    int outputs_used;  /* by `before`: what is in them means something */
+    void (*before)(const struct host_pass *pass);              /* called before each pass, and */
+    void (*after)(const struct host_pass *pass, void *stream); /* after it: waits, if the call has not. NULL: nothing */
+};
+
+/* Runs the passes of a subject; the status of the first that fails. `results`: to be closed by the caller. */
+mfa_status host_run(mfa_context *context, struct host_subject *subject, const struct host_way *way,
+                    struct reference *results);
+
+/* The same in steps, for passes that go on at once: begins with forward. */
+void host_pass_open(struct host_pass *pass, const struct host_subject *subject, const struct host_way *way);
+mfa_status host_start(mfa_context *context, const struct host_way *way, struct host_pass *pass);
+void host_collect(struct host_pass *pass, struct reference *results, const char *text);
+
+/* Whether all results that there are are right; what is not is reported. */
+int host_is_right(struct host_subject *subject, struct reference *results);
+
+/* The two together; 0, and a report, if anything is wrong. */
+int host_check(mfa_context *context, struct host_subject *subject, const struct host_way *way);
+
+/* Whether the outputs of the pass that failed are as they were: NaN. */
+int host_is_untouched(const struct reference *results);
+
+/* A context whose files are in `folder`; NULL, and a report, if there is none. */
+mfa_context *host_open(const char *folder);
+
+/* The runtime's settings, changed; back to the defaults. Findings and counts begin anew. */
+void host_set(const struct metalsim_settings *settings);
+void host_reset(void);
+
+/* Counts since then. */
+struct metalsim_counts host_counts(void);
+
+/* Whether the runtime has found nothing, and, once `closed`, nothing is alive; else all is reported. */
+int host_is_clean(int closed);
+
+/* A folder of this test's own, made anew; its path is kept until the next. Removes a folder and what is in it. */
+const char *host_folder(void);
+void host_remove(const char *folder);
+
+#endif

@@ -1,0 +1,309 @@
+/* Runs among PyTorch's own operations, in its command buffer and in their order: with the stand-in for one of its
+ * versions, which this program is linked with (TORCH_... say what it exports). */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kit/report.h"
+#include "metal_host/host.h"
+#include "metal_host/steps.h"
+#include "runtime/torch.h"
+
+static mfa_context *context;
+
+static int begin(void **state)
+{
+    steps_begin(state);
+    context = host_open(steps_folder);
+    metalsim_torch_set_concurrent(0);
+    return !context;
+}
+
+static int end(void **state)
+{
+    mfa_context_destroy(context);
+    metalsim_torch_close();
+    return steps_end(state);
+}
+
+/* O is a multiple of 64 bytes, and so begins with its buffer. */
+static size_t count_of_O(const struct host_pass *pass)
+{
+    const mfa_problem *p = &pass->operands.problem;
+    return (size_t)(p->batch * p->q_heads * p->q_len * p->value_dim);
+}
+
+/* PyTorch uses O before and after: nothing that was there may come through, and all that is there afterwards must have
+ * been there in time. In the end it is half of what it is. */
+static struct metalsim_counts at_start, at_end;
+
+static void use_before(const struct host_pass *pass)
+{
+    if (pass->operands.problem.pass == MFA_FORWARD)
+        metalsim_torch_scale(pass->buffers.o.base, count_of_O(pass), 3);
+    at_start = host_counts();
+}
+
+static void use_after(const struct host_pass *pass, void *stream)
+{
+    at_end = host_counts();
+    (void)stream;
+    if (pass->operands.problem.pass == MFA_FORWARD)
+        metalsim_torch_scale(pass->buffers.o.base, count_of_O(pass), 0.5F);
+    metalsim_torch_synchronize();
+}
+
+static const struct host_way among = {
+    .stream = MFA_STREAM_TORCH, .outputs_used = 1, .before = use_before, .after = use_after};
+
+static void restore(const struct host_subject *s, struct reference *results)
+{
+    for (int64_t i = 0; i < reference_count(&s->inputs.problem, REFERENCE_O); i++)
+        results->O[i] *= 2;
+}
+
+static void run_right(const char *text)
+{
+    struct host_subject s;
+    struct reference results;
+    assert_true(host_subject_open(&s, text, 0, 1));
+    const mfa_status status = host_run(context, &s, &among, &results);
+    if (status != MFA_OK)
+        print_error("%s: %s\n", text, mfa_last_error());
+    assert_int_equal(status, MFA_OK);
+    restore(&s, &results);
+    assert_true(host_is_right(&s, &results));
+    reference_close(&results);
+    host_subject_close(&s);
+}
+
+static const char *const texts[] = {
+    "forward f32 b1 h2 q16 kv40 d64",
+    "forward f32 b1 h2 q32 kv600 d128 mask_bool",
+    "forward f32 b1 h8/2 q2 kv1500 d64 causal",
+    "forward f32 b1 h1 q16 kv40 d136", /* whose simdgroups exchange, in threadgroup memory of index 1 */
+};
+
+/* What one call does while it is among PyTorch's operations: nothing is committed, nothing is waited for. */
+static void check_counts(void)
+{
+    const uint64_t buffers = at_end.command_buffers - at_start.command_buffers;
+    const uint64_t encoders = at_end.encoders - at_start.encoders, commits = at_end.commits - at_start.commits;
+    print_message("a call: %d command buffers, %d encoders, %d commits, %d waits, %d dispatch_sync\n", (int)buffers,
+                  (int)encoders, (int)commits, (int)(at_end.waits - at_start.waits),
+                  (int)(at_end.syncs - at_start.syncs));
+    assert_int_equal(at_end.waits, at_start.waits);
+    assert_int_equal(at_end.syncs, at_start.syncs + 1);
+#if defined(TORCH_SHARES)
+    assert_int_equal(buffers + encoders + commits, 0); /* PyTorch's encoder, which is open, is ours too */
+#elif defined(TORCH_ENDS)
+    assert_int_equal(encoders, 1); /* one of our own, in PyTorch's command buffer */
+    assert_int_equal(buffers + commits, 0);
+#else
+    assert_int_equal(commits, 1); /* by PyTorch itself: there is no other way to end its encoder */
+    assert_int_equal(encoders, 1);
+#endif
+}
+
+static void test_order(void **state)
+{
+    (void)state;
+    for (int again = 0; again < 2; again++)
+        for (size_t n = 0; n < sizeof texts / sizeof *texts; n++) {
+            print_message("%s\n", texts[n]);
+            run_right(texts[n]);
+            if (again)
+                check_counts();
+        }
+}
+
+static void wait_for_torch(const struct host_pass *pass, void *stream)
+{
+    (void)pass, (void)stream;
+    metalsim_torch_synchronize();
+}
+
+static void test_backward(void **state)
+{
+    (void)state;
+    struct host_subject s;
+    assert_true(host_subject_open(&s, "both bf16 b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5", 3, 1));
+    assert_true(host_check(context, &s, &(struct host_way){.stream = MFA_STREAM_TORCH, .after = wait_for_torch}));
+    host_subject_close(&s);
+}
+
+static void use_dbias_before(const struct host_pass *pass)
+{
+    if (pass->operands.problem.pass == MFA_BACKWARD)
+        metalsim_torch_scale(pass->buffers.dbias.base, 16, 3);
+}
+
+/* PyTorch's operations leave threadgroup memory set in their encoder, more than a kernel of ours leaves room for. */
+static void test_leftovers(void **state)
+{
+    (void)state;
+    struct host_subject s;
+    const struct host_way way = {.stream = MFA_STREAM_TORCH,
+                                 .outputs = FORWARD_OUTPUTS | OUTPUT(DBIAS),
+                                 .outputs_used = 1,
+                                 .before = use_dbias_before,
+                                 .after = wait_for_torch};
+    assert_true(host_subject_open(&s, "both f32 b1 h1 q32 kv32 d8 mask_f32", 0, 1));
+    assert_true(host_check(context, &s, &way));
+    assert_true(host_is_clean(0));
+    host_subject_close(&s);
+}
+
+/* An encoder whose dispatches may overlap. */
+static void test_concurrent(void **state)
+{
+    metalsim_torch_set_concurrent(1);
+    test_order(state);
+    test_backward(state);
+}
+
+/* Many calls before PyTorch waits, with workspaces that grow while others are still in use. */
+static void test_many_in_flight(void **state)
+{
+    (void)state;
+    enum { RUNS = 8 };
+    static char lines[RUNS][64];
+    struct host_subject subjects[RUNS];
+    struct host_pass passes[RUNS];
+    struct reference results[RUNS];
+    const struct host_way way = {.stream = MFA_STREAM_TORCH};
+    for (int n = 0; n < RUNS; n++) {
+        snprintf(lines[n], sizeof lines[n], "forward f32 b1 h2 q2 kv%d d64 mask_bool", 300 + 400 * n);
+        assert_true(host_subject_open(&subjects[n], lines[n], 0, 1));
+        host_pass_open(&passes[n], &subjects[n], &way);
+        assert_int_equal(host_start(context, &way, &passes[n]), MFA_OK);
+    }
+    metalsim_torch_synchronize();
+    for (int n = 0; n < RUNS; n++) {
+        memset(&results[n], 0, sizeof results[n]);
+        host_collect(&passes[n], &results[n], lines[n]);
+        assert_true(host_is_right(&subjects[n], &results[n]));
+        reference_close(&results[n]);
+        operands_close(&passes[n].operands);
+        host_subject_close(&subjects[n]);
+    }
+}
+
+/* Several threads meet in PyTorch's stream. */
+static void *run_often(void *argument)
+{
+    struct host_subject *s = argument;
+    const struct host_way way = {.stream = MFA_STREAM_TORCH};
+    struct host_pass pass;
+    struct reference results = {.O = NULL};
+    int good = 1;
+    for (int n = 0; n < 5; n++) {
+        host_pass_open(&pass, s, &way);
+        good = host_start(context, &way, &pass) == MFA_OK && good;
+        metalsim_torch_synchronize();
+        host_collect(&pass, &results, s->text);
+        operands_close(&pass.operands);
+        good = host_is_right(s, &results) && good;
+        reference_close(&results);
+    }
+    return good ? argument : NULL;
+}
+
+static void test_threads(void **state)
+{
+    (void)state;
+    enum { THREADS = 3 };
+    struct host_subject subjects[THREADS];
+    pthread_t threads[THREADS];
+    for (int n = 0; n < THREADS; n++)
+        assert_true(host_subject_open(&subjects[n], texts[1], 0, (uint64_t)n));
+    for (int n = 0; n < THREADS; n++)
+        assert_int_equal(pthread_create(&threads[n], NULL, run_often, &subjects[n]), 0);
+    for (int n = 0; n < THREADS; n++) {
+        void *good = NULL;
+        pthread_join(threads[n], &good);
+        assert_ptr_equal(good, &subjects[n]);
+        host_subject_close(&subjects[n]);
+    }
+}
+
+/* A failure leaves PyTorch's stream as it was. */
+static void test_failure(void **state)
+{
+    (void)state;
+    struct host_subject s;
+    struct reference results;
+    struct metalsim_settings settings;
+    run_right(texts[0]);
+    assert_true(host_subject_open(&s, texts[1], 0, 1));
+    metalsim_runtime_defaults(&settings);
+    settings.fault = METALSIM_FAULT_NO_BUFFER, settings.after = 0;
+    host_set(&settings);
+    assert_int_equal(host_run(context, &s, &among, &results), MFA_OUT_OF_MEMORY);
+    print_message("%s\n", mfa_last_error());
+    assert_true(host_is_untouched(&results));
+    reference_close(&results);
+    host_subject_close(&s);
+    assert_true(host_is_clean(0));
+    host_reset();
+    run_right(texts[1]);
+}
+
+/* A PyTorch without MPS, which throws when it is asked for its stream; and one that has it after all. */
+static void test_without_mps(void **state)
+{
+    (void)state;
+    struct host_subject s;
+    struct reference results;
+    assert_true(host_subject_open(&s, texts[0], 0, 1));
+    metalsim_torch_set_available(0);
+    assert_int_equal(host_run(context, &s, &among, &results), MFA_UNAVAILABLE);
+    metalsim_torch_set_available(1);
+    print_message("%s\n", mfa_last_error());
+    assert_true(host_is_untouched(&results));
+    reference_close(&results);
+    host_subject_close(&s);
+    run_right(texts[0]);
+}
+
+#if defined(TORCH_ENDS)
+/* The functions that give PyTorch's command buffer are those of its default stream. */
+static void test_another_stream(void **state)
+{
+    (void)state;
+    struct host_subject s;
+    struct reference results;
+    assert_true(host_subject_open(&s, texts[0], 0, 1));
+    metalsim_torch_leave(1);
+    assert_int_equal(host_run(context, &s, &among, &results), MFA_UNAVAILABLE);
+    metalsim_torch_leave(0);
+    print_message("%s\n", mfa_last_error());
+    assert_true(host_is_untouched(&results));
+    reference_close(&results);
+    host_subject_close(&s);
+    run_right(texts[0]);
+}
+#endif
+
+#undef TEST
+#define TEST(name) cmocka_unit_test_setup_teardown(name, begin, end)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(test_order),          TEST(test_backward), TEST(test_concurrent), TEST(test_many_in_flight),
+        TEST(test_threads),        TEST(test_failure),  TEST(test_leftovers),  TEST(test_without_mps),
+#if defined(TORCH_ENDS)
+        TEST(test_another_stream),
+#endif
+    };
+    report_begin("test_torch", 1);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}
