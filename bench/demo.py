@@ -2,9 +2,11 @@
 
 First the table that users of attention know: time and peak memory beside PyTorch, at B=4 H=8 N=2048 D=64. Then a small
 GPT learns English from the documentation that every Python carries, once on PyTorch's attention and once on ours, from
-the same start. Both end up in demo.png. The exit status is 1 if anything that we computed was wrong.
+the same start. Last an encoder of torch.nn reads longer and longer sequences, before and after replace_sdpa(). All end
+up in demo.png. The exit status is 1 if anything that we computed was wrong. On a Mac all of it runs on the GPU.
 """
 
+import contextlib
 import copy
 import math
 import pathlib
@@ -18,8 +20,8 @@ from pydoc_data import topics
 import report
 import torch
 import torch.nn.functional as F
-from measure import machine, measure, versions
-from mps_flash_attn import replace_sdpa, sdpa_stats
+from measure import machine, measure, settle, versions
+from mps_flash_attn import is_available, replace_sdpa, replaced_sdpa, sdpa_stats
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -28,6 +30,7 @@ from rich.table import Table
 from torch import nn
 from versus_torch import users_table
 
+DEVICE = "mps" if is_available("mps") else "cpu"
 SECONDS_PER_ROW = 1.5
 SEED, STEPS, BATCH, LENGTH = 1, 160, 2, 1024
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 4, 3, 64, 1024
@@ -35,6 +38,9 @@ TRAINING_SECONDS = 100  # a slow machine stops before the last step
 TURN = 5  # steps that one model trains before it is the other's turn: so both meet the same conditions
 RATE, WARM_UP = 3e-3, 20
 SAMPLE_TOKENS = 120
+ENCODER_WIDTH, ENCODER_HEADS, ENCODER_LAYERS = 256, 4, 4
+ENCODER_LENGTHS, ENCODER_ROUNDS = (512, 1024, 2048, 4096), 3
+ENCODER_APART = 1e-4
 # Two roundings of the same computation drift apart while training; this far is drift, farther is a mistake.
 DRIFT_AT_FIRST, DRIFT = 1e-4, 0.1
 PICTURE = pathlib.Path("demo.png")
@@ -63,7 +69,7 @@ class Text:
         """The same for both models."""
         generator = torch.Generator().manual_seed(SEED + step)
         begins = torch.randint(len(self.tokens) - LENGTH, (BATCH,), generator=generator)
-        rows = torch.stack([self.tokens[begin : begin + LENGTH + 1] for begin in begins])
+        rows = torch.stack([self.tokens[begin : begin + LENGTH + 1] for begin in begins]).to(DEVICE)
         return rows[:, :-1], rows[:, 1:]
 
 
@@ -130,12 +136,12 @@ def sample(model, text):
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.tensor([[text.start]])
     for _ in range(SAMPLE_TOKENS):
-        likely = torch.softmax(model(tokens)[0, -1] / 0.7, dim=0)
+        likely = torch.softmax(model(tokens.to(DEVICE))[0, -1].cpu() / 0.7, dim=0)
         tokens = torch.cat([tokens, torch.multinomial(likely, 1, generator=generator)[None]], dim=1)
     return "".join(text.words[token] for token in tokens[0]).strip()
 
 
-# --- The two parts -------------------------------------------------------------------------------
+# --- The three parts -----------------------------------------------------------------------------
 
 
 def bar(console):
@@ -154,7 +160,7 @@ def compare(console):
         task = progress.add_task("measuring", total=len(problems), note="")
         for problem in problems:
             progress.update(task, note=problem)
-            rows.append(measure(problem, SECONDS_PER_ROW, SEED))
+            rows.append(measure(problem, SECONDS_PER_ROW, SEED, DEVICE))
             if "failed" in rows[-1]:
                 console.print(report.line(rows[-1]))
             progress.advance(task)
@@ -168,7 +174,7 @@ def train(console, text):
     """Trains both models, turn by turn; returns {"torch": Training, "ours": Training}, and how many of the second
     model's calls ran on libmfa, and why others did not."""
     torch.manual_seed(SEED)
-    model = GPT()
+    model = GPT().to(DEVICE)
     trainings = {"torch": Training(model, text), "ours": Training(copy.deepcopy(model), text)}
     sdpa_stats(reset=True)
     begin = time.perf_counter()
@@ -199,17 +205,47 @@ def losses(trainings):
     return table
 
 
-def draw(rows, trainings):
-    """Both parts in one picture."""
+def read(console):
+    """Lets an encoder of torch.nn read; returns ({length: {"torch": seconds, "ours": seconds}}, how far the
+    results are apart, how the second's calls went)."""
+    torch.manual_seed(SEED)
+    layer = nn.TransformerEncoderLayer(ENCODER_WIDTH, ENCODER_HEADS, 2 * ENCODER_WIDTH, batch_first=True)
+    model = nn.TransformerEncoder(layer, ENCODER_LAYERS, enable_nested_tensor=False).eval().to(DEVICE)
+    medians, apart = {}, 0.0
+    sdpa_stats(reset=True)
+    for length in ENCODER_LENGTHS:
+        x, seconds, results = torch.randn(1, length, ENCODER_WIDTH).to(DEVICE), {who: [] for who in NAMES}, {}
+        for _ in range(ENCODER_ROUNDS):
+            for who in NAMES:
+                with torch.inference_mode(), replaced_sdpa() if who == "ours" else contextlib.nullcontext():
+                    begin = time.perf_counter()
+                    results[who] = model(x)
+                    settle(DEVICE)
+                    seconds[who].append(time.perf_counter() - begin)
+        medians[length] = {who: statistics.median(times) for who, times in seconds.items()}
+        apart = max(apart, (results["ours"] - results["torch"]).abs().max().item())
+    table = Table(title="milliseconds to read a sequence", box=report.box.SIMPLE_HEAD)
+    for title in ("length", *NAMES.values(), "times as fast"):
+        table.add_column(title, justify="right")
+    for length, times in medians.items():
+        theirs, ours = (1e3 * times[who] for who in NAMES)
+        table.add_row(str(length), f"{theirs:.0f}", f"{ours:.0f}", f"{theirs / ours:.2f}")
+    console.print(table)
+    return medians, apart, sdpa_stats()
+
+
+def draw(rows, trainings, readings):
+    """All parts in one picture."""
     from matplotlib import pyplot  # here, because the measuring processes import this file and draw nothing
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure, panels = pyplot.subplots(2, 3, figsize=(19, 9), layout="constrained")
     forward = [row for row in rows if row["pass"] == "forward"]
     both = [row for row in rows if row["pass"] != "forward"]
     for axes, part, field, title, scale in (
         (panels[0, 0], forward, "ms", "forward, milliseconds", 1),
         (panels[0, 1], both, "ms", "forward + backward, milliseconds", 1),
-        (panels[1, 0], both, "extra_bytes", "forward + backward, peak extra memory in MiB", 2**-20),
+        (panels[1, 0], forward, "extra_bytes", "forward, peak extra memory in MiB", 2**-20),
+        (panels[1, 1], both, "extra_bytes", "forward + backward, peak extra memory in MiB", 2**-20),
     ):
         axes.set_title(title)
         axes.set_xticks(range(len(part)), [short(row) for row in part])
@@ -219,7 +255,14 @@ def draw(rows, trainings):
             drawn = axes.bar(places, heights, width=0.25, color=report.COLOURS[contender], label=name)
             axes.bar_label(drawn, [f"{height:.0f}" for height in heights], fontsize=7)
     panels[0, 0].legend()
-    curves = panels[1, 1]
+    for who, name in NAMES.items():
+        milliseconds = [1e3 * times[who] for times in readings.values()]
+        panels[0, 2].plot(list(readings), milliseconds, "o-", color=report.COLOURS[who], label=name)
+    panels[0, 2].set_title("nn.TransformerEncoder, milliseconds by sequence length")
+    panels[0, 2].set_xticks(list(readings))
+    panels[0, 2].set_ylim(bottom=0)
+    panels[0, 2].legend()
+    curves = panels[1, 2]
     for (who, name), style in zip(NAMES.items(), ({"linewidth": 4, "alpha": 0.6}, {"linewidth": 1.2})):
         curves.plot(trainings[who].losses, color=report.COLOURS[who], label=name, **style)
     curves.set_title(f"a small GPT, sequence length {LENGTH}")
@@ -228,7 +271,7 @@ def draw(rows, trainings):
     curves.legend()
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"B=4 H=8 N=2048 D=64; {machine()}; {versions()}", fontsize=9)
+    figure.suptitle(f"B=4 H=8 N=2048 D=64; {machine(DEVICE)}; {versions()}", fontsize=9)
     figure.savefig(PICTURE, dpi=110)
 
 
@@ -236,7 +279,7 @@ def main():
     console, begin, mistakes = Console(), time.perf_counter(), []
     if not console.is_terminal:
         console.width = 120
-    console.print(f"{machine()}; {versions()}")
+    console.print(f"{machine(DEVICE)}; {versions()}")
 
     console.rule("1. Attention beside PyTorch's", align="left")
     console.print(
@@ -266,7 +309,20 @@ def main():
         written = sample(trainings["ours"].model, text)
     console.print(Panel(escape(written), title="what the second model writes", title_align="left"))
 
-    draw(rows, trainings)
+    console.rule("3. One line under a model of torch.nn", align="left")
+    console.print(
+        f"nn.TransformerEncoder, {ENCODER_LAYERS} layers, {ENCODER_HEADS} heads of {ENCODER_WIDTH // ENCODER_HEADS}, "
+        f"in evaluation: as it comes, and after replace_sdpa(), in turn.\n"
+    )
+    readings, apart, calls = read(console)
+    console.print(f"Largest difference of the results: {apart:.1e}.\n")
+    if not apart <= ENCODER_APART:
+        mistakes.append(f"the encoder's results differ by more than {ENCODER_APART}")
+    expected = len(ENCODER_LENGTHS) * ENCODER_ROUNDS * ENCODER_LAYERS
+    if calls != {"replaced": expected}:
+        mistakes.append(f"of the encoder's {expected} calls not all ran on libmfa: {calls}")
+
+    draw(rows, trainings, readings)
     console.print(f"The picture is in {PICTURE.resolve()}. All of it took {time.perf_counter() - begin:.0f} seconds.")
     for mistake in mistakes:
         console.print(f"[red]WRONG: {escape(mistake)}[/red]")

@@ -4,7 +4,8 @@
     python bench/overhead.py --thresholds    ours beside PyTorch's over sizes: where sdpa_thresholds come from
 
 All ways take turns in one process, and the difference of two is the median over their turns: what slows the machine
-slows both. The exit status of the first is 1 if a difference is over its limit.
+slows both. Times are those of the processor, so that other programs on the machine do not count, and of one thread. The
+exit status of the first is 1 if a difference is over its limit.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from measure import DTYPES, machine, versions
 from mps_flash_attn import flash_attention, replaced_sdpa, sdpa_thresholds
-from mps_flash_attn.library import BUFFERS, library
+from mps_flash_attn.library import BUFFERS, FORWARD_BUFFERS, library
 from rich.console import Console
 from rich.table import Table
 
@@ -35,10 +36,10 @@ HEAD_DIM = 64
 
 def turn(function, repeats):
     """Microseconds a call."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(repeats):
         function()
-    return 1e6 * (time.perf_counter() - begin) / repeats
+    return 1e6 * (time.process_time() - begin) / repeats
 
 
 def alternate(ways, rounds):
@@ -76,10 +77,8 @@ def call_of_library(query, key, value):
     """The C function with everything packed beforehand."""
     found, out = library(), torch.empty_like(query)
     problem = found.parse(PROBLEM)
-    given = [number for tensor in (query, key, value) for number in (tensor.data_ptr(), 0)]
-    given += [0, 0, out.data_ptr(), 0]  # no mask
-    fields = len(BUFFERS.unpack(bytes(BUFFERS.size)))
-    buffers = BUFFERS.pack(BUFFERS.size, *given, *(0,) * (fields - 1 - len(given)))
+    q, k, v, o = (tensor.data_ptr() for tensor in (query, key, value, out))
+    buffers = FORWARD_BUFFERS.pack(BUFFERS.size, q, k, v, 0, o, 0)
 
     def call(_written=out):
         found.check(found.mfa_attention(found.context, problem, buffers, None))
@@ -164,7 +163,8 @@ def show_thresholds(console, rounds):
             paying = (paying or work) if min(ratios) >= 1 else None
             table.add_row("x".join(map(str, shape)), str(work), *cells)
         console.print(table)
-        console.print(f"{name}: ours is faster from {paying} on; sdpa_thresholds has {sdpa_thresholds[dtype]}\n")
+        found = 1 << (paying - 1).bit_length() if paying else "no size"
+        console.print(f"{name}: ours is faster from {found} on; sdpa_thresholds has {sdpa_thresholds[dtype]}\n")
     return 0
 
 
@@ -172,10 +172,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thresholds", action="store_true", help="measure the sizes from which on replacing pays")
     parser.add_argument("--rounds", type=int, help="how often each has its turn; default 200, or 40 for thresholds")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of ours; default 1")
     options = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     console = Console()
     if not console.is_terminal:
         console.width = 150

@@ -1,73 +1,111 @@
-"""The command line: what libmfa is on this machine, and what a problem would run on.
+"""The command line: what libmfa is on this machine, what a problem would run on, and whether it is right.
 
 python -m mps_flash_attn info
 python -m mps_flash_attn explain forward f16 b2 h8/2 q512 kv512 d64 causal
+python -m mps_flash_attn check
+python -m mps_flash_attn precompile --dtype f16 --head-dim 64 128 --features none band --backward
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from . import check, display, precompile
 from .attention import Explanation
-from .library import library
+from .library import DEVICES, changed, library, objection
 
 _SMALL = "forward f32 b1 h1 q1 kv1 d64"
 
 
-def _table(title, rows):
-    table = Table(title=title, show_header=False, title_justify="left")
-    for row in rows:
-        table.add_row(*map(str, row))
-    return table
-
-
-def _info():
+def _info(_):
     found = library()
     small = Explanation.of(found.parse(_SMALL))
-    return _table(
-        "libmfa",
-        (
-            ("version", found.version),
-            ("library", found.path),
-            ("backend", small.backend),
-            ("instruction set", small.machine),
-            ("threads", f"{found.threads}, as PyTorch"),
-            ("thread pool", "PyTorch's own" if found.host else "libmfa's own"),
-            ("PyTorch", torch.__version__),
-        ),
+    rows = (
+        ("version", found.version),
+        ("library", found.path),
+        ("backend", small.backend),
+        ("instruction set", small.machine),
+        ("threads", f"{found.threads}, as PyTorch"),
+        ("thread pool", "PyTorch's own" if found.host else "libmfa's own"),
+        ("Metal", objection("mps") or "available"),
+        ("PyTorch", torch.__version__),
+    )
+    display.table("libmfa", rows)
+
+
+def _explain(arguments):
+    line = " ".join(arguments.problem)
+    problem = library().parse(line)
+    for device, code in DEVICES.items():
+        if device == "mps" and objection("mps"):
+            continue
+        found = Explanation.of(changed(problem, device=code))
+        rows = [("not supported", found.reason)]
+        if found:
+            rows = [
+                ("backend", found.backend),
+                ("kernel", found.kernel),
+                ("threads", found.threads),
+                ("workspace", f"{found.workspace_bytes} bytes"),
+            ]
+        display.table(line, rows)
+
+
+def _check(arguments):
+    if arguments.rows:
+        return check.write_rows(arguments.rows, arguments.problem)
+    return check.run(arguments.filter, arguments.report)
+
+
+def _precompile(arguments):
+    return precompile.run(
+        arguments.dtype, arguments.head_dim, arguments.features, arguments.backward, arguments.folder
     )
 
 
-def _explain(problem):
-    found = Explanation.of(library().parse(problem))
-    if not found:
-        return _table(problem, [("not supported", found.reason)])
-    return _table(
-        problem,
-        (
-            ("backend", found.backend),
-            ("kernel", found.kernel),
-            ("threads", found.threads),
-            ("workspace", f"{found.workspace_bytes} bytes"),
-        ),
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m mps_flash_attn", description="Exact flash attention for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(run, help):
+        added = commands.add_parser(run.__name__[1:], help=help, description=help)
+        added.set_defaults(run=run)
+        return added
+
+    command(_info, "version, library file, instruction set, threads")
+    one = command(_explain, "the kernel and the workspace of a problem, or why there is none")
+    one.add_argument("problem", nargs="+", help='such as "forward f16 b2 h8/2 q512 kv512 d64 causal"')
+
+    all_ = command(_check, "every kernel of this machine beside attention in float64; writes a report")
+    all_.add_argument("--filter", default="", help="only problems that contain this text")
+    all_.add_argument("--report", type=Path, default=Path("mfa-check.txt"), help="file to write (mfa-check.txt)")
+    all_.add_argument("--rows", metavar="DEVICE", help=argparse.SUPPRESS)  # one machine, in a process of its own
+    all_.add_argument("problem", nargs="*", help=argparse.SUPPRESS)
+
+    made = command(_precompile, "compiles Metal kernels into the cache, or into a folder to be shipped")
+    made.add_argument("--dtype", nargs="+", default=["f16", "bf16", "f32"], help="f32, f16, bf16 (all)")
+    made.add_argument("--head-dim", nargs="+", default=["64", "128"], help="such as 64, or 192v128 (64 128)")
+    made.add_argument(
+        "--features",
+        nargs="+",
+        default=["none", "band"],
+        help="none, band (causal, windows), mask_bool, mask_f32 and so on, softcap; both: band+softcap (none band)",
     )
+    made.add_argument("--backward", action="store_true", help="those of the backward pass, too")
+    made.add_argument("--folder", type=Path, help="where the files go; without it, libmfa's cache")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m mps_flash_attn", description="Exact flash attention for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, library file, instruction set, threads")
-    explain = commands.add_parser("explain", help="the kernel and the workspace of a problem, or why there is none")
-    explain.add_argument("problem", nargs="+", help='such as "forward f16 b2 h8/2 q512 kv512 d64 causal"')
+    parser = _parser()
     arguments = parser.parse_args()
     try:
-        table = _info() if arguments.command == "info" else _explain(" ".join(arguments.problem))
-    except (ImportError, ValueError) as error:
+        return arguments.run(arguments)
+    except (ImportError, NotImplementedError, ValueError) as error:
         parser.exit(1, f"{error}\n")
-    Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -76,6 +76,7 @@ class Explanation:
     threads: int = 0
     workspace_bytes: int = 0
     reason: str = ""
+    waits: str = ""  # on MPS: why it would wait for PyTorch's stream, which is slow
 
     def __bool__(self):
         return not self.reason
@@ -83,7 +84,8 @@ class Explanation:
     def __str__(self):
         if self.reason:
             return f"not supported: {self.reason}"
-        return f"{self.backend} {self.kernel} threads {self.threads} workspace {self.workspace_bytes}"
+        line = f"{self.backend} {self.kernel} threads {self.threads} workspace {self.workspace_bytes}"
+        return f"{line}; waits for PyTorch's stream: {self.waits}" if self.waits else line
 
     @property
     def machine(self):
@@ -99,7 +101,8 @@ class Explanation:
             return cls(reason=str(error))
         backend, kernel, *rest = line.split()
         named = dict(zip(rest[::2], rest[1::2]))
-        return cls(backend, kernel, int(named["threads"]), workspace)
+        waits = library().waits(problem) if backend == "metal" else ""
+        return cls(backend, kernel, int(named["threads"]), workspace, waits=waits)
 
 
 def explain(
@@ -141,21 +144,22 @@ def _readable(query, key, value, mask):
 
 def _options(query, key, value, mask, is_causal, window_size, scale, softcap, enable_gqa):
     """(lower, upper, scale, softcap), as everything below this file has them."""
-    if not query.dim() == key.dim() == value.dim() == 4:
+    q_shape, k_shape = query.shape, key.shape
+    if not len(q_shape) == len(k_shape) == 4:
         problem.check(query, key, value, mask)  # refuses that
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} heads and key has {key.shape[1]}; enable_gqa=True allows that")
-    lower, upper = _band(is_causal, window_size, query, key)
+    if q_shape[1] != k_shape[1] and not enable_gqa:
+        raise ValueError(f"query has {q_shape[1]} heads and key has {k_shape[1]}; enable_gqa=True allows that")
+    lower, upper = _band(is_causal, window_size, q_shape[2], k_shape[2])
     return lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap)
 
 
 def _number(name, given):
-    if isinstance(given, torch.Tensor) and given.requires_grad:
+    if getattr(given, "requires_grad", False):
         raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
     return float(given)
 
 
-def _band(is_causal, window_size, query, key):
+def _band(is_causal, window_size, q_len, kv_len):
     """The (lower, upper) bounds on j - i, None where there is none."""
     if is_causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f'is_causal is {is_causal!r}; it must be False, True, "top_left" or "bottom_right"')
@@ -163,7 +167,7 @@ def _band(is_causal, window_size, query, key):
     if not pair and window_size == 0:
         if not is_causal:
             return None, None
-        return None, key.shape[2] - query.shape[2] if is_causal == "bottom_right" else 0
+        return None, kv_len - q_len if is_causal == "bottom_right" else 0
     try:
         left, right = map(operator.index, window_size) if pair else (operator.index(window_size) - 1, 0)
     except (TypeError, ValueError):
@@ -176,5 +180,5 @@ def _band(is_causal, window_size, query, key):
     if is_causal:
         right = 0
     bottom_right = is_causal == "bottom_right" or (pair and is_causal != "top_left")
-    diagonal = key.shape[2] - query.shape[2] if bottom_right else 0
+    diagonal = kv_len - q_len if bottom_right else 0
     return None if left < 0 else diagonal - min(left, _FAR), None if right < 0 else diagonal + min(right, _FAR)

@@ -24,11 +24,16 @@ _MASK_SHAPES = {  # mask_type: what its mask, in which True hides, covers
 }
 
 
+def kernel():
+    """The one in force, for PyTorch from get_kernel on."""
+    return torch.library.get_kernel(f"aten::{_NAME}", _KEY)
+
+
 def register(registration):
     """Adds the override to the others. A PyTorch without get_kernel has no way to the original: then it is let be."""
     if not hasattr(torch.library, "get_kernel"):
         return
-    original = torch.library.get_kernel(f"aten::{_NAME}", _KEY)
+    original = kernel()
 
     def attention(
         query,
@@ -71,7 +76,7 @@ def _objection(query, key, value, heads, weights, mask, need_weights, mask_type)
     if mask is not None and mask_type not in _MASK_SHAPES:
         return "nn.MultiheadAttention: its mask"
     batch, length, width = query.shape
-    return small(2 * batch * length * length * width, query.dtype)
+    return small(2 * batch * length * length * width, query)
 
 
 def _attend(query, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type):

@@ -14,14 +14,18 @@ from pathlib import Path
 
 import torch
 
+from .stats import WAITED, count
+
 ABI = "0.1"  # the part of mfa_version() that must agree
 PATH_VARIABLE = "MFA_LIBRARY"
 
 FORWARD, BACKWARD = 0, 1
-DEVICE_CPU = 0
+DEVICE_CPU, DEVICE_METAL = range(2)
+DEVICES = {"cpu": DEVICE_CPU, "mps": DEVICE_METAL}  # PyTorch's name of them: our code
 F32, F16, BF16, F64 = range(4)
 MASK_NONE, MASK_BOOL, MASK_ADDITIVE = range(3)
 BAND_OPEN_LOWER, BAND_OPEN_UPPER = -(2**63), 2**63 - 1
+STREAM_TORCH = 1
 
 # The structs of mfa.h: (field, its format as in the module struct), in the order of the header.
 _LAYOUT, _BUFFER = "4q", "PQ"
@@ -49,15 +53,45 @@ def _struct(fields):
 
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
+# The buffers of a forward pass, without offsets: the size, the bases of q k v mask o lse, and zeros.
+_FORWARD_BUFFERS = "Q" + "P8x" * 6
+FORWARD_BUFFERS = struct.Struct(f"@{_FORWARD_BUFFERS}{BUFFERS.size - struct.calcsize(_FORWARD_BUFFERS)}x")
+
+_NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
+
+# mfa_compiler: (paths of the texts, how many, path of the library, argument) -> 0 if it was made.
+COMPILER = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.POINTER(ctypes.c_char_p), ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p
+)
+
 # What of a problem is the same in forward and backward: all between `pass` and the layouts.
 Scalars = namedtuple("Scalars", [name for name, form in PROBLEM_FIELDS[2:] if form != _LAYOUT])
 
 
+def scalars(problem):
+    """The Scalars of a packed problem."""
+    return Scalars(*PROBLEM.unpack(problem)[2 : 2 + len(Scalars._fields)])
+
+
+def changed(problem, **numbers):
+    """A packed problem with other scalars."""
+    fields = PROBLEM.unpack(problem)
+    behind = 2 + len(Scalars._fields)
+    return PROBLEM.pack(*fields[:2], *scalars(problem)._replace(**numbers), *fields[behind:])
+
+
 class Unsupported(NotImplementedError):
-    """A sound problem that this library is not able to run."""
+    """A sound problem that this library is not able to run, here or anywhere; another implementation may be."""
 
 
-_EXCEPTIONS = {1: ValueError, 2: Unsupported, 4: MemoryError}  # MFA_INVALID, MFA_UNSUPPORTED, MFA_OUT_OF_MEMORY
+_INVALID, _UNSUPPORTED, _UNAVAILABLE, _OUT_OF_MEMORY, _COMPILE_FAILED = range(1, 6)  # mfa_status
+_EXCEPTIONS = {
+    _INVALID: ValueError,
+    _UNSUPPORTED: Unsupported,
+    _UNAVAILABLE: Unsupported,
+    _OUT_OF_MEMORY: MemoryError,
+    _COMPILE_FAILED: Unsupported,
+}
 
 
 def library_path():
@@ -89,13 +123,16 @@ class Library:
             ("mfa_last_error", text),
             ("mfa_status_name", text, status),
             ("mfa_context_create", status, pointer, pointer),
+            ("mfa_context_destroy", None, pointer),
             ("mfa_context_set_threads", status, pointer, ctypes.c_int32),
             ("mfa_problem_parse", status, text, pointer),
+            ("mfa_problem_supported", status, pointer, pointer),
             ("mfa_plan_create", status, pointer, pointer, pointer),
             ("mfa_plan_destroy", None, pointer),
             ("mfa_plan_workspace", ctypes.c_size_t, pointer),
             ("mfa_plan_describe", status, pointer, pointer, ctypes.c_size_t),
             ("mfa_attention", status, pointer, pointer, pointer, pointer),
+            ("mfa_precompile", status, pointer, pointer, text, COMPILER, pointer),
         ):
             try:
                 function = getattr(library, name)
@@ -107,13 +144,9 @@ class Library:
         if self.version.rpartition(".")[0] != ABI:
             raise ImportError(f"{self.path} is libmfa {self.version}; this package needs {ABI}.x")
         self.threads = torch.get_num_threads()
-        context = pointer()
-        self.check(
-            self.mfa_context_create(
-                OPTIONS.pack(OPTIONS.size, self.threads, 0, 0, 0, host or 0), ctypes.addressof(context)
-            )
-        )
-        self.context = context
+        self.context = ctypes.c_void_p()
+        options = OPTIONS.pack(OPTIONS.size, self.threads, 0, 0, 0, host or 0)
+        self.check(self.mfa_context_create(options, ctypes.addressof(self.context)))
 
     def check(self, status):
         """Raises what a status other than MFA_OK means."""
@@ -126,14 +159,52 @@ class Library:
         self.check(self.mfa_context_set_threads(self.context, threads))
         self.threads = threads
 
-    def attention(self, problem, buffers):
-        """Runs a packed problem on packed buffers."""
+    def attention(self, problem, buffers, stream=None):
+        """Runs a packed problem on packed buffers; on Metal `stream` is STREAM_TORCH."""
         threads = torch.get_num_threads()
         if threads != self.threads:
             self.follow(threads)
-        status = self.mfa_attention(self.context, problem, buffers, None)
+        status = self.mfa_attention(self.context, problem, buffers, stream)
         if status:
+            if status == _UNAVAILABLE and stream:
+                status = self._attention_alone(problem, buffers)
             self.check(status)
+
+    def _attention_alone(self, problem, buffers):
+        """For where PyTorch's stream cannot be used: waits for it, and for the results. Returns the status."""
+        reason = self.mfa_last_error().decode()
+        status = self.mfa_problem_supported(self.context, problem)
+        if status:
+            return status  # it is the device that is not available
+        count(WAITED + reason)
+        torch.mps.synchronize()
+        return self.mfa_attention(self.context, problem, buffers, None)
+
+    def check_supported(self, problem):
+        """Raises why a packed problem could not be planned."""
+        self.check(self.mfa_problem_supported(self.context, problem))
+
+    def waits(self, problem):
+        """Why runs of a packed problem for Metal have to wait for PyTorch; "" if they do not."""
+        empty = changed(problem, batch=0)  # nothing will run
+        status = self.mfa_attention(self.context, empty, _NO_BUFFERS, STREAM_TORCH)
+        return self.mfa_last_error().decode() if status == _UNAVAILABLE else ""
+
+    def precompile(self, problem, folder, compiler):
+        """Compiles the kernel of a packed problem into `folder` (None: the cache). `compiler`: a COMPILER, or None."""
+        place = None if folder is None else os.fsencode(folder)
+        self.check(self.mfa_precompile(self.context, problem, place, compiler or COMPILER(), None))
+
+    def instruction_sets(self):
+        """Those of the CPU that libmfa has kernels for and this machine has, the plainest first."""
+        found = []
+        for isa in ("scalar", "avx2", "avx512", "avx512bf16", "neon"):
+            name, context = ctypes.c_char_p(isa.encode()), ctypes.c_void_p()
+            options = OPTIONS.pack(OPTIONS.size, 1, 0, ctypes.cast(name, ctypes.c_void_p).value, 0, 0)
+            if self.mfa_context_create(options, ctypes.addressof(context)) == 0:
+                self.mfa_context_destroy(context)
+                found.append(isa)
+        return found
 
     def parse(self, line):
         """The packed problem that a line such as "forward f32 b1 h8 q512 kv512 d64" says."""
@@ -182,10 +253,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def is_available():
-    """Whether libmfa is found and runs on this machine."""
+def objection(device):
+    """Why libmfa does not run on this device of this machine; "" if it does."""
+    kind = torch.device(device).type
+    if kind not in DEVICES:
+        return f"devices we run on: {', '.join(DEVICES)}"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "PyTorch finds no mps device on this machine"
     try:
-        library()
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
+        found = library()
+        found.check_supported(changed(found.parse("forward f32 b1 h1 q1 kv1 d64"), device=DEVICES[kind]))
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def is_available(device="cpu"):
+    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU."""
+    return not objection(device)

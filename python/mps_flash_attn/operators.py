@@ -31,6 +31,9 @@ _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)
 )
 
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_count_of_modes = torch._C._len_torch_dispatch_stack
+
 _registration = torch.library.Library("mfa", "FRAGMENT")
 for _schema in _SCHEMAS:
     _registration.define(_schema, tags=_TAGS)
@@ -151,7 +154,7 @@ def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, s
 
 def needs_operator(*given):
     """Whether a rule of the dispatcher is to see this call: one for vmap, for modes, or for the tensors' own class."""
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if _transforms_are_active() or _count_of_modes():
         return True
     for tensor in given:
         if not tensors.is_plain(tensor):
@@ -232,8 +235,7 @@ def _fold_mask(mask, dimension, size, batch):
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 
-@torch.library.register_vmap("mfa::attention_forward", lib=_registration)
-def _(info, dimensions, query, key, value, mask, *options):
+def _vmap_forward(info, dimensions, query, key, value, mask, *options):
     size = info.batch_size
     query, key, value = (_fold(t, d, size) for t, d in zip((query, key, value), dimensions))
     batch = query.shape[0] // size
@@ -242,8 +244,7 @@ def _(info, dimensions, query, key, value, mask, *options):
     return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
 
 
-@torch.library.register_vmap("mfa::attention_backward", lib=_registration)
-def _(info, dimensions, d_out, d_lse, query, key, value, mask, out, lse, *options):
+def _vmap_backward(info, dimensions, d_out, d_lse, query, key, value, mask, out, lse, *options):
     size, wanted = info.batch_size, options[-1]
     mask_shape = _without(mask, dimensions[5])
     operands = [_fold(t, d, size) for t, d in zip((d_out, d_lse, query, key, value), dimensions)]
@@ -266,3 +267,8 @@ def _without(tensor, dimension):
     if tensor is None or dimension is None:
         return None if tensor is None else tuple(tensor.shape)
     return tuple(size for place, size in enumerate(tensor.shape) if place != dimension)
+
+
+if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5 or later; an earlier one runs the operator in a loop
+    torch.library.register_vmap("mfa::attention_forward", _vmap_forward, lib=_registration)
+    torch.library.register_vmap("mfa::attention_backward", _vmap_backward, lib=_registration)

@@ -3,63 +3,56 @@
 A call of a kind that was met before (same shapes, strides, dtypes and options) finds its problem checked and packed.
 """
 
-import torch
-
 from . import tensors
-from .library import BUFFERS, library
+from .library import BUFFERS, DEVICE_CPU, FORWARD_BUFFERS, STREAM_TORCH, library
 from .problem import check, check_saved, pack_backward, pack_forward
 
-_NO_BUFFERS = (0,) * 15
 _OWN_WORKSPACE = (0, 0, 0)  # of libmfa's context
+_NO_GRADIENTS = (None,) * 6
 
-_known = {}  # kind of call: (packed problem, shape of out, its strides)
+_known = {}  # kind of call: (packed problem, code of the device, shape of out, its strides)
 _KNOWN_MOST = 1024  # a growing sequence is a new kind each time: then all is forgotten, and begins anew
 
 
-def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True, contiguous=False):
-    """(out, lse), or (out, None). The memory of out is ordered like the query's, or else contiguous."""
-    kind = (
-        *(query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride()),
-        *(query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
-        *(lower, upper, scale, softcap, contiguous),
-        None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
-    )
+def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True, allocate=tensors.like):
+    """(out, lse), or (out, None). The memory of out is as `allocate` gives it."""
+    layouts = query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride()
+    types = query.dtype, key.dtype, value.dtype, query.device, key.device, value.device
+    of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device)
+    kind = layouts, types, of_mask, lower, upper, scale, softcap, allocate
     found = _known.get(kind)
     if found is None:
-        found = _prepare(query, key, value, mask, lower, upper, scale, softcap, contiguous)
+        found = _prepare(query, key, value, mask, lower, upper, scale, softcap, allocate)
         if len(_known) >= _KNOWN_MOST:
             _known.clear()
         _known[kind] = found
-    problem, shape, stride = found
-    address = tensors.address
-    out = torch.empty_strided(shape, stride, dtype=query.dtype, device=query.device)
+    problem, device, shape, stride = found
+    out = query.new_empty_strided(shape, stride)
     lse = tensors.empty_rows(query) if with_lse else None
+    if device != DEVICE_CPU:
+        _run(problem, device, query, key, value, mask, out, lse, *_NO_GRADIENTS)
+        return out, lse
+    address = tensors.address
     library().attention(
         problem,
-        BUFFERS.pack(
+        FORWARD_BUFFERS.pack(  # the shortest way
             BUFFERS.size,
             address(query),
-            0,
             address(key),
-            0,
             address(value),
-            0,
             0 if mask is None else address(mask),
-            0,
             address(out),
-            0,
             0 if lse is None else address(lse),
-            0,
-            *_NO_BUFFERS,
         ),
     )
     return out, lse
 
 
-def _prepare(query, key, value, mask, lower, upper, scale, softcap, contiguous):
+def _prepare(query, key, value, mask, lower, upper, scale, softcap, allocate):
     check(query, key, value, mask)
-    out = tensors.dense(query, value.shape[3]) if contiguous else tensors.like(query, value.shape[3])
-    return pack_forward(query, key, value, mask, lower, upper, scale, softcap, out), out.shape, out.stride()
+    out = allocate(query, value.shape[3])
+    problem = pack_forward(query, key, value, mask, lower, upper, scale, softcap, out)
+    return problem, tensors.device(query), out.shape, out.stride()
 
 
 def backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
@@ -68,27 +61,17 @@ def backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scal
     check_saved(query, value, out, lse, d_out, d_lse)
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
     dq, dk, dv, dbias = map(tensors.gradient, (query, key, value, mask), wanted)
-    pointer = tensors.pointer
-    library().attention(
-        pack_backward(
-            *(query, key, value, mask, lower, upper, scale, softcap),
-            *(out, lse, d_out, d_lse, dq, dk, dv, dbias),
-        ),
-        BUFFERS.pack(
-            BUFFERS.size,
-            *(pointer(query), 0),
-            *(pointer(key), 0),
-            *(pointer(value), 0),
-            *(pointer(mask), 0),
-            *(pointer(out), 0),
-            *(pointer(lse), 0),
-            *(pointer(d_out), 0),
-            *(pointer(d_lse), 0),
-            *(pointer(dq), 0),
-            *(pointer(dk), 0),
-            *(pointer(dv), 0),
-            *(pointer(dbias), 0),
-            *_OWN_WORKSPACE,
-        ),
-    )
+    operands = (query, key, value, mask, lower, upper, scale, softcap)
+    problem = pack_backward(*operands, out, lse, d_out, d_lse, dq, dk, dv, dbias)
+    _run(problem, tensors.device(query), query, key, value, mask, out, lse, d_out, d_lse, dq, dk, dv, dbias)
     return dq, dk, dv, dbias
+
+
+def _run(problem, device, *operands):
+    """The operands in the order of mfa_buffers, None where there is none."""
+    on_cpu = device == DEVICE_CPU
+    place = tensors.place_on_cpu if on_cpu else tensors.place_on_metal
+    places = (number for operand in operands for number in place(operand))
+    library().attention(
+        problem, BUFFERS.pack(BUFFERS.size, *places, *_OWN_WORKSPACE), None if on_cpu else STREAM_TORCH
+    )

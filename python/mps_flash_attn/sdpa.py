@@ -8,6 +8,7 @@ evaluation alike, the second under inference_mode. What we do not run, PyTorch's
 import contextlib
 import math
 import threading
+from collections import deque
 from functools import partial
 
 import torch
@@ -25,11 +26,15 @@ from .stats import REPLACED, count, small
 _KEYS = ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
 _TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
 _CACHE_TAG = "mps_flash_attn"
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 or later
 _FUSED, _MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
+_OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
+_HAS_GROUPS = any(argument.name == "enable_gqa" for argument in _OPERATOR._schema.arguments)  # PyTorch 2.5 or later
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the end of an object, which may call remove(), comes at any time
 _handles = set()
 _registration = None
+_left = deque(maxlen=1024)  # kernels that were taken back, which other threads may yet be on the way into
 
 
 # --- On and off ----------------------------------------------------------------------------------
@@ -98,10 +103,14 @@ def _register():
 
 
 def _unregister():
+    """A thread that PyTorch has led to one of our kernels may still wait for the interpreter, and nothing would keep
+    that kernel for it: so we do, where PyTorch has a way to, until many others have come and gone."""
     global _registration
     if _registration is not None:
-        _registration._destroy()
-        _registration = None
+        if hasattr(torch.library, "get_kernel"):
+            _left.append([*map(partial(torch.library.get_kernel, _OPERATOR), _KEYS), fast_path.kernel()])
+        registration, _registration = _registration, None
+        registration._destroy()
         _tag_compiler_cache(wanted=False)
 
 
@@ -126,19 +135,23 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         judge = shapes.judge if traced else shapes.judge_sizes
         mask_shape = None if attn_mask is None else attn_mask.shape
         verdict = judge(query.shape, key.shape, value.shape, mask_shape, is_causal, enable_gqa)
-        reason = verdict.objection or small(verdict.work, query.dtype)
+        reason = verdict.objection or small(verdict.work, query)
     if reason is None:
         try:
             run = _trace if traced else _run
             out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict.fits)
         except Unsupported as error:
             reason = str(error)
+        except ValueError:
+            if traced or all(map(tensors.is_aligned, given)):
+                raise
+            reason = "memory that is not aligned to its elements"
         else:
             count("traced into a compiled graph" if traced else REPLACED)
             return out
     count(reason)
     original = _math if reason is shapes.LENGTHS else _original
-    return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
 
 
 def _objection(given, traced, dropout_p, scale):
@@ -148,7 +161,7 @@ def _objection(given, traced, dropout_p, scale):
         for tensor in given:
             if type(tensor) not in _TRACERS and not tensors.is_plain(tensor):
                 return tensors.peculiarity(tensor)
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return "torch.export"  # a program for other places keeps PyTorch's operator
     elif torch._C._len_torch_dispatch_stack():
         return "a dispatch mode, which is to see the operators inside"
@@ -176,9 +189,14 @@ def _objection(given, traced, dropout_p, scale):
     return None
 
 
+def _named(scale, enable_gqa):
+    """The arguments that PyTorch's operators have by name."""
+    return {"scale": scale, "enable_gqa": enable_gqa} if _HAS_GROUPS else {"scale": scale}
+
+
 def _original(*arguments, **options):
     """PyTorch's own operator."""
-    return torch.ops.aten.scaled_dot_product_attention.default.decompose(*arguments, **options)
+    return _OPERATOR.decompose(*arguments, **options)
 
 
 def _math(*arguments, **options):
@@ -190,7 +208,9 @@ def _math(*arguments, **options):
 
 
 def _run(query, key, value, mask, is_causal, scale, enable_gqa, fits):
-    place = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    place = _MATH  # on MPS, where PyTorch has no other, and no _fused_sdp_choice
+    if query.device.type != "mps":
+        place = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, **_named(scale, enable_gqa))
     if place not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")
     if not fits:
@@ -199,7 +219,7 @@ def _run(query, key, value, mask, is_causal, scale, enable_gqa, fits):
     if is_differentiated(query, key, value, mask):
         out, _ = Attention.apply(query, key, value, mask, *options, _ROUTES[place])
     else:
-        out, _ = forward(query, key, value, mask, *options, False, place == _MATH)
+        out, _ = forward(query, key, value, mask, *options, False, _LAYOUTS[place])
     return out if fits else out.view(shape)
 
 
@@ -209,27 +229,41 @@ def _trace(query, key, value, mask, is_causal, scale, enable_gqa, fits):
     if not fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
-    out = out if fused else out.contiguous()
+    if not fused:
+        out = out.contiguous()
+    elif not _HAS_GROUPS:
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out if fits else out.view(shape)
 
 
 def _backward(original, d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
-    """The gradients; through PyTorch's own operator if they are to be differentiated again."""
-    if not torch.is_grad_enabled():
-        saved = (query, key, value, mask, out, lse)
-        return EAGER.backward(d_out, d_lse, *saved, lower, upper, scale, softcap, wanted)
-    count("a second derivative")
-    # As views, so that one tensor that was given twice gets two gradients.
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (query, key, value, mask)]
-    grouped = query.shape[1] != key.shape[1]
-    out = original(*inputs, 0.0, upper is not None, scale=scale, enable_gqa=grouped)
-    asked = [tensor for tensor, is_wanted in zip(inputs, wanted) if is_wanted]
-    gradients = iter(torch.autograd.grad(out, asked, d_out, create_graph=True))
+    """The gradients; through PyTorch's own operator if they are to be differentiated again, or if the kernel turns out
+    not to be there, which is looked for when it is first needed."""
+    again = torch.is_grad_enabled()
+    if not again:
+        try:
+            saved = (query, key, value, mask, out, lse)
+            return EAGER.backward(d_out, d_lse, *saved, lower, upper, scale, softcap, wanted)
+        except Unsupported as error:
+            count(str(error))
+    else:
+        count("a second derivative")
+    with torch.enable_grad():
+        # As tensors of their own, so that one that was given twice gets two gradients.
+        inputs = [
+            tensor if tensor is None else tensor.view_as(tensor) if again else tensor.detach().requires_grad_(is_wanted)
+            for tensor, is_wanted in zip((query, key, value, mask), wanted)
+        ]
+        grouped = query.shape[1] != key.shape[1]
+        out = original(*inputs, 0.0, upper is not None, **_named(scale, grouped))
+        asked = [tensor for tensor, is_wanted in zip(inputs, wanted) if is_wanted]
+        gradients = iter(torch.autograd.grad(out, asked, d_out, create_graph=again))
     return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
 
 
 # Where PyTorch would have run the call: it decides the layout of the result, and whether there is a second derivative.
+_LAYOUTS = {_FUSED: tensors.like if _HAS_GROUPS else tensors.heads_within_rows, _MATH: tensors.dense}
 _ROUTES = {
-    _FUSED: Route(forward, partial(_backward, _original)),
-    _MATH: Route(partial(forward, contiguous=True), partial(_backward, _math)),
+    _FUSED: Route(partial(forward, allocate=_LAYOUTS[_FUSED]), partial(_backward, _original)),
+    _MATH: Route(partial(forward, allocate=_LAYOUTS[_MATH]), partial(_backward, _math)),
 }

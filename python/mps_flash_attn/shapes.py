@@ -95,7 +95,7 @@ def is_fused(query, key, value, mask):
     """Whether PyTorch's fused CPU kernel takes such tensors; its result is laid out like the query, else contiguous."""
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
         return False
-    if key.shape[:2] != value.shape[:2] or query.shape[3] != value.shape[3]:
+    if query.device.type != "cpu" or key.shape[:2] != value.shape[:2] or query.shape[3] != value.shape[3]:
         return False
     if mask is not None and (mask.requires_grad or mask.dim() == 3):
         return False

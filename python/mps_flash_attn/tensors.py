@@ -3,12 +3,12 @@ writes."""
 
 import torch
 
-from .library import BF16, DEVICE_CPU, F16, F32, F64, Unsupported
+from .library import BF16, DEVICES, F16, F32, F64, Unsupported
 
-DEVICES = {"cpu": DEVICE_CPU}
 DTYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_has_storage = torch._C._has_storage  # by names of our own: each step on the way to one costs in every call
 
 _ABSENT = (1, 1, 1, 1)
 
@@ -16,7 +16,12 @@ _ABSENT = (1, 1, 1, 1)
 def is_plain(tensor):
     """Whether this is a tensor with dense memory of its own, read as it lies. Not so are subclasses, which may only
     stand for one, those that vmap makes, sparse and nested ones, and views with a negation still to be carried out."""
-    return type(tensor) in _PLAIN and torch._C._has_storage(tensor) and not tensor.is_nested and not tensor.is_neg()
+    return type(tensor) in _PLAIN and _has_storage(tensor) and not tensor.is_nested and not tensor.is_neg()
+
+
+def is_aligned(tensor):
+    """Whether its memory is aligned to its elements: libmfa takes no other, PyTorch does."""
+    return address(tensor) % tensor.itemsize == 0
 
 
 def peculiarity(tensor):
@@ -85,6 +90,12 @@ def dense(query, columns):
     return query.new_empty((*query.shape[:3], columns))
 
 
+def heads_within_rows(query, columns):
+    """The same in (batch, row, head, column) order."""
+    batch, heads, rows, _ = query.shape
+    return query.new_empty((batch, rows, heads, columns)).transpose(1, 2)
+
+
 def rows_dtype(query):
     """The dtype of log-sum-exp: f32 (f64 for f64)."""
     return torch.float64 if query.dtype is torch.float64 else torch.float32
@@ -110,12 +121,22 @@ def resolved(gradient):
     return gradient.resolve_neg() if gradient is not None and gradient.is_neg() else gradient
 
 
-address = torch.Tensor.data_ptr  # of the first element
+address = torch.Tensor.data_ptr  # of the first element, on the CPU
 
 
-def pointer(tensor):
-    """The address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def place_on_cpu(tensor):
+    """Where the first element is: (base, offset in bytes), as in mfa_buffer; zeros for None."""
+    return (0, 0) if tensor is None else (address(tensor), 0)
+
+
+def place_on_metal(tensor):
+    """The same: an MTLBuffer holds the storage."""
+    return (0, 0) if tensor is None else (metal_buffer(tensor), tensor.storage_offset() * tensor.itemsize)
+
+
+def metal_buffer(tensor):
+    """The MTLBuffer, which PyTorch gives as the data pointer of the whole storage."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def layout(tensor):

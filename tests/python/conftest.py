@@ -2,6 +2,8 @@
 
 A test whose library is missing fails. On a machine that does not have it, --without NAME leaves its tests out, and the
 run says so. The rest needs PyTorch, pytest and hypothesis.
+
+With MFA_BACKEND=metal the same tests run on the Metal backend (stand_in.py); what it cannot do is left out, and said.
 """
 
 import os
@@ -10,13 +12,16 @@ from collections import Counter
 
 import hypothesis
 import pytest
+import stand_in
 import torch
+from stand_in import BACKEND, ON_METAL
 
 from mps_flash_attn import restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.attention import Explanation
-from mps_flash_attn.library import library
+from mps_flash_attn.library import DEVICES, changed, library
 
 LIBRARIES = ("diffusers", "expecttest", "transformers")
+collect_ignore = [] if ON_METAL else ["test_metal.py"]
 
 hypothesis.settings.register_profile("mfa", deadline=None, print_blob=True, database=None)
 hypothesis.settings.load_profile("mfa")
@@ -41,6 +46,8 @@ def pytest_configure(config):
     config.option.hypothesis_seed = str(seed)
     config.mfa_seed = seed
     config.addinivalue_line("markers", "needs(library): fails without this library; see --without")
+    config.addinivalue_line("markers", "cpu(reason): of the CPU alone, and why; left out with MFA_BACKEND=metal")
+    config.metal = stand_in.install() if ON_METAL else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -48,6 +55,9 @@ def pytest_collection_modifyitems(config, items):
         for mark in item.iter_markers("needs"):
             if mark.args[0] in config.getoption("--without"):
                 item.add_marker(pytest.mark.skip(reason=f"--without {mark.args[0]}"))
+        for mark in item.iter_markers("cpu"):
+            if ON_METAL:
+                item.add_marker(pytest.mark.skip(reason=f"MFA_BACKEND=metal: {mark.args[0]}"))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -60,9 +70,11 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_report_header(config):
     found = library()
-    machine = Explanation.of(found.parse("forward f32 b1 h1 q1 kv1 d64")).machine
+    small = found.parse("forward f32 b1 h1 q1 kv1 d64")
+    machine = Explanation.of(changed(small, device=DEVICES["cpu"])).machine
+    left_out = ", without float64, which the GPU has not" if ON_METAL else ""
     return (
-        f"libmfa {found.version} {machine} at {found.path}, threads {found.threads}, "
+        f"libmfa {found.version} {BACKEND} {machine}{left_out} at {found.path}, threads {found.threads}, "
         f"pool {'of PyTorch' if found.host else 'its own'}, PyTorch {torch.__version__}, --seed {config.mfa_seed}"
     )
 
@@ -70,6 +82,17 @@ def pytest_report_header(config):
 @pytest.fixture(autouse=True)
 def _seed(request):
     torch.manual_seed(request.config.mfa_seed)
+
+
+@pytest.fixture(autouse=True)
+def _metal(request):
+    """A Mac would have ended the process for what the simulated Metal finds."""
+    yield
+    metal = request.config.metal
+    if metal:
+        found = metal.found()
+        metal.clear()
+        assert not found
 
 
 @pytest.fixture(autouse=True)

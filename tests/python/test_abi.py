@@ -14,6 +14,7 @@ import torch
 from mps_flash_attn import explain, flash_attention
 from mps_flash_attn import library as abi
 
+pytestmark = pytest.mark.cpu("the interface is the same for all backends")
 ROOT = Path(__file__).parents[2]
 STRUCTS = {
     "mfa_problem": (abi.PROBLEM_FIELDS, abi.PROBLEM),
@@ -83,6 +84,14 @@ def test_scalars_are_the_fields_between_pass_and_the_layouts():
         *("device", "dtype", "mask", "mask_dtype", "reserved", "batch", "q_heads", "kv_heads", "q_len", "kv_len"),
         *("head_dim", "value_dim", "lower", "upper", "scale", "softcap"),
     )
+
+
+def test_buffers_of_a_forward_pass():
+    fields = dict.fromkeys((name for name, _ in abi.BUFFERS_FIELDS), (0, 0))
+    fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
+    fields |= {name: (base, 0) for base, name in enumerate(("q", "k", "v", "mask", "o", "lse"), 1)}
+    whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
+    assert abi.FORWARD_BUFFERS.pack(abi.BUFFERS.size, 1, 2, 3, 4, 5, 6) == whole
 
 
 def test_statuses_become_exceptions():

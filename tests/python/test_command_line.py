@@ -1,12 +1,19 @@
-"""python -m mps_flash_attn: info and explain."""
+"""python -m mps_flash_attn: info, explain, check and precompile."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import mps_flash_attn
-from mps_flash_attn.library import library
+from mps_flash_attn import check, reference
+from mps_flash_attn.library import DEVICE_METAL, Unsupported, changed, library
+
+
+pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
 
 
 def run(*arguments, **environment):
@@ -42,3 +49,91 @@ def test_explain_a_wrong_line():
 def test_no_library():
     done = run("info", MFA_LIBRARY="/nowhere/libmfa.so")
     assert done.returncode == 1 and "libmfa is not at /nowhere/libmfa.so" in done.stderr
+
+
+def test_without_a_command():
+    done = run()
+    assert done.returncode == 2 and "info,explain,check,precompile" in done.stderr
+
+
+def test_without_rich(tmp_path):
+    """Its tables become plain lines."""
+    (tmp_path / "rich.py").write_text("raise ImportError\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(mps_flash_attn.__file__).parents[1])])
+    for command in (["info"], ["check", "--filter", "f32 b1 h1 q1 kv1 d64", "--report", str(tmp_path / "report")]):
+        done = run(*command, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii() and "cpu" in done.stdout
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+def test_check(tmp_path):
+    """Every instruction set, a process each; the report has a line for each problem."""
+    report = tmp_path / "report.txt"
+    done = run("check", "--filter", "b1 h2 q3 kv300", "--report", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    isas = library().instruction_sets()
+    assert "scalar" in isas or "neon" in isas
+    lines = [line for line in report.read_text().splitlines() if " | " in line]
+    for isa in isas:
+        mine = [line for line in lines if f"| cpu {isa} |" in line]
+        assert len(mine) == 4 and all(line.startswith("right |") for line in mine)
+        assert any(f"_{isa} " in line for line in mine)
+    assert f"{len(lines)} passed, 0 failed" in done.stdout
+    for words in (f"PyTorch: {torch.__version__}", f"libmfa: {library().version}", "system: ", "error ", "allowed "):
+        assert words in report.read_text()
+
+
+def test_check_covers_what_the_kernels_tell_apart():
+    lines = check.problems("cpu")
+    assert len(set(lines)) == len(lines)
+    for line in lines:
+        library().parse(f"forward {line}")
+    assert {line.split()[0] for line in lines} == {"f32", "f16", "bf16", "f64"}
+    assert {line.split()[0] for line in check.problems("mps")} == {"f32", "f16", "bf16"}
+
+
+def test_check_finds_what_is_wrong(monkeypatch):
+    line = "f32 b1 h1 q5 kv7 d8"
+    assert check.examine(line, "cpu")["wrong"] == ""
+    exact = reference.attention
+    monkeypatch.setattr(reference, "attention", lambda *given, **options: [1.001 * t for t in exact(*given, **options)])
+    row = check.examine(line, "cpu")
+    assert row["error"] > row["allowed"] and "out: error" in row["wrong"]
+    report = check.report_text([{"machine": "cpu", "problem": line} | row])
+    assert report.count("WRONG | cpu | f32") == 1 and f"cpu: {line}: out: error" in report
+
+
+def test_check_survives_a_process_that_ends(tmp_path):
+    """It is a row that is wrong, and the next problem has a process of its own. The library is one that aborts."""
+    program = tmp_path / "sitecustomize.py"
+    program.write_text(
+        "import sys\n"
+        "if '--rows' in sys.argv:\n"
+        "    import os, mps_flash_attn.check as check\n"
+        "    good = check.examine\n"
+        "    check.examine = lambda line, device: os.abort() if 'bf16' in line else good(line, device)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(mps_flash_attn.__file__).parents[1])])
+    report = tmp_path / "report.txt"
+    command = ("check", "--filter", "b1 h1 q1 kv1 d64", "--report", str(report))
+    done = run(*command, PYTHONPATH=path)
+    machines = len(library().instruction_sets())
+    assert done.returncode == 1 and f"{3 * machines} passed, {machines} failed" in done.stdout
+    assert "bf16 b1 h1 q1 kv1 d64: the process ended with the status -6" in report.read_text()
+
+
+# --- precompile ----------------------------------------------------------------------------------
+
+
+def test_precompile_without_metal():
+    """Says why there is nothing to do."""
+    found = library()
+    try:
+        found.check_supported(changed(found.parse("forward f32 b1 h1 q1 kv1 d64"), device=DEVICE_METAL))
+        pytest.skip("Metal is here")
+    except Unsupported:
+        done = run("precompile")
+    assert done.returncode == 1 and done.stdout == "" and "Metal" in done.stderr and "Traceback" not in done.stderr

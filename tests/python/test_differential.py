@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from reference import agree
+from stand_in import DTYPES, ON_METAL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mps_flash_attn import replaced_sdpa, sdpa_stats
+from mps_flash_attn.reference import agree
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
-DRAWS = 2200
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DRAWS = 600 if ON_METAL else 2200
 REPLACED = "replaced"
 
 
@@ -213,13 +213,18 @@ def calls(draw):
 # --- Comparing -----------------------------------------------------------------------------------
 
 
+def _steps(tensor):
+    """The strides; None along a dimension of size 1, where nobody goes by them and PyTorch's own are any."""
+    return tensor.shape, [stride if size > 1 else None for size, stride in zip(tensor.shape, tensor.stride())]
+
+
 def _check(call, name, ours, theirs, truth, replaced):
     if theirs is None:
         assert ours is None, name
         return
     assert ours.requires_grad == theirs.requires_grad and ours.is_inference() == theirs.is_inference(), name
     if name == "out":
-        assert ours.stride() == theirs.stride(), f"strides {ours.stride()}, PyTorch's {theirs.stride()}"
+        assert _steps(ours) == _steps(theirs), f"strides {ours.stride()}, PyTorch's {theirs.stride()}"
     if not replaced:
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=0, equal_nan=True)
         return
@@ -257,4 +262,5 @@ def test_calls(capsys, request):
     compare()
     with capsys.disabled():
         print(f" [{outcomes}, --seed {request.config.mfa_seed}]", end="")
-    assert sum(outcomes.values()) >= 2000 and outcomes[REPLACED] >= 600 and outcomes["wrong"] >= 100, outcomes
+    assert sum(outcomes.values()) >= 0.9 * DRAWS, outcomes
+    assert outcomes[REPLACED] >= 0.27 * DRAWS and outcomes["wrong"] >= 0.04 * DRAWS, outcomes

@@ -4,9 +4,9 @@ Whole models are in test_models.py."""
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import agree
 
 from mps_flash_attn import comfyui_attention, register_transformers, sdpa_stats
+from mps_flash_attn.reference import agree
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 

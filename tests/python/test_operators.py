@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stand_in import DTYPES, FLOAT64
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -96,6 +97,7 @@ def test_operator_is_flash_attention():
     )
 
 
+@FLOAT64
 def test_backward_takes_results_merged_from_parts():
     """The keys cut in two, as over two devices: merged out and lse give each part its own gradients."""
     query, key, value = problem(dtype=torch.float64)
@@ -249,7 +251,8 @@ def test_autocast(dtype):
     expected = forward(query.to(dtype), key.to(dtype), value.to(dtype), mask.to(dtype), *NO_BAND)
     with torch.autocast("cpu", dtype=dtype):
         out, lse = forward(query, key.to(dtype), value, mask, *NO_BAND)
-        assert forward(*problem(dtype=torch.float64), None, *NO_BAND)[0].dtype == torch.float64
+        if torch.float64 in DTYPES:
+            assert forward(*problem(dtype=torch.float64), None, *NO_BAND)[0].dtype == torch.float64
     assert out.dtype == dtype and torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     out.sum().backward()
     assert query.grad.dtype == torch.float32

@@ -1,18 +1,21 @@
 """Inside a process: many Python threads at once, children after fork, and the memory that a call really takes."""
 
+import gc
+import itertools
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
 import mps_flash_attn
-from mps_flash_attn import flash_attention
+from mps_flash_attn import flash_attention, run
 
 
 def _training_step(tensors, **options):
@@ -55,6 +58,7 @@ def test_bits_do_not_depend_on_threads():
     assert all(all(map(torch.equal, one, got[0])) for one in got)
 
 
+@pytest.mark.cpu("Metal does not outlive fork()")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_child_after_fork():
     """The parent's thread pool is not in the child; the child works, and finds the same bits."""
@@ -75,6 +79,32 @@ def test_child_after_fork():
     assert answered, "the child hangs"
     assert receiver.recv()
     assert all(map(torch.equal, _training_step(tensors), expected))
+
+
+@pytest.mark.cpu("thousands of calls take the simulator too long")
+@pytest.mark.parametrize("attention", [flash_attention, torch.nn.functional.scaled_dot_product_attention])
+@pytest.mark.usefixtures("everything", "one_thread")
+def test_calls_leave_nothing_behind(attention):
+    """No allocation of Python's grows with the number of calls, nor with the lengths of a growing sequence."""
+    query, cache = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1200, 8)
+    trained = [torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3)]
+    sizes = []
+    with mps_flash_attn.replaced_sdpa():
+        for length in range(1, 1200):
+            attention(query, cache[:, :, :length], cache[:, :, :length])
+        assert len(run._known) <= run._KNOWN_MOST
+        tracemalloc.start()
+        try:
+            for _ in range(8):
+                for _ in range(500):
+                    attention(query, cache, cache)
+                    torch.autograd.grad(attention(*trained).sum(), trained)
+                gc.collect()
+                sizes.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    # Less than an object a call, the smallest being 16 bytes. Pools of Python and autograd fill up, but not for ever.
+    assert min(after - before for before, after in itertools.pairwise(sizes)) < 500 * 16, sizes
 
 
 MEASURE = """
@@ -107,6 +137,7 @@ print(json.dumps({n: step(n, dtype, backward) for n in (1024, 4096, 16384)}))
 """
 
 
+@pytest.mark.cpu("what a process takes says nothing of a GPU's memory")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calls import calls, problem
-from reference import agree
+from stand_in import DTYPES, FLOAT64
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 
 from mps_flash_attn import replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn import sdpa as module
 from mps_flash_attn.library import Unsupported
+from mps_flash_attn.reference import agree
 
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -121,26 +122,62 @@ def test_restore_takes_all_back():
 
 
 def test_from_many_threads():
-    """Calls are right whichever operator they meet, while it is exchanged under them."""
+    """Calls are right whichever operators they meet, while those are exchanged under them."""
     tensors = problem(2, 2, 40, 16)
-    expected, wrong = imported_early(*tensors), []
+    layer, x = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 20, 32)
+    ended, wrong = threading.Event(), []
 
-    def call():
-        for _ in range(200):
-            if not torch.allclose(imported_early(*tensors), expected, atol=1e-5):
-                wrong.append(1)
+    @torch.no_grad()
+    def call(function, *arguments):
+        expected = function(*arguments)
+        while not ended.is_set():
+            try:
+                if not torch.allclose(function(*arguments), expected, atol=1e-4):
+                    wrong.append("the result")
+            except Exception as error:
+                wrong.append(error)
 
     def exchange():
-        for _ in range(50):
-            with replace_sdpa():
-                imported_early(*tensors)
+        for _ in range(300):
+            replace_sdpa().remove()
 
-    threads = [threading.Thread(target=run) for run in (call, call, exchange, exchange)]
-    for thread in threads:
+    callers = [threading.Thread(target=call, args=args) for args in ((imported_early, *tensors), *[(layer, x)] * 3)]
+    exchangers = [threading.Thread(target=exchange) for _ in range(2)]
+    for thread in callers + exchangers:
         thread.start()
-    for thread in threads:
+    for thread in exchangers:
+        thread.join()
+    ended.set()
+    for thread in callers:
         thread.join()
     assert not wrong and not taken()
+
+
+def test_counted_by_the_garbage_collector():
+    """An object's end, which may call attention, can come in the midst of anything, counting too."""
+    code = """if True:
+        import gc, signal, torch
+        from mps_flash_attn import replace_sdpa, sdpa_stats
+
+        q = torch.randn(1, 1, 2, 8)
+
+        class Last:
+            def __init__(self):
+                self.cycle = self
+
+            def __del__(self):
+                torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+        signal.alarm(30)
+        replace_sdpa()
+        for allocations in range(1, 30):
+            gc.set_threshold(allocations)
+            for _ in range(5):
+                Last()
+                sdpa_stats()
+    """
+    path = os.pathsep.join([str(Path(module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, timeout=120, check=True)
 
 
 # --- what is taken over --------------------------------------------------------------------------
@@ -149,7 +186,7 @@ def test_from_many_threads():
 OPTIONS = [{}, {"is_causal": True}, {"scale": 0.3}, {"scale": 2, "is_causal": True}, {"scale": torch.tensor(0.7)}]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_option(options, dtype):
     check(problem(dtype=dtype), **options)
@@ -310,6 +347,7 @@ def test_script_and_trace():
 
 
 NEGATED, SCALE = "a negation still to be carried out", "scale is not a positive number"
+UNALIGNED = "memory that is not aligned to its elements"
 
 
 class Wrapped(torch.Tensor):
@@ -323,6 +361,7 @@ LEFT = {
     "no queries": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v), "empty tensors"),
     "no keys": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :0], v[:, :, :0]), "empty tensors"),
     "no columns": (lambda q, k, v: F.scaled_dot_product_attention(q[..., :0], k[..., :0], v), "empty tensors"),
+    "unaligned": (lambda q, k, v: F.scaled_dot_product_attention(unaligned(q), k, v), UNALIGNED),
     "wide": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v.repeat(1, 1, 1, 30)), "head_dim above 512"),
     "scale zero": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.0), SCALE),
     "scale negative": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=-1.0, is_causal=True), SCALE),
@@ -337,6 +376,12 @@ LEFT = {
 def imported_math(*tensors):
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*tensors)
+
+
+def unaligned(tensor):
+    """As it may lie in a file that is mapped into memory."""
+    memory = torch.frombuffer(bytearray(tensor.nbytes + 1), dtype=tensor.dtype, offset=1)
+    return memory.view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize("case", LEFT)
@@ -403,6 +448,28 @@ def outcome(function, *arguments):
         return type(error), str(error)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_gradients_fall_back(monkeypatch, same):
+    """Where only the forward pass can run here: the gradients are PyTorch's own, and counted."""
+    query, key, value = problem()
+    mask = torch.randn(33, 38)
+    leaves = [t.requires_grad_() for t in ((query,) * 3 if same else (query, key, value, mask))]
+
+    def gradients():
+        out = F.scaled_dot_product_attention(*leaves, is_causal=same)
+        return torch.autograd.grad(out.sin().sum(), leaves[:1] if same else leaves)
+
+    def refuse(*_):
+        raise Unsupported("no such kernel")
+
+    expected = gradients()
+    monkeypatch.setattr("mps_flash_attn.run.backward", refuse)
+    found, stats = calls(gradients)
+    assert stats == {"replaced": 1, "no such kernel": 1}
+    torch.testing.assert_close(found, expected)
+
+
+@FLOAT64
 def test_gradient_penalty():
     """A loss of the gradient's norm, as it is trained: where PyTorch can, so can we."""
     tensors = [t.double().requires_grad_() for t in problem(1, 2, 5, 4, value_dim=3)]

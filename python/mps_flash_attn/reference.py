@@ -3,7 +3,12 @@
 Tolerance is a rule: our error may be twice that of the naive computation in the same dtype. The naive one is exact by
 luck at times, so a few ulp are always allowed: of the sum of the magnitudes that make up the value, since what cancels
 in the sum does not cancel in its rounding errors, plus what rounding the scores does to exp(scores).
+
+It is slow and holds all scores: for tests, benchmarks and `python -m mps_flash_attn check`.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 
@@ -84,8 +89,17 @@ def _to(dtype, tensors):
     return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def check(function, tensors, **options):
-    """Compares out, lse and all gradients of function(query, key, value, mask) -> (out, lse) with the truth."""
+class Verdict(NamedTuple):
+    """On one result: its largest error, and what the rule above allows."""
+
+    name: str
+    error: float
+    allowed: float
+    wrong: str  # what is wrong with it; "" if nothing is
+
+
+def judge(function, tensors, **options):
+    """A Verdict on each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
     query, _, value, _ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
@@ -102,23 +116,38 @@ def check(function, tensors, **options):
     for name, got in results(function, tensors, d_out, d_lse).items():
         # a gradient is no more exact than the out it comes from, whatever the dtype of the mask
         dtype = got.dtype if name == "lse" else max(got.dtype, query.dtype, key=lambda d: torch.finfo(d).eps)
-        compare(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
+        yield _judge(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
 
 
-def compare(name, got, yardstick, truth, size, largest_score, dtype):
-    """Asserts that `got` is as near to the truth as the rule above says, with the ulp of `dtype`."""
-    assert got.shape == truth.shape, name
-    assert not got.isnan().any(), f"{name} has NaN"
+def check(function, tensors, **options):
+    """Asserts that nothing is wrong with any of them."""
+    for verdict in judge(function, tensors, **options):
+        assert not verdict.wrong, verdict.wrong
+
+
+def compare(*arguments):
+    """Asserts that one result is as near to the truth as the rule says; the arguments are those of _judge."""
+    verdict = _judge(*arguments)
+    assert not verdict.wrong, verdict.wrong
+
+
+def _judge(name, got, yardstick, truth, size, largest_score, dtype):
+    """The Verdict on `got`, with the ulp of `dtype`."""
     finite = torch.isfinite(truth)
-    assert torch.equal(got[~finite].double(), truth[~finite]), f"{name}: infinite in other places"
+    if got.shape != truth.shape or got.isnan().any():
+        what = "has NaN" if got.shape == truth.shape else f"has the shape {tuple(got.shape)}"
+        return Verdict(name, math.inf, 0.0, f"{name} {what}")
+    if not torch.equal(got[~finite].double(), truth[~finite]):
+        return Verdict(name, math.inf, 0.0, f"{name}: infinite in other places")
     if not finite.any():
-        return
+        return Verdict(name, 0.0, 0.0, "")
     error = (got - truth)[finite].abs().max().item()
     naive = (yardstick - truth)[finite].abs().nan_to_num(0).max().item()
     sums = torch.promote_types(dtype, torch.float32)
     unit = ULPS[dtype] * torch.finfo(dtype).eps + ULPS[sums] * torch.finfo(sums).eps * largest_score
     allowed = 2 * naive + unit * size[finite].abs().max().item()
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (naive {naive:.3g})"
+    wrong = "" if error <= allowed else f"{name}: error {error:.3g}, allowed {allowed:.3g} (naive {naive:.3g})"
+    return Verdict(name, error, allowed, wrong)
 
 
 def agree(name, ours, theirs, truth, dtype, terms, size=1.0, largest_score=1.0):

@@ -1,0 +1,237 @@
+"""python -m mps_flash_attn check: every kernel of every backend of this machine against attention in double precision.
+
+Each backend, and each instruction set of the CPU, is checked in a process of its own, so that one that ends its process
+is a finding, too. A report that can be attached to a bug is written to a file.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+
+import torch
+
+from . import display, reference, tensors
+from .attention import Explanation
+from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, objection, scalars
+from .operators import EAGER, Attention
+
+SEED = 1
+SILENCE = 600  # seconds after which a process that writes nothing hangs
+_GPU = "mps"
+
+# What the kernels tell apart: widths of heads, features, few queries, sizes that fill no tile.
+_SIZES = "b2 h4/2 q70 kv130"
+_WIDTHS = (1, 24, 40, 64, 80, 96, 128, 160, 192, 256, 320, 512)
+_FEATURES = (
+    "causal",
+    "lower-20 upper3",
+    "scale-0.3 softcap5",
+    "mask_bool",
+    "mask_f32",
+    "mask_f16",
+    "mask_bf16",
+    "causal mask_bool",
+    "lower-50 upper60 mask_f32 softcap5",
+)
+_SHAPES = (
+    "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
+    "b1 h4/2 q517 kv523 d64 causal",
+    "b2 h8/2 q1 kv1100 d64",
+    "b1 h8/1 q1 kv300 d128 mask_bool",
+    "b1 h2 q3 kv300 d256 lower-100 upper0 mask_f32 softcap5",
+    "b1 h1 q1 kv1 d64",
+    "b2 h2 q5 kv0 d64",
+)
+
+
+def problems(device):
+    """Lines of the problem grammar, without the pass: forward and backward are checked for each."""
+    dtypes = [name for name in ("f32", "f16", "bf16", "f64") if name != "f64" or device != _GPU]
+    shapes = [f"{_SIZES} d{width}" for width in _WIDTHS]
+    shapes += [f"{_SIZES} d{width} {feature}" for feature in _FEATURES for width in (64, 128)]
+    shapes += _SHAPES
+    return [f"{dtype} {shape}" for dtype in dtypes for shape in shapes]
+
+
+# --- One machine, in its own process -------------------------------------------------------------
+
+
+def examine(line, device):
+    """The row of one problem: its kernels, the result that is nearest to what is allowed or the farthest beyond, and
+    what is wrong; or why it is not supported."""
+    packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")]
+    found = [Explanation.of(changed(problem, device=DEVICES[device])) for problem in packed]
+    kernels = [explanation.kernel for explanation in found]
+    for explanation in found:
+        if not explanation:
+            return {"kernels": kernels, "unsupported": explanation.reason}
+    asked = scalars(packed[0])
+    options = {"lower": asked.lower, "upper": asked.upper, "scale": asked.scale, "softcap": asked.softcap}
+
+    def ours(*operands):
+        moved = [None if operand is None else operand.to(device) for operand in operands]
+        out, lse = Attention.apply(*moved, *options.values(), EAGER)
+        return out.cpu(), lse.cpu()
+
+    verdicts = list(reference.judge(ours, _operands(asked), **options))
+    worst = max(verdicts, key=lambda verdict: verdict.error / (verdict.allowed or 1.0))
+    wrong = "; ".join(verdict.wrong for verdict in verdicts if verdict.wrong)
+    return {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
+
+
+def _operands(asked):
+    """(query, key, value, mask) in the memory that models have: (batch, length, heads, head_dim)."""
+    generator = torch.Generator().manual_seed(SEED)
+    dtypes = {code: dtype for dtype, code in tensors.DTYPES.items()}
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator)
+
+    query, key, value = (
+        tensor(asked.batch, length, heads, columns).to(dtypes[asked.dtype]).transpose(1, 2)
+        for length, heads, columns in (
+            (asked.q_len, asked.q_heads, asked.head_dim),
+            (asked.kv_len, asked.kv_heads, asked.head_dim),
+            (asked.kv_len, asked.kv_heads, asked.value_dim),
+        )
+    )
+    mask = None
+    if asked.mask == MASK_BOOL:
+        mask = tensor(asked.batch, 1, asked.q_len, asked.kv_len) < 0.5
+    elif asked.mask == MASK_ADDITIVE:
+        mask = tensor(asked.q_heads, asked.q_len, asked.kv_len).to(dtypes[asked.mask_dtype])
+    return query, key, value, mask
+
+
+def write_rows(device, lines):
+    """Examines each line, and writes a row of JSON for it, and one before it that says so."""
+    for line in lines:
+        print(json.dumps({"begun": line}), flush=True)
+        try:
+            row = examine(line, device)
+        except Exception as error:  # whatever it is, it is this problem's, and the report says it
+            row = {"kernels": [], "wrong": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"problem": line} | row), flush=True)
+
+
+# --- All of them ---------------------------------------------------------------------------------
+
+
+def machines():
+    """(name, device, environment) of all that runs here."""
+    found = [(f"cpu {isa}", "cpu", {"MFA_ISA": isa}) for isa in library().instruction_sets()]
+    return found + ([] if objection(_GPU) else [("metal", _GPU, {})])
+
+
+def _rows(machine, lines, begin):
+    """A row for each line. A process that ends, or hangs, leaves its line as a row that is wrong; another goes on."""
+    name, device, environment = machine
+    while lines:
+        begun = None
+        with tempfile.TemporaryFile("w+") as said:
+            command = [sys.executable, "-m", __package__, "check", "--rows", device]
+            process = subprocess.Popen(
+                [*command, *lines],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+            for row in _answers(process):
+                if "begun" in row:
+                    begun = row["begun"]
+                    begin(f"{name}: {begun}")
+                    continue
+                lines, begun = lines[1:], None
+                yield {"machine": name} | row
+            said.seek(0)
+            last_words = " ".join(said.read()[-1000:].split())
+        if lines:
+            ended = f"the process ended with the status {process.returncode}. {last_words}"
+            yield {"machine": name, "problem": begun or lines[0], "kernels": [], "wrong": ended}
+            lines = lines[1:] if begun else []
+
+
+def _answers(process):
+    """What the process writes; it is ended if it writes nothing for long."""
+    while True:
+        clock = threading.Timer(SILENCE, process.kill)
+        clock.start()
+        line = process.stdout.readline()
+        clock.cancel()
+        if not line:
+            process.wait()
+            return
+        yield json.loads(line)
+
+
+def _about():
+    """(what, which) of this machine."""
+    missing = objection(_GPU)
+    gpu = f"not checked: {missing}" if missing else getattr(torch.backends.mps, "get_name", lambda: "checked")()
+    return [
+        ("libmfa", library().version),
+        ("library", library().path.name),
+        ("PyTorch", torch.__version__),
+        ("Python", platform.python_version()),
+        ("system", platform.platform()),
+        ("processor", f"{platform.machine()} {platform.processor()}".strip()),
+        ("Metal", gpu),
+        ("threads", torch.get_num_threads()),
+        ("seed", SEED),
+        ("date", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
+    ]
+
+
+def _state(row):
+    return "WRONG" if row.get("wrong") else "not supported" if "unsupported" in row else "right"
+
+
+def report_text(rows):
+    """The whole report."""
+    lines = ["mps_flash_attn check", *(f"{what}: {which}" for what, which in _about()), ""]
+    lines += [f"{row['machine']}: {row['problem']}: {row['wrong']}" for row in rows if row.get("wrong")] + [""]
+    for row in rows:
+        found = row.get("unsupported") or ""
+        if "error" in row:
+            found = f"{row['result']} error {row['error']:.3g} allowed {row['allowed']:.3g}"
+        lines.append(" | ".join([_state(row), row["machine"], row["problem"], " ".join(row["kernels"]), found]))
+    return "\n".join(lines) + "\n"
+
+
+def _summary(rows):
+    """A row for each machine and dtype: how many problems, and the result that is nearest to what is allowed."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["machine"], row["problem"].split()[0]), []).append(row)
+    for (machine, dtype), group in groups.items():
+        states = Counter(map(_state, group))
+        measured = [row for row in group if "error" in row]
+        nearest = max(measured, key=lambda row: row["error"] / (row["allowed"] or 1.0), default=None)
+        words = ("", "", "")
+        if nearest:
+            words = (f"{nearest['error']:.2g}", f"{nearest['allowed']:.2g}", nearest["problem"])
+        yield machine, dtype, states["right"], states["WRONG"], states["not supported"], *words
+
+
+def run(text, path):
+    """Checks every problem that contains `text`; returns the exit status."""
+    work = [(machine, [line for line in problems(machine[1]) if text in line]) for machine in machines()]
+    with display.progress(sum(len(lines) for _, lines in work)) as begin:
+        rows = [row for machine, lines in work for row in _rows(machine, lines, begin)]
+    path.write_text(report_text(rows))
+    header = ("machine", "dtype", "right", "wrong", "not supported", "largest error", "allowed", "at")
+    display.table("forward and backward, beside attention in float64", list(_summary(rows)), header)
+    wrong = [row for row in rows if row.get("wrong")]
+    for row in wrong:
+        print(f"WRONG {row['machine']}: {row['problem']}: {row['wrong']}")
+    if objection(_GPU):
+        print(f"Metal was not checked: {objection(_GPU)}")
+    print(f"{len(rows) - len(wrong)} passed, {len(wrong)} failed; the report is in {path.resolve()}")
+    return 1 if wrong or not rows else 0
