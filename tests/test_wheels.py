@@ -1,0 +1,113 @@
+"""The wheels in the folder MFA_WHEELS: one per platform, of the same package, with a library that needs little."""
+
+import base64
+import csv
+import email
+import hashlib
+import io
+import os
+import pathlib
+import re
+import zipfile
+
+import pytest
+from elftools.elf.elffile import ELFFile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python/mps_flash_attn"
+PLATFORMS = {
+    "macosx_14_0_arm64": "libmfa.dylib",
+    r"manylinux_2_\d+_x86_64": "libmfa.so",
+    r"manylinux_2_\d+_aarch64": "libmfa.so",
+}
+MACHINES = {"x86_64": "EM_X86_64", "aarch64": "EM_AARCH64"}
+SYSTEM = {"libc.so.6", "libm.so.6", "ld-linux-aarch64.so.1", "ld-linux-x86-64.so.2"}
+
+
+def find(platform):
+    pattern = re.compile(rf"mps_flash_attn-[\d.]+-py3-none-{platform}\.whl")
+    (file,) = (file for file in pathlib.Path(os.environ["MFA_WHEELS"]).glob("*.whl") if pattern.fullmatch(file.name))
+    return file
+
+
+@pytest.fixture(params=PLATFORMS)
+def platform(request):
+    return request.param
+
+
+@pytest.fixture
+def wheel(platform):
+    with zipfile.ZipFile(find(platform)) as archive:
+        yield archive
+
+
+def metadata(wheel, name):
+    (file,) = (file for file in wheel.namelist() if file.endswith(f".dist-info/{name}"))
+    return wheel.read(file).decode()
+
+
+def test_holds_the_package_and_its_library_and_nothing_else(wheel, platform):
+    inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    package = {f"mps_flash_attn/{path.name}" for path in PACKAGE.glob("*.py")}
+    assert inside == package | {f"mps_flash_attn/{PLATFORMS[platform]}"}
+
+
+def test_package_is_that_of_the_tree(wheel):
+    for path in PACKAGE.glob("*.py"):
+        assert wheel.read(f"mps_flash_attn/{path.name}") == path.read_bytes(), path.name
+
+
+def test_record_is_right(wheel):
+    rows = list(csv.reader(io.StringIO(metadata(wheel, "RECORD"))))
+    assert sorted(name for name, _, _ in rows) == sorted(wheel.namelist())
+    for name, digest, size in rows:
+        if name.endswith("/RECORD"):
+            continue
+        data = wheel.read(name)
+        right = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        assert (digest, int(size)) == (f"sha256={right}", len(data)), name
+
+
+def test_says_what_it_is(wheel):
+    about = email.message_from_string(metadata(wheel, "METADATA"))
+    assert about["Name"] == "mps-flash-attn" and about["License-Expression"] == "MIT"
+    version = ".".join(re.findall(r"define MFA_VERSION_\w+ (\d+)", (ROOT / "include/mfa.h").read_text()))
+    assert about["Version"] == version
+    (dependencies,) = re.findall(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert sorted(about.get_all("Requires-Dist")) == sorted(re.findall(r'"(.*?)"', dependencies))
+    tags = email.message_from_string(metadata(wheel, "WHEEL")).get_all("Tag")
+    assert [f"mps_flash_attn-{version}-{tag}.whl" for tag in tags] == [pathlib.Path(wheel.filename).name]
+
+
+@pytest.fixture(params=MACHINES)
+def elf(request):
+    file = find(rf"manylinux_2_\d+_{request.param}")
+    with zipfile.ZipFile(file) as archive:
+        library = ELFFile(io.BytesIO(archive.read("mps_flash_attn/libmfa.so")))
+    assert library["e_machine"] == MACHINES[request.param]
+    library.promised = int(re.search(r"manylinux_2_(\d+)", file.name)[1])  # of glibc, by the wheel's name
+    return library
+
+
+def test_linux_library_needs_the_promised_glibc(elf):
+    needed = [
+        int(re.fullmatch(r"GLIBC_2\.(\d+)(?:\.\d+)?", version.name)[1])
+        for _, versions in elf.get_section_by_name(".gnu.version_r").iter_versions()
+        for version in versions
+    ]
+    assert max(needed) == elf.promised
+
+
+def test_linux_library_is_linked_with_the_system_alone(elf):
+    dynamic = elf.get_section_by_name(".dynamic")
+    assert {tag.needed for tag in dynamic.iter_tags("DT_NEEDED")} <= SYSTEM
+    assert not list(dynamic.iter_tags("DT_RPATH")) + list(dynamic.iter_tags("DT_RUNPATH"))
+
+
+def test_linux_library_exports_what_is_promised(elf):
+    exported = [
+        symbol.name
+        for symbol in elf.get_section_by_name(".dynsym").iter_symbols()
+        if symbol["st_shndx"] != "SHN_UNDEF" and symbol["st_info"]["bind"] == "STB_GLOBAL"
+    ]
+    assert sorted(exported) == (ROOT / "tests/symbols.txt").read_text().split()
