@@ -176,7 +176,7 @@ def calls(draw):
             dtypes[which] = draw(st.sampled_from((*DTYPES, torch.int32)))
         elif how == "all dtypes":
             dtypes = [draw(st.sampled_from((torch.int64, torch.complex64, torch.bool)))] * 3
-        elif rank > 2:
+        elif len(shapes[which]) > 2:
             shapes[which] = (*shapes[which][:-3], shapes[which][-3] + 1, *shapes[which][-2:])
 
     mask, mask_shape = None, ()
