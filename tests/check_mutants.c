@@ -83,14 +83,20 @@ static enum verdict judge(const char *why)
     return why ? BROKEN : GOOD;
 }
 
+struct attempt {
+    struct subject subject;
+    struct metal_target target;
+};
+
 static enum verdict run_problem(void *argument, const char **why)
 {
-    struct subject *s = argument;
-    struct reference results;
-    *why = subject_run(s, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, 0, &results);
+    const struct attempt *attempt = argument;
+    const struct subject *s = &attempt->subject;
+    struct reference results, truth = s->truth;
+    *why = metal_subject_run(s, attempt->target, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, 0, &results);
     enum verdict verdict = judge(*why);
     for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
-        const double *got = *reference_member(&results, tensor), *right = *reference_member(&s->truth, tensor);
+        const double *got = *reference_member(&results, tensor), *right = *reference_member(&truth, tensor);
         const int64_t count = reference_count(&s->inputs.problem, tensor);
         for (int64_t n = 0; got && right && n < count && verdict == GOOD; n++)
             if (got[n] != right[n] && !(fabs(got[n] - right[n]) <= subject_tolerance(s, tensor)))
@@ -151,15 +157,15 @@ static void try_kernels(run_function *run, void *argument, const char *what, int
 
 static void try_problem(const char *text, int family, struct variant variant, uint64_t seed, int verbose)
 {
-    struct subject s = {.text = text, .passes = SUBJECT_FORWARD | SUBJECT_BACKWARD, .target.family = family};
-    mfa_problem problem;
-    if (mfa_problem_parse(text, &problem) != MFA_OK) {
+    struct attempt attempt = {.target.family = family};
+    struct one_case one;
+    if (!case_parse(text, &one)) {
         report_fail("%s: %s", text, mfa_last_error());
         return;
     }
-    subject_open(&s, &problem, variant, seed);
-    try_kernels(run_problem, &s, text, verbose);
-    subject_close(&s);
+    subject_open(&attempt.subject, &one, variant, seed);
+    try_kernels(run_problem, &attempt, text, verbose);
+    subject_close(&attempt.subject);
 }
 
 static void report_mutants(void)

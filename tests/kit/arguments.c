@@ -72,7 +72,7 @@ int arguments_parse(struct arguments *arguments, int count, char **words)
         if (!known && *word != '-')
             arguments->problems[arguments->problem_count++] = word;
         else if (!known) {
-            fprintf(strcmp(word, "--help") ? stderr : stdout, usage, "check_attention");
+            fprintf(strcmp(word, "--help") ? stderr : stdout, usage, words[0]);
             return 0;
         }
         at += known == 2;

@@ -109,22 +109,30 @@ void operands_open(struct operands *operands, const struct inputs *inputs, enum 
     memset(operands, 0, sizeof *operands);
     operands->problem = inputs->problem;
     operands->buffers.size = sizeof operands->buffers;
-    if (inputs->problem.mask != MFA_MASK_ADDITIVE)
+    for (int tensor = 0; tensor < REFERENCE_O; tensor++)
+        if (inputs->values[tensor]) {
+            int64_t shape[4];
+            reference_shape(&inputs->problem, tensor, shape);
+            tensor_open_input(&operands->tensors[tensor], tensor_name(tensor),
+                              reference_dtype(&inputs->problem, tensor), shape, arrangement, inputs->values[tensor]);
+            attach(operands, tensor);
+        }
+    operands_open_outputs(operands, arrangement, wanted);
+}
+
+void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned wanted)
+{
+    if (operands->problem.mask != MFA_MASK_ADDITIVE)
         wanted &= ~OUTPUT(DBIAS);
-    for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++) {
-        int64_t shape[4];
-        reference_shape(&inputs->problem, tensor, shape);
-        int32_t dtype = reference_dtype(&inputs->problem, tensor);
-        if (inputs->values[tensor])
-            tensor_open_input(&operands->tensors[tensor], tensor_name(tensor), dtype, shape, arrangement,
-                              inputs->values[tensor]);
-        else if (tensor >= REFERENCE_O && (wanted & 1U << tensor))
-            tensor_open_output(&operands->tensors[tensor], tensor_name(tensor), dtype, shape, arrangement,
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++)
+        if (wanted & 1U << tensor) {
+            int64_t shape[4];
+            reference_shape(&operands->problem, tensor, shape);
+            tensor_open_output(&operands->tensors[tensor], tensor_name(tensor),
+                               reference_dtype(&operands->problem, tensor), shape, arrangement,
                                tensor == REFERENCE_DBIAS);
-        else
-            continue;
-        attach(operands, tensor);
-    }
+            attach(operands, tensor);
+        }
 }
 
 static int of_pass(const struct operands *operands, enum reference_tensor tensor)

@@ -43,6 +43,9 @@ struct operands {
 void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
                    unsigned wanted);
 
+/* Those of the outputs that are wanted, anew: operands_collect closes them. */
+void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned wanted);
+
 /* Runs the problem's pass, in one call or (`planned`) by a plan with a workspace of exactly the stated size. */
 mfa_status operands_run(struct operands *operands, mfa_context *context, int planned);
 

@@ -11,11 +11,12 @@
 #include <time.h>
 
 #include "kit/arguments.h"
+#include "kit/cases.h"
 #include "kit/report.h"
 #include "metal_host/host.h"
 
 /* pass, dtype ("any": the three that Metal has), and so on */
-static const char *const problems[] = {
+static const char *problems[] = {
     "both any b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5",
     "both any b2 h6/2 q37 kv41 d24 lower-9 upper5",
     "both any b1 h2 q33 kv40 d200 mask_bool",
@@ -32,67 +33,50 @@ static const char *const problems[] = {
     "backward bf16 b1 h2 q64 kv64 d96 upper3",
 };
 
-static void check_one(mfa_context *context, const struct arguments *arguments, const char *text, int number)
+static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)
 {
-    struct host_subject s;
+    struct subject s;
+    const int number = one->number;
     const clock_t begin = clock();
-    if (arguments->list) {
-        puts(text);
-        return;
-    }
     const struct host_way ways[] = {
         {.own_workspace = number % 2},
         {.arrangement = 1 + number % (ARRANGEMENTS - 1), .outputs = number % 2 ? 0 : OUTPUT(O) | OUTPUT(dV)},
     };
     int good = 1;
     for (int way = 0; way < (arguments->quick ? 1 : 2); way++) {
-        if (!host_subject_open(&s, text, way ? number : 0, arguments->seed))
+        if (!host_subject_open(&s, one->text, way ? number : 0, arguments->seed))
             return;
         const int right = host_check(context, &s, &ways[way]);
-        host_subject_close(&s);
+        subject_close(&s);
         good = good && right;
         if (right)
             report_pass();
     }
     good = host_is_clean(0) && good;
     printf("%-6s error %4.0f %% of the tolerance, %6.2f s  %s\n", good ? "ok" : "FAILED", 100 * s.worst,
-           (double)(clock() - begin) / CLOCKS_PER_SEC, text);
+           (double)(clock() - begin) / CLOCKS_PER_SEC, one->text);
     fflush(stdout);
 }
 
-static void check_line(mfa_context *context, const struct arguments *arguments, const char *text, int number)
+/* Cases with f64, which Metal has not, are left out. `every`: of the case list, those of one line in so many. */
+static void check_cases(mfa_context *context, struct arguments *arguments, int every)
 {
-    static const char *const dtypes[] = {"f32", "f16", "bf16"};
-    const char *dtype = strchr(text, ' '), *rest = dtype ? strchr(dtype + 1, ' ') : NULL;
-    const int any = rest && !strncmp(dtype, " any ", 5);
-    for (int n = 0; n < (any ? 3 : 1); n++) {
-        char whole[512];
-        if (any)
-            snprintf(whole, sizeof whole, "%.*s %s%s", (int)(dtype - text), text, dtypes[n], rest);
-        else
-            snprintf(whole, sizeof whole, "%s", text);
-        if (!arguments->filter || strstr(whole, arguments->filter))
-            check_one(context, arguments, whole, number + n);
+    struct cases cases;
+    struct one_case one;
+    if (!arguments->problem_count && !every) {
+        arguments->problems = problems;
+        arguments->problem_count = sizeof problems / sizeof *problems;
     }
-}
-
-/* One in `every` of the case list's problems. */
-static void check_file(mfa_context *context, const struct arguments *arguments, int every)
-{
-    FILE *file = fopen(arguments->cases, "r");
-    char text[512];
-    if (!file) {
-        report_fail("%s cannot be opened", arguments->cases);
-        return;
-    }
-    for (int number = 0; fgets(text, sizeof text, file);) {
-        text[strcspn(text, "#\n")] = 0;
-        for (size_t end = strlen(text); end && text[end - 1] == ' '; end--)
-            text[end - 1] = 0;
-        if (*text && !strstr(text, "f64") && number++ % every == 0)
-            check_line(context, arguments, text, number);
-    }
-    fclose(file);
+    const int step = arguments->problem_count ? 1 : every;
+    if (cases_open(&cases, arguments))
+        while (cases_next(&cases, &one)) {
+            if (one.line % step != 0 || strstr(one.text, "f64"))
+                continue;
+            if (arguments->list)
+                puts(one.text);
+            else
+                check_case(context, arguments, &one);
+        }
 }
 
 /* Takes what is ours out of the command line. */
@@ -126,14 +110,7 @@ int main(int count, char **words)
     mfa_context *context = host_open(folder);
     if (!context)
         return report_end();
-    if (arguments.problem_count)
-        for (int n = 0; n < arguments.problem_count; n++)
-            check_line(context, &arguments, arguments.problems[n], n);
-    else if (every)
-        check_file(context, &arguments, every);
-    else
-        for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)
-            check_line(context, &arguments, problems[n], (int)n);
+    check_cases(context, &arguments, every);
     mfa_context_destroy(context);
     if (host_is_clean(1))
         report_pass();

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "kit/compare.h"
+#include "kit/cases.h"
 #include "kit/report.h"
 #include "metal_host/objc.h"
 
@@ -29,38 +29,17 @@ static struct variant variant_of(const mfa_problem *problem, int number)
                             .dlse = number % 2};
 }
 
-int host_subject_open(struct host_subject *s, const char *text, int number, uint64_t seed)
+int host_subject_open(struct subject *s, const char *text, int number, uint64_t seed)
 {
-    const char *rest = strchr(text, ' ');
-    char whole[512];
-    struct operands operands;
-    mfa_problem problem;
-    const int both = !strncmp(text, "both ", 5);
-    *s = (struct host_subject){.text = text, .backward = both || !strncmp(text, "backward ", 9)};
-    s->forward = both || !s->backward;
-    snprintf(whole, sizeof whole, "forward%s", rest ? rest : "");
-    if (mfa_problem_parse(whole, &problem) != MFA_OK) {
+    struct one_case one;
+    if (!case_parse(text, &one)) {
         report_fail("%s: %s", text, mfa_last_error());
         return 0;
     }
-    problem.device = MFA_DEVICE_METAL;
-    inputs_open(&s->inputs, &problem, variant_of(&problem, number), seed, text);
-    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
-        const int none = tensor == REFERENCE_DBIAS && problem.mask != MFA_MASK_ADDITIVE;
-        if (!none && (tensor < REFERENCE_dQ || s->backward))
-            *reference_member(&s->truth, tensor) = reference_allocate(reference_count(&s->inputs.problem, tensor));
-    }
-    operands_open(&operands, &s->inputs, DENSE, 0); /* of these, only the inputs matter */
-    reference_attention(&operands.problem, &operands.buffers, &s->truth);
-    reference_tolerance(&operands.problem, &operands.buffers, &s->truth, &s->tolerance);
-    operands_close(&operands);
+    one.problem.device = MFA_DEVICE_METAL;
+    subject_open(s, &one, variant_of(&one.problem, number), seed);
+    s->text = text;
     return 1;
-}
-
-void host_subject_close(struct host_subject *s)
-{
-    reference_close(&s->truth);
-    inputs_close(&s->inputs);
 }
 
 /* --- Runs ----------------------------------------------------------------------------------------- */
@@ -136,7 +115,7 @@ void host_collect(struct host_pass *pass, struct reference *results, const char 
         report_fail("%s: %s is written beside its elements", text, overrun);
 }
 
-void host_pass_open(struct host_pass *pass, const struct host_subject *s, const struct host_way *way)
+void host_pass_open(struct host_pass *pass, const struct subject *s, const struct host_way *way)
 {
     *pass = (struct host_pass){.workspace.mapping = NULL};
     operands_open(&pass->operands, &s->inputs, way->arrangement, way->outputs ? way->outputs : ALL_OUTPUTS);
@@ -152,48 +131,31 @@ static mfa_status run_pass(mfa_context *context, const struct host_way *way, str
     return status;
 }
 
-mfa_status host_run(mfa_context *context, struct host_subject *s, const struct host_way *way, struct reference *results)
+mfa_status host_run(mfa_context *context, struct subject *s, const struct host_way *way, struct reference *results)
 {
     mfa_status status = MFA_OK;
     struct host_pass pass;
     memset(results, 0, sizeof *results);
     host_pass_open(&pass, s, way);
-    if (s->forward)
+    if (s->passes & CASE_FORWARD)
         status = run_pass(context, way, &pass, results, s->text);
-    if (status == MFA_OK && s->backward) {
-        operands_turn(&pass.operands, way->arrangement, s->forward && results->O && results->L ? results : &s->truth);
+    if (status == MFA_OK && s->passes & CASE_BACKWARD) {
+        operands_turn(&pass.operands, way->arrangement,
+                      s->passes & CASE_FORWARD && results->O && results->L ? results : &s->truth);
         status = run_pass(context, way, &pass, results, s->text);
     }
     operands_close(&pass.operands);
     return status;
 }
 
-int host_is_right(struct host_subject *s, struct reference *results)
-{
-    const struct tolerance *t = &s->tolerance;
-    const double tolerances[REFERENCE_TENSORS] = {
-        [REFERENCE_O] = t->O,   [REFERENCE_L] = t->L,   [REFERENCE_dQ] = t->dQ,
-        [REFERENCE_dK] = t->dK, [REFERENCE_dV] = t->dV, [REFERENCE_DBIAS] = t->dbias};
-    int good = 1;
-    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
-        const double *got = *reference_member(results, tensor), *right = *reference_member(&s->truth, tensor);
-        int64_t shape[4];
-        reference_shape(&s->inputs.problem, tensor, shape);
-        if (got && right)
-            good =
-                compare_close(s->text, tensor_name(tensor), shape, got, right, tolerances[tensor], &s->worst) && good;
-    }
-    return good;
-}
-
-int host_check(mfa_context *context, struct host_subject *s, const struct host_way *way)
+int host_check(mfa_context *context, struct subject *s, const struct host_way *way)
 {
     struct reference results;
     guarded_testing(s->text);
     const mfa_status status = host_run(context, s, way, &results);
     int good = status == MFA_OK;
     if (good)
-        good = host_is_right(s, &results);
+        good = subject_is_right(s, s->text, &results);
     else
         report_fail("%s: %s: %s", s->text, mfa_status_name(status), mfa_last_error());
     reference_close(&results);

@@ -5,24 +5,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "kit/operands.h"
+#include "kit/subject.h"
 #include "mfa.h"
-#include "reference/tolerance.h"
 #include "runtime/runtime.h"
 
-/* A problem, its inputs, and what the reference makes of them. */
-struct host_subject {
-    const char *text; /* a line of the case list, in a dtype */
-    int forward, backward;
-    struct inputs inputs;
-    struct reference truth;
-    struct tolerance tolerance;
-    double worst; /* error as a share of the tolerance */
-};
-
-/* 0: the text is no problem; it is reported. `number` chooses what is broadcast; 0: nothing is. */
-int host_subject_open(struct host_subject *subject, const char *text, int number, uint64_t seed);
-void host_subject_close(struct host_subject *subject);
+/* 0: the text is no problem; it is reported. `number` chooses what is broadcast; 0: nothing is. The text is
+ * kept, not copied. */
+int host_subject_open(struct subject *subject, const char *text, int number, uint64_t seed);
 
 /* A pass on its way. */
 struct host_pass {
@@ -43,19 +32,16 @@ struct host_way {
 };
 
 /* Runs the passes of a subject; the status of the first that fails. `results`: to be closed by the caller. */
-mfa_status host_run(mfa_context *context, struct host_subject *subject, const struct host_way *way,
+mfa_status host_run(mfa_context *context, struct subject *subject, const struct host_way *way,
                     struct reference *results);
 
 /* The same in steps, for passes that go on at once: begins with forward. */
-void host_pass_open(struct host_pass *pass, const struct host_subject *subject, const struct host_way *way);
+void host_pass_open(struct host_pass *pass, const struct subject *subject, const struct host_way *way);
 mfa_status host_start(mfa_context *context, const struct host_way *way, struct host_pass *pass);
 void host_collect(struct host_pass *pass, struct reference *results, const char *text);
 
-/* Whether all results that there are are right; what is not is reported. */
-int host_is_right(struct host_subject *subject, struct reference *results);
-
-/* The two together; 0, and a report, if anything is wrong. */
-int host_check(mfa_context *context, struct host_subject *subject, const struct host_way *way);
+/* Runs, and judges the results; 0, and a report, if anything is wrong. */
+int host_check(mfa_context *context, struct subject *subject, const struct host_way *way);
 
 /* Whether the outputs of the pass that failed are as they were: NaN. */
 int host_is_untouched(const struct reference *results);

@@ -41,10 +41,10 @@ mfa_context *steps_open_warm(const char *text)
 
 void steps_run(mfa_context *context, const char *text, const struct host_way *way)
 {
-    struct host_subject s;
+    struct subject s;
     assert_true(host_subject_open(&s, text, 0, 1));
     assert_true(host_check(context, &s, way));
-    host_subject_close(&s);
+    subject_close(&s);
 }
 
 void steps_print_counts(const char *what, const struct metalsim_counts *counts)

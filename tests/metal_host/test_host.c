@@ -45,7 +45,7 @@ static void test_cold_start(void **state)
 
 static void expect_steady(mfa_context *context, const char *text, const struct host_way *way, unsigned passes)
 {
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     assert_true(host_subject_open(&s, text, 0, 1));
     const uint64_t objects = host_counts().objects;
@@ -61,9 +61,9 @@ static void expect_steady(mfa_context *context, const char *text, const struct h
     assert_int_equal(counts.waits, passes);
     assert_int_equal(counts.barriers, 0); /* of a serial encoder */
     assert_int_equal(counts.objects, objects);
-    assert_true(host_is_right(&s, &results));
+    assert_true(subject_is_right(&s, s.text, &results));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
 }
 
 static void test_steady_state(void **state)
@@ -161,11 +161,11 @@ static void test_long_run(void **state)
 /* Threads with a queue in common, each waiting for its own commands. */
 static void *run_often(void *argument)
 {
-    struct host_subject s;
+    struct subject s;
     int good = host_subject_open(&s, "both f16 b1 h2 q33 kv40 d64 mask_bool", 0, 1);
     for (int n = 0; n < 5; n++)
         good = host_check(argument, &s, &(struct host_way){0}) && good;
-    host_subject_close(&s);
+    subject_close(&s);
     return good ? argument : NULL;
 }
 
@@ -191,7 +191,7 @@ static void test_threads(void **state)
 /* Whether a run in a child of the process that opened the device is refused, without a message to Metal. */
 static int is_refused(mfa_context *context)
 {
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     const uint64_t messages = host_counts().messages;
     host_subject_open(&s, forward, 0, 1);
@@ -285,7 +285,7 @@ static void test_not_a_number(void **state)
 {
     (void)state;
     enum { QUERIES = 40, DIM = 64, KEY = 20 };
-    struct host_subject s;
+    struct subject s;
     struct reference usual, results;
     mfa_context *context = steps_open();
     assert_true(host_subject_open(&s, "both f16 b1 h1 q40 kv40 d64 causal", 0, 1));
@@ -302,7 +302,7 @@ static void test_not_a_number(void **state)
         assert_true(isnan(results.dK[j]) && isnan(results.dV[j])); /* sums over all queries: 0 times NaN is NaN */
     reference_close(&usual);
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
     mfa_context_destroy(context);
 }
 
@@ -354,14 +354,14 @@ static void test_two_runs_in_one(void **state)
     id device = MTLCreateSystemDefaultDevice();
     test_queue = GET(device, "newCommandQueue");
     id commands = GET(test_queue, "commandBuffer");
-    struct host_subject s;
+    struct subject s;
     struct reference none;
     assert_true(host_subject_open(&s, text, 0, 1));
     /* Its buffers are gone when it is executed, but the command buffer holds them. */
     assert_int_equal(host_run(context, &s, &(struct host_way){.stream = commands}, &none), MFA_OK);
     assert_true(host_is_untouched(&none)); /* as nothing has been committed */
     reference_close(&none);
-    host_subject_close(&s);
+    subject_close(&s);
     const uint64_t encoders = host_counts().encoders;
     steps_run(context, text, &(struct host_way){.stream = GET(test_queue, "commandBuffer"), .after = commit_and_wait});
     assert_int_equal(host_counts().encoders, encoders + 1);
@@ -377,7 +377,7 @@ static void test_careless_command_buffer(void **state)
     (void)state;
     static const char text[] = "forward f16 b1 h1 q40 kv600 d64 mask_bool";
     mfa_context *context = steps_open_warm(text);
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     void *pool = objc_autoreleasePoolPush();
     id device = MTLCreateSystemDefaultDevice();
@@ -388,7 +388,7 @@ static void test_careless_command_buffer(void **state)
     print_message("%s\n", mfa_last_error());
     assert_non_null(strstr(mfa_last_error(), "workspace"));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
     DO(test_queue, "release");
     DO(device, "release");
     objc_autoreleasePoolPop(pool);
@@ -399,7 +399,7 @@ static void test_careless_command_buffer(void **state)
 static void test_no_torch(void **state)
 {
     (void)state;
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     mfa_context *context = steps_open();
     assert_true(host_subject_open(&s, forward, 0, 1));
@@ -408,7 +408,7 @@ static void test_no_torch(void **state)
     assert_non_null(strstr(mfa_last_error(), "PyTorch"));
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
     mfa_context_destroy(context);
 }
 

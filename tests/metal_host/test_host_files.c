@@ -52,13 +52,13 @@ static int end(void **state)
 /* A context with that folder runs the problem right; what it has cost. */
 static struct metalsim_counts run_right(const char *cache)
 {
-    struct host_subject s;
+    struct subject s;
     metalsim_runtime_clear();
     mfa_context *context = host_open(cache);
     assert_non_null(context);
     assert_true(host_subject_open(&s, text, 0, 1));
     assert_true(host_check(context, &s, &(struct host_way){0}));
-    host_subject_close(&s);
+    subject_close(&s);
     mfa_context_destroy(context);
     assert_true(host_is_clean(1));
     return host_counts();
@@ -461,7 +461,7 @@ static void test_strange_folders(void **state)
 
 static int run(const char *cache, const char *bytes)
 {
-    struct host_subject s;
+    struct subject s;
     int good = host_subject_open(&s, text, 0, 1);
     if (bytes) {
         const struct rlimit limit = {(rlim_t)atoi(bytes), (rlim_t)atoi(bytes)};
@@ -471,7 +471,7 @@ static int run(const char *cache, const char *bytes)
     mfa_context *context = host_open(cache);
     good = good && context && host_check(context, &s, &(struct host_way){0});
     mfa_context_destroy(context);
-    host_subject_close(&s);
+    subject_close(&s);
     return !(host_is_clean(1) && good);
 }
 

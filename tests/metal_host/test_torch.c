@@ -63,7 +63,7 @@ static void use_after(const struct host_pass *pass, void *stream)
 static const struct host_way among = {
     .stream = MFA_STREAM_TORCH, .outputs_used = 1, .before = use_before, .after = use_after};
 
-static void restore(const struct host_subject *s, struct reference *results)
+static void restore(const struct subject *s, struct reference *results)
 {
     for (int64_t i = 0; i < reference_count(&s->inputs.problem, REFERENCE_O); i++)
         results->O[i] *= 2;
@@ -71,7 +71,7 @@ static void restore(const struct host_subject *s, struct reference *results)
 
 static void run_right(const char *text)
 {
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     assert_true(host_subject_open(&s, text, 0, 1));
     const mfa_status status = host_run(context, &s, &among, &results);
@@ -79,14 +79,13 @@ static void run_right(const char *text)
         print_error("%s: %s\n", text, mfa_last_error());
     assert_int_equal(status, MFA_OK);
     restore(&s, &results);
-    assert_true(host_is_right(&s, &results));
+    assert_true(subject_is_right(&s, s.text, &results));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
 }
 
 static const char *const texts[] = {
-    "forward f32 b1 h2 q16 kv40 d64",
-    "forward f32 b1 h2 q32 kv600 d128 mask_bool",
+    "forward f32 b1 h2 q16 kv40 d64", "forward f32 b1 h2 q32 kv600 d128 mask_bool",
     "forward f32 b1 h8/2 q2 kv1500 d64 causal",
     "forward f32 b1 h1 q16 kv40 d136", /* whose simdgroups exchange, in threadgroup memory of index 1 */
 };
@@ -133,10 +132,10 @@ static void wait_for_torch(const struct host_pass *pass, void *stream)
 static void test_backward(void **state)
 {
     (void)state;
-    struct host_subject s;
+    struct subject s;
     assert_true(host_subject_open(&s, "both bf16 b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5", 3, 1));
     assert_true(host_check(context, &s, &(struct host_way){.stream = MFA_STREAM_TORCH, .after = wait_for_torch}));
-    host_subject_close(&s);
+    subject_close(&s);
 }
 
 static void use_dbias_before(const struct host_pass *pass)
@@ -149,7 +148,7 @@ static void use_dbias_before(const struct host_pass *pass)
 static void test_leftovers(void **state)
 {
     (void)state;
-    struct host_subject s;
+    struct subject s;
     const struct host_way way = {.stream = MFA_STREAM_TORCH,
                                  .outputs = FORWARD_OUTPUTS | OUTPUT(DBIAS),
                                  .outputs_used = 1,
@@ -158,7 +157,7 @@ static void test_leftovers(void **state)
     assert_true(host_subject_open(&s, "both f32 b1 h1 q32 kv32 d8 mask_f32", 0, 1));
     assert_true(host_check(context, &s, &way));
     assert_true(host_is_clean(0));
-    host_subject_close(&s);
+    subject_close(&s);
 }
 
 /* An encoder whose dispatches may overlap. */
@@ -175,7 +174,7 @@ static void test_many_in_flight(void **state)
     (void)state;
     enum { RUNS = 8 };
     static char lines[RUNS][64];
-    struct host_subject subjects[RUNS];
+    struct subject subjects[RUNS];
     struct host_pass passes[RUNS];
     struct reference results[RUNS];
     const struct host_way way = {.stream = MFA_STREAM_TORCH};
@@ -189,17 +188,17 @@ static void test_many_in_flight(void **state)
     for (int n = 0; n < RUNS; n++) {
         memset(&results[n], 0, sizeof results[n]);
         host_collect(&passes[n], &results[n], lines[n]);
-        assert_true(host_is_right(&subjects[n], &results[n]));
+        assert_true(subject_is_right(&subjects[n], subjects[n].text, &results[n]));
         reference_close(&results[n]);
         operands_close(&passes[n].operands);
-        host_subject_close(&subjects[n]);
+        subject_close(&subjects[n]);
     }
 }
 
 /* Several threads meet in PyTorch's stream. */
 static void *run_often(void *argument)
 {
-    struct host_subject *s = argument;
+    struct subject *s = argument;
     const struct host_way way = {.stream = MFA_STREAM_TORCH};
     struct host_pass pass;
     struct reference results = {.O = NULL};
@@ -210,7 +209,7 @@ static void *run_often(void *argument)
         metalsim_torch_synchronize();
         host_collect(&pass, &results, s->text);
         operands_close(&pass.operands);
-        good = host_is_right(s, &results) && good;
+        good = subject_is_right(s, s->text, &results) && good;
         reference_close(&results);
     }
     return good ? argument : NULL;
@@ -220,7 +219,7 @@ static void test_threads(void **state)
 {
     (void)state;
     enum { THREADS = 3 };
-    struct host_subject subjects[THREADS];
+    struct subject subjects[THREADS];
     pthread_t threads[THREADS];
     for (int n = 0; n < THREADS; n++)
         assert_true(host_subject_open(&subjects[n], texts[1], 0, (uint64_t)n));
@@ -230,7 +229,7 @@ static void test_threads(void **state)
         void *good = NULL;
         pthread_join(threads[n], &good);
         assert_ptr_equal(good, &subjects[n]);
-        host_subject_close(&subjects[n]);
+        subject_close(&subjects[n]);
     }
 }
 
@@ -238,7 +237,7 @@ static void test_threads(void **state)
 static void test_failure(void **state)
 {
     (void)state;
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     struct metalsim_settings settings;
     run_right(texts[0]);
@@ -250,7 +249,7 @@ static void test_failure(void **state)
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
     assert_true(host_is_clean(0));
     host_reset();
     run_right(texts[1]);
@@ -260,7 +259,7 @@ static void test_failure(void **state)
 static void test_without_mps(void **state)
 {
     (void)state;
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     assert_true(host_subject_open(&s, texts[0], 0, 1));
     metalsim_torch_set_available(0);
@@ -269,7 +268,7 @@ static void test_without_mps(void **state)
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
     run_right(texts[0]);
 }
 
@@ -278,7 +277,7 @@ static void test_without_mps(void **state)
 static void test_another_stream(void **state)
 {
     (void)state;
-    struct host_subject s;
+    struct subject s;
     struct reference results;
     assert_true(host_subject_open(&s, texts[0], 0, 1));
     metalsim_torch_leave(1);
@@ -287,7 +286,7 @@ static void test_another_stream(void **state)
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    host_subject_close(&s);
+    subject_close(&s);
     run_right(texts[0]);
 }
 #endif

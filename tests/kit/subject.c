@@ -1,0 +1,97 @@
+/* Solving a subject, and judging results. */
+#include "kit/subject.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "kit/compare.h"
+
+void subject_open(struct subject *s, const struct one_case *one, struct variant variant, uint64_t seed)
+{
+    struct operands operands;
+    memset(s, 0, sizeof *s);
+    s->text = one->text;
+    s->passes = one->passes;
+    inputs_open(&s->inputs, &one->problem, variant, seed, s->text);
+    const mfa_problem *p = &s->inputs.problem;
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+        int backward = tensor >= REFERENCE_dQ, none = tensor == REFERENCE_DBIAS && p->mask != MFA_MASK_ADDITIVE;
+        if (!none && (!backward || (s->passes & CASE_BACKWARD)))
+            *reference_member(&s->truth, tensor) = reference_allocate(reference_count(p, tensor));
+    }
+    operands_open(&operands, &s->inputs, DENSE, 0); /* of these, only the inputs matter */
+    reference_attention(&operands.problem, &operands.buffers, &s->truth);
+    reference_tolerance(&operands.problem, &operands.buffers, &s->truth, &s->tolerance);
+    operands_close(&operands);
+}
+
+void subject_close(struct subject *s)
+{
+    reference_close(&s->truth);
+    inputs_close(&s->inputs);
+}
+
+const char *subject_describe(const struct subject *s, const char *format, ...)
+{
+    static char what[CASE_TEXT + 256];
+    const struct variant *variant = &s->inputs.variant;
+    const struct {
+        const char *name;
+        int along;
+    } broadcasts[] = {
+        {"mask", variant->mask_broadcast}, {"dbias", variant->dbias_broadcast}, {"K V", variant->kv_broadcast}};
+    int length = snprintf(what, sizeof what, "%s |", s->text);
+    for (size_t n = 0; n < sizeof broadcasts / sizeof *broadcasts; n++)
+        if (broadcasts[n].along)
+            length += snprintf(
+                what + length, sizeof what - (size_t)length, " %s broadcast along%s%s%s%s,", broadcasts[n].name,
+                broadcasts[n].along & ALONG_BATCH ? " batch" : "", broadcasts[n].along & ALONG_HEAD ? " head" : "",
+                broadcasts[n].along & ALONG_ROW ? " row" : "", broadcasts[n].along & ALONG_COLUMN ? " column" : "");
+    length += snprintf(what + length, sizeof what - (size_t)length, "%s ", variant->dlse ? " dL given," : "");
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(what + length, sizeof what - (size_t)length, format, arguments);
+    va_end(arguments);
+    return what;
+}
+
+double subject_tolerance(const struct subject *s, enum reference_tensor tensor)
+{
+    const struct tolerance *t = &s->tolerance;
+    const double tolerances[REFERENCE_TENSORS] = {
+        [REFERENCE_O] = t->O,   [REFERENCE_L] = t->L,   [REFERENCE_dQ] = t->dQ,
+        [REFERENCE_dK] = t->dK, [REFERENCE_dV] = t->dV, [REFERENCE_DBIAS] = t->dbias};
+    return tolerances[tensor];
+}
+
+/* Bit for bit if there is no `subject` to judge. */
+static int compare(const mfa_problem *problem, struct subject *subject, const char *what, struct reference *results,
+                   struct reference *expected)
+{
+    int good = 1;
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+        const double *got = *reference_member(results, tensor), *right = *reference_member(expected, tensor);
+        const char *name = tensor_name(tensor);
+        int64_t shape[4];
+        reference_shape(problem, tensor, shape);
+        if (!got || !right)
+            continue;
+        if (subject)
+            good = compare_close(what, name, shape, got, right, subject_tolerance(subject, tensor), &subject->worst) &&
+                   good;
+        else
+            good = compare_same(what, name, shape, got, right) && good;
+    }
+    return good;
+}
+
+int subject_is_right(struct subject *s, const char *what, struct reference *results)
+{
+    return compare(&s->inputs.problem, s, what, results, &s->truth);
+}
+
+int subject_is_same(const struct subject *s, const char *what, struct reference *results, struct reference *expected)
+{
+    return compare(&s->inputs.problem, NULL, what, results, expected);
+}
