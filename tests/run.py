@@ -232,6 +232,7 @@ def release(run):
         return
     run.step(sys.executable, ROOT / "tools/check_names.py", "--library", library, counts=True)
     run.registers(folder)
+    run.step(folder / "check_kernels", counts=True)
     for isa in machine_isas(library):
         own = ("--filter", " bf16 ") if isa.endswith("bf16") else ()  # the others' kernels are those of the set below
         run.programs(folder, MFA_ISA=isa)
@@ -280,6 +281,7 @@ def memory(run):
         return
     settings = {"ASAN_OPTIONS": "allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     run.programs(folder, **settings)
+    run.step(folder / "check_kernels", "--quick", counts=True, **settings)
     for isa in machine_isas(library):
         run.step(folder / "check_attention", "--quick", "--isa", isa, counts=True, **settings)
 

@@ -1,7 +1,8 @@
 /* What the kernels promise to launch.c and what they are given. A kernel set is compiled once per
  * instruction set and real type (kernels.inc lists them); its members are tasks: each computes its own
  * part of the result, alone, allocates nothing and cannot fail. Tasks of one phase may run in any number
- * of threads, if each thread takes them in ascending order; phases run one after another. */
+ * of threads, if each thread takes them in ascending order; only those of backward wait, each for lower ones. Phases
+ * run one after another. */
 #ifndef MFA_CPU_KERNELS_CONTRACT_H
 #define MFA_CPU_KERNELS_CONTRACT_H
 
@@ -34,7 +35,8 @@ struct mfa_cpu_call {
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
     void *D, *L; /* backward: real [batch][q_heads][groups * rows of a group] */
-    void *dq_sums; /* backward: real [batch][q_heads][q_len][padded head_dim]; NULL: sum in dq itself */
+    void *dq_sums; /* backward: real [batch][q_heads][q_len][padded head_dim]; NULL: sum in dq itself, if rows there
+                    * are whole vectors of reals */
     _Atomic int64_t *progress; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
 
     char *scratch; /* of worker w: scratch + w * scratch_bytes, 64-byte aligned */
@@ -55,11 +57,12 @@ struct mfa_cpu_kernels {
     /* if dbias is wanted: one task for each tile of it (mfa_cpu_bias_tiles) */
     mfa_cpu_task_function *bias;
 
-    /* Bytes of scratch that a worker needs; only sizes and tiling of the call are read. */
+    /* Bytes of scratch that a worker needs, whole multiples of 64; only sizes and tiling of the call are read. That of
+     * forward or few is for merge too, that of backward for prepare and bias. */
     uint64_t (*forward_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*few_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*backward_scratch)(const struct mfa_cpu_call *call);
-    uint64_t (*few_backward_scratch)(const struct mfa_cpu_call *call); /* beside that of backward */
+    uint64_t (*few_backward_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*partial_bytes)(const struct mfa_cpu_call *call); /* of one task, if splits > 1 */
 };
 

@@ -1,0 +1,472 @@
+/* The kernel sets behind cpu/kernels/contract.h, called without the library around them, against the reference.
+ *
+ *     check_kernels [options of check_attention] [PROBLEM ...]
+ *
+ * Problems are made so that all pairs of a number of queries, keys, columns of K and columns of V meet, or are those of
+ * the command line. Each is run by every set that this machine has for its dtype and cut in every way that the contract
+ * allows, of which src/cpu/tiles.c chooses one: splits, panels, keys of a block, few queries or not. Each worker's
+ * scratch is of the promised size between guard pages, and holds NaN before each task; so do all outputs and what
+ * phases hand on. Whoever takes the tasks, in any order that the contract allows, results are the same bit for bit. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/problem.h"
+#include "cpu/device.h"
+#include "cpu/kernels/contract.h"
+#include "cpu/tiles.h"
+#include "kit/arguments.h"
+#include "kit/cases.h"
+#include "kit/operands.h"
+#include "kit/report.h"
+#include "kit/subject.h"
+#include "reference/element.h"
+
+enum { WORKERS = 3, MOST_SPLITS = 4, MOST_WAYS = 256, MOST_BLOCKS = 8, ANYTHING = 0xff };
+
+/* Multiplications that one set may spend on a case, in all ways together; but it is run in FEWEST ways. */
+static const double BUDGET = 3e6;
+enum { FEWEST = 3 };
+
+static const struct kernel_set {
+    const char *name;
+    mfa_cpu_isa isa;
+    int32_t dtype;
+    const struct mfa_cpu_kernels *kernels;
+} sets[] = {
+#define KERNELS(isa, dtype, name) {#name, isa, dtype, &mfa_cpu_kernels_##name},
+#include "cpu/kernels/kernels.inc"
+#undef KERNELS
+};
+
+/* Who takes the tasks of a phase, and when. */
+enum order {
+    ALONE,   /* one worker */
+    IN_TURN, /* two, hand in hand */
+    APART,   /* the second takes all of its tasks before the first begins; where tasks wait for none */
+    THREADS, /* three at once */
+    ORDERS
+};
+static const char *const orders[ORDERS] = {"alone", "two in turn", "two apart", "three threads"};
+
+/* How a pass is cut into tasks. */
+struct way {
+    int few, panels, block_kv;
+    int splits;  /* forward */
+    int own_dQ; /* backward: dQ is summed in itself */
+};
+
+struct trial { /* one subject by one set */
+    struct subject *subject;
+    const struct kernel_set *set;
+    struct operands operands;
+    enum arrangement arrangement;
+    struct way way;
+    enum order order;
+    struct guarded scratch[WORKERS];
+    struct mfa_cpu_call call;
+};
+
+static const char *describe(const struct trial *t)
+{
+    const struct way *w = &t->way;
+    return subject_describe(t->subject, "%s, %s, %d keys a block, %d panels, %d splits%s%s, %s", t->set->name,
+                            arrangement_name(t->arrangement), w->block_kv, w->panels, w->splits, w->few ? ", few" : "",
+                            w->own_dQ ? ", own dQ" : "", orders[t->order]);
+}
+
+/* --- Phases ----------------------------------------------------------------------------------- */
+
+struct phase {
+    struct trial *trial;
+    mfa_cpu_task_function *task;
+    int64_t tasks;
+    uint64_t scratch_bytes;
+};
+
+/* One task of a worker, whose scratch is the end of a memory of its own. */
+static void run_task(const struct phase *phase, int64_t task, int worker)
+{
+    struct mfa_cpu_call call = phase->trial->call;
+    const struct guarded *memory = &phase->trial->scratch[worker];
+    unsigned char *scratch = memory->bytes + memory->size - phase->scratch_bytes;
+    memset(scratch, ANYTHING, phase->scratch_bytes);
+    call.scratch_bytes = phase->scratch_bytes;
+    call.scratch = (char *)((uintptr_t)scratch - (uintptr_t)worker * phase->scratch_bytes);
+    phase->task(&call, task, worker);
+}
+
+struct worker {
+    const struct phase *phase;
+    int index;
+    pthread_t thread;
+};
+
+static void *run_worker(void *data)
+{
+    const struct worker *worker = data;
+    for (int64_t task = worker->index; task < worker->phase->tasks; task += WORKERS)
+        run_task(worker->phase, task, worker->index);
+    return NULL;
+}
+
+static void run_threads(const struct phase *phase)
+{
+    struct worker workers[WORKERS];
+    for (int n = 0; n < WORKERS; n++) {
+        workers[n] = (struct worker){.phase = phase, .index = n};
+        if (pthread_create(&workers[n].thread, NULL, run_worker, &workers[n])) {
+            perror("pthread_create");
+            exit(2);
+        }
+    }
+    for (int n = 0; n < WORKERS; n++)
+        pthread_join(workers[n].thread, NULL);
+}
+
+static void run_phase(struct trial *t, mfa_cpu_task_function *task, int64_t tasks, uint64_t scratch_bytes, int waits)
+{
+    const struct phase phase = {t, task, tasks, scratch_bytes};
+    for (int n = 0; n < WORKERS; n++)
+        if (t->scratch[n].size < scratch_bytes) {
+            guarded_close(&t->scratch[n]);
+            guarded_open(&t->scratch[n], "scratch", scratch_bytes, 64, GUARDED_END, ANYTHING);
+        }
+    if (t->order == THREADS) {
+        run_threads(&phase);
+    } else if (t->order == APART && !waits) {
+        for (int worker = 1; worker >= 0; worker--)
+            for (int64_t n = worker; n < tasks; n += 2)
+                run_task(&phase, n, worker);
+    } else {
+        for (int64_t n = 0; n < tasks; n++)
+            run_task(&phase, n, t->order == ALONE ? 0 : (int)(n % 2));
+    }
+}
+
+/* --- Passes ----------------------------------------------------------------------------------- */
+
+static void *address(const mfa_buffer *buffer)
+{
+    return buffer->base ? (char *)buffer->base + buffer->offset : NULL;
+}
+
+/* What every task is told; the memory that phases share is up to the pass. */
+static void make_call(struct trial *t)
+{
+    const struct operands *operands = &t->operands;
+    const mfa_buffers *b = &operands->buffers;
+    mfa_problem p;
+    if (mfa_problem_check(&operands->problem, &p) != MFA_OK) {
+        fprintf(stderr, "%s: %s\n", t->subject->text, mfa_last_error());
+        exit(2);
+    }
+    t->call = (struct mfa_cpu_call){.args = mfa_problem_args(&p),
+                                    .scale = p.scale,
+                                    .softcap = p.softcap,
+                                    .unit = p.pass == MFA_FORWARD ? 1.4426950408889634074 : 1,
+                                    .dtype = p.dtype,
+                                    .mask_kind = p.mask,
+                                    .mask_dtype = p.mask_dtype,
+                                    .block_kv = t->way.block_kv,
+                                    .panels = t->way.panels,
+                                    .few = t->way.few,
+                                    .splits = t->way.splits,
+                                    .q = address(&b->q),
+                                    .k = address(&b->k),
+                                    .v = address(&b->v),
+                                    .mask = address(&b->mask),
+                                    .d_o = address(&b->d_o),
+                                    .dlse = address(&b->dlse),
+                                    .o = address(&b->o),
+                                    .lse = address(&b->lse),
+                                    .dq = address(&b->dq),
+                                    .dk = address(&b->dk),
+                                    .dv = address(&b->dv),
+                                    .dbias = address(&b->dbias)};
+}
+
+static void run_forward(struct trial *t)
+{
+    const struct mfa_cpu_kernels *k = t->set->kernels;
+    const struct mfa_args *a = &t->call.args;
+    const int64_t rows = (int64_t)t->way.panels * MFA_CPU_PANEL_VECTORS * k->lanes;
+    const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
+    const uint64_t scratch = t->way.few ? k->few_scratch(&t->call) : k->forward_scratch(&t->call);
+    struct guarded partials = {.mapping = NULL};
+    if (t->way.splits > 1) {
+        guarded_open(&partials, "partials", (size_t)(chunks * t->way.splits) * k->partial_bytes(&t->call), 64,
+                     GUARDED_END, ANYTHING);
+        t->call.partials = partials.bytes;
+    }
+    run_phase(t, t->way.few ? k->few : k->forward, chunks * t->way.splits, scratch, 0);
+    if (t->way.splits > 1)
+        run_phase(t, k->merge, chunks, scratch, 0);
+    guarded_close(&partials);
+}
+
+static void run_backward(struct trial *t)
+{
+    const struct mfa_cpu_kernels *k = t->set->kernels;
+    struct mfa_cpu_call *call = &t->call;
+    const struct mfa_args *a = &call->args;
+    const int64_t rows = (int64_t)t->way.panels * MFA_CPU_PANEL_VECTORS * k->lanes, heads = a->batch * a->q_heads;
+    const int64_t groups = heads * mfa_cpu_ceil(a->q_len, rows);
+    const int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
+    const size_t real = call->dtype == CPU_F64 ? 8 : 4;
+    const struct {
+        const char *name;
+        void **at;
+        size_t size;
+    } shared[] = {
+        {"D", &call->D, (size_t)(groups * rows) * real},
+        {"L of rows", &call->L, (size_t)(groups * rows) * real},
+        {"progress", (void **)&call->progress, (size_t)groups * sizeof *call->progress},
+        {"sums of dQ", &call->dq_sums,
+         t->way.own_dQ ? 0 : (size_t)(heads * a->q_len * mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) * real}};
+    enum { SHARED = sizeof shared / sizeof *shared };
+    struct guarded memory[SHARED] = {{.mapping = NULL}};
+    for (int n = 0; n < SHARED; n++)
+        if (shared[n].size) {
+            guarded_open(&memory[n], shared[n].name, shared[n].size, 64, GUARDED_END, ANYTHING);
+            *shared[n].at = memory[n].bytes;
+        }
+    const uint64_t scratch = k->backward_scratch(call);
+    run_phase(t, k->prepare, groups, scratch, 0);
+    if (t->way.few)
+        run_phase(t, k->few_backward, blocks, k->few_backward_scratch(call), 1);
+    else
+        run_phase(t, k->backward, blocks, scratch, 1);
+    if (call->dbias) {
+        const struct mfa_cpu_bias_tiles tiles = mfa_cpu_bias_tiles(call, k->lanes);
+        run_phase(t, k->bias, tiles.batch * tiles.heads * tiles.rows * tiles.columns, scratch, 0);
+    }
+    for (int n = 0; n < SHARED; n++)
+        guarded_close(&memory[n]);
+}
+
+/* The pass that the operands are in, once; 0 if it wrote where it should not. */
+static int run(struct trial *t, struct reference *results)
+{
+    const int forward = t->operands.problem.pass == MFA_FORWARD;
+    const char *what = describe(t);
+    memset(results, 0, sizeof *results);
+    guarded_testing(what);
+    operands_open_outputs(&t->operands, t->arrangement, forward ? FORWARD_OUTPUTS : BACKWARD_OUTPUTS);
+    make_call(t);
+    if (forward)
+        run_forward(t);
+    else
+        run_backward(t);
+    const char *overrun = operands_collect(&t->operands, results);
+    if (overrun)
+        report_fail("%s\n        %s is written beside its elements", what, overrun);
+    return !overrun;
+}
+
+/* The pass in one way: alone, and in one of the other orders, whose number is `order`. */
+static void check_way(struct trial *t, int order)
+{
+    struct reference expected, results;
+    t->order = ALONE;
+    int good = run(t, &expected) && subject_is_right(t->subject, describe(t), &expected);
+    if (good) {
+        t->order = (enum order)(1 + order % (ORDERS - 1));
+        good = run(t, &results) && subject_is_same(t->subject, describe(t), &results, &expected);
+        reference_close(&results);
+    }
+    reference_close(&expected);
+    if (good)
+        report_pass();
+}
+
+/* --- Ways ------------------------------------------------------------------------------------- */
+
+/* The different keys of a block that tiles.c has for a pass, whatever the columns. */
+static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[MOST_BLOCKS])
+{
+    int count = 0;
+    for (int dim = 16; dim <= 512; dim += 16) {
+        mfa_problem p;
+        struct mfa_choice choice = {.threads = 1};
+        mfa_problem_init(&p, 1, 1, 1, 512, 512, dim, dim);
+        p.pass = pass, p.dtype = set->dtype;
+        mfa_cpu_tiles_choose(set->isa, set->kernels, &p, &choice);
+        int known = 0;
+        while (known < count && blocks[known] != choice.key.block_kv)
+            known++;
+        if (known == count && count < MOST_BLOCKS)
+            blocks[count++] = choice.key.block_kv;
+    }
+    return count;
+}
+
+static int is_few(const struct trial *t)
+{
+    const mfa_problem *p = &t->operands.problem;
+    return p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->few_rows;
+}
+
+static int list_forward(const struct trial *t, struct way ways[MOST_WAYS])
+{
+    int blocks[MOST_BLOCKS], count = 0;
+    const int kinds = list_blocks(t->set, MFA_FORWARD, blocks);
+    for (int splits = 1; splits <= MOST_SPLITS; splits++) {
+        for (int panels = 1; panels <= MFA_CPU_PANELS_MAX; panels++)
+            for (int n = 0; n < kinds; n++)
+                ways[count++] = (struct way){.panels = panels, .block_kv = blocks[n], .splits = splits};
+        if (is_few(t))
+            ways[count++] =
+                (struct way){.few = 1, .panels = 1, .block_kv = t->set->kernels->few_keys, .splits = splits};
+    }
+    return count;
+}
+
+static int list_backward(const struct trial *t, struct way ways[MOST_WAYS])
+{
+    const mfa_problem *p = &t->operands.problem;
+    const struct tensor *dQ = &t->operands.tensors[REFERENCE_dQ];
+    const int reals = p->dtype == MFA_F32 || p->dtype == MFA_F64;
+    const int may_own = reals && dQ->layout.column == 1 && p->head_dim % t->set->kernels->lanes == 0;
+    int blocks[MOST_BLOCKS], count = 0;
+    const int kinds = list_blocks(t->set, MFA_BACKWARD, blocks);
+    for (int few = 0; few <= is_few(t); few++)
+        for (int own_dQ = 0; own_dQ <= may_own; own_dQ++)
+            for (int panels = 1; panels <= MFA_CPU_PANELS_MAX; panels++)
+                for (int n = 0; n < kinds; n++)
+                    ways[count++] = (struct way){
+                        .few = few, .panels = panels, .block_kv = blocks[n], .own_dQ = own_dQ, .splits = 1};
+    return count;
+}
+
+/* As many ways as the budget allows, which ones depends on `number`. */
+static void check_pass(struct trial *t, int number, int quick)
+{
+    struct way ways[MOST_WAYS];
+    const int forward = t->operands.problem.pass == MFA_FORWARD;
+    const int count = forward ? list_forward(t, ways) : list_backward(t, ways);
+    const double most =
+        BUDGET / (quick ? 10 : 1) / (1 + (forward ? 1 : 3) * case_multiplications(&t->operands.problem));
+    const int taken = most < FEWEST ? FEWEST : most < count ? (int)most : count;
+    for (int n = 0; n < taken; n++) {
+        t->way = ways[(n * count / taken + number) % count];
+        check_way(t, number + n);
+    }
+}
+
+static void check_set(struct subject *subject, const struct kernel_set *set, int number, int quick)
+{
+    struct trial t = {.subject = subject, .set = set, .scratch = {{.mapping = NULL}}};
+    t.arrangement = number % 2 ? DENSE : number / 2 % ARRANGEMENTS;
+    operands_open(&t.operands, &subject->inputs, t.arrangement, 0);
+    check_pass(&t, number, quick);
+    operands_turn(&t.operands, t.arrangement, &subject->truth);
+    check_pass(&t, number, quick);
+    operands_close(&t.operands);
+    for (int n = 0; n < WORKERS; n++)
+        guarded_close(&t.scratch[n]);
+}
+
+/* --- Cases ------------------------------------------------------------------------------------ */
+
+static int serves(const struct kernel_set *set, int32_t dtype)
+{
+    return dtype == set->dtype || (set->dtype == MFA_F32 && (dtype == MFA_F16 || dtype == MFA_BF16));
+}
+
+static void check_case(const struct arguments *arguments, const struct one_case *one)
+{
+    const int along = one->problem.mask == MFA_MASK_NONE ? 0 : one->number % 16;
+    const struct variant variant = {along, one->number % 3 ? along : along ^ 15, along ? 0 : one->number % 4,
+                                    one->number % 2};
+    const long long before = report_failed();
+    struct subject subject;
+    subject_open(&subject, one, variant, arguments->seed);
+    for (size_t n = 0; n < sizeof sets / sizeof *sets; n++) {
+        const char *isa = mfa_cpu_isa_name(sets[n].isa);
+        if (sets[n].kernels->lanes && mfa_cpu_isa_present(sets[n].isa) && serves(&sets[n], one->problem.dtype) &&
+            (!arguments->isa || !strcmp(arguments->isa, isa)))
+            check_set(&subject, &sets[n], one->number + (int)n, arguments->quick);
+    }
+    if (arguments->verbose)
+        printf("%-6s error %4.0f %% of the tolerance  %s\n", report_failed() > before ? "FAILED" : "ok",
+               100 * subject.worst, one->text);
+    subject_close(&subject);
+}
+
+/* Heads such that the case stays small, by number; bands, softcaps and masks in turn. */
+static void write_case(char text[CASE_TEXT], int q_len, int kv_len, int head_dim, int value_dim, int n)
+{
+    static const char *const small[] = {"b2 h2", "b1 h3/1", "b2 h4/2", "b1 h1", "b1 h6/2"};
+    static const char *const masks[] = {"", "", " mask_bool", " mask_f32", "", " mask_f16", " mask_bf16"};
+    const char *heads = (double)q_len * kv_len * (head_dim + value_dim) > 1e6 ? "b1 h1" : small[n % 5];
+    char band[64] = "";
+    switch (n / 2 % 5) {
+    case 0: snprintf(band, sizeof band, " causal"); break;
+    case 1: snprintf(band, sizeof band, " upper%d", kv_len - q_len); break;
+    case 2: snprintf(band, sizeof band, " lower-%d upper%d", q_len / 3, kv_len / 4); break;
+    case 3: snprintf(band, sizeof band, " upper-%d", q_len / 4 + 1); break;
+    }
+    snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
+             n % 4 == 3 ? " softcap3" : "", masks[n % 7]);
+}
+
+/* Few queries, up to as many as any set calls so and one more, and blocks enough for what is asked for in advance. */
+static const char *const few_queries[] = {
+    "both any b1 h2/1 q1 kv300 d64",
+    "both any b2 h2 q3 kv193 d128 softcap3",
+    "both any b1 h4/1 q1 kv500 d64v16",
+    "both any b1 h5/1 q1 kv97 d111v63 mask_bool",
+    "both any b1 h6/2 q2 kv290 d128 upper288",
+    "both any b1 h7/1 q1 kv193 d17 mask_f32",
+    "both any b1 h8/1 q1 kv400 d128",
+    "both any b2 h4/2 q4 kv95 d64 lower40 upper60",
+    "both any b1 h9/1 q1 kv300 d64",
+    "both any b1 h2/1 q6 kv193 d128v15 upper187 mask_bool",
+    "both any b1 h15/1 q1 kv111 d63",
+    "both any b1 h8/1 q2 kv300 d128 causal",
+    "both any b1 h1 q16 kv290 d64 upper274 mask_bf16",
+    "both any b1 h17/1 q1 kv193 d64",
+};
+
+enum { SIZES = 9, FEW_CASES = sizeof few_queries / sizeof *few_queries, CASES = SIZES * SIZES + FEW_CASES };
+
+/* Any two of the four sizes meet in every combination: in a Latin square of two digits, i + j and i + 2 j. */
+static const char **make_cases(void)
+{
+    static const int lengths[SIZES] = {1, 15, 16, 17, 47, 48, 49, 95, 193};
+    static const int dims[SIZES] = {1, 15, 16, 17, 63, 64, 111, 128, 257};
+    static char texts[SIZES * SIZES][CASE_TEXT];
+    static const char *cases[CASES];
+    for (int n = 0; n < SIZES * SIZES; n++) {
+        int i = n / SIZES, j = n % SIZES;
+        write_case(texts[n], lengths[i], lengths[j], dims[(i + j) % SIZES], dims[(i + 2 * j) % SIZES], n);
+        cases[n] = texts[n];
+    }
+    memcpy(cases + SIZES * SIZES, few_queries, sizeof few_queries);
+    return cases;
+}
+
+int main(int count, char **words)
+{
+    struct arguments arguments;
+    struct cases cases;
+    struct one_case one;
+    if (!arguments_parse(&arguments, count, words))
+        return 2;
+    if (!arguments.problem_count) {
+        arguments.problems = make_cases();
+        arguments.problem_count = CASES;
+    }
+    report_begin("check_kernels", arguments.seed);
+    guarded_report_faults();
+    if (cases_open(&cases, &arguments))
+        while (cases_next(&cases, &one)) {
+            if (arguments.list)
+                puts(one.text);
+            else
+                check_case(&arguments, &one);
+        }
+    return report_end();
+}
