@@ -228,10 +228,10 @@ static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch
         s->S = s->P + r.from * stride + first, s->dP = s->dS + r.from * stride + first;
     scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
     multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, s->S, stride,
-                  terms(a->head_dim), score_factor(call));
+                  terms(a->head_dim), score_factor(call), NULL);
     panel_adjust(panel, call, seen, key, n, s->S, stride, s->mask_tile, slope);
     multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, s->dP,
-                  stride, terms(a->value_dim), 1);
+                  stride, terms(a->value_dim), 1, NULL);
     return 1;
 }
 
@@ -338,7 +338,7 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
         if (r.from < r.to)
             add_columns(rows, vectors, s->dS_down + r.from / TERM * size + first, size,
                         keys->K_down.rows + r.from / TERM * keys->K_down.stride, keys->K_down.stride,
-                        dQ + first * stride, stride, terms(r.to - r.from));
+                        dQ + first * stride, stride, terms(r.to - r.from), NULL);
     }
     if (block == g->to)
         finish_dQ(call, g);

@@ -184,27 +184,38 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
 /* S = K Q^T for keys r of a block. Under a causal band the first vectors see fewer keys than the last: what none of
  * their lanes sees is left as it is, for the band to hide. */
 static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
-                          struct block K, const term *Q, real *S)
+                          struct block K, const term *Q, real *S, struct upcoming *upcoming)
 {
     int64_t from = r.from, to;
     for (int v = 0; v < panel->vectors; v++, from = to) {
         to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
         multiply_rows(to - from, panel->vectors - v, K.rows + from * K.stride, K.stride, Q + v * LANES, PANEL,
-                      S + (from - r.from) * PANEL + v * LANES, PANEL, terms(call->args.head_dim), score_factor(call));
+                      S + (from - r.from) * PANEL + v * LANES, PANEL, terms(call->args.head_dim), score_factor(call),
+                      upcoming);
     }
 }
 
 /* O^T += V^T P^T, likewise: P is 0 where it is left out. */
 static void add_values(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
-                       struct block V, const term *P, real *O)
+                       struct block V, const term *P, real *O, struct upcoming *upcoming)
 {
     int64_t from = r.from, to;
     for (int v = 0; v < panel->vectors; v++, from = to) {
         to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
         if (from < to)
             add_columns(call->args.value_dim, panel->vectors - v, V.rows + from / TERM * V.stride, V.stride,
-                        P + (from - r.from) / TERM * PANEL + v * LANES, PANEL, O + v * LANES, PANEL, terms(to - from));
+                        P + (from - r.from) / TERM * PANEL + v * LANES, PANEL, O + v * LANES, PANEL, terms(to - from),
+                        upcoming);
     }
+}
+
+/* Rows of K or V from `key` on. */
+static struct upcoming upcoming_rows(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key,
+                                     const void *data, const struct mfa_strides *s, int64_t columns)
+{
+    int64_t each = bytes_of(call->dtype), bytes = columns * each;
+    const char *at = row_at(data, each, s, c->batch, c->kv_head, key);
+    return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, TERM * each};
 }
 
 static void forward(void *data, int64_t task, int worker)
@@ -235,6 +246,10 @@ static void forward(void *data, int64_t task, int worker)
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
         struct block K = {0}, V = {0};
+        /* For one panel, to compute hardly takes longer than to read: so the next block is asked for. */
+        int asking = c.panels == 1 && j + 1 < blocks.to && a->k.column == 1 && a->v.column == 1;
+        struct upcoming K_next = upcoming_rows(call, &c, key + size, call->k, &a->k, a->head_dim);
+        struct upcoming V_next = upcoming_rows(call, &c, key + size, call->v, &a->v, a->value_dim);
         for (int64_t p = 0; p < c.panels; p++) {
             struct range r = panel_range(&panels[p], key, n, KEY_UNIT);
             if (r.from >= r.to)
@@ -250,10 +265,10 @@ static void forward(void *data, int64_t task, int worker)
                 V = turn_down(V, n, a->value_dim, s.V_down);
             }
             struct sums sums = sums_at(s.sums, a, p);
-            multiply_keys(call, &panels[p], key, r, K, s.Q + p * d * PANEL, s.S);
+            multiply_keys(call, &panels[p], key, r, K, s.Q + p * d * PANEL, s.S, asking ? &K_next : NULL);
             panel_adjust(&panels[p], call, seen, key + r.from, count, s.S, PANEL, s.mask_tile, NULL);
             softmax_step(&panels[p], sums, a->value_dim, s.S, count);
-            add_values(call, &panels[p], key, r, V, s.S, sums.O);
+            add_values(call, &panels[p], key, r, V, s.S, sums.O, asking ? &V_next : NULL);
         }
     }
     if (call->splits == 1)

@@ -8,6 +8,24 @@
  * macros: compilers keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of
  * a sum grows with its length, and long sequences make long ones. */
 
+/* Rows of memory that will be read soon, in the order in which they lie: for each number of A that a product reads, it
+ * asks for one of these, evenly, since what is asked for at once fills the buffers of the misses. */
+struct upcoming {
+    const char *at, *end; /* of a row */
+    int64_t bytes, gap;   /* of a row; from its end to the next */
+    int64_t each;         /* bytes for each term of A */
+};
+
+static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *rows, int64_t terms)
+{
+    __builtin_prefetch(rows->at, 0, 2); /* into the second-level cache */
+    rows->at += terms * rows->each;
+    if (rows->at >= rows->end) {
+        rows->at += rows->gap;
+        rows->end += rows->gap + rows->bytes;
+    }
+}
+
 #define EACH_1(F, V) F(0, V)
 #define EACH_2(F, V) F(0, V) F(1, V)
 #define EACH_4(F, V) EACH_2(F, V) F(2, V) F(3, V)
@@ -44,15 +62,22 @@
 #define TILE_(R, V)                                                                                                    \
     static inline __attribute__((always_inline)) void tile_##R##x##V(                                                  \
         const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step,                \
-        real *restrict C, int64_t c_step, int64_t n, int add, real factor)                                             \
+        real *restrict C, int64_t c_step, int64_t n, int add, real factor, struct upcoming *upcoming)                  \
     {                                                                                                                  \
+        struct upcoming rows = {.at = NULL};                                                                           \
+        if (upcoming)                                                                                                  \
+            rows = *upcoming;                                                                                          \
         EACH_ROW(R, START_ROW, V)                                                                                      \
         TILE_UNROLL                                                                                                    \
         for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                                      \
+            if (upcoming)                                                                                              \
+                ask_upcoming(&rows, R);                                                                                \
             EACH_VECTOR_##V(LOAD_B, 0)                                                                                 \
             EACH_ROW(R, ADD_ROW, V)                                                                                    \
         }                                                                                                              \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
+        if (upcoming)                                                                                                  \
+            *upcoming = rows;                                                                                          \
     }
 /* clang-format on */
 
@@ -61,14 +86,14 @@
 #define COLUMN_(R, V)                                                                                                 \
     static inline __attribute__((always_inline)) void column_##V(                                                     \
         int64_t rows, const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step, \
-        real *restrict C, int64_t c_step, int64_t n, int add, real factor)                                            \
+        real *restrict C, int64_t c_step, int64_t n, int add, real factor, struct upcoming *upcoming)                 \
     {                                                                                                                 \
         for (; rows >= R; rows -= R, A += R * row_step, C += R * c_step)                                              \
-            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor);                                  \
+            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor, upcoming);                        \
         for (; rows >= 4; rows -= 4, A += 4 * row_step, C += 4 * c_step)                                              \
-            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor);                                      \
+            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor, upcoming);                            \
         for (; rows > 0; rows--, A += row_step, C += c_step)                                                          \
-            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor);                                      \
+            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor, upcoming);                            \
     }
 
 TILE(1, 1)
@@ -92,37 +117,44 @@ COLUMN(TILE_ROWS_1, 1)
 static inline __attribute__((always_inline)) void product(int64_t rows, int vectors, const term *restrict A,
                                                           int64_t row_step, int64_t step, const term *restrict B,
                                                           int64_t b_step, real *restrict C, int64_t c_step, int64_t n,
-                                                          int add, real factor)
+                                                          int add, real factor, struct upcoming *upcoming)
 {
     while (vectors > 0) {
         int width = vectors == 4 ? 2 : vectors < 3 ? vectors : 3;
         if (width == 3)
-            column_3(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor);
+            column_3(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor, upcoming);
         else if (width == 2)
-            column_2(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor);
+            column_2(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor, upcoming);
         else
-            column_1(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor);
+            column_1(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor, upcoming);
         vectors -= width, B += width * LANES, C += width * LANES;
     }
 }
 
-/* A along its rows, a_step apart: C = A B, times `factor` where operands may not be scaled, which would round them. */
+/* A along its rows, a_step apart: C = A B, times `factor` where operands may not be scaled, which would round them.
+ * `upcoming` may be NULL. */
 static void multiply_rows(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
-                          real *C, int64_t c_step, int64_t n, real factor)
+                          real *C, int64_t c_step, int64_t n, real factor, struct upcoming *upcoming)
 {
-    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor);
+    if (upcoming)
+        product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor, upcoming);
+    else
+        product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor, NULL);
 }
 
 /* C += A B. */
 static void add_rows(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step, real *C,
                      int64_t c_step, int64_t n)
 {
-    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 1, 1);
+    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 1, 1, NULL);
 }
 
-/* A down its columns, rows of A a_step apart: C += A^T B. */
+/* A down its columns, rows of A a_step apart: C += A^T B. `upcoming` may be NULL. */
 static void add_columns(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
-                        real *C, int64_t c_step, int64_t n)
+                        real *C, int64_t c_step, int64_t n, struct upcoming *upcoming)
 {
-    product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1, 1);
+    if (upcoming)
+        product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1, 1, upcoming);
+    else
+        product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1, 1, NULL);
 }
