@@ -304,6 +304,7 @@ def arm64(run):
         run.registers(folder, "--objdump", "aarch64-linux-gnu-objdump")
         command = (*EMULATOR, folder / "check_attention", "--quick")
         run.step(*command, "--isa", "neon", counts=True)
+        run.step(*EMULATOR, folder / "check_kernels", "--quick", "--isa", "neon", counts=True)
         run.step(*command, "--isa", "scalar", "--filter", " f32 ", counts=True)
 
 
