@@ -48,8 +48,8 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
     vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
 #define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
 #define START_ROW(r, V) EACH_VECTOR_##V(START, r)
-#define ADD_ROW(r, V)                        \
-    vec a_##r = vec_set1(A[(r) * row_step]); \
+#define ADD_ROW(r, V)               \
+    term a_##r = A[(r) * row_step]; \
     EACH_VECTOR_##V(ADD, r)
 #define STORE_ROW(r, V) EACH_VECTOR_##V(STORE, r)
 

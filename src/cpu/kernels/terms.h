@@ -7,14 +7,14 @@
  *
  * With TERM = 1 either is the matrix itself. Rows are padded with zeros to whole vectors. A dialect with TERM = 2
  * gives
- *     vec_dot(a, b, sum)            sum + a b, over the numbers of each term
+ *     vec_dot(a, b, sum)            sum + a b, over the numbers of each term; a is one term, for all lanes
  *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
  *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down */
 
 #ifndef TERM
 #define TERM 1
-#define vec_dot vec_fma
+#define vec_dot(a, b, sum) vec_fma(vec_set1(a), b, sum)
 #endif
 
 typedef real term;
