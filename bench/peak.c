@@ -14,6 +14,11 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -24,7 +29,7 @@ EXPORT int mfa_peak_vector_bits(void);
  * no such vectors, or the threads cannot be had. */
 EXPORT double mfa_peak_gflops(int threads, int vector_bits, double milliseconds);
 
-/* The same by dot products of pairs of bf16 (vdpbf16ps); 0 if this machine has none. */
+/* The same by dot products of pairs of bf16 (vdpbf16ps, bfdot); 0 if this machine has none. */
 EXPORT double mfa_peak_bf16_gflops(int threads, double milliseconds);
 
 /* 10^9 bytes a second, read once through from a buffer that should be larger than the caches; 0 as above. */
@@ -52,7 +57,7 @@ struct worker {
  * registers. The factor is volatile: the compiler must not work out the sums beforehand. */
 static const volatile float factor = 0.5f;
 
-#define DEFINE_FMA_PIECE(name, attributes, vector, count, broadcast, multiply_add)                            \
+#define DEFINE_PIECE(name, attributes, vector, count, broadcast, multiply_add, numbers)                       \
     attributes static double name(const struct probe *probe, int thread, size_t turn)                         \
     {                                                                                                         \
         static _Thread_local volatile float kept;                                                             \
@@ -64,35 +69,21 @@ static const volatile float factor = 0.5f;
         _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) total += sums[n];                          \
         kept = total[0];                                                                                      \
         (void)kept, (void)probe, (void)thread, (void)turn;                                                    \
-        return 2.0 * STEPS * (count) * (double)(sizeof(vector) / sizeof(float));                              \
+        return 2.0 * STEPS * (count) * (double)(sizeof(vector) / sizeof(float)) * (numbers);                  \
     }
 
 #if defined(__x86_64__)
-DEFINE_FMA_PIECE(fma_512, __attribute__((target("avx512f"))), __m512, 12, _mm512_set1_ps, _mm512_fmadd_ps)
-DEFINE_FMA_PIECE(fma_256, __attribute__((target("avx2,fma"))), __m256, 12, _mm256_set1_ps, _mm256_fmadd_ps)
-DEFINE_FMA_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_set1_ps, _mm_fmadd_ps)
+#define DOT(a, b, sum) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+DEFINE_PIECE(fma_512, __attribute__((target("avx512f"))), __m512, 12, _mm512_set1_ps, _mm512_fmadd_ps, 1)
+DEFINE_PIECE(fma_256, __attribute__((target("avx2,fma"))), __m256, 12, _mm256_set1_ps, _mm256_fmadd_ps, 1)
+DEFINE_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_set1_ps, _mm_fmadd_ps, 1)
+/* 24 sums: an instruction takes 6 cycles, and two begin in each. */
+DEFINE_PIECE(dots, __attribute__((target("avx512f,avx512bf16"))), __m512, 24, _mm512_set1_ps, DOT, 2)
 #elif defined(__aarch64__)
 #define MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
-DEFINE_FMA_PIECE(fma_128, , float32x4_t, 20, vdupq_n_f32, MULTIPLY_ADD)
-#endif
-
-#if defined(__x86_64__)
-/* 24 sums: an instruction takes 6 cycles, and two begin in each. */
-__attribute__((target("avx512f,avx512bf16"))) static double dots_512(const struct probe *probe, int thread, size_t turn)
-{
-    enum { SUMS = 24 };
-    static _Thread_local volatile float kept;
-    const __m512 broadcast = _mm512_set1_ps(factor);
-    const __m512bh a = (__m512bh)broadcast, b = (__m512bh)broadcast;
-    __m512 sums[SUMS], total = broadcast;
-    _Pragma("GCC unroll 32") for (int n = 0; n < SUMS; n++) sums[n] = _mm512_set1_ps((float)n);
-    for (int step = 0; step < STEPS; step++)
-        _Pragma("GCC unroll 32") for (int n = 0; n < SUMS; n++) sums[n] = _mm512_dpbf16_ps(sums[n], a, b);
-    _Pragma("GCC unroll 32") for (int n = 0; n < SUMS; n++) total += sums[n];
-    kept = total[0];
-    (void)kept, (void)probe, (void)thread, (void)turn;
-    return 4.0 * STEPS * SUMS * (double)(sizeof(__m512) / sizeof(float));
-}
+#define DOT(a, b, sum) vbfdotq_f32(sum, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b))
+DEFINE_PIECE(fma_128, , float32x4_t, 20, vdupq_n_f32, MULTIPLY_ADD, 1)
+DEFINE_PIECE(dots, __attribute__((target("arch=armv8.2-a+bf16"))), float32x4_t, 20, vdupq_n_f32, DOT, 2)
 #endif
 
 static double (*fma_piece(int vector_bits))(const struct probe *, int, size_t)
@@ -111,6 +102,23 @@ static double (*fma_piece(int vector_bits))(const struct probe *, int, size_t)
 #endif
     (void)vector_bits;
     return NULL;
+}
+
+static double (*dots_piece(void))(const struct probe *, int, size_t)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") ? dots : NULL;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int present = 0;
+    size_t size = sizeof present;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, NULL, 0) == 0 && present ? dots : NULL;
+#elif defined(__aarch64__) && defined(__linux__)
+    const unsigned long hwcap2_bf16 = 1ul << 14;
+    return getauxval(AT_HWCAP2) & hwcap2_bf16 ? dots : NULL;
+#else
+    return NULL;
+#endif
 }
 
 static double read_piece(const struct probe *probe, int thread, size_t turn)
@@ -198,12 +206,7 @@ double mfa_peak_gflops(int threads, int vector_bits, double milliseconds)
 
 double mfa_peak_bf16_gflops(int threads, double milliseconds)
 {
-    struct probe probe = {.seconds = 1e-3 * milliseconds, .threads = threads};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16"))
-        probe.piece = dots_512;
-#endif
+    struct probe probe = {.piece = dots_piece(), .seconds = 1e-3 * milliseconds, .threads = threads};
     return run(&probe);
 }
 
