@@ -25,8 +25,9 @@ import time
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
 EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")  # where Debian has the libraries of arm64
+EMULATED = {"max": ("scalar", "neon", "neonbf16"), "cortex-a76": ("scalar", "neon")}  # CPUs, and what they have
 LIMIT = 900  # seconds that one program may run
 
 
@@ -70,15 +71,15 @@ class Run:
         self.count(title, passed, failed)
         return not failed
 
+    def together(self, *commands):
+        """Runs programs that count their tests on several CPUs at once."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: self.step(*command, counts=True), commands))
+
     def shards(self, *command):
-        """Runs a program that counts its tests on several CPUs at once, each time with a part of the problems."""
+        """The same for parts of the problems of one program."""
         cpus = min(os.cpu_count(), 16)
-
-        def run_shard(number):
-            self.step(*command, "--shard", f"{number}/{cpus}", counts=True)
-
-        with concurrent.futures.ThreadPoolExecutor(cpus) as pool:
-            list(pool.map(run_shard, range(cpus)))
+        self.together(*((*command, "--shard", f"{number}/{cpus}") for number in range(cpus)))
 
     def cmake(self, name, *options):
         """Configures and builds a folder of the test programs; None if that fails."""
@@ -124,6 +125,11 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             self.packed = folder if self.step(sys.executable, "tools/wheels.py", "--to", folder) else None
         return self.packed
+
+    def isas(self, *program, has, **environment):
+        """The instruction sets that a machine has are taken, the best one unasked, and all others refused."""
+        others = [isa for isa in ISAS if isa not in has]
+        self.step(*program, ", ".join(has), *others, counts=True, **environment)
 
     def registers(self, folder, *options):
         """The CPU kernels' inner loops, as compiled: their sums stay in registers."""
@@ -233,7 +239,9 @@ def release(run):
     run.step(sys.executable, ROOT / "tools/check_names.py", "--library", library, counts=True)
     run.registers(folder)
     run.step(folder / "check_kernels", counts=True)
-    for isa in machine_isas(library):
+    found = machine_isas(library)
+    run.isas(folder / "check_isa", has=found)
+    for isa in found:
         own = ("--filter", " bf16 ") if isa.endswith("bf16") else ()  # the others' kernels are those of the set below
         run.programs(folder, MFA_ISA=isa)
         run.step(folder / "check_attention", "--isa", isa, *own, counts=True)
@@ -298,14 +306,19 @@ def threads(run):
 
 
 def arm64(run):
-    """NEON, and scalar code of another compiler, under emulation."""
+    """NEON, with and without dot products of bf16, and scalar code of another compiler, under emulation."""
     folder = run.arm64()
     if folder:
         run.registers(folder, "--objdump", "aarch64-linux-gnu-objdump")
+        for cpu, has in EMULATED.items():
+            run.isas(*EMULATOR, "-cpu", cpu, folder / "check_isa", has=has)
         command = (*EMULATOR, folder / "check_attention", "--quick")
-        run.step(*command, "--isa", "neon", counts=True)
-        run.step(*EMULATOR, folder / "check_kernels", "--quick", "--isa", "neon", counts=True)
-        run.step(*command, "--isa", "scalar", "--filter", " f32 ", counts=True)
+        run.together(
+            (*command, "--isa", "neon"),
+            (*command, "--isa", "neonbf16", "--filter", " bf16 "),
+            (*command, "--isa", "scalar", "--filter", " f32 "),
+            (*EMULATOR, folder / "check_kernels", "--quick", "--isa", "neon"),
+        )
 
 
 def python(run):
@@ -351,8 +364,12 @@ def macos(run):
         settings = {"MFA_DYLIB": archive.extract("mps_flash_attn/libmfa.dylib", scratch)}
     run.step(sys.executable, "-m", "pytest", "tests/macos", counts=True, **settings)
     run.step(*EMULATOR, programs / "check_dylib", counts=True, **settings)
-    program = (*EMULATOR, programs / "check_attention_dylib", "--quick")
-    run.step(*program, *MACOS_PROBLEMS, counts=True, **settings)
+    program = (*EMULATOR, programs / "check_attention_dylib", "--quick", *MACOS_PROBLEMS)
+    run.step(*program, counts=True, **settings)
+    run.isas(*EMULATOR, programs / "check_isa_dylib", has=EMULATED["max"], **settings)
+    older = settings | {"MACHO_M1": "1"}  # a CPU without dot products of bf16
+    run.isas(*EMULATOR, programs / "check_isa_dylib", has=("scalar", "neon"), **older)
+    run.step(*program, "--filter", " bf16 ", counts=True, **older)
     settings["METALSIM_CACHE"] = str(scratch / "compiled")
     run.step(*EMULATOR, programs / "check_metal_dylib", scratch / "caches", counts=True, **settings)
 

@@ -26,7 +26,7 @@ RULES = (
     ("src/*/*", ("mfa.h", "base/*", "core/*", "{folder}/*"), ()),
     ("tests/reference/*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
     ("tests/kit/*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
-    ("tests/check_attention*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
+    ("tests/check_[ai]*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
     ("tests/*", ("*",), ()),
     # The software Metal: a program of its own beside the library, of which it knows base only. Its include folder is
     # what kernels are compiled with; its tests and its CUDA leg are tests.

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/auxv.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -123,21 +124,28 @@ static locale_t make_locale(int mask, const char *name, locale_t base)
     return newlocale(LC_NUMERIC_MASK, name, base);
 }
 
+/* The environment's MACHO_M1: a Mac whose CPU has no FEAT_BF16. */
 static int read_control(const char *name, void *value, size_t *size, const void *set, size_t set_size)
 {
-    const int processors = 2;
-    static const char build[] = "23A344";
-    const int number = !strcmp(name, "hw.perflevel0.physicalcpu") || !strcmp(name, "hw.ncpu");
-    const void *answer = number ? (const void *)&processors : build;
-    const size_t length = number ? sizeof processors : sizeof build;
+    static const int processors = 2;
+    const int bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) && !getenv("MACHO_M1");
+    const struct {
+        const char *name;
+        const void *value;
+        size_t size;
+    } controls[] = {{"hw.ncpu", &processors, sizeof processors},
+                    {"hw.perflevel0.physicalcpu", &processors, sizeof processors},
+                    {"hw.optional.arm.FEAT_BF16", &bf16, sizeof bf16},
+                    {"kern.osversion", "23A344", sizeof "23A344"}};
     (void)set_size;
-    if ((!number && strcmp(name, "kern.osversion") != 0) || set || *size < length) {
-        errno = ENOENT;
-        return -1;
-    }
-    memcpy(value, answer, length);
-    *size = length;
-    return 0;
+    for (size_t n = 0; n < sizeof controls / sizeof *controls; n++)
+        if (!strcmp(name, controls[n].name) && !set && *size >= controls[n].size) {
+            memcpy(value, controls[n].value, controls[n].size);
+            *size = controls[n].size;
+            return 0;
+        }
+    errno = ENOENT;
+    return -1;
 }
 
 /* Apple asks for a multiple; Linux would not mind. */

@@ -1,5 +1,6 @@
 /* x86 is asked through cpuid, and its operating system through xgetbv: registers that it does not save
- * may not be used. Every arm64 CPU has NEON. */
+ * may not be used. Every arm64 CPU has NEON; what else it has the operating system says, which also saves the
+ * registers. */
 #include "cpu/device.h"
 
 #include <stdint.h>
@@ -9,11 +10,17 @@
 
 #include "base/error.h"
 
-static const char *const names[MFA_CPU_ISA_COUNT] = {[MFA_CPU_SCALAR] = "scalar",
-                                                     [MFA_CPU_AVX2] = "avx2",
-                                                     [MFA_CPU_AVX512] = "avx512",
-                                                     [MFA_CPU_AVX512BF16] = "avx512bf16",
-                                                     [MFA_CPU_NEON] = "neon"};
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+static const char *const names[MFA_CPU_ISA_COUNT] = {
+    [MFA_CPU_SCALAR] = "scalar",         [MFA_CPU_AVX2] = "avx2", [MFA_CPU_AVX512] = "avx512",
+    [MFA_CPU_AVX512BF16] = "avx512bf16", [MFA_CPU_NEON] = "neon", [MFA_CPU_NEONBF16] = "neonbf16"};
 
 const char *mfa_cpu_isa_name(mfa_cpu_isa isa)
 {
@@ -21,8 +28,6 @@ const char *mfa_cpu_isa_name(mfa_cpu_isa isa)
 }
 
 #if defined(__x86_64__) || defined(__i386__)
-#include <cpuid.h>
-
 #define BIT(n) (UINT32_C(1) << (n))
 
 enum {
@@ -53,6 +58,20 @@ static int x86_present(mfa_cpu_isa isa)
         return 0;
     return isa != MFA_CPU_AVX512BF16 || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16));
 }
+#elif defined(__aarch64__)
+static int bf16_present(void)
+{
+#if defined(__linux__)
+    const unsigned long hwcap2_bf16 = 1ul << 14;
+    return (getauxval(AT_HWCAP2) & hwcap2_bf16) != 0;
+#elif defined(__APPLE__)
+    int present = 0;
+    size_t size = sizeof present;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, NULL, 0) == 0 && present;
+#else
+    return 0;
+#endif
+}
 #endif
 
 int mfa_cpu_isa_present(mfa_cpu_isa isa)
@@ -65,6 +84,7 @@ int mfa_cpu_isa_present(mfa_cpu_isa isa)
     case MFA_CPU_AVX512BF16: return x86_present(isa);
 #elif defined(__aarch64__)
     case MFA_CPU_NEON: return 1;
+    case MFA_CPU_NEONBF16: return bf16_present();
 #endif
     default: return 0;
     }
@@ -83,7 +103,8 @@ static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa 
         }
     }
     if (named < 0)
-        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16 or neon", field, name);
+        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, neon or neonbf16",
+                        field, name);
     if (!mfa_cpu_isa_present((mfa_cpu_isa)named))
         return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
     *isa = (mfa_cpu_isa)named;

@@ -1,0 +1,32 @@
+/* NEON with dot products of pairs of bf16 (FEAT_BF16). What products multiply are pairs, and all else is as in
+ * simd_neon.h. terms.h says what each name means. The instruction rounds its sums to odd and takes
+ * subnormal numbers for 0. */
+#include "cpu/kernels/simd_neon.h"
+
+#define TERM 2
+
+/* a is read from the register it was loaded into. For the intrinsic that says so, vbfdotq_laneq_f32, compilers copy
+ * it to all lanes first: an instruction for every three that multiply. */
+static inline vec vec_dot(real a, vec b, vec sum)
+{
+    __asm__("bfdot %0.4s, %1.8h, %2.2h[0]" : "+w"(sum) : "w"(b), "w"(a));
+    return sum;
+}
+
+static inline vec vec_pair(vec even, vec odd)
+{
+    uint16x8_t e = vreinterpretq_u16_bf16(vcvtq_low_bf16_f32(even));
+    return vreinterpretq_f32_u16(vzip1q_u16(e, vreinterpretq_u16_bf16(vcvtq_low_bf16_f32(odd))));
+}
+
+static inline void vec_store_across(real *to, vec v)
+{
+    vst1_f32(to, vreinterpret_f32_bf16(vcvt_bf16_f32(v)));
+}
+
+static inline void vec_zip(vec even, vec odd, real *to)
+{
+    uint16x8x2_t turns = vzipq_u16(vreinterpretq_u16_f32(even), vreinterpretq_u16_f32(odd));
+    vec_store(to, vreinterpretq_f32_u16(turns.val[0]));
+    vec_store(to + LANES, vreinterpretq_f32_u16(turns.val[1]));
+}
