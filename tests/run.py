@@ -25,7 +25,7 @@ import time
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon")
 EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")  # where Debian has the libraries of arm64
 LIMIT = 900  # seconds that one program may run
 

@@ -28,7 +28,7 @@ FOLDERS = set(
 DTYPE = "(?:f32|f16|bf16|f64)"
 KEY = re.compile(
     rf"(?:forward|backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
-    rf"(?:_band)?(?:_mask_bool|_mask_{DTYPE})?(?:_softcap)?_(?:scalar|avx2|avx512bf16|avx512|neon|apple\d+|sm\d+)"
+    rf"(?:_band)?(?:_mask_bool|_mask_{DTYPE})?(?:_softcap)?_(?:scalar|avx2|avx512bf16|avx512|amxbf16|neon|apple\d+|sm\d+)"
 )
 LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward)_{DTYPE}_d\d\w*_\w+")
 

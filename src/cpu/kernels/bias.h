@@ -21,7 +21,7 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
                      const struct group *g, int64_t offset, struct keys *keys, real *tile)
 {
     const struct mfa_args *a = &call->args;
-    struct range r = panel_range(panel, keys->first, keys->n, 1);
+    struct range r = panel_range(panel, keys->first, keys->n, KEY_UNIT);
     if (r.from >= r.to)
         return;
     if (!panel_scores(call, s, panel, 0, keys, r, NULL))
@@ -53,7 +53,8 @@ static void bias(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
     backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, LANES);
+    tiles_begin();
+    struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, PANEL);
     int64_t column = task % t.columns, row = task / t.columns % t.rows;
     int64_t head = task / t.columns / t.rows % t.heads, batch = task / t.columns / t.rows / t.heads;
     int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
@@ -81,4 +82,5 @@ static void bias(void *data, int64_t task, int worker)
             for (int64_t i = 1; i < PANEL; i++)
                 s.dbias[k * PANEL] += s.dbias[k * PANEL + i];
     store_bias(call, &panel, batch, head, &keys, s.dbias);
+    tiles_end();
 }

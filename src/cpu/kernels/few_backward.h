@@ -161,7 +161,7 @@ static void few_add_dQ(const struct mfa_cpu_call *call, const struct few_backwar
         for (int64_t c = 0; c < columns; c += LANES)
             vec_store(dQ + c, vec_add(vec_load(dQ + c), vec_load(s->dQ + i * columns + c)));
         if (block == g.to && panel->row[i] + 1 == g.rows)
-            finish_dQ(call, &g);
+            finish_dQ(call, &g, NULL);
     }
     atomic_store_explicit(turn, block + 1, memory_order_release);
 }

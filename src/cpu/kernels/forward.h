@@ -11,7 +11,6 @@
  * nearly all rescaling. The result is the same function. */
 
 #define SLACK 8
-#define KEY_UNIT 8 /* a panel visits whole tiles of keys */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
     real *O, *m, *l;
@@ -29,7 +28,7 @@ static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel
 }
 
 struct forward_scratch {
-    term *Q, *K, *V, *V_down;
+    term *Q, *K, *V, *V_left;
     real *rows, *S, *sums, *mask_rows, *mask_tile;
 };
 
@@ -45,7 +44,7 @@ static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struc
     s->S = carve(base, &used, n * PANEL);
     s->K = carve(base, &used, n * d);
     s->V = carve(base, &used, n * e);
-    s->V_down = carve(base, &used, TERM > 1 ? n * e : 0);
+    s->V_left = carve(base, &used, TERM > 1 ? n * e : 0);
     s->sums = carve(base, &used, call->panels * sums_reals(a));
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
@@ -153,6 +152,7 @@ static void softmax_step(const struct panel *panel, struct sums sums, int64_t va
         }
         vec_store(sums.l + at, vec_add(vec_load(sums.l + at), column_exp2(S + at, n, m)));
     }
+    end_down(S, PANEL, n, panel->vectors * LANES);
 }
 
 /* Divides by l and writes the panel's rows of O and L. */
@@ -187,7 +187,7 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *p
                           struct block K, const term *Q, real *S)
 {
     int64_t from = r.from, to;
-    for (int v = 0; v < panel->vectors; v++, from = to) {
+    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS, from = to) {
         to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
         multiply_rows(to - from, panel->vectors - v, K.rows + from * K.stride, K.stride, Q + v * LANES, PANEL,
                       S + (from - r.from) * PANEL + v * LANES, PANEL, terms(call->args.head_dim), score_factor(call));
@@ -199,10 +199,10 @@ static void add_values(const struct mfa_cpu_call *call, const struct panel *pane
                        struct block V, const term *P, real *O)
 {
     int64_t from = r.from, to;
-    for (int v = 0; v < panel->vectors; v++, from = to) {
+    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS, from = to) {
         to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
         if (from < to)
-            add_columns(call->args.value_dim, panel->vectors - v, V.rows + from / TERM * V.stride, V.stride,
+            add_columns(call->args.value_dim, panel->vectors - v, left_row(V, from), V.stride,
                         P + (from - r.from) / TERM * PANEL + v * LANES, PANEL, O + v * LANES, PANEL, terms(to - from));
     }
 }
@@ -217,6 +217,7 @@ static void forward(void *data, int64_t task, int worker)
     if (call->splits > 1)
         s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
 
+    tiles_begin();
     struct panel panels[MFA_CPU_PANELS_MAX];
     int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
     for (int64_t p = 0; p < c.panels; p++) {
@@ -247,7 +248,7 @@ static void forward(void *data, int64_t task, int worker)
                 K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
                 V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
-                V = turn_down(V, n, a->value_dim, s.V_down);
+                V = turn_left(V, n, a->value_dim, s.V_left);
             }
             struct sums sums = sums_at(s.sums, a, p);
             multiply_keys(call, &panels[p], key, r, K, s.Q + p * d * PANEL, s.S);
@@ -259,6 +260,7 @@ static void forward(void *data, int64_t task, int worker)
     if (call->splits == 1)
         for (int64_t p = 0; p < c.panels; p++)
             finish_panel(call, &panels[p], c.batch, sums_at(s.sums, a, p), s.rows);
+    tiles_end();
 }
 
 /* Joins the parts of a chunk, in order: m = max(m_s), l and O = sum of exp2(m_s - m) times theirs. */

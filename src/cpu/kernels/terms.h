@@ -10,11 +10,25 @@
  *     vec_dot(a, b, sum)            sum + a b, over the numbers of each term
  *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
- *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down */
+ *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down
+ *
+ * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only terms
+ * across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. */
 
 #ifndef TERM
 #define TERM 1
 #define vec_dot vec_fma
+#endif
+
+#ifndef TILES
+#define TILES 0
+static inline void tiles_begin(void)
+{
+}
+
+static inline void tiles_end(void)
+{
+}
 #endif
 
 typedef real term;
@@ -64,6 +78,8 @@ static struct block load_block(term *copy, const void *data, int dtype, const st
     int64_t bytes = bytes_of(dtype), stride = across_stride(columns);
     const char *from = row_at(data, bytes, s, batch, head, row);
     int fits = TERM == 1 ? is_real(dtype) : (columns | s->row) % TERM == 0 && (uintptr_t)from % sizeof(term) == 0;
+    if (TILES) /* they read whole squares */
+        fits = fits && columns % (TERM * LANES) == 0 && rows % LANES == 0;
     if (!must_copy && fits && s->column == 1 && s->row * bytes % 4096 != 0)
         return (struct block){(const term *)(const void *)from, s->row / TERM};
     if (is_real(dtype) && s->row == 1 && s->column != 1)
@@ -90,6 +106,42 @@ static struct block turn_down(struct block block, int64_t rows, int64_t columns,
         }
     return (struct block){down, stride};
 #endif
+}
+
+/* A block as the left operand of C += A^T B: terms down; or, for tile registers, its transpose, terms across. */
+static struct block turn_left(struct block block, int64_t rows, int64_t columns, term *left)
+{
+#if !TILES
+    return turn_down(block, rows, columns, left);
+#else
+    int64_t stride = across_stride(rows);
+    for (int64_t r = 0; r < rows; r += 2 * LANES)
+        for (int64_t c = 0; c < across_stride(columns); c += LANES) {
+            term down[LANES][2 * LANES];
+            for (int64_t i = 0; i < LANES; i++) {
+                const term *even = block.rows + (r + 2 * i) * block.stride + c;
+                vec first = r + 2 * i < rows ? vec_load(even) : vec_set1(0);
+                vec_zip(first, r + 2 * i + 1 < rows ? vec_load(even + block.stride) : vec_set1(0), down[i]);
+            }
+            term *to = left + 2 * c * stride + r / 2;
+            vec_transpose(down[0], 2 * LANES, to, stride);
+            vec_transpose(down[0] + LANES, 2 * LANES, to + LANES * stride, stride);
+        }
+    return (struct block){left, stride};
+#endif
+}
+
+/* Where row r of the block begins in it, r even. */
+static inline const term *left_row(struct block left, int64_t r)
+{
+    return left.rows + r / TERM * (TILES ? 1 : left.stride);
+}
+
+/* Zeros in the rows of terms down that a product with the first n takes along. */
+static void end_down(term *to, int64_t stride, int64_t n, int64_t columns)
+{
+    for (int64_t t = terms(n); TILES && t < across_stride(n); t++)
+        fill(to + t * stride, columns, 0);
 }
 
 /* Rows k and k + 1 of a matrix whose terms run down, k even; rows of terms `stride` apart. */
