@@ -295,6 +295,24 @@ def threads(run):
         run.step(folder / "check_attention", "--quick", "--threads", "3", counts=True, **settings)
 
 
+def amx(run):
+    """The kernels for AMX on emulated tile registers; and what memory these touch, by the sanitizers."""
+    emulated = "-DMFA_EMULATE_AMX=ON"
+    folder = run.cmake("test-amx", emulated)
+    if not folder:
+        return
+    if "amxbf16" not in machine_isas(next(folder.glob("libmfa.so.*.*.*"))):
+        print("\n--- not run: the emulation needs a CPU with AVX512_BF16, for all but the tile registers", flush=True)
+        return
+    kernels = ("--isa", "amxbf16", "--filter", " bf16 ")
+    run.step(folder / "check_attention", *kernels, counts=True)
+    folder = run.cmake(
+        "test-amx-memory", emulated, "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=address,undefined"
+    )
+    if folder:
+        run.step(folder / "check_attention", "--quick", *kernels, counts=True)
+
+
 def arm64(run):
     """NEON, and scalar code of another compiler, under emulation."""
     folder = run.arm64()
@@ -458,7 +476,7 @@ def metal_cuda(run):
     run.step("sh", "metalsim/cuda/run.sh", folder, counts=True, METALSIM_CUDA_ARCH="sm_90")
 
 
-CPU = (checks, release, header, plain, clang, memory, threads, arm64, python, wheels, macos)
+CPU = (checks, release, header, plain, clang, memory, threads, amx, arm64, python, wheels, macos)
 # make test-metal
 METAL = (
     *(metal_simulator, metal_kernels, metal_mutants, metal_lint, metal_coverage),

@@ -90,7 +90,8 @@ static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa 
         }
     }
     if (named < 0)
-        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16 or neon", field, name);
+        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16 or neon",
+                        field, name);
     if (!mfa_cpu_isa_present((mfa_cpu_isa)named))
         return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
     *isa = (mfa_cpu_isa)named;

@@ -8,18 +8,20 @@
 /* Keys of a block, and panels that share one visit of it, for head dims up to `dim`. Set so that, forward, the
  * scores of one panel and a block of K and V stay in L2 with the sums, and backward, P and dS of a group
  * too (1 MiB on the machines we know). Rows are tried in order. */
+/* clang-format off */
 static const struct row {
     mfa_cpu_isa isa; /* MFA_CPU_SCALAR: any */
     int32_t dim;
     int32_t forward_kv, forward_panels, backward_kv, backward_panels;
 } rows[] = {
-    {MFA_CPU_AMXBF16, 128, 256, 8, 256, 4}, /* keys in whole strips of 64 */
+    {MFA_CPU_AMXBF16, 128, 256, 8, 256, 4}, /* whole strips of 64 keys */
     {MFA_CPU_AMXBF16, 256, 128, 8, 128, 2},
     {MFA_CPU_AMXBF16, 512, 64, 8, 64, 2},
     {MFA_CPU_SCALAR, 128, 192, 4, 192, 4},
     {MFA_CPU_SCALAR, 256, 96, 4, 96, 2},
     {MFA_CPU_SCALAR, 512, 48, 4, 48, 2},
 };
+/* clang-format on */
 
 #define ENOUGH_TASKS 32   /* for any number of threads that we expect to share them well */
 #define SPLIT_KEYS 512    /* fewest keys worth a part of their own */

@@ -12,8 +12,8 @@
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
  *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down
  *
- * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only terms
- * across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. */
+ * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only
+ * terms across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. */
 
 #ifndef TERM
 #define TERM 1
