@@ -15,6 +15,7 @@
 #define STRIP 48 /* keys of a block that are left out together where a group does not see them */
 #endif
 #define STRIPS_MAX 8 /* of a block */
+#define PIECE 64     /* keys whose scores are in memory together, if not in the places of P and dS */
 
 struct backward_scratch {
     term *rows;           /* of a panel of Q or dO, terms across */
@@ -23,7 +24,7 @@ struct backward_scratch {
     term *K, *V;          /* terms across */
     term *K_left;
     real *dK, *dV;
-    real *S, *dP;         /* of a panel, [key] score_stride apart; in the places of its P and dS if these are reals */
+    real *S, *dP;         /* of a panel, [key] score_stride apart: of a piece, or in the places of P and dS */
     term *P, *dS;         /* of the group, terms across: [key][group / TERM] */
     term *dS_down;        /* [terms(key)][group] */
     real *slope;          /* [key][PANEL]: 1 - tanh^2 */
@@ -50,8 +51,8 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->K_left = carve(base, &used, TERM > 1 ? n * d_terms : 0);
     s->dK = carve(base, &used, n * d);
     s->dV = carve(base, &used, n * e);
-    s->S = carve(base, &used, TERM > 1 ? n * PANEL : 0);
-    s->dP = carve(base, &used, TERM > 1 ? n * PANEL : 0);
+    s->S = carve(base, &used, TERM > 1 ? PIECE * PANEL : 0);
+    s->dP = carve(base, &used, TERM > 1 ? PIECE * PANEL : 0);
     s->P = carve(base, &used, n * group / TERM);
     s->dS = carve(base, &used, n * group / TERM);
     s->dS_down = TERM > 1 ? carve(base, &used, n * group / TERM) : s->dS;
@@ -230,15 +231,29 @@ static inline int64_t score_stride(const struct mfa_cpu_call *call)
     return TERM > 1 ? PANEL : (int64_t)call->panels * PANEL;
 }
 
-/* S and dP of a panel, the rows from `first` on of its group, for keys r of the block; loads the panel's Q and dO. 0 if
- * it sees none of them. `slope` is for softcap, or NULL. */
+/* The panel's Q and dO, the rows from `first` on of its group. */
+static void load_queries(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
+                         int64_t first, int64_t batch)
+{
+    const struct mfa_args *a = &call->args;
+    load_panel(s, panel, first, call->q, call->dtype, &a->q, batch, a->head_dim, s->Q, s->Qt);
+    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, batch, a->value_dim, s->dO, s->dOt);
+    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+}
+
+/* The piece of keys r that begins with `from`. */
+static inline struct range piece_of(struct range r, int64_t from)
+{
+    return (struct range){from, TERM > 1 && from + PIECE < r.to ? from + PIECE : r.to};
+}
+
+/* S and dP of a panel, the rows from `first` on of its group, for a piece r of the block's keys. 0 if it sees none of
+ * them. `slope` is for softcap, or NULL; S is still to be multiplied by *factor. */
 static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
-                        int64_t first, struct keys *keys, struct range r, real *slope)
+                        int64_t first, struct keys *keys, struct range r, real *slope, real *factor)
 {
     const struct mfa_args *a = &call->args;
     int64_t key = keys->first + r.from, n = r.to - r.from;
-    load_panel(s, panel, first, call->q, call->dtype, &a->q, keys->batch, a->head_dim, s->Q, s->Qt);
-    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim, s->dO, s->dOt);
     enum visibility seen = panel_sees(panel, call, keys->batch, key, n, s->mask_rows, s->mask_tile);
     if (seen == HIDDEN)
         return 0;
@@ -247,9 +262,10 @@ static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch
     int64_t stride = score_stride(call);
     if (TERM == 1)
         s->S = s->P + r.from * stride + first, s->dP = s->dS + r.from * stride + first;
-    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+    int later = TILES && seen == SHOWN && !(call->softcap > 0);
+    *factor = later ? score_factor(call) : 1;
     multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, s->S, stride,
-                  terms(a->head_dim), score_factor(call));
+                  terms(a->head_dim), later ? 1 : score_factor(call));
     panel_adjust(panel, call, seen, key, n, s->S, stride, s->mask_tile, slope);
     multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, s->dP,
                   stride, terms(a->value_dim), 1);
@@ -257,9 +273,9 @@ static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch
 }
 
 /* A vector of P, and of dS, from S and dP. */
-static inline vec probabilities(const real *S, vec L)
+static inline vec probabilities(const real *S, real factor, vec L)
 {
-    return vec_exp(vec_sub(vec_load(S), L));
+    return vec_exp(vec_fma(vec_load(S), vec_set1(factor), vec_sub(vec_set1(0), L)));
 }
 
 static inline vec score_gradients(vec P, const real *dP, vec D, const real *slope)
@@ -271,7 +287,7 @@ static inline vec score_gradients(vec P, const real *dP, vec D, const real *slop
 /* P and dS of a panel, the rows from `first` on of its group, for keys r of the block. */
 static void panel_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
                             const struct panel *panel, int64_t first, struct range r, const real *L, const real *D,
-                            const real *slope)
+                            const real *slope, real factor)
 {
     int64_t size = (int64_t)call->panels * PANEL, across = size / TERM, n = r.to - r.from, stride = score_stride(call);
     for (int v = 0; v < panel->vectors; v++) {
@@ -281,7 +297,7 @@ static void panel_gradients(const struct mfa_cpu_call *call, const struct backwa
         for (int64_t k = 0; k < n; k += 2) {
             const real *S = s->S + k * stride + at, *dP = s->dP + k * stride + at,
                        *t = slope ? slope + k * PANEL + at : NULL;
-            vec P0 = probabilities(S, l), dS0 = score_gradients(P0, dP, delta, t);
+            vec P0 = probabilities(S, factor, l), dS0 = score_gradients(P0, dP, delta, t);
             store_across(P + k * across, P0);
             if (TERM > 1)
                 store_across(dS + k * across, dS0);
@@ -289,7 +305,8 @@ static void panel_gradients(const struct mfa_cpu_call *call, const struct backwa
                 store_down_last(dS_down, size, k, dS0);
                 break;
             }
-            vec P1 = probabilities(S + stride, l), dS1 = score_gradients(P1, dP + stride, delta, t ? t + PANEL : NULL);
+            vec P1 = probabilities(S + stride, factor, l),
+                dS1 = score_gradients(P1, dP + stride, delta, t ? t + PANEL : NULL);
             store_across(P + (k + 1) * across, P1);
             if (TERM > 1)
                 store_across(dS + (k + 1) * across, dS1);
@@ -413,12 +430,16 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
         sight.keys[p] = r;
         if (r.from >= r.to)
             continue;
-        if (panel_scores(call, s, &panel, first, keys, r, slope)) {
-            panel_gradients(call, s, &panel, first, r, group_rows(call, g, call->L) + first,
-                            group_rows(call, g, call->D) + first, slope);
-            any_shown = 1;
-        } else {
-            clear_gradients(call, s, first, r);
+        load_queries(call, s, &panel, first, keys->batch);
+        for (struct range piece = piece_of(r, r.from); piece.from < r.to; piece = piece_of(r, piece.to)) {
+            real factor;
+            if (panel_scores(call, s, &panel, first, keys, piece, slope, &factor)) {
+                panel_gradients(call, s, &panel, first, piece, group_rows(call, g, call->L) + first,
+                                group_rows(call, g, call->D) + first, slope, factor);
+                any_shown = 1;
+            } else {
+                clear_gradients(call, s, first, piece);
+            }
         }
     }
     if (any_shown)

@@ -56,7 +56,7 @@ static void few_load(const struct mfa_cpu_call *call, const struct panel *panel,
 static void gradients_row(real *S, real *dP, const real *slope, int64_t n, real L, real D)
 {
     for (int64_t k = 0; k < n; k += LANES) {
-        vec P = probabilities(S + k, vec_set1(L));
+        vec P = probabilities(S + k, 1, vec_set1(L));
         vec dS = score_gradients(P, dP + k, vec_set1(D), slope ? slope + k : NULL);
         vec_store(S + k, P);
         vec_store(dP + k, dS);
