@@ -13,6 +13,7 @@
 #else
 #include "cpu/kernels/product.h"
 #endif
+#include "cpu/kernels/softmax.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/few_product.h"
 #include "cpu/kernels/few.h"

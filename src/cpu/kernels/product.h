@@ -26,19 +26,23 @@
 #define TILE_UNROLL
 #endif
 
-#define TILE(R, V) TILE_(R, V)
 /* clang-format off */
+#define SUM_UP(R, V, t, end)                                                                                           \
+    TILE_UNROLL                                                                                                        \
+    for (; t < end; t++, A += step, B += b_step) {                                                                     \
+        EACH_VECTOR_##V(LOAD_B, 0)                                                                                     \
+        EACH_ROW(R, ADD_ROW, V)                                                                                        \
+    }
+
+#define TILE(R, V) TILE_(R, V)
 #define TILE_(R, V)                                                                                                    \
     static inline __attribute__((always_inline)) void tile_##R##x##V(                                                  \
         const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step,                \
         real *restrict C, int64_t c_step, int64_t n, int add, real factor)                                             \
     {                                                                                                                  \
+        int64_t t = 0;                                                                                                 \
         EACH_ROW(R, START_ROW, V)                                                                                      \
-        TILE_UNROLL                                                                                                    \
-        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                                      \
-            EACH_VECTOR_##V(LOAD_B, 0)                                                                                 \
-            EACH_ROW(R, ADD_ROW, V)                                                                                    \
-        }                                                                                                              \
+        SUM_UP(R, V, t, n)                                                                                             \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
     }
 /* clang-format on */
