@@ -324,8 +324,8 @@ def peak_library():
 
 def vector_bits(library):
     """Of the instruction set in use: MFA_ISA where set, else this machine's widest."""
-    widths = {"scalar": 128, "neon": 128, "neonbf16": 128, "avx2": 256, "avx512": 512, "avx512bf16": 512}
-    return widths.get(os.environ.get("MFA_ISA"), library.mfa_peak_vector_bits())
+    narrow = {"scalar": 128, "neon": 128, "neonbf16": 128, "avx2": 256}
+    return narrow.get(os.environ.get("MFA_ISA"), library.mfa_peak_vector_bits())
 
 
 def machine(device="cpu"):

@@ -130,7 +130,7 @@ typedef struct mfa_context_options {
     uint64_t size;         /* sizeof(mfa_context_options) */
     int32_t threads;       /* most threads of a run; 0: as many as this process may use */
     int32_t reserved;      /* 0 */
-    const char *isa;       /* CPU: highest instruction set to use: scalar, avx2, avx512, avx512bf16, neon,
+    const char *isa;       /* CPU: highest instruction set to use: scalar, avx2, avx512, avx512bf16, amxbf16, neon,
                               neonbf16. NULL: the environment's MFA_ISA, else the best of this machine */
     const char *cache;     /* folder for compiled kernels. NULL: MFA_CACHE, else the user's cache folder */
     mfa_parallel_for host; /* the host's thread pool; NULL: the library's own */

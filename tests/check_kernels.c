@@ -191,7 +191,7 @@ static void run_forward(struct trial *t)
 {
     const struct mfa_cpu_kernels *k = t->set->kernels;
     const struct mfa_args *a = &t->call.args;
-    const int64_t rows = (int64_t)t->way.panels * MFA_CPU_PANEL_VECTORS * k->lanes;
+    const int64_t rows = (int64_t)t->way.panels * k->panel;
     const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
     const uint64_t scratch = t->way.few ? k->few_scratch(&t->call) : k->forward_scratch(&t->call);
     struct guarded partials = {.mapping = NULL};
@@ -211,7 +211,7 @@ static void run_backward(struct trial *t)
     const struct mfa_cpu_kernels *k = t->set->kernels;
     struct mfa_cpu_call *call = &t->call;
     const struct mfa_args *a = &call->args;
-    const int64_t rows = (int64_t)t->way.panels * MFA_CPU_PANEL_VECTORS * k->lanes, heads = a->batch * a->q_heads;
+    const int64_t rows = (int64_t)t->way.panels * k->panel, heads = a->batch * a->q_heads;
     const int64_t groups = heads * mfa_cpu_ceil(a->q_len, rows);
     const int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
     const size_t real = call->dtype == CPU_F64 ? 8 : 4;
@@ -219,12 +219,14 @@ static void run_backward(struct trial *t)
         const char *name;
         void **at;
         size_t size;
-    } shared[] = {
-        {"D", &call->D, (size_t)(groups * rows) * real},
-        {"L of rows", &call->L, (size_t)(groups * rows) * real},
-        {"progress", (void **)&call->progress, (size_t)groups * sizeof *call->progress},
-        {"sums of dQ", &call->dq_sums,
-         t->way.own_dQ ? 0 : (size_t)(heads * a->q_len * mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) * real}};
+    } shared[] = {{"D", &call->D, (size_t)(groups * rows) * real},
+                  {"L of rows", &call->L, (size_t)(groups * rows) * real},
+                  {"progress", (void **)&call->progress, (size_t)groups * sizeof *call->progress},
+                  {"sums of dQ", &call->dq_sums,
+                   t->way.own_dQ ? 0
+                                 : (size_t)(heads * mfa_cpu_ceil(a->q_len, k->panel) * k->panel *
+                                            mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) *
+                                       real}};
     enum { SHARED = sizeof shared / sizeof *shared };
     struct guarded memory[SHARED] = {{.mapping = NULL}};
     for (int n = 0; n < SHARED; n++)
@@ -239,7 +241,7 @@ static void run_backward(struct trial *t)
     else
         run_phase(t, k->backward, blocks, scratch, 1);
     if (call->dbias) {
-        const struct mfa_cpu_bias_tiles tiles = mfa_cpu_bias_tiles(call, k->lanes);
+        const struct mfa_cpu_bias_tiles tiles = mfa_cpu_bias_tiles(call, k->panel);
         run_phase(t, k->bias, tiles.batch * tiles.heads * tiles.rows * tiles.columns, scratch, 0);
     }
     for (int n = 0; n < SHARED; n++)

@@ -25,7 +25,7 @@ import time
 import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon", "neonbf16")
 EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")  # where Debian has the libraries of arm64
 EMULATED = {"max": ("scalar", "neon", "neonbf16"), "cortex-a76": ("scalar", "neon")}  # CPUs, and what they have
 LIMIT = 900  # seconds that one program may run
@@ -305,6 +305,24 @@ def threads(run):
         run.step(folder / "check_attention", "--quick", "--threads", "3", counts=True, **settings)
 
 
+def amx(run):
+    """The kernels for AMX on emulated tile registers; and what memory these touch, by the sanitizers."""
+    emulated = "-DMFA_EMULATE_AMX=ON"
+    folder = run.cmake("test-amx", emulated)
+    if not folder:
+        return
+    if "amxbf16" not in machine_isas(next(folder.glob("libmfa.so.*.*.*"))):
+        print("\n--- not run: the emulation needs a CPU with AVX512_BF16, for all but the tile registers", flush=True)
+        return
+    kernels = ("--isa", "amxbf16", "--filter", " bf16 ")
+    run.step(folder / "check_attention", *kernels, counts=True)
+    folder = run.cmake(
+        "test-amx-memory", emulated, "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=address,undefined"
+    )
+    if folder:
+        run.step(folder / "check_attention", "--quick", *kernels, counts=True)
+
+
 def arm64(run):
     """NEON, with and without dot products of bf16, and scalar code of another compiler, under emulation."""
     folder = run.arm64()
@@ -478,7 +496,7 @@ def metal_cuda(run):
     run.step("sh", "metalsim/cuda/run.sh", folder, counts=True, METALSIM_CUDA_ARCH="sm_90")
 
 
-CPU = (checks, release, header, plain, clang, memory, threads, arm64, python, wheels, macos)
+CPU = (checks, release, header, plain, clang, memory, threads, amx, arm64, python, wheels, macos)
 # make test-metal
 METAL = (
     *(metal_simulator, metal_kernels, metal_mutants, metal_lint, metal_coverage),

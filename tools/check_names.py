@@ -20,7 +20,7 @@ FOLDERS = set(
     """.ci bench docs include metalsim metalsim/cuda metalsim/cuda/include metalsim/include
     metalsim/include/metalsim metalsim/lint metalsim/macho metalsim/runtime metalsim/tests python
     python/mps_flash_attn requirements src src/base src/core src/cpu src/cpu/kernels src/metal
-    src/metal/kernels tests tests/kit tests/macos tests/metal tests/metal_host tests/python tests/reference
+    src/metal/kernels tests tests/amx tests/kit tests/macos tests/metal tests/metal_host tests/python tests/reference
     tests/tools tools tools/macos tools/macos/sdk tools/macos/sdk/usr tools/macos/sdk/usr/include
     tools/macos/sdk/usr/include/sys""".split()
 )  # closed: what a folder is called is decided here, and none is called util, common, misc, old or new
@@ -29,7 +29,7 @@ DTYPE = "(?:f32|f16|bf16|f64)"
 KEY = re.compile(
     rf"(?:forward|backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
     rf"(?:_band)?(?:_mask_bool|_mask_{DTYPE})?(?:_softcap)?"
-    r"_(?:scalar|avx2|avx512bf16|avx512|neonbf16|neon|apple\d+|sm\d+)"
+    r"_(?:scalar|avx2|avx512bf16|avx512|amxbf16|neonbf16|neon|apple\d+|sm\d+)"
 )
 LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward)_{DTYPE}_d\d\w*_\w+")
 

@@ -198,7 +198,7 @@ class Library:
     def instruction_sets(self):
         """Those of the CPU that libmfa has kernels for and this machine has, the plainest first."""
         found = []
-        for isa in ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"):
+        for isa in ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon", "neonbf16"):
             name, context = ctypes.c_char_p(isa.encode()), ctypes.c_void_p()
             options = OPTIONS.pack(OPTIONS.size, 1, 0, ctypes.cast(name, ctypes.c_void_p).value, 0, 0)
             if self.mfa_context_create(options, ctypes.addressof(context)) == 0:

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/error.h"
+#include "cpu/amx.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -19,8 +20,9 @@
 #endif
 
 static const char *const names[MFA_CPU_ISA_COUNT] = {
-    [MFA_CPU_SCALAR] = "scalar",         [MFA_CPU_AVX2] = "avx2", [MFA_CPU_AVX512] = "avx512",
-    [MFA_CPU_AVX512BF16] = "avx512bf16", [MFA_CPU_NEON] = "neon", [MFA_CPU_NEONBF16] = "neonbf16"};
+    [MFA_CPU_SCALAR] = "scalar",         [MFA_CPU_AVX2] = "avx2",       [MFA_CPU_AVX512] = "avx512",
+    [MFA_CPU_AVX512BF16] = "avx512bf16", [MFA_CPU_AMXBF16] = "amxbf16", [MFA_CPU_NEON] = "neon",
+    [MFA_CPU_NEONBF16] = "neonbf16"};
 
 const char *mfa_cpu_isa_name(mfa_cpu_isa isa)
 {
@@ -56,7 +58,11 @@ static int x86_present(mfa_cpu_isa isa)
     const uint32_t need_saved = isa == MFA_CPU_AVX2 ? XMM_YMM : XMM_YMM | OPMASK_AND_ZMM;
     if ((b & need) != need || (saved_state() & need_saved) != need_saved)
         return 0;
-    return isa != MFA_CPU_AVX512BF16 || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16));
+    if (isa < MFA_CPU_AVX512BF16)
+        return 1;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16))
+        return 0;
+    return isa < MFA_CPU_AMXBF16 || mfa_cpu_amx_present();
 }
 #elif defined(__aarch64__)
 static int bf16_present(void)
@@ -81,7 +87,8 @@ int mfa_cpu_isa_present(mfa_cpu_isa isa)
 #if defined(__x86_64__) || defined(__i386__)
     case MFA_CPU_AVX2:
     case MFA_CPU_AVX512:
-    case MFA_CPU_AVX512BF16: return x86_present(isa);
+    case MFA_CPU_AVX512BF16:
+    case MFA_CPU_AMXBF16: return x86_present(isa);
 #elif defined(__aarch64__)
     case MFA_CPU_NEON: return 1;
     case MFA_CPU_NEONBF16: return bf16_present();
@@ -103,8 +110,9 @@ static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa 
         }
     }
     if (named < 0)
-        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, neon or neonbf16",
-                        field, name);
+        return mfa_fail(MFA_INVALID,
+                        "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16, neon or neonbf16", field,
+                        name);
     if (!mfa_cpu_isa_present((mfa_cpu_isa)named))
         return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
     *isa = (mfa_cpu_isa)named;

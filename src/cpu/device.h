@@ -10,16 +10,17 @@ typedef enum mfa_cpu_isa {
     MFA_CPU_AVX2,
     MFA_CPU_AVX512,
     MFA_CPU_AVX512BF16,
+    MFA_CPU_AMXBF16,
     MFA_CPU_NEON,
     MFA_CPU_NEONBF16,
     MFA_CPU_ISA_COUNT
 } mfa_cpu_isa;
 
-/* "scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16". */
+/* "scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon", "neonbf16". */
 const char *mfa_cpu_isa_name(mfa_cpu_isa isa);
 
-/* 1 if this machine runs it (AVX2 means AVX2, FMA and F16C; AVX-512 means F, DQ, BW and VL;
- * avx512bf16 has BF16 beside these; neonbf16 means FEAT_BF16), else 0. */
+/* 1 if this machine runs it (AVX2 means AVX2, FMA and F16C; AVX-512 means F, DQ, BW and VL; avx512bf16 has BF16 beside
+ * these, and amxbf16 tile registers; neonbf16 means FEAT_BF16), else 0. */
 int mfa_cpu_isa_present(mfa_cpu_isa isa);
 
 /* The best one present; or the one named in `mask` (NULL: the environment's MFA_ISA, if set).

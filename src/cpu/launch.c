@@ -35,6 +35,11 @@ static uint64_t align(uint64_t bytes)
     return (bytes + 63) / 64 * 64;
 }
 
+static int64_t whole(int64_t n, int64_t unit)
+{
+    return mfa_cpu_ceil(n, unit) * unit;
+}
+
 /* dQ is summed in its own memory if that holds whole vectors of reals. */
 static int sums_in_place(const struct mfa_cpu_kernels *kernels, const mfa_problem *p)
 {
@@ -47,7 +52,7 @@ static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_pr
 {
     struct shared at = {0};
     uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
-    int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    int64_t rows = (int64_t)call->panels * kernels->panel;
     if (p->pass == MFA_FORWARD) {
         int64_t chunks = p->batch * p->kv_heads * mfa_cpu_ceil(call->args.group * p->q_len, rows);
         if (call->splits > 1)
@@ -60,7 +65,7 @@ static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_pr
     at.progress = at.dq_sums;
     if (!sums_in_place(kernels, p))
         at.progress +=
-            align((uint64_t)(heads * p->q_len * mfa_cpu_ceil(p->head_dim, kernels->lanes) * kernels->lanes) * real);
+            align((uint64_t)(heads * whole(p->q_len, kernels->panel) * whole(p->head_dim, kernels->lanes)) * real);
     at.end = at.progress + align((uint64_t)groups * sizeof *call->progress);
     return at;
 }
@@ -97,7 +102,7 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
                         struct mfa_cpu_call *call)
 {
     const struct mfa_args *a = &call->args;
-    int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
     mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->few ? kernels->few : kernels->forward, call);
     if (call->splits > 1)
@@ -108,14 +113,14 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
                          struct mfa_cpu_call *call)
 {
     const struct mfa_args *a = &call->args;
-    int64_t rows = (int64_t)call->panels * MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
     int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
     mfa_cpu_threads_run(threads, workers, groups, kernels->prepare, call);
     if (call->dq || call->dk || call->dv)
         mfa_cpu_threads_run(threads, workers, blocks, call->few ? kernels->few_backward : kernels->backward, call);
     if (call->dbias) {
-        struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->lanes);
+        struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->panel);
         mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->bias, call);
     }
 }

@@ -8,24 +8,30 @@
 /* Keys of a block, and panels that share one visit of it, for head dims up to `dim`. Set so that, forward, the
  * scores of one panel and a block of K and V stay in L2 with the sums, and backward, P and dS of a group
  * too (1 MiB on the machines we know). Rows are tried in order. */
+/* clang-format off */
 static const struct row {
+    mfa_cpu_isa isa; /* MFA_CPU_SCALAR: any */
     int32_t dim;
     int32_t forward_kv, forward_panels, backward_kv, backward_panels;
 } rows[] = {
-    {128, 192, 4, 192, 4},
-    {256, 96, 4, 96, 2},
-    {512, 48, 4, 48, 2},
+    {MFA_CPU_AMXBF16, 128, 256, 8, 256, 4}, /* whole strips of 64 keys */
+    {MFA_CPU_AMXBF16, 256, 128, 8, 128, 2},
+    {MFA_CPU_AMXBF16, 512, 64, 8, 64, 2},
+    {MFA_CPU_SCALAR, 128, 192, 4, 192, 4},
+    {MFA_CPU_SCALAR, 256, 96, 4, 96, 2},
+    {MFA_CPU_SCALAR, 512, 48, 4, 48, 2},
 };
+/* clang-format on */
 
 #define ENOUGH_TASKS 32   /* for any number of threads that we expect to share them well */
 #define SPLIT_KEYS 512    /* fewest keys worth a part of their own */
 #define SERIAL_FLOP 2e6   /* less than this takes about as long as waking a thread */
 
-static const struct row *row_of(const mfa_problem *p)
+static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
 {
     int64_t dim = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;
     const struct row *row = rows;
-    while (row->dim < dim)
+    while (row->dim < dim || (row->isa != MFA_CPU_SCALAR && row->isa != isa))
         row++;
     return row;
 }
@@ -58,8 +64,8 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
 void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
                           struct mfa_choice *choice)
 {
-    const struct row *row = row_of(p);
-    int forward = p->pass == MFA_FORWARD, block_q = MFA_CPU_PANEL_VECTORS * kernels->lanes;
+    const struct row *row = row_of(isa, p);
+    int forward = p->pass == MFA_FORWARD, block_q = kernels->panel;
     int64_t tasks;
 
     memset(&choice->key, 0, sizeof choice->key);

@@ -6,8 +6,14 @@
 #include "cpu/kernels/contract.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/kernels/terms.h"
-#include "cpu/kernels/product.h"
 #include "cpu/kernels/panel.h"
+#include "cpu/kernels/each.h"
+#if TILES
+#include "cpu/kernels/tile_product.h"
+#else
+#include "cpu/kernels/product.h"
+#endif
+#include "cpu/kernels/softmax.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/few_product.h"
 #include "cpu/kernels/few.h"
@@ -17,6 +23,7 @@
 
 const struct mfa_cpu_kernels KERNEL_SET = {
     .lanes = LANES,
+    .panel = PANEL,
     .forward = forward,
     .few = few,
     .merge = merge,

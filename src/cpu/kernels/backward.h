@@ -11,29 +11,34 @@
  * A group's dQ is added to in the order of the blocks, so sums do not depend on who computes them. Tasks are
  * numbered in that order and each waits only for a lower one. */
 
+#ifndef STRIP
 #define STRIP 48 /* keys of a block that are left out together where a group does not see them */
+#endif
 #define STRIPS_MAX 8 /* of a block */
+#define PIECE 64     /* keys whose scores are in memory together, if not in the places of P and dS */
 
 struct backward_scratch {
     term *rows;           /* of a panel of Q or dO, terms across */
     term *Qt, *dOt;       /* their transposes: [terms(dim)][PANEL] */
     term *Q, *dO;         /* of the group, terms down */
     term *K, *V;          /* terms across */
-    term *K_down;
+    term *K_left;
     real *dK, *dV;
-    real *S, *dP;         /* of a panel, [key] score_stride apart; in the places of its P and dS if these are reals */
+    real *S, *dP;         /* of a panel, [key] score_stride apart: of a piece, or in the places of P and dS */
     term *P, *dS;         /* of the group, terms across: [key][group / TERM] */
     term *dS_down;        /* [terms(key)][group] */
     real *slope;          /* [key][PANEL]: 1 - tanh^2 */
     real *mask_rows, *mask_tile;
     real *row;            /* one of O and one of dO */
+    real *dQ;             /* LANES rows, where dQ is summed up transposed */
     real *dbias;          /* [key][PANEL] */
 };
 
 static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, struct backward_scratch *s)
 {
     const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = padded(call->block_kv), group = call->panels * PANEL;
+    int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = whole_keys(call->block_kv),
+            group = call->panels * PANEL;
     int64_t d_terms = across_stride(a->head_dim), e_terms = across_stride(a->value_dim);
     int masked = call->mask_kind != CPU_MASK_NONE;
     uint64_t used = 0;
@@ -44,11 +49,11 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->dO = carve(base, &used, group * e_terms);
     s->K = carve(base, &used, n * d_terms);
     s->V = carve(base, &used, n * e_terms);
-    s->K_down = carve(base, &used, TERM > 1 ? n * d_terms : 0);
+    s->K_left = carve(base, &used, TERM > 1 ? n * d_terms : 0);
     s->dK = carve(base, &used, n * d);
     s->dV = carve(base, &used, n * e);
-    s->S = carve(base, &used, TERM > 1 ? n * PANEL : 0);
-    s->dP = carve(base, &used, TERM > 1 ? n * PANEL : 0);
+    s->S = carve(base, &used, TERM > 1 ? PIECE * PANEL : 0);
+    s->dP = carve(base, &used, TERM > 1 ? PIECE * PANEL : 0);
     s->P = carve(base, &used, n * group / TERM);
     s->dS = carve(base, &used, n * group / TERM);
     s->dS_down = TERM > 1 ? carve(base, &used, n * group / TERM) : s->dS;
@@ -56,6 +61,7 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
     s->row = carve(base, &used, 2 * e);
+    s->dQ = carve(base, &used, TILES ? LANES * d : 0);
     s->dbias = carve(base, &used, call->mask_kind == CPU_MASK_ADDITIVE ? n * PANEL : 0);
     return used;
 }
@@ -102,7 +108,13 @@ static inline real *group_rows(const struct mfa_cpu_call *call, const struct gro
     return (real *)all + group_number(call, g) * call->panels * PANEL;
 }
 
-/* Where the group's dQ is summed up: rows *stride apart. */
+/* Tile registers sum up dQ^T[d][row], the kernels for few queries dQ[row][d] always. */
+static inline int dQ_is_transposed(const struct mfa_cpu_call *call)
+{
+    return TILES && !call->few;
+}
+
+/* Where the group's dQ is summed up: rows, of dQ or of dQ^T, *stride apart. */
 static real *group_dQ(const struct mfa_cpu_call *call, const struct group *g, int64_t *stride)
 {
     const struct mfa_args *a = &call->args;
@@ -110,28 +122,39 @@ static real *group_dQ(const struct mfa_cpu_call *call, const struct group *g, in
         *stride = a->dq.row;
         return (real *)row_at(call->dq, sizeof(real), &a->dq, g->batch, g->head, g->first);
     }
-    *stride = padded(a->head_dim);
-    return (real *)call->dq_sums + ((g->batch * a->q_heads + g->head) * a->q_len + g->first) * *stride;
+    int64_t d = padded(a->head_dim), rows = mfa_cpu_ceil(a->q_len, PANEL) * PANEL;
+    *stride = dQ_is_transposed(call) ? mfa_cpu_ceil(g->rows, PANEL) * PANEL : d;
+    return (real *)call->dq_sums + ((g->batch * a->q_heads + g->head) * rows + g->first) * d;
 }
 
 static void clear_dQ(const struct mfa_cpu_call *call, const struct group *g)
 {
-    int64_t stride, columns = call->dq_sums ? padded(call->args.head_dim) : call->args.head_dim;
+    int64_t stride, d = padded(call->args.head_dim);
     real *dQ = group_dQ(call, g, &stride);
-    for (int64_t i = 0; i < g->rows; i++)
-        fill(dQ + i * stride, columns, 0);
+    if (dQ_is_transposed(call))
+        fill(dQ, d * stride, 0);
+    else
+        for (int64_t i = 0; i < g->rows; i++)
+            fill(dQ + i * stride, d, 0);
 }
 
-static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g)
+/* turned: room for LANES rows, if dQ is transposed. */
+static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g, real *turned)
 {
     const struct mfa_args *a = &call->args;
-    int64_t stride, bytes = bytes_of(call->dtype);
+    int64_t stride, d = padded(a->head_dim), bytes = bytes_of(call->dtype);
     real *dQ = group_dQ(call, g, &stride);
     for (int64_t i = 0; i < g->rows; i++) {
-        scale_vectors(dQ + i * stride, padded(a->head_dim), (real)call->scale);
+        real *row = dQ + i * stride;
+        if (dQ_is_transposed(call)) {
+            if (i % LANES == 0)
+                transpose(dQ + i, stride, turned, d, d, LANES);
+            row = turned + i % LANES * d;
+        }
+        scale_vectors(row, d, (real)call->scale);
         if (call->dq_sums)
             store_row((char *)row_at(call->dq, bytes, &a->dq, g->batch, g->head, g->first + i), call->dtype,
-                      a->dq.column, dQ + i * stride, a->head_dim);
+                      a->dq.column, row, a->head_dim);
     }
 }
 
@@ -164,14 +187,14 @@ static void prepare(void *data, int64_t task, int worker)
     atomic_store_explicit(&call->progress[group_number(call, &g)], g.from, memory_order_relaxed);
     if (call->dq && g.from > g.to) {
         clear_dQ(call, &g);
-        finish_dQ(call, &g);
+        finish_dQ(call, &g, s.dQ);
     }
 }
 
 /* One block of keys: where it begins and how many. K and V are loaded when the first panel sees it. */
 struct keys {
     int64_t batch, kv_head, first, n;
-    struct block K, V, K_down;
+    struct block K, V, K_left;
 };
 
 static struct keys keys_of(const struct mfa_cpu_call *call, int64_t batch, int64_t kv_head, int64_t block)
@@ -188,7 +211,7 @@ static void load_keys(const struct mfa_cpu_call *call, struct backward_scratch *
         load_block(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n, a->head_dim, 1);
     keys->V = load_block(s->V, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
                          a->value_dim, 1);
-    keys->K_down = turn_down(keys->K, keys->n, a->head_dim, s->K_down);
+    keys->K_left = turn_left(keys->K, keys->n, a->head_dim, s->K_left);
 }
 
 /* The panel's rows of Q or dO: down, as the rows of a group from `first` on, and transposed. */
@@ -200,7 +223,7 @@ static void load_panel(const struct backward_scratch *s, const struct panel *pan
     down += first / TERM * down_stride(columns);
     term *rows = TERM > 1 ? s->rows : down;
     panel_load(panel, rows, across, data, dtype, strides, batch, columns);
-    turn_down((struct block){rows, across}, lanes, columns, down);
+    turn_down((struct block){rows, across, NULL}, lanes, columns, down);
     transpose(rows, across, transposed, PANEL, lanes, across);
 }
 
@@ -209,15 +232,29 @@ static inline int64_t score_stride(const struct mfa_cpu_call *call)
     return TERM > 1 ? PANEL : (int64_t)call->panels * PANEL;
 }
 
-/* S and dP of a panel, the rows from `first` on of its group, for keys r of the block; loads the panel's Q and dO. 0 if
- * it sees none of them. `slope` is for softcap, or NULL. */
+/* The panel's Q and dO, the rows from `first` on of its group. */
+static void load_queries(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
+                         int64_t first, int64_t batch)
+{
+    const struct mfa_args *a = &call->args;
+    load_panel(s, panel, first, call->q, call->dtype, &a->q, batch, a->head_dim, s->Q, s->Qt);
+    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, batch, a->value_dim, s->dO, s->dOt);
+    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+}
+
+/* The piece of keys r that begins with `from`. */
+static inline struct range piece_of(struct range r, int64_t from)
+{
+    return (struct range){from, TERM > 1 && from + PIECE < r.to ? from + PIECE : r.to};
+}
+
+/* S and dP of a panel, the rows from `first` on of its group, for a piece r of the block's keys. 0 if it sees none of
+ * them. `slope` is for softcap, or NULL; S is still to be multiplied by *factor. */
 static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
-                        int64_t first, struct keys *keys, struct range r, real *slope)
+                        int64_t first, struct keys *keys, struct range r, real *slope, real *factor)
 {
     const struct mfa_args *a = &call->args;
     int64_t key = keys->first + r.from, n = r.to - r.from;
-    load_panel(s, panel, first, call->q, call->dtype, &a->q, keys->batch, a->head_dim, s->Q, s->Qt);
-    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim, s->dO, s->dOt);
     enum visibility seen = panel_sees(panel, call, keys->batch, key, n, s->mask_rows, s->mask_tile);
     if (seen == HIDDEN)
         return 0;
@@ -226,9 +263,10 @@ static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch
     int64_t stride = score_stride(call);
     if (TERM == 1)
         s->S = s->P + r.from * stride + first, s->dP = s->dS + r.from * stride + first;
-    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+    int later = TILES && seen == SHOWN && !(call->softcap > 0);
+    *factor = later ? score_factor(call) : 1;
     multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, s->S, stride,
-                  terms(a->head_dim), score_factor(call), NULL);
+                  terms(a->head_dim), later ? 1 : score_factor(call), NULL);
     panel_adjust(panel, call, seen, key, n, s->S, stride, s->mask_tile, slope);
     multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, s->dP,
                   stride, terms(a->value_dim), 1, NULL);
@@ -236,9 +274,9 @@ static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch
 }
 
 /* A vector of P, and of dS, from S and dP. */
-static inline vec probabilities(const real *S, vec L)
+static inline vec probabilities(const real *S, real factor, vec L)
 {
-    return vec_exp(vec_sub(vec_load(S), L));
+    return vec_exp(vec_fma(vec_load(S), vec_set1(factor), vec_sub(vec_set1(0), L)));
 }
 
 static inline vec score_gradients(vec P, const real *dP, vec D, const real *slope)
@@ -250,7 +288,7 @@ static inline vec score_gradients(vec P, const real *dP, vec D, const real *slop
 /* P and dS of a panel, the rows from `first` on of its group, for keys r of the block. */
 static void panel_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
                             const struct panel *panel, int64_t first, struct range r, const real *L, const real *D,
-                            const real *slope)
+                            const real *slope, real factor)
 {
     int64_t size = (int64_t)call->panels * PANEL, across = size / TERM, n = r.to - r.from, stride = score_stride(call);
     for (int v = 0; v < panel->vectors; v++) {
@@ -260,7 +298,7 @@ static void panel_gradients(const struct mfa_cpu_call *call, const struct backwa
         for (int64_t k = 0; k < n; k += 2) {
             const real *S = s->S + k * stride + at, *dP = s->dP + k * stride + at,
                        *t = slope ? slope + k * PANEL + at : NULL;
-            vec P0 = probabilities(S, l), dS0 = score_gradients(P0, dP, delta, t);
+            vec P0 = probabilities(S, factor, l), dS0 = score_gradients(P0, dP, delta, t);
             store_across(P + k * across, P0);
             if (TERM > 1)
                 store_across(dS + k * across, dS0);
@@ -268,13 +306,15 @@ static void panel_gradients(const struct mfa_cpu_call *call, const struct backwa
                 store_down_last(dS_down, size, k, dS0);
                 break;
             }
-            vec P1 = probabilities(S + stride, l), dS1 = score_gradients(P1, dP + stride, delta, t ? t + PANEL : NULL);
+            vec P1 = probabilities(S + stride, factor, l),
+                dS1 = score_gradients(P1, dP + stride, delta, t ? t + PANEL : NULL);
             store_across(P + (k + 1) * across, P1);
             if (TERM > 1)
                 store_across(dS + (k + 1) * across, dS1);
             store_down(dS_down, size, k, dS0, dS1);
         }
     }
+    end_down(s->dS_down + r.from / TERM * size + first, size, n, panel->vectors * LANES);
 }
 
 /* The same for a panel that sees nothing: its neighbours may see the same strips. */
@@ -287,6 +327,7 @@ static void clear_gradients(const struct mfa_cpu_call *call, const struct backwa
         fill(s->dS + k * across + first / TERM, PANEL / TERM, 0);
         fill(s->dS_down + k / TERM * size + first, PANEL, 0);
     }
+    end_down(s->dS_down + r.from / TERM * size + first, size, r.to - r.from, PANEL);
 }
 
 /* Which panels of a group see which keys of a block: by panel, whole strips; by strip, the panels of it. Under a band
@@ -324,7 +365,7 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
                    const struct keys *keys, int64_t block, const struct sight *sight)
 {
     int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = (int64_t)call->panels * PANEL;
-    int vectors = (int)(padded(call->args.head_dim) / LANES);
+    int64_t d = padded(call->args.head_dim);
     _Atomic int64_t *turn = &call->progress[group_number(call, g)];
     wait_for_turn(turn, block);
     real *dQ = group_dQ(call, g, &stride);
@@ -335,13 +376,16 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
         for (next = p + 1; next < panels && sight->keys[next].from == r.from && sight->keys[next].to == r.to;)
             next++;
         int64_t first = p * PANEL, rows = (next * PANEL < g->rows ? next * PANEL : g->rows) - first;
-        if (r.from < r.to)
-            add_columns(rows, vectors, s->dS_down + r.from / TERM * size + first, size,
-                        keys->K_down.rows + r.from / TERM * keys->K_down.stride, keys->K_down.stride,
-                        dQ + first * stride, stride, terms(r.to - r.from), NULL);
+        const term *dS = s->dS_down + r.from / TERM * size + first, *K = left_row(keys->K_left, r.from);
+        if (r.from < r.to && TILES)
+            add_columns(d, (int)(units(rows) / LANES), K, keys->K_left.stride, dS, size, dQ + first, stride,
+                        terms(r.to - r.from), NULL);
+        else if (r.from < r.to)
+            add_columns(rows, (int)(d / LANES), dS, size, K, keys->K_left.stride, dQ + first * stride, stride,
+                        terms(r.to - r.from), NULL);
     }
     if (block == g->to)
-        finish_dQ(call, g);
+        finish_dQ(call, g, s->dQ);
     atomic_store_explicit(turn, block + 1, memory_order_release);
 }
 
@@ -361,7 +405,7 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
             continue;
         int64_t key = i * STRIP, rows = (next * STRIP < keys->n ? next * STRIP : keys->n) - key;
         int64_t first = r.from * PANEL / TERM, end = r.to * PANEL, at = key * across + first;
-        int64_t n = (end < g->rows ? end : padded(g->rows)) / TERM - first;
+        int64_t n = (end < g->rows ? end : units(g->rows)) / TERM - first;
         if (call->dv)
             add_rows(rows, (int)(e / LANES), s->P + at, across, s->dO + first * e_stride, e_stride, s->dV + key * e, e,
                      n);
@@ -387,12 +431,16 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
         sight.keys[p] = r;
         if (r.from >= r.to)
             continue;
-        if (panel_scores(call, s, &panel, first, keys, r, slope)) {
-            panel_gradients(call, s, &panel, first, r, group_rows(call, g, call->L) + first,
-                            group_rows(call, g, call->D) + first, slope);
-            any_shown = 1;
-        } else {
-            clear_gradients(call, s, first, r);
+        load_queries(call, s, &panel, first, keys->batch);
+        for (struct range piece = piece_of(r, r.from); piece.from < r.to; piece = piece_of(r, piece.to)) {
+            real factor;
+            if (panel_scores(call, s, &panel, first, keys, piece, slope, &factor)) {
+                panel_gradients(call, s, &panel, first, piece, group_rows(call, g, call->L) + first,
+                                group_rows(call, g, call->D) + first, slope, factor);
+                any_shown = 1;
+            } else {
+                clear_gradients(call, s, first, piece);
+            }
         }
     }
     if (any_shown)
@@ -420,8 +468,9 @@ static void backward(void *data, int64_t task, int worker)
     backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
     int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = task % blocks, head = task / blocks;
     struct keys keys = keys_of(call, head / a->kv_heads, head % a->kv_heads, block);
-    fill(s.dK, keys.n * padded(a->head_dim), 0);
-    fill(s.dV, keys.n * padded(a->value_dim), 0);
+    tiles_begin();
+    fill(s.dK, padded(keys.n) * padded(a->head_dim), 0);
+    fill(s.dV, padded(keys.n) * padded(a->value_dim), 0);
     for (int64_t h = 0; h < a->group; h++)
         for (int64_t i = 0; i < groups_of(call); i++) {
             struct group g = group_of(call, keys.batch, keys.kv_head * a->group + h, i);
@@ -431,4 +480,5 @@ static void backward(void *data, int64_t task, int worker)
     scale_vectors(s.dK, keys.n * padded(a->head_dim), (real)call->scale);
     store_keys(call, call->dk, &a->dk, &keys, s.dK, a->head_dim);
     store_keys(call, call->dv, &a->dv, &keys, s.dV, a->value_dim);
+    tiles_end();
 }

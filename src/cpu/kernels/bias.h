@@ -21,20 +21,23 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
                      const struct group *g, int64_t offset, struct keys *keys, real *tile)
 {
     const struct mfa_args *a = &call->args;
-    struct range r = panel_range(panel, keys->first, keys->n, 1);
+    struct range r = panel_range(panel, keys->first, keys->n, KEY_UNIT);
     if (r.from >= r.to)
         return;
-    if (!panel_scores(call, s, panel, 0, keys, r, NULL))
-        return;
+    load_queries(call, s, panel, 0, keys->batch);
     const real *L = group_rows(call, g, call->L) + offset, *D = group_rows(call, g, call->D) + offset;
-    for (int64_t k = r.from; k < r.to; k++) {
-        real *to = tile + (a->dbias.column ? k * PANEL : 0);
-        for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
-            int64_t at = (k - r.from) * score_stride(call) + i;
-            vec P = probabilities(s->S + at, vec_load(L + i));
-            vec dS = score_gradients(P, s->dP + at, vec_load(D + i), NULL);
-            vec_store(to + i, vec_add(vec_load(to + i), dS));
-        }
+    for (struct range piece = piece_of(r, r.from); piece.from < r.to; piece = piece_of(r, piece.to)) {
+        real factor;
+        if (!panel_scores(call, s, panel, 0, keys, piece, NULL, &factor))
+            continue;
+        for (int64_t k = piece.from; k < piece.to; k++)
+            for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
+                real *to = tile + (a->dbias.column ? k * PANEL : 0) + i;
+                int64_t at = (k - piece.from) * score_stride(call) + i;
+                vec P = probabilities(s->S + at, factor, vec_load(L + i));
+                vec dS = score_gradients(P, s->dP + at, vec_load(D + i), NULL);
+                vec_store(to, vec_add(vec_load(to), dS));
+            }
     }
 }
 
@@ -53,7 +56,8 @@ static void bias(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
     backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, LANES);
+    tiles_begin();
+    struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, PANEL);
     int64_t column = task % t.columns, row = task / t.columns % t.rows;
     int64_t head = task / t.columns / t.rows % t.heads, batch = task / t.columns / t.rows / t.heads;
     int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
@@ -81,4 +85,5 @@ static void bias(void *data, int64_t task, int worker)
             for (int64_t i = 1; i < PANEL; i++)
                 s.dbias[k * PANEL] += s.dbias[k * PANEL + i];
     store_bias(call, &panel, batch, head, &keys, s.dbias);
+    tiles_end();
 }

@@ -11,8 +11,7 @@
 
 #include "core/args.h"
 
-#define MFA_CPU_PANEL_VECTORS 3 /* a panel of queries is this many vectors wide: block_q = 3 * lanes */
-#define MFA_CPU_PANELS_MAX 4    /* of a chunk or a group */
+#define MFA_CPU_PANELS_MAX 8 /* of a chunk or a group */
 
 enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 };                /* values as in mfa_dtype */
 enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values as in mfa_mask */
@@ -35,8 +34,9 @@ struct mfa_cpu_call {
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
     void *D, *L; /* backward: real [batch][q_heads][groups * rows of a group] */
-    void *dq_sums; /* backward: real [batch][q_heads][q_len][padded head_dim]; NULL: sum in dq itself, if rows there
-                    * are whole vectors of reals */
+    /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
+     * itself, if rows there are whole vectors of reals */
+    void *dq_sums;
     _Atomic int64_t *progress; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
 
     char *scratch; /* of worker w: scratch + w * scratch_bytes, 64-byte aligned */
@@ -47,6 +47,7 @@ typedef void mfa_cpu_task_function(void *call, int64_t task, int worker);
 
 struct mfa_cpu_kernels {
     int lanes; /* reals in a vector; 0: this compiler could not build the set */
+    int panel; /* queries of a panel, whole vectors: block_q */
 
     /* forward: [batch][kv_heads][chunks][splits] tasks; merge, if splits > 1: [batch][kv_heads][chunks]. few takes the
      * place of forward where all queries of a KV head are at most few_rows: one panel, blocks of few_keys */
@@ -80,13 +81,13 @@ struct mfa_cpu_bias_tiles {
     int64_t batch, heads, rows, columns; /* counts of tiles */
 };
 
-static inline struct mfa_cpu_bias_tiles mfa_cpu_bias_tiles(const struct mfa_cpu_call *call, int lanes)
+static inline struct mfa_cpu_bias_tiles mfa_cpu_bias_tiles(const struct mfa_cpu_call *call, int panel)
 {
     const struct mfa_args *a = &call->args;
     struct mfa_cpu_bias_tiles t = {
         .batch = a->dbias.batch ? a->batch : 1,
         .heads = a->dbias.head ? a->q_heads : 1,
-        .rows = a->dbias.row ? mfa_cpu_ceil(a->q_len, MFA_CPU_PANEL_VECTORS * lanes) : 1,
+        .rows = a->dbias.row ? mfa_cpu_ceil(a->q_len, panel) : 1,
         .columns = a->dbias.column ? mfa_cpu_ceil(a->kv_len, call->block_kv) : 1,
     };
     return t;

@@ -56,7 +56,7 @@ static void few_load(const struct mfa_cpu_call *call, const struct panel *panel,
 static void gradients_row(real *S, real *dP, const real *slope, int64_t n, real L, real D)
 {
     for (int64_t k = 0; k < n; k += LANES) {
-        vec P = probabilities(S + k, vec_set1(L));
+        vec P = probabilities(S + k, 1, vec_set1(L));
         vec dS = score_gradients(P, dP + k, vec_set1(D), slope ? slope + k : NULL);
         vec_store(S + k, P);
         vec_store(dP + k, dS);
@@ -161,7 +161,7 @@ static void few_add_dQ(const struct mfa_cpu_call *call, const struct few_backwar
         for (int64_t c = 0; c < columns; c += LANES)
             vec_store(dQ + c, vec_add(vec_load(dQ + c), vec_load(s->dQ + i * columns + c)));
         if (block == g.to && panel->row[i] + 1 == g.rows)
-            finish_dQ(call, &g);
+            finish_dQ(call, &g, NULL);
     }
     atomic_store_explicit(turn, block + 1, memory_order_release);
 }

@@ -7,11 +7,10 @@
  *             P = exp2(S - m), l += sum(P), O^T += V^T P
  *     O = O / l, L = ln(2) * (m + log2(l))
  *
- * m is a reference, not the maximum itself: it lags by at most SLACK, which keeps P below 2^SLACK and saves
- * nearly all rescaling. The result is the same function. */
+ * m is a reference, not the maximum itself (softmax.h). Scores that nothing is done to but this become P as they are
+ * computed, as long as m holds. */
 
-#define SLACK 8
-#define KEY_UNIT 8 /* a panel visits whole tiles of keys */
+#define RAISE_KEYS (TILES ? 64 : 48) /* where m does not hold, so many keys give another one */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
     real *O, *m, *l;
@@ -29,14 +28,14 @@ static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel
 }
 
 struct forward_scratch {
-    term *Q, *K, *V, *V_down;
+    term *Q, *K, *V, *V_left;
     real *rows, *S, *sums, *mask_rows, *mask_tile;
 };
 
 static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struct forward_scratch *s)
 {
     const struct mfa_args *a = &call->args;
-    int64_t d = across_stride(a->head_dim), e = across_stride(a->value_dim), n = padded(call->block_kv);
+    int64_t d = across_stride(a->head_dim), e = across_stride(a->value_dim), n = whole_keys(call->block_kv);
     int64_t wide = padded(a->head_dim > a->value_dim ? a->head_dim : a->value_dim);
     int masked = call->mask_kind != CPU_MASK_NONE;
     uint64_t used = 0;
@@ -45,7 +44,7 @@ static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struc
     s->S = carve(base, &used, n * PANEL);
     s->K = carve(base, &used, n * d);
     s->V = carve(base, &used, n * e);
-    s->V_down = carve(base, &used, TERM > 1 ? n * e : 0);
+    s->V_left = carve(base, &used, TERM > 1 ? n * e : 0);
     s->sums = carve(base, &used, call->panels * sums_reals(a));
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
@@ -103,41 +102,6 @@ static void pack_queries(const struct mfa_cpu_call *call, const struct panel *pa
     transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
 }
 
-/* The largest of a column of n vectors. Four at a time, since one depends on the one before. */
-static vec column_max(const real *S, int64_t n)
-{
-    vec m[4];
-    for (int i = 0; i < 4; i++)
-        m[i] = vec_set1(-(real)INFINITY);
-    int64_t k = 0;
-    for (; k + 4 <= n; k += 4, S += 4 * PANEL)
-        for (int i = 0; i < 4; i++)
-            m[i] = vec_max(m[i], vec_load(S + i * PANEL));
-    for (; k < n; k++, S += PANEL)
-        m[0] = vec_max(m[0], vec_load(S));
-    return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
-}
-
-/* P = exp2(S - m), terms down, in the place of S; its sum. */
-static vec column_exp2(real *S, int64_t n, vec m)
-{
-    vec l[2] = {vec_set1(0), vec_set1(0)};
-    int64_t k = 0;
-    for (; k + 2 <= n; k += 2) {
-        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
-        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
-        l[0] = vec_add(l[0], even);
-        l[1] = vec_add(l[1], odd);
-        store_down(S, PANEL, k, even, odd);
-    }
-    if (k < n) {
-        vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
-        l[0] = vec_add(l[0], last);
-        store_down_last(S, PANEL, k, last);
-    }
-    return vec_add(l[0], l[1]);
-}
-
 static void softmax_step(const struct panel *panel, struct sums sums, int64_t value_dim, real *S, int64_t n)
 {
     for (int v = 0; v < panel->vectors; v++) {
@@ -153,6 +117,7 @@ static void softmax_step(const struct panel *panel, struct sums sums, int64_t va
         }
         vec_store(sums.l + at, vec_add(vec_load(sums.l + at), column_exp2(S + at, n, m)));
     }
+    end_down(S, PANEL, n, panel->vectors * LANES);
 }
 
 /* Divides by l and writes the panel's rows of O and L. */
@@ -184,28 +149,28 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
 /* S = K Q^T for keys r of a block. Under a causal band the first vectors see fewer keys than the last: what none of
  * their lanes sees is left as it is, for the band to hide. */
 static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
-                          struct block K, const term *Q, real *S, struct upcoming *upcoming)
+                          struct block K, const term *Q, real *S)
 {
     int64_t from = r.from, to;
-    for (int v = 0; v < panel->vectors; v++, from = to) {
+    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS, from = to) {
         to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
         multiply_rows(to - from, panel->vectors - v, K.rows + from * K.stride, K.stride, Q + v * LANES, PANEL,
                       S + (from - r.from) * PANEL + v * LANES, PANEL, terms(call->args.head_dim), score_factor(call),
-                      upcoming);
+                      K.next);
     }
 }
 
 /* O^T += V^T P^T, likewise: P is 0 where it is left out. */
 static void add_values(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
-                       struct block V, const term *P, real *O, struct upcoming *upcoming)
+                       struct block V, const term *P, real *O)
 {
     int64_t from = r.from, to;
-    for (int v = 0; v < panel->vectors; v++, from = to) {
+    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS, from = to) {
         to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
         if (from < to)
-            add_columns(call->args.value_dim, panel->vectors - v, V.rows + from / TERM * V.stride, V.stride,
+            add_columns(call->args.value_dim, panel->vectors - v, left_row(V, from), V.stride,
                         P + (from - r.from) / TERM * PANEL + v * LANES, PANEL, O + v * LANES, PANEL, terms(to - from),
-                        upcoming);
+                        V.next);
     }
 }
 
@@ -218,6 +183,40 @@ static struct upcoming upcoming_rows(const struct mfa_cpu_call *call, const stru
     return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, TERM * each};
 }
 
+/* What the panel gets from keys r of a block: S, P and l by pieces. Where a piece may raise m, P of those before it
+ * goes into O first. */
+static void attend(const struct mfa_cpu_call *call, const struct panel *panel, const struct forward_scratch *s,
+                   struct sums sums, enum visibility seen, int64_t key, struct range r, struct block K, struct block V,
+                   const term *Q)
+{
+    const struct mfa_args *a = &call->args;
+    int plain = panel->vectors == PANEL_VECTORS && seen != MASKED && !(call->softcap > 0);
+    struct range shown = plain ? panel_shown(panel, key, r, KEY_UNIT) : (struct range){r.to, r.to};
+    int64_t from = r.from, added = r.from;
+    while (from < r.to) {
+        term *P = s->S + (from - r.from) / TERM * PANEL;
+        if (shown.from <= from && from < shown.to && sums.l[0] != 0) { /* else there is no m yet */
+            int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
+                                         score_factor(call), sums.m, sums.l, P);
+            from += done, P += done / TERM * PANEL;
+        }
+        if (from == r.to)
+            break;
+        add_values(call, panel, key, (struct range){added, from}, V, s->S + (added - r.from) / TERM * PANEL, sums.O);
+        added = from;
+        struct range piece = {from, r.to};
+        if (from < shown.from)
+            piece.to = shown.from;
+        else if (from < shown.to)
+            piece.to = from + RAISE_KEYS < shown.to ? from + RAISE_KEYS : shown.to;
+        multiply_keys(call, panel, key, piece, K, Q, P);
+        panel_adjust(panel, call, seen, key + from, piece.to - from, P, PANEL, s->mask_tile, NULL);
+        softmax_step(panel, sums, a->value_dim, P, piece.to - from);
+        from = piece.to;
+    }
+    add_values(call, panel, key, (struct range){added, r.to}, V, s->S + (added - r.from) / TERM * PANEL, sums.O);
+}
+
 static void forward(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -228,6 +227,7 @@ static void forward(void *data, int64_t task, int worker)
     if (call->splits > 1)
         s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
 
+    tiles_begin();
     struct panel panels[MFA_CPU_PANELS_MAX];
     int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
     for (int64_t p = 0; p < c.panels; p++) {
@@ -262,18 +262,17 @@ static void forward(void *data, int64_t task, int worker)
                 K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
                 V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
-                V = turn_down(V, n, a->value_dim, s.V_down);
+                V = turn_left(V, n, a->value_dim, s.V_left);
+                if (asking)
+                    K.next = &K_next, V.next = &V_next;
             }
-            struct sums sums = sums_at(s.sums, a, p);
-            multiply_keys(call, &panels[p], key, r, K, s.Q + p * d * PANEL, s.S, asking ? &K_next : NULL);
-            panel_adjust(&panels[p], call, seen, key + r.from, count, s.S, PANEL, s.mask_tile, NULL);
-            softmax_step(&panels[p], sums, a->value_dim, s.S, count);
-            add_values(call, &panels[p], key, r, V, s.S, sums.O, asking ? &V_next : NULL);
+            attend(call, &panels[p], &s, sums_at(s.sums, a, p), seen, key, r, K, V, s.Q + p * d * PANEL);
         }
     }
     if (call->splits == 1)
         for (int64_t p = 0; p < c.panels; p++)
             finish_panel(call, &panels[p], c.batch, sums_at(s.sums, a, p), s.rows);
+    tiles_end();
 }
 
 /* Joins the parts of a chunk, in order: m = max(m_s), l and O = sum of exp2(m_s - m) times theirs. */

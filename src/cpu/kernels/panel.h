@@ -3,16 +3,36 @@
  * Scores are kept transposed, S[key][lane], so that everything of the softmax is lane by lane, and times
  * call->unit. A hidden score is -inf. */
 
-#define PANEL (MFA_CPU_PANEL_VECTORS * LANES)
+/* How products divide a panel: its width, and the unit of its vectors that hold queries, in vectors; the unit of the
+ * keys that it visits. A dialect may say otherwise. */
+#ifndef PANEL_VECTORS
+#define PANEL_VECTORS 3
+#define QUERY_VECTORS 1
+#define KEY_UNIT 8 /* whole tiles */
+#endif
+
+#define PANEL (PANEL_VECTORS * LANES)
+
+/* Keys in whole units and vectors. */
+static inline int64_t whole_keys(int64_t keys)
+{
+    return padded(mfa_cpu_ceil(keys, KEY_UNIT) * KEY_UNIT);
+}
+
+/* Queries in whole units. */
+static inline int64_t units(int64_t queries)
+{
+    return mfa_cpu_ceil(queries, QUERY_VECTORS * LANES) * QUERY_VECTORS * LANES;
+}
 
 struct panel {
     int64_t lanes;                /* queries in it; the lanes beyond repeat the last */
-    int vectors;                  /* that hold them */
+    int vectors;                  /* that hold them, in whole units */
     int64_t head[PANEL], row[PANEL]; /* query head and query of each lane */
     int64_t low[PANEL], high[PANEL]; /* first and last key that the band shows a lane; none if low > high */
     int64_t any_low, any_high;    /* keys outside are hidden from all lanes */
     int64_t all_low, all_high;    /* keys inside are shown to all lanes */
-    int64_t vector_high[MFA_CPU_PANEL_VECTORS]; /* keys after it are hidden from this vector and all before it */
+    int64_t vector_high[PANEL_VECTORS]; /* keys after it are hidden from this vector and all before it */
 };
 
 /* The panel of `lanes` folded rows from `first` on: row r of a KV head is query r % q_len of the head
@@ -20,10 +40,10 @@ struct panel {
 static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv_head, int64_t first, int64_t lanes)
 {
     panel->lanes = lanes;
-    panel->vectors = (int)mfa_cpu_ceil(lanes, LANES);
+    panel->vectors = (int)(units(lanes) / LANES);
     panel->any_low = a->kv_len, panel->any_high = -1;
     panel->all_low = 0, panel->all_high = a->kv_len - 1;
-    for (int v = 0; v < MFA_CPU_PANEL_VECTORS; v++)
+    for (int v = 0; v < PANEL_VECTORS; v++)
         panel->vector_high[v] = -1;
     int64_t head = first / a->q_len, row = first % a->q_len;
     for (int64_t i = 0; i < PANEL; i++) {
@@ -77,12 +97,23 @@ static struct range panel_range(const struct panel *panel, int64_t key, int64_t 
     return (struct range){from, to < n ? to : n};
 }
 
-/* The end of the keys of range r for which the vectors from v on are all that see any; in whole units. */
+/* The end of the keys of range r for which the vectors from v on, a unit of them, are all that see any; in whole units
+ * of keys. */
 static int64_t vector_end(const struct panel *panel, int v, int64_t key, struct range r, int64_t unit)
 {
-    int64_t to = panel->vector_high[v] + 1 - key;
+    int next = v + QUERY_VECTORS;
+    int64_t to = panel->vector_high[next - 1] + 1 - key;
     to = mfa_cpu_ceil(to < r.from ? r.from : to, unit) * unit;
-    return v + 1 < panel->vectors && to < r.to ? to : r.to;
+    return next < panel->vectors && to < r.to ? to : r.to;
+}
+
+/* The keys among r that the band shows to all lanes, in whole units. */
+static struct range panel_shown(const struct panel *panel, int64_t key, struct range r, int64_t unit)
+{
+    int64_t from = panel->all_low - key, to = panel->all_high + 1 - key;
+    from = from < r.from ? r.from : mfa_cpu_ceil(from, unit) * unit;
+    to = to < r.to ? to / unit * unit : r.to;
+    return from < to ? (struct range){from, to} : (struct range){r.to, r.to};
 }
 
 enum visibility {

@@ -8,37 +8,6 @@
  * macros: compilers keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of
  * a sum grows with its length, and long sequences make long ones. */
 
-/* Rows of memory that will be read soon, in the order in which they lie: for each number of A that a product reads, it
- * asks for one of these, evenly, since what is asked for at once fills the buffers of the misses. */
-struct upcoming {
-    const char *at, *end; /* of a row */
-    int64_t bytes, gap;   /* of a row; from its end to the next */
-    int64_t each;         /* bytes for each term of A */
-};
-
-static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *rows, int64_t terms)
-{
-    __builtin_prefetch(rows->at, 0, 2); /* into the second-level cache */
-    rows->at += terms * rows->each;
-    if (rows->at >= rows->end) {
-        rows->at += rows->gap;
-        rows->end += rows->gap + rows->bytes;
-    }
-}
-
-#define EACH_1(F, V) F(0, V)
-#define EACH_2(F, V) F(0, V) F(1, V)
-#define EACH_4(F, V) EACH_2(F, V) F(2, V) F(3, V)
-#define EACH_8(F, V) EACH_4(F, V) F(4, V) F(5, V) F(6, V) F(7, V)
-#define EACH_12(F, V) EACH_8(F, V) F(8, V) F(9, V) F(10, V) F(11, V)
-#define EACH_ROW(R, F, V) EACH_ROW_(R, F, V)
-#define EACH_ROW_(R, F, V) EACH_##R(F, V)
-
-#define EACH_VECTOR_1(F, r) F(r, 0)
-#define EACH_VECTOR_2(F, r) F(r, 0) F(r, 1)
-#define EACH_VECTOR_3(F, r) F(r, 0) F(r, 1) F(r, 2)
-
-#define START(r, v) vec sum_##r##_##v = vec_set1(0);
 #define ADD(r, v) sum_##r##_##v = vec_dot(a_##r, b_##v, sum_##r##_##v);
 #define STORE(r, v)                                                                       \
     if (add)                                                                              \
@@ -57,24 +26,27 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
 #define TILE_UNROLL
 #endif
 
-#define TILE(R, V) TILE_(R, V)
 /* clang-format off */
+#define SUM_UP(R, V, t, end, ASK)                                                                                      \
+    TILE_UNROLL                                                                                                        \
+    for (; t < end; t++, A += step, B += b_step) {                                                                     \
+        ASK;                                                                                                           \
+        EACH_VECTOR_##V(LOAD_B, 0)                                                                                     \
+        EACH_ROW(R, ADD_ROW, V)                                                                                        \
+    }
+
+#define TILE(R, V) TILE_(R, V)
 #define TILE_(R, V)                                                                                                    \
     static inline __attribute__((always_inline)) void tile_##R##x##V(                                                  \
         const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step,                \
         real *restrict C, int64_t c_step, int64_t n, int add, real factor, struct upcoming *upcoming)                  \
     {                                                                                                                  \
         struct upcoming rows = {.at = NULL};                                                                           \
+        int64_t t = 0;                                                                                                 \
         if (upcoming)                                                                                                  \
             rows = *upcoming;                                                                                          \
         EACH_ROW(R, START_ROW, V)                                                                                      \
-        TILE_UNROLL                                                                                                    \
-        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                                      \
-            if (upcoming)                                                                                              \
-                ask_upcoming(&rows, R);                                                                                \
-            EACH_VECTOR_##V(LOAD_B, 0)                                                                                 \
-            EACH_ROW(R, ADD_ROW, V)                                                                                    \
-        }                                                                                                              \
+        SUM_UP(R, V, t, n, if (upcoming) ask_upcoming(&rows, R))                                                       \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
         if (upcoming)                                                                                                  \
             *upcoming = rows;                                                                                          \

@@ -10,11 +10,25 @@
  *     vec_dot(a, b, sum)            sum + a b, over the numbers of each term; a is one term, for all lanes
  *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
- *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down */
+ *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down
+ *
+ * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only
+ * terms across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. */
 
 #ifndef TERM
 #define TERM 1
 #define vec_dot(a, b, sum) vec_fma(vec_set1(a), b, sum)
+#endif
+
+#ifndef TILES
+#define TILES 0
+static inline void tiles_begin(void)
+{
+}
+
+static inline void tiles_end(void)
+{
+}
 #endif
 
 typedef real term;
@@ -51,11 +65,30 @@ static void load_terms(term *to, const void *from, int dtype, int64_t stride, in
 #endif
 }
 
+/* Rows of memory that will be read soon, in the order in which they lie: for each number of A that a product reads, it
+ * asks for one of these, evenly, since what is asked for at once fills the buffers of the misses. */
+struct upcoming {
+    const char *at, *end; /* of a row */
+    int64_t bytes, gap;   /* of a row; from its end to the next */
+    int64_t each;         /* bytes for each term of A */
+};
+
+static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *rows, int64_t terms)
+{
+    __builtin_prefetch(rows->at, 0, 2); /* into the second-level cache */
+    rows->at += terms * rows->each;
+    if (rows->at >= rows->end) {
+        rows->at += rows->gap;
+        rows->end += rows->gap + rows->bytes;
+    }
+}
+
 /* A block of K or V, across: the caller's own memory where it can be used as it lies, else a copy. Rows
  * that lie a multiple of 4096 bytes apart would share one set of the cache: these are copied too. */
 struct block {
     const term *rows;
     int64_t stride;
+    struct upcoming *next; /* block's rows, to be asked for meanwhile; or NULL */
 };
 
 static struct block load_block(term *copy, const void *data, int dtype, const struct mfa_strides *s, int64_t batch,
@@ -64,14 +97,16 @@ static struct block load_block(term *copy, const void *data, int dtype, const st
     int64_t bytes = bytes_of(dtype), stride = across_stride(columns);
     const char *from = row_at(data, bytes, s, batch, head, row);
     int fits = TERM == 1 ? is_real(dtype) : (columns | s->row) % TERM == 0 && (uintptr_t)from % sizeof(term) == 0;
+    if (TILES) /* they read whole squares */
+        fits = fits && columns % (TERM * LANES) == 0 && rows % LANES == 0;
     if (!must_copy && fits && s->column == 1 && s->row * bytes % 4096 != 0)
-        return (struct block){(const term *)(const void *)from, s->row / TERM};
+        return (struct block){(const term *)(const void *)from, s->row / TERM, NULL};
     if (is_real(dtype) && s->row == 1 && s->column != 1)
         load_columns(copy, stride, (const real *)(const void *)from, s->column, rows, columns);
     else
         for (int64_t r = 0; r < rows; r++)
             load_terms(copy + r * stride, from + r * s->row * bytes, dtype, s->column, columns);
-    return (struct block){copy, stride};
+    return (struct block){copy, stride, NULL};
 }
 
 /* Terms down of a block whose rows are whole vectors: the block itself, or made in `down`. */
@@ -88,8 +123,44 @@ static struct block turn_down(struct block block, int64_t rows, int64_t columns,
             vec odd = r + 1 < rows ? vec_load(even + block.stride) : vec_set1(0);
             vec_zip(vec_load(even), odd, down + r / 2 * stride + 2 * c);
         }
-    return (struct block){down, stride};
+    return (struct block){down, stride, NULL};
 #endif
+}
+
+/* A block as the left operand of C += A^T B: terms down; or, for tile registers, its transpose, terms across. */
+static struct block turn_left(struct block block, int64_t rows, int64_t columns, term *left)
+{
+#if !TILES
+    return turn_down(block, rows, columns, left);
+#else
+    int64_t stride = across_stride(rows);
+    for (int64_t r = 0; r < rows; r += 2 * LANES)
+        for (int64_t c = 0; c < across_stride(columns); c += LANES) {
+            term down[LANES][2 * LANES];
+            for (int64_t i = 0; i < LANES; i++) {
+                const term *even = block.rows + (r + 2 * i) * block.stride + c;
+                vec first = r + 2 * i < rows ? vec_load(even) : vec_set1(0);
+                vec_zip(first, r + 2 * i + 1 < rows ? vec_load(even + block.stride) : vec_set1(0), down[i]);
+            }
+            term *to = left + 2 * c * stride + r / 2;
+            vec_transpose(down[0], 2 * LANES, to, stride);
+            vec_transpose(down[0] + LANES, 2 * LANES, to + LANES * stride, stride);
+        }
+    return (struct block){left, stride, NULL};
+#endif
+}
+
+/* Where row r of the block begins in it, r even. */
+static inline const term *left_row(struct block left, int64_t r)
+{
+    return left.rows + r / TERM * (TILES ? 1 : left.stride);
+}
+
+/* Zeros in the rows of terms down that a product with the first n takes along. */
+static void end_down(term *to, int64_t stride, int64_t n, int64_t columns)
+{
+    for (int64_t t = terms(n); TILES && t < across_stride(n); t++)
+        fill(to + t * stride, columns, 0);
 }
 
 /* Rows k and k + 1 of a matrix whose terms run down, k even; rows of terms `stride` apart. */

@@ -1,0 +1,26 @@
+/* AVX-512 with BF16, and the tile registers of AMX (AMX_TILE, AMX_BF16) for the products of long sequences. A register
+ * holds 16 rows of 64 bytes: of terms across (A), of terms down (B) or of sums (C). tile_product.h is made of these. */
+#include "cpu/kernels/simd_avx512bf16.h"
+
+#define TILES 1
+#define PANEL_VECTORS 4 /* two pairs of registers */
+#define QUERY_VECTORS 2 /* of the sums over queries, which take LANES terms at once */
+#define KEY_UNIT 32     /* likewise over keys */
+#define STRIP 64
+
+/* Every register whole: what is beside a matrix is zero in memory. A task begins with this and ends with the other, for
+ * the state is the thread's. */
+static inline void tiles_begin(void)
+{
+    static const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } whole = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&whole);
+}
+
+static inline void tiles_end(void)
+{
+    _tile_release();
+}
