@@ -16,7 +16,7 @@ import time
 import numpy
 import torch
 
-PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "jax": "jax", "ggml": "ggml-python"}
+PACKAGES = ("onnxruntime", "openvino", "jax", "ggml-python")
 ROWS_OF_MASK = 64  # ggml reads its mask by blocks of so many queries
 
 
@@ -39,9 +39,9 @@ def load(module):
 def versions_of_peers():
     """Of those that are installed, on one line."""
     found = []
-    for module, package in PACKAGES.items():
+    for package in PACKAGES:
         try:
-            found.append(f"{module} {importlib.metadata.version(package)}")
+            found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
@@ -112,7 +112,7 @@ class OnnxRuntime(Way):
         try:
             self.session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         except Exception as error:  # of many types
-            need("NOT_IMPLEMENTED" not in str(error), f"it has no {operator} in {self.problem.dtype}")
+            need("NOT_IMPLEMENTED" not in str(error), f"it has no attention in {self.problem.dtype}")
             raise
         values = {name: ort.OrtValue.ortvalue_from_numpy(array(tensor)) for name, tensor in inputs.items()}
         numpy_type = array(next(iter(inputs.values()))).dtype.type
@@ -158,8 +158,8 @@ class GroupQueryAttention(OnnxRuntime):
     def build(self, q, k, v, _d_o):
         problem = self.problem
         prompt = problem.causal and problem.q_len == problem.kv_len
-        need(prompt or problem.q_len == 1, "it is causal, aligned to the last key")
-        need(problem.head_dim == problem.value_dim, "it has one head size")
+        need(prompt or problem.q_len == 1, "its GroupQueryAttention is causal")
+        need(problem.head_dim == problem.value_dim, "its GroupQueryAttention has one head size")
         new_k, new_v = (merged(tensor[:, :, -problem.q_len :]) for tensor in (k, v))
         last = torch.full((problem.batch,), problem.kv_len - 1, dtype=torch.int32)
         total = torch.tensor([problem.kv_len], dtype=torch.int32)
@@ -314,8 +314,8 @@ PEERS = tuple(WAYS)
 
 
 def fastest(library, problem, operands, threads):
-    """(the way of this library that takes least, the seconds it takes). Raises Refused if there is none."""
-    best, least, reasons = None, None, []
+    """(the way of this library that takes least, its seconds, its results). Raises Refused if there is none."""
+    found, reasons = [], []
     for way in WAYS[library]:
         try:
             one = way(problem, operands, threads)
@@ -324,9 +324,8 @@ def fastest(library, problem, operands, threads):
             continue
         one.run()
         begin = time.perf_counter()
-        one.run()
-        taken = time.perf_counter() - begin
-        if best is None or taken < least:
-            best, least = one, taken
-    need(best is not None, "; ".join(dict.fromkeys(reasons)))
-    return best, least
+        ran = one.run()
+        found.append((one, time.perf_counter() - begin, ran))
+    need(found, "; ".join(dict.fromkeys(reasons)))
+    best, seconds, ran = min(found, key=lambda entry: entry[1])
+    return best, seconds, best.results(ran)

@@ -8,7 +8,8 @@ import torch
 
 PASSES = ("forward", "backward", "forward+backward")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
-FEW_QUERIES = 16  # so few read K and V but once each: the bandwidth of memory may be what bounds them
+FEW_QUERIES = 16  # so few may be bounded by reading K and V,
+FAR_BYTES = 1 << 24  # where the caches do not hold these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,11 @@ class Problem:
         """Of K and V, each once."""
         columns = self.head_dim + self.value_dim
         return self.batch * self.kv_heads * self.keys * columns * DTYPES[self.dtype].itemsize
+
+    @property
+    def reads_memory(self):
+        """Whether the bandwidth of memory may be what bounds it."""
+        return self.q_len <= FEW_QUERIES and self.bytes_read() >= FAR_BYTES
 
 
 @dataclasses.dataclass

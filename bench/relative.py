@@ -148,7 +148,7 @@ def compare_here(relation, budget, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", help="only relations whose name contains this text")
-    parser.add_argument("--seconds", type=float, default=1.5, help="how long to time each; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long to time each; default %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="of the random operands")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args()

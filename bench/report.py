@@ -245,6 +245,7 @@ def panel(axes, labels, title):
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_title(title, fontsize=10)
     axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -321,6 +322,7 @@ def draw_peers(rows, path):
         peak.set_xlim(0, 100)
         panel(time, labels, "milliseconds")
         time.set_xscale("log")
+        time.minorticks_off()
         dots(time, group, contenders, lambda row, who: row.get(f"{who}_ms"))
         save(figure, time, numbered(path, n))
 

@@ -29,7 +29,7 @@ def rows():
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, seconds=2.0)
     parser.add_argument("--threads", type=int, help="for the given problems; default: as PyTorch")
     options = options_of(parser)
     wanted = [("peers", problem, options.threads) for problem in options.problems]

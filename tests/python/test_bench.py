@@ -44,6 +44,7 @@ def test_work_counts_visible_pairs(options):
     assert problem.pairs() == visible.sum()
     assert problem.flop() == 2 * 4 * problem.pairs() * (6 * 8 + 4 * 4)
     assert problem.bytes_read() == 2 * 2 * problem.keys * 12 * 4
+    assert not problem.reads_memory
 
 
 @pytest.mark.parametrize("text", ["forward f32 b1 q4", "sideways f32 b1 h1 q4 kv4 d8", "forward f8 b1 h1 q4 kv4 d8"])
@@ -95,11 +96,11 @@ def test_peers_are_right_or_say_why_not(library, problem):
     problem = Problem.parse(problem)
     operands = Operands.make(problem, seed=4)
     try:
-        call, _ = peers.fastest(library, problem, operands, threads=1)
+        _, _, results = peers.fastest(library, problem, operands, threads=1)
     except peers.Refused as refused:
         assert str(refused)
         return
-    assert measure.check(problem, operands, {library: call.results(call.run())}) == {}
+    assert measure.check(problem, operands, {library: results}) == {}
 
 
 @pytest.mark.parametrize("options", [" mask_bool", " lower-3 upper0", " softcap30"])
