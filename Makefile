@@ -4,7 +4,10 @@
 # make test     every test there is; ends with "N passed, N failed". SUITES="checks release" runs only these
 # make test-metal   of these, the Metal kernels: executed, checked and linted without a GPU
 # make wheels   the wheels for macOS and for Linux, all of them on Linux, into dist/
-# make bench    the whole benchmark, into build/bench.json. BENCH=--quick takes under two minutes
+# make bench    all that is measured, in about ten minutes: beside PyTorch, beside other libraries, ours beside ours. Tables
+#               on the terminal, rows and pictures in build/
+# make bench-readme   the same, and then writes README.md's table and picture, and docs/measure.md's tables
+# make bench-quick    only README.md's table, on the terminal
 # make clean    remove what was built; make distclean removes the virtual environment too
 #
 # Each sets up what it needs: system packages (installed when root on Debian, else named), and pinned Python
@@ -13,14 +16,16 @@
 PYTHON ?= python3
 PIP_OPTIONS ?=
 SUITES ?=
-BENCH ?=
 
 venv := build/venv
 bin := $(CURDIR)/$(venv)/bin
 suffix := $(if $(filter Darwin,$(shell uname -s)),dylib,so)
+bench_venv := build/venv-bench
+bench_python := "$(CURDIR)/$(bench_venv)/bin/python"
+bench_rows := $(addprefix build/,bench.json peers.json relative.json)
 in_tree := PYTHONPATH="$(CURDIR)/python" MFA_LIBRARY="$(CURDIR)/build/release/libmfa.$(suffix)"
 
-.PHONY: build demo wheels test test-metal bench clean distclean
+.PHONY: build demo wheels test test-metal bench bench-quick bench-readme clean distclean
 
 build: $(venv)/.build
 	@PATH="$(bin):$$PATH" cmake -S . -B build/release -G Ninja -DMFA_BENCH=ON
@@ -29,8 +34,17 @@ build: $(venv)/.build
 demo: build $(venv)/.demo
 	@$(in_tree) "$(bin)/python" bench/demo.py
 
-bench: build $(venv)/.demo
-	@$(in_tree) "$(bin)/python" bench/versus_torch.py --json build/bench.json $(BENCH)
+bench: build $(bench_venv)/.peers
+	@$(in_tree) $(bench_python) bench/versus_torch.py --json build/bench.json
+	@$(in_tree) $(bench_python) bench/versus_peers.py --json build/peers.json
+	@$(in_tree) $(bench_python) bench/relative.py --json build/relative.json
+	@$(bench_python) bench/report.py $(bench_rows) --png build/bench.png --svg build/peers.svg
+
+bench-quick: build $(venv)/.demo
+	@$(in_tree) "$(bin)/python" bench/versus_torch.py --quick --json build/bench-quick.json
+
+bench-readme: bench
+	@$(bench_python) bench/report.py $(bench_rows) --svg docs/peers.svg --readme README.md --record docs/measure.md
 
 wheels: build/.packages-wheels $(venv)/.wheels
 	@PATH="$(bin):$$PATH" python tools/wheels.py
@@ -42,7 +56,7 @@ test-metal:
 	@$(MAKE) --no-print-directory test SUITES="metal-simulator metal-kernels metal-mutants metal-lint metal-coverage metal-host metal-python metal-cuda"
 
 clean:
-	find build -mindepth 1 -maxdepth 1 ! -name venv -exec rm -rf {} +
+	find build -mindepth 1 -maxdepth 1 ! -name 'venv*' -exec rm -rf {} +
 
 distclean:
 	rm -rf build
@@ -52,16 +66,18 @@ build/.packages-%: tools/packages.sh
 	@PYTHON="$(PYTHON)" tools/packages.sh $*
 	@touch $@
 
-$(venv)/bin/python: | build/.packages-build
-	@echo "Making a virtual environment in $(venv)"
-	@$(PYTHON) -m venv $(venv)
+$(venv)/bin/python $(bench_venv)/bin/python: | build/.packages-build
+	@echo "Making a virtual environment in $(@:/bin/python=)"
+	@$(PYTHON) -m venv $(@:/bin/python=)
 
-# demo.txt and wheels.txt include build.txt, test.txt includes both.
+# demo.txt and wheels.txt include build.txt, test.txt includes both. Other libraries have an environment of their own.
 $(venv)/.build: requirements/build.txt
 $(venv)/.demo: requirements/build.txt requirements/demo.txt
 $(venv)/.wheels: requirements/build.txt requirements/wheels.txt
 $(venv)/.test: $(addprefix requirements/,build.txt demo.txt wheels.txt test.txt)
+$(bench_venv)/.peers: $(addprefix requirements/,build.txt demo.txt peers.txt) | build/.packages-bench $(bench_venv)/bin/python
 $(venv)/.build $(venv)/.demo $(venv)/.wheels $(venv)/.test: | $(venv)/bin/python
-	@echo "Installing requirements/$(subst .,,$(notdir $@)).txt into $(venv)"
-	@"$(bin)/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r requirements/$(subst .,,$(notdir $@)).txt
+$(venv)/.build $(venv)/.demo $(venv)/.wheels $(venv)/.test $(bench_venv)/.peers:
+	@echo "Installing requirements/$(subst .,,$(notdir $@)).txt into $(@D)"
+	@"$(@D)/bin/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r requirements/$(subst .,,$(notdir $@)).txt
 	@touch $@

@@ -166,7 +166,7 @@ def compare(console):
             progress.advance(task)
     for passes in ("forward", "forward+backward"):
         part = [row for row in rows if row["pass"] == passes]
-        console.print(report.table(part, f"{passes}, B=4 H=8 N=2048 D=64", short))
+        console.print(report.table(part, f"{passes}, B=4 H=8 N=2048 D=64", name=short))
     return rows
 
 

@@ -1,13 +1,14 @@
-"""How one attention problem is measured: ours, PyTorch's as it comes and PyTorch's unfused math path.
+"""How one attention problem is measured: ours, PyTorch's as it comes, its unfused math path, and other libraries.
 
-Each problem has a fresh process of its own. There each of the three runs once, for its peak memory; what ours
-gave is compared with a reference in double; and only if it is right, the three are timed in turn, a probe of the
-machine's peak before and after each run of ours. Used by versus_torch.py and demo.py.
+Each problem has a fresh process of its own. There each contender runs once, for its peak memory; what ours and other
+libraries gave is compared with a reference in double; and only what is right is timed, all in turn, a probe of the
+machine's peak before and after each run of ours. Used by versus_torch.py, versus_peers.py, relative.py and demo.py.
 """
 
 import ctypes
 import dataclasses
 import datetime
+import functools
 import math
 import multiprocessing
 import os
@@ -21,172 +22,27 @@ import torch
 import torch.nn.functional as F
 from mps_flash_attn import explain, flash_attention, reference
 from mps_flash_attn.library import library
+from peers import PEERS, Refused, fastest, versions_of_peers
+from problems import DTYPES, Operands, Problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CONTENDERS = ("ours", "torch", "math")
-PASSES = ("forward", "backward", "forward+backward")
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 PROBE_MS = 4.0
+READ_BYTES = 1 << 28  # far more than the caches hold
 MOST_ROUNDS = 25
 SETTLE_SECONDS = 0.003  # the pool of the last contender still spins a little; let it go to sleep
-CHECK_FLOP = 1e10  # as many heads are checked as this pays for, at least one
+CHECK_FLOP = 4e9  # as many heads are checked as this pays for, at least one
+CANCELLED_UNITS = 8
+PEER_SLACK = 8  # other libraries may be as many times less exact than ours must be: this finds what is no attention
 MATH_SCORES_BYTES = 1 << 30  # the math path holds all scores, several times over: beyond this it is left out
 
 
-# --- Problems ------------------------------------------------------------------------------------
+# --- Ours and PyTorch's --------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One line of the project's problem grammar (docs/abi.md), as far as these benchmarks need it; the pass may
-    also be forward+backward. mask_bool hides the last quarter of the keys, as padding does; mask_f32 and so on
-    is a bias of its own for each head."""
-
-    text: str
-    passes: str
-    dtype: str
-    batch: int
-    q_heads: int
-    kv_heads: int
-    q_len: int
-    kv_len: int
-    head_dim: int
-    value_dim: int
-    lower: int | None  # None: open
-    upper: int | None
-    mask: str | None
-
-    GRAMMAR = re.compile(
-        r"(?P<passes>\S+) (?P<dtype>\w+) b(?P<batch>\d+) h(?P<q_heads>\d+)(/(?P<kv_heads>\d+))? q(?P<q_len>\d+) "
-        r"kv(?P<kv_len>\d+) d(?P<head_dim>\d+)(v(?P<value_dim>\d+))?(?P<causal> causal)?( lower(?P<lower>-?\d+))?"
-        r"( upper(?P<upper>-?\d+))?( mask_(?P<mask>\w+))?"
-    )
-
-    @classmethod
-    def parse(cls, text):
-        found = cls.GRAMMAR.fullmatch(text)
-        if not found:
-            raise ValueError(f'"{text}" is no problem; one is "forward f32 b1 h8/2 q2048 kv2048 d64 causal"')
-        given = found.groupdict()
-        number = {name: int(given[name]) for name in ("batch", "q_heads", "q_len", "kv_len", "head_dim")}
-        problem = cls(
-            text=text,
-            passes=given["passes"],
-            dtype=given["dtype"],
-            kv_heads=int(given["kv_heads"] or number["q_heads"]),
-            value_dim=int(given["value_dim"] or number["head_dim"]),
-            lower=int(given["lower"]) if given["lower"] else None,
-            upper=0 if given["causal"] else int(given["upper"]) if given["upper"] else None,
-            mask=given["mask"],
-            **number,
-        )
-        if problem.passes not in PASSES:
-            raise ValueError(f'the pass is "{problem.passes}"; it is one of {", ".join(PASSES)}')
-        if problem.dtype not in DTYPES or problem.mask not in (None, "bool", *DTYPES):
-            raise ValueError(f'"{text}" names no dtype; one is {", ".join(DTYPES)}, and a mask may also be bool')
-        if problem.window and problem.q_len != problem.kv_len:
-            raise ValueError(f'"{text}" has a window and q_len differs from kv_len; windows need equal ones here')
-        return problem
-
-    @property
-    def window(self):
-        """(left, right) as flash_attention takes it, -1 for an open side; None if the band is open or causal."""
-        if self.lower is None and self.upper in (None, 0):
-            return None
-        return (-1 if self.lower is None else -self.lower, -1 if self.upper is None else self.upper)
-
-    @property
-    def causal(self):
-        return self.lower is None and self.upper == 0
-
-    def band(self, rows):
-        """True where key j is in the band of query i, for the queries in `rows`."""
-        distance = torch.arange(self.kv_len) - torch.arange(rows.start, rows.stop)[:, None]
-        inside = torch.ones_like(distance, dtype=torch.bool)
-        if self.lower is not None:
-            inside &= distance >= self.lower
-        if self.upper is not None:
-            inside &= distance <= self.upper
-        return inside
-
-    @property
-    def keys(self):
-        """How many keys a bool mask leaves: all but the padding."""
-        return self.kv_len - self.kv_len // 4 if self.mask == "bool" else self.kv_len
-
-    def pairs(self):
-        """Visible (query, key) pairs of one head."""
-        query = torch.arange(self.q_len)
-        first = (query + self.lower).clamp(0, self.keys) if self.lower is not None else torch.zeros_like(query)
-        last = torch.full_like(query, self.keys)
-        if self.upper is not None:
-            last = (query + self.upper + 1).clamp(0, self.keys)
-        return int((last - first).clamp(min=0).sum())
-
-    def flop(self):
-        """Useful operations: what is hidden counts for nothing, what is computed again neither."""
-        forward, backward = 2 * (self.head_dim + self.value_dim), 6 * self.head_dim + 4 * self.value_dim
-        per_pair = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[self.passes]
-        return self.batch * self.q_heads * self.pairs() * per_pair
-
-
-@dataclasses.dataclass
-class Operands:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    d_o: torch.Tensor | None
-    mask: torch.Tensor | None
-    torch_mask: torch.Tensor | None  # the mask that PyTorch needs: it has no windows, and no causal masks
-
-    def to(self, device):
-        tensors = (self.q, self.k, self.v, self.d_o, self.mask, self.torch_mask)
-        return Operands(*(None if tensor is None else tensor.detach().to(device) for tensor in tensors))
-
-    @classmethod
-    def make(cls, problem, seed):
-        generator = torch.Generator().manual_seed(seed)
-
-        def tensor(dtype, *shape):
-            return torch.randn(shape, generator=generator).to(DTYPES[dtype])
-
-        queries = (problem.batch, problem.q_heads, problem.q_len)
-        keys = (problem.batch, problem.kv_heads, problem.kv_len)
-        q = tensor(problem.dtype, *queries, problem.head_dim)
-        k = tensor(problem.dtype, *keys, problem.head_dim)
-        v = tensor(problem.dtype, *keys, problem.value_dim)
-        d_o = tensor(problem.dtype, *queries, problem.value_dim) if problem.passes != "forward" else None
-        band = problem.band(range(problem.q_len)) if problem.window or (problem.causal and problem.mask) else None
-        mask, torch_mask = None, band
-        if problem.mask == "bool":
-            mask = (torch.arange(problem.kv_len) < problem.keys).expand(problem.batch, 1, 1, -1)
-            torch_mask = mask if band is None else mask & band
-        elif problem.mask:
-            mask = tensor(problem.mask, 1, problem.q_heads, problem.q_len, problem.kv_len)
-            torch_mask = mask if band is None else mask.masked_fill(~band, -math.inf)
-        return cls(q, k, v, d_o, mask, torch_mask)
-
-    def part(self, problem, batch, kv_head):
-        """The operands of one KV head and of the query heads that use it: a problem of its own."""
-        group = problem.q_heads // problem.kv_heads
-        one, keys = slice(batch, batch + 1), slice(kv_head, kv_head + 1)
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-
-        def of_mask(mask):
-            if mask is None or mask.dim() < 4:
-                return mask
-            return mask.expand(problem.batch, problem.q_heads, -1, -1)[one, heads]
-
-        d_o = None if self.d_o is None else self.d_o[one, heads]
-        q, k, v = (t.detach() for t in (self.q[one, heads], self.k[one, keys], self.v[one, keys]))
-        return Operands(q, k, v, d_o, of_mask(self.mask), of_mask(self.torch_mask))
-
-
-# --- The three contenders ------------------------------------------------------------------------
-
-
-def band_options(problem):
-    return {"window_size": problem.window} if problem.window else {"is_causal": problem.causal}
+def our_options(problem):
+    band = {"window_size": problem.window} if problem.window else {"is_causal": problem.causal}
+    return band | {"softcap": problem.softcap, "enable_gqa": problem.q_heads != problem.kv_heads}
 
 
 def kernel(problem, operands):
@@ -196,19 +52,18 @@ def kernel(problem, operands):
         operands.k,
         operands.v,
         attn_mask=operands.mask,
-        enable_gqa=problem.q_heads != problem.kv_heads,
         backward=problem.passes != "forward",
-        **band_options(problem),
+        **our_options(problem),
     ).kernel
 
 
 def attend(contender, problem, operands):
-    """O, by one of the contenders."""
+    """O, by ours or one of PyTorch's."""
     q, k, v = operands.q, operands.k, operands.v
-    gqa = q.shape[1] != k.shape[1]
     if contender == "ours":
-        return flash_attention(q, k, v, attn_mask=operands.mask, enable_gqa=gqa, **band_options(problem))
+        return flash_attention(q, k, v, attn_mask=operands.mask, **our_options(problem))
     causal = problem.causal and operands.torch_mask is None
+    gqa = problem.q_heads != problem.kv_heads
     options = {"attn_mask": operands.torch_mask, "is_causal": causal, "enable_gqa": gqa}
     if contender == "torch":
         return F.scaled_dot_product_attention(q, k, v, **options)
@@ -240,16 +95,22 @@ class Call:
         gradients = torch.autograd.grad(o, inputs, self.operands.d_o, retain_graph=again)
         return gradients if again else (o.detach(), *gradients)
 
+    def results(self, ran):
+        return ran
+
+    def forget(self):
+        """What backward goes back through; prepare() makes it anew."""
+        self.o = None
+
 
 # --- The reference -------------------------------------------------------------------------------
 
 
-def truth_of(problem, operands, chunk=256):
-    """The results of one part by the tests' reference, in double, a chunk of queries at a time."""
-    q, k, v = (t.double() for t in (operands.q, operands.k, operands.v))
+def reference_of(problem, operands, dtype, chunk=256):
+    """The results of one part by the tests' reference, a chunk of queries at a time."""
+    q, k, v = (t.detach().to(dtype) for t in (operands.q, operands.k, operands.v))
     backward = problem.passes != "forward"
-    for tensor in (k, v):
-        tensor.requires_grad_(backward)
+    k, v = k.clone().requires_grad_(backward), v.clone().requires_grad_(backward)
     o, dq = [], []
     for begin in range(0, problem.q_len, chunk):
         rows = slice(begin, begin + chunk)
@@ -258,10 +119,10 @@ def truth_of(problem, operands, chunk=256):
             mask = mask[:, :, rows]
         lower, upper = (None if side is None else side + begin for side in (problem.lower, problem.upper))
         q_rows = q[:, :, rows].clone().requires_grad_(backward)
-        o_rows, _ = reference.attention(q_rows, k, v, mask, lower=lower, upper=upper)
+        o_rows, _ = reference.attention(q_rows, k, v, mask, lower=lower, upper=upper, softcap=problem.softcap)
         o.append(o_rows.detach())
         if backward:
-            o_rows.backward(operands.d_o[:, :, rows].double())
+            o_rows.backward(operands.d_o[:, :, rows].to(dtype))
             dq.append(q_rows.grad)
     gradients = (torch.cat(dq, 2), k.grad, v.grad) if backward else ()
     return gradients if problem.passes == "backward" else (torch.cat(o, 2), *gradients)
@@ -269,37 +130,41 @@ def truth_of(problem, operands, chunk=256):
 
 def error(given, true):
     """Largest difference, relative to the largest element; infinite where a NaN is."""
-    worst = (given.double() - true).abs().max().item() / (true.abs().max().item() or 1.0)
+    worst = (given.double() - true.double()).abs().max().item() / (true.abs().max().item() or 1.0)
     return math.inf if math.isnan(worst) else worst
 
 
-def check(problem, operands, results):
-    """What is wrong with our results, or None. Allowed, relative to the largest element: twice the error of the naive
-    computation in the same dtype, here PyTorch's math path; two units in the last place; and what the roundings of a
-    sum of n terms in f32 come to, about sqrt(n) units. The tests are stricter; this finds what is plainly wrong."""
+def check(problem, operands, given):
+    """{contender: what is wrong} for {contender: its results}. Allowed, relative to the largest element: twice the
+    error of the naive computation in the same dtype; two units in the last place; and what the roundings of a sum of n
+    terms in f32 come to, about sqrt(n) units, and some more for what cancels in a gradient. The tests know better how
+    much; this finds what is plainly wrong."""
     group = problem.q_heads // problem.kv_heads
     heads = problem.batch * problem.kv_heads
     affordable = int(CHECK_FLOP // max(1, problem.flop() // heads))
     count = min(heads, max(1, affordable))
     chosen = [n * (heads - 1) // max(1, count - 1) for n in range(count)]  # the first and the last among them
-    names = {1: ("O",), 3: ("dQ", "dK", "dV"), 4: ("O", "dQ", "dK", "dV")}[len(results)]
+    names = {"forward": ("O",), "backward": ("dQ", "dK", "dV")}.get(problem.passes, ("O", "dQ", "dK", "dV"))
+    dtype, wrong = DTYPES[problem.dtype], {}
     for head in chosen:
         batch, kv_head = divmod(head, problem.kv_heads)
         part = operands.part(problem, batch, kv_head)
-        truth = truth_of(problem, part)
-        call = Call("math", problem, part)
-        call.prepare()
-        for name, ours, naive, true in zip(names, results, call.run(), truth):
+        truth, naive = reference_of(problem, part, torch.float64), None
+        for n, (name, true) in enumerate(zip(names, truth)):
             first = kv_head if name in ("dK", "dV") else kv_head * group
-            ours = ours[batch : batch + 1, first : first + true.shape[1]]
             terms = group * problem.q_len if name in ("dK", "dV") else problem.kv_len
-            sums = torch.promote_types(ours.dtype, torch.float32)
-            rounding = 2 * torch.finfo(ours.dtype).eps + math.sqrt(terms) * torch.finfo(sums).eps
-            allowed = 2 * error(naive, true) + rounding
-            found = error(ours, true)
-            if not found <= allowed:
-                return f"{name} of batch {batch}, KV head {kv_head} is off by {found:.1e}; allowed is {allowed:.1e}"
-    return None
+            sums = torch.promote_types(dtype, torch.float32)
+            rounding = 2 * torch.finfo(dtype).eps + (CANCELLED_UNITS + math.sqrt(terms)) * torch.finfo(sums).eps
+            for contender, results in given.items():
+                found = error(results[n][batch : batch + 1, first : first + true.shape[1]], true)
+                if found <= rounding:
+                    continue
+                naive = naive or reference_of(problem, part, dtype)
+                allowed = (2 * error(naive[n], true) + rounding) * (PEER_SLACK if contender in PEERS else 1)
+                if not found <= allowed:
+                    place = f"batch {batch}, KV head {kv_head}"
+                    wrong[contender] = f"{name} of {place} is off by {found:.1e}; allowed is {allowed:.1e}"
+    return wrong
 
 
 # --- The machine ---------------------------------------------------------------------------------
@@ -328,15 +193,18 @@ def vector_bits(library):
     return narrow.get(os.environ.get("MFA_ISA"), library.mfa_peak_vector_bits())
 
 
-def machine(device="cpu"):
-    """One line: the processor, the vectors probed, the threads used; or that it is its GPU."""
+def processor(device="cpu"):
+    """One line: the processor and the vectors probed; or that it is its GPU."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         found = re.search(r"model name\s*:\s*(.+)", pathlib.Path("/proc/cpuinfo").read_text())
         name = found[1] if found else name
-    if device == "mps":
-        return f"{name}, its GPU"
-    return f"{name}, {vector_bits(peak_library())}-bit vectors, {torch.get_num_threads()} threads"
+    return f"{name}, its GPU" if device == "mps" else f"{name}, {vector_bits(peak_library())}-bit vectors"
+
+
+def machine(device="cpu"):
+    """The processor, and the threads used."""
+    return processor(device) if device == "mps" else f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def versions():
@@ -392,8 +260,7 @@ class Memory:
 # --- Measuring -----------------------------------------------------------------------------------
 
 
-def timed(call, repeats):
-    device = call.operands.q.device.type
+def timed(call, repeats, device):
     settle(device)
     time.sleep(SETTLE_SECONDS)
     begin = time.perf_counter()
@@ -403,136 +270,173 @@ def timed(call, repeats):
     return (time.perf_counter() - begin) / repeats
 
 
-def first_runs(problem, operands, contenders):
-    """Runs each contender once: {contender: seconds}, {contender: extra bytes}, our results. Ours is the first,
-    so that what it keeps for later calls (workspace, threads) is counted."""
+@dataclasses.dataclass
+class Entry:
+    """A contender after its first run."""
+
+    call: object
+    seconds: float
+    extra_bytes: int | None = None
+    results: tuple = ()
+
+
+def first_run(contender, problem, operands, memory):
+    """The entry of ours or one of PyTorch's. Ours has to be the first of all, so that what it keeps for later calls
+    (workspace, threads) is counted."""
     warm = Problem.parse(f"{problem.passes} {problem.dtype} b1 h1 q16 kv16 d{problem.head_dim}v{problem.value_dim}")
     device = operands.q.device.type
-    memory, seconds, extra, ours = DeviceMemory() if device == "mps" else Memory(), {}, {}, None
+    small = Call(contender, warm, Operands.make(warm, 0).to(device))
+    small.prepare()
+    small.run()
+    call = Call(contender, problem, operands)
+    call.prepare()
+    memory.begin()
+    begin = time.perf_counter()
+    results = call.run()
+    settle(device)
+    seconds = time.perf_counter() - begin
+    entry = Entry(call, seconds, memory.extra(results), results if contender == "ours" else ())
+    call.forget()
+    return entry
+
+
+def enter(problem, operands, contenders):
+    """({contender: its entry}, {contender: why it has none})"""
+    memory = DeviceMemory() if operands.q.device.type == "mps" else Memory()
+    entries, absent = {}, {}
     for contender in contenders:
-        small = Call(contender, warm, Operands.make(warm, 0).to(device))
-        small.prepare()
-        small.run()
-        call = Call(contender, problem, operands)
-        call.prepare()
-        memory.begin()
-        begin = time.perf_counter()
-        results = call.run()
-        settle(device)
-        seconds[contender] = time.perf_counter() - begin
-        extra[contender] = memory.extra(results)
-        if contender == "ours":
-            ours = results
-        del results, call
-    return seconds, extra, ours
+        try:
+            if contender in PEERS:
+                call, seconds, results = fastest(contender, problem, operands, torch.get_num_threads())
+                entries[contender] = Entry(call, seconds, results=results)
+            else:
+                entries[contender] = first_run(contender, problem, operands, memory)
+        except Refused as refused:
+            absent[contender] = str(refused)
+    return entries, absent
 
 
-class Probe:
-    """What bounds the problem, measured now: 10^9 operations a second, or for a single query, which reads K and V
-    but once, 10^9 bytes a second. A kernel that multiplies pairs of bf16 is set beside a probe that does so, too."""
+@dataclasses.dataclass
+class Bound:
+    """What may bound a problem: its work, 10^9 operations or bytes, and a probe of how much of that the machine does
+    in a second."""
 
-    def __init__(self, problem, kernel):
-        self.library, self.threads = peak_library(), torch.get_num_threads()
-        self.bits, self.is_bf16 = vector_bits(self.library), kernel.endswith("bf16")
-        self.memory = torch.ones(1 << 28, dtype=torch.uint8) if problem.q_len == 1 else None
-        element = DTYPES[problem.dtype].itemsize
-        columns = problem.head_dim + problem.value_dim
-        read = problem.batch * problem.kv_heads * problem.keys * columns * element
-        self.work = 1e-9 * (problem.flop() if self.memory is None else read)
-
-    def __call__(self):
-        time.sleep(SETTLE_SECONDS)
-        if self.memory is None and self.is_bf16:
-            return self.library.mfa_peak_bf16_gflops(self.threads, PROBE_MS)
-        if self.memory is None:
-            return self.library.mfa_peak_gflops(self.threads, self.bits, PROBE_MS)
-        return self.library.mfa_peak_read_gbytes(
-            self.memory.data_ptr(), self.memory.nbytes, self.threads, PROBE_MS
-        )
+    field: str
+    work: float
+    probe: object
 
 
-def rounds(problem, kernel, operands, contenders, first, budget):
-    """Times the contenders in turn: {contender: [seconds]}; beside those of ours [(probe before, probe after)]; the
-    probe, None on a GPU. One that has used its share of the budget sits out; if it never had a turn, its first run
-    counts."""
-    probe, share = Probe(problem, kernel) if operands.q.device.type == "cpu" else None, budget / len(contenders)
-    calls = {contender: Call(contender, problem, operands) for contender in contenders}
-    for call in calls.values():
-        call.prepare()
+def bounds_of(problem, kernel):
+    """Arithmetic, of the kind that the kernel is made of; and for few queries, which read K and V but once, memory."""
+    library, threads = peak_library(), torch.get_num_threads()
+    if kernel.endswith("bf16"):
+        arithmetic = functools.partial(library.mfa_peak_bf16_gflops, threads, PROBE_MS)
+    else:
+        arithmetic = functools.partial(library.mfa_peak_gflops, threads, vector_bits(library), PROBE_MS)
+    bounds = [Bound("peak", 1e-9 * problem.flop(), arithmetic)]
+    if problem.reads_memory:
+        buffer = torch.ones(READ_BYTES, dtype=torch.uint8)
+
+        def read():
+            return library.mfa_peak_read_gbytes(buffer.data_ptr(), buffer.nbytes, threads, PROBE_MS)
+
+        bounds.append(Bound("read", 1e-9 * problem.bytes_read(), read))
+    return bounds
+
+
+def probe(bounds):
+    """{field: rate}, now."""
+    time.sleep(SETTLE_SECONDS)
+    return {bound.field: bound.probe() for bound in bounds}
+
+
+def rounds(entries, bounds, budget, device):
+    """Times the contenders in turn: {contender: [seconds]}; beside those of ours [(probe before, probe after)]. One
+    that has used its share of the budget sits out; if it never had a turn, its first run counts."""
+    share = budget / len(entries)
+    for entry in entries.values():
+        entry.call.prepare()
     # What a run costs: the first of something small was mostly starting up.
-    cost = {c: timed(calls[c], 1) if first[c] <= share else first[c] for c in contenders}
-    repeats = {contender: max(1, math.ceil(0.01 / cost[contender])) for contender in contenders}
-    taken, peaks = {contender: [] for contender in contenders}, []
-    used = dict.fromkeys(contenders, 0.0)
+    cost = {c: timed(e.call, 1, device) if e.seconds <= share else e.seconds for c, e in entries.items()}
+    repeats = {contender: max(1, math.ceil(0.01 / cost[contender])) for contender in entries}
+    taken, peaks = {contender: [] for contender in entries}, []
+    used = dict.fromkeys(entries, 0.0)
 
     def playing(contender):
         within = used[contender] + cost[contender] * repeats[contender] <= share
         return len(taken[contender]) < MOST_ROUNDS and (within or (contender == "ours" and not taken["ours"]))
 
-    while players := [contender for contender in contenders if playing(contender)]:
+    while players := [contender for contender in entries if playing(contender)]:
         for contender in players:
-            probed = probe and contender == "ours"
-            before = probe() if probed else 0
-            taken[contender].append(timed(calls[contender], repeats[contender]))
+            probed = bounds and contender == "ours"
+            before = probe(bounds) if probed else {}
+            taken[contender].append(timed(entries[contender].call, repeats[contender], device))
             if probed:
-                peaks.append((before, probe()))
+                peaks.append((before, probe(bounds)))
             used[contender] += taken[contender][-1] * repeats[contender]
-    return {contender: taken[contender] or [cost[contender]] for contender in contenders}, peaks, probe
+    return {contender: taken[contender] or [cost[contender]] for contender in entries}, peaks
 
 
-def measure_here(problem, budget, seed, device):
-    """The row of one problem; see measure()."""
-    scores = problem.batch * problem.q_heads * problem.q_len * problem.kv_len * DTYPES[problem.dtype].itemsize
-    contenders = [c for c in CONTENDERS if c != "math" or scores <= MATH_SCORES_BYTES]
-    operands = Operands.make(problem, seed).to(device)
-    first, extra, results = first_runs(problem, operands, contenders)
-    wrong = check(problem, operands.to("cpu"), [result.cpu() for result in results])
-    del results
-    row = {f"{contender}_extra_bytes": extra.get(contender) for contender in CONTENDERS}
-    row["extra_bytes"] = extra["ours"]
-    row["kernel"] = kernel(problem, operands)
-    if wrong:
-        return row | {"failed": wrong}
-    taken, peaks, probe = rounds(problem, row["kernel"], operands, contenders, first, budget)
-    median = {contender: statistics.median(seconds) for contender, seconds in taken.items()}
-    for contender in CONTENDERS:
-        row[f"{contender}_ms"] = 1e3 * median[contender] if contender in median else None
-        row[f"{contender}_runs"] = len(taken.get(contender, ()))
-    for other in ("torch", "math"):
-        row[f"ratio_{other}"] = median[other] / median["ours"] if other in median else None
-    row["gflops"] = 1e-9 * problem.flop() / median["ours"]
-    if not probe:
-        return row
-    share = statistics.median(probe.work / seconds / max(peak) for seconds, peak in zip(taken["ours"], peaks))
-    peak = statistics.median(max(peak) for peak in peaks)
-    row |= {
-        "share_of_peak": share if probe.memory is None else None,
-        "peak_gflops": peak if probe.memory is None else None,
-        "share_of_read": share if probe.memory is not None else None,
-        "peak_spread": statistics.median(1 - min(peak) / max(peak) for peak in peaks),
-        "read_gbytes": peak if probe.memory is not None else None,
-    }
+def shares(bounds, seconds, peaks):
+    """Of each bound: the share that ours reached, the rate of the probe, and how far its two readings were apart."""
+    row = {}
+    for bound in bounds:
+        rates = [(before[bound.field], after[bound.field]) for before, after in peaks]
+        share = statistics.median(bound.work / taken / max(rate) for taken, rate in zip(seconds, rates))
+        row[f"share_of_{bound.field}"] = share
+        row[f"{bound.field}_rate"] = statistics.median(max(rate) for rate in rates)
+        row[f"{bound.field}_spread"] = statistics.median(1 - min(rate) / max(rate) for rate in rates)
     return row
 
 
-def serve(pipe, threads, *arguments):
-    """The process of one problem."""
+def measure_here(problem, budget, seed, device, contenders):
+    """The row of one problem; see measure()."""
+    scores = problem.batch * problem.q_heads * problem.q_len * problem.kv_len * DTYPES[problem.dtype].itemsize
+    contenders = [c for c in contenders if c != "math" or scores <= MATH_SCORES_BYTES]
+    operands = Operands.make(problem, seed).to(device)
+    entries, absent = enter(problem, operands, contenders)
+    given = {contender: [one.cpu() for one in entry.results] for contender, entry in entries.items() if entry.results}
+    absent |= check(problem, operands.to("cpu"), given)
+    del given
+    row = {f"{contender}_extra_bytes": entry.extra_bytes for contender, entry in entries.items()}
+    row["kernel"] = kernel(problem, operands)
+    if "ours" in absent:
+        return row | {"failed": absent["ours"]}
+    entries = {contender: entry for contender, entry in entries.items() if contender not in absent}
+    for entry in entries.values():
+        entry.results = ()
+    bounds = bounds_of(problem, row["kernel"]) if device == "cpu" else []
+    taken, peaks = rounds(entries, bounds, budget, device)
+    median = {contender: statistics.median(seconds) for contender, seconds in taken.items()}
+    for contender, seconds in median.items():
+        row[f"{contender}_ms"] = 1e3 * seconds
+        row[f"{contender}_runs"] = len(taken[contender])
+        row[f"ratio_{contender}"] = seconds / median["ours"]
+    row["absent"] = absent
+    row["ways"] = {contender: type(entries[contender].call).__name__ for contender in entries if contender in PEERS}
+    row["gflops"] = 1e-9 * problem.flop() / median["ours"]
+    return row | shares(bounds, taken["ours"], peaks)
+
+
+# --- A process for each problem ------------------------------------------------------------------
+
+
+def serve(pipe, threads, function, arguments):
     torch.set_num_threads(threads)
     try:
-        pipe.send(measure_here(*arguments))
+        pipe.send(function(*arguments))
     except Exception as exception:  # the parent goes on with the next problem
         pipe.send({"failed": f"{type(exception).__name__}: {exception}"})
 
 
-def measure(text, budget=3.0, seed=1, device="cpu"):
-    """The row of one problem, measured in a process of its own for about `budget` seconds beyond the first runs.
-    A row with "failed" says what went wrong, and then has no times."""
-    problem = Problem.parse(text)
+def in_process(function, *arguments, threads=None, device="cpu"):
+    """The dictionary that the function returns in a fresh process; one with "failed" says what went wrong."""
     processes = multiprocessing.get_context("spawn" if device == "mps" else "forkserver")  # Metal does not outlive fork
     if device == "cpu":
         processes.set_forkserver_preload(["mps_flash_attn"])  # and torch: both take their time
     ours, theirs = processes.Pipe(duplex=False)
-    process = processes.Process(target=serve, args=(theirs, torch.get_num_threads(), problem, budget, seed, device))
+    threads = threads or torch.get_num_threads()
+    process = processes.Process(target=serve, args=(theirs, threads, function, arguments))
     process.start()
     theirs.close()
     try:
@@ -541,14 +445,28 @@ def measure(text, budget=3.0, seed=1, device="cpu"):
         process.join()
         row = {"failed": f"the process ended with code {process.exitcode}"}
     process.join()
-    about = {
-        "problem": text,
-        "pass": problem.passes,
-        "dtype": problem.dtype,
-        "threads": torch.get_num_threads(),
+    return row
+
+
+def circumstances(seed, device="cpu", threads=None):
+    """What a row says of the run that it is from."""
+    return {
+        "threads": threads or torch.get_num_threads(),
         "seed": seed,
         "date": datetime.date.today().isoformat(),
-        "machine": machine(device),
+        "machine": processor(device),
         "versions": versions(),
     }
+
+
+def measure(text, budget=3.0, seed=1, device="cpu", contenders=CONTENDERS, threads=None):
+    """The row of one problem, measured in a process of its own for about `budget` seconds beyond the first runs.
+    A row with "failed" says what went wrong, and then has no times."""
+    problem = Problem.parse(text)
+    arguments = problem, budget, seed, device, contenders
+    row = in_process(measure_here, *arguments, threads=threads, device=device)
+    about = {"problem": text, "pass": problem.passes, "dtype": problem.dtype}
+    about |= circumstances(seed, device, threads)
+    if any(contender in PEERS for contender in contenders):
+        about["versions"] += f", {versions_of_peers()}"
     return about | row

@@ -16,9 +16,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from measure import DTYPES, machine, versions
+from measure import machine, versions
 from mps_flash_attn import flash_attention, replaced_sdpa, sdpa_thresholds
 from mps_flash_attn.library import BUFFERS, FORWARD_BUFFERS, library
+from problems import DTYPES
 from rich.console import Console
 from rich.table import Table
 

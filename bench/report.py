@@ -1,15 +1,19 @@
-"""The rows of versus_torch.py as tables and pictures.
+"""What versus_torch.py, versus_peers.py and relative.py measured, as tables and pictures.
 
-    python bench/report.py rows.json                        a table in markdown, on the terminal
-    python bench/report.py rows.json --png rows.png         a picture as well
-    python bench/report.py rows.json --readme README.md     put the table between README.md's markers
+    python bench/report.py bench.json peers.json relative.json              tables in markdown, on the terminal
+    python bench/report.py bench.json --png rows.png                        a picture of all rows beside PyTorch
+    python bench/report.py peers.json --svg peers.svg                       a picture of libmfa among its peers
+    python bench/report.py *.json --svg peers.svg --readme README.md --record docs/measure.md
 
-Several files of rows may be given, of different machines too: each machine has a table of its own.
+The last puts the picture and the rows that users ask for first between README.md's markers, and all rows between those
+of docs/measure.md. Rows of different machines may be given: each machine has a table of its own.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import statistics
 import sys
 
 from rich import box
@@ -17,7 +21,17 @@ from rich.markup import escape
 from rich.table import Table
 
 CONTENDERS = {"ours": "libmfa", "torch": "PyTorch SDPA", "math": "PyTorch SDPA, math path"}
-COLOURS = {"ours": "#1f6f8b", "torch": "#e08a3c", "math": "#a8a8a8"}
+PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "jax": "JAX", "ggml": "ggml"}
+COLOURS = {
+    "ours": "#1f6f8b",
+    "torch": "#e08a3c",
+    "math": "#a8a8a8",
+    "onnxruntime": "#7a5195",
+    "openvino": "#4c9f70",
+    "jax": "#c0504d",
+    "ggml": "#8c8c5a",
+}
+README_GROUPS = ("users", "speed")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -36,74 +50,180 @@ def mebibytes(value):
     return "-" if value is None else f"{value / 2**20:.1f}" if value < 10 * 2**20 else f"{value / 2**20:.0f}"
 
 
+def share_of_bound(row):
+    """(what bounds the row: the peak, or for few queries perhaps the reading of memory, the share of it)"""
+    known = {bound: row.get(f"share_of_{bound}") for bound in ("peak", "read")}
+    return max(((bound, share) for bound, share in known.items() if share is not None), key=lambda one: one[1])
+
+
 def share(row):
-    """Of the peak; for a single query, which is bound by memory, of the read bandwidth."""
-    if row.get("share_of_read") is not None:
-        return f"{row['share_of_read']:.0%} of read"
-    return "-" if row.get("share_of_peak") is None else f"{row['share_of_peak']:.0%}"
+    if row.get("share_of_peak") is None:
+        return "-"
+    bound, value = share_of_bound(row)
+    return f"{value:.0%} of read" if bound == "read" else f"{value:.0%}"
+
+
+def others(row):
+    """{contender: times that it takes as long as ours}"""
+    known = {name: row.get(f"ratio_{name}") for name in ("torch", *PEERS)}
+    return {name: ratio for name, ratio in known.items() if ratio is not None}
+
+
+def of(cell, field):
+    return lambda row: cell(row.get(field))
 
 
 COLUMNS = {
-    "ours ms": lambda row: milliseconds(row.get("ours_ms")),
-    "torch ms": lambda row: milliseconds(row.get("torch_ms")),
-    "math ms": lambda row: milliseconds(row.get("math_ms")),
-    "torch / ours": lambda row: times(row.get("ratio_torch")),
-    "math / ours": lambda row: times(row.get("ratio_math")),
+    "ours ms": of(milliseconds, "ours_ms"),
+    "torch ms": of(milliseconds, "torch_ms"),
+    "math ms": of(milliseconds, "math_ms"),
+    "torch / ours": of(times, "ratio_torch"),
+    "math / ours": of(times, "ratio_math"),
     "of peak": share,
-    "ours +MiB": lambda row: mebibytes(row.get("ours_extra_bytes")),
-    "torch +MiB": lambda row: mebibytes(row.get("torch_extra_bytes")),
-    "math +MiB": lambda row: mebibytes(row.get("math_extra_bytes")),
+    "ours +MiB": of(mebibytes, "ours_extra_bytes"),
+    "torch +MiB": of(mebibytes, "torch_extra_bytes"),
+    "math +MiB": of(mebibytes, "math_extra_bytes"),
 }
+PEER_COLUMNS = {
+    "threads": lambda row: str(row["threads"]),
+    "ours ms": of(milliseconds, "ours_ms"),
+    "torch ms": of(milliseconds, "torch_ms"),
+    **{f"{name} ms": of(milliseconds, f"{name}_ms") for name in PEERS},
+    "best / ours": lambda row: times(min(others(row).values(), default=None)),
+    "of peak": share,
+}
+
+
+def goal(row):
+    return "-" if row["goal"] is None else f"{row['goal']:.2f}"
+
+
+def met(row):
+    return "-" if row["goal"] is None else "yes" if row["value"] <= row["goal"] else "no"
+
+
+def side(one):
+    words = [one["text"]]
+    words += ["a mask without order"] if one["scattered"] else []
+    words += [f"{one['threads']} thread"] if one["threads"] else []
+    return ", ".join(words)
+
+
+RELATION_COLUMNS = {"cost": of(times, "value"), "goal": goal, "met": met}
 
 
 # --- Tables --------------------------------------------------------------------------------------
 
 
-def line(row):
+def line(row, columns=COLUMNS):
     """One row in words, for the terminal."""
     if "failed" in row:
         return f"[red]{row['problem']}: not timed: {escape(row['failed'])}[/red]"
-    words = ", ".join(f"{title} {COLUMNS[title](row)}" for title in ("ours ms", "torch ms", "math ms"))
-    return f"{row['problem']}: {words}"
+    words = [f"{title} {cell(row)}" for title, cell in columns.items() if "ms" in title.split()]
+    words += [f"{name}: {reason}" for name, reason in row["absent"].items()]
+    return f"{row['problem']}: {escape(', '.join(words))}"
 
 
-def table(rows, title, name=lambda row: row["problem"]):
-    """For the terminal; `name` is the text of the first column."""
-    caption = (
-        "of peak: useful operations, as a share of what this machine did just before and after, in f32 or,\n"
-        "where the kernel does so, in dot products of bf16\n"
-        "+MiB: peak memory beside operands and results, measured"
-    )
+def filled(title, caption, first, columns, rows):
+    """For the terminal; `first` gives the text of the first column."""
     made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
     made.add_column("", min_width=14)
-    for column in COLUMNS:
-        heading = column.replace(" ", "\n", 1)
-        made.add_column(heading, justify="right", no_wrap=True, style="bold" if column == "torch / ours" else None)
+    for column in columns:
+        heading, is_ratio = column.replace(" ", "\n", 1), column in ("torch / ours", "best / ours")
+        made.add_column(heading, justify="right", no_wrap=True, style="bold" if is_ratio else None)
     for row in rows:
-        made.add_row(name(row), *(cell(row) for cell in COLUMNS.values()))
+        made.add_row(first(row), *(cell(row) for cell in columns.values()))
+    return made
+
+
+def table(rows, title, columns=COLUMNS, name=lambda row: row["problem"]):
+    caption = (
+        "of peak: useful operations, as a share of what this machine did just before and after, in f32 or,\n"
+        "where the kernel does so, in dot products of bf16; of read: bytes of K and V, where that share is larger\n"
+    )
+    memory = "+MiB: peak memory beside operands and results, measured"
+    return filled(title, caption + (memory if columns is COLUMNS else "-: see the reasons above"), name, columns, rows)
+
+
+def table_of_relations(rows):
+    caption = "cost: time for a unit of useful work, as a multiple of that of the plain problem"
+    return filled("ours beside ours", caption, lambda row: row["relation"], RELATION_COLUMNS, rows)
+
+
+def kind(row):
+    """What a mean is taken over."""
+    causal = " causal" if " causal" in row["problem"] else ""
+    return f"{row['pass']} {row['dtype']}{causal}"
+
+
+def means(rows):
+    """[(contender, kind of problem, geometric mean of its time over ours, the least, how many)]"""
+    found = {}
+    for row in rows:
+        for contender, ratio in others(row).items():
+            found.setdefault((contender, kind(row)), []).append(ratio)
+    return [(*key, statistics.geometric_mean(given), min(given), len(given)) for key, given in found.items()]
+
+
+def summary(rows):
+    made = Table(title="geometric means of their time over ours", box=box.SIMPLE_HEAD)
+    for column in ("", "problems", "rows", "mean", "least"):
+        made.add_column(column, justify="right" if column in ("rows", "mean", "least") else "left")
+    for contender, which, mean, least, count in means(rows):
+        made.add_row(contender, which, str(count), times(mean), times(least))
     return made
 
 
 def by_machine(rows):
-    """{"machine; versions; date": rows}"""
-    groups = {}
+    """{"machine, threads; versions; date": rows}"""
+    groups, titled = {}, {}
     for row in rows:
-        groups.setdefault(f"{row['machine']}; {row['versions']}; {row['date']}", []).append(row)
-    return groups
+        groups.setdefault((row["machine"], row["versions"], row["date"]), []).append(row)
+    for (machine, *rest), group in groups.items():
+        threads = sorted({row["threads"] for row in group}, reverse=True)
+        titled["; ".join((f"{machine}, {' and '.join(map(str, threads))} threads", *rest))] = group
+    return titled
+
+
+def markdown_table(heading, names, columns, rows):
+    lines = [f"| {heading} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for name, row in zip(names, rows):
+        lines.append(f"| {name} | " + " | ".join(cell(row) for cell in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+def reasons(rows):
+    """Why cells are empty, each reason once."""
+    found = {(PEERS[name], reason): None for row in rows for name, reason in row["absent"].items()}
+    return "".join(f"\n- {name}: {reason}" for name, reason in found)
+
+
+def markdown_means(rows):
+    lines = ["| | problems | rows | mean | least |", "| --- | --- | ---: | ---: | ---: |"]
+    for contender, which, mean, least, count in means(rows):
+        lines.append(f"| {(CONTENDERS | PEERS)[contender]} | {which} | {count} | {times(mean)} | {times(least)} |")
+    return "\n".join(lines)
 
 
 def markdown(rows):
+    """A table for each machine and kind of row."""
     parts = []
     for about, group in by_machine(rows).items():
-        lines = [
-            f"Measured on {about}.",
-            "",
-            "| problem | " + " | ".join(COLUMNS) + " |",
-            "| --- |" + " ---: |" * len(COLUMNS),
-        ]
-        for row in group:
-            lines.append(f"| `{row['problem']}` | " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |")
-        parts.append("\n".join(lines))
+        parts.append(f"Measured on {about}.")
+        beside_torch = [row for row in group if row["group"] not in ("peers", "relations")]
+        peers = [row for row in group if row["group"] == "peers"]
+        relations = [row for row in group if row["group"] == "relations"]
+        for chosen, columns in ((beside_torch, COLUMNS), (peers, PEER_COLUMNS)):
+            if chosen:
+                parts.append(markdown_table("problem", [f"`{row['problem']}`" for row in chosen], columns, chosen))
+        if reasons(peers):
+            parts.append(f"No figure, because:\n{reasons(peers)}")
+        if beside_torch or peers:
+            parts.append("Their time over ours, geometric means and the least:")
+            parts.append(markdown_means(beside_torch + peers))
+        if relations:
+            names = [f"{row['relation']}: `{side(row['one'])}` beside `{side(row['other'])}`" for row in relations]
+            parts.append(markdown_table("cost of one beside the other", names, RELATION_COLUMNS, relations))
     return "\n\n".join(parts)
 
 
@@ -119,60 +239,118 @@ def rewrite(path, text):
 # --- Pictures ------------------------------------------------------------------------------------
 
 
-def panel(axes, rows, title):
+def panel(axes, labels, title):
     """An empty picture with a line for each row, the first on top."""
-    axes.set_yticks(range(len(rows)), [row["problem"] for row in rows], fontsize=7)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_title(title, fontsize=10)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 
 
-def dots(axes, rows, field, scale=1.0):
-    """On a logarithmic axis, a dot for each contender that was measured."""
-    for contender, name in CONTENDERS.items():
-        known = [(row[f"{contender}_{field}"], y) for y, row in enumerate(rows) if row[f"{contender}_{field}"]]
-        axes.plot([x * scale for x, _ in known], [y for _, y in known], "o", color=COLOURS[contender], label=name)
-    axes.set_xscale("log")
+def dots(axes, rows, contenders, value):
+    """A dot for each contender of each row for which there is a value(row, contender)."""
+    for contender, name in contenders.items():
+        known = [(value(row, contender), y) for y, row in enumerate(rows)]
+        known = [(x, y) for x, y in known if x is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], "o", color=COLOURS[contender], ms=5, mew=0, label=name)
 
 
-def plot(rows, path):
-    """Time, share of the peak and memory of every row; a file for each machine beyond the first."""
+def figure_of(title, rows, panels, width):
+    """Panels side by side, each beside the same rows, with one legend."""
+    from matplotlib import pyplot  # here, because measuring processes import this file and draw nothing
+
+    size = (width, 1.6 + 0.22 * len(rows))
+    figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    return figure, axes
+
+
+def save(figure, axes, path):
     from matplotlib import pyplot
 
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize=8)
+    # Text stays text, and the same rows make the same file.
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "libmfa"}):
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def numbered(path, n):
+    """The file itself for the first machine, one of its own for each further."""
+    return path if n == 0 else path.with_stem(f"{path.stem}-{n + 1}")
+
+
+def draw_rows(rows, path):
+    """Time, share of the peak and memory of every row beside PyTorch."""
     for n, (about, group) in enumerate(by_machine(rows).items()):
-        size = (15, 1.5 + 0.25 * len(group))
-        figure, (time, peak, memory) = pyplot.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
-        panel(time, group, "milliseconds")
-        dots(time, group, "ms")
-        panel(peak, group, "libmfa, % of peak (one query: of read bandwidth)")
-        shares = [100 * (row["share_of_peak"] or row["share_of_read"] or 0) for row in group]
-        peak.barh(range(len(group)), shares, height=0.5, color=COLOURS["ours"])
+        labels = [row["problem"] for row in group]
+        figure, (time, peak, memory) = figure_of(about, group, 3, 15)
+        panel(time, labels, "milliseconds")
+        time.set_xscale("log")
+        dots(time, group, CONTENDERS, lambda row, who: row.get(f"{who}_ms"))
+        panel(peak, labels, "libmfa, % of peak (few queries: or of read bandwidth)")
+        peak.barh(range(len(group)), [100 * share_of_bound(row)[1] for row in group], height=0.5, color=COLOURS["ours"])
         peak.set_xlim(0, 100)
-        panel(memory, group, "peak extra memory, MiB")
-        dots(memory, group, "extra_bytes", 2**-20)
-        figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=len(CONTENDERS), fontsize=8)
-        figure.suptitle(about, fontsize=9)
-        figure.savefig(path if n == 0 else path.with_stem(f"{path.stem}-{n + 1}"), dpi=120)
-        pyplot.close(figure)
+        panel(memory, labels, "peak extra memory, MiB")
+        memory.set_xscale("log")
+        dots(memory, group, CONTENDERS, lambda row, who: (row.get(f"{who}_extra_bytes") or 0) * 2**-20 or None)
+        save(figure, time, numbered(path, n))
+
+
+def draw_peers(rows, path):
+    """Share of the peak and time of libmfa and its peers, for each row in which all threads were used."""
+
+    def share_of(row, who):
+        taken = row.get(f"{who}_ms")
+        return None if taken is None else 100 * share_of_bound(row)[1] * row["ours_ms"] / taken
+
+    def label(row):
+        return f"{row['problem']}, % of read" if share_of_bound(row)[0] == "read" else row["problem"]
+
+    contenders = {name: CONTENDERS[name] for name in ("ours", "torch")} | PEERS
+    threads = max(row["threads"] for row in rows)
+    for n, (about, group) in enumerate(by_machine([row for row in rows if row["threads"] == threads]).items()):
+        figure, (peak, time) = figure_of(about, group, 2, 11)
+        labels = [label(row) for row in group]
+        panel(peak, labels, "% of this machine's peak")
+        dots(peak, group, contenders, share_of)
+        peak.set_xlim(0, 100)
+        panel(time, labels, "milliseconds")
+        time.set_xscale("log")
+        time.minorticks_off()
+        dots(time, group, contenders, lambda row, who: row.get(f"{who}_ms"))
+        save(figure, time, numbered(path, n))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", type=pathlib.Path, help="files written by versus_torch.py --json")
-    parser.add_argument("--png", type=pathlib.Path, metavar="FILE", help="draw them")
-    parser.add_argument("--readme", type=pathlib.Path, metavar="FILE", help="rewrite what is between its markers")
+    parser.add_argument("rows", nargs="+", type=pathlib.Path, help="files that the benchmarks wrote by --json")
+    parser.add_argument("--png", type=pathlib.Path, metavar="FILE", help="draw the rows beside PyTorch")
+    parser.add_argument("--svg", type=pathlib.Path, metavar="FILE", help="draw the rows beside all peers")
+    parser.add_argument("--readme", type=pathlib.Path, metavar="FILE", help="rewrite its table, and its picture's link")
+    parser.add_argument("--record", type=pathlib.Path, metavar="FILE", help="rewrite its tables of all rows")
     options = parser.parse_args()
     rows = [row for file in options.rows for row in json.loads(file.read_text())]
-    failed = [row["problem"] for row in rows if "failed" in row]
+    failed = [row.get("problem", row.get("relation")) for row in rows if "failed" in row]
     if failed:
         raise SystemExit(f"these rows were wrong, and no table is made of them: {', '.join(failed)}")
+    peers = [row for row in rows if row["group"] == "peers"]
     if options.png:
-        plot(rows, options.png)
+        draw_rows([row for row in rows if row["group"] not in ("peers", "relations")], options.png)
+    if options.svg:
+        draw_peers(peers, options.svg)
     if options.readme:
-        rewrite(options.readme, markdown(rows))
-    else:
+        place = options.svg and os.path.relpath(options.svg, options.readme.parent)
+        link = f"![libmfa beside its peers]({place})\n\n" if place else ""
+        rewrite(options.readme, link + markdown([row for row in rows if row["group"] in README_GROUPS]))
+    if options.record:
+        rewrite(options.record, markdown(rows))
+    if not (options.readme or options.record):
         print(markdown(rows))
 
 

@@ -1,23 +1,28 @@
 """Our attention beside PyTorch's, as it comes and unfused: time, share of the machine's peak, memory.
 
-    python bench/versus_torch.py --quick                        the README's rows, under two minutes
+    python bench/versus_torch.py --quick                        the README's table, under two minutes
     python bench/versus_torch.py --json rows.json               all of them
+    python bench/versus_torch.py --group decode                 some
     python bench/versus_torch.py "forward bf16 b1 h32/8 q4096 kv4096 d128 causal"
 
 How it is measured stands in docs/measure.md. The exit status is 1 if a result was wrong: such a one is not timed.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
 
 import report
-from measure import Problem, machine, measure, versions
+from measure import machine, measure, versions
+from problems import Problem
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 BANDS = ("", " causal")
+BOTH = ("forward", "backward")
+DTYPES = ("f32", "f16", "bf16")
 
 
 def users_table():
@@ -25,7 +30,7 @@ def users_table():
     return [
         f"{passes} {dtype} b4 h8 q2048 kv2048 d64{band}"
         for passes in ("forward", "forward+backward")
-        for dtype in ("f32", "f16", "bf16")
+        for dtype in DTYPES
         for band in BANDS
     ]
 
@@ -33,70 +38,127 @@ def users_table():
 def speed():
     """The rows that have a goal: a share of the peak."""
     return [
-        f"{passes} f32 b1 h8 q2048 kv2048 d{head_dim}{band}"
-        for passes in ("forward", "backward")
+        f"{passes} {dtype} b1 h8 q2048 kv2048 d{head_dim}{band}"
+        for dtype in ("f32", "bf16")
+        for passes in BOTH
         for head_dim in (64, 128)
         for band in BANDS
     ]
 
 
-def breadth():
-    """One thing changed at a time."""
-    both = ("forward", "backward")
-    rows = [f"{p} f32 b1 h8 q{n} kv{n} d64 causal" for n in (256, 512, 1024, 4096, 8192) for p in both]
-    rows += [f"{p} {t} b1 h8 q2048 kv2048 d{d}" for d in (32, 80, 256) for t in ("f32", "bf16") for p in both]
-    rows += [f"{p} f32 b1 h8 q2048 kv2048 d192v128 causal" for p in both]
-    rows += [f"{p} {t} b1 h32/8 q2048 kv2048 d128 causal" for t in ("f32", "bf16") for p in both]
-    rows += [f"{p} f32 b1 h8 q{n} kv{n} d64 lower-255 upper0" for n in (2048, 8192) for p in both]
-    rows += [f"{p} f32 b1 h8 q4096 kv4096 d64 lower-128 upper128" for p in both]
-    for mask in ("mask_bool", "mask_f32"):
-        rows += [f"{p} f32 b2 h8 q2048 kv2048 d64{band} {mask}" for band in BANDS for p in both]
-    rows += [f"{p} f32 b1 h1 q4096 kv4096 d{d}{band}" for d in (64, 128) for band in BANDS for p in both]
-    rows += [f"forward {t} b1 h32/8 q1 kv{n} d128" for t in ("f32", "f16", "bf16") for n in (1024, 4096, 16384)]
-    rows += ["forward f32 b1 h1 q1 kv16384 d128", "forward f32 b8 h32 q1 kv2048 d128"]
-    return rows
+def lengths():
+    return [f"{p} f32 b1 h8 q{n} kv{n} d64 causal" for n in (512, 1024, 4096, 8192) for p in BOTH]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def head_sizes():
+    rows = [f"{p} f32 b1 h8 q2048 kv2048 d{d}" for d in (16, 32, 40, 80, 96, 111, 256) for p in BOTH]
+    rows += [f"{p} bf16 b1 h8 q2048 kv2048 d{d}" for d in (32, 80, 256) for p in BOTH]
+    return rows + [f"{p} f32 b1 h8 q2048 kv2048 d192v128 causal" for p in BOTH]
+
+
+def heads():
+    """Query heads that share KV heads, and only one of them."""
+    rows = [f"{p} {t} b1 h32/8 q2048 kv2048 d128 causal" for t in ("f32", "bf16") for p in BOTH]
+    return rows + [f"{p} f32 b1 h1 q4096 kv4096 d{d}{band}" for d in (64, 128) for band in BANDS for p in BOTH]
+
+
+def masks():
+    rows = [f"{p} f32 b1 h8 q{n} kv{n} d64 lower-255 upper0" for n in (2048, 8192) for p in BOTH]
+    rows += [f"{p} f32 b1 h8 q4096 kv4096 d64 lower-128 upper128" for p in BOTH]
+    kinds = ("mask_bool", "mask_f32")
+    return rows + [f"{p} f32 b2 h8 q2048 kv2048 d64{band} {m}" for m in kinds for band in BANDS for p in BOTH]
+
+
+def decode():
+    """Few queries, long K and V."""
+    shapes = itertools.product(DTYPES, ("8", "32/8", "64/8"), (1, 4, 16))
+    rows = [f"forward {dtype} b1 h{heads} q{n} kv16384 d128" for dtype, heads, n in shapes]
+    return rows + ["forward f32 b1 h1 q1 kv16384 d128", "forward f32 b8 h32 q1 kv2048 d128"]
+
+
+def small():
+    """Where what a call costs beside the computation counts."""
+    sizes = (16, 32, 64, 128, 256)
+    passes = ("forward", "forward+backward")
+    kinds = [f"f32 {shape}" for shape in ("b1 h1", "b1 h8", "b4 h8")] + ["f16 b1 h8", "bf16 b1 h8"]
+    rows = [f"{p} {kind} q{n} kv{n} d64" for kind in kinds for n in sizes for p in passes]
+    return rows + [f"{p} f32 b1 h8 q{n} kv{n} d64 causal" for n in sizes for p in passes]
+
+
+GROUPS = {
+    "users": users_table,
+    "speed": speed,
+    "lengths": lengths,
+    "head sizes": head_sizes,
+    "heads": heads,
+    "masks": masks,
+    "decode": decode,
+    "small": small,
+}
+QUICK = ("users", "speed")
+
+
+def parser_of(description, seconds):
+    """For what every program that measures rows can be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", help="problems to measure, instead of the list")
-    parser.add_argument("--quick", action="store_true", help="only the rows of the README, each for a shorter time")
     parser.add_argument("--filter", default="", help="only rows that contain this text")
-    parser.add_argument("--seconds", type=float, help="how long to time each row; default 6, or 1.5 if --quick")
+    parser.add_argument("--seconds", type=float, default=seconds, help="how long to time each row; default %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="of the random operands")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows to this file")
+    return parser
+
+
+def options_of(parser):
     options = parser.parse_args()
-    problems = options.problems or users_table() + speed() + ([] if options.quick else breadth())
-    problems = [problem for problem in problems if options.filter in problem]
     try:
-        for problem in problems:
+        for problem in options.problems:
             Problem.parse(problem)
     except ValueError as error:
         parser.error(str(error))
-    seconds = options.seconds or (1.5 if options.quick else 6.0)
+    return options
 
+
+def measure_all(wanted, options, title, columns, **how):
+    """Measures [(group, problem, threads or None)], shows and writes the rows, and returns the exit status."""
+    wanted = [one for one in wanted if options.filter in one[1]]
     console = Console()
     if not console.is_terminal:
         console.width = 150  # a log file has room
     console.print(f"{machine()}; {versions()}; seed {options.seed}")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    bars = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     rows = []
     try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=len(problems))
-            for problem in problems:
+        with Progress(*bars, console=console) as progress:
+            task = progress.add_task("", total=len(wanted))
+            for group, problem, threads in wanted:
                 progress.update(task, description=problem)
-                rows.append(measure(problem, seconds, options.seed))
-                console.print(report.line(rows[-1]))
+                row = measure(problem, options.seconds, options.seed, threads=threads, **how)
+                rows.append({"group": group} | row)
+                console.print(report.line(rows[-1], columns))
                 progress.advance(task)
     finally:
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    console.print(report.table(rows, "ours, PyTorch's attention as it comes (torch) and its unfused math path (math)"))
     failed = [row for row in rows if "failed" in row]
+    right = [row for row in rows if "failed" not in row]
+    console.print(report.table(right, title, columns))
+    console.print(report.summary(right))
     if options.json:
         console.print(f"{len(rows)} rows written to {options.json}")
     return 1 if failed else 0
+
+
+def main():
+    parser = parser_of(__doc__, seconds=1.0)
+    parser.add_argument("--quick", action="store_true", help="only the rows of the README's table")
+    parser.add_argument("--group", choices=GROUPS, action="append", help="only the rows of this group")
+    options = options_of(parser)
+    chosen = options.group or (QUICK if options.quick else GROUPS)
+    wanted = [("given", problem, None) for problem in options.problems]
+    wanted = wanted or [(group, problem, None) for group in chosen for problem in GROUPS[group]()]
+    title = "ours, PyTorch's attention as it comes (torch) and its unfused math path (math)"
+    return measure_all(wanted, options, title, report.COLUMNS)
 
 
 if __name__ == "__main__":

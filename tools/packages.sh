@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sees to the system packages that a goal needs: tools/packages.sh build|wheels|test
+# Sees to the system packages that a goal needs: tools/packages.sh build|bench|wheels|test
 # As root on Debian and its kin it installs what is missing; otherwise it names what is missing and fails.
 set -eu
 goal=$1
@@ -28,13 +28,14 @@ look() {
     need "gcc libc6-dev" links cc "$scratch/empty.c" -lm -lpthread
     need "python3 python3-venv" "$python" -c 'import ensurepip, venv'
     [ "$goal" != build ] || return 0
+    [ "$goal" = wheels ] || need g++ links g++ -x c++ "$scratch/empty.c"
+    [ "$goal" != bench ] || return 0
     need "gcc-aarch64-linux-gnu libc6-dev-arm64-cross" links aarch64-linux-gnu-gcc -static "$scratch/empty.c" -lm
     need clang-19 clang-19 --version
     need lld-19 ld64.lld-19 --version
     need llvm-19 llvm-cov-19 --version
     [ "$goal" = test ] || return 0
     need git git --version
-    need g++ links g++ -x c++ "$scratch/empty.c"
     need libcmocka-dev links cc "$scratch/cmocka.c" -lcmocka
     need "clang-19 libclang-rt-19-dev" links clang-19 -fsanitize=thread "$scratch/empty.c"
     need qemu-user-static command -v qemu-aarch64-static

@@ -1,0 +1,166 @@
+"""What the benchmarks say: their problems, what they count as work, what they let pass, their tables and pictures."""
+
+import dataclasses
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
+
+import measure
+import peers
+import relative
+import report
+import versus_peers
+import versus_torch
+from problems import Operands, Problem
+
+pytestmark = pytest.mark.cpu("the benchmarks that these are about")
+PICTURE_BYTES = 60_000  # the README shows it
+
+
+def row(problem, n=1, **more):
+    names = ("ours", "torch", "math", *peers.PEERS)
+    parsed = Problem.parse(problem)
+    made = {"group": "users", "problem": problem, "pass": parsed.passes, "dtype": parsed.dtype, "threads": 2}
+    made |= {"machine": "a machine", "versions": "libmfa 1", "date": "2026-01-02", "absent": {}}
+    made |= {"share_of_peak": 0.5, "ratio_ours": 1.0}
+    made |= {f"{name}_ms": 1.25 * n + k for k, name in enumerate(names)}
+    made |= {f"ratio_{name}": 2.0 * n for name in names[1:]}
+    return made | {f"{name}_extra_bytes": 1 << 20 for name in names} | more
+
+
+# --- Problems ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", ["", " causal", " lower-3 upper0", " lower-2 upper2", " upper2", " mask_bool", " causal mask_bool"]
+)
+def test_work_counts_visible_pairs(options):
+    problem = Problem.parse(f"backward f32 b2 h4/2 q9 kv9 d8v4{options}")
+    visible = problem.band(range(problem.q_len)) & (torch.arange(problem.kv_len) < problem.keys)
+    assert problem.pairs() == visible.sum()
+    assert problem.flop() == 2 * 4 * problem.pairs() * (6 * 8 + 4 * 4)
+    assert problem.bytes_read() == 2 * 2 * problem.keys * 12 * 4
+    assert not problem.reads_memory
+
+
+@pytest.mark.parametrize("text", ["forward f32 b1 q4", "sideways f32 b1 h1 q4 kv4 d8", "forward f8 b1 h1 q4 kv4 d8"])
+def test_what_is_no_problem_is_refused(text):
+    with pytest.raises(ValueError, match="one|dtype"):
+        Problem.parse(text)
+
+
+def test_lists_are_problems_each_once():
+    sides = [side for relation in relative.relations() for side in (relation.one, relation.other)]
+    listed = [problem for group in versus_torch.GROUPS.values() for problem in group()]
+    for text in (*listed, *(problem for problem, _ in versus_peers.rows()), *(side.text for side in sides)):
+        Problem.parse(text)
+    assert len(set(listed)) == len(listed)
+    names = [relation.name for relation in relative.relations()]
+    assert len(set(names)) == len(names)
+
+
+# --- What may be timed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["", " causal", " lower-3 upper1 softcap20", " mask_bool", " causal mask_f32"])
+@pytest.mark.parametrize("passes", ["forward", "backward", "forward+backward"])
+def test_ours_is_timed_only_if_right(passes, options):
+    problem = Problem.parse(f"{passes} f32 b2 h4/2 q40 kv40 d16{options}")
+    operands = Operands.make(problem, seed=3)
+    call = measure.Call("ours", problem, operands)
+    call.prepare()
+    right = call.results(call.run())
+    assert measure.check(problem, operands, {"ours": right}) == {}
+    for n in range(len(right)):
+        wrong = [tensor.clone() for tensor in right]
+        wrong[n][-1, -1, -1, -1] += 1e-3
+        assert "allowed is" in measure.check(problem, operands, {"ours": wrong})["ours"]
+
+
+@pytest.mark.parametrize("library", peers.PEERS)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "forward f32 b2 h4 q65 kv65 d32",
+        "forward f32 b2 h4/2 q65 kv65 d32 causal",
+        "forward f16 b2 h4/2 q1 kv65 d32",
+        "forward bf16 b1 h2 q65 kv65 d32 causal",
+        "forward+backward f32 b1 h2 q33 kv33 d32 causal",
+    ],
+)
+def test_peers_are_right_or_say_why_not(library, problem):
+    problem = Problem.parse(problem)
+    operands = Operands.make(problem, seed=4)
+    try:
+        _, _, results = peers.fastest(library, problem, operands, threads=1)
+    except peers.Refused as refused:
+        assert str(refused)
+        return
+    assert measure.check(problem, operands, {library: results}) == {}
+
+
+@pytest.mark.parametrize("options", [" mask_bool", " lower-3 upper0", " softcap30"])
+@pytest.mark.parametrize("library", peers.PEERS)
+def test_peers_refuse_options(library, options):
+    problem = Problem.parse(f"forward f32 b1 h2 q8 kv8 d16{options}")
+    with pytest.raises(peers.Refused, match="only plain and causal"):
+        peers.fastest(library, problem, Operands.make(problem, seed=5), threads=1)
+
+
+# --- Tables and pictures -------------------------------------------------------------------------
+
+
+def relation(**more):
+    side = dataclasses.asdict(relative.Side("forward f32 b1 h1 q8 kv8 d8"))
+    made = {"group": "relations", "relation": "an option", "one": side, "other": side, "threads": 2}
+    made |= {"machine": "a machine", "versions": "libmfa 1", "date": "2026-01-02"}
+    return made | {"value": 1.25, "goal": 1.2} | more
+
+
+def test_means_are_geometric_and_name_the_least():
+    rows = [row("forward f32 b1 h1 q8 kv8 d8", n) for n in (1, 4)] + [row("forward f32 b1 h1 q8 kv8 d8 causal")]
+    found = {(contender, which): numbers for contender, which, *numbers in report.means(rows)}
+    assert found["torch", "forward f32"] == [pytest.approx(4.0), 2.0, 2]
+    assert found["ggml", "forward f32 causal"] == [pytest.approx(2.0), 2.0, 1]
+
+
+def test_tables_say_machine_reasons_and_goals():
+    absent = row("forward bf16 b1 h1 q1 kv8 d8", group="peers", absent={"jax": "not installed"}, share_of_read=0.75)
+    absent["jax_ms"] = absent["ratio_jax"] = None
+    text = report.markdown([row("forward f32 b1 h1 q8 kv8 d8"), absent, relation(), relation(value=1.1)])
+    assert "Measured on a machine, 2 threads; libmfa 1; 2026-01-02." in text
+    assert "- JAX: not installed" in text
+    assert "75% of read" in text
+    assert [line[-6:] for line in text.splitlines() if "an option" in line] == ["| no |", " yes |"]
+
+
+def test_tables_go_between_markers(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.rewrite(file, "new")
+    assert file.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    file.write_text("nothing")
+    with pytest.raises(SystemExit, match="has no lines"):
+        report.rewrite(file, "new")
+
+
+def test_picture_of_peers_is_small_text_and_reproducible(tmp_path):
+    rows = [row(problem, group="peers", threads=threads or 2) for problem, threads in versus_peers.rows()]
+    pictures = []
+    for name in ("one.svg", "two.svg"):
+        report.draw_peers(rows, tmp_path / name)
+        pictures.append((tmp_path / name).read_text())
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) < PICTURE_BYTES
+    for words in ("forward bf16 b1 h32/8 q1 kv16384 d128", "OpenVINO", "a machine, 2 threads", "2026-01-02"):
+        assert words in pictures[0]
+
+
+def test_picture_of_rows(tmp_path):
+    without = row("backward f32 b1 h1 q8 kv8 d8", math_ms=None, math_extra_bytes=None)
+    report.draw_rows([row("forward f32 b1 h1 q8 kv8 d8"), without], tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
