@@ -8,6 +8,7 @@
 #include "cpu/kernels/terms.h"
 #include "cpu/kernels/product.h"
 #include "cpu/kernels/panel.h"
+#include "cpu/kernels/softmax.h"
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/few_product.h"
 #include "cpu/kernels/few.h"

@@ -7,11 +7,11 @@
  *             P = exp2(S - m), l += sum(P), O^T += V^T P
  *     O = O / l, L = ln(2) * (m + log2(l))
  *
- * m is a reference, not the maximum itself: it lags by at most SLACK, which keeps P below 2^SLACK and saves
- * nearly all rescaling. The result is the same function. */
+ * m is a reference, not the maximum itself (softmax.h). Scores that nothing is done to but this become P as they are
+ * computed, as long as m holds. */
 
-#define SLACK 8
-#define KEY_UNIT 8 /* a panel visits whole tiles of keys */
+#define KEY_UNIT 8     /* a panel visits whole tiles of keys */
+#define RAISE_KEYS 48  /* where m does not hold, so many keys give another one */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
     real *O, *m, *l;
@@ -103,41 +103,6 @@ static void pack_queries(const struct mfa_cpu_call *call, const struct panel *pa
     transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
 }
 
-/* The largest of a column of n vectors. Four at a time, since one depends on the one before. */
-static vec column_max(const real *S, int64_t n)
-{
-    vec m[4];
-    for (int i = 0; i < 4; i++)
-        m[i] = vec_set1(-(real)INFINITY);
-    int64_t k = 0;
-    for (; k + 4 <= n; k += 4, S += 4 * PANEL)
-        for (int i = 0; i < 4; i++)
-            m[i] = vec_max(m[i], vec_load(S + i * PANEL));
-    for (; k < n; k++, S += PANEL)
-        m[0] = vec_max(m[0], vec_load(S));
-    return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
-}
-
-/* P = exp2(S - m), terms down, in the place of S; its sum. */
-static vec column_exp2(real *S, int64_t n, vec m)
-{
-    vec l[2] = {vec_set1(0), vec_set1(0)};
-    int64_t k = 0;
-    for (; k + 2 <= n; k += 2) {
-        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
-        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
-        l[0] = vec_add(l[0], even);
-        l[1] = vec_add(l[1], odd);
-        store_down(S, PANEL, k, even, odd);
-    }
-    if (k < n) {
-        vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
-        l[0] = vec_add(l[0], last);
-        store_down_last(S, PANEL, k, last);
-    }
-    return vec_add(l[0], l[1]);
-}
-
 static void softmax_step(const struct panel *panel, struct sums sums, int64_t value_dim, real *S, int64_t n)
 {
     for (int v = 0; v < panel->vectors; v++) {
@@ -218,6 +183,42 @@ static struct upcoming upcoming_rows(const struct mfa_cpu_call *call, const stru
     return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, TERM * each};
 }
 
+/* What the panel gets from keys r of a block: S, P and l by pieces. Where a piece may raise m, P of those before it
+ * goes into O first. */
+static void attend(const struct mfa_cpu_call *call, const struct panel *panel, const struct forward_scratch *s,
+                   struct sums sums, enum visibility seen, int64_t key, struct range r, struct block K, struct block V,
+                   const term *Q, struct upcoming *K_next, struct upcoming *V_next)
+{
+    const struct mfa_args *a = &call->args;
+    int plain = panel->vectors == MFA_CPU_PANEL_VECTORS && seen != MASKED && !(call->softcap > 0);
+    struct range shown = plain ? panel_shown(panel, key, r, KEY_UNIT) : (struct range){r.to, r.to};
+    int64_t from = r.from, added = r.from;
+    while (from < r.to) {
+        term *P = s->S + (from - r.from) / TERM * PANEL;
+        if (shown.from <= from && from < shown.to && sums.l[0] != 0) { /* else there is no m yet */
+            int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
+                                         score_factor(call), sums.m, sums.l, P, K_next);
+            from += done, P += done / TERM * PANEL;
+        }
+        if (from == r.to)
+            break;
+        add_values(call, panel, key, (struct range){added, from}, V, s->S + (added - r.from) / TERM * PANEL, sums.O,
+                   V_next);
+        added = from;
+        struct range piece = {from, r.to};
+        if (from < shown.from)
+            piece.to = shown.from;
+        else if (from < shown.to)
+            piece.to = from + RAISE_KEYS < shown.to ? from + RAISE_KEYS : shown.to;
+        multiply_keys(call, panel, key, piece, K, Q, P, K_next);
+        panel_adjust(panel, call, seen, key + from, piece.to - from, P, PANEL, s->mask_tile, NULL);
+        softmax_step(panel, sums, a->value_dim, P, piece.to - from);
+        from = piece.to;
+    }
+    add_values(call, panel, key, (struct range){added, r.to}, V, s->S + (added - r.from) / TERM * PANEL, sums.O,
+               V_next);
+}
+
 static void forward(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -264,11 +265,8 @@ static void forward(void *data, int64_t task, int worker)
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
                 V = turn_down(V, n, a->value_dim, s.V_down);
             }
-            struct sums sums = sums_at(s.sums, a, p);
-            multiply_keys(call, &panels[p], key, r, K, s.Q + p * d * PANEL, s.S, asking ? &K_next : NULL);
-            panel_adjust(&panels[p], call, seen, key + r.from, count, s.S, PANEL, s.mask_tile, NULL);
-            softmax_step(&panels[p], sums, a->value_dim, s.S, count);
-            add_values(call, &panels[p], key, r, V, s.S, sums.O, asking ? &V_next : NULL);
+            attend(call, &panels[p], &s, sums_at(s.sums, a, p), seen, key, r, K, V, s.Q + p * d * PANEL,
+                   asking ? &K_next : NULL, asking ? &V_next : NULL);
         }
     }
     if (call->splits == 1)

@@ -85,6 +85,15 @@ static int64_t vector_end(const struct panel *panel, int v, int64_t key, struct 
     return v + 1 < panel->vectors && to < r.to ? to : r.to;
 }
 
+/* The keys among r that the band shows to all lanes, in whole units. */
+static struct range panel_shown(const struct panel *panel, int64_t key, struct range r, int64_t unit)
+{
+    int64_t from = panel->all_low - key, to = panel->all_high + 1 - key;
+    from = from < r.from ? r.from : mfa_cpu_ceil(from, unit) * unit;
+    to = to < r.to ? to / unit * unit : r.to;
+    return from < to ? (struct range){from, to} : (struct range){r.to, r.to};
+}
+
 enum visibility {
     HIDDEN, /* no lane sees any key of the block: it is not visited */
     SHOWN,  /* every lane sees every key, and nothing is added to the scores */

@@ -57,8 +57,20 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
 #define TILE_UNROLL
 #endif
 
-#define TILE(R, V) TILE_(R, V)
 /* clang-format off */
+/* `first` is done before each of the steps t to `end`. */
+#define SUM_UP(R, V, t, end, first)                                                                                    \
+    TILE_UNROLL                                                                                                        \
+    for (; t < end; t++, A += step, B += b_step) {                                                                     \
+        first(R)                                                                                                       \
+        EACH_VECTOR_##V(LOAD_B, 0)                                                                                     \
+        EACH_ROW(R, ADD_ROW, V)                                                                                        \
+    }
+#define ASK(R)                                                                                                         \
+    if (upcoming)                                                                                                      \
+        ask_upcoming(&rows, R);
+
+#define TILE(R, V) TILE_(R, V)
 #define TILE_(R, V)                                                                                                    \
     static inline __attribute__((always_inline)) void tile_##R##x##V(                                                  \
         const term *restrict A, int64_t row_step, int64_t step, const term *restrict B, int64_t b_step,                \
@@ -67,14 +79,9 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
         struct upcoming rows = {.at = NULL};                                                                           \
         if (upcoming)                                                                                                  \
             rows = *upcoming;                                                                                          \
+        int64_t t = 0;                                                                                                 \
         EACH_ROW(R, START_ROW, V)                                                                                      \
-        TILE_UNROLL                                                                                                    \
-        for (int64_t t = 0; t < n; t++, A += step, B += b_step) {                                                      \
-            if (upcoming)                                                                                              \
-                ask_upcoming(&rows, R);                                                                                \
-            EACH_VECTOR_##V(LOAD_B, 0)                                                                                 \
-            EACH_ROW(R, ADD_ROW, V)                                                                                    \
-        }                                                                                                              \
+        SUM_UP(R, V, t, n, ASK)                                                                                        \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
         if (upcoming)                                                                                                  \
             *upcoming = rows;                                                                                          \

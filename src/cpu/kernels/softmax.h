@@ -1,0 +1,117 @@
+/* P = exp2(S - m). m is a reference, not the maximum itself: it lags by at most SLACK, which keeps P below 2^SLACK and
+ * saves nearly all rescaling. The result is the same function.
+ *
+ * Column by column, where S has been computed, capped and masked; or at once, as S = K Q^T is: then the exponentials of
+ * one register tile stand between the multiply-adds of the next, so that processors find work for units that
+ * multiply-adds leave idle. */
+
+#define SLACK 8
+
+/* The largest of a column of n vectors. Four at a time, since one depends on the one before. */
+static vec column_max(const real *S, int64_t n)
+{
+    vec m[4];
+    for (int i = 0; i < 4; i++)
+        m[i] = vec_set1(-(real)INFINITY);
+    int64_t k = 0;
+    for (; k + 4 <= n; k += 4, S += 4 * PANEL)
+        for (int i = 0; i < 4; i++)
+            m[i] = vec_max(m[i], vec_load(S + i * PANEL));
+    for (; k < n; k++, S += PANEL)
+        m[0] = vec_max(m[0], vec_load(S));
+    return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
+}
+
+/* P = exp2(S - m), terms down, in the place of S; its sum. */
+static vec column_exp2(real *S, int64_t n, vec m)
+{
+    vec l[2] = {vec_set1(0), vec_set1(0)};
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2) {
+        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
+        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
+        l[0] = vec_add(l[0], even);
+        l[1] = vec_add(l[1], odd);
+        store_down(S, PANEL, k, even, odd);
+    }
+    if (k < n) {
+        vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
+        l[0] = vec_add(l[0], last);
+        store_down_last(S, PANEL, k, last);
+    }
+    return vec_add(l[0], l[1]);
+}
+
+/* P of rows k and k + 1 of S, k even; adds them to l. */
+static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *m, real *l, term *P)
+{
+    for (int v = 0; v < vectors; v++) {
+        int64_t at = v * LANES;
+        vec reference = vec_load(m + at);
+        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL + at), reference));
+        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL + at), reference));
+        vec_store(l + at, vec_add(vec_load(l + at), vec_add(even, odd)));
+        store_down(P + at, PANEL, k, even, odd);
+    }
+}
+
+/* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
+#define TILE_EXP2(R, V) TILE_EXP2_(R, V)
+#define TILE_EXP2_(R, V)                                                                                            \
+    static inline __attribute__((always_inline)) void tile_exp2(                                                    \
+        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real factor, real *restrict C, \
+        const real *restrict m, real *restrict l, term *restrict P, struct upcoming *upcoming)                      \
+    {                                                                                                               \
+        const int64_t step = 1, b_step = PANEL, c_step = PANEL;                                                     \
+        const int add = 0;                                                                                          \
+        struct upcoming rows = {.at = NULL};                                                                        \
+        if (upcoming)                                                                                               \
+            rows = *upcoming;                                                                                       \
+        int64_t t = 0;                                                                                              \
+        EACH_ROW(R, START_ROW, V)                                                                                   \
+        for (int64_t k = 0; k < R; k += 2) {                                                                        \
+            exp2_rows(V, C, k, m, l, P);                                                                            \
+            int64_t end = n * (k + 2) / R;                                                                          \
+            SUM_UP(R, V, t, end, ASK)                                                                               \
+        }                                                                                                           \
+        EACH_ROW(R, STORE_ROW, V)                                                                                   \
+        if (upcoming)                                                                                               \
+            *upcoming = rows;                                                                                       \
+    }
+TILE_EXP2(TILE_ROWS_3, MFA_CPU_PANEL_VECTORS)
+
+static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride,
+                                                                const term *Q, int64_t n, real factor, const real *m,
+                                                                real *l, term *P, struct upcoming *upcoming)
+{
+    enum { R = TILE_ROWS_3 };
+    _Alignas(64) real S[R * PANEL];
+    multiply_rows(keys < R ? 0 : R, MFA_CPU_PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, upcoming);
+    int64_t done = 0;
+    for (; done + R <= keys; done += R) {
+        _Alignas(64) real sum[PANEL] = {0};
+        int64_t next = done + 2 * R <= keys ? n : 0;
+        tile_exp2(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S, m, sum, P + done / TERM * PANEL,
+                  upcoming);
+        int exceeds = 0;
+        for (int v = 0; v < MFA_CPU_PANEL_VECTORS; v++)
+            exceeds |= vec_any_less(vec_set1(1 << SLACK), vec_load(sum + v * LANES));
+        if (exceeds)
+            break;
+        for (int v = 0; v < MFA_CPU_PANEL_VECTORS; v++)
+            vec_store(l + v * LANES, vec_add(vec_load(l + v * LANES), vec_load(sum + v * LANES)));
+    }
+    return done;
+}
+
+/* P = exp2(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by whole tiles of keys, until
+ * one exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory.
+ * `upcoming` may be NULL. */
+static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term *K, int64_t k_stride, const term *Q,
+                                                       int64_t n, real factor, const real *m, real *l, term *P,
+                                                       struct upcoming *upcoming)
+{
+    if (upcoming)
+        return exp2_tiles(keys, K, k_stride, Q, n, factor, m, l, P, upcoming);
+    return exp2_tiles(keys, K, k_stride, Q, n, factor, m, l, P, NULL);
+}
