@@ -6,7 +6,7 @@
  * (step = 1) in S^T = K Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q; down its columns (row_step = 1) in
  * O^T = V^T P^T and dQ = dS K. A register tile is R rows by V vectors. The sums are named variables, made by
  * macros: compilers keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of
- * a sum grows with its length, and long sequences make long ones. */
+ * a sum grows with its length, and long sequences make long ones. Meanwhile C, which may be far away, is fetched. */
 
 /* Rows of memory that will be read soon, in the order in which they lie: for each number of A that a product reads, it
  * asks for one of these, evenly, since what is asked for at once fills the buffers of the misses. */
@@ -39,6 +39,7 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
 #define EACH_VECTOR_3(F, r) F(r, 0) F(r, 1) F(r, 2)
 
 #define START(r, v) vec sum_##r##_##v = vec_set1(0);
+#define FETCH(r, v) __builtin_prefetch(C + (r) * c_step + (v) * LANES, 1);
 #define ADD(r, v) sum_##r##_##v = vec_dot(a_##r, b_##v, sum_##r##_##v);
 #define STORE(r, v)                                                                       \
     if (add)                                                                              \
@@ -48,6 +49,7 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
     vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
 #define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
 #define START_ROW(r, V) EACH_VECTOR_##V(START, r)
+#define FETCH_ROW(r, V) EACH_VECTOR_##V(FETCH, r)
 #define ADD_ROW(r, V)               \
     term a_##r = A[(r) * row_step]; \
     EACH_VECTOR_##V(ADD, r)
@@ -69,6 +71,7 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
 #define ASK(R)                                                                                                         \
     if (upcoming)                                                                                                      \
         ask_upcoming(&rows, R);
+#define ASK_NOTHING(R)
 
 #define TILE(R, V) TILE_(R, V)
 #define TILE_(R, V)                                                                                                    \
@@ -80,6 +83,9 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
         if (upcoming)                                                                                                  \
             rows = *upcoming;                                                                                          \
         int64_t t = 0;                                                                                                 \
+        if (add) {                                                                                                     \
+            EACH_ROW(R, FETCH_ROW, V)                                                                                  \
+        }                                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                      \
         SUM_UP(R, V, t, n, ASK)                                                                                        \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
