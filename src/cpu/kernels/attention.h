@@ -17,6 +17,7 @@
 #include "cpu/kernels/forward.h"
 #include "cpu/kernels/few_product.h"
 #include "cpu/kernels/few.h"
+#include "cpu/kernels/gradients.h"
 #include "cpu/kernels/backward.h"
 #include "cpu/kernels/few_backward.h"
 #include "cpu/kernels/bias.h"

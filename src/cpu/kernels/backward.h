@@ -15,7 +15,6 @@
 #define STRIP 48 /* keys of a block that are left out together where a group does not see them */
 #endif
 #define STRIPS_MAX 8 /* of a block */
-#define PIECE 64     /* keys whose scores are in memory together, if not in the places of P and dS */
 
 struct backward_scratch {
     term *rows;           /* of a panel of Q or dO, terms across */
@@ -24,7 +23,7 @@ struct backward_scratch {
     term *K, *V;          /* terms across */
     term *K_left;
     real *dK, *dV;
-    real *S, *dP;         /* of a panel, [key] score_stride apart: of a piece, or in the places of P and dS */
+    real *S, *dP;         /* [key][PANEL]; if P and dS are reals, in their places instead */
     term *P, *dS;         /* of the group, terms across: [key][group / TERM] */
     term *dS_down;        /* [terms(key)][group] */
     real *slope;          /* [key][PANEL]: 1 - tanh^2 */
@@ -33,6 +32,12 @@ struct backward_scratch {
     real *dQ;             /* LANES rows, where dQ is summed up transposed */
     real *dbias;          /* [key][PANEL] */
 };
+
+/* Rows of P and dS: a line more than the group has, lest a column of them lie in few sets of the cache. */
+static inline int64_t group_stride(const struct mfa_cpu_call *call)
+{
+    return (int64_t)call->panels * PANEL + TERM * LANES;
+}
 
 static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, struct backward_scratch *s)
 {
@@ -52,11 +57,11 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->K_left = carve(base, &used, TERM > 1 ? n * d_terms : 0);
     s->dK = carve(base, &used, n * d);
     s->dV = carve(base, &used, n * e);
-    s->S = carve(base, &used, TERM > 1 ? PIECE * PANEL : 0);
-    s->dP = carve(base, &used, TERM > 1 ? PIECE * PANEL : 0);
-    s->P = carve(base, &used, n * group / TERM);
-    s->dS = carve(base, &used, n * group / TERM);
-    s->dS_down = TERM > 1 ? carve(base, &used, n * group / TERM) : s->dS;
+    s->S = carve(base, &used, TERM > 1 ? n * PANEL : 0);
+    s->dP = carve(base, &used, TERM > 1 ? n * PANEL : 0);
+    s->P = carve(base, &used, n * group_stride(call) / TERM);
+    s->dS = carve(base, &used, n * group_stride(call) / TERM);
+    s->dS_down = TERM > 1 ? carve(base, &used, n * group_stride(call) / TERM) : s->dS;
     s->slope = carve(base, &used, call->softcap > 0 ? n * PANEL : 0);
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
@@ -227,101 +232,78 @@ static void load_panel(const struct backward_scratch *s, const struct panel *pan
     transpose(rows, across, transposed, PANEL, lanes, across);
 }
 
-static inline int64_t score_stride(const struct mfa_cpu_call *call)
-{
-    return TERM > 1 ? PANEL : (int64_t)call->panels * PANEL;
-}
-
-/* The panel's Q and dO, the rows from `first` on of its group. */
-static void load_queries(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
-                         int64_t first, int64_t batch)
+/* Loads Q and dO of a panel, the rows from `first` on of its group, and the keys if that is not done. How the panel
+ * sees keys r. */
+static enum visibility panel_meets(const struct mfa_cpu_call *call, struct backward_scratch *s,
+                                   const struct panel *panel, int64_t first, struct keys *keys, struct range r)
 {
     const struct mfa_args *a = &call->args;
-    load_panel(s, panel, first, call->q, call->dtype, &a->q, batch, a->head_dim, s->Q, s->Qt);
-    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, batch, a->value_dim, s->dO, s->dOt);
-    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
-}
-
-/* The piece of keys r that begins with `from`. */
-static inline struct range piece_of(struct range r, int64_t from)
-{
-    return (struct range){from, TERM > 1 && from + PIECE < r.to ? from + PIECE : r.to};
-}
-
-/* S and dP of a panel, the rows from `first` on of its group, for a piece r of the block's keys. 0 if it sees none of
- * them. `slope` is for softcap, or NULL; S is still to be multiplied by *factor. */
-static int panel_scores(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
-                        int64_t first, struct keys *keys, struct range r, real *slope, real *factor)
-{
-    const struct mfa_args *a = &call->args;
-    int64_t key = keys->first + r.from, n = r.to - r.from;
-    enum visibility seen = panel_sees(panel, call, keys->batch, key, n, s->mask_rows, s->mask_tile);
-    if (seen == HIDDEN)
-        return 0;
-    if (!keys->K.rows)
+    load_panel(s, panel, first, call->q, call->dtype, &a->q, keys->batch, a->head_dim, s->Q, s->Qt);
+    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim, s->dO, s->dOt);
+    enum visibility seen =
+        panel_sees(panel, call, keys->batch, keys->first + r.from, r.to - r.from, s->mask_rows, s->mask_tile);
+    if (seen != HIDDEN && !keys->K.rows)
         load_keys(call, s, keys);
-    int64_t stride = score_stride(call);
-    if (TERM == 1)
-        s->S = s->P + r.from * stride + first, s->dP = s->dS + r.from * stride + first;
-    int later = TILES && seen == SHOWN && !(call->softcap > 0);
-    *factor = later ? score_factor(call) : 1;
-    multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, s->S, stride,
-                  terms(a->head_dim), later ? 1 : score_factor(call), NULL);
-    panel_adjust(panel, call, seen, key, n, s->S, stride, s->mask_tile, slope);
-    multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, s->dP,
-                  stride, terms(a->value_dim), 1, NULL);
-    return 1;
+    scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+    return seen;
 }
 
-/* A vector of P, and of dS, from S and dP. */
-static inline vec probabilities(const real *S, real factor, vec L)
+/* S and dP of the panel for keys r of the block. `slope` is for softcap, or NULL. */
+static void panel_scores(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
+                         enum visibility seen, const struct keys *keys, struct range r, real *S, real *dP,
+                         int64_t stride, real *slope)
 {
-    return vec_exp(vec_fma(vec_load(S), vec_set1(factor), vec_sub(vec_set1(0), L)));
+    const struct mfa_args *a = &call->args;
+    int64_t n = r.to - r.from;
+    multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, S, stride,
+                  terms(a->head_dim), score_factor(call), NULL);
+    panel_adjust(panel, call, seen, keys->first + r.from, n, S, stride, s->mask_tile, slope);
+    multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, dP, stride,
+                  terms(a->value_dim), 1, NULL);
 }
 
-static inline vec score_gradients(vec P, const real *dP, vec D, const real *slope)
+/* Where P and dS of a panel and keys from `key` of the block on go. */
+static struct gradients gradients_at(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
+                                     int64_t key)
 {
-    vec dS = vec_mul(P, vec_sub(vec_load(dP), D));
-    return slope ? vec_mul(dS, vec_load(slope)) : dS;
+    int64_t size = group_stride(call), across = size / TERM, place = key * across + first / TERM;
+    return (struct gradients){s->P + place, s->dS + place, across, s->dS_down + key / TERM * size + first, size};
 }
 
-/* P and dS of a panel, the rows from `first` on of its group, for keys r of the block. */
-static void panel_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
-                            const struct panel *panel, int64_t first, struct range r, const real *L, const real *D,
-                            const real *slope, real factor)
+/* P and dS of the panel for keys r, by way of S and dP in memory, where S is capped and masked. */
+static void adjusted_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
+                               const struct panel *panel, enum visibility seen, int64_t first, const struct keys *keys,
+                               struct range r, const real *L, const real *D, real *slope)
 {
-    int64_t size = (int64_t)call->panels * PANEL, across = size / TERM, n = r.to - r.from, stride = score_stride(call);
-    for (int v = 0; v < panel->vectors; v++) {
-        int64_t at = v * LANES, place = r.from * across + (first + at) / TERM;
-        term *P = s->P + place, *dS = s->dS + place, *dS_down = s->dS_down + r.from / TERM * size + first + at;
-        vec l = vec_load(L + at), delta = vec_load(D + at);
-        for (int64_t k = 0; k < n; k += 2) {
-            const real *S = s->S + k * stride + at, *dP = s->dP + k * stride + at,
-                       *t = slope ? slope + k * PANEL + at : NULL;
-            vec P0 = probabilities(S, factor, l), dS0 = score_gradients(P0, dP, delta, t);
-            store_across(P + k * across, P0);
-            if (TERM > 1)
-                store_across(dS + k * across, dS0);
-            if (k + 1 == n) {
-                store_down_last(dS_down, size, k, dS0);
-                break;
-            }
-            vec P1 = probabilities(S + stride, factor, l),
-                dS1 = score_gradients(P1, dP + stride, delta, t ? t + PANEL : NULL);
-            store_across(P + (k + 1) * across, P1);
-            if (TERM > 1)
-                store_across(dS + (k + 1) * across, dS1);
-            store_down(dS_down, size, k, dS0, dS1);
-        }
-    }
-    end_down(s->dS_down + r.from / TERM * size + first, size, n, panel->vectors * LANES);
+    struct gradients to = gradients_at(call, s, first, r.from);
+    real *S = TERM > 1 ? s->S : to.P, *dP = TERM > 1 ? s->dP : to.dS;
+    int64_t stride = TERM > 1 ? PANEL : to.across;
+    panel_scores(call, s, panel, seen, keys, r, S, dP, stride, slope);
+    panel_gradients(panel->vectors, r.to - r.from, S, dP, stride, L, D, slope, 1, to);
+}
+
+/* P and dS of the panel for keys r: at once for those that all its lanes see. */
+static void visit_panel(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
+                        enum visibility seen, int64_t first, const struct keys *keys, struct range r, const real *L,
+                        const real *D)
+{
+    const struct mfa_args *a = &call->args;
+    int plain = panel->vectors == PANEL_VECTORS && seen != MASKED && !(call->softcap > 0);
+    struct range shown = plain ? panel_shown(panel, keys->first, r, KEY_UNIT) : (struct range){r.to, r.to};
+    real *slope = call->softcap > 0 ? s->slope : NULL;
+    adjusted_gradients(call, s, panel, seen, first, keys, (struct range){r.from, shown.from}, L, D, slope);
+    shown.from +=
+        multiply_gradients(shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt,
+                           terms(a->head_dim), score_factor(call), keys->V.rows + shown.from * keys->V.stride,
+                           keys->V.stride, s->dOt, terms(a->value_dim), L, D, gradients_at(call, s, first, shown.from));
+    adjusted_gradients(call, s, panel, seen, first, keys, (struct range){shown.from, r.to}, L, D, slope);
 }
 
 /* The same for a panel that sees nothing: its neighbours may see the same strips. */
 static void clear_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
                             struct range r)
 {
-    int64_t size = (int64_t)call->panels * PANEL, across = size / TERM;
+    int64_t size = group_stride(call), across = size / TERM;
     for (int64_t k = r.from; k < r.to; k++) {
         fill(s->P + k * across + first / TERM, PANEL / TERM, 0);
         fill(s->dS + k * across + first / TERM, PANEL / TERM, 0);
@@ -364,7 +346,7 @@ static void wait_for_turn(_Atomic int64_t *turn, int64_t block)
 static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
                    const struct keys *keys, int64_t block, const struct sight *sight)
 {
-    int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = (int64_t)call->panels * PANEL;
+    int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = group_stride(call);
     int64_t d = padded(call->args.head_dim);
     _Atomic int64_t *turn = &call->progress[group_number(call, g)];
     wait_for_turn(turn, block);
@@ -395,7 +377,7 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
 {
     int64_t d = padded(call->args.head_dim), e = padded(call->args.value_dim);
     int64_t d_stride = down_stride(call->args.head_dim), e_stride = down_stride(call->args.value_dim);
-    int64_t across = call->panels * PANEL / TERM;
+    int64_t across = group_stride(call) / TERM;
     for (int64_t i = 0, next; i < sight->strips; i = next) {
         struct range r = sight->panels[i];
         for (next = i + 1;
@@ -419,7 +401,6 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
 static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct group *g,
                         struct keys *keys, int64_t block)
 {
-    real *slope = call->softcap > 0 ? s->slope : NULL;
     int64_t panels = mfa_cpu_ceil(g->rows, PANEL);
     int any_shown = 0;
     struct sight sight;
@@ -431,17 +412,14 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
         sight.keys[p] = r;
         if (r.from >= r.to)
             continue;
-        load_queries(call, s, &panel, first, keys->batch);
-        for (struct range piece = piece_of(r, r.from); piece.from < r.to; piece = piece_of(r, piece.to)) {
-            real factor;
-            if (panel_scores(call, s, &panel, first, keys, piece, slope, &factor)) {
-                panel_gradients(call, s, &panel, first, piece, group_rows(call, g, call->L) + first,
-                                group_rows(call, g, call->D) + first, slope, factor);
-                any_shown = 1;
-            } else {
-                clear_gradients(call, s, first, piece);
-            }
+        enum visibility seen = panel_meets(call, s, &panel, first, keys, r);
+        if (seen == HIDDEN) {
+            clear_gradients(call, s, first, r);
+            continue;
         }
+        visit_panel(call, s, &panel, seen, first, keys, r, group_rows(call, g, call->L) + first,
+                    group_rows(call, g, call->D) + first);
+        any_shown = 1;
     }
     if (any_shown)
         see_strips(&sight, panels, keys->n);

@@ -24,20 +24,20 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
     struct range r = panel_range(panel, keys->first, keys->n, KEY_UNIT);
     if (r.from >= r.to)
         return;
-    load_queries(call, s, panel, 0, keys->batch);
+    enum visibility seen = panel_meets(call, s, panel, 0, keys, r);
+    if (seen == HIDDEN)
+        return;
+    real *S = TERM > 1 ? s->S : s->P, *dP = TERM > 1 ? s->dP : s->dS;
+    panel_scores(call, s, panel, seen, keys, r, S, dP, PANEL, NULL);
     const real *L = group_rows(call, g, call->L) + offset, *D = group_rows(call, g, call->D) + offset;
-    for (struct range piece = piece_of(r, r.from); piece.from < r.to; piece = piece_of(r, piece.to)) {
-        real factor;
-        if (!panel_scores(call, s, panel, 0, keys, piece, NULL, &factor))
-            continue;
-        for (int64_t k = piece.from; k < piece.to; k++)
-            for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
-                real *to = tile + (a->dbias.column ? k * PANEL : 0) + i;
-                int64_t at = (k - piece.from) * score_stride(call) + i;
-                vec P = probabilities(s->S + at, factor, vec_load(L + i));
-                vec dS = score_gradients(P, s->dP + at, vec_load(D + i), NULL);
-                vec_store(to, vec_add(vec_load(to), dS));
-            }
+    for (int64_t k = r.from; k < r.to; k++) {
+        real *to = tile + (a->dbias.column ? k * PANEL : 0);
+        for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
+            int64_t at = (k - r.from) * PANEL + i;
+            vec P = probabilities(S + at, 1, vec_load(L + i));
+            vec dS = score_gradients(P, vec_load(dP + at), vec_load(D + i), NULL);
+            vec_store(to + i, vec_add(vec_load(to + i), dS));
+        }
     }
 }
 

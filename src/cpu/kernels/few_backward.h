@@ -57,7 +57,7 @@ static void gradients_row(real *S, real *dP, const real *slope, int64_t n, real 
 {
     for (int64_t k = 0; k < n; k += LANES) {
         vec P = probabilities(S + k, 1, vec_set1(L));
-        vec dS = score_gradients(P, dP + k, vec_set1(D), slope ? slope + k : NULL);
+        vec dS = score_gradients(P, vec_load(dP + k), vec_set1(D), slope ? slope + k : NULL);
         vec_store(S + k, P);
         vec_store(dP + k, dS);
     }

@@ -197,7 +197,7 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
         term *P = s->S + (from - r.from) / TERM * PANEL;
         if (shown.from <= from && from < shown.to && sums.l[0] != 0) { /* else there is no m yet */
             int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
-                                         score_factor(call), sums.m, sums.l, P);
+                                         score_factor(call), sums.m, sums.l, P, K.next);
             from += done, P += done / TERM * PANEL;
         }
         if (from == r.to)

@@ -6,8 +6,9 @@
  * (step = 1) in S^T = K Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q; down its columns (row_step = 1) in
  * O^T = V^T P^T and dQ = dS K. A register tile is R rows by V vectors. The sums are named variables, made by
  * macros: compilers keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of
- * a sum grows with its length, and long sequences make long ones. */
+ * a sum grows with its length, and long sequences make long ones. Meanwhile C, which may be far away, is fetched. */
 
+#define FETCH(r, v) __builtin_prefetch(C + (r) * c_step + (v) * LANES, 1);
 #define ADD(r, v) sum_##r##_##v = vec_dot(a_##r, b_##v, sum_##r##_##v);
 #define STORE(r, v)                                                                       \
     if (add)                                                                              \
@@ -17,6 +18,7 @@
     vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
 #define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
 #define START_ROW(r, V) EACH_VECTOR_##V(START, r)
+#define FETCH_ROW(r, V) EACH_VECTOR_##V(FETCH, r)
 #define ADD_ROW(r, V)               \
     term a_##r = A[(r) * row_step]; \
     EACH_VECTOR_##V(ADD, r)
@@ -27,13 +29,18 @@
 #endif
 
 /* clang-format off */
-#define SUM_UP(R, V, t, end, ASK)                                                                                      \
+/* `first` is done before each of the steps t to `end`. */
+#define SUM_UP(R, V, t, end, first)                                                                                    \
     TILE_UNROLL                                                                                                        \
     for (; t < end; t++, A += step, B += b_step) {                                                                     \
-        ASK;                                                                                                           \
+        first(R)                                                                                                       \
         EACH_VECTOR_##V(LOAD_B, 0)                                                                                     \
         EACH_ROW(R, ADD_ROW, V)                                                                                        \
     }
+#define ASK(R)                                                                                                         \
+    if (upcoming)                                                                                                      \
+        ask_upcoming(&rows, R);
+#define ASK_NOTHING(R)
 
 #define TILE(R, V) TILE_(R, V)
 #define TILE_(R, V)                                                                                                    \
@@ -42,11 +49,14 @@
         real *restrict C, int64_t c_step, int64_t n, int add, real factor, struct upcoming *upcoming)                  \
     {                                                                                                                  \
         struct upcoming rows = {.at = NULL};                                                                           \
-        int64_t t = 0;                                                                                                 \
         if (upcoming)                                                                                                  \
             rows = *upcoming;                                                                                          \
+        int64_t t = 0;                                                                                                 \
+        if (add) {                                                                                                     \
+            EACH_ROW(R, FETCH_ROW, V)                                                                                  \
+        }                                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                      \
-        SUM_UP(R, V, t, n, if (upcoming) ask_upcoming(&rows, R))                                                       \
+        SUM_UP(R, V, t, n, ASK)                                                                                        \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
         if (upcoming)                                                                                                  \
             *upcoming = rows;                                                                                          \

@@ -71,31 +71,35 @@ static inline int vec_any_less(vec a, vec b)
     return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
 }
 
-/* 2^(n + f), 0 for lanes that are not kept. */
-static inline vec exp2_of_parts(__mmask16 kept, vec n, vec f)
+/* 2^(i / 32). */
+static const float exp2_table[32] __attribute__((aligned(64))) = {
+    0x1p+0f,        0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
+    0x1.29e9ep+0f,  0x1.306fep+0f,  0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
+    0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
+    0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f77p+0f,  0x1.c199bep+0f, 0x1.cb720ep+0f,
+    0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f,
+};
+
+/* 2^(n + f), 0 for lanes that are not kept; t holds 32 n in its low bits. Without a table it takes more multiply-adds,
+ * and these are what an exponential costs beside a product. */
+static inline vec exp2_of_parts(__mmask16 kept, vec t, vec n, vec f)
 {
-    vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
-    p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
-    p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
-    p = vec_fma(p, f, vec_set1(0x1.62e42ap-1f));
-    p = vec_fma(p, f, vec_set1(1));
-    return _mm512_maskz_scalef_ps(kept, p, n);
+    vec p = vec_fma(vec_fma(vec_set1(0x1.ebfbep-3f), f, vec_set1(0x1.62e584p-1f)), f, vec_set1(1));
+    vec root = _mm512_permutex2var_ps(vec_load(exp2_table), _mm512_castps_si512(t), vec_load(exp2_table + 16));
+    return _mm512_maskz_scalef_ps(kept, vec_mul(p, root), n);
 }
 
 static inline vec vec_exp2(vec x)
 {
-    __mmask16 normal = _mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ);
-    vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return exp2_of_parts(normal, n, vec_sub(x, n));
+    vec magic = vec_set1(0x1.8p18f), t = vec_add(x, magic), n = vec_sub(t, magic);
+    return exp2_of_parts(_mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ), t, n, vec_sub(x, n));
 }
 
 /* The product with log2(e) is not rounded; what the constant lacks, 1.3e-8 |x|, counts only where e^x is small. */
 static inline vec vec_exp(vec x)
 {
-    vec log2e = vec_set1(1.44269504f), t = vec_mul(x, log2e);
-    __mmask16 normal = _mm512_cmp_ps_mask(t, vec_set1(-126), _CMP_NLT_UQ);
-    vec n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return exp2_of_parts(normal, n, _mm512_fmsub_ps(x, log2e, n));
+    vec log2e = vec_set1(1.44269504f), magic = vec_set1(0x1.8p18f), t = vec_fma(x, log2e, magic), n = vec_sub(t, magic);
+    return exp2_of_parts(_mm512_cmp_ps_mask(n, vec_set1(-126), _CMP_NLE_UQ), t, n, _mm512_fmsub_ps(x, log2e, n));
 }
 
 static inline vec vec_load_f16(const uint16_t *p)

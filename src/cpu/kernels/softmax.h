@@ -55,70 +55,109 @@ static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *
     }
 }
 
-#if TILES
-/* P and its sums of a tile of S; between the columns of it, the next is made: KEY_UNIT rows of K times Q. */
-static inline void tile_exp2(const term *K, int64_t k_stride, const term *Q, int64_t n, real factor, const real *S,
-                             real *next, const real *m, real *sum, term *P)
+/* l += sum; or 0, if it shows that one exceeds m + SLACK. */
+static inline int add_sums(real *l, const real *sum)
 {
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-        vec below = vec_sub(vec_set1(0), vec_load(m + v * LANES)), l[2] = {vec_set1(0), vec_set1(0)};
-        if (n > 0)
-            tile_product_part(v, K, k_stride, Q, next, n);
-        for (int64_t k = 0; k < KEY_UNIT; k += 2) {
-            const real *at = S + k * PANEL + v * LANES;
-            vec even = vec_exp2(vec_fma(vec_load(at), vec_set1(factor), below));
-            vec odd = vec_exp2(vec_fma(vec_load(at + PANEL), vec_set1(factor), below));
-            l[0] = vec_add(l[0], even);
-            l[1] = vec_add(l[1], odd);
-            store_down(P + v * LANES, PANEL, k, even, odd);
-        }
-        vec_store(sum + v * LANES, vec_add(l[0], l[1]));
+    int exceeds = 0;
+    for (int v = 0; v < PANEL_VECTORS; v++)
+        exceeds |= vec_any_less(vec_set1(1 << SLACK), vec_load(sum + v * LANES));
+    if (exceeds)
+        return 0;
+    for (int v = 0; v < PANEL_VECTORS; v++)
+        vec_store(l + v * LANES, vec_add(vec_load(l + v * LANES), vec_load(sum + v * LANES)));
+    return 1;
+}
+
+#if TILES
+/* P of column v of S = KEY_UNIT rows, times factor; its sum. */
+static inline vec tile_exp2(const real *S, real factor, vec m, term *P)
+{
+    vec l[2] = {vec_set1(0), vec_set1(0)}, below = vec_sub(vec_set1(0), m);
+    for (int64_t k = 0; k < KEY_UNIT; k += 2) {
+        vec even = vec_exp2(vec_fma(vec_load(S + k * PANEL), vec_set1(factor), below));
+        vec odd = vec_exp2(vec_fma(vec_load(S + (k + 1) * PANEL), vec_set1(factor), below));
+        l[0] = vec_add(l[0], even);
+        l[1] = vec_add(l[1], odd);
+        store_down(P, PANEL, k, even, odd);
     }
+    return vec_add(l[0], l[1]);
+}
+
+/* A part of the next product comes after each column of P: so the next columns are not those whose stores are still
+ * under way, which memory's addresses would make them wait for. */
+static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, const term *Q, int64_t n, real factor,
+                                 const real *m, real *l, term *P, struct upcoming *upcoming)
+{
+    enum { R = KEY_UNIT };
+    _Alignas(64) real S[2][R * PANEL], sum[PANEL];
+    multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, PANEL, S[0], PANEL, n, 1, upcoming);
+    int64_t done = 0;
+    for (int turn = 0; done + R <= keys; done += R, turn = !turn) {
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            int64_t at = v * LANES;
+            vec_store(sum + at, tile_exp2(S[turn] + at, factor, vec_load(m + at), P + done / TERM * PANEL + at));
+            if (done + 2 * R <= keys)
+                tile_product_part(v, K + (done + R) * k_stride, k_stride, Q, S[!turn], n);
+        }
+        if (!add_sums(l, sum))
+            break;
+    }
+    return done;
 }
 #else
-/* P and its sums of a tile of S, and the next: R rows of K times Q. */
+/* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
 #define TILE_EXP2(R, V) TILE_EXP2_(R, V)
-#define TILE_EXP2_(R, V)                                                                                         \
-    static inline __attribute__((always_inline)) void tile_exp2(                                                 \
-        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real factor, const real *S, \
-        real *C, const real *restrict m, real *restrict l, term *restrict P)                                     \
-    {                                                                                                            \
-        const int64_t step = 1, b_step = PANEL, c_step = PANEL;                                                  \
-        const int add = 0;                                                                                       \
-        int64_t t = 0;                                                                                           \
-        EACH_ROW(R, START_ROW, V)                                                                                \
-        for (int64_t k = 0; k < R; k += 2) {                                                                     \
-            exp2_rows(V, S, k, m, l, P);                                                                         \
-            int64_t end = n * (k + 2) / R;                                                                       \
-            SUM_UP(R, V, t, end, (void)0)                                                                        \
-        }                                                                                                        \
-        EACH_ROW(R, STORE_ROW, V)                                                                                \
+#define TILE_EXP2_(R, V)                                                                                            \
+    static inline __attribute__((always_inline)) void tile_exp2(                                                    \
+        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real factor, real *restrict C, \
+        const real *restrict m, real *restrict l, term *restrict P, struct upcoming *upcoming)                      \
+    {                                                                                                               \
+        const int64_t step = 1, b_step = PANEL, c_step = PANEL;                                                     \
+        const int add = 0;                                                                                          \
+        struct upcoming rows = {.at = NULL};                                                                        \
+        if (upcoming)                                                                                               \
+            rows = *upcoming;                                                                                       \
+        int64_t t = 0;                                                                                              \
+        EACH_ROW(R, START_ROW, V)                                                                                   \
+        for (int64_t k = 0; k < R; k += 2) {                                                                        \
+            exp2_rows(V, C, k, m, l, P);                                                                            \
+            int64_t end = n * (k + 2) / R;                                                                          \
+            SUM_UP(R, V, t, end, ASK)                                                                               \
+        }                                                                                                           \
+        EACH_ROW(R, STORE_ROW, V)                                                                                   \
+        if (upcoming)                                                                                               \
+            *upcoming = rows;                                                                                       \
     }
 TILE_EXP2(TILE_ROWS_3, PANEL_VECTORS)
+
+static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride,
+                                                                const term *Q, int64_t n, real factor, const real *m,
+                                                                real *l, term *P, struct upcoming *upcoming)
+{
+    enum { R = TILE_ROWS_3 };
+    _Alignas(64) real S[R * PANEL];
+    multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, upcoming);
+    int64_t done = 0;
+    for (; done + R <= keys; done += R) {
+        _Alignas(64) real sum[PANEL] = {0};
+        int64_t next = done + 2 * R <= keys ? n : 0;
+        tile_exp2(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S, m, sum, P + done / TERM * PANEL,
+                  upcoming);
+        if (!add_sums(l, sum))
+            break;
+    }
+    return done;
+}
 #endif
 
 /* P = exp2(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by whole tiles of keys, until
- * one exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory. */
+ * one exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory.
+ * `upcoming` may be NULL. */
 static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term *K, int64_t k_stride, const term *Q,
-                                                       int64_t n, real factor, const real *m, real *l, term *P)
+                                                       int64_t n, real factor, const real *m, real *l, term *P,
+                                                       struct upcoming *upcoming)
 {
-    enum { R = TILES ? KEY_UNIT : TILE_ROWS_3, TURNS = TILES ? 2 : 1 }; /* others make the next in registers */
-    _Alignas(64) real tiles[TURNS][R * PANEL];
-    multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, PANEL, tiles[0], PANEL, n, TILES ? 1 : factor, NULL);
-    int64_t done = 0;
-    for (int turn = 0; done + R <= keys; done += R, turn = (turn + 1) % TURNS) {
-        real *S = tiles[turn], *after = tiles[(turn + 1) % TURNS];
-        _Alignas(64) real sum[PANEL] = {0};
-        int64_t next = done + 2 * R <= keys ? n : 0;
-        tile_exp2(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S, after, m, sum,
-                  P + done / TERM * PANEL);
-        int exceeds = 0;
-        for (int v = 0; v < PANEL_VECTORS; v++)
-            exceeds |= vec_any_less(vec_set1(1 << SLACK), vec_load(sum + v * LANES));
-        if (exceeds)
-            break;
-        for (int v = 0; v < PANEL_VECTORS; v++)
-            vec_store(l + v * LANES, vec_add(vec_load(l + v * LANES), vec_load(sum + v * LANES)));
-    }
-    return done;
+    if (upcoming)
+        return exp2_tiles(keys, K, k_stride, Q, n, factor, m, l, P, upcoming);
+    return exp2_tiles(keys, K, k_stride, Q, n, factor, m, l, P, NULL);
 }
