@@ -5,11 +5,12 @@
  *             P = exp2(S - L), S = K Q^T                  (softcap, mask, band)
  *             dS = P * (dP - D), dP = V dO^T              (times 1 - tanh^2 with softcap)
  *         dV += P dO, dK += dS Q
- *         when the block before has added its part: dQ += dS^T K
+ *         when the block after has added its part: dQ += dS^T K
  *     dK *= scale; and the last block to add to a group's dQ: dQ *= scale
  *
- * A group's dQ is added to in the order of the blocks, so sums do not depend on who computes them. Tasks are
- * numbered in that order and each waits only for a lower one. */
+ * A group's dQ is added to in one order of the blocks, so sums do not depend on who computes them. Tasks are numbered in
+ * that order and each waits only for a lower one. It is from the last block to the first: under a causal band, a block's
+ * first group is then one that no other has to add to before. */
 
 #ifndef STRIP
 #define STRIP 48 /* keys of a block that are left out together where a group does not see them */
@@ -189,7 +190,7 @@ static void prepare(void *data, int64_t task, int worker)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
         L[i] = l == -(real)INFINITY ? (real)INFINITY : l;
     }
-    atomic_store_explicit(&call->progress[group_number(call, &g)], g.from, memory_order_relaxed);
+    atomic_store_explicit(&call->progress[group_number(call, &g)], g.to, memory_order_relaxed);
     if (call->dq && g.from > g.to) {
         clear_dQ(call, &g);
         finish_dQ(call, &g, s.dQ);
@@ -341,7 +342,7 @@ static void wait_for_turn(_Atomic int64_t *turn, int64_t block)
             sched_yield();
 }
 
-/* Waits until the blocks before this one have added to the group's dQ, then adds this block's. Panels that see the
+/* Waits until the blocks after this one have added to the group's dQ, then adds this block's. Panels that see the
  * same keys are taken together. */
 static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
                    const struct keys *keys, int64_t block, const struct sight *sight)
@@ -351,7 +352,7 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
     _Atomic int64_t *turn = &call->progress[group_number(call, g)];
     wait_for_turn(turn, block);
     real *dQ = group_dQ(call, g, &stride);
-    if (block == g->from)
+    if (block == g->to)
         clear_dQ(call, g);
     for (int64_t p = 0, next; p < panels; p = next) {
         struct range r = sight->keys[p];
@@ -366,9 +367,9 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
             add_columns(rows, (int)(d / LANES), dS, size, K, keys->K_left.stride, dQ + first * stride, stride,
                         terms(r.to - r.from), NULL);
     }
-    if (block == g->to)
+    if (block == g->from)
         finish_dQ(call, g, s->dQ);
-    atomic_store_explicit(turn, block + 1, memory_order_release);
+    atomic_store_explicit(turn, block - 1, memory_order_release);
 }
 
 /* dV += P dO and dK += dS Q; strips that are seen by the same panels are taken together. */
@@ -444,7 +445,7 @@ static void backward(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
     backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = task % blocks, head = task / blocks;
+    int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = blocks - 1 - task % blocks, head = task / blocks;
     struct keys keys = keys_of(call, head / a->kv_heads, head % a->kv_heads, block);
     tiles_begin();
     fill(s.dK, padded(keys.n) * padded(a->head_dim), 0);

@@ -5,7 +5,7 @@
  *         P = exp(S - L), S = Q K^T                           (softcap, mask, band)
  *         dS = P * (dP - D), dP = dO V^T                      (times 1 - tanh^2 with softcap)
  *         dV = P^T dO, dK = scale * dS^T Q, written at once;  dQ += dS K
- *     when the block before has added its part: dQ of the run += dQ */
+ *     when the block after has added its part: dQ of the run += dQ */
 
 struct few_backward_scratch {
     real *Q, *scaled_Q, *dO, *dQ; /* [FEW_ROWS][padded(dim)] */
@@ -145,7 +145,7 @@ static int few_gradients(const struct mfa_cpu_call *call, struct few_backward_sc
     return 1;
 }
 
-/* Waits until the blocks before this one have added to dQ of these queries, then adds this block's. */
+/* Waits until the blocks after this one have added to dQ of these queries, then adds this block's. */
 static void few_add_dQ(const struct mfa_cpu_call *call, const struct few_backward_scratch *s, const struct panel *panel,
                        int64_t batch, int64_t block)
 {
@@ -156,14 +156,14 @@ static void few_add_dQ(const struct mfa_cpu_call *call, const struct few_backwar
     for (int64_t i = 0; i < panel->lanes; i++) {
         g = group_of(call, batch, panel->head[i], 0);
         real *dQ = group_dQ(call, &g, &stride) + panel->row[i] * stride;
-        if (block == g.from && panel->row[i] == 0)
+        if (block == g.to && panel->row[i] == 0)
             clear_dQ(call, &g);
         for (int64_t c = 0; c < columns; c += LANES)
             vec_store(dQ + c, vec_add(vec_load(dQ + c), vec_load(s->dQ + i * columns + c)));
-        if (block == g.to && panel->row[i] + 1 == g.rows)
+        if (block == g.from && panel->row[i] + 1 == g.rows)
             finish_dQ(call, &g, NULL);
     }
-    atomic_store_explicit(turn, block + 1, memory_order_release);
+    atomic_store_explicit(turn, block - 1, memory_order_release);
 }
 
 static void few_backward(void *data, int64_t task, int worker)
@@ -172,7 +172,7 @@ static void few_backward(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct few_backward_scratch s;
     few_backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = task % blocks, head = task / blocks;
+    int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = blocks - 1 - task % blocks, head = task / blocks;
     int64_t d = padded(a->head_dim);
     struct keys keys = keys_of(call, head / a->kv_heads, head % a->kv_heads, block);
     struct panel panel;
