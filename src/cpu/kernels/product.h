@@ -29,13 +29,13 @@
 #endif
 
 /* clang-format off */
-/* `first` is done before each of the steps t to `end`. */
-#define SUM_UP(R, V, t, end, first)                                                                                    \
+/* Steps t to `end`, and after each of them `then`. Before it, clang would load all operands first. */
+#define SUM_UP(R, V, t, end, then)                                                                                     \
     TILE_UNROLL                                                                                                        \
     for (; t < end; t++, A += step, B += b_step) {                                                                     \
-        first(R)                                                                                                       \
         EACH_VECTOR_##V(LOAD_B, 0)                                                                                     \
         EACH_ROW(R, ADD_ROW, V)                                                                                        \
+        then(R)                                                                                                        \
     }
 #define ASK(R)                                                                                                         \
     if (upcoming)                                                                                                      \
