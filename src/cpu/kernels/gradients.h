@@ -2,9 +2,11 @@
  * scores. There, as in softmax.h, the exponentials stand between multiply-adds: those of S = K Q^T between those of
  * dP = V dO^T. */
 
+/* Only what tile registers made is still to be multiplied by the factor: beside products a subtraction costs nothing. */
 static inline vec probabilities(const real *S, real factor, vec L)
 {
-    return vec_exp(vec_fma(vec_load(S), vec_set1(factor), vec_sub(vec_set1(0), L)));
+    vec s = vec_load(S);
+    return vec_exp(TILES ? vec_fma(s, vec_set1(factor), vec_sub(vec_set1(0), L)) : vec_sub(s, L));
 }
 
 static inline vec score_gradients(vec P, vec dP, vec D, const real *slope)
