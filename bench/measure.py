@@ -181,6 +181,8 @@ def peak_library():
     library = ctypes.CDLL(place)
     library.mfa_peak_gflops.restype = library.mfa_peak_read_gbytes.restype = ctypes.c_double
     library.mfa_peak_gflops.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_double)
+    library.mfa_peak_tiles_gflops.restype = ctypes.c_double
+    library.mfa_peak_tiles_gflops.argtypes = (ctypes.c_int, ctypes.c_double)
     library.mfa_peak_bf16_gflops.restype = ctypes.c_double
     library.mfa_peak_bf16_gflops.argtypes = (ctypes.c_int, ctypes.c_double)
     library.mfa_peak_read_gbytes.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_double)
@@ -329,7 +331,9 @@ class Bound:
 def bounds_of(problem, kernel):
     """Arithmetic, of the kind that the kernel is made of; and for few queries, which read K and V but once, memory."""
     library, threads = peak_library(), torch.get_num_threads()
-    if kernel.endswith("bf16"):
+    if kernel.endswith("amxbf16"):
+        arithmetic = functools.partial(library.mfa_peak_tiles_gflops, threads, PROBE_MS)
+    elif kernel.endswith("bf16"):
         arithmetic = functools.partial(library.mfa_peak_bf16_gflops, threads, PROBE_MS)
     else:
         arithmetic = functools.partial(library.mfa_peak_gflops, threads, vector_bits(library), PROBE_MS)

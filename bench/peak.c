@@ -2,7 +2,7 @@
  * bytes read from memory, on all threads at once. A probe takes a few milliseconds, so that one can be run just
  * before and one just after each measurement: the clock of a shared machine moves, the share of the peak
  * of the same moment much less. Loaded by bench/measure.py through ctypes; no part of libmfa. */
-#define _POSIX_C_SOURCE 200112L /* clock_gettime under a strict -std=c11 */
+#define _GNU_SOURCE /* clock_gettime and syscall under a strict -std=c11 */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -18,6 +18,8 @@
 #include <sys/sysctl.h>
 #elif defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -29,8 +31,10 @@ EXPORT int mfa_peak_vector_bits(void);
  * no such vectors, or the threads cannot be had. */
 EXPORT double mfa_peak_gflops(int threads, int vector_bits, double milliseconds);
 
-/* The same by dot products of pairs of bf16 (vdpbf16ps, bfdot); 0 if this machine has none. */
+/* The same by dot products of pairs of bf16 (vdpbf16ps, bfdot), and by the tile registers of AMX; 0 if this machine has
+ * none. */
 EXPORT double mfa_peak_bf16_gflops(int threads, double milliseconds);
+EXPORT double mfa_peak_tiles_gflops(int threads, double milliseconds);
 
 /* 10^9 bytes a second, read once through from a buffer that should be larger than the caches; 0 as above. */
 EXPORT double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds);
@@ -79,6 +83,26 @@ DEFINE_PIECE(fma_256, __attribute__((target("avx2,fma"))), __m256, 12, _mm256_se
 DEFINE_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_set1_ps, _mm_fmadd_ps, 1)
 /* 24 sums: an instruction takes 6 cycles, and two begin in each. */
 DEFINE_PIECE(dots, __attribute__((target("avx512f,avx512bf16"))), __m512, 24, _mm512_set1_ps, DOT, 2)
+
+/* The products of AMX: squares of 16 x 16 sums, 32 numbers deep. */
+__attribute__((target("amx-tile,amx-bf16"))) static double tiles(const struct probe *probe, int thread, size_t turn)
+{
+    static const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } whole = {1, 0, {0}, {64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&whole);
+    for (int step = 0; step < STEPS; step++) {
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 5);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_release();
+    (void)probe, (void)thread, (void)turn;
+    return 2.0 * STEPS * 4 * 16 * 16 * 32;
+}
 #elif defined(__aarch64__)
 #define MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
 #define DOT(a, b, sum) vbfdotq_f32(sum, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b))
@@ -207,6 +231,19 @@ double mfa_peak_gflops(int threads, int vector_bits, double milliseconds)
 double mfa_peak_bf16_gflops(int threads, double milliseconds)
 {
     struct probe probe = {.piece = dots_piece(), .seconds = 1e-3 * milliseconds, .threads = threads};
+    return run(&probe);
+}
+
+double mfa_peak_tiles_gflops(int threads, double milliseconds)
+{
+    struct probe probe = {.seconds = 1e-3 * milliseconds, .threads = threads};
+#if defined(__x86_64__) && defined(__linux__)
+    /* The system saves these registers for processes that have asked: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA. */
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+        syscall(SYS_arch_prctl, 0x1023, 18) == 0)
+        probe.piece = tiles;
+#endif
     return run(&probe);
 }
 
