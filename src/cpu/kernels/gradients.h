@@ -2,7 +2,7 @@
  * scores. There, as in softmax.h, the exponentials stand between multiply-adds: those of S = K Q^T between those of
  * dP = V dO^T. */
 
-/* Only what tile registers made is still to be multiplied by the factor: beside products a subtraction costs nothing. */
+/* Only what tile registers made is still to be multiplied: beside products, a subtraction costs nothing. */
 static inline vec probabilities(const real *S, real factor, vec L)
 {
     vec s = vec_load(S);
