@@ -359,11 +359,13 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
         for (next = p + 1; next < panels && sight->keys[next].from == r.from && sight->keys[next].to == r.to;)
             next++;
         int64_t first = p * PANEL, rows = (next * PANEL < g->rows ? next * PANEL : g->rows) - first;
+        if (r.from >= r.to)
+            continue;
         const term *dS = s->dS_down + r.from / TERM * size + first, *K = left_row(keys->K_left, r.from);
-        if (r.from < r.to && TILES)
+        if (TILES)
             add_columns(d, (int)(units(rows) / LANES), K, keys->K_left.stride, dS, size, dQ + first, stride,
                         terms(r.to - r.from), NULL);
-        else if (r.from < r.to)
+        else
             add_columns(rows, (int)(d / LANES), dS, size, K, keys->K_left.stride, dQ + first * stride, stride,
                         terms(r.to - r.from), NULL);
     }
