@@ -68,9 +68,11 @@ static void run(const mfa_problem *p)
 static void test_nan_of_any_payload_stays(void **state)
 {
     static const uint32_t payloads[] = {0x7fc00000, 0x7fc00001, 0x7fffffff, 0xffffffff, 0xffc12345, 0x7fc001ff};
+    static const int64_t lengths[] = {1, Q_LEN, 12 * Q_LEN};
     (void)state;
     for (size_t i = 0; i < sizeof payloads / sizeof *payloads; i++)
-        for (int64_t q_len = 1; q_len <= Q_LEN; q_len += Q_LEN - 1) {
+        for (size_t j = 0; j < sizeof lengths / sizeof *lengths; j++) {
+            const int64_t q_len = lengths[j];
             const float kept = k[3 * DIM];
             const mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, q_len);
             memcpy(&k[3 * DIM], &payloads[i], sizeof *payloads);
@@ -183,6 +185,26 @@ static void test_strange_caps(void **state)
     }
 }
 
+/* Where there is one row, its stride means nothing and may be any number, beyond what can be multiplied. */
+static void test_stride_of_one_row(void **state)
+{
+    (void)state;
+    for (int64_t q_len = 1; q_len <= 4 * Q_LEN; q_len += 4 * Q_LEN - 1) {
+        mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, q_len);
+        p.kv_len = 1;
+        p.k_layout.row = INT64_MAX, p.v_layout.row = INT64_MIN + 1;
+        if (q_len == 1)
+            p.q_layout.row = p.o_layout.row = p.d_o_layout.row = p.dq_layout.row = INT64_MAX;
+        run(&p);
+        for (int64_t n = 0; n < q_len * DIM; n++)
+            assert_true(o[n] == v[n % DIM]);
+        p.pass = MFA_BACKWARD;
+        run(&p);
+        for (int64_t n = 0; n < q_len * DIM; n++)
+            assert_true(fabsf(dq[n]) < 1e-5f);
+    }
+}
+
 /* As many threads as an int holds: the plan keeps to what there can be. */
 static void test_too_many_threads(void **state)
 {
@@ -206,7 +228,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(test_nan_of_any_payload_stays), TEST(test_mask_hides_nan_scores), TEST(test_lowest_finite_mask),
         TEST(test_no_query_heads),           TEST(test_workspace_too_small),   TEST(test_strange_caps),
-        TEST(test_too_many_threads),
+        TEST(test_stride_of_one_row),        TEST(test_too_many_threads),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     printf("%d passed, %d failed\n", (int)(sizeof tests / sizeof *tests) - failed, failed);

@@ -12,11 +12,22 @@ _Static_assert((int)CPU_MASK_NONE == MFA_MASK_NONE && (int)CPU_MASK_BOOL == MFA_
                    (int)CPU_MASK_ADDITIVE == MFA_MASK_ADDITIVE,
                "contract.h counts masks as mfa.h does");
 
+/* From one row to the next there is no step where there is one row, but the caller's stride may be any number: kernels
+ * that multiply it, or go on by it to where they stop, must not overflow. */
+static void settle_rows(struct mfa_args *a)
+{
+    if (a->q_len <= 1)
+        a->q.row = a->o.row = a->d_o.row = a->dq.row = 0;
+    if (a->kv_len <= 1)
+        a->k.row = a->v.row = 0;
+}
+
 /* The call without its pointers. */
 static void describe(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
 {
     memset(call, 0, sizeof *call);
     call->args = mfa_problem_args(p);
+    settle_rows(&call->args);
     call->scale = p->scale, call->softcap = p->softcap;
     call->unit = p->pass == MFA_FORWARD ? 1.4426950408889634074 : 1;
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
