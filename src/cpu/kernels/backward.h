@@ -8,9 +8,9 @@
  *         when the block after has added its part: dQ += dS^T K
  *     dK *= scale; and the last block to add to a group's dQ: dQ *= scale
  *
- * A group's dQ is added to in one order of the blocks, so sums do not depend on who computes them. Tasks are numbered in
- * that order and each waits only for a lower one. It is from the last block to the first: under a causal band, a block's
- * first group is then one that no other has to add to before. */
+ * A group's dQ is added to in one order of the blocks, so sums do not depend on who computes them. Tasks are numbered
+ * in that order and each waits only for a lower one. It is from the last block to the first: under a causal band, a
+ * block's first group is then one that no other has to add to before. */
 
 #ifndef STRIP
 #define STRIP 48 /* keys of a block that are left out together where a group does not see them */
