@@ -99,24 +99,24 @@ int mfa_cpu_isa_present(mfa_cpu_isa isa)
 
 static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa *isa)
 {
+    int named = 0;
+    while (named < MFA_CPU_ISA_COUNT && strcmp(name, names[named]) != 0)
+        named++;
+    if (named == MFA_CPU_ISA_COUNT)
+        return mfa_fail(MFA_INVALID,
+                        "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16, neon or neonbf16", field,
+                        name);
+    if (mfa_cpu_isa_present((mfa_cpu_isa)named)) {
+        *isa = (mfa_cpu_isa)named;
+        return MFA_OK;
+    }
     char present[64] = "";
-    int named = -1;
-    for (int i = 0; i < MFA_CPU_ISA_COUNT; i++) {
-        if (strcmp(name, names[i]) == 0)
-            named = i;
+    for (int i = 0; i < MFA_CPU_ISA_COUNT; i++)
         if (mfa_cpu_isa_present((mfa_cpu_isa)i)) {
             const size_t length = strlen(present);
             snprintf(present + length, sizeof present - length, "%s%s", length ? ", " : "", names[i]);
         }
-    }
-    if (named < 0)
-        return mfa_fail(MFA_INVALID,
-                        "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16, neon or neonbf16", field,
-                        name);
-    if (!mfa_cpu_isa_present((mfa_cpu_isa)named))
-        return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
-    *isa = (mfa_cpu_isa)named;
-    return MFA_OK;
+    return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
 }
 
 mfa_status mfa_cpu_isa_choose(const char *mask, mfa_cpu_isa *isa)
