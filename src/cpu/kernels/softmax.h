@@ -42,19 +42,6 @@ static vec column_exp2(real *S, int64_t n, vec m)
     return vec_add(l[0], l[1]);
 }
 
-/* P of rows k and k + 1 of S, k even; adds them to l. */
-static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *m, real *l, term *P)
-{
-    for (int v = 0; v < vectors; v++) {
-        int64_t at = v * LANES;
-        vec reference = vec_load(m + at);
-        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL + at), reference));
-        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL + at), reference));
-        vec_store(l + at, vec_add(vec_load(l + at), vec_add(even, odd)));
-        store_down(P + at, PANEL, k, even, odd);
-    }
-}
-
 /* l += sum; or 0, if it shows that one exceeds m + SLACK. */
 static inline int add_sums(real *l, const real *sum)
 {
@@ -105,6 +92,19 @@ static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, 
     return done;
 }
 #else
+/* P of rows k and k + 1 of S, k even; adds them to l. */
+static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *m, real *l, term *P)
+{
+    for (int v = 0; v < vectors; v++) {
+        int64_t at = v * LANES;
+        vec reference = vec_load(m + at);
+        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL + at), reference));
+        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL + at), reference));
+        vec_store(l + at, vec_add(vec_load(l + at), vec_add(even, odd)));
+        store_down(P + at, PANEL, k, even, odd);
+    }
+}
+
 /* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
 #define TILE_EXP2(R, V) TILE_EXP2_(R, V)
 #define TILE_EXP2_(R, V)                                                                                            \

@@ -3,13 +3,13 @@
  * memory has room for them, and the terms beyond n are 0 in one operand and finite in the other. */
 
 #define SQUARE(C, row, column, c_step) ((C) + ((row) * (c_step) + (column)) * LANES)
-#define INLINE static inline __attribute__((always_inline))
 
 /* Compilers may not know that loads of tile registers read memory. */
 #define MEMORY_IS_WRITTEN() atomic_signal_fence(memory_order_seq_cst)
 
 /* `rows` by `columns` squares of C, each 1 or 2: the sums from C, or 0; some terms of A B; and the sums to C. */
-INLINE void squares_load(int rows, int columns, const real *C, int64_t c_step, int add)
+static inline __attribute__((always_inline)) void squares_load(int rows, int columns, const real *C, int64_t c_step,
+                                                               int add)
 {
     const size_t bytes = (size_t)c_step * sizeof(real);
     MEMORY_IS_WRITTEN();
@@ -28,7 +28,8 @@ INLINE void squares_load(int rows, int columns, const real *C, int64_t c_step, i
         _tile_loadd(3, SQUARE(C, 1, 1, c_step), bytes);
 }
 
-INLINE void squares_add(int rows, int columns, const term *A, int64_t a_step, const term *B, int64_t b_step, int64_t n)
+static inline __attribute__((always_inline)) void squares_add(int rows, int columns, const term *A, int64_t a_step,
+                                                              const term *B, int64_t b_step, int64_t n)
 {
     const size_t a_bytes = (size_t)a_step * sizeof(term), b_bytes = (size_t)b_step * sizeof(term);
     for (int64_t t = 0; t < n; t += LANES, A += LANES, B += LANES * b_step) {
@@ -48,7 +49,7 @@ INLINE void squares_add(int rows, int columns, const term *A, int64_t a_step, co
     }
 }
 
-INLINE void squares_store(int rows, int columns, real *C, int64_t c_step)
+static inline __attribute__((always_inline)) void squares_store(int rows, int columns, real *C, int64_t c_step)
 {
     const size_t bytes = (size_t)c_step * sizeof(real);
     _tile_stored(0, C, bytes);
@@ -60,8 +61,9 @@ INLINE void squares_store(int rows, int columns, real *C, int64_t c_step)
         _tile_stored(3, SQUARE(C, 1, 1, c_step), bytes);
 }
 
-INLINE void squares(int rows, int columns, const term *A, int64_t a_step, const term *B, int64_t b_step, real *C,
-                    int64_t c_step, int64_t n, int add)
+static inline __attribute__((always_inline)) void squares(int rows, int columns, const term *A, int64_t a_step,
+                                                          const term *B, int64_t b_step, real *C, int64_t c_step,
+                                                          int64_t n, int add)
 {
     squares_load(rows, columns, C, c_step, add);
     squares_add(rows, columns, A, a_step, B, b_step, n);
