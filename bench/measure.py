@@ -21,7 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 from mps_flash_attn import explain, flash_attention, reference
-from mps_flash_attn.library import library
+from mps_flash_attn.library import library, torch_parallel_for
 from peers import PEERS, Refused, fastest, versions_of_peers
 from problems import DTYPES, Operands, Problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -428,6 +428,8 @@ def measure_here(problem, budget, seed, device, contenders):
 def serve(pipe, threads, function, arguments):
     torch.set_num_threads(threads)
     try:
+        if torch_parallel_for() and not library().host:
+            raise RuntimeError("ours runs on threads of its own, beside those of PyTorch: that is no usual process")
         pipe.send(function(*arguments))
     except Exception as exception:  # the parent goes on with the next problem
         pipe.send({"failed": f"{type(exception).__name__}: {exception}"})
@@ -437,7 +439,7 @@ def in_process(function, *arguments, threads=None, device="cpu"):
     """The dictionary that the function returns in a fresh process; one with "failed" says what went wrong."""
     processes = multiprocessing.get_context("spawn" if device == "mps" else "forkserver")  # Metal does not outlive fork
     if device == "cpu":
-        processes.set_forkserver_preload(["mps_flash_attn"])  # and torch: both take their time
+        processes.set_forkserver_preload(["torch"])  # takes long; ours, after a fork, would keep off its threads
     ours, theirs = processes.Pipe(duplex=False)
     threads = threads or torch.get_num_threads()
     process = processes.Process(target=serve, args=(theirs, threads, function, arguments))

@@ -1,5 +1,6 @@
 #include "cpu/tiles.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -23,9 +24,10 @@ static const struct row {
 };
 /* clang-format on */
 
-#define ENOUGH_TASKS 32   /* for any number of threads that we expect to share them well */
-#define SPLIT_KEYS 512    /* fewest keys worth a part of their own */
-#define SERIAL_FLOP 2e6   /* less than this takes about as long as waking a thread */
+#define ENOUGH_TASKS 32    /* for any number of threads that we expect to share them well */
+#define VISIT_PANELS 0.125 /* what loading a block costs a chunk, beside the time of a panel */
+#define SPLIT_KEYS 512     /* fewest keys worth a part of their own */
+#define SERIAL_FLOP 2e6    /* less than this takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
 {
@@ -42,22 +44,40 @@ static int64_t queries_of(const mfa_problem *p)
     return p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0;
 }
 
-/* Chunks as large as leaves enough tasks; if there are too few chunks even so, the keys are split. */
+/* Panels of a chunk, for `panels` of them in all: many, so that a block is loaded for many, but such that no thread is
+ * left without work for long. Under a band the chunks take unequal times. */
+static int64_t choose_panels(const mfa_problem *p, int64_t most, int64_t block_q, int64_t threads)
+{
+    int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), best = 1;
+    double panels = (double)(heads * mfa_cpu_ceil(queries, block_q)), least = HUGE_VAL;
+    double unequal = p->upper == MFA_BAND_OPEN_UPPER ? 0 : 0.5;
+    for (; most >= 1; most /= 2) {
+        int64_t tasks = heads * mfa_cpu_ceil(queries, most * block_q);
+        double rounds = (double)mfa_cpu_ceil(tasks, threads) + unequal;
+        double time = rounds * (panels / (double)tasks + VISIT_PANELS);
+        if (time < least)
+            least = time, best = most;
+    }
+    return best;
+}
+
+/* If even chunks of one panel are too few, the keys are split, which shows in the last bits of the results and so does
+ * not depend on the number of threads. */
 static int64_t choose_forward(const mfa_problem *p, const struct row *row, const struct mfa_cpu_kernels *kernels,
                               struct mfa_choice *choice)
 {
-    int64_t block_q = choice->key.block_q;
-    int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), tasks;
-    int64_t panels = row->forward_panels;
+    int64_t block_q = choice->key.block_q, panels = 1;
+    int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), tasks = heads * mfa_cpu_ceil(queries, block_q);
     if (choice->cut[MFA_CPU_FEW])
-        panels = 1, choice->key.block_kv = kernels->few_keys;
-    while (tasks = heads * mfa_cpu_ceil(queries, panels * block_q), panels > 1 && tasks < ENOUGH_TASKS)
-        panels /= 2;
-    choice->cut[MFA_CPU_PANELS] = panels;
+        choice->key.block_kv = kernels->few_keys;
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
         choice->cut[MFA_CPU_SPLITS] = wanted < most ? wanted : most < 1 ? 1 : most;
+    } else if (tasks > 0 && !choice->cut[MFA_CPU_FEW]) {
+        panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
+        tasks = heads * mfa_cpu_ceil(queries, panels * block_q);
     }
+    choice->cut[MFA_CPU_PANELS] = panels;
     return tasks * choice->cut[MFA_CPU_SPLITS];
 }
 

@@ -246,8 +246,9 @@ static void forward(void *data, int64_t task, int worker)
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
         struct block K = {0}, V = {0};
-        /* For one panel, to compute hardly takes longer than to read: so the next block is asked for. */
-        int asking = c.panels == 1 && j + 1 < blocks.to && a->k.column == 1 && a->v.column == 1;
+        /* For one panel, to compute hardly takes longer than to read: so the next block is asked for. If other panels
+         * read it too, it is in the cache. */
+        int asking = a->group * a->q_len <= PANEL && j + 1 < blocks.to && a->k.column == 1 && a->v.column == 1;
         struct upcoming K_next = upcoming_rows(call, &c, key + size, call->k, &a->k, a->head_dim);
         struct upcoming V_next = upcoming_rows(call, &c, key + size, call->v, &a->v, a->value_dim);
         for (int64_t p = 0; p < c.panels; p++) {
