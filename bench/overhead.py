@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from measure import machine, versions
 from mps_flash_attn import flash_attention, replaced_sdpa, sdpa_thresholds
-from mps_flash_attn.library import BUFFERS, FORWARD_BUFFERS, library
+from mps_flash_attn.library import BASES, BUFFERS, library
 from problems import DTYPES
 from rich.console import Console
 from rich.table import Table
@@ -79,7 +79,7 @@ def call_of_library(query, key, value):
     found, out = library(), torch.empty_like(query)
     problem = found.parse(PROBLEM)
     q, k, v, o = (tensor.data_ptr() for tensor in (query, key, value, out))
-    buffers = FORWARD_BUFFERS.pack(BUFFERS.size, q, k, v, 0, o, 0)
+    buffers = BASES.pack(BUFFERS.size, q, k, v, 0, o, *(0,) * 7)
 
     def call(_written=out):
         found.check(found.mfa_attention(found.context, problem, buffers, None))

@@ -53,9 +53,9 @@ def _struct(fields):
 
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
-# The buffers of a forward pass, without offsets: the size, the bases of q k v mask o lse, and zeros.
-_FORWARD_BUFFERS = "Q" + "P8x" * 6
-FORWARD_BUFFERS = struct.Struct(f"@{_FORWARD_BUFFERS}{BUFFERS.size - struct.calcsize(_FORWARD_BUFFERS)}x")
+# The buffers of the CPU, which need no offsets: the size, the bases of q k v mask o lse d_o dlse dq dk dv dbias, zeros.
+_BASES = "Q" + "P8x" * 12
+BASES = struct.Struct(f"@{_BASES}{BUFFERS.size - struct.calcsize(_BASES)}x")
 
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
 

@@ -4,13 +4,14 @@ A call of a kind that was met before (same shapes, strides, dtypes and options) 
 """
 
 from . import tensors
-from .library import BUFFERS, DEVICE_CPU, FORWARD_BUFFERS, STREAM_TORCH, library
+from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
 from .problem import check, check_saved, pack_backward, pack_forward
 
 _OWN_WORKSPACE = (0, 0, 0)  # of libmfa's context
 _NO_GRADIENTS = (None,) * 6
+_NO_BASES = (0,) * 6
 
-_known = {}  # kind of call: (packed problem, code of the device, shape of out, its strides)
+_known = {}  # kind of call: what _prepare_forward or _prepare_backward gave
 _KNOWN_MOST = 1024  # a growing sequence is a new kind each time: then all is forgotten, and begins anew
 
 
@@ -22,10 +23,7 @@ def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True
     kind = layouts, types, of_mask, lower, upper, scale, softcap, allocate
     found = _known.get(kind)
     if found is None:
-        found = _prepare(query, key, value, mask, lower, upper, scale, softcap, allocate)
-        if len(_known) >= _KNOWN_MOST:
-            _known.clear()
-        _known[kind] = found
+        found = _keep(kind, _prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate))
     problem, device, shape, stride = found
     out = query.new_empty_strided(shape, stride)
     lse = tensors.empty_rows(query) if with_lse else None
@@ -35,7 +33,7 @@ def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True
     address = tensors.address
     library().attention(
         problem,
-        FORWARD_BUFFERS.pack(  # the shortest way
+        BASES.pack(  # the shortest way
             BUFFERS.size,
             address(query),
             address(key),
@@ -43,12 +41,21 @@ def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True
             0 if mask is None else address(mask),
             address(out),
             0 if lse is None else address(lse),
+            *_NO_BASES,
         ),
     )
     return out, lse
 
 
-def _prepare(query, key, value, mask, lower, upper, scale, softcap, allocate):
+def _keep(kind, prepared):
+    if len(_known) >= _KNOWN_MOST:
+        _known.clear()
+    _known[kind] = prepared
+    return prepared
+
+
+def _prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate):
+    """(packed problem, code of the device, shape of out, its strides)."""
     check(query, key, value, mask)
     out = allocate(query, value.shape[3])
     problem = pack_forward(query, key, value, mask, lower, upper, scale, softcap, out)
@@ -57,21 +64,35 @@ def _prepare(query, key, value, mask, lower, upper, scale, softcap, allocate):
 
 def backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
     """(dQ, dK, dV, dbias), each None if not wanted."""
+    d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
+    always = query, key, value, out, lse, d_out
+    kind = [(t.shape, t.stride(), t.dtype, t.device) for t in always]
+    kind += [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (mask, d_lse)]
+    kind = (*kind, lower, upper, scale, softcap, *wanted)
+    dq, dk, dv, dbias = map(tensors.gradient, (query, key, value, mask), wanted)
+    operands = query, key, value, mask, out, lse, d_out, d_lse, dq, dk, dv, dbias
+    found = _known.get(kind)
+    if found is None:
+        found = _keep(kind, _prepare_backward(lower, upper, scale, softcap, *operands))
+    _run(*found, *operands)
+    return dq, dk, dv, dbias
+
+
+def _prepare_backward(lower, upper, scale, softcap, query, key, value, mask, out, lse, d_out, d_lse, *gradients):
+    """(packed problem, code of the device)."""
     check(query, key, value, mask)
     check_saved(query, value, out, lse, d_out, d_lse)
-    d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
-    dq, dk, dv, dbias = map(tensors.gradient, (query, key, value, mask), wanted)
-    operands = (query, key, value, mask, lower, upper, scale, softcap)
-    problem = pack_backward(*operands, out, lse, d_out, d_lse, dq, dk, dv, dbias)
-    _run(problem, tensors.device(query), query, key, value, mask, out, lse, d_out, d_lse, dq, dk, dv, dbias)
-    return dq, dk, dv, dbias
+    options = lower, upper, scale, softcap
+    problem = pack_backward(query, key, value, mask, *options, out, lse, d_out, d_lse, *gradients)
+    return problem, tensors.device(query)
 
 
 def _run(problem, device, *operands):
     """The operands in the order of mfa_buffers, None where there is none."""
-    on_cpu = device == DEVICE_CPU
-    place = tensors.place_on_cpu if on_cpu else tensors.place_on_metal
-    places = (number for operand in operands for number in place(operand))
-    library().attention(
-        problem, BUFFERS.pack(BUFFERS.size, *places, *_OWN_WORKSPACE), None if on_cpu else STREAM_TORCH
-    )
+    if device == DEVICE_CPU:
+        address = tensors.address
+        bases = [0 if operand is None else address(operand) for operand in operands]
+        library().attention(problem, BASES.pack(BUFFERS.size, *bases))
+    else:
+        places = [number for operand in operands for number in tensors.place_on_metal(operand)]
+        library().attention(problem, BUFFERS.pack(BUFFERS.size, *places, *_OWN_WORKSPACE), STREAM_TORCH)

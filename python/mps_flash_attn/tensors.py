@@ -124,13 +124,9 @@ def resolved(gradient):
 address = torch.Tensor.data_ptr  # of the first element, on the CPU
 
 
-def place_on_cpu(tensor):
-    """Where the first element is: (base, offset in bytes), as in mfa_buffer; zeros for None."""
-    return (0, 0) if tensor is None else (address(tensor), 0)
-
-
 def place_on_metal(tensor):
-    """The same: an MTLBuffer holds the storage."""
+    """Where the first element is: (base, offset in bytes), as in mfa_buffer; zeros for None. An MTLBuffer holds the
+    storage."""
     return (0, 0) if tensor is None else (metal_buffer(tensor), tensor.storage_offset() * tensor.itemsize)
 
 
