@@ -120,16 +120,35 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
         mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
 }
 
+/* Blocks of one KV head add to the same dQ, one after another; those of others share nothing. So as many KV heads as
+ * there are threads are worked on side by side, block by block: then a thread hardly waits for another, nor does what
+ * it adds to go from core to core. */
+struct abreast {
+    mfa_cpu_task_function *task;
+    struct mfa_cpu_call *call;
+    int64_t heads, blocks, most;
+};
+
+static void run_abreast(void *argument, int64_t number, int worker)
+{
+    const struct abreast *all = argument;
+    int64_t first = number / (all->most * all->blocks) * all->most, left = all->heads - first;
+    int64_t width = left < all->most ? left : all->most;
+    number -= first * all->blocks;
+    all->task(all->call, (first + number % width) * all->blocks + number / width, worker);
+}
+
 static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
                          struct mfa_cpu_call *call)
 {
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
-    int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
+    struct abreast all = {call->few ? kernels->few_backward : kernels->backward, call, a->batch * a->kv_heads,
+                          mfa_cpu_ceil(a->kv_len, call->block_kv), workers};
     mfa_cpu_threads_run(threads, workers, groups, kernels->prepare, call);
     if (call->dq || call->dk || call->dv)
-        mfa_cpu_threads_run(threads, workers, blocks, call->few ? kernels->few_backward : kernels->backward, call);
+        mfa_cpu_threads_run(threads, workers, all.heads * all.blocks, run_abreast, &all);
     if (call->dbias) {
         struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->panel);
         mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->bias, call);
