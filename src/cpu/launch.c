@@ -120,22 +120,23 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
         mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
 }
 
-/* Blocks of one KV head add to the same dQ, one after another; those of others share nothing. So as many KV heads as
- * there are threads are worked on side by side, block by block: then a thread hardly waits for another, nor does what
- * it adds to go from core to core. */
-struct abreast {
-    mfa_cpu_task_function *task;
+/* Blocks of one KV head add to the same dQ, one after another; those of others share nothing. So a task is a whole
+ * head, as long as each thread has one; the blocks of the last heads are taken one by one, as many heads side by side
+ * as there are threads. */
+struct heads {
+    mfa_cpu_task_function *block;
     struct mfa_cpu_call *call;
-    int64_t heads, blocks, most;
+    int64_t whole, apart, blocks; /* heads that are one task; heads by blocks; blocks of a head */
 };
 
-static void run_abreast(void *argument, int64_t number, int worker)
+static void run_head(void *argument, int64_t task, int worker)
 {
-    const struct abreast *all = argument;
-    int64_t first = number / (all->most * all->blocks) * all->most, left = all->heads - first;
-    int64_t width = left < all->most ? left : all->most;
-    number -= first * all->blocks;
-    all->task(all->call, (first + number % width) * all->blocks + number / width, worker);
+    const struct heads *heads = argument;
+    int64_t part = task - heads->whole;
+    if (part >= 0)
+        heads->block(heads->call, (heads->whole + part % heads->apart) * heads->blocks + part / heads->apart, worker);
+    for (int64_t i = 0; part < 0 && i < heads->blocks; i++)
+        heads->block(heads->call, task * heads->blocks + i, worker);
 }
 
 static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
@@ -144,11 +145,12 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
-    struct abreast all = {call->few ? kernels->few_backward : kernels->backward, call, a->batch * a->kv_heads,
-                          mfa_cpu_ceil(a->kv_len, call->block_kv), workers};
+    int64_t all = a->batch * a->kv_heads, apart = all < 2 * workers ? all : workers + all % workers;
+    struct heads heads = {call->few ? kernels->few_backward : kernels->backward, call, all - apart, apart,
+                          mfa_cpu_ceil(a->kv_len, call->block_kv)};
     mfa_cpu_threads_run(threads, workers, groups, kernels->prepare, call);
     if (call->dq || call->dk || call->dv)
-        mfa_cpu_threads_run(threads, workers, all.heads * all.blocks, run_abreast, &all);
+        mfa_cpu_threads_run(threads, workers, heads.whole + heads.apart * heads.blocks, run_head, &heads);
     if (call->dbias) {
         struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->panel);
         mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->bias, call);
