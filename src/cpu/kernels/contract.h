@@ -1,8 +1,8 @@
 /* What the kernels promise to launch.c and what they are given. A kernel set is compiled once per
  * instruction set and real type (kernels.inc lists them); its members are tasks: each computes its own
  * part of the result, alone, allocates nothing and cannot fail. Tasks of one phase may run in any number
- * of threads, if each thread takes them in ascending order; only those of backward wait, each for lower ones. Phases
- * run one after another. */
+ * of threads and in any order; but those of backward wait, each for lower ones of the same KV head, which must have
+ * begun before it. Phases run one after another. */
 #ifndef MFA_CPU_KERNELS_CONTRACT_H
 #define MFA_CPU_KERNELS_CONTRACT_H
 
