@@ -164,3 +164,8 @@ def test_picture_of_rows(tmp_path):
     without = row("backward f32 b1 h1 q8 kv8 d8", math_ms=None, math_extra_bytes=None)
     report.draw_rows([row("forward f32 b1 h1 q8 kv8 d8"), without], tmp_path / "rows.png")
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_on_the_threads_that_users_have():
+    """A fork of a process that has imported mps_flash_attn has threads of its own beside PyTorch's."""
+    assert measure.in_process(dict) == {}
