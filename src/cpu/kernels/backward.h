@@ -258,7 +258,11 @@ static void panel_scores(const struct mfa_cpu_call *call, const struct backward_
     int64_t n = r.to - r.from;
     multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, S, stride,
                   terms(a->head_dim), score_factor(call), NULL);
-    panel_adjust(panel, call, seen, keys->first + r.from, n, S, stride, s->mask_tile, slope);
+    for (int v = 0; v < panel->vectors; v++) {
+        int64_t lane = v * LANES;
+        panel_adjust(panel, call, seen, v, keys->first + r.from, n, S + lane, stride, s->mask_tile + lane,
+                     slope ? slope + lane : NULL);
+    }
     multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, dP, stride,
                   terms(a->value_dim), 1, NULL);
 }
