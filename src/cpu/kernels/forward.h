@@ -167,13 +167,13 @@ static void add_values(const struct mfa_cpu_call *call, const struct panel *pane
 }
 
 /* P of keys r of a block, from its S, in whose place it comes. */
-static void normalize(const struct mfa_cpu_call *call, const struct panel *panel, struct sums sums,
-                      enum visibility seen, int64_t key, struct range r, real *S, const real *mask)
+static void normalize(const struct mfa_cpu_call *call, const struct panel *panel, struct sums sums, int64_t key,
+                      struct range r, real *S, const real *mask)
 {
     for (int v = 0; v < panel->vectors; v++) {
         struct range keys = vector_range(panel, v, key, r);
         int64_t lane = v * LANES, k = keys.from - r.from, at = k * PANEL + lane, n = keys.to - keys.from;
-        panel_adjust(panel, call, seen, v, key + keys.from, n, S + at, PANEL, mask ? mask + at : NULL, NULL);
+        panel_adjust(panel, call, v, key + keys.from, n, S + at, PANEL, mask ? mask + at : NULL, NULL);
         softmax_step(sums.m + lane, sums.l + lane, sums.O + lane, call->args.value_dim, S + at, n,
                      S + k / TERM * PANEL + lane);
     }
@@ -217,7 +217,7 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
         else if (from < shown.to)
             piece.to = from + RAISE_KEYS < shown.to ? from + RAISE_KEYS : shown.to;
         multiply_keys(call, panel, key, piece, K, Q, P);
-        normalize(call, panel, sums, seen, key, piece, P, mask);
+        normalize(call, panel, sums, key, piece, P, mask);
         from = piece.to;
     }
     add_values(call, panel, key, (struct range){added, r.to}, V, s->S + (added - r.from) / TERM * PANEL, sums.O);

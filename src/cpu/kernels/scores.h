@@ -49,16 +49,17 @@ static void scale_queries(const struct mfa_cpu_call *call, term *Q, int64_t n)
         scale_vectors(Q, n, score_factor(call));
 }
 
-/* Softcap, mask and band on the raw scores of vector v and keys [key, key + n): columns of S, tile and slope. */
-static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *call, enum visibility seen, int v,
-                         int64_t key, int64_t n, real *S, int64_t stride, const real *tile, real *slope)
+/* Softcap, mask and band on the raw scores of vector v and keys [key, key + n): columns of S, mask and slope. The last
+ * two may be NULL. */
+static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *call, int v, int64_t key, int64_t n,
+                         real *S, int64_t stride, const real *mask, real *slope)
 {
     if (call->softcap > 0)
         cap_scores(1, S, stride, n, call->softcap * call->unit, slope);
-    if (seen == MASKED)
+    if (mask)
         for (int64_t k = 0; k < n; k++)
-            vec_store(S + k * stride, masked(vec_load(S + k * stride), vec_load(tile + k * PANEL)));
-    if (seen == SHOWN || (key >= panel->all_low && key + n - 1 <= panel->all_high))
+            vec_store(S + k * stride, masked(vec_load(S + k * stride), vec_load(mask + k * PANEL)));
+    if (key >= panel->all_low && key + n - 1 <= panel->all_high)
         return;
     real low[LANES], high[LANES]; /* relative to `key`, so that small numbers are compared */
     for (int64_t i = 0; i < LANES; i++) {
