@@ -7,6 +7,8 @@
 #include "cpu/kernels/rows.h"
 #include "cpu/kernels/terms.h"
 #include "cpu/kernels/panel.h"
+#include "cpu/kernels/mask.h"
+#include "cpu/kernels/scores.h"
 #include "cpu/kernels/each.h"
 #if TILES
 #include "cpu/kernels/tile_product.h"

@@ -13,7 +13,7 @@
  * block's first group is then one that no other has to add to before. */
 
 #ifndef STRIP
-#define STRIP 48 /* keys of a block that are left out together where a group does not see them */
+#define STRIP 24 /* keys of a block that are left out together where a group does not see them */
 #endif
 #define STRIPS_MAX 8 /* of a block */
 
@@ -249,18 +249,23 @@ static enum visibility panel_meets(const struct mfa_cpu_call *call, struct backw
     return seen;
 }
 
-/* S and dP of the panel for keys r of the block. `slope` is for softcap, or NULL. */
+/* S and dP of a part of the panel, columns of PANEL lanes from the part's first key on. mask and slope, which is for
+ * softcap, may be NULL. */
 static void panel_scores(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
-                         enum visibility seen, const struct keys *keys, struct range r, real *S, real *dP,
-                         int64_t stride, real *slope)
+                         const struct keys *keys, struct part part, real *S, real *dP, int64_t stride, const real *mask,
+                         real *slope)
 {
     const struct mfa_args *a = &call->args;
-    int64_t n = r.to - r.from;
-    multiply_rows(n, panel->vectors, keys->K.rows + r.from * keys->K.stride, keys->K.stride, s->Qt, PANEL, S, stride,
-                  terms(a->head_dim), score_factor(call), NULL);
-    panel_adjust(panel, call, seen, keys->first + r.from, n, S, stride, s->mask_tile, slope);
-    multiply_rows(n, panel->vectors, keys->V.rows + r.from * keys->V.stride, keys->V.stride, s->dOt, PANEL, dP, stride,
-                  terms(a->value_dim), 1, NULL);
+    int64_t from = part.keys.from, n = part.keys.to - from, first = part.vector * LANES;
+    multiply_rows(n, part.vectors, keys->K.rows + from * keys->K.stride, keys->K.stride, s->Qt + first, PANEL,
+                  S + first, stride, terms(a->head_dim), score_factor(call), NULL);
+    for (int v = part.vector; v < part.vector + part.vectors; v++) {
+        int64_t lane = v * LANES;
+        panel_adjust(panel, call, v, keys->first + from, n, S + lane, stride, mask ? mask + lane : NULL,
+                     slope ? slope + lane : NULL);
+    }
+    multiply_rows(n, part.vectors, keys->V.rows + from * keys->V.stride, keys->V.stride, s->dOt + first, PANEL,
+                  dP + first, stride, terms(a->value_dim), 1, NULL);
 }
 
 /* Where P and dS of a panel and keys from `key` of the block on go. */
@@ -271,16 +276,40 @@ static struct gradients gradients_at(const struct mfa_cpu_call *call, const stru
     return (struct gradients){s->P + place, s->dS + place, across, s->dS_down + key / TERM * size + first, size};
 }
 
-/* P and dS of the panel for keys r, by way of S and dP in memory, where S is capped and masked. */
-static void adjusted_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
-                               const struct panel *panel, enum visibility seen, int64_t first, const struct keys *keys,
-                               struct range r, const real *L, const real *D, real *slope)
+/* P = dS = 0 for `lanes` of the group from `first` on, which do not see keys r: others may. */
+static void clear_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
+                            int64_t lanes, struct range r)
 {
     struct gradients to = gradients_at(call, s, first, r.from);
-    real *S = TERM > 1 ? s->S : to.P, *dP = TERM > 1 ? s->dP : to.dS;
-    int64_t stride = TERM > 1 ? PANEL : to.across;
-    panel_scores(call, s, panel, seen, keys, r, S, dP, stride, slope);
-    panel_gradients(panel->vectors, r.to - r.from, S, dP, stride, L, D, slope, 1, to);
+    int64_t n = r.to - r.from;
+    for (int64_t k = 0; k < n; k++) {
+        fill(to.P + k * to.across, lanes / TERM, 0);
+        fill(to.dS + k * to.across, lanes / TERM, 0);
+    }
+    for (int64_t t = 0; t < terms(n); t++)
+        fill(to.dS_down + t * to.down, lanes, 0);
+    end_down(to.dS_down, to.down, n, lanes);
+}
+
+/* P and dS of the panel for keys r, by way of S and dP in memory, where S is capped and masked. */
+static void adjusted_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s,
+                               const struct panel *panel, int64_t first, const struct keys *keys, struct range r,
+                               const real *mask, const real *L, const real *D)
+{
+    for (struct part part; r.from < r.to; r.from = part.keys.to) {
+        part = panel_part(panel, keys->first, r);
+        int64_t n = part.keys.to - r.from, lane = part.vector * LANES, end = lane + part.vectors * LANES;
+        struct gradients to = gradients_at(call, s, first, r.from);
+        real *S = TERM > 1 ? s->S : to.P, *dP = TERM > 1 ? s->dP : to.dS;
+        real *slope = call->softcap > 0 ? s->slope : NULL;
+        int64_t stride = TERM > 1 ? PANEL : to.across;
+        panel_scores(call, s, panel, keys, part, S, dP, stride, mask, slope);
+        panel_gradients(part.vectors, n, S + lane, dP + lane, stride, L + lane, D + lane, slope ? slope + lane : NULL,
+                        1, gradients_at(call, s, first + lane, r.from));
+        clear_gradients(call, s, first, lane, part.keys);
+        clear_gradients(call, s, first + end, panel->vectors * LANES - end, part.keys);
+        mask += mask ? n * PANEL : 0;
+    }
 }
 
 /* P and dS of the panel for keys r: at once for those that all its lanes see. */
@@ -289,49 +318,41 @@ static void visit_panel(const struct mfa_cpu_call *call, const struct backward_s
                         const real *D)
 {
     const struct mfa_args *a = &call->args;
-    int plain = panel->vectors == PANEL_VECTORS && seen != MASKED && !(call->softcap > 0);
+    int plain = panel->vectors == PANEL_VECTORS && !(call->softcap > 0);
     struct range shown = plain ? panel_shown(panel, keys->first, r, KEY_UNIT) : (struct range){r.to, r.to};
-    real *slope = call->softcap > 0 ? s->slope : NULL;
-    adjusted_gradients(call, s, panel, seen, first, keys, (struct range){r.from, shown.from}, L, D, slope);
-    shown.from +=
-        multiply_gradients(shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt,
-                           terms(a->head_dim), score_factor(call), keys->V.rows + shown.from * keys->V.stride,
-                           keys->V.stride, s->dOt, terms(a->value_dim), L, D, gradients_at(call, s, first, shown.from));
-    adjusted_gradients(call, s, panel, seen, first, keys, (struct range){shown.from, r.to}, L, D, slope);
+    const real *mask = seen == MASKED ? s->mask_tile : NULL;
+    adjusted_gradients(call, s, panel, first, keys, (struct range){r.from, shown.from}, mask, L, D);
+    mask += mask ? (shown.from - r.from) * PANEL : 0;
+    int64_t done = multiply_gradients(shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride,
+                                      s->Qt, terms(a->head_dim), score_factor(call),
+                                      keys->V.rows + shown.from * keys->V.stride, keys->V.stride, s->dOt,
+                                      terms(a->value_dim), mask, L, D, gradients_at(call, s, first, shown.from));
+    mask += mask ? done * PANEL : 0;
+    adjusted_gradients(call, s, panel, first, keys, (struct range){shown.from + done, r.to}, mask, L, D);
 }
 
-/* The same for a panel that sees nothing: its neighbours may see the same strips. */
-static void clear_gradients(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
-                            struct range r)
-{
-    int64_t size = group_stride(call), across = size / TERM;
-    for (int64_t k = r.from; k < r.to; k++) {
-        fill(s->P + k * across + first / TERM, PANEL / TERM, 0);
-        fill(s->dS + k * across + first / TERM, PANEL / TERM, 0);
-        fill(s->dS_down + k / TERM * size + first, PANEL, 0);
-    }
-    end_down(s->dS_down + r.from / TERM * size + first, size, r.to - r.from, PANEL);
-}
-
-/* Which panels of a group see which keys of a block: by panel, whole strips; by strip, the panels of it. Under a band
- * the panels that see a strip are neighbours. */
+/* Which keys of a block the panels of a group see, in whole strips, and their vectors; and which vectors, counted from
+ * the group's first, see each strip. Under a band these are neighbours. */
 struct sight {
-    struct range keys[MFA_CPU_PANELS_MAX]; /* of each panel; empty: sees none */
-    struct range panels[STRIPS_MAX]; /* of each strip */
-    int64_t strips;
+    struct range panels[MFA_CPU_PANELS_MAX]; /* keys of each; empty: sees none */
+    struct range vectors[MFA_CPU_PANELS_MAX][PANEL_VECTORS];
+    struct range strips[STRIPS_MAX];
+    int64_t count; /* of strips */
 };
 
 static void see_strips(struct sight *sight, int64_t panels, int64_t n)
 {
-    sight->strips = mfa_cpu_ceil(n, STRIP);
-    for (int64_t i = 0; i < sight->strips; i++) {
-        struct range *r = &sight->panels[i];
-        *r = (struct range){panels, 0};
-        for (int64_t p = 0; p < panels; p++)
-            if (sight->keys[p].from <= i * STRIP && i * STRIP < sight->keys[p].to) {
-                r->from = p < r->from ? p : r->from;
-                r->to = p + 1;
+    sight->count = mfa_cpu_ceil(n, STRIP);
+    for (int64_t i = 0; i < sight->count; i++) {
+        struct range *r = &sight->strips[i];
+        *r = (struct range){panels * PANEL_VECTORS, 0};
+        for (int64_t v = 0; v < panels * PANEL_VECTORS; v++) {
+            struct range keys = sight->vectors[v / PANEL_VECTORS][v % PANEL_VECTORS];
+            if (keys.from < keys.to && keys.from < (i + 1) * STRIP && i * STRIP < keys.to) {
+                r->from = v < r->from ? v : r->from;
+                r->to = v + 1;
             }
+        }
     }
 }
 
@@ -355,8 +376,8 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
     if (block == g->to)
         clear_dQ(call, g);
     for (int64_t p = 0, next; p < panels; p = next) {
-        struct range r = sight->keys[p];
-        for (next = p + 1; next < panels && sight->keys[next].from == r.from && sight->keys[next].to == r.to;)
+        struct range r = sight->panels[p];
+        for (next = p + 1; next < panels && sight->panels[next].from == r.from && sight->panels[next].to == r.to;)
             next++;
         int64_t first = p * PANEL, rows = (next * PANEL < g->rows ? next * PANEL : g->rows) - first;
         if (r.from >= r.to)
@@ -374,22 +395,21 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
     atomic_store_explicit(turn, block - 1, memory_order_release);
 }
 
-/* dV += P dO and dK += dS Q; strips that are seen by the same panels are taken together. */
+/* dV += P dO and dK += dS Q; strips that are seen by the same vectors are taken together. */
 static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
                       const struct keys *keys, const struct sight *sight)
 {
     int64_t d = padded(call->args.head_dim), e = padded(call->args.value_dim);
     int64_t d_stride = down_stride(call->args.head_dim), e_stride = down_stride(call->args.value_dim);
     int64_t across = group_stride(call) / TERM;
-    for (int64_t i = 0, next; i < sight->strips; i = next) {
-        struct range r = sight->panels[i];
-        for (next = i + 1;
-             next < sight->strips && sight->panels[next].from == r.from && sight->panels[next].to == r.to;)
+    for (int64_t i = 0, next; i < sight->count; i = next) {
+        struct range r = sight->strips[i];
+        for (next = i + 1; next < sight->count && sight->strips[next].from == r.from && sight->strips[next].to == r.to;)
             next++;
         if (r.from >= r.to)
             continue;
         int64_t key = i * STRIP, rows = (next * STRIP < keys->n ? next * STRIP : keys->n) - key;
-        int64_t first = r.from * PANEL / TERM, end = r.to * PANEL, at = key * across + first;
+        int64_t first = r.from * LANES / TERM, end = r.to * LANES, at = key * across + first;
         int64_t n = (end < g->rows ? end : units(g->rows)) / TERM - first;
         if (call->dv)
             add_rows(rows, (int)(e / LANES), s->P + at, across, s->dO + first * e_stride, e_stride, s->dV + key * e, e,
@@ -412,12 +432,15 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
         int64_t first = p * PANEL;
         panel_of_head(&panel, &call->args, g->head, g->first + first);
         struct range r = panel_range(&panel, keys->first, keys->n, STRIP);
-        sight.keys[p] = r;
+        sight.panels[p] = r;
+        for (int v = 0; v < PANEL_VECTORS; v++)
+            sight.vectors[p][v] =
+                v < panel.vectors ? vector_range(&panel, v, keys->first, r) : (struct range){r.to, r.to};
         if (r.from >= r.to)
             continue;
         enum visibility seen = panel_meets(call, s, &panel, first, keys, r);
         if (seen == HIDDEN) {
-            clear_gradients(call, s, first, r);
+            clear_gradients(call, s, first, panel.vectors * LANES, r);
             continue;
         }
         visit_panel(call, s, &panel, seen, first, keys, r, group_rows(call, g, call->L) + first,
@@ -427,7 +450,7 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
     if (any_shown)
         see_strips(&sight, panels, keys->n);
     else
-        sight = (struct sight){.strips = 0};
+        sight.count = 0;
     add_dK_dV(call, s, g, keys, &sight);
     if (call->dq)
         add_dQ(call, s, g, keys, block, &sight);

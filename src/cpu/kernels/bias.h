@@ -28,7 +28,8 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
     if (seen == HIDDEN)
         return;
     real *S = TERM > 1 ? s->S : s->P, *dP = TERM > 1 ? s->dP : s->dS;
-    panel_scores(call, s, panel, seen, keys, r, S, dP, PANEL, NULL);
+    struct part all = {r, 0, panel->vectors};
+    panel_scores(call, s, panel, keys, all, S, dP, PANEL, seen == MASKED ? s->mask_tile : NULL, NULL);
     const real *L = group_rows(call, g, call->L) + offset, *D = group_rows(call, g, call->D) + offset;
     for (int64_t k = r.from; k < r.to; k++) {
         real *to = tile + (a->dbias.column ? k * PANEL : 0);

@@ -125,7 +125,7 @@ static void few(void *data, int64_t task, int worker)
     struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS;
-        enum visibility seen = panel_sees(&panel, call, c.batch, key, n, s.mask_rows, s.mask_tile);
+        enum visibility seen = rows_see(&panel, call, c.batch, key, n, s.mask_tile, s.mask_rows);
         if (seen != HIDDEN)
             visit_keys(call, &s, &panel, &c, key, n, seen);
     }

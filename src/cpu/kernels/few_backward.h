@@ -123,7 +123,7 @@ static int few_gradients(const struct mfa_cpu_call *call, struct few_backward_sc
 {
     const struct mfa_args *a = &call->args;
     int64_t d = padded(a->head_dim), e = padded(a->value_dim), rows = panel->lanes;
-    enum visibility seen = panel_sees(panel, call, keys->batch, key, n, s->mask_rows, s->mask_tile);
+    enum visibility seen = rows_see(panel, call, keys->batch, key, n, s->mask_tile, s->mask_rows);
     if (seen == HIDDEN)
         return 0;
     struct lines K = lines_of(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, key, n, a->head_dim);

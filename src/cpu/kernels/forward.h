@@ -7,7 +7,7 @@
  *             P = exp2(S - m), l += sum(P), O^T += V^T P
  *     O = O / l, L = ln(2) * (m + log2(l))
  *
- * m is a reference, not the maximum itself (softmax.h). Scores that nothing is done to but this become P as they are
+ * m is a reference, not the maximum itself (softmax.h). Scores to which at most a mask is added become P as they are
  * computed, as long as m holds. */
 
 #define RAISE_KEYS (TILES ? 64 : 48) /* where m does not hold, so many keys give another one */
@@ -102,22 +102,19 @@ static void pack_queries(const struct mfa_cpu_call *call, const struct panel *pa
     transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
 }
 
-static void softmax_step(const struct panel *panel, struct sums sums, int64_t value_dim, real *S, int64_t n)
+/* P of a column of n vectors of S; l, and O = O[value_dim][PANEL] and m if m does not hold, are those of its lanes. */
+static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const real *S, int64_t n, term *P)
 {
-    for (int v = 0; v < panel->vectors; v++) {
-        int64_t at = v * LANES;
-        vec m = vec_load(sums.m + at), top = column_max(S + at, n);
-        if (vec_any_less(vec_add(m, vec_set1(SLACK)), top)) {
-            vec raised = vec_max(top, m), alpha = vec_exp2(vec_sub(m, raised));
-            vec_store(sums.m + at, raised);
-            vec_store(sums.l + at, vec_mul(vec_load(sums.l + at), alpha));
-            for (int64_t d = 0; d < value_dim; d++)
-                vec_store(sums.O + d * PANEL + at, vec_mul(vec_load(sums.O + d * PANEL + at), alpha));
-            m = raised;
-        }
-        vec_store(sums.l + at, vec_add(vec_load(sums.l + at), column_exp2(S + at, n, m)));
+    vec reference = vec_load(m), top = column_max(S, n);
+    if (vec_any_less(vec_add(reference, vec_set1(SLACK)), top)) {
+        vec raised = vec_max(top, reference), alpha = vec_exp2(vec_sub(reference, raised));
+        vec_store(m, raised);
+        vec_store(l, vec_mul(vec_load(l), alpha));
+        for (int64_t d = 0; d < value_dim; d++)
+            vec_store(O + d * PANEL, vec_mul(vec_load(O + d * PANEL), alpha));
+        reference = raised;
     }
-    end_down(S, PANEL, n, panel->vectors * LANES);
+    vec_store(l, vec_add(vec_load(l), column_exp2(S, n, reference, P)));
 }
 
 /* Divides by l and writes the panel's rows of O and L. */
@@ -146,32 +143,41 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
     }
 }
 
-/* S = K Q^T for keys r of a block. Under a causal band the first vectors see fewer keys than the last: what none of
- * their lanes sees is left as it is, for the band to hide. */
+/* S = K Q^T for keys r of a block, as far as vectors see them. */
 static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
                           struct block K, const term *Q, real *S)
 {
-    int64_t from = r.from, to;
-    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS, from = to) {
-        to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
-        multiply_rows(to - from, panel->vectors - v, K.rows + from * K.stride, K.stride, Q + v * LANES, PANEL,
-                      S + (from - r.from) * PANEL + v * LANES, PANEL, terms(call->args.head_dim), score_factor(call),
-                      K.next);
+    for (struct part part; r.from < r.to; S += (part.keys.to - r.from) * PANEL, r.from = part.keys.to) {
+        part = panel_part(panel, key, r);
+        multiply_rows(part.keys.to - r.from, part.vectors, K.rows + r.from * K.stride, K.stride,
+                      Q + part.vector * LANES, PANEL, S + part.vector * LANES, PANEL, terms(call->args.head_dim),
+                      score_factor(call), K.next);
     }
 }
 
-/* O^T += V^T P^T, likewise: P is 0 where it is left out. */
+/* O^T += V^T P^T, likewise. */
 static void add_values(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
                        struct block V, const term *P, real *O)
 {
-    int64_t from = r.from, to;
-    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS, from = to) {
-        to = vector_end(panel, v, key, (struct range){from, r.to}, KEY_UNIT);
-        if (from < to)
-            add_columns(call->args.value_dim, panel->vectors - v, left_row(V, from), V.stride,
-                        P + (from - r.from) / TERM * PANEL + v * LANES, PANEL, O + v * LANES, PANEL, terms(to - from),
-                        V.next);
+    for (struct part part; r.from < r.to; P += (part.keys.to - r.from) / TERM * PANEL, r.from = part.keys.to) {
+        part = panel_part(panel, key, r);
+        add_columns(call->args.value_dim, part.vectors, left_row(V, r.from), V.stride, P + part.vector * LANES, PANEL,
+                    O + part.vector * LANES, PANEL, terms(part.keys.to - r.from), V.next);
     }
+}
+
+/* P of keys r of a block, from its S, in whose place it comes. */
+static void normalize(const struct mfa_cpu_call *call, const struct panel *panel, struct sums sums, int64_t key,
+                      struct range r, real *S, const real *mask)
+{
+    for (int v = 0; v < panel->vectors; v++) {
+        struct range keys = vector_range(panel, v, key, r);
+        int64_t lane = v * LANES, k = keys.from - r.from, at = k * PANEL + lane, n = keys.to - keys.from;
+        panel_adjust(panel, call, v, key + keys.from, n, S + at, PANEL, mask ? mask + at : NULL, NULL);
+        softmax_step(sums.m + lane, sums.l + lane, sums.O + lane, call->args.value_dim, S + at, n,
+                     S + k / TERM * PANEL + lane);
+    }
+    end_down(S, PANEL, r.to - r.from, panel->vectors * LANES);
 }
 
 /* Rows of K or V from `key` on. */
@@ -190,15 +196,16 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
                    const term *Q)
 {
     const struct mfa_args *a = &call->args;
-    int plain = panel->vectors == PANEL_VECTORS && seen != MASKED && !(call->softcap > 0);
+    int plain = panel->vectors == PANEL_VECTORS && !(call->softcap > 0);
     struct range shown = plain ? panel_shown(panel, key, r, KEY_UNIT) : (struct range){r.to, r.to};
     int64_t from = r.from, added = r.from;
     while (from < r.to) {
         term *P = s->S + (from - r.from) / TERM * PANEL;
-        if (shown.from <= from && from < shown.to && sums.l[0] != 0) { /* else there is no m yet */
+        const real *mask = seen == MASKED ? s->mask_tile + (from - r.from) * PANEL : NULL;
+        if (shown.from <= from && from < shown.to && all_have_seen(sums.l)) {
             int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
-                                         score_factor(call), sums.m, sums.l, P, K.next);
-            from += done, P += done / TERM * PANEL;
+                                         score_factor(call), mask, sums.m, sums.l, P, K.next);
+            from += done, P += done / TERM * PANEL, mask += mask ? done * PANEL : 0;
         }
         if (from == r.to)
             break;
@@ -206,12 +213,11 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
         added = from;
         struct range piece = {from, r.to};
         if (from < shown.from)
-            piece.to = shown.from;
+            piece.to = shown.from + KEY_UNIT < r.to ? shown.from + KEY_UNIT : r.to; /* each lane gets an m */
         else if (from < shown.to)
             piece.to = from + RAISE_KEYS < shown.to ? from + RAISE_KEYS : shown.to;
         multiply_keys(call, panel, key, piece, K, Q, P);
-        panel_adjust(panel, call, seen, key + from, piece.to - from, P, PANEL, s->mask_tile, NULL);
-        softmax_step(panel, sums, a->value_dim, P, piece.to - from);
+        normalize(call, panel, sums, key, piece, P, mask);
         from = piece.to;
     }
     add_values(call, panel, key, (struct range){added, r.to}, V, s->S + (added - r.from) / TERM * PANEL, sums.O);

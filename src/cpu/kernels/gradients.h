@@ -58,7 +58,8 @@ static void panel_gradients(int vectors, int64_t n, const real *S, const real *d
 static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const term *K, int64_t k_stride,
                                                             const term *Qt, int64_t k_terms, real factor, const term *V,
                                                             int64_t v_stride, const term *dOt, int64_t v_terms,
-                                                            const real *L, const real *D, struct gradients to)
+                                                            const real *mask, const real *L, const real *D,
+                                                            struct gradients to)
 {
     enum { R = KEY_UNIT };
     _Alignas(64) real S[R * PANEL], dP[R * PANEL];
@@ -66,17 +67,21 @@ static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const 
     for (; done + R <= keys; done += R) {
         tile_product(R, PANEL_VECTORS, K + done * k_stride, k_stride, Qt, PANEL, S, PANEL, k_terms, 0);
         tile_product(R, PANEL_VECTORS, V + done * v_stride, v_stride, dOt, PANEL, dP, PANEL, v_terms, 0);
-        panel_gradients(PANEL_VECTORS, R, S, dP, PANEL, L, D, NULL, factor, to);
+        for (int64_t i = 0; mask && i < R * PANEL; i += LANES)
+            vec_store(S + i, masked(vec_mul(vec_load(S + i), vec_set1(factor)), vec_load(mask + done * PANEL + i)));
+        panel_gradients(PANEL_VECTORS, R, S, dP, PANEL, L, D, NULL, mask ? 1 : factor, to);
         to.P += R * to.across, to.dS += R * to.across, to.dS_down += R / TERM * to.down;
     }
     return done;
 }
 #else
-/* P of row k of S, in its place and in P. */
-static inline void exp_row(int vectors, real *S, int64_t k, const real *L, const struct gradients *to)
+/* P of row k of S, and of what the mask adds, if there is one; in the place of S and in P. */
+static inline void exp_row(int vectors, real *S, int64_t k, const real *mask, const real *L, const struct gradients *to)
 {
     for (int v = 0; v < vectors; v++) {
         real *at = S + k * PANEL + v * LANES;
+        if (mask)
+            vec_store(at, masked(vec_load(at), vec_load(mask + k * PANEL + v * LANES)));
         vec P = probabilities(at, 1, vec_load(L + v * LANES));
         store_across(to->P + k * to->across + v * LANES / TERM, P);
         if (TERM > 1)
@@ -103,37 +108,38 @@ static inline void exp_row(int vectors, real *S, int64_t k, const real *L, const
 
 /* P and dS of a tile whose S is there: R rows of V times dO^T. */
 #define TILE_GRADIENTS(R, V) TILE_GRADIENTS_(R, V)
-#define TILE_GRADIENTS_(R, V)                                                                                \
-    static inline __attribute__((always_inline)) void tile_gradients(                                        \
-        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real *S, const real *L, \
-        const real *D, const struct gradients *to)                                                           \
-    {                                                                                                        \
-        const int64_t step = 1, b_step = PANEL;                                                              \
-        int64_t t = 0;                                                                                       \
-        EACH_ROW(R, START_ROW, V)                                                                            \
-        for (int64_t k = 0; k < R; k++) {                                                                    \
-            exp_row(V, S, k, L, to);                                                                         \
-            int64_t end = n * (k + 1) / R;                                                                   \
-            SUM_UP(R, V, t, end, ASK_NOTHING)                                                                \
-        }                                                                                                    \
-        EACH_ROW(R, GRADIENT_ROW, V)                                                                         \
-        EACH_PAIR(R, GRADIENT_DOWN)                                                                          \
+#define TILE_GRADIENTS_(R, V)                                                                                   \
+    static inline __attribute__((always_inline)) void tile_gradients(                                           \
+        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real *S, const real *mask, \
+        const real *L, const real *D, const struct gradients *to)                                               \
+    {                                                                                                           \
+        const int64_t step = 1, b_step = PANEL;                                                                 \
+        int64_t t = 0;                                                                                          \
+        EACH_ROW(R, START_ROW, V)                                                                               \
+        for (int64_t k = 0; k < R; k++) {                                                                       \
+            exp_row(V, S, k, mask, L, to);                                                                      \
+            int64_t end = n * (k + 1) / R;                                                                      \
+            SUM_UP(R, V, t, end, ASK_NOTHING)                                                                   \
+        }                                                                                                       \
+        EACH_ROW(R, GRADIENT_ROW, V)                                                                            \
+        EACH_PAIR(R, GRADIENT_DOWN)                                                                             \
     }
 TILE_GRADIENTS(TILE_ROWS_3, 3)
 
 /* P and dS of a panel of full width, from S = factor * K Q^T, sums of k_terms, and dP = V dO^T, of v_terms; by whole
- * tiles of keys. How many keys are done. */
+ * tiles of keys. mask[key][lane], which is added to the scores, may be NULL. How many keys are done. */
 static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const term *K, int64_t k_stride,
                                                             const term *Qt, int64_t k_terms, real factor, const term *V,
                                                             int64_t v_stride, const term *dOt, int64_t v_terms,
-                                                            const real *L, const real *D, struct gradients to)
+                                                            const real *mask, const real *L, const real *D,
+                                                            struct gradients to)
 {
     enum { R = TILE_ROWS_3 };
     int64_t done = 0;
     for (; done + R <= keys; done += R) {
         _Alignas(64) real S[R * PANEL];
         multiply_rows(R, PANEL_VECTORS, K + done * k_stride, k_stride, Qt, PANEL, S, PANEL, k_terms, factor, NULL);
-        tile_gradients(V + done * v_stride, v_stride, dOt, v_terms, S, L, D, &to);
+        tile_gradients(V + done * v_stride, v_stride, dOt, v_terms, S, mask ? mask + done * PANEL : NULL, L, D, &to);
         to.P += R * to.across, to.dS += R * to.across, to.dS_down += R / TERM * to.down;
     }
     return done;

@@ -1,4 +1,4 @@
-/* A panel: up to PANEL queries of one KV head, one a lane. Which keys they see, and their scores.
+/* A panel: up to PANEL queries of one KV head, one a lane. Which keys the band shows them.
  *
  * Scores are kept transposed, S[key][lane], so that everything of the softmax is lane by lane, and times
  * call->unit. A hidden score is -inf. */
@@ -32,6 +32,7 @@ struct panel {
     int64_t low[PANEL], high[PANEL]; /* first and last key that the band shows a lane; none if low > high */
     int64_t any_low, any_high;    /* keys outside are hidden from all lanes */
     int64_t all_low, all_high;    /* keys inside are shown to all lanes */
+    int64_t vector_low[PANEL_VECTORS];  /* keys before it are hidden from this vector and all after it */
     int64_t vector_high[PANEL_VECTORS]; /* keys after it are hidden from this vector and all before it */
 };
 
@@ -44,7 +45,7 @@ static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv
     panel->any_low = a->kv_len, panel->any_high = -1;
     panel->all_low = 0, panel->all_high = a->kv_len - 1;
     for (int v = 0; v < PANEL_VECTORS; v++)
-        panel->vector_high[v] = -1;
+        panel->vector_low[v] = a->kv_len, panel->vector_high[v] = -1;
     int64_t head = first / a->q_len, row = first % a->q_len;
     for (int64_t i = 0; i < PANEL; i++) {
         panel->head[i] = kv_head * a->group + head;
@@ -55,6 +56,8 @@ static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv
         if (low <= high) {
             panel->any_low = low < panel->any_low ? low : panel->any_low;
             panel->any_high = high > panel->any_high ? high : panel->any_high;
+            int64_t *vector_low = &panel->vector_low[i / LANES];
+            *vector_low = low < *vector_low ? low : *vector_low;
         }
         panel->vector_high[i / LANES] = panel->any_high;
         panel->all_low = low > panel->all_low ? low : panel->all_low;
@@ -62,6 +65,9 @@ static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv
         if (i + 1 < lanes && ++row == a->q_len)
             row = 0, head++;
     }
+    for (int v = PANEL_VECTORS - 1; v > 0; v--)
+        if (panel->vector_low[v] < panel->vector_low[v - 1])
+            panel->vector_low[v - 1] = panel->vector_low[v];
 }
 
 /* The panel of one query head's queries from `first` on. */
@@ -97,14 +103,40 @@ static struct range panel_range(const struct panel *panel, int64_t key, int64_t 
     return (struct range){from, to < n ? to : n};
 }
 
-/* The end of the keys of range r for which the vectors from v on, a unit of them, are all that see any; in whole units
- * of keys. */
-static int64_t vector_end(const struct panel *panel, int v, int64_t key, struct range r, int64_t unit)
+/* The keys among r of which vector v sees any, or one that shares a unit with it; in whole units. Products and softmax
+ * leave out the others. */
+static struct range vector_range(const struct panel *panel, int v, int64_t key, struct range r)
 {
-    int next = v + QUERY_VECTORS;
-    int64_t to = panel->vector_high[next - 1] + 1 - key;
-    to = mfa_cpu_ceil(to < r.from ? r.from : to, unit) * unit;
-    return next < panel->vectors && to < r.to ? to : r.to;
+    int first = v / QUERY_VECTORS * QUERY_VECTORS;
+    int64_t from = panel->vector_low[first] - key, to = panel->vector_high[first + QUERY_VECTORS - 1] + 1 - key;
+    from = from / KEY_UNIT * KEY_UNIT;
+    to = mfa_cpu_ceil(to < 0 ? 0 : to, KEY_UNIT) * KEY_UNIT;
+    r.from = from < r.from ? r.from : from < r.to ? from : r.to;
+    r.to = to < r.from ? r.from : to < r.to ? to : r.to;
+    return r;
+}
+
+/* Keys that the same vectors see: `vectors` of them, from `vector` on. */
+struct part {
+    struct range keys;
+    int vector, vectors;
+};
+
+/* The part with which range r begins. */
+static struct part panel_part(const struct panel *panel, int64_t key, struct range r)
+{
+    struct part part = {r, 0, 0};
+    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS) {
+        struct range seen = vector_range(panel, v, key, r);
+        if (seen.to == r.from)
+            part.vector = v + QUERY_VECTORS;
+        else if (seen.from == r.from)
+            part.vectors = v + QUERY_VECTORS - part.vector;
+        int64_t change = seen.from > r.from ? seen.from : seen.to;
+        if (change > r.from && change < part.keys.to)
+            part.keys.to = change;
+    }
+    return part;
 }
 
 /* The keys among r that the band shows to all lanes, in whole units. */
@@ -114,163 +146,4 @@ static struct range panel_shown(const struct panel *panel, int64_t key, struct r
     from = from < r.from ? r.from : mfa_cpu_ceil(from, unit) * unit;
     to = to < r.to ? to / unit * unit : r.to;
     return from < to ? (struct range){from, to} : (struct range){r.to, r.to};
-}
-
-enum visibility {
-    HIDDEN, /* no lane sees any key of the block: it is not visited */
-    SHOWN,  /* every lane sees every key, and nothing is added to the scores */
-    BANDED, /* the band hides a part */
-    MASKED  /* a mask tile must be added; the band may hide a part too */
-};
-
-#define REAL_MAX (sizeof(real) == 8 ? (real)DBL_MAX : (real)FLT_MAX)
-
-/* Finite masks are often the lowest number of their type: that times log2(e) would be -inf, which hides. A power of two
- * survives the way into L and back. */
-#define LOWEST_BIAS (sizeof(real) == 8 ? -(real)0x1p1023 : -(real)0x1p127)
-
-/* Row of mask: what it adds to the scores of n keys. Notes hidden and nonzero values. */
-static void load_mask_row(real *to, const char *from, const struct mfa_cpu_call *call, int64_t n, int *any_shown,
-                          int *any_nonzero)
-{
-    int64_t step = call->args.mask.column;
-    real shown = 0, nonzero = 0;
-    if (call->mask_kind == CPU_MASK_BOOL) {
-        int64_t count = 0;
-        if (step == 1) /* in words that compilers turn into vectors */
-            for (int64_t k = 0; k < n; k++)
-                count += from[k] != 0, to[k] = from[k] ? (real)0 : -(real)INFINITY;
-        else
-            for (int64_t k = 0; k < n; k++)
-                count += from[k * step] != 0, to[k] = from[k * step] ? (real)0 : -(real)INFINITY;
-        shown = (real)count, nonzero = (real)(n - count);
-    } else {
-        load_row(to, from, call->mask_dtype, step, n);
-        for (int64_t k = 0; k < n; k++) {
-            real x = to[k] < LOWEST_BIAS && to[k] >= -REAL_MAX ? LOWEST_BIAS : to[k];
-            shown += x != -(real)INFINITY;
-            nonzero += x != 0;
-            to[k] = x * (real)call->unit;
-        }
-    }
-    *any_shown |= shown != 0;
-    *any_nonzero |= nonzero != 0;
-    for (int64_t k = n; k < padded(n); k++)
-        to[k] = 0;
-}
-
-/* How the panel sees keys [key, key + n). If MASKED, tile[k][lane] is what is to be added; rows is room for
- * PANEL x padded(n). */
-static enum visibility panel_sees(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
-                                  int64_t key, int64_t n, real *rows, real *tile)
-{
-    const struct mfa_strides *s = &call->args.mask;
-    if (key > panel->any_high || key + n - 1 < panel->any_low)
-        return HIDDEN;
-    enum visibility band = key >= panel->all_low && key + n - 1 <= panel->all_high ? SHOWN : BANDED;
-    if (call->mask_kind == CPU_MASK_NONE)
-        return band;
-
-    int any_shown = 0, any_nonzero = 0;
-    int64_t stride = padded(n), bytes = call->mask_kind == CPU_MASK_BOOL ? 1 : bytes_of(call->mask_dtype);
-    for (int64_t i = 0; i < panel->vectors * LANES; i++) {
-        real *to = rows + i * stride;
-        if (i > 0 && panel->row[i] == panel->row[i - 1] && panel->head[i] == panel->head[i - 1]) {
-            memcpy(to, to - stride, (size_t)stride * sizeof(real));
-            continue;
-        }
-        const char *from = row_at(call->mask, bytes, s, batch, panel->head[i], panel->row[i]);
-        load_mask_row(to, from + key * s->column * bytes, call, n, &any_shown, &any_nonzero);
-    }
-    if (!any_shown)
-        return HIDDEN;
-    if (!any_nonzero)
-        return band;
-    transpose(rows, stride, tile, PANEL, panel->vectors * LANES, stride);
-    return MASKED;
-}
-
-/* tanh: Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel. */
-static inline vec vec_tanh(vec x)
-{
-    if (sizeof(real) == 8) {
-        real lane[LANES];
-        vec_store(lane, x);
-        for (int i = 0; i < LANES; i++)
-            lane[i] = (real)tanh((double)lane[i]);
-        return vec_load(lane);
-    }
-    vec size = vec_max(vec_sub(vec_set1(0), x), x), z = vec_mul(x, x);
-    vec p = vec_fma(vec_set1((real)-5.70498872745e-3), z, vec_set1((real)2.06390887954e-2));
-    p = vec_fma(p, z, vec_set1((real)-5.37397155531e-2));
-    p = vec_fma(p, z, vec_set1((real)1.33314422036e-1));
-    p = vec_fma(p, z, vec_set1((real)-3.33332819422e-1));
-    p = vec_fma(vec_mul(p, z), x, x);
-    vec bounded = vec_select_less(vec_set1(20), size, vec_set1(20), size);
-    vec e = vec_exp2(vec_mul(bounded, vec_set1((real)(2 * LOG2E))));
-    vec far = vec_sub(vec_set1(1), vec_div(vec_set1(2), vec_add(e, vec_set1(1))));
-    far = vec_select_less(x, vec_set1(0), vec_sub(vec_set1(0), far), far);
-    return vec_select_less(size, vec_set1((real)0.625), p, far);
-}
-
-/* S = softcap * tanh(S) of n rows; slope, if wanted, gets 1 - tanh^2. The queries hold scale / softcap. */
-static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double softcap, real *slope)
-{
-    vec cap = vec_set1((real)softcap);
-    for (int64_t k = 0; k < n; k++)
-        for (int v = 0; v < vectors; v++) {
-            vec t = vec_tanh(vec_load(S + k * stride + v * LANES));
-            vec_store(S + k * stride + v * LANES, vec_mul(t, cap));
-            if (slope)
-                vec_store(slope + k * PANEL + v * LANES, vec_sub(vec_set1(1), vec_mul(t, t)));
-        }
-}
-
-/* What Q K^T is multiplied by to give the scores (or what cap_scores takes). Reals of Q^T can be given the factor
- * beforehand; terms of two numbers cannot, without rounding them. */
-static inline real score_factor(const struct mfa_cpu_call *call)
-{
-    return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * call->unit);
-}
-
-static void scale_queries(const struct mfa_cpu_call *call, term *Q, int64_t n)
-{
-    if (TERM == 1)
-        scale_vectors(Q, n, score_factor(call));
-}
-
-/* S + mask; -inf wherever the mask is, also if S is NaN. */
-static inline vec masked(vec S, vec mask)
-{
-    return vec_select_less(mask, vec_set1(-REAL_MAX), mask, vec_add(S, mask));
-}
-
-/* Softcap, mask and band on the raw scores of keys [key, key + n). */
-static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *call, enum visibility seen, int64_t key,
-                         int64_t n, real *S, int64_t stride, const real *tile, real *slope)
-{
-    if (call->softcap > 0)
-        cap_scores(panel->vectors, S, stride, n, call->softcap * call->unit, slope);
-    if (seen == MASKED)
-        for (int64_t k = 0; k < n; k++)
-            for (int v = 0; v < panel->vectors; v++) {
-                real *at = S + k * stride + v * LANES;
-                vec_store(at, masked(vec_load(at), vec_load(tile + k * PANEL + v * LANES)));
-            }
-    if (seen == SHOWN || (key >= panel->all_low && key + n - 1 <= panel->all_high))
-        return;
-    real low[PANEL], high[PANEL]; /* relative to `key`, so that small numbers are compared */
-    for (int64_t i = 0; i < PANEL; i++) {
-        int64_t from = panel->low[i] - key, to = panel->high[i] - key;
-        low[i] = (real)(from < 0 ? 0 : from > n ? n : from);
-        high[i] = (real)(to < -1 ? -1 : to > n ? n : to);
-    }
-    vec hidden = vec_set1(-(real)INFINITY);
-    for (int64_t k = 0; k < n; k++)
-        for (int v = 0; v < panel->vectors; v++) {
-            real *at = S + k * stride + v * LANES;
-            vec j = vec_set1((real)k), s = vec_load(at);
-            s = vec_select_less(j, vec_load(low + v * LANES), hidden, s);
-            vec_store(at, vec_select_less(vec_load(high + v * LANES), j, hidden, s));
-        }
 }

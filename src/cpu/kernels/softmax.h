@@ -22,8 +22,8 @@ static vec column_max(const real *S, int64_t n)
     return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
 }
 
-/* P = exp2(S - m), terms down, in the place of S; its sum. */
-static vec column_exp2(real *S, int64_t n, vec m)
+/* P = exp2(S - m), terms down, in the place of S or before it; its sum. */
+static vec column_exp2(const real *S, int64_t n, vec m, term *P)
 {
     vec l[2] = {vec_set1(0), vec_set1(0)};
     int64_t k = 0;
@@ -32,12 +32,12 @@ static vec column_exp2(real *S, int64_t n, vec m)
         vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
         l[0] = vec_add(l[0], even);
         l[1] = vec_add(l[1], odd);
-        store_down(S, PANEL, k, even, odd);
+        store_down(P, PANEL, k, even, odd);
     }
     if (k < n) {
         vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
         l[0] = vec_add(l[0], last);
-        store_down_last(S, PANEL, k, last);
+        store_down_last(P, PANEL, k, last);
     }
     return vec_add(l[0], l[1]);
 }
@@ -55,14 +55,32 @@ static inline int add_sums(real *l, const real *sum)
     return 1;
 }
 
-#if TILES
-/* P of column v of S = KEY_UNIT rows, times factor; its sum. */
-static inline vec tile_exp2(const real *S, real factor, vec m, term *P)
+/* There is an m for each lane that has seen a key: l is at least 1. */
+static int all_have_seen(const real *l)
 {
-    vec l[2] = {vec_set1(0), vec_set1(0)}, below = vec_sub(vec_set1(0), m);
+    int none = 0;
+    for (int v = 0; v < PANEL_VECTORS; v++)
+        none |= vec_any_less(vec_load(l + v * LANES), vec_set1((real)0.5));
+    return !none;
+}
+
+#if TILES
+/* factor * S - m, or with what the mask adds, if there is one. */
+static inline vec below_reference(const real *S, real factor, const real *mask, vec m)
+{
+    if (!mask)
+        return vec_fma(vec_load(S), vec_set1(factor), vec_sub(vec_set1(0), m));
+    return vec_sub(masked(vec_mul(vec_load(S), vec_set1(factor)), vec_load(mask)), m);
+}
+
+/* P of column v of S = KEY_UNIT rows, times factor; its sum. */
+static inline vec tile_exp2(const real *S, real factor, const real *mask, vec m, term *P)
+{
+    vec l[2] = {vec_set1(0), vec_set1(0)};
     for (int64_t k = 0; k < KEY_UNIT; k += 2) {
-        vec even = vec_exp2(vec_fma(vec_load(S + k * PANEL), vec_set1(factor), below));
-        vec odd = vec_exp2(vec_fma(vec_load(S + (k + 1) * PANEL), vec_set1(factor), below));
+        const real *next = mask ? mask + k * PANEL : NULL;
+        vec even = vec_exp2(below_reference(S + k * PANEL, factor, next, m));
+        vec odd = vec_exp2(below_reference(S + (k + 1) * PANEL, factor, next ? next + PANEL : NULL, m));
         l[0] = vec_add(l[0], even);
         l[1] = vec_add(l[1], odd);
         store_down(P, PANEL, k, even, odd);
@@ -73,7 +91,7 @@ static inline vec tile_exp2(const real *S, real factor, vec m, term *P)
 /* A part of the next product comes after each column of P: so the next columns are not those whose stores are still
  * under way, which memory's addresses would make them wait for. */
 static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, const term *Q, int64_t n, real factor,
-                                 const real *m, real *l, term *P, struct upcoming *upcoming)
+                                 const real *mask, const real *m, real *l, term *P, struct upcoming *upcoming)
 {
     enum { R = KEY_UNIT };
     _Alignas(64) real S[2][R * PANEL], sum[PANEL];
@@ -82,7 +100,8 @@ static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, 
     for (int turn = 0; done + R <= keys; done += R, turn = !turn) {
         for (int v = 0; v < PANEL_VECTORS; v++) {
             int64_t at = v * LANES;
-            vec_store(sum + at, tile_exp2(S[turn] + at, factor, vec_load(m + at), P + done / TERM * PANEL + at));
+            vec_store(sum + at, tile_exp2(S[turn] + at, factor, mask ? mask + done * PANEL + at : NULL,
+                                          vec_load(m + at), P + done / TERM * PANEL + at));
             if (done + 2 * R <= keys)
                 tile_product_part(v, K + (done + R) * k_stride, k_stride, Q, S[!turn], n);
         }
@@ -92,14 +111,19 @@ static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, 
     return done;
 }
 #else
-/* P of rows k and k + 1 of S, k even; adds them to l. */
-static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *m, real *l, term *P)
+/* P of rows k and k + 1 of S, k even, and of what the mask adds, if there is one; adds them to l. */
+static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *mask, const real *m, real *l, term *P)
 {
+    S += k * PANEL;
     for (int v = 0; v < vectors; v++) {
         int64_t at = v * LANES;
-        vec reference = vec_load(m + at);
-        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL + at), reference));
-        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL + at), reference));
+        vec reference = vec_load(m + at), even = vec_load(S + at), odd = vec_load(S + PANEL + at);
+        if (mask) {
+            even = masked(even, vec_load(mask + k * PANEL + at));
+            odd = masked(odd, vec_load(mask + (k + 1) * PANEL + at));
+        }
+        even = vec_exp2(vec_sub(even, reference));
+        odd = vec_exp2(vec_sub(odd, reference));
         vec_store(l + at, vec_add(vec_load(l + at), vec_add(even, odd)));
         store_down(P + at, PANEL, k, even, odd);
     }
@@ -110,7 +134,8 @@ static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *
 #define TILE_EXP2_(R, V)                                                                                            \
     static inline __attribute__((always_inline)) void tile_exp2(                                                    \
         const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real factor, real *restrict C, \
-        const real *restrict m, real *restrict l, term *restrict P, struct upcoming *upcoming)                      \
+        const real *restrict mask, const real *restrict m, real *restrict l, term *restrict P,                      \
+        struct upcoming *upcoming)                                                                                  \
     {                                                                                                               \
         const int64_t step = 1, b_step = PANEL, c_step = PANEL;                                                     \
         const int add = 0;                                                                                          \
@@ -120,7 +145,7 @@ static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *
         int64_t t = 0;                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                   \
         for (int64_t k = 0; k < R; k += 2) {                                                                        \
-            exp2_rows(V, C, k, m, l, P);                                                                            \
+            exp2_rows(V, C, k, mask, m, l, P);                                                                      \
             int64_t end = n * (k + 2) / R;                                                                          \
             SUM_UP(R, V, t, end, ASK)                                                                               \
         }                                                                                                           \
@@ -131,8 +156,9 @@ static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *
 TILE_EXP2(TILE_ROWS_3, PANEL_VECTORS)
 
 static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride,
-                                                                const term *Q, int64_t n, real factor, const real *m,
-                                                                real *l, term *P, struct upcoming *upcoming)
+                                                                const term *Q, int64_t n, real factor, const real *mask,
+                                                                const real *m, real *l, term *P,
+                                                                struct upcoming *upcoming)
 {
     enum { R = TILE_ROWS_3 };
     _Alignas(64) real S[R * PANEL];
@@ -141,8 +167,8 @@ static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, co
     for (; done + R <= keys; done += R) {
         _Alignas(64) real sum[PANEL] = {0};
         int64_t next = done + 2 * R <= keys ? n : 0;
-        tile_exp2(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S, m, sum, P + done / TERM * PANEL,
-                  upcoming);
+        tile_exp2(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S, mask ? mask + done * PANEL : NULL,
+                  m, sum, P + done / TERM * PANEL, upcoming);
         if (!add_sums(l, sum))
             break;
     }
@@ -152,12 +178,12 @@ static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, co
 
 /* P = exp2(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by whole tiles of keys, until
  * one exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory.
- * `upcoming` may be NULL. */
+ * mask[key][lane], which is added to the scores, and `upcoming` may be NULL. */
 static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term *K, int64_t k_stride, const term *Q,
-                                                       int64_t n, real factor, const real *m, real *l, term *P,
-                                                       struct upcoming *upcoming)
+                                                       int64_t n, real factor, const real *mask, const real *m, real *l,
+                                                       term *P, struct upcoming *upcoming)
 {
     if (upcoming)
-        return exp2_tiles(keys, K, k_stride, Q, n, factor, m, l, P, upcoming);
-    return exp2_tiles(keys, K, k_stride, Q, n, factor, m, l, P, NULL);
+        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, upcoming);
+    return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, NULL);
 }

@@ -1,0 +1,170 @@
+/* What a mask adds to the scores of a panel and a block of keys: as a tile, turned around like the scores; or by rows,
+ * for the kernels for few queries.
+ *
+ * A bool mask is turned around before it is widened: as many keys as a real has bytes move together. */
+
+enum visibility {
+    HIDDEN, /* no lane sees any key of the block: it is not visited */
+    SHOWN, /* every lane sees every key, and nothing is added to the scores */
+    BANDED, /* the band hides a part */
+    MASKED /* a mask tile must be added; the band may hide a part too */
+};
+
+#define REAL_MAX (sizeof(real) == 8 ? (real)DBL_MAX : (real)FLT_MAX)
+
+/* Finite masks are often the lowest number of their type: that times log2(e) would be -inf, which hides. A power of two
+ * survives the way into L and back. */
+#define LOWEST_BIAS (sizeof(real) == 8 ? -(real)0x1p1023 : -(real)0x1p127)
+
+/* As many bits as a real. */
+typedef __typeof__(_Generic((real)0, double: (uint64_t)0, float: (uint32_t)0)) word;
+
+/* S + mask; -inf wherever the mask is, also if S is NaN. */
+static inline vec masked(vec S, vec mask)
+{
+    return vec_select_less(mask, vec_set1(-REAL_MAX), mask, vec_add(S, mask));
+}
+
+/* Reals that a row of the mask takes up for n keys. */
+static inline int64_t mask_stride(const struct mfa_cpu_call *call, int64_t n)
+{
+    return padded(call->mask_kind == CPU_MASK_BOOL ? mfa_cpu_ceil(n, sizeof(real)) : n);
+}
+
+/* Rows of keys [key, key + n) as they are, mask_stride apart and each filled up with its last element. Those that lanes
+ * beyond the panel's repeat are not read again. */
+static void load_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch, int64_t key, int64_t n,
+                      real *rows)
+{
+    const struct mfa_strides *s = &call->args.mask;
+    int is_bool = call->mask_kind == CPU_MASK_BOOL;
+    int64_t stride = mask_stride(call, n), bytes = is_bool ? 1 : bytes_of(call->mask_dtype);
+    for (int64_t i = 0; i < panel->vectors * LANES; i++) {
+        real *to = rows + i * stride;
+        if (i > 0 && panel->row[i] == panel->row[i - 1] && panel->head[i] == panel->head[i - 1]) {
+            memcpy(to, to - stride, (size_t)stride * sizeof(real));
+            continue;
+        }
+        const char *from = row_at(call->mask, bytes, s, batch, panel->head[i], panel->row[i]) + key * s->column * bytes;
+        if (is_bool) {
+            char *at = (char *)to;
+            if (s->column == 1)
+                memcpy(at, from, (size_t)n);
+            else
+                for (int64_t k = 0; k < n; k++)
+                    at[k] = from[k * s->column];
+            memset(at + n, at[n - 1], (size_t)(stride * (int64_t)sizeof(real) - n));
+        } else {
+            load_row(to, from, call->mask_dtype, s->column, n);
+            fill(to + n, stride - n, to[n - 1]);
+        }
+    }
+}
+
+/* SHOWN or HIDDEN if all of n words of bools are. */
+static enum visibility scan_bools(const real *rows, int64_t n)
+{
+    const word ones = (word)-1 / 255, high = ones << 7;
+    word shown = 0, hidden = 0;
+    for (int64_t i = 0; i < n; i++) {
+        word x;
+        memcpy(&x, rows + i, sizeof x);
+        shown |= x;
+        hidden |= (x - ones) & ~x & high; /* not 0 if a byte of x is */
+    }
+    return !shown ? HIDDEN : hidden ? MASKED : SHOWN;
+}
+
+/* The same of n reals, in whole vectors, which are brought to the unit of the scores. */
+static enum visibility scan_biases(real *rows, int64_t n, real unit)
+{
+    vec top = vec_set1(-(real)INFINITY), size = vec_set1(0);
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = vec_load(rows + i);
+        top = vec_max(x, top);
+        size = vec_add(size, vec_max(x, vec_sub(vec_set1(0), x)));
+        vec bias = vec_mul(vec_max(vec_set1(LOWEST_BIAS), x), vec_set1(unit));
+        vec_store(rows + i, vec_select_less(x, vec_set1(-REAL_MAX), x, bias));
+    }
+    real all = horizontal_sum(size); /* NaN if one is */
+    return all == 0 ? SHOWN : horizontal_max(top) == -(real)INFINITY && all == all ? HIDDEN : MASKED;
+}
+
+/* What bools add, from words of them: to[byte * step + i] for each byte of word i, n words. */
+static void widen_bools(const real *restrict words, int64_t n, real *restrict to, int64_t step)
+{
+    static const uint8_t bytes[8][8] = {{255},
+                                        {0, 255},
+                                        {0, 0, 255},
+                                        {0, 0, 0, 255},
+                                        {0, 0, 0, 0, 255},
+                                        {0, 0, 0, 0, 0, 255},
+                                        {0, 0, 0, 0, 0, 0, 255},
+                                        {0, 0, 0, 0, 0, 0, 0, 255}};
+    for (int byte = 0; byte < (int)sizeof(real); byte++, to += step) {
+        word kept;
+        memcpy(&kept, bytes[byte], sizeof kept);
+        for (int64_t i = 0; i < n; i++) {
+            word x;
+            memcpy(&x, words + i, sizeof x);
+            to[i] = x & kept ? (real)0 : -(real)INFINITY;
+        }
+    }
+}
+
+static enum visibility panel_sees_band(const struct panel *panel, int64_t key, int64_t n)
+{
+    if (key > panel->any_high || key + n - 1 < panel->any_low)
+        return HIDDEN;
+    return key >= panel->all_low && key + n - 1 <= panel->all_high ? SHOWN : BANDED;
+}
+
+/* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in the unit of the
+ * scores. */
+static enum visibility panel_sees_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
+                                       int64_t key, int64_t n, real *rows)
+{
+    enum visibility band = panel_sees_band(panel, key, n), seen;
+    if (call->mask_kind == CPU_MASK_NONE || band == HIDDEN)
+        return band;
+    int64_t size = panel->vectors * LANES * mask_stride(call, n);
+    load_mask(panel, call, batch, key, n, rows);
+    if (call->mask_kind == CPU_MASK_BOOL)
+        seen = scan_bools(rows, size);
+    else
+        seen = scan_biases(rows, size, (real)call->unit);
+    return seen == SHOWN ? band : seen;
+}
+
+/* The same; if MASKED, tile[k][lane] is what is to be added. rows and tile are room for PANEL x padded(n). */
+static enum visibility panel_sees(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
+                                  int64_t key, int64_t n, real *rows, real *tile)
+{
+    enum visibility seen = panel_sees_mask(panel, call, batch, key, n, rows);
+    if (seen != MASKED)
+        return seen;
+    int64_t stride = mask_stride(call, n), lanes = panel->vectors * LANES;
+    if (call->mask_kind == CPU_MASK_ADDITIVE) {
+        transpose(rows, stride, tile, PANEL, lanes, stride);
+        return MASKED;
+    }
+    real *words = rows + stride * PANEL;
+    transpose(rows, stride, words, PANEL, lanes, stride);
+    for (int64_t i = 0; i * (int64_t)sizeof(real) < n; i++)
+        widen_bools(words + i * PANEL, lanes, tile + i * (int64_t)sizeof(real) * PANEL, PANEL);
+    return MASKED;
+}
+
+/* The same; if MASKED, rows[lane][padded(n)] are what is to be added. */
+static enum visibility rows_see(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch, int64_t key,
+                                int64_t n, real *bools, real *rows)
+{
+    if (call->mask_kind != CPU_MASK_BOOL)
+        return panel_sees_mask(panel, call, batch, key, n, rows);
+    enum visibility seen = panel_sees_mask(panel, call, batch, key, n, bools);
+    int64_t stride = mask_stride(call, n);
+    for (int64_t i = 0; seen == MASKED && i < panel->lanes; i++)
+        for (int64_t k = 0; k < padded(n); k++)
+            rows[i * padded(n) + k] = ((const char *)(bools + i * stride))[k] ? (real)0 : -(real)INFINITY;
+    return seen;
+}
