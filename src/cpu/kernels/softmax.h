@@ -92,17 +92,18 @@ static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, 
     return done;
 }
 #else
-/* P of rows k and k + 1 of S, k even; adds them to l. */
-static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *m, real *l, term *P)
+/* P of PART rows of a vector of S; adds them to l. */
+#define PART 4
+static inline void exp2_part(const real *S, const real *m, real *l, term *P)
 {
-    for (int v = 0; v < vectors; v++) {
-        int64_t at = v * LANES;
-        vec reference = vec_load(m + at);
-        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL + at), reference));
-        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL + at), reference));
-        vec_store(l + at, vec_add(vec_load(l + at), vec_add(even, odd)));
-        store_down(P + at, PANEL, k, even, odd);
+    vec reference = vec_load(m), sum = vec_load(l);
+    for (int64_t k = 0; k < PART; k += 2) {
+        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL), reference));
+        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), reference));
+        sum = vec_add(sum, vec_add(even, odd));
+        store_down(P, PANEL, k, even, odd);
     }
+    vec_store(l, sum);
 }
 
 /* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
@@ -119,9 +120,10 @@ static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *
             rows = *upcoming;                                                                                       \
         int64_t t = 0;                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                   \
-        for (int64_t k = 0; k < R; k += 2) {                                                                        \
-            exp2_rows(V, C, k, m, l, P);                                                                            \
-            int64_t end = n * (k + 2) / R;                                                                          \
+        for (int64_t i = 0; i < R * V / PART; i++) {                                                                \
+            int64_t at = i / (R / PART) * LANES, k = i % (R / PART) * PART;                                         \
+            exp2_part(C + k * PANEL + at, m + at, l + at, P + k / TERM * PANEL + at);                               \
+            int64_t end = n * (i + 1) / (R * V / PART);                                                             \
             SUM_UP(R, V, t, end, ASK)                                                                               \
         }                                                                                                           \
         EACH_ROW(R, STORE_ROW, V)                                                                                   \
