@@ -14,6 +14,7 @@ typedef __m512 vec;
 #define TILE_ROWS_1 12
 #ifndef __clang__ /* which then keeps sums in memory */
 #define TILE_UNROLL _Pragma("GCC unroll 4") /* processors foresee the end of a loop of few rounds */
+#define PART_UNROLL _Pragma("GCC unroll 2")
 #endif
 
 static inline vec vec_load(const real *p)

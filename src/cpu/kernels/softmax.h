@@ -106,6 +106,12 @@ static inline void exp2_part(const real *S, const real *m, real *l, term *P)
     vec_store(l, sum);
 }
 
+#ifndef __clang__ /* which then keeps sums in memory */
+#define ALL_PARTS _Pragma("GCC unroll 8")
+#else
+#define ALL_PARTS
+#endif
+
 /* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
 #define TILE_EXP2(R, V) TILE_EXP2_(R, V)
 #define TILE_EXP2_(R, V)                                                                                            \
@@ -120,11 +126,12 @@ static inline void exp2_part(const real *S, const real *m, real *l, term *P)
             rows = *upcoming;                                                                                       \
         int64_t t = 0;                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                   \
+        ALL_PARTS                                                                                                   \
         for (int64_t i = 0; i < R * V / PART; i++) {                                                                \
             int64_t at = i / (R / PART) * LANES, k = i % (R / PART) * PART;                                         \
             exp2_part(C + k * PANEL + at, m + at, l + at, P + k / TERM * PANEL + at);                               \
             int64_t end = n * (i + 1) / (R * V / PART);                                                             \
-            SUM_UP(R, V, t, end, ASK)                                                                               \
+            SUM_UP(PART_UNROLL, R, V, t, end, ASK)                                                                  \
         }                                                                                                           \
         EACH_ROW(R, STORE_ROW, V)                                                                                   \
         if (upcoming)                                                                                               \
