@@ -285,22 +285,23 @@ static void check_way(struct trial *t, int order)
 
 /* --- Ways ------------------------------------------------------------------------------------- */
 
-/* The different keys of a block that tiles.c has for a pass, whatever the columns. */
+/* The different keys of a block that tiles.c has for a pass, whatever the columns, for one head and for many. */
 static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[MOST_BLOCKS])
 {
     int count = 0;
-    for (int dim = 16; dim <= 512; dim += 16) {
-        mfa_problem p;
-        struct mfa_choice choice = {.threads = 1};
-        mfa_problem_init(&p, 1, 1, 1, 512, 512, dim, dim);
-        p.pass = pass, p.dtype = set->dtype;
-        mfa_cpu_tiles_choose(set->isa, set->kernels, &p, &choice);
-        int known = 0;
-        while (known < count && blocks[known] != choice.key.block_kv)
-            known++;
-        if (known == count && count < MOST_BLOCKS)
-            blocks[count++] = choice.key.block_kv;
-    }
+    for (int dim = 16; dim <= 512; dim += 16)
+        for (int heads = 1; heads <= 64; heads += 63) {
+            mfa_problem p;
+            struct mfa_choice choice = {.threads = 1};
+            mfa_problem_init(&p, 1, heads, heads, 512, 512, dim, dim);
+            p.pass = pass, p.dtype = set->dtype;
+            mfa_cpu_tiles_choose(set->isa, set->kernels, &p, &choice);
+            int known = 0;
+            while (known < count && blocks[known] != choice.key.block_kv)
+                known++;
+            if (known == count && count < MOST_BLOCKS)
+                blocks[count++] = choice.key.block_kv;
+        }
     return count;
 }
 

@@ -18,8 +18,10 @@ static const struct row {
     {MFA_CPU_AMXBF16, 128, 256, 8, 256, 4}, /* whole strips of 64 keys */
     {MFA_CPU_AMXBF16, 256, 128, 8, 128, 2},
     {MFA_CPU_AMXBF16, 512, 64, 8, 64, 2},
-    {MFA_CPU_SCALAR, 128, 192, 4, 192, 4},
-    {MFA_CPU_SCALAR, 256, 96, 4, 96, 2},
+    {MFA_CPU_SCALAR, 32, 768, 8, 192, 4},
+    {MFA_CPU_AVX512BF16, 128, 384, 8, 192, 4},
+    {MFA_CPU_SCALAR, 128, 192, 8, 192, 4},
+    {MFA_CPU_SCALAR, 256, 192, 4, 96, 2},
     {MFA_CPU_SCALAR, 512, 48, 4, 48, 2},
 };
 /* clang-format on */
@@ -27,6 +29,7 @@ static const struct row {
 #define ENOUGH_TASKS 32    /* for any number of threads that we expect to share them well */
 #define VISIT_PANELS 0.125 /* what loading a block costs a chunk, beside the time of a panel */
 #define SPLIT_KEYS 512     /* fewest keys worth a part of their own */
+#define SPLIT_BLOCK 256    /* most keys of a block where there may be parts, which are whole blocks */
 #define SERIAL_FLOP 2e6    /* less than this takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
@@ -73,6 +76,8 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
         choice->cut[MFA_CPU_SPLITS] = wanted < most ? wanted : most < 1 ? 1 : most;
+        if (choice->key.block_kv > SPLIT_BLOCK)
+            choice->key.block_kv = SPLIT_BLOCK;
     } else if (tasks > 0 && !choice->cut[MFA_CPU_FEW]) {
         panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
         tasks = heads * mfa_cpu_ceil(queries, panels * block_q);

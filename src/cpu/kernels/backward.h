@@ -67,7 +67,7 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
     s->row = carve(base, &used, 2 * e);
-    s->dQ = carve(base, &used, TILES ? LANES * d : 0);
+    s->dQ = carve(base, &used, LANES * d);
     s->dbias = carve(base, &used, call->mask_kind == CPU_MASK_ADDITIVE ? n * PANEL : 0);
     return used;
 }
@@ -114,10 +114,11 @@ static inline real *group_rows(const struct mfa_cpu_call *call, const struct gro
     return (real *)all + group_number(call, g) * call->panels * PANEL;
 }
 
-/* Tile registers sum up dQ^T[d][row], the kernels for few queries dQ[row][d] always. */
+/* Tile registers sum up dQ^T[d][row]. So do others where half a vector of each row of dQ would be empty, but rows of
+ * dQ^T are whole tiles. The kernels for few queries sum up dQ[row][d] always. */
 static inline int dQ_is_transposed(const struct mfa_cpu_call *call)
 {
-    return TILES && !call->few;
+    return !call->few && (TILES || call->args.head_dim % LANES == TILE_ROWS_3);
 }
 
 /* Where the group's dQ is summed up: rows, of dQ or of dQ^T, *stride apart. */
@@ -368,8 +369,7 @@ static void wait_for_turn(_Atomic int64_t *turn, int64_t block)
 static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
                    const struct keys *keys, int64_t block, const struct sight *sight)
 {
-    int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = group_stride(call);
-    int64_t d = padded(call->args.head_dim);
+    int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = group_stride(call), d = call->args.head_dim;
     _Atomic int64_t *turn = &call->progress[group_number(call, g)];
     wait_for_turn(turn, block);
     real *dQ = group_dQ(call, g, &stride);
@@ -383,11 +383,11 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
         if (r.from >= r.to)
             continue;
         const term *dS = s->dS_down + r.from / TERM * size + first, *K = left_row(keys->K_left, r.from);
-        if (TILES)
-            add_columns(d, (int)(units(rows) / LANES), K, keys->K_left.stride, dS, size, dQ + first, stride,
-                        terms(r.to - r.from), NULL);
+        if (dQ_is_transposed(call))
+            add_columns(TILES ? padded(d) : d, (int)(units(rows) / LANES), K, keys->K_left.stride, dS, size, dQ + first,
+                        stride, terms(r.to - r.from), NULL);
         else
-            add_columns(rows, (int)(d / LANES), dS, size, K, keys->K_left.stride, dQ + first * stride, stride,
+            add_columns(rows, (int)(padded(d) / LANES), dS, size, K, keys->K_left.stride, dQ + first * stride, stride,
                         terms(r.to - r.from), NULL);
     }
     if (block == g->from)

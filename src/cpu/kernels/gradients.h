@@ -119,7 +119,7 @@ static inline void exp_row(int vectors, real *S, int64_t k, const real *mask, co
         for (int64_t k = 0; k < R; k++) {                                                                       \
             exp_row(V, S, k, mask, L, to);                                                                      \
             int64_t end = n * (k + 1) / R;                                                                      \
-            SUM_UP(R, V, t, end, ASK_NOTHING)                                                                   \
+            SUM_UP(TILE_UNROLL, R, V, t, end, ASK_NOTHING)                                                      \
         }                                                                                                       \
         EACH_ROW(R, GRADIENT_ROW, V)                                                                            \
         EACH_PAIR(R, GRADIENT_DOWN)                                                                             \

@@ -26,12 +26,13 @@
 
 #ifndef TILE_UNROLL
 #define TILE_UNROLL
+#define PART_UNROLL
 #endif
 
 /* clang-format off */
 /* Steps t to `end`, and after each of them `then`. Before it, clang would load all operands first. */
-#define SUM_UP(R, V, t, end, then)                                                                                     \
-    TILE_UNROLL                                                                                                        \
+#define SUM_UP(unroll, R, V, t, end, then)                                                                             \
+    unroll                                                                                                             \
     for (; t < end; t++, A += step, B += b_step) {                                                                     \
         EACH_VECTOR_##V(LOAD_B, 0)                                                                                     \
         EACH_ROW(R, ADD_ROW, V)                                                                                        \
@@ -56,7 +57,7 @@
             EACH_ROW(R, FETCH_ROW, V)                                                                                  \
         }                                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                      \
-        SUM_UP(R, V, t, n, ASK)                                                                                        \
+        SUM_UP(TILE_UNROLL, R, V, t, n, ASK)                                                                           \
         EACH_ROW(R, STORE_ROW, V)                                                                                      \
         if (upcoming)                                                                                                  \
             *upcoming = rows;                                                                                          \

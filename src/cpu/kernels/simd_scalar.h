@@ -3,7 +3,8 @@
  * define REAL double and the width before including it.
  *
  * Every dialect gives: real, vec, LANES, TILE_ROWS_{3,2,1} (rows of a register tile of that many
- * vectors), and the functions below; and may give TILE_UNROLL, a pragma for the loops of tiles. */
+ * vectors), and the functions below; and may give TILE_UNROLL and PART_UNROLL, pragmas for the loops of tiles and of
+ * their parts. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

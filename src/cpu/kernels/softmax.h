@@ -111,23 +111,30 @@ static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, 
     return done;
 }
 #else
-/* P of rows k and k + 1 of S, k even, and of what the mask adds, if there is one; adds them to l. */
-static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *mask, const real *m, real *l, term *P)
+/* P of PART rows of a vector of S, and of what the mask adds, if there is one; adds them to l. */
+#define PART 4
+static inline void exp2_part(const real *S, const real *mask, const real *m, real *l, term *P)
 {
-    S += k * PANEL;
-    for (int v = 0; v < vectors; v++) {
-        int64_t at = v * LANES;
-        vec reference = vec_load(m + at), even = vec_load(S + at), odd = vec_load(S + PANEL + at);
+    vec reference = vec_load(m), sum = vec_load(l);
+    for (int64_t k = 0; k < PART; k += 2) {
+        vec even = vec_load(S + k * PANEL), odd = vec_load(S + (k + 1) * PANEL);
         if (mask) {
-            even = masked(even, vec_load(mask + k * PANEL + at));
-            odd = masked(odd, vec_load(mask + (k + 1) * PANEL + at));
+            even = masked(even, vec_load(mask + k * PANEL));
+            odd = masked(odd, vec_load(mask + (k + 1) * PANEL));
         }
         even = vec_exp2(vec_sub(even, reference));
         odd = vec_exp2(vec_sub(odd, reference));
-        vec_store(l + at, vec_add(vec_load(l + at), vec_add(even, odd)));
-        store_down(P + at, PANEL, k, even, odd);
+        sum = vec_add(sum, vec_add(even, odd));
+        store_down(P, PANEL, k, even, odd);
     }
+    vec_store(l, sum);
 }
+
+#ifndef __clang__ /* which then keeps sums in memory */
+#define ALL_PARTS _Pragma("GCC unroll 8")
+#else
+#define ALL_PARTS
+#endif
 
 /* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
 #define TILE_EXP2(R, V) TILE_EXP2_(R, V)
@@ -144,10 +151,12 @@ static inline void exp2_rows(int vectors, const real *S, int64_t k, const real *
             rows = *upcoming;                                                                                       \
         int64_t t = 0;                                                                                              \
         EACH_ROW(R, START_ROW, V)                                                                                   \
-        for (int64_t k = 0; k < R; k += 2) {                                                                        \
-            exp2_rows(V, C, k, mask, m, l, P);                                                                      \
-            int64_t end = n * (k + 2) / R;                                                                          \
-            SUM_UP(R, V, t, end, ASK)                                                                               \
+        ALL_PARTS                                                                                                   \
+        for (int64_t i = 0; i < R * V / PART; i++) {                                                                \
+            int64_t lane = i / (R / PART) * LANES, k = i % (R / PART) * PART, at = k * PANEL + lane;                \
+            exp2_part(C + at, mask ? mask + at : NULL, m + lane, l + lane, P + k / TERM * PANEL + lane);            \
+            int64_t end = n * (i + 1) / (R * V / PART);                                                             \
+            SUM_UP(PART_UNROLL, R, V, t, end, ASK)                                                                  \
         }                                                                                                           \
         EACH_ROW(R, STORE_ROW, V)                                                                                   \
         if (upcoming)                                                                                               \
