@@ -101,9 +101,10 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
     choice->cut[MFA_CPU_SPLITS] = 1;
-    choice->cut[MFA_CPU_FEW] = queries_of(p) > 0 && queries_of(p) <= kernels->few_rows;
+    int few_rows = forward ? kernels->few_rows : kernels->few_backward_rows;
+    choice->cut[MFA_CPU_FEW] = queries_of(p) > 0 && queries_of(p) <= few_rows;
     if (choice->cut[MFA_CPU_FEW])
-        choice->key.block_q = kernels->few_rows;
+        choice->key.block_q = few_rows;
     if (forward) {
         tasks = choose_forward(p, row, kernels, choice);
     } else {

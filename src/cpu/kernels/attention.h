@@ -31,6 +31,7 @@ const struct mfa_cpu_kernels KERNEL_SET = {
     .few = few,
     .merge = merge,
     .few_rows = FEW_ROWS,
+    .few_backward_rows = FEW_BACKWARD_ROWS,
     .few_keys = FEW_KEYS,
     .prepare = prepare,
     .backward = backward,

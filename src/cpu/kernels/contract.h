@@ -50,9 +50,10 @@ struct mfa_cpu_kernels {
     int panel; /* queries of a panel, whole vectors: block_q */
 
     /* forward: [batch][kv_heads][chunks][splits] tasks; merge, if splits > 1: [batch][kv_heads][chunks]. few takes the
-     * place of forward where all queries of a KV head are at most few_rows: one panel, blocks of few_keys */
+     * place of forward where all queries of a KV head are at most few_rows: one panel, blocks of few_keys; few_backward
+     * that of backward up to few_backward_rows */
     mfa_cpu_task_function *forward, *few, *merge;
-    int few_rows, few_keys;
+    int few_rows, few_backward_rows, few_keys;
     /* backward: prepare [batch][q_heads][groups], then backward [batch][kv_heads][kv blocks], or few_backward */
     mfa_cpu_task_function *prepare, *backward, *few_backward;
     /* if dbias is wanted: one task for each tile of it (mfa_cpu_bias_tiles) */

@@ -1,36 +1,34 @@
-/* Forward for few queries, as in a decode step: so few that a vector of them would be mostly empty. Lanes run along the
- * columns of Q, K, V and O:
+/* Forward for few queries, as in a decode step, by blocks of keys:
  *
  *     for each block of keys that the queries see:
- *         S = Q K^T, each a dot product                       (softcap, mask, band)
- *         if max(S) > m + SLACK: rescale; P = exp2(S - m), l += sum(P), O += P V
+ *         S = Q K^T                                           (softcap, mask, band)
+ *         if any max(S) > m + SLACK: m' = max(m, max(S)); l, O *= exp2(m - m'); m = m'
+ *         P = exp2(S - m), l += sum(P), O += P V
  *
- * Reading memory is what takes the time. K and V are read once for all query heads of a group, where they lie, and
- * converted in registers; what comes some rows later is asked for in time. Leaves its sums as forward does, for merge
- * and finish. */
+ * Reading memory is what takes the time: K and V are read once for all query heads of a group, where they lie if they
+ * can be (few_product.h). S is [key][R], and what belongs to a query is repeated for the LANES / R keys of a vector:
+ * m, and l, whose lanes are added up at the end. Leaves its sums as forward does, for merge and finish. */
 
 struct few_scratch {
-    real *Q, *S, *O, *m, *l;
-    real *dots; /* [query][LANES keys]: a vector of partial sums each */
-    real *K, *V, *sums, *rows, *mask_rows, *mask_tile;
+    term *rows, *Q, *K, *V;
+    real *S, *O, *sums, *mask, *mask_rows, *mask_tile;
 };
 
 static uint64_t few_carve(const struct mfa_cpu_call *call, char *base, struct few_scratch *s)
 {
     const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), wide = d > e ? d : e;
+    int64_t d = across_stride(a->head_dim), e = across_stride(a->value_dim);
+    int64_t wide = padded(a->head_dim > a->value_dim ? a->head_dim : a->value_dim);
     int masked = call->mask_kind != CPU_MASK_NONE;
     uint64_t used = 0;
-    s->Q = carve(base, &used, LANES * d);
-    s->S = carve(base, &used, LANES * FEW_KEYS);
-    s->O = carve(base, &used, LANES * e);
-    s->m = carve(base, &used, LANES);
-    s->l = carve(base, &used, LANES);
-    s->dots = carve(base, &used, FEW_ROWS * LANES * LANES);
-    s->K = carve(base, &used, FEW_KEYS * d);
-    s->V = carve(base, &used, FEW_KEYS * e);
-    s->sums = carve(base, &used, sums_reals(a));
+    s->Q = carve(base, &used, PANEL * d); /* this and the next as in forward_carve, for merge */
     s->rows = carve(base, &used, PANEL * wide);
+    s->K = carve(base, &used, FEW_SUMS * d);
+    s->V = carve(base, &used, FEW_KEYS * e);
+    s->S = carve(base, &used, FEW_KEYS * LANES);
+    s->O = carve(base, &used, LANES * e * TERM);
+    s->sums = carve(base, &used, sums_reals(a));
+    s->mask = carve(base, &used, masked ? FEW_KEYS * LANES : 0);
     s->mask_rows = carve(base, &used, masked ? PANEL * FEW_KEYS : 0);
     s->mask_tile = carve(base, &used, masked ? PANEL * FEW_KEYS : 0);
     return used;
@@ -42,64 +40,115 @@ static uint64_t few_scratch(const struct mfa_cpu_call *call)
     return few_carve(call, NULL, &s);
 }
 
-/* Softcap, mask, band, and the end of the keys, on the raw scores of one query; slope, if wanted, gets 1 - tanh^2. */
-static void adjust_row(const struct mfa_cpu_call *call, const struct panel *panel, int64_t i, enum visibility seen,
-                       int64_t key, int64_t n, real *S, const real *mask, real *slope)
+/* The panel's rows of a tensor of queries, R of them, terms across; zeros for those that there are not. */
+static void few_load(const struct mfa_cpu_call *call, const struct panel *panel, int R, int64_t batch, const void *data,
+                     const struct mfa_strides *s, int64_t columns, term *rows)
 {
-    int vectors = (int)(padded(n) / LANES);
+    int64_t stride = across_stride(columns);
+    for (int64_t i = 0; i < panel->lanes; i++)
+        load_terms(rows + i * stride, row_at(data, bytes_of(call->dtype), s, batch, panel->head[i], panel->row[i]),
+                   call->dtype, s->column, columns);
+    fill(rows + panel->lanes * stride, (R - panel->lanes) * stride, 0);
+}
+
+/* Softcap, mask, band, and the end of the keys, on the raw scores of n keys; slope, if wanted, gets 1 - tanh^2. mask is
+ * room for as many. */
+static void few_adjust(const struct mfa_cpu_call *call, const struct panel *panel, int R, enum visibility seen,
+                       int64_t key, int64_t n, real *S, real *mask, const real *mask_tile, real *slope)
+{
+    int64_t whole = few_whole(n, R), vectors = whole * R / LANES;
     if (call->softcap > 0)
-        cap_scores(vectors, S, 0, 1, call->softcap * call->unit, slope);
-    if (seen == MASKED)
-        for (int64_t k = 0; k < vectors * LANES; k += LANES)
-            vec_store(S + k, masked(vec_load(S + k), vec_load(mask + k)));
-    int64_t from = panel->low[i] - key, to = panel->high[i] + 1 - key;
-    from = from < 0 ? 0 : from < n ? from : n;
-    to = to < from ? from : to < n ? to : n;
-    fill(S, from, -(real)INFINITY);
-    fill(S + to, vectors * LANES - to, -(real)INFINITY);
+        cap_scores((int)vectors, S, 0, 1, call->softcap * call->unit, slope);
+    if (seen == MASKED) {
+        for (int64_t k = 0; k < n; k++)
+            memcpy(mask + k * R, mask_tile + k * PANEL, (size_t)R * sizeof(real));
+        fill(mask + n * R, (whole - n) * R, 0);
+        for (int64_t i = 0; i < vectors * LANES; i += LANES)
+            vec_store(S + i, masked(vec_load(S + i), vec_load(mask + i)));
+    }
+    for (int r = 0; r < R && seen != SHOWN; r++)
+        for (int64_t k = 0; k < n; k++)
+            if (key + k < panel->low[r] || key + k > panel->high[r])
+                S[k * R + r] = -(real)INFINITY;
+    fill(S + n * R, (whole - n) * R, -(real)INFINITY);
 }
 
-/* P in place of one query's scores, n of them, in whole vectors. */
-static void softmax_row(real *S, int64_t n, real *m, real *l, real *O, int64_t columns)
+/* Makes m the maximum `top` of each query that exceeds it by more than SLACK. */
+static void few_raise(int R, vec top, real *m, real *l, real *O, int64_t columns)
 {
-    vec top = vec_load(S), sum = vec_set1(0);
-    for (int64_t k = LANES; k < n; k += LANES)
-        top = vec_max(top, vec_load(S + k));
-    real most = horizontal_max(top);
-    if (most > *m + SLACK) {
-        vec alpha = vec_exp2(vec_set1(*m - most));
-        for (int64_t d = 0; d < columns; d += LANES)
-            vec_store(O + d, vec_mul(vec_load(O + d), alpha));
-        sum = vec_mul(vec_set1(*l / LANES), alpha);
-        *l = 0;
-        *m = most;
-    }
-    for (int64_t k = 0; k < n; k += LANES) {
-        vec p = vec_exp2(vec_sub(vec_load(S + k), vec_set1(*m)));
-        sum = vec_add(sum, p);
-        vec_store(S + k, p);
-    }
-    *l += horizontal_sum(sum);
+    real most[LANES], alpha[LANES];
+    vec_store(most, top);
+    for (int i = R; i < LANES; i++)
+        most[i % R] = most[i] > most[i % R] ? most[i] : most[i % R];
+    for (int i = 0; i < LANES; i++)
+        most[i] = most[i % R] > m[i] + SLACK ? most[i % R] : m[i];
+    vec factor = vec_exp2(vec_sub(vec_load(m), vec_load(most)));
+    vec_store(alpha, factor);
+    vec_store(l, vec_mul(vec_load(l), factor));
+    memcpy(m, most, sizeof most);
+    for (int r = 0; r < R; r++)
+        scale_vectors(O + r * columns, columns, alpha[r]);
 }
 
-/* What a block of keys adds to the sums of all queries. */
-static void visit_keys(const struct mfa_cpu_call *call, struct few_scratch *s, const struct panel *panel,
-                       const struct chunk *c, int64_t key, int64_t n, enum visibility seen)
+/* P in place of the scores: terms down, in vectors. */
+static void few_softmax(int R, real *S, int64_t vectors, real *m, real *l, real *O, int64_t columns)
 {
-    const struct mfa_args *a = &call->args;
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim), rows = panel->lanes;
-    struct lines K = lines_of(s->K, call->k, call->dtype, &a->k, c->batch, c->kv_head, key, n, a->head_dim);
-    struct lines V = lines_of(s->V, call->v, call->dtype, &a->v, c->batch, c->kv_head, key, n, a->value_dim);
-    for (int64_t k = 0; k < n; k += LANES) {
-        struct ahead ahead = {line(K, k + FEW_AHEAD), line(V, k + FEW_AHEAD), a->kv_len - key - k - FEW_AHEAD, d, e};
-        few_scores(rows, s->Q, line(K, k), n - k < LANES ? n - k : LANES, d, s->dots, s->S + k, &ahead);
+    vec top = vec_load(S), sum = vec_load(l);
+    for (int64_t v = 1; v < vectors; v++)
+        top = vec_max(top, vec_load(S + v * LANES));
+    if (vec_any_less(vec_add(vec_load(m), vec_set1(SLACK)), top)) {
+        few_raise(R, top, m, l, O, columns);
+        sum = vec_load(l);
     }
-    for (int64_t i = 0; i < rows; i++) {
-        real *S = s->S + i * FEW_KEYS;
-        adjust_row(call, panel, i, seen, key, n, S, s->mask_rows + i * padded(n), NULL);
-        softmax_row(S, padded(n), &s->m[i], &s->l[i], s->O + i * e, e);
+    vec reference = vec_load(m);
+    for (int64_t v = 0; v < vectors; v += TERM) {
+        vec even = vec_exp2(vec_sub(vec_load(S + v * LANES), reference));
+        sum = vec_add(sum, even);
+#if TERM == 1
+        vec_store(S + v * LANES, even);
+#else
+        vec odd = vec_exp2(vec_sub(vec_load(S + (v + 1) * LANES), reference));
+        sum = vec_add(sum, odd);
+        store_down(S, LANES, v, even, odd);
+#endif
     }
-    few_outputs(rows, s->S, V, n, e, s->O);
+    vec_store(l, sum);
+}
+
+/* Rows of K or V FEW_AHEAD keys on; for the last, which nothing follows, the first row again and again. */
+static struct upcoming few_upcoming(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key,
+                                    const void *data, const struct mfa_strides *s, int64_t columns)
+{
+    int last = key + FEW_AHEAD + FEW_KEYS > call->args.kv_len || s->column != 1;
+    struct upcoming rows = upcoming_rows(call, c, last ? key : key + FEW_AHEAD, data, s, columns);
+    if (last)
+        rows.gap = -rows.bytes;
+    return rows;
+}
+
+/* S = factor * Q K^T for n keys, by tiles. The last one's missing keys are zeros. */
+static void few_multiply(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key, int64_t n, int R,
+                         const term *Q, const void *data, const struct mfa_strides *s, int64_t columns, real factor,
+                         term *copy, real *S)
+{
+    int must_copy = !few_reads(R, data, call->dtype, s);
+    struct upcoming next = few_upcoming(call, c, key, data, s, columns);
+    for (int64_t k = 0; k < n; k += FEW_SUMS) {
+        int64_t some = n - k < FEW_SUMS ? n - k : FEW_SUMS;
+        struct lines K =
+            lines_of(copy, data, call->dtype, s, c->batch, c->kv_head, key + k, some, FEW_SUMS, columns, must_copy);
+        few_scores(R, Q, K, across_stride(columns), factor, S + k * R, &next);
+    }
+}
+
+/* O += P V. */
+static void few_add(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key, int64_t n, int R,
+                    const term *P, const void *data, const struct mfa_strides *s, int64_t columns, term *copy, real *O)
+{
+    int64_t rows = TERM > 1 ? few_whole(n, R) : n;
+    struct upcoming next = few_upcoming(call, c, key, data, s, columns);
+    struct lines V = lines_of(copy, data, call->dtype, s, c->batch, c->kv_head, key, n, rows, columns, 0);
+    few_outputs(R, P, V, rows, across_stride(columns) * TERM, O, &next);
 }
 
 static void few(void *data, int64_t task, int worker)
@@ -111,31 +160,37 @@ static void few(void *data, int64_t task, int worker)
     struct chunk c = chunk_of(call, task / call->splits);
     struct panel panel;
     chunk_panel(&c, a, 0, &panel);
-    int64_t d = padded(a->head_dim), e = padded(a->value_dim);
-    fill(s.Q, LANES * d, 0);
-    for (int64_t i = 0; i < panel.lanes; i++)
-        load_row(s.Q + i * d, row_at(call->q, bytes_of(call->dtype), &a->q, c.batch, panel.head[i], panel.row[i]),
-                 call->dtype, a->q.column, a->head_dim);
-    scale_vectors(s.Q, LANES * d, score_factor(call));
-    fill(s.S, LANES * FEW_KEYS, 0);
+    int R = few_width(panel.lanes);
+    int64_t d = across_stride(a->head_dim), e = across_stride(a->value_dim) * TERM;
+    real m[LANES], l[LANES];
+    few_load(call, &panel, R, c.batch, call->q, &a->q, a->head_dim, s.rows);
+    scale_queries(call, s.rows, R * d);
+    few_pack(s.rows, d, R, s.Q);
+    fill(s.S, FEW_KEYS * LANES, 0);
     fill(s.O, LANES * e, 0);
-    fill(s.m, LANES, -REAL_MAX);
-    fill(s.l, LANES, 0);
+    fill(m, LANES, -REAL_MAX);
+    fill(l, LANES, 0);
 
     struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS;
-        enum visibility seen = rows_see(&panel, call, c.batch, key, n, s.mask_tile, s.mask_rows);
-        if (seen != HIDDEN)
-            visit_keys(call, &s, &panel, &c, key, n, seen);
+        enum visibility seen = panel_sees(&panel, call, c.batch, key, n, s.mask_rows, s.mask_tile);
+        if (seen == HIDDEN)
+            continue;
+        few_multiply(call, &c, key, n, R, s.Q, call->k, &a->k, a->head_dim, score_factor(call), s.K, s.S);
+        few_adjust(call, &panel, R, seen, key, n, s.S, s.mask, s.mask_tile, NULL);
+        few_softmax(R, s.S, few_whole(n, R) * R / LANES, m, l, s.O, e);
+        few_add(call, &c, key, n, R, s.S, call->v, &a->v, a->value_dim, s.V, s.O);
     }
 
     if (call->splits > 1)
         s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
     struct sums sums = sums_at(s.sums, a, 0);
-    transpose(s.O, e, sums.O, PANEL, LANES, e);
-    memcpy(sums.m, s.m, LANES * sizeof(real));
-    memcpy(sums.l, s.l, LANES * sizeof(real));
+    for (int i = R; i < LANES; i++)
+        l[i % R] += l[i];
+    transpose(s.O, e, sums.O, PANEL, LANES, padded(a->value_dim));
+    memcpy(sums.m, m, sizeof m);
+    memcpy(sums.l, l, sizeof l);
     if (call->splits == 1)
-        finish_panel(call, &panel, c.batch, sums, s.rows);
+        finish_panel(call, &panel, c.batch, sums, (real *)s.rows);
 }

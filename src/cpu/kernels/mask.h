@@ -1,5 +1,4 @@
-/* What a mask adds to the scores of a panel and a block of keys: as a tile, turned around like the scores; or by rows,
- * for the kernels for few queries.
+/* What a mask adds to the scores of a panel and a block of keys: as a tile, turned around like the scores.
  *
  * A bool mask is turned around before it is widened: as many keys as a real has bytes move together. */
 
@@ -153,18 +152,4 @@ static enum visibility panel_sees(const struct panel *panel, const struct mfa_cp
     for (int64_t i = 0; i * (int64_t)sizeof(real) < n; i++)
         widen_bools(words + i * PANEL, lanes, tile + i * (int64_t)sizeof(real) * PANEL, PANEL);
     return MASKED;
-}
-
-/* The same; if MASKED, rows[lane][padded(n)] are what is to be added. */
-static enum visibility rows_see(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch, int64_t key,
-                                int64_t n, real *bools, real *rows)
-{
-    if (call->mask_kind != CPU_MASK_BOOL)
-        return panel_sees_mask(panel, call, batch, key, n, rows);
-    enum visibility seen = panel_sees_mask(panel, call, batch, key, n, bools);
-    int64_t stride = mask_stride(call, n);
-    for (int64_t i = 0; seen == MASKED && i < panel->lanes; i++)
-        for (int64_t k = 0; k < padded(n); k++)
-            rows[i * padded(n) + k] = ((const char *)(bools + i * stride))[k] ? (real)0 : -(real)INFINITY;
-    return seen;
 }

@@ -96,6 +96,22 @@ static inline vec vec_exp(vec x)
     return exp2_of_parts(t, _mm256_fmsub_ps(y, log2e, vec_sub(t, magic)), x, low);
 }
 
+static inline vec vec_repeat(const real *p, int n)
+{
+    switch (n) {
+    case 1: return _mm256_broadcast_ss(p);
+    case 2: return _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(const void *)p));
+    case 4: return _mm256_broadcast_ps((const __m128 *)(const void *)p);
+    default: return _mm256_loadu_ps(p);
+    }
+}
+
+static inline vec vec_add_neighbours(vec a, vec b)
+{
+    __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8));
+}
+
 static inline vec vec_load_f16(const uint16_t *p)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));

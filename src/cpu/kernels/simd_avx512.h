@@ -12,6 +12,7 @@ typedef __m512 vec;
 #define TILE_ROWS_3 8
 #define TILE_ROWS_2 12
 #define TILE_ROWS_1 12
+#define FEW_SUMS 16
 #ifndef __clang__ /* which then keeps sums in memory */
 #define TILE_UNROLL _Pragma("GCC unroll 4") /* processors foresee the end of a loop of few rounds */
 #define PART_UNROLL _Pragma("GCC unroll 2")
@@ -129,6 +130,24 @@ static inline void vec_store_bf16(uint16_t *p, vec v)
     __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
     x = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
+
+static inline vec vec_repeat(const real *p, int n)
+{
+    switch (n) {
+    case 1: return _mm512_set1_ps(*p);
+    case 2: return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd((const double *)(const void *)p)));
+    case 4: return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    case 8: return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    default: return _mm512_loadu_ps(p);
+    }
+}
+
+static inline vec vec_add_neighbours(vec a, vec b)
+{
+    __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    return vec_add(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
 }
 
 /* Pairs, then fours by shuffles within 128 bits; then the 128-bit parts change places. */

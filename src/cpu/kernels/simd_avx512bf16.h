@@ -4,9 +4,14 @@
 
 #define TERM 2
 
+static inline vec vec_dots(vec a, vec b, vec sum)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
 static inline vec vec_dot(real a, vec b, vec sum)
 {
-    return _mm512_dpbf16_ps(sum, (__m512bh)vec_set1(a), (__m512bh)b);
+    return vec_dots(vec_set1(a), b, sum);
 }
 
 /* Where the 16-bit elements of two vectors, one after the other, go when they take turns. */

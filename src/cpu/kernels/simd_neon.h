@@ -94,6 +94,18 @@ static inline vec vec_exp(vec x)
     return exp2_of_parts(n, vfmaq_f32(vnegq_f32(n), y, log2e), x, low);
 }
 
+static inline vec vec_repeat(const real *p, int n)
+{
+    if (n == 1)
+        return vld1q_dup_f32(p);
+    return n == 2 ? vcombine_f32(vld1_f32(p), vld1_f32(p)) : vec_load(p);
+}
+
+static inline vec vec_add_neighbours(vec a, vec b)
+{
+    return vpaddq_f32(a, b);
+}
+
 static inline vec vec_load_f16(const uint16_t *p)
 {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));

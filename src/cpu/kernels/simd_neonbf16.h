@@ -13,6 +13,11 @@ static inline vec vec_dot(real a, vec b, vec sum)
     return sum;
 }
 
+static inline vec vec_dots(vec a, vec b, vec sum)
+{
+    return vbfdotq_f32(sum, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b));
+}
+
 static inline vec vec_pair(vec even, vec odd)
 {
     uint16x8_t e = vreinterpretq_u16_bf16(vcvtq_low_bf16_f32(even));

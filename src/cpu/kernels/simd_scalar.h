@@ -156,6 +156,26 @@ static inline vec vec_exp(vec x)
     return vec_select_less(x, low, (vec){0}, exp2_of_parts(t, f));
 }
 
+/* n numbers, over and over. */
+static inline vec vec_repeat(const real *p, int n)
+{
+    vec v;
+    for (int i = 0; i < LANES; i++)
+        v[i] = p[i % n];
+    return v;
+}
+
+/* a[0] + a[1], a[2] + a[3], and so on, then those of b. */
+static inline vec vec_add_neighbours(vec a, vec b)
+{
+    vec v;
+    for (int i = 0; i < LANES / 2; i++) {
+        v[i] = a[2 * i] + a[2 * i + 1];
+        v[i + LANES / 2] = b[2 * i] + b[2 * i + 1];
+    }
+    return v;
+}
+
 static inline vec vec_load_f16(const uint16_t *p)
 {
     vec v;

@@ -8,6 +8,7 @@
  * With TERM = 1 either is the matrix itself. Rows are padded with zeros to whole vectors. A dialect with TERM = 2
  * gives
  *     vec_dot(a, b, sum)            sum + a b, over the numbers of each term; a is one term, for all lanes
+ *     vec_dots(a, b, sum)           the same for a vector of terms a
  *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
  *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down
@@ -18,6 +19,7 @@
 #ifndef TERM
 #define TERM 1
 #define vec_dot(a, b, sum) vec_fma(vec_set1(a), b, sum)
+#define vec_dots vec_fma
 #endif
 
 #ifndef TILES
