@@ -297,10 +297,10 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
             p.pass = pass, p.dtype = set->dtype;
             mfa_cpu_tiles_choose(set->isa, set->kernels, &p, &choice);
             int known = 0;
-            while (known < count && blocks[known] != choice.key.block_kv)
+            while (known < count && blocks[known] != choice.cut[MFA_CPU_BLOCK])
                 known++;
             if (known == count && count < MOST_BLOCKS)
-                blocks[count++] = choice.key.block_kv;
+                blocks[count++] = (int)choice.cut[MFA_CPU_BLOCK];
         }
     return count;
 }

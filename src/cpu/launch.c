@@ -32,7 +32,7 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
     call->unit = p->pass == MFA_FORWARD ? 1.4426950408889634074 : 1;
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
     call->few = choice->cut[MFA_CPU_FEW] != 0;
-    call->block_kv = choice->key.block_kv;
+    call->block_kv = (int32_t)choice->cut[MFA_CPU_BLOCK];
     call->panels = (int32_t)choice->cut[MFA_CPU_PANELS], call->splits = choice->cut[MFA_CPU_SPLITS];
 }
 

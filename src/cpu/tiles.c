@@ -18,9 +18,9 @@ static const struct row {
     {MFA_CPU_AMXBF16, 128, 256, 8, 256, 4}, /* whole strips of 64 keys */
     {MFA_CPU_AMXBF16, 256, 128, 8, 128, 2},
     {MFA_CPU_AMXBF16, 512, 64, 8, 64, 2},
-    {MFA_CPU_SCALAR, 32, 768, 8, 192, 4},
-    {MFA_CPU_AVX512BF16, 128, 384, 8, 192, 4},
-    {MFA_CPU_SCALAR, 128, 192, 8, 192, 4},
+    {MFA_CPU_SCALAR, 32, 768, 8, 384, 2},
+    {MFA_CPU_AVX512BF16, 128, 384, 8, 384, 2},
+    {MFA_CPU_SCALAR, 128, 192, 8, 384, 2},
     {MFA_CPU_SCALAR, 256, 192, 4, 96, 2},
     {MFA_CPU_SCALAR, 512, 48, 4, 48, 2},
 };
@@ -29,7 +29,7 @@ static const struct row {
 #define ENOUGH_TASKS 32    /* for any number of threads that we expect to share them well */
 #define VISIT_PANELS 0.125 /* what loading a block costs a chunk, beside the time of a panel */
 #define SPLIT_KEYS 512     /* fewest keys worth a part of their own */
-#define SPLIT_BLOCK 256    /* most keys of a block where there may be parts, which are whole blocks */
+#define SHARED_BLOCK 256   /* most keys of a block where tasks are few: parts and backward's tasks are whole blocks */
 #define SERIAL_FLOP 2e6    /* less than this takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
@@ -72,18 +72,31 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
     int64_t block_q = choice->key.block_q, panels = 1;
     int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), tasks = heads * mfa_cpu_ceil(queries, block_q);
     if (choice->cut[MFA_CPU_FEW])
-        choice->key.block_kv = kernels->few_keys;
+        choice->key.block_kv = kernels->few_keys, choice->cut[MFA_CPU_BLOCK] = kernels->few_keys;
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
         choice->cut[MFA_CPU_SPLITS] = wanted < most ? wanted : most < 1 ? 1 : most;
-        if (choice->key.block_kv > SPLIT_BLOCK)
-            choice->key.block_kv = SPLIT_BLOCK;
+        if (choice->cut[MFA_CPU_BLOCK] > SHARED_BLOCK)
+            choice->cut[MFA_CPU_BLOCK] = SHARED_BLOCK;
     } else if (tasks > 0 && !choice->cut[MFA_CPU_FEW]) {
         panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
         tasks = heads * mfa_cpu_ceil(queries, panels * block_q);
     }
     choice->cut[MFA_CPU_PANELS] = panels;
     return tasks * choice->cut[MFA_CPU_SPLITS];
+}
+
+/* Where blocks are few, they are halved; groups are then twice as large, and take as much memory as before. */
+static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_choice *choice)
+{
+    int64_t heads = p->batch * p->kv_heads, tasks = heads * mfa_cpu_ceil(p->kv_len, row->backward_kv);
+    choice->cut[MFA_CPU_PANELS] = row->backward_panels;
+    if (row->backward_kv > SHARED_BLOCK && tasks < ENOUGH_TASKS) {
+        choice->cut[MFA_CPU_BLOCK] /= 2;
+        choice->cut[MFA_CPU_PANELS] *= 2;
+        tasks = heads * mfa_cpu_ceil(p->kv_len, choice->cut[MFA_CPU_BLOCK]);
+    }
+    return tasks;
 }
 
 void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
@@ -100,17 +113,12 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
-    choice->cut[MFA_CPU_SPLITS] = 1;
+    choice->cut[MFA_CPU_BLOCK] = choice->key.block_kv, choice->cut[MFA_CPU_SPLITS] = 1;
     int few_rows = forward ? kernels->few_rows : kernels->few_backward_rows;
     choice->cut[MFA_CPU_FEW] = queries_of(p) > 0 && queries_of(p) <= few_rows;
     if (choice->cut[MFA_CPU_FEW])
         choice->key.block_q = few_rows;
-    if (forward) {
-        tasks = choose_forward(p, row, kernels, choice);
-    } else {
-        choice->cut[MFA_CPU_PANELS] = row->backward_panels;
-        tasks = p->batch * p->kv_heads * mfa_cpu_ceil(p->kv_len, row->backward_kv);
-    }
+    tasks = forward ? choose_forward(p, row, kernels, choice) : choose_backward(p, row, choice);
     double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
     if (flop < SERIAL_FLOP || tasks < 1)
         tasks = 1;
