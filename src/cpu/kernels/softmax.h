@@ -194,5 +194,7 @@ static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term 
 {
     if (upcoming)
         return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, upcoming);
-    return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, NULL);
+    if (mask)
+        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, NULL);
+    return exp2_tiles(keys, K, k_stride, Q, n, factor, NULL, m, l, P, NULL);
 }
