@@ -15,7 +15,7 @@
 #ifndef STRIP
 #define STRIP 24 /* keys of a block that are left out together where a group does not see them */
 #endif
-#define STRIPS_MAX 8 /* of a block */
+#define STRIPS_MAX 16 /* of a block: 384 keys (src/cpu/tiles.c) */
 
 struct backward_scratch {
     term *rows;           /* of a panel of Q or dO, terms across */
