@@ -450,7 +450,7 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
     if (any_shown)
         see_strips(&sight, panels, keys->n);
     else
-        sight.count = 0;
+        sight = (struct sight){.count = 0};
     add_dK_dV(call, s, g, keys, &sight);
     if (call->dq)
         add_dQ(call, s, g, keys, block, &sight);
