@@ -313,6 +313,17 @@ static void adjusted_gradients(const struct mfa_cpu_call *call, const struct bac
     }
 }
 
+/* Rows of Q or dO after those of a panel, evenly while every other tile of n keys is visited. */
+static struct upcoming upcoming_panel(const struct mfa_cpu_call *call, const struct keys *keys,
+                                      const struct panel *panel, int64_t n, const void *data,
+                                      const struct mfa_strides *s, int64_t columns)
+{
+    int64_t each = bytes_of(call->dtype), bytes = columns * each;
+    const char *at = row_at(data, each, s, keys->batch, panel->head[0], panel->row[0] + PANEL);
+    int64_t a_term = mfa_cpu_ceil(2 * PANEL * bytes, n * terms(call->args.head_dim));
+    return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, a_term};
+}
+
 /* P and dS of the panel for keys r: at once for those that all its lanes see. */
 static void visit_panel(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
                         enum visibility seen, int64_t first, const struct keys *keys, struct range r, const real *L,
@@ -322,12 +333,19 @@ static void visit_panel(const struct mfa_cpu_call *call, const struct backward_s
     int plain = panel->vectors == PANEL_VECTORS && !(call->softcap > 0);
     struct range shown = plain ? panel_shown(panel, keys->first, r, KEY_UNIT) : (struct range){r.to, r.to};
     const real *mask = seen == MASKED ? s->mask_tile : NULL;
+    int64_t n = shown.to - shown.from;
+    int asking = n > 0 && a->q.column == 1 && a->d_o.column == 1 && panel->row[0] + PANEL < a->q_len;
+    struct upcoming next[2];
+    if (asking) {
+        next[0] = upcoming_panel(call, keys, panel, n, call->q, &a->q, a->head_dim);
+        next[1] = upcoming_panel(call, keys, panel, n, call->d_o, &a->d_o, a->value_dim);
+    }
     adjusted_gradients(call, s, panel, first, keys, (struct range){r.from, shown.from}, mask, L, D);
     mask += mask ? (shown.from - r.from) * PANEL : 0;
-    int64_t done = multiply_gradients(shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride,
-                                      s->Qt, terms(a->head_dim), score_factor(call),
-                                      keys->V.rows + shown.from * keys->V.stride, keys->V.stride, s->dOt,
-                                      terms(a->value_dim), mask, L, D, gradients_at(call, s, first, shown.from));
+    int64_t done = multiply_gradients(
+        shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt, terms(a->head_dim),
+        score_factor(call), keys->V.rows + shown.from * keys->V.stride, keys->V.stride, s->dOt, terms(a->value_dim),
+        mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
     mask += mask ? done * PANEL : 0;
     adjusted_gradients(call, s, panel, first, keys, (struct range){shown.from + done, r.to}, mask, L, D);
 }

@@ -102,15 +102,16 @@ static void pack_queries(const struct mfa_cpu_call *call, const struct panel *pa
     transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
 }
 
-/* P of a column of n vectors of S; l, and O = O[value_dim][PANEL] and m if m does not hold, are those of its lanes. */
+/* P of a column of n vectors of S; l, and O[value_dim][PANEL] and m if m does not hold, are those of its lanes. */
 static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const real *S, int64_t n, term *P)
 {
     vec reference = vec_load(m), top = column_max(S, n);
     if (vec_any_less(vec_add(reference, vec_set1(SLACK)), top)) {
         vec raised = vec_max(top, reference), alpha = vec_exp2(vec_sub(reference, raised));
+        int64_t rows = vec_any_less(vec_set1(0), vec_load(l)) ? value_dim : 0; /* else O is 0 */
         vec_store(m, raised);
         vec_store(l, vec_mul(vec_load(l), alpha));
-        for (int64_t d = 0; d < value_dim; d++)
+        for (int64_t d = 0; d < rows; d++)
             vec_store(O + d * PANEL, vec_mul(vec_load(O + d * PANEL), alpha));
         reference = raised;
     }
@@ -189,6 +190,17 @@ static struct upcoming upcoming_rows(const struct mfa_cpu_call *call, const stru
     return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, TERM * each};
 }
 
+/* The queries of a chunk from its second panel on, evenly while the first visits n keys. */
+static struct upcoming upcoming_queries(const struct mfa_cpu_call *call, const struct chunk *c,
+                                        const struct panel *second, int64_t n)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t each = bytes_of(call->dtype), bytes = a->head_dim * each;
+    const char *at = row_at(call->q, each, &a->q, c->batch, second->head[0], second->row[0]);
+    int64_t a_term = mfa_cpu_ceil((c->rows - PANEL) * bytes, n * terms(a->head_dim));
+    return (struct upcoming){at, at + bytes, bytes, a->q.row * each - bytes, a_term};
+}
+
 /* What the panel gets from keys r of a block: S, P and l by pieces. Where a piece may raise m, P of those before it
  * goes into O first. */
 static void attend(const struct mfa_cpu_call *call, const struct panel *panel, const struct forward_scratch *s,
@@ -238,7 +250,6 @@ static void forward(void *data, int64_t task, int worker)
     int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
     for (int64_t p = 0; p < c.panels; p++) {
         chunk_panel(&c, a, p, &panels[p]);
-        pack_queries(call, &panels[p], c.batch, s.rows, s.Q + p * d * PANEL);
         struct sums sums = sums_at(s.sums, a, p);
         fill(sums.O, padded(a->value_dim) * PANEL, 0);
         fill(sums.m, PANEL, -REAL_MAX);
@@ -247,7 +258,7 @@ static void forward(void *data, int64_t task, int worker)
         high = panels[p].any_high > high ? panels[p].any_high : high;
     }
 
-    int64_t size = call->block_kv;
+    int64_t size = call->block_kv, packed = 0;
     struct range blocks = split_of(call, task % call->splits, low, high, size);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
@@ -270,9 +281,16 @@ static void forward(void *data, int64_t task, int worker)
                 V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
                 V = turn_left(V, n, a->value_dim, s.V_left);
-                if (asking)
-                    K.next = &K_next, V.next = &V_next;
+                V.next = asking ? &V_next : NULL;
             }
+            struct upcoming Q_next;
+            K.next = asking ? &K_next : NULL;
+            if (packed == 0 && c.panels > 1 && a->q.column == 1) {
+                Q_next = upcoming_queries(call, &c, &panels[1], count);
+                K.next = &Q_next;
+            }
+            for (; packed <= p; packed++)
+                pack_queries(call, &panels[packed], c.batch, s.rows, s.Q + packed * d * PANEL);
             attend(call, &panels[p], &s, sums_at(s.sums, a, p), seen, key, r, K, V, s.Q + p * d * PANEL);
         }
     }

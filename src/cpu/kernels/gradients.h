@@ -59,9 +59,10 @@ static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const 
                                                             const term *Qt, int64_t k_terms, real factor, const term *V,
                                                             int64_t v_stride, const term *dOt, int64_t v_terms,
                                                             const real *mask, const real *L, const real *D,
-                                                            struct gradients to)
+                                                            struct gradients to, struct upcoming *upcoming)
 {
     enum { R = KEY_UNIT };
+    (void)upcoming; /* as in tile_product.h */
     _Alignas(64) real S[R * PANEL], dP[R * PANEL];
     int64_t done = 0;
     for (; done + R <= keys; done += R) {
@@ -127,18 +128,20 @@ static inline void exp_row(int vectors, real *S, int64_t k, const real *mask, co
 TILE_GRADIENTS(TILE_ROWS_3, 3)
 
 /* P and dS of a panel of full width, from S = factor * K Q^T, sums of k_terms, and dP = V dO^T, of v_terms; by whole
- * tiles of keys. mask[key][lane], which is added to the scores, may be NULL. How many keys are done. */
+ * tiles of keys. mask[key][lane], which is added to the scores, may be NULL. The tiles ask for two matrices in
+ * turn, or for none: upcoming may be NULL, too. How many keys are done. */
 static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const term *K, int64_t k_stride,
                                                             const term *Qt, int64_t k_terms, real factor, const term *V,
                                                             int64_t v_stride, const term *dOt, int64_t v_terms,
                                                             const real *mask, const real *L, const real *D,
-                                                            struct gradients to)
+                                                            struct gradients to, struct upcoming *upcoming)
 {
     enum { R = TILE_ROWS_3 };
     int64_t done = 0;
     for (; done + R <= keys; done += R) {
         _Alignas(64) real S[R * PANEL];
-        multiply_rows(R, PANEL_VECTORS, K + done * k_stride, k_stride, Qt, PANEL, S, PANEL, k_terms, factor, NULL);
+        multiply_rows(R, PANEL_VECTORS, K + done * k_stride, k_stride, Qt, PANEL, S, PANEL, k_terms, factor,
+                      upcoming ? &upcoming[done / R % 2] : NULL);
         tile_gradients(V + done * v_stride, v_stride, dOt, v_terms, S, mask ? mask + done * PANEL : NULL, L, D, &to);
         to.P += R * to.across, to.dS += R * to.across, to.dS_down += R / TERM * to.down;
     }
