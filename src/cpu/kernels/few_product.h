@@ -233,22 +233,29 @@ static inline __attribute__((always_inline)) vec value_load(const char *at, int6
     vec_store(at, vec_add(vec_load(at), sum_##r##_##n));
 #define VALUE_STORE_COLUMN(n, R) ROWS_##R(VALUE_STORE, n)
 
+/* Unrolled, clang loads all operands first. */
+#ifdef __clang__
+#define ONE_BY_ONE _Pragma("nounroll")
+#else
+#define ONE_BY_ONE
+#endif
+
 /* O += P V for n keys and N vectors of columns. Where terms are pairs, P holds those of keys k and k + LANES / R. */
 /* clang-format off */
 #define VALUES_TILE(R, N)                                                                                              \
     static inline __attribute__((always_inline)) void values_##R##x##N(                                                \
         const term *P, struct lines V, int64_t n, real *O, int64_t columns, int64_t c, int half, struct upcoming *next)\
     {                                                                                                                  \
-        const int64_t keys = TERM > 1 ? LANES / R : 1, pair = keys * V.step; \
-        const int64_t bytes = is_half(V.dtype) ? 2 : (int64_t)sizeof(real); \
+        const int64_t keys = TERM > 1 ? LANES / R : 1, pair = keys * V.step;                                           \
+        const int64_t bytes = is_half(V.dtype) ? 2 : (int64_t)sizeof(real);                                            \
         struct upcoming rows = *next;                                                                                  \
         real *at;                                                                                                      \
         EACH_##N(VALUE_START, R)                                                                                       \
         for (int64_t k = 0; k < n; k += TERM * keys, V.rows += pair * (TERM - 1))                                      \
-            for (int64_t i = 0; i < keys; i++, V.rows += V.step, P += R) {                                             \
+            ONE_BY_ONE for (int64_t i = 0; i < keys; i++, V.rows += V.step, P += R) {                                  \
                 ROWS_##R(WEIGHT, N)                                                                                    \
                 EACH_##N(VALUE_COLUMN, R)                                                                              \
-                few_ask(&rows, N * LANES); \
+                few_ask(&rows, N * LANES);                                                                             \
             }                                                                                                          \
         EACH_##N(VALUE_STORE_COLUMN, R)                                                                                \
         *next = rows;                                                                                                  \
