@@ -15,7 +15,7 @@ static const struct row {
     int32_t dim;
     int32_t forward_kv, forward_panels, backward_kv, backward_panels;
 } rows[] = {
-    {MFA_CPU_AMXBF16, 128, 256, 8, 256, 4}, /* whole strips of 64 keys */
+    {MFA_CPU_AMXBF16, 128, 512, 8, 512, 4}, /* whole strips of 64 keys */
     {MFA_CPU_AMXBF16, 256, 128, 8, 128, 2},
     {MFA_CPU_AMXBF16, 512, 64, 8, 64, 2},
     {MFA_CPU_SCALAR, 32, 768, 8, 384, 2},

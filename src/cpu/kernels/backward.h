@@ -22,7 +22,7 @@ struct backward_scratch {
     term *Qt, *dOt;       /* their transposes: [terms(dim)][PANEL] */
     term *Q, *dO;         /* of the group, terms down */
     term *K, *V;          /* terms across */
-    term *K_left;
+    term *K_rows, *V_rows, *K_left;
     real *dK, *dV;
     real *S, *dP;         /* [key][PANEL]; if P and dS are reals, in their places instead */
     term *P, *dS;         /* of the group, terms across: [key][group / TERM] */
@@ -40,6 +40,24 @@ static inline int64_t group_stride(const struct mfa_cpu_call *call)
     return (int64_t)call->panels * PANEL + TERM * LANES;
 }
 
+/* Of P and dS across. */
+static inline int64_t across_P(const struct mfa_cpu_call *call)
+{
+    return stride_of(whole_keys(call->block_kv), group_stride(call) / TERM);
+}
+
+/* Of dS down. */
+static inline int64_t down_dS(const struct mfa_cpu_call *call)
+{
+    return stride_of(whole_keys(call->block_kv) / TERM, group_stride(call));
+}
+
+/* Of a group's Q or dO down. */
+static inline int64_t down_rows(const struct mfa_cpu_call *call, int64_t columns)
+{
+    return stride_of((int64_t)call->panels * PANEL / TERM, down_stride(columns));
+}
+
 static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, struct backward_scratch *s)
 {
     const struct mfa_args *a = &call->args;
@@ -55,6 +73,8 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->dO = carve(base, &used, group * e_terms);
     s->K = carve(base, &used, n * d_terms);
     s->V = carve(base, &used, n * e_terms);
+    s->K_rows = TILES ? carve(base, &used, n * d_terms) : s->K;
+    s->V_rows = TILES ? carve(base, &used, n * e_terms) : s->V;
     s->K_left = carve(base, &used, TERM > 1 ? n * d_terms : 0);
     s->dK = carve(base, &used, n * d);
     s->dV = carve(base, &used, n * e);
@@ -214,24 +234,26 @@ static struct keys keys_of(const struct mfa_cpu_call *call, int64_t batch, int64
 static void load_keys(const struct mfa_cpu_call *call, struct backward_scratch *s, struct keys *keys)
 {
     const struct mfa_args *a = &call->args;
-    keys->K =
-        load_block(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n, a->head_dim, 1);
-    keys->V = load_block(s->V, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
+    keys->K = load_block(s->K_rows, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n,
+                         a->head_dim, 1);
+    keys->V = load_block(s->V_rows, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
                          a->value_dim, 1);
     keys->K_left = turn_left(keys->K, keys->n, a->head_dim, s->K_left);
+    keys->K = turn_across(keys->K, keys->n, a->head_dim, s->K);
+    keys->V = turn_across(keys->V, keys->n, a->value_dim, s->V);
 }
 
 /* The panel's rows of Q or dO: down, as the rows of a group from `first` on, and transposed. */
-static void load_panel(const struct backward_scratch *s, const struct panel *panel, int64_t first, const void *data,
-                       int dtype, const struct mfa_strides *strides, int64_t batch, int64_t columns, term *down,
-                       term *transposed)
+static void load_panel(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct panel *panel,
+                       int64_t first, const void *data, const struct mfa_strides *strides, int64_t batch,
+                       int64_t columns, term *down, term *transposed)
 {
-    int64_t lanes = panel->vectors * LANES, across = across_stride(columns);
-    down += first / TERM * down_stride(columns);
+    int64_t lanes = panel->vectors * LANES, across = across_stride(columns), stride = down_rows(call, columns);
+    down += place(stride, first / TERM, 0);
     term *rows = TERM > 1 ? s->rows : down;
-    panel_load(panel, rows, across, data, dtype, strides, batch, columns);
-    turn_down((struct block){rows, across, NULL}, lanes, columns, down);
-    transpose(rows, across, transposed, PANEL, lanes, across);
+    panel_load(panel, rows, across, data, call->dtype, strides, batch, columns);
+    turn_down((struct block){rows, across, NULL}, lanes, columns, down, stride);
+    transpose_terms(rows, across, transposed, stride_of(across, PANEL), lanes, across);
 }
 
 /* Loads Q and dO of a panel, the rows from `first` on of its group, and the keys if that is not done. How the panel
@@ -240,8 +262,8 @@ static enum visibility panel_meets(const struct mfa_cpu_call *call, struct backw
                                    const struct panel *panel, int64_t first, struct keys *keys, struct range r)
 {
     const struct mfa_args *a = &call->args;
-    load_panel(s, panel, first, call->q, call->dtype, &a->q, keys->batch, a->head_dim, s->Q, s->Qt);
-    load_panel(s, panel, first, call->d_o, call->dtype, &a->d_o, keys->batch, a->value_dim, s->dO, s->dOt);
+    load_panel(call, s, panel, first, call->q, &a->q, keys->batch, a->head_dim, s->Q, s->Qt);
+    load_panel(call, s, panel, first, call->d_o, &a->d_o, keys->batch, a->value_dim, s->dO, s->dOt);
     enum visibility seen =
         panel_sees(panel, call, keys->batch, keys->first + r.from, r.to - r.from, s->mask_rows, s->mask_tile);
     if (seen != HIDDEN && !keys->K.rows)
@@ -258,23 +280,26 @@ static void panel_scores(const struct mfa_cpu_call *call, const struct backward_
 {
     const struct mfa_args *a = &call->args;
     int64_t from = part.keys.from, n = part.keys.to - from, first = part.vector * LANES;
-    multiply_rows(n, part.vectors, keys->K.rows + from * keys->K.stride, keys->K.stride, s->Qt + first, PANEL,
-                  S + first, stride, terms(a->head_dim), score_factor(call), NULL);
+    int64_t q_stride = stride_of(across_stride(a->head_dim), PANEL);
+    int64_t d_stride = stride_of(across_stride(a->value_dim), PANEL);
+    multiply_rows(n, part.vectors, keys->K.rows + place(keys->K.stride, from, 0), keys->K.stride,
+                  s->Qt + place(q_stride, 0, first), q_stride, S + first, stride, terms(a->head_dim),
+                  score_factor(call), NULL);
     for (int v = part.vector; v < part.vector + part.vectors; v++) {
         int64_t lane = v * LANES;
         panel_adjust(panel, call, v, keys->first + from, n, S + lane, stride, mask ? mask + lane : NULL,
                      slope ? slope + lane : NULL);
     }
-    multiply_rows(n, part.vectors, keys->V.rows + from * keys->V.stride, keys->V.stride, s->dOt + first, PANEL,
-                  dP + first, stride, terms(a->value_dim), 1, NULL);
+    multiply_rows(n, part.vectors, keys->V.rows + place(keys->V.stride, from, 0), keys->V.stride,
+                  s->dOt + place(d_stride, 0, first), d_stride, dP + first, stride, terms(a->value_dim), 1, NULL);
 }
 
 /* Where P and dS of a panel and keys from `key` of the block on go. */
 static struct gradients gradients_at(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
                                      int64_t key)
 {
-    int64_t size = group_stride(call), across = size / TERM, place = key * across + first / TERM;
-    return (struct gradients){s->P + place, s->dS + place, across, s->dS_down + key / TERM * size + first, size};
+    int64_t across = across_P(call), down = down_dS(call), at = place(across, key, first / TERM);
+    return (struct gradients){s->P + at, s->dS + at, across, s->dS_down + place(down, key / TERM, first), down};
 }
 
 /* P = dS = 0 for `lanes` of the group from `first` on, which do not see keys r: others may. */
@@ -283,12 +308,9 @@ static void clear_gradients(const struct mfa_cpu_call *call, const struct backwa
 {
     struct gradients to = gradients_at(call, s, first, r.from);
     int64_t n = r.to - r.from;
-    for (int64_t k = 0; k < n; k++) {
-        fill(to.P + k * to.across, lanes / TERM, 0);
-        fill(to.dS + k * to.across, lanes / TERM, 0);
-    }
-    for (int64_t t = 0; t < terms(n); t++)
-        fill(to.dS_down + t * to.down, lanes, 0);
+    clear_terms(to.P, to.across, n, lanes / TERM);
+    clear_terms(to.dS, to.across, n, lanes / TERM);
+    clear_terms(to.dS_down, to.down, terms(n), lanes);
     end_down(to.dS_down, to.down, n, lanes);
 }
 
@@ -343,9 +365,9 @@ static void visit_panel(const struct mfa_cpu_call *call, const struct backward_s
     adjusted_gradients(call, s, panel, first, keys, (struct range){r.from, shown.from}, mask, L, D);
     mask += mask ? (shown.from - r.from) * PANEL : 0;
     int64_t done = multiply_gradients(
-        shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt, terms(a->head_dim),
-        score_factor(call), keys->V.rows + shown.from * keys->V.stride, keys->V.stride, s->dOt, terms(a->value_dim),
-        mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
+        shown.to - shown.from, keys->K.rows + place(keys->K.stride, shown.from, 0), keys->K.stride, s->Qt,
+        terms(a->head_dim), score_factor(call), keys->V.rows + place(keys->V.stride, shown.from, 0), keys->V.stride,
+        s->dOt, terms(a->value_dim), mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
     mask += mask ? done * PANEL : 0;
     adjusted_gradients(call, s, panel, first, keys, (struct range){shown.from + done, r.to}, mask, L, D);
 }
@@ -387,7 +409,7 @@ static void wait_for_turn(_Atomic int64_t *turn, int64_t block)
 static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct group *g,
                    const struct keys *keys, int64_t block, const struct sight *sight)
 {
-    int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = group_stride(call), d = call->args.head_dim;
+    int64_t stride, panels = mfa_cpu_ceil(g->rows, PANEL), size = down_dS(call), d = call->args.head_dim;
     _Atomic int64_t *turn = &call->progress[group_number(call, g)];
     wait_for_turn(turn, block);
     real *dQ = group_dQ(call, g, &stride);
@@ -400,7 +422,7 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
         int64_t first = p * PANEL, rows = (next * PANEL < g->rows ? next * PANEL : g->rows) - first;
         if (r.from >= r.to)
             continue;
-        const term *dS = s->dS_down + r.from / TERM * size + first, *K = left_row(keys->K_left, r.from);
+        const term *dS = s->dS_down + place(size, r.from / TERM, first), *K = left_row(keys->K_left, r.from);
         if (dQ_is_transposed(call))
             add_columns(TILES ? padded(d) : d, (int)(units(rows) / LANES), K, keys->K_left.stride, dS, size, dQ + first,
                         stride, terms(r.to - r.from), NULL);
@@ -418,8 +440,8 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
                       const struct keys *keys, const struct sight *sight)
 {
     int64_t d = padded(call->args.head_dim), e = padded(call->args.value_dim);
-    int64_t d_stride = down_stride(call->args.head_dim), e_stride = down_stride(call->args.value_dim);
-    int64_t across = group_stride(call) / TERM;
+    int64_t d_stride = down_rows(call, call->args.head_dim), e_stride = down_rows(call, call->args.value_dim);
+    int64_t across = across_P(call);
     for (int64_t i = 0, next; i < sight->count; i = next) {
         struct range r = sight->strips[i];
         for (next = i + 1; next < sight->count && sight->strips[next].from == r.from && sight->strips[next].to == r.to;)
@@ -427,14 +449,14 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
         if (r.from >= r.to)
             continue;
         int64_t key = i * STRIP, rows = (next * STRIP < keys->n ? next * STRIP : keys->n) - key;
-        int64_t first = r.from * LANES / TERM, end = r.to * LANES, at = key * across + first;
+        int64_t first = r.from * LANES / TERM, end = r.to * LANES, at = place(across, key, first);
         int64_t n = (end < g->rows ? end : units(g->rows)) / TERM - first;
         if (call->dv)
-            add_rows(rows, (int)(e / LANES), s->P + at, across, s->dO + first * e_stride, e_stride, s->dV + key * e, e,
-                     n);
+            add_rows(rows, (int)(e / LANES), s->P + at, across, s->dO + place(e_stride, first, 0), e_stride,
+                     s->dV + key * e, e, n);
         if (call->dk)
-            add_rows(rows, (int)(d / LANES), s->dS + at, across, s->Q + first * d_stride, d_stride, s->dK + key * d, d,
-                     n);
+            add_rows(rows, (int)(d / LANES), s->dS + at, across, s->Q + place(d_stride, first, 0), d_stride,
+                     s->dK + key * d, d, n);
     }
 }
 

@@ -211,7 +211,8 @@ static inline __attribute__((always_inline)) vec value_load(const char *at, int6
     real pairs[2 * LANES];
     (void)dtype;
     at -= half * LANES * 2;
-    vec_zip(vec_load((const real *)(const void *)at), vec_load((const real *)(const void *)(at + step)), pairs);
+    vec_zip(vec_load((const real *)(const void *)at), vec_load((const real *)(const void *)(at + step)), pairs,
+            pairs + LANES);
     return vec_load(pairs + half * LANES);
 #endif
 }

@@ -28,7 +28,7 @@ static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel
 }
 
 struct forward_scratch {
-    term *Q, *K, *V, *V_left;
+    term *Q, *K, *V, *K_across, *V_left, *P; /* K and V: as copied; P may be S */
     real *rows, *S, *sums, *mask_rows, *mask_tile;
 };
 
@@ -44,7 +44,9 @@ static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struc
     s->S = carve(base, &used, n * PANEL);
     s->K = carve(base, &used, n * d);
     s->V = carve(base, &used, n * e);
+    s->K_across = carve(base, &used, TILES ? n * d : 0);
     s->V_left = carve(base, &used, TERM > 1 ? n * e : 0);
+    s->P = TILES ? carve(base, &used, n / TERM * PANEL) : s->S;
     s->sums = carve(base, &used, call->panels * sums_reals(a));
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
@@ -92,6 +94,17 @@ static struct range split_of(const struct mfa_cpu_call *call, int64_t split, int
     return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
 }
 
+/* Of Q^T, of P^T. */
+static inline int64_t Q_stride(const struct mfa_cpu_call *call)
+{
+    return stride_of(across_stride(call->args.head_dim), PANEL);
+}
+
+static inline int64_t P_stride(const struct mfa_cpu_call *call)
+{
+    return stride_of(whole_keys(call->block_kv) / TERM, PANEL);
+}
+
 /* Q^T[d][lane]. */
 static void pack_queries(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, term *rows, term *Q)
 {
@@ -99,11 +112,12 @@ static void pack_queries(const struct mfa_cpu_call *call, const struct panel *pa
     int64_t d = across_stride(a->head_dim);
     panel_load(panel, rows, d, call->q, call->dtype, &a->q, batch, a->head_dim);
     scale_queries(call, rows, panel->vectors * LANES * d);
-    transpose(rows, d, Q, PANEL, panel->vectors * LANES, d);
+    transpose_terms(rows, d, Q, Q_stride(call), panel->vectors * LANES, d);
 }
 
 /* P of a column of n vectors of S; l, and O[value_dim][PANEL] and m if m does not hold, are those of its lanes. */
-static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const real *S, int64_t n, term *P)
+static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const real *S, int64_t n, term *P,
+                         int64_t stride)
 {
     vec reference = vec_load(m), top = column_max(S, n);
     if (vec_any_less(vec_add(reference, vec_set1(SLACK)), top)) {
@@ -115,7 +129,7 @@ static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const rea
             vec_store(O + d * PANEL, vec_mul(vec_load(O + d * PANEL), alpha));
         reference = raised;
     }
-    vec_store(l, vec_add(vec_load(l), column_exp2(S, n, reference, P)));
+    vec_store(l, vec_add(vec_load(l), column_exp2(S, n, reference, P, stride)));
 }
 
 /* Divides by l and writes the panel's rows of O and L. */
@@ -150,9 +164,9 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *p
 {
     for (struct part part; r.from < r.to; S += (part.keys.to - r.from) * PANEL, r.from = part.keys.to) {
         part = panel_part(panel, key, r);
-        multiply_rows(part.keys.to - r.from, part.vectors, K.rows + r.from * K.stride, K.stride,
-                      Q + part.vector * LANES, PANEL, S + part.vector * LANES, PANEL, terms(call->args.head_dim),
-                      score_factor(call), K.next);
+        multiply_rows(part.keys.to - r.from, part.vectors, K.rows + place(K.stride, r.from, 0), K.stride,
+                      Q + place(Q_stride(call), 0, part.vector * LANES), Q_stride(call), S + part.vector * LANES, PANEL,
+                      terms(call->args.head_dim), score_factor(call), K.next);
     }
 }
 
@@ -160,25 +174,29 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *p
 static void add_values(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r,
                        struct block V, const term *P, real *O)
 {
-    for (struct part part; r.from < r.to; P += (part.keys.to - r.from) / TERM * PANEL, r.from = part.keys.to) {
+    int64_t stride = P_stride(call), n;
+    for (struct part part; r.from < r.to; P += place(stride, n / TERM, 0), r.from = part.keys.to) {
         part = panel_part(panel, key, r);
-        add_columns(call->args.value_dim, part.vectors, left_row(V, r.from), V.stride, P + part.vector * LANES, PANEL,
-                    O + part.vector * LANES, PANEL, terms(part.keys.to - r.from), V.next);
+        n = part.keys.to - r.from;
+        add_columns(call->args.value_dim, part.vectors, left_row(V, r.from), V.stride,
+                    P + place(stride, 0, part.vector * LANES), stride, O + part.vector * LANES, PANEL, terms(n),
+                    V.next);
     }
 }
 
-/* P of keys r of a block, from its S, in whose place it comes. */
+/* P of keys r of a block, from its S, in whose place it may come. */
 static void normalize(const struct mfa_cpu_call *call, const struct panel *panel, struct sums sums, int64_t key,
-                      struct range r, real *S, const real *mask)
+                      struct range r, real *S, const real *mask, term *P)
 {
+    int64_t stride = P_stride(call);
     for (int v = 0; v < panel->vectors; v++) {
         struct range keys = vector_range(panel, v, key, r);
         int64_t lane = v * LANES, k = keys.from - r.from, at = k * PANEL + lane, n = keys.to - keys.from;
         panel_adjust(panel, call, v, key + keys.from, n, S + at, PANEL, mask ? mask + at : NULL, NULL);
         softmax_step(sums.m + lane, sums.l + lane, sums.O + lane, call->args.value_dim, S + at, n,
-                     S + k / TERM * PANEL + lane);
+                     P + place(stride, k / TERM, lane), stride);
     }
-    end_down(S, PANEL, r.to - r.from, panel->vectors * LANES);
+    end_down(P, stride, r.to - r.from, panel->vectors * LANES);
 }
 
 /* Rows of K or V from `key` on. */
@@ -210,29 +228,33 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
     const struct mfa_args *a = &call->args;
     int plain = panel->vectors == PANEL_VECTORS && !(call->softcap > 0);
     struct range shown = plain ? panel_shown(panel, key, r, KEY_UNIT) : (struct range){r.to, r.to};
-    int64_t from = r.from, added = r.from;
+    int64_t from = r.from, added = r.from, stride = P_stride(call);
     while (from < r.to) {
-        term *P = s->S + (from - r.from) / TERM * PANEL;
+        term *P = s->P + place(stride, (from - r.from) / TERM, 0);
         const real *mask = seen == MASKED ? s->mask_tile + (from - r.from) * PANEL : NULL;
         if (shown.from <= from && from < shown.to && all_have_seen(sums.l)) {
-            int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
-                                         score_factor(call), mask, sums.m, sums.l, P, K.next);
-            from += done, P += done / TERM * PANEL, mask += mask ? done * PANEL : 0;
+            int64_t done =
+                multiply_exp2(shown.to - from, K.rows + place(K.stride, from, 0), K.stride, Q, terms(a->head_dim),
+                              score_factor(call), mask, sums.m, sums.l, P, stride, K.next);
+            from += done, P += place(stride, done / TERM, 0), mask += mask ? done * PANEL : 0;
         }
         if (from == r.to)
             break;
-        add_values(call, panel, key, (struct range){added, from}, V, s->S + (added - r.from) / TERM * PANEL, sums.O);
+        add_values(call, panel, key, (struct range){added, from}, V, s->P + place(stride, (added - r.from) / TERM, 0),
+                   sums.O);
         added = from;
         struct range piece = {from, r.to};
         if (from < shown.from)
             piece.to = shown.from + KEY_UNIT < r.to ? shown.from + KEY_UNIT : r.to; /* each lane gets an m */
         else if (from < shown.to)
             piece.to = from + RAISE_KEYS < shown.to ? from + RAISE_KEYS : shown.to;
-        multiply_keys(call, panel, key, piece, K, Q, P);
-        normalize(call, panel, sums, key, piece, P, mask);
+        real *S = TILES ? s->S : P;
+        multiply_keys(call, panel, key, piece, K, Q, S);
+        normalize(call, panel, sums, key, piece, S, mask, P);
         from = piece.to;
     }
-    add_values(call, panel, key, (struct range){added, r.to}, V, s->S + (added - r.from) / TERM * PANEL, sums.O);
+    add_values(call, panel, key, (struct range){added, r.to}, V, s->P + place(stride, (added - r.from) / TERM, 0),
+               sums.O);
 }
 
 static void forward(void *data, int64_t task, int worker)
@@ -278,6 +300,7 @@ static void forward(void *data, int64_t task, int worker)
                 continue;
             if (!K.rows) {
                 K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
+                K = turn_across(K, n, a->head_dim, s.K_across);
                 V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
                 V = turn_left(V, n, a->value_dim, s.V_left);

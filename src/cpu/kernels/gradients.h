@@ -15,7 +15,7 @@ static inline vec score_gradients(vec P, vec dP, vec D, const real *slope)
     return slope ? vec_mul(dS, vec_load(slope)) : dS;
 }
 
-/* Where P and dS of a panel go: terms across, rows `across` apart; and of dS down, rows `down` apart. */
+/* Where P and dS of a panel go: terms across, and their stride; of dS also down, and its stride. */
 struct gradients {
     term *P, *dS;
     int64_t across;
@@ -29,24 +29,25 @@ static void panel_gradients(int vectors, int64_t n, const real *S, const real *d
 {
     for (int v = 0; v < vectors; v++) {
         int64_t at = v * LANES;
-        term *P = to.P + at / TERM, *dS = to.dS + at / TERM, *dS_down = to.dS_down + at;
+        term *P = to.P + place(to.across, 0, at / TERM), *dS = to.dS + place(to.across, 0, at / TERM);
+        term *dS_down = to.dS_down + place(to.down, 0, at);
         vec l = vec_load(L + at), delta = vec_load(D + at);
         for (int64_t k = 0; k < n; k += 2) {
             const real *Sk = S + k * stride + at, *dPk = dP + k * stride + at,
                        *t = slope ? slope + k * PANEL + at : NULL;
             vec P0 = probabilities(Sk, factor, l), dS0 = score_gradients(P0, vec_load(dPk), delta, t);
-            store_across(P + k * to.across, P0);
+            store_across(P + place(to.across, k, 0), P0);
             if (TERM > 1)
-                store_across(dS + k * to.across, dS0);
+                store_across(dS + place(to.across, k, 0), dS0);
             if (k + 1 == n) {
                 store_down_last(dS_down, to.down, k, dS0);
                 break;
             }
             vec P1 = probabilities(Sk + stride, factor, l),
                 dS1 = score_gradients(P1, vec_load(dPk + stride), delta, t ? t + PANEL : NULL);
-            store_across(P + (k + 1) * to.across, P1);
+            store_across(P + place(to.across, k + 1, 0), P1);
             if (TERM > 1)
-                store_across(dS + (k + 1) * to.across, dS1);
+                store_across(dS + place(to.across, k + 1, 0), dS1);
             store_down(dS_down, to.down, k, dS0, dS1);
         }
     }
@@ -66,12 +67,14 @@ static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const 
     _Alignas(64) real S[R * PANEL], dP[R * PANEL];
     int64_t done = 0;
     for (; done + R <= keys; done += R) {
-        tile_product(R, PANEL_VECTORS, K + done * k_stride, k_stride, Qt, PANEL, S, PANEL, k_terms, 0);
-        tile_product(R, PANEL_VECTORS, V + done * v_stride, v_stride, dOt, PANEL, dP, PANEL, v_terms, 0);
+        tile_product(R, PANEL_VECTORS, K + place(k_stride, done, 0), k_stride, Qt, stride_of(padded(k_terms), PANEL), S,
+                     PANEL, k_terms, 0);
+        tile_product(R, PANEL_VECTORS, V + place(v_stride, done, 0), v_stride, dOt, stride_of(padded(v_terms), PANEL),
+                     dP, PANEL, v_terms, 0);
         for (int64_t i = 0; mask && i < R * PANEL; i += LANES)
             vec_store(S + i, masked(vec_mul(vec_load(S + i), vec_set1(factor)), vec_load(mask + done * PANEL + i)));
         panel_gradients(PANEL_VECTORS, R, S, dP, PANEL, L, D, NULL, mask ? 1 : factor, to);
-        to.P += R * to.across, to.dS += R * to.across, to.dS_down += R / TERM * to.down;
+        to.P += place(to.across, R, 0), to.dS += place(to.across, R, 0), to.dS_down += place(to.down, R / TERM, 0);
     }
     return done;
 }

@@ -31,9 +31,9 @@ static inline void vec_store_across(real *to, vec v)
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-static inline void vec_zip(vec even, vec odd, real *to)
+static inline void vec_zip(vec even, vec odd, real *low, real *high)
 {
     const int odd_first = 32 << 16, both = 16 | 16 << 16;
-    vec_store(to, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first), (__m512i)odd));
-    vec_store(to + LANES, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first + both), (__m512i)odd));
+    vec_store(low, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first), (__m512i)odd));
+    vec_store(high, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first + both), (__m512i)odd));
 }

@@ -23,7 +23,7 @@ static vec column_max(const real *S, int64_t n)
 }
 
 /* P = exp2(S - m), terms down, in the place of S or before it; its sum. */
-static vec column_exp2(const real *S, int64_t n, vec m, term *P)
+static vec column_exp2(const real *S, int64_t n, vec m, term *P, int64_t stride)
 {
     vec l[2] = {vec_set1(0), vec_set1(0)};
     int64_t k = 0;
@@ -32,12 +32,12 @@ static vec column_exp2(const real *S, int64_t n, vec m, term *P)
         vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
         l[0] = vec_add(l[0], even);
         l[1] = vec_add(l[1], odd);
-        store_down(P, PANEL, k, even, odd);
+        store_down(P, stride, k, even, odd);
     }
     if (k < n) {
         vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
         l[0] = vec_add(l[0], last);
-        store_down_last(P, PANEL, k, last);
+        store_down_last(P, stride, k, last);
     }
     return vec_add(l[0], l[1]);
 }
@@ -73,38 +73,50 @@ static inline vec below_reference(const real *S, real factor, const real *mask, 
     return vec_sub(masked(vec_mul(vec_load(S), vec_set1(factor)), vec_load(mask)), m);
 }
 
-/* P of column v of S = KEY_UNIT rows, times factor; its sum. */
-static inline vec tile_exp2(const real *S, real factor, const real *mask, vec m, term *P)
+/* P of KEY_UNIT keys of S, times factor, and its sums. Between the exponentials stands the product S_next = K Q^T,
+ * unless n is 0. */
+static inline __attribute__((always_inline)) void tile_exp2(const real *S, real factor, const real *mask, const real *m,
+                                                            real *sum, term *P, int64_t p_stride, const term *K,
+                                                            int64_t k_stride, const term *Q, int64_t n, real *S_next)
 {
-    vec l[2] = {vec_set1(0), vec_set1(0)};
-    for (int64_t k = 0; k < KEY_UNIT; k += 2) {
-        const real *next = mask ? mask + k * PANEL : NULL;
-        vec even = vec_exp2(below_reference(S + k * PANEL, factor, next, m));
-        vec odd = vec_exp2(below_reference(S + (k + 1) * PANEL, factor, next ? next + PANEL : NULL, m));
-        l[0] = vec_add(l[0], even);
-        l[1] = vec_add(l[1], odd);
-        store_down(P, PANEL, k, even, odd);
+    enum { ROWS = 4, PARTS = KEY_UNIT / ROWS };
+    const int64_t q_stride = stride_of(padded(n), PANEL);
+    for (int pair = 0; pair < PANEL_VECTORS; pair += 2) {
+        struct pieces product;
+        pieces_begin(&product, K, k_stride, Q + place(q_stride, 0, pair * LANES), q_stride, n);
+        for (int64_t at = pair * LANES; at < (pair + 2) * LANES; at += LANES) {
+            vec l[2] = {vec_set1(0), vec_set1(0)}, reference = vec_load(m + at);
+            for (int part = 0; part < PARTS; part++) {
+                for (int64_t k = part * ROWS; k < (part + 1) * ROWS; k += 2) {
+                    const real *next = mask ? mask + k * PANEL + at : NULL, *Sk = S + k * PANEL + at;
+                    vec even = vec_exp2(below_reference(Sk, factor, next, reference));
+                    vec odd = vec_exp2(below_reference(Sk + PANEL, factor, next ? next + PANEL : NULL, reference));
+                    l[0] = vec_add(l[0], even);
+                    l[1] = vec_add(l[1], odd);
+                    store_down(P + place(p_stride, 0, at), p_stride, k, even, odd);
+                }
+                pieces_go_on(&product, 2 * PARTS);
+            }
+            vec_store(sum + at, vec_add(l[0], l[1]));
+        }
+        if (n)
+            squares_store(2, 2, S_next + pair * LANES, PANEL);
     }
-    return vec_add(l[0], l[1]);
 }
 
-/* A part of the next product comes after each column of P: so the next columns are not those whose stores are still
- * under way, which memory's addresses would make them wait for. */
-static inline int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride, const term *Q, int64_t n, real factor,
-                                 const real *mask, const real *m, real *l, term *P, struct upcoming *upcoming)
+static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride,
+                                                                const term *Q, int64_t n, real factor, const real *mask,
+                                                                const real *m, real *l, term *P, int64_t p_stride,
+                                                                struct upcoming *upcoming)
 {
     enum { R = KEY_UNIT };
     _Alignas(64) real S[2][R * PANEL], sum[PANEL];
-    multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, PANEL, S[0], PANEL, n, 1, upcoming);
+    multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, stride_of(padded(n), PANEL), S[0], PANEL, n, 1,
+                  upcoming);
     int64_t done = 0;
     for (int turn = 0; done + R <= keys; done += R, turn = !turn) {
-        for (int v = 0; v < PANEL_VECTORS; v++) {
-            int64_t at = v * LANES;
-            vec_store(sum + at, tile_exp2(S[turn] + at, factor, mask ? mask + done * PANEL + at : NULL,
-                                          vec_load(m + at), P + done / TERM * PANEL + at));
-            if (done + 2 * R <= keys)
-                tile_product_part(v, K + (done + R) * k_stride, k_stride, Q, S[!turn], n);
-        }
+        tile_exp2(S[turn], factor, mask ? mask + done * PANEL : NULL, m, sum, P + place(p_stride, done / TERM, 0),
+                  p_stride, K + place(k_stride, done + R, 0), k_stride, Q, done + 2 * R <= keys ? n : 0, S[!turn]);
         if (!add_sums(l, sum))
             break;
     }
@@ -166,10 +178,11 @@ TILE_EXP2(TILE_ROWS_3, PANEL_VECTORS)
 
 static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride,
                                                                 const term *Q, int64_t n, real factor, const real *mask,
-                                                                const real *m, real *l, term *P,
+                                                                const real *m, real *l, term *P, int64_t p_stride,
                                                                 struct upcoming *upcoming)
 {
     enum { R = TILE_ROWS_3 };
+    (void)p_stride; /* PANEL */
     _Alignas(64) real S[R * PANEL];
     multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, upcoming);
     int64_t done = 0;
@@ -190,11 +203,11 @@ static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, co
  * mask[key][lane], which is added to the scores, and `upcoming` may be NULL. */
 static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term *K, int64_t k_stride, const term *Q,
                                                        int64_t n, real factor, const real *mask, const real *m, real *l,
-                                                       term *P, struct upcoming *upcoming)
+                                                       term *P, int64_t p_stride, struct upcoming *upcoming)
 {
-    if (upcoming)
-        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, upcoming);
+    if (upcoming && !TILES) /* these ask for nothing */
+        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, upcoming);
     if (mask)
-        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, NULL);
-    return exp2_tiles(keys, K, k_stride, Q, n, factor, NULL, m, l, P, NULL);
+        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, NULL);
+    return exp2_tiles(keys, K, k_stride, Q, n, factor, NULL, m, l, P, p_stride, NULL);
 }

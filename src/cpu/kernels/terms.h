@@ -11,10 +11,12 @@
  *     vec_dots(a, b, sum)           the same for a vector of terms a
  *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
- *     vec_zip(even, odd, to)        two rows of numbers turned into 2 * LANES terms down
+ *     vec_zip(even, odd, low, high) two rows of numbers turned into terms down, LANES to each place
  *
  * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only
- * terms across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. */
+ * terms across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. For them
+ * matrices of terms lie in strips of LANES columns, the rows of a strip next to each other: what a register holds is
+ * then 1 KiB in one place, and what a product reads again spreads over all sets of the cache. */
 
 #ifndef TERM
 #define TERM 1
@@ -48,6 +50,25 @@ static inline int64_t across_stride(int64_t columns)
 static inline int64_t down_stride(int64_t columns)
 {
     return across_stride(columns) * TERM;
+}
+
+/* From one row of a matrix of terms to the next; in strips, from one of these to the next. */
+static inline int64_t stride_of(int64_t rows, int64_t columns)
+{
+    return TILES ? rows * LANES : columns;
+}
+
+/* Where a term lies. In strips that can be added to a place whose column is a whole strip's first. */
+static inline int64_t place(int64_t stride, int64_t row, int64_t column)
+{
+    return TILES ? column / LANES * stride + row * LANES + column % LANES : row * stride + column;
+}
+
+/* Zeros; in strips, columns are whole ones. */
+static void clear_terms(term *to, int64_t stride, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; i < (TILES ? columns / LANES : rows); i++)
+        fill(to + i * stride, TILES ? rows * LANES : columns, 0);
 }
 
 /* A row of the caller's, across. With TERM = 2 tensors have numbers of 16 bits, and these stay as they are. */
@@ -99,8 +120,8 @@ static struct block load_block(term *copy, const void *data, int dtype, const st
     int64_t bytes = bytes_of(dtype), stride = across_stride(columns);
     const char *from = row_at(data, bytes, s, batch, head, row);
     int fits = TERM == 1 ? is_real(dtype) : (columns | s->row) % TERM == 0 && (uintptr_t)from % sizeof(term) == 0;
-    if (TILES) /* they read whole squares */
-        fits = fits && columns % (TERM * LANES) == 0 && rows % LANES == 0;
+    if (TILES) /* turned in whole vectors */
+        fits = fits && columns % (TERM * LANES) == 0;
     if (!must_copy && fits && s->column == 1 && s->row * bytes % 4096 != 0)
         return (struct block){(const term *)(const void *)from, s->row / TERM, NULL};
     if (is_real(dtype) && s->row == 1 && s->column != 1)
@@ -111,19 +132,31 @@ static struct block load_block(term *copy, const void *data, int dtype, const st
     return (struct block){copy, stride, NULL};
 }
 
+/* A block whose rows are whole vectors in strips, where products want them. */
+static struct block turn_across(struct block block, int64_t rows, int64_t columns, term *across)
+{
+    int64_t stride = stride_of(padded(rows), across_stride(columns));
+    if (!TILES)
+        return block;
+    for (int64_t c = 0; c < across_stride(columns); c += LANES)
+        for (int64_t r = 0; r < rows; r++)
+            vec_store(across + place(stride, r, c), vec_load(block.rows + r * block.stride + c));
+    return (struct block){across, stride, NULL};
+}
+
 /* Terms down of a block whose rows are whole vectors: the block itself, or made in `down`. */
-static struct block turn_down(struct block block, int64_t rows, int64_t columns, term *down)
+static struct block turn_down(struct block block, int64_t rows, int64_t columns, term *down, int64_t stride)
 {
 #if TERM == 1
-    (void)rows, (void)columns, (void)down;
+    (void)rows, (void)columns, (void)down, (void)stride;
     return block;
 #else
-    int64_t stride = down_stride(columns);
     for (int64_t r = 0; r < rows; r += 2)
         for (int64_t c = 0; c < across_stride(columns); c += LANES) {
             const term *even = block.rows + r * block.stride + c;
             vec odd = r + 1 < rows ? vec_load(even + block.stride) : vec_set1(0);
-            vec_zip(vec_load(even), odd, down + r / 2 * stride + 2 * c);
+            term *low = down + place(stride, r / 2, 2 * c);
+            vec_zip(vec_load(even), odd, low, low + place(stride, 0, LANES));
         }
     return (struct block){down, stride, NULL};
 #endif
@@ -133,20 +166,21 @@ static struct block turn_down(struct block block, int64_t rows, int64_t columns,
 static struct block turn_left(struct block block, int64_t rows, int64_t columns, term *left)
 {
 #if !TILES
-    return turn_down(block, rows, columns, left);
+    return turn_down(block, rows, columns, left, down_stride(columns));
 #else
-    int64_t stride = across_stride(rows);
+    int64_t stride = stride_of(down_stride(columns), across_stride(rows));
     for (int64_t r = 0; r < rows; r += 2 * LANES)
         for (int64_t c = 0; c < across_stride(columns); c += LANES) {
             term down[LANES][2 * LANES];
             for (int64_t i = 0; i < LANES; i++) {
                 const term *even = block.rows + (r + 2 * i) * block.stride + c;
                 vec first = r + 2 * i < rows ? vec_load(even) : vec_set1(0);
-                vec_zip(first, r + 2 * i + 1 < rows ? vec_load(even + block.stride) : vec_set1(0), down[i]);
+                vec_zip(first, r + 2 * i + 1 < rows ? vec_load(even + block.stride) : vec_set1(0), down[i],
+                        down[i] + LANES);
             }
-            term *to = left + 2 * c * stride + r / 2;
-            vec_transpose(down[0], 2 * LANES, to, stride);
-            vec_transpose(down[0] + LANES, 2 * LANES, to + LANES * stride, stride);
+            term *to = left + place(stride, 2 * c, r / 2);
+            vec_transpose(down[0], 2 * LANES, to, LANES);
+            vec_transpose(down[0] + LANES, 2 * LANES, to + LANES * LANES, LANES);
         }
     return (struct block){left, stride, NULL};
 #endif
@@ -155,24 +189,33 @@ static struct block turn_left(struct block block, int64_t rows, int64_t columns,
 /* Where row r of the block begins in it, r even. */
 static inline const term *left_row(struct block left, int64_t r)
 {
-    return left.rows + r / TERM * (TILES ? 1 : left.stride);
+    return left.rows + (TILES ? place(left.stride, 0, r / TERM) : place(left.stride, r / TERM, 0));
+}
+
+/* The transpose of rows that lie `from_stride` apart, both numbers whole vectors. */
+static void transpose_terms(const term *from, int64_t from_stride, term *to, int64_t stride, int64_t rows,
+                            int64_t columns)
+{
+    for (int64_t r = 0; r < rows; r += LANES)
+        transpose(from + r * from_stride, from_stride, to + place(stride, 0, r), TILES ? LANES : stride, LANES,
+                  columns);
 }
 
 /* Zeros in the rows of terms down that a product with the first n takes along. */
 static void end_down(term *to, int64_t stride, int64_t n, int64_t columns)
 {
-    for (int64_t t = terms(n); TILES && t < across_stride(n); t++)
-        fill(to + t * stride, columns, 0);
+    if (TILES)
+        clear_terms(to + place(stride, terms(n), 0), stride, across_stride(n) - terms(n), columns);
 }
 
-/* Rows k and k + 1 of a matrix whose terms run down, k even; rows of terms `stride` apart. */
+/* Rows k and k + 1 of a matrix whose terms run down, k even. */
 static inline void store_down(term *to, int64_t stride, int64_t k, vec even, vec odd)
 {
 #if TERM == 1
     vec_store(to + k * stride, even);
     vec_store(to + (k + 1) * stride, odd);
 #else
-    vec_store(to + k / 2 * stride, vec_pair(even, odd));
+    vec_store(to + place(stride, k / 2, 0), vec_pair(even, odd));
 #endif
 }
 
@@ -182,7 +225,7 @@ static inline void store_down_last(term *to, int64_t stride, int64_t k, vec even
 #if TERM == 1
     vec_store(to + k * stride, even);
 #else
-    vec_store(to + k / 2 * stride, vec_pair(even, vec_set1(0)));
+    vec_store(to + place(stride, k / 2, 0), vec_pair(even, vec_set1(0)));
 #endif
 }
 

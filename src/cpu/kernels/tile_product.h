@@ -1,6 +1,7 @@
 /* The products of product.h by tile registers: C is made of squares of LANES x LANES sums, two by two of them at a time
  * in registers 0 to 3, and each step takes LANES terms. So A is read in whole squares, and C written in whole ones:
- * memory has room for them, and the terms beyond n are 0 in one operand and finite in the other. */
+ * memory has room for them, and the terms beyond n are 0 in one operand and finite in the other. A and B lie in strips
+ * (terms.h), a_step and b_step apart, and a step takes one strip of A and LANES rows of B. */
 
 #define SQUARE(C, row, column, c_step) ((C) + ((row) * (c_step) + (column)) * LANES)
 
@@ -31,17 +32,17 @@ static inline __attribute__((always_inline)) void squares_load(int rows, int col
 static inline __attribute__((always_inline)) void squares_add(int rows, int columns, const term *A, int64_t a_step,
                                                               const term *B, int64_t b_step, int64_t n)
 {
-    const size_t a_bytes = (size_t)a_step * sizeof(term), b_bytes = (size_t)b_step * sizeof(term);
-    for (int64_t t = 0; t < n; t += LANES, A += LANES, B += LANES * b_step) {
-        _tile_loadd(4, A, a_bytes);
-        _tile_loadd(6, B, b_bytes);
+    const size_t bytes = LANES * sizeof(term);
+    for (int64_t t = 0; t < n; t += LANES, A += a_step, B += LANES * LANES) {
+        _tile_loadd(4, A, bytes);
+        _tile_loadd(6, B, bytes);
         _tile_dpbf16ps(0, 4, 6);
         if (columns == 2) {
-            _tile_loadd(7, B + LANES, b_bytes);
+            _tile_loadd(7, B + b_step, bytes);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (rows == 2) {
-            _tile_loadd(5, A + LANES * a_step, a_bytes);
+            _tile_loadd(5, A + LANES * LANES, bytes);
             _tile_dpbf16ps(2, 5, 6);
             if (columns == 2)
                 _tile_dpbf16ps(3, 5, 7);
@@ -74,9 +75,9 @@ static inline __attribute__((always_inline)) void squares(int rows, int columns,
 static void tile_product(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
                          real *C, int64_t c_step, int64_t n, int add)
 {
-    for (int v = 0; v < vectors; v += 2, B += 2 * LANES, C += 2 * LANES)
+    for (int v = 0; v < vectors; v += 2, B += 2 * b_step, C += 2 * LANES)
         for (int64_t r = 0; r < rows; r += 2 * LANES) {
-            const term *a = A + r * a_step;
+            const term *a = A + place(a_step, r, 0);
             real *c = C + r * c_step;
             if (rows - r > LANES && v + 1 < vectors)
                 squares(2, 2, a, a_step, B, b_step, c, c_step, n, add);
@@ -89,16 +90,41 @@ static void tile_product(int64_t rows, int vectors, const term *A, int64_t a_ste
         }
 }
 
-/* Part v of a product of 2 * LANES rows and PANEL columns: parts can be put between other work, in order. */
-static inline void tile_product_part(int v, const term *A, int64_t a_step, const term *B, real *C, int64_t n)
+/* A product of two by two squares, an instruction at a time, so that other work can stand between. */
+struct pieces {
+    const term *A, *B; /* of the next step */
+    int64_t a_step, b_step;
+    int64_t each, done, due; /* products of registers: of a part, times `parts`; done; to be done, likewise */
+};
+
+static inline void pieces_begin(struct pieces *s, const term *A, int64_t a_step, const term *B, int64_t b_step,
+                                int64_t n)
 {
-    int64_t half = n / 2 / LANES * LANES, from = v % 2 ? half : 0;
-    B += v / 2 * 2 * LANES, C += v / 2 * 2 * LANES;
-    if (v % 2 == 0)
-        squares_load(2, 2, C, PANEL, 0);
-    squares_add(2, 2, A + from, a_step, B + from * PANEL, PANEL, (v % 2 ? n : half) - from);
-    if (v % 2)
-        squares_store(2, 2, C, PANEL);
+    *s = (struct pieces){A, B, a_step, b_step, 4 * padded(n) / LANES, 0, 0};
+    squares_load(2, 2, NULL, 0, 0);
+}
+
+/* The next of `parts` parts. */
+static inline void pieces_go_on(struct pieces *s, int parts)
+{
+    const size_t bytes = LANES * sizeof(term);
+    for (s->due += s->each; s->done * parts < s->due; s->done++)
+        switch (s->done % 4) {
+        case 0:
+            _tile_loadd(4, s->A, bytes);
+            _tile_loadd(6, s->B, bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            break;
+        case 1:
+            _tile_loadd(7, s->B + s->b_step, bytes);
+            _tile_dpbf16ps(1, 4, 7);
+            break;
+        case 2:
+            _tile_loadd(5, s->A + LANES * LANES, bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            break;
+        default: _tile_dpbf16ps(3, 5, 7); s->A += s->a_step, s->B += LANES * LANES;
+        }
 }
 
 static void multiply_rows(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
