@@ -331,7 +331,7 @@ static void adjusted_gradients(const struct mfa_cpu_call *call, const struct bac
                         1, gradients_at(call, s, first + lane, r.from));
         clear_gradients(call, s, first, lane, part.keys);
         clear_gradients(call, s, first + end, panel->vectors * LANES - end, part.keys);
-        mask += mask ? n * PANEL : 0;
+        mask = mask ? mask + n * PANEL : NULL;
     }
 }
 
@@ -363,12 +363,12 @@ static void visit_panel(const struct mfa_cpu_call *call, const struct backward_s
         next[1] = upcoming_panel(call, keys, panel, n, call->d_o, &a->d_o, a->value_dim);
     }
     adjusted_gradients(call, s, panel, first, keys, (struct range){r.from, shown.from}, mask, L, D);
-    mask += mask ? (shown.from - r.from) * PANEL : 0;
+    mask = mask ? mask + (shown.from - r.from) * PANEL : NULL;
     int64_t done = multiply_gradients(
         shown.to - shown.from, keys->K.rows + place(keys->K.stride, shown.from, 0), keys->K.stride, s->Qt,
         terms(a->head_dim), score_factor(call), keys->V.rows + place(keys->V.stride, shown.from, 0), keys->V.stride,
         s->dOt, terms(a->value_dim), mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
-    mask += mask ? done * PANEL : 0;
+    mask = mask ? mask + done * PANEL : NULL;
     adjusted_gradients(call, s, panel, first, keys, (struct range){shown.from + done, r.to}, mask, L, D);
 }
 

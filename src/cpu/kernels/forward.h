@@ -236,7 +236,7 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
             int64_t done =
                 multiply_exp2(shown.to - from, K.rows + place(K.stride, from, 0), K.stride, Q, terms(a->head_dim),
                               score_factor(call), mask, sums.m, sums.l, P, stride, K.next);
-            from += done, P += place(stride, done / TERM, 0), mask += mask ? done * PANEL : 0;
+            from += done, P += place(stride, done / TERM, 0), mask = mask ? mask + done * PANEL : NULL;
         }
         if (from == r.to)
             break;
