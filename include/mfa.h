@@ -54,7 +54,7 @@ typedef enum mfa_dtype { MFA_F32 = 0, MFA_F16 = 1, MFA_BF16 = 2, MFA_F64 = 3 } m
 typedef enum mfa_mask {
     MFA_MASK_NONE = 0,
     MFA_MASK_BOOL = 1,    /* one byte an element; nonzero: the key takes part */
-    MFA_MASK_ADDITIVE = 2 /* added to the score; -inf hides the key */
+    MFA_MASK_ADDITIVE = 2 /* added to the score, as f32 unless q is f64; -inf hides the key */
 } mfa_mask;
 
 /* Strides of a (batch, head, row, column) tensor, in elements. Any value is good for an input, 0 and
