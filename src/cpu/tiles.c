@@ -52,7 +52,7 @@ static int64_t queries_of(const mfa_problem *p)
 static int64_t choose_panels(const mfa_problem *p, int64_t most, int64_t block_q, int64_t threads)
 {
     int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), best = 1;
-    double panels = (double)(heads * mfa_cpu_ceil(queries, block_q)), least = HUGE_VAL;
+    double panels = (double)(heads * mfa_cpu_ceil(queries, block_q)), least = INFINITY;
     double unequal = p->upper == MFA_BAND_OPEN_UPPER ? 0 : 0.5;
     for (; most >= 1; most /= 2) {
         int64_t tasks = heads * mfa_cpu_ceil(queries, most * block_q);
