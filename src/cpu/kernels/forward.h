@@ -199,7 +199,7 @@ static void normalize(const struct mfa_cpu_call *call, const struct panel *panel
     end_down(P, stride, r.to - r.from, panel->vectors * LANES);
 }
 
-/* Rows of K or V from `key` on. */
+/* Rows of K or V from `key` on, one of their terms for each that is read. */
 static struct upcoming upcoming_rows(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key,
                                      const void *data, const struct mfa_strides *s, int64_t columns)
 {
@@ -208,15 +208,42 @@ static struct upcoming upcoming_rows(const struct mfa_cpu_call *call, const stru
     return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, TERM * each};
 }
 
-/* The queries of a chunk from its second panel on, evenly while the first visits n keys. */
+/* A panel's rows of Q or O, evenly while n keys are multiplied with as many columns. */
 static struct upcoming upcoming_queries(const struct mfa_cpu_call *call, const struct chunk *c,
-                                        const struct panel *second, int64_t n)
+                                        const struct panel *panel, int64_t n, const void *data,
+                                        const struct mfa_strides *s, int64_t columns)
+{
+    int64_t each = bytes_of(call->dtype), bytes = columns * each;
+    const char *at = row_at(data, each, s, c->batch, panel->head[0], panel->row[0]);
+    int64_t a_term = mfa_cpu_ceil(panel->lanes * bytes, n * terms(columns));
+    return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, a_term};
+}
+
+/* What is asked for while a panel visits keys of a block. */
+struct visit {
+    int first_of_block, first_of_panel, last_of_panel;
+    int64_t keys, next_block; /* its first key; or -1: there is none */
+};
+
+/* The next block, once for all panels; else Q of the next panel. O of this one, before it is written; with pairs of
+ * terms the asking costs more than it gains there. */
+static void ask_ahead(const struct mfa_cpu_call *call, const struct chunk *c, const struct panel *panels, int64_t p,
+                      struct visit visit, struct upcoming next[2], struct block *K, struct block *V)
 {
     const struct mfa_args *a = &call->args;
-    int64_t each = bytes_of(call->dtype), bytes = a->head_dim * each;
-    const char *at = row_at(call->q, each, &a->q, c->batch, second->head[0], second->row[0]);
-    int64_t a_term = mfa_cpu_ceil((c->rows - PANEL) * bytes, n * terms(a->head_dim));
-    return (struct upcoming){at, at + bytes, bytes, a->q.row * each - bytes, a_term};
+    K->next = V->next = NULL;
+    if (visit.first_of_block && visit.next_block >= 0 && a->k.column == 1 && a->v.column == 1) {
+        next[0] = upcoming_rows(call, c, visit.next_block, call->k, &a->k, a->head_dim);
+        next[1] = upcoming_rows(call, c, visit.next_block, call->v, &a->v, a->value_dim);
+        K->next = &next[0], V->next = &next[1];
+    } else if (visit.first_of_panel && p + 1 < c->panels && a->q.column == 1) {
+        next[0] = upcoming_queries(call, c, &panels[p + 1], visit.keys, call->q, &a->q, a->head_dim);
+        K->next = &next[0];
+    }
+    if (visit.last_of_panel && TERM == 1 && call->splits == 1 && a->o.column == 1) {
+        next[1] = upcoming_queries(call, c, &panels[p], visit.keys, call->o, &a->o, a->value_dim);
+        V->next = &next[1];
+    }
 }
 
 /* What the panel gets from keys r of a block: S, P and l by pieces. Where a piece may raise m, P of those before it
@@ -285,11 +312,6 @@ static void forward(void *data, int64_t task, int worker)
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
         struct block K = {0}, V = {0};
-        /* For one panel, to compute hardly takes longer than to read: so the next block is asked for. If other panels
-         * read it too, it is in the cache. */
-        int asking = a->group * a->q_len <= PANEL && j + 1 < blocks.to && a->k.column == 1 && a->v.column == 1;
-        struct upcoming K_next = upcoming_rows(call, &c, key + size, call->k, &a->k, a->head_dim);
-        struct upcoming V_next = upcoming_rows(call, &c, key + size, call->v, &a->v, a->value_dim);
         for (int64_t p = 0; p < c.panels; p++) {
             struct range r = panel_range(&panels[p], key, n, KEY_UNIT);
             if (r.from >= r.to)
@@ -298,20 +320,17 @@ static void forward(void *data, int64_t task, int worker)
             enum visibility seen = panel_sees(&panels[p], call, c.batch, key + r.from, count, s.mask_rows, s.mask_tile);
             if (seen == HIDDEN)
                 continue;
+            struct visit visit = {!K.rows, packed <= p, panels[p].any_high < key + n, count,
+                                  j + 1 < blocks.to ? key + size : -1};
             if (!K.rows) {
                 K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
                 K = turn_across(K, n, a->head_dim, s.K_across);
                 V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
                 V = turn_left(V, n, a->value_dim, s.V_left);
-                V.next = asking ? &V_next : NULL;
             }
-            struct upcoming Q_next;
-            K.next = asking ? &K_next : NULL;
-            if (packed == 0 && c.panels > 1 && a->q.column == 1) {
-                Q_next = upcoming_queries(call, &c, &panels[1], count);
-                K.next = &Q_next;
-            }
+            struct upcoming next[2];
+            ask_ahead(call, &c, panels, p, visit, next, &K, &V);
             for (; packed <= p; packed++)
                 pack_queries(call, &panels[packed], c.batch, s.rows, s.Q + packed * d * PANEL);
             attend(call, &panels[p], &s, sums_at(s.sums, a, p), seen, key, r, K, V, s.Q + p * d * PANEL);
