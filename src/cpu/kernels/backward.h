@@ -29,7 +29,7 @@ struct backward_scratch {
     term *dS_down;        /* [terms(key)][group] */
     real *slope;          /* [key][PANEL]: 1 - tanh^2 */
     real *mask_rows, *mask_tile;
-    real *row;            /* one of O and one of dO */
+    real *row;            /* one of O and one of dO; LANES rows of sums and their transpose */
     real *dQ;             /* LANES rows, where dQ is summed up transposed */
     real *dbias;          /* [key][PANEL] */
 };
@@ -86,7 +86,7 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->slope = carve(base, &used, call->softcap > 0 ? n * PANEL : 0);
     s->mask_rows = carve(base, &used, masked ? n * PANEL : 0);
     s->mask_tile = carve(base, &used, masked ? n * PANEL : 0);
-    s->row = carve(base, &used, 2 * e);
+    s->row = carve(base, &used, 2 * e + 2 * LANES * LANES);
     s->dQ = carve(base, &used, LANES * d);
     s->dbias = carve(base, &used, call->mask_kind == CPU_MASK_ADDITIVE ? n * PANEL : 0);
     return used;
@@ -185,6 +185,30 @@ static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g, re
     }
 }
 
+/* rowsum(dO * O) of `rows` rows, at most LANES, from `row` on; zeros after them. */
+static vec sum_rows(const struct mfa_cpu_call *call, const struct group *g, int64_t row, int64_t rows, real *room)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t bytes = bytes_of(call->dtype), e = padded(a->value_dim);
+    real *sums = room + 2 * e, *turned = sums + LANES * LANES;
+    fill(sums, LANES * LANES, 0);
+    for (int64_t i = 0; i < rows; i++) {
+        const char *O_row = row_at(call->o, bytes, &a->o, g->batch, g->head, row + i);
+        const char *dO_row = row_at(call->d_o, bytes, &a->d_o, g->batch, g->head, row + i);
+        const real *O = row_of_reals(room, O_row, call->dtype, a->o.column, a->value_dim);
+        const real *dO = row_of_reals(room + e, dO_row, call->dtype, a->d_o.column, a->value_dim);
+        vec sum = vec_set1(0);
+        for (int64_t d = 0; d < e; d += LANES)
+            sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
+        vec_store(sums + i * LANES, sum);
+    }
+    vec_transpose(sums, LANES, turned, LANES);
+    vec total = vec_load(turned);
+    for (int64_t i = 1; i < LANES; i++)
+        total = vec_add(total, vec_load(turned + i * LANES));
+    return total;
+}
+
 /* D = rowsum(dO * O) - dL and L for one group; L is +inf for a query that saw nothing, so that its P
  * is 0. Sets the group's turn, and writes the dQ of a group that no block will visit. */
 static void prepare(void *data, int64_t task, int worker)
@@ -193,20 +217,16 @@ static void prepare(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
     backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    int64_t groups = groups_of(call), bytes = bytes_of(call->dtype), e = padded(a->value_dim);
+    int64_t groups = groups_of(call);
     struct group g = group_of(call, task / groups / a->q_heads, task / groups % a->q_heads, task % groups);
-    real *D = group_rows(call, &g, call->D), *L = group_rows(call, &g, call->L), *O = s.row, *dO = s.row + e;
+    real *D = group_rows(call, &g, call->D), *L = group_rows(call, &g, call->L);
     fill(D, call->panels * PANEL, 0);
     fill(L, call->panels * PANEL, (real)INFINITY);
+    for (int64_t i = 0; i < g.rows; i += LANES)
+        vec_store(D + i, sum_rows(call, &g, g.first + i, g.rows - i < LANES ? g.rows - i : LANES, s.row));
     for (int64_t i = 0; i < g.rows; i++) {
         int64_t row = g.first + i;
-        load_row(O, row_at(call->o, bytes, &a->o, g.batch, g.head, row), call->dtype, a->o.column, a->value_dim);
-        load_row(dO, row_at(call->d_o, bytes, &a->d_o, g.batch, g.head, row), call->dtype, a->d_o.column, a->value_dim);
-        vec sum = vec_set1(0);
-        for (int64_t d = 0; d < e; d += LANES)
-            sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
         real l = *(const real *)row_at(call->lse, sizeof(real), &a->lse, g.batch, g.head, row);
-        D[i] = horizontal_sum(sum);
         if (call->dlse)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
         L[i] = l == -(real)INFINITY ? (real)INFINITY : l;

@@ -60,6 +60,15 @@ static void load_row(real *to, const void *from, int dtype, int64_t stride, int6
         to[i] = 0;
 }
 
+/* A row as reals: where it lies, if it is whole vectors of them, or else as load_row makes it in `copy`. */
+static const real *row_of_reals(real *copy, const void *from, int dtype, int64_t stride, int64_t n)
+{
+    if (stride == 1 && is_real(dtype) && n % LANES == 0)
+        return (const real *)from;
+    load_row(copy, from, dtype, stride, n);
+    return copy;
+}
+
 static void store_row(void *to, int dtype, int64_t stride, const real *from, int64_t n)
 {
     int64_t i = 0;
