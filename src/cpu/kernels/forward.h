@@ -94,6 +94,18 @@ static struct range split_of(const struct mfa_cpu_call *call, int64_t split, int
     return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
 }
 
+/* Those of block j among keys low..high, in whole units: a chunk loads no others. */
+static struct range keys_of_block(const struct mfa_cpu_call *call, int64_t j, int64_t low, int64_t high)
+{
+    struct range keys = {j * call->block_kv, (j + 1) * call->block_kv};
+    int64_t end = mfa_cpu_ceil(high + 1, KEY_UNIT) * KEY_UNIT;
+    if (end > call->args.kv_len)
+        end = call->args.kv_len;
+    keys.from = low > keys.from ? low / KEY_UNIT * KEY_UNIT : keys.from;
+    keys.to = end < keys.to ? end : keys.to;
+    return keys;
+}
+
 /* Of Q^T, of P^T. */
 static inline int64_t Q_stride(const struct mfa_cpu_call *call)
 {
@@ -310,7 +322,8 @@ static void forward(void *data, int64_t task, int worker)
     int64_t size = call->block_kv, packed = 0;
     struct range blocks = split_of(call, task % call->splits, low, high, size);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
-        int64_t key = j * size, n = a->kv_len - key < size ? a->kv_len - key : size;
+        struct range keys = keys_of_block(call, j, low, high);
+        int64_t key = keys.from, n = keys.to - key;
         struct block K = {0}, V = {0};
         for (int64_t p = 0; p < c.panels; p++) {
             struct range r = panel_range(&panels[p], key, n, KEY_UNIT);
@@ -321,7 +334,7 @@ static void forward(void *data, int64_t task, int worker)
             if (seen == HIDDEN)
                 continue;
             struct visit visit = {!K.rows, packed <= p, panels[p].any_high < key + n, count,
-                                  j + 1 < blocks.to ? key + size : -1};
+                                  j + 1 < blocks.to ? (j + 1) * size : -1};
             if (!K.rows) {
                 K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
                 K = turn_across(K, n, a->head_dim, s.K_across);
