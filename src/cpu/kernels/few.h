@@ -122,11 +122,13 @@ struct few_rows {
     int64_t columns;
 };
 
-/* Keys of a strip, whole tiles: FEW_STRIP bytes; or all of a block, if arithmetic takes longer than memory. */
+/* Keys of a strip, a part of a block: about FEW_STRIP bytes; or all, where tiles take terms from many rows in turn. */
 static int64_t few_strip(const struct mfa_cpu_call *call, int R, const struct few_rows *rows)
 {
-    int64_t unit = few_unit(R), n = FEW_STRIP / (rows->columns * bytes_of(call->dtype)) / unit * unit;
-    return n < unit ? unit : n > FEW_KEYS || !few_whole_terms(R) ? FEW_KEYS : n;
+    int64_t n = FEW_KEYS;
+    while (few_whole_terms(R) && n > few_unit(R) && n * rows->columns * bytes_of(call->dtype) > FEW_STRIP)
+        n /= 2;
+    return n;
 }
 
 /* What to ask for while keys [k, k + n) of the block of `block` keys from `key` on are read: as many rows a strip further

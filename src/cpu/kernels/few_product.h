@@ -74,7 +74,7 @@ static inline __attribute__((always_inline)) void few_ask(struct upcoming *rows,
 /* Whether a tile of scores has whole vectors of terms, R queries and LANES / R keys; otherwise terms are repeated. */
 static inline int few_whole_terms(int R)
 {
-    return LANES / R >= 4;
+    return R == 1 || LANES / R >= 4;
 }
 
 /* Q for scores, from rows across: [terms / n][R][n], n terms of each query side by side. */
@@ -163,7 +163,7 @@ static inline __attribute__((always_inline)) vec line_load(const char *at, int d
     }
 
 SCORES(1, 1)
-SCORES(2, 4)
+SCORES(2, 1)
 SCORES(4, 4)
 
 /* n terms of a row of K. */
@@ -196,7 +196,7 @@ static inline __attribute__((always_inline)) void scores_repeated(const int n, c
     *next = rows;
 }
 
-/* S of `vectors` vectors: adds neighbours until each sum is that of `lanes` lanes. */
+/* S of keys whose sums are next to each other: adds neighbours until each sum is that of `lanes` lanes. */
 static inline __attribute__((always_inline)) void store_scores(vec *sums, int count, int lanes, real factor, real *S)
 {
     for (int left = lanes; left > 1; left /= 2) {
@@ -213,7 +213,7 @@ static inline __attribute__((always_inline)) void store_scores(vec *sums, int co
 static inline __attribute__((always_inline)) void score_tile(int R, const term *Q, struct lines K, int64_t columns,
                                                              real factor, real *S, struct upcoming *next)
 {
-    const int n = LANES / R, together = R == 1 ? 1 : 4;
+    const int n = LANES / R, together = R < 4 ? 1 : 4;
     vec sums[FEW_SUMS > LANES ? FEW_SUMS : LANES];
     if (!few_whole_terms(R)) {
         scores_repeated(n, Q, K, columns, sums, next);
@@ -221,10 +221,15 @@ static inline __attribute__((always_inline)) void score_tile(int R, const term *
         return;
     }
     for (int k = 0; k < FEW_SUMS; k += n, S += LANES) {
-        _Pragma("GCC unroll 16") for (int i = 0; i < n; i += together, K.rows += together * K.step) if (R == 1)
-            scores_1x1(Q, K, columns, sums + i, next);
-        else if (R == 2) scores_2x4(Q, K, columns, sums + 2 * i, next);
-        else scores_4x4(Q, K, columns, sums + 4 * i, next);
+        _Pragma("GCC unroll 16") for (int i = 0; i < n; i += together, K.rows += together * K.step)
+        {
+            if (R == 1)
+                scores_1x1(Q, K, columns, sums + i, next);
+            else if (R == 2)
+                scores_2x1(Q, K, columns, sums + 2 * i, next);
+            else
+                scores_4x4(Q, K, columns, sums + 4 * i, next);
+        }
         store_scores(sums, LANES, LANES, factor, S);
     }
 }
