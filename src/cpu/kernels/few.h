@@ -131,9 +131,9 @@ static int64_t few_strip(const struct mfa_cpu_call *call, int R, const struct fe
     return n;
 }
 
-/* What to ask for while keys [k, k + n) of the block of `block` keys from `key` on are read: as many rows a strip further
- * on, and past the block those of `after` from key `then` on. If nothing follows, a row that there is, again and
- * again. */
+/* What to ask for while keys [k, k + n) of the block of `block` keys from `key` on are read: as many rows a strip
+ * further on, and past the block those of `after` from key `then` on. If nothing follows, a row that there is, again
+ * and again. */
 static struct upcoming few_upcoming(const struct mfa_cpu_call *call, const struct chunk *c, int R, int64_t key,
                                     int64_t block, int64_t k, int64_t n, const struct few_rows *rows,
                                     const struct few_rows *after, int64_t then)

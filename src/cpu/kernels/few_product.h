@@ -1,14 +1,14 @@
 /* The two products of few queries, at most a vector of them: R = 1, 2, 4, ... or LANES, zeros in place of those that
- * there are not. A vector holds LANES / R numbers for each query.
+ * there are not. A vector of S holds LANES / R numbers for each query.
  *
- *     S[key][R] = Q K^T: lanes are R queries by LANES / R terms of a row. Q lies so, and as many terms of K are
- *     repeated for all queries. In the end neighbours are added, until each query has one sum for each of LANES / R
- *     keys: no lane is empty, and little is left to add up where queries are many.
+ *     S[key][R] = Q K^T: lanes are terms of a row; or, where queries are many, R queries by LANES / R terms: Q lies so,
+ *     and as many terms of K are repeated for all queries. In the end neighbours are added, until each query has one
+ *     sum for each of LANES / R keys: no lane is empty, and little is left to add up.
  *
  *     O_i += sum over k < n of P_ik V_k: lanes along columns.
  *
  * Each row of K or V is read once for all queries, strip by strip; for each line that is read, one of the next strip is
- * asked for. Processors foresee neither rows that are read side by side nor the step from K to V. */
+ * asked for. Of rows that are read side by side, processors find few by themselves. */
 
 #define FEW_ROWS LANES /* most queries, and most of backward */
 #define FEW_BACKWARD_ROWS (LANES / 2)
@@ -208,8 +208,8 @@ static inline __attribute__((always_inline)) void store_scores(vec *sums, int co
         vec_store(S + i * LANES, TERM > 1 ? vec_mul(sums[i], vec_set1(factor)) : sums[i]);
 }
 
-/* S = factor * Q K^T of FEW_SUMS keys. Memory is read fastest row after row; but as many rows at once are wanted as hide
- * the latency of a multiply-add. */
+/* S = factor * Q K^T of FEW_SUMS keys. Memory is read fastest row after row; but where queries are many, so that
+ * arithmetic takes long, several rows at once share what is loaded of Q. */
 static inline __attribute__((always_inline)) void score_tile(int R, const term *Q, struct lines K, int64_t columns,
                                                              real factor, real *S, struct upcoming *next)
 {
