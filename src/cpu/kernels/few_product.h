@@ -147,6 +147,7 @@ static inline __attribute__((always_inline)) vec line_load(const char *at, int d
 #define SCORE_STORE_KEY(k, R) ROWS_##R(SCORE_STORE, k)
 
 /* Sums of R queries and G keys, lane by lane. */
+/* clang-format off */
 #define SCORES(R, G)                                                                                                   \
     static inline __attribute__((always_inline)) void scores_##R##x##G(const term *Q, struct lines K, int64_t columns, \
                                                                        vec *sums, struct upcoming *next)               \
@@ -155,12 +156,15 @@ static inline __attribute__((always_inline)) vec line_load(const char *at, int d
         const int64_t bytes = LANES * (is_half(K.dtype) ? 2 * TERM : (int64_t)sizeof(term));                           \
         struct upcoming rows = *next;                                                                                  \
         EACH_##G(SCORE_START, R)                                                                                       \
-            ONE_BY_ONE for (int64_t t = 0; t < columns; t += LANES, Q += R * LANES, K.rows += bytes)                   \
-        {                                                                                                              \
-            ROWS_##R(SCORE_QUERY, 0) EACH_##G(SCORE_KEY, R) few_ask(&rows, G *LANES);                                  \
+        ONE_BY_ONE for (int64_t t = 0; t < columns; t += LANES, Q += R * LANES, K.rows += bytes) {                     \
+            ROWS_##R(SCORE_QUERY, 0)                                                                                   \
+            EACH_##G(SCORE_KEY, R)                                                                                     \
+            few_ask(&rows, G * LANES);                                                                                 \
         }                                                                                                              \
-        EACH_##G(SCORE_STORE_KEY, R) *next = rows;                                                                     \
+        EACH_##G(SCORE_STORE_KEY, R)                                                                                   \
+        *next = rows;                                                                                                  \
     }
+/* clang-format on */
 
 SCORES(1, 1)
 SCORES(2, 1)
