@@ -115,40 +115,67 @@ static void few_softmax(int R, real *S, int64_t vectors, real *m, real *l, real 
     vec_store(l, sum);
 }
 
-/* Rows of K or V FEW_AHEAD keys on; for the last, which nothing follows, the first row again and again. */
-static struct upcoming few_upcoming(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key,
-                                    const void *data, const struct mfa_strides *s, int64_t columns)
+/* The rows of K or of V. */
+struct few_rows {
+    const void *data;
+    const struct mfa_strides *strides;
+    int64_t columns;
+};
+
+/* Keys of a strip, a part of a block: about FEW_STRIP bytes; or all, where tiles take terms from many rows in turn. */
+static int64_t few_strip(const struct mfa_cpu_call *call, int R, const struct few_rows *rows)
 {
-    int last = key + FEW_AHEAD + FEW_KEYS > call->args.kv_len || s->column != 1;
-    struct upcoming rows = upcoming_rows(call, c, last ? key : key + FEW_AHEAD, data, s, columns);
+    int64_t n = FEW_KEYS;
+    while (few_whole_terms(R) && n > few_unit(R) && n * rows->columns * bytes_of(call->dtype) > FEW_STRIP)
+        n /= 2;
+    return n;
+}
+
+/* What to ask for while keys [k, k + n) of the block of `block` keys from `key` on are read: as many rows a strip
+ * further on, and past the block those of `after` from key `then` on. If nothing follows, a row that there is, again
+ * and again. */
+static struct upcoming few_upcoming(const struct mfa_cpu_call *call, const struct chunk *c, int R, int64_t key,
+                                    int64_t block, int64_t k, int64_t n, const struct few_rows *rows,
+                                    const struct few_rows *after, int64_t then)
+{
+    k += few_strip(call, R, rows);
+    const struct few_rows *next = k < block ? rows : after;
+    int64_t from = k < block ? key + k : then + k - block;
+    int last = from + mfa_cpu_ceil(n * rows->columns, next->columns) > call->args.kv_len || next->strides->column != 1;
+    struct upcoming upcoming = upcoming_rows(call, c, last ? key : from, next->data, next->strides, next->columns);
     if (last)
-        rows.gap = -rows.bytes;
-    return rows;
+        upcoming.gap = -upcoming.bytes;
+    return upcoming;
 }
 
 /* S = factor * Q K^T for n keys, by tiles. The last one's missing keys are zeros. */
 static void few_multiply(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key, int64_t n, int R,
-                         const term *Q, const void *data, const struct mfa_strides *s, int64_t columns, real factor,
-                         term *copy, real *S)
+                         const term *Q, const struct few_rows *rows, const struct few_rows *after, int64_t then,
+                         real factor, term *copy, real *S)
 {
-    int must_copy = !few_reads(R, data, call->dtype, s);
-    struct upcoming next = few_upcoming(call, c, key, data, s, columns);
+    int must_copy = !few_reads(R, rows->data, call->dtype, rows->strides);
     for (int64_t k = 0; k < n; k += FEW_SUMS) {
         int64_t some = n - k < FEW_SUMS ? n - k : FEW_SUMS;
-        struct lines K =
-            lines_of(copy, data, call->dtype, s, c->batch, c->kv_head, key + k, some, FEW_SUMS, columns, must_copy);
-        few_scores(R, Q, K, across_stride(columns), factor, S + k * R, &next);
+        struct upcoming next = few_upcoming(call, c, R, key, n, k, FEW_SUMS, rows, after, then);
+        struct lines K = lines_of(copy, rows->data, call->dtype, rows->strides, c->batch, c->kv_head, key + k, some,
+                                  FEW_SUMS, rows->columns, must_copy);
+        few_scores(R, Q, K, across_stride(rows->columns), factor, S + k * R, &next);
     }
 }
 
-/* O += P V. */
+/* O += P V, by strips. */
 static void few_add(const struct mfa_cpu_call *call, const struct chunk *c, int64_t key, int64_t n, int R,
-                    const term *P, const void *data, const struct mfa_strides *s, int64_t columns, term *copy, real *O)
+                    const term *P, const struct few_rows *rows, const struct few_rows *after, int64_t then, term *copy,
+                    real *O)
 {
-    int64_t rows = TERM > 1 ? few_whole(n, R) : n;
-    struct upcoming next = few_upcoming(call, c, key, data, s, columns);
-    struct lines V = lines_of(copy, data, call->dtype, s, c->batch, c->kv_head, key, n, rows, columns, 0);
-    few_outputs(R, P, V, rows, across_stride(columns) * TERM, O, &next);
+    int64_t strip = few_strip(call, R, rows);
+    for (int64_t k = 0; k < n; k += strip) {
+        int64_t some = n - k < strip ? n - k : strip, whole = TERM > 1 ? few_whole(some, R) : some;
+        struct upcoming next = few_upcoming(call, c, R, key, n, k, strip, rows, after, then);
+        struct lines V = lines_of(copy, rows->data, call->dtype, rows->strides, c->batch, c->kv_head, key + k, some,
+                                  whole, rows->columns, 0);
+        few_outputs(R, P + k * R / TERM, V, whole, across_stride(rows->columns) * TERM, O, &next);
+    }
 }
 
 static void few(void *data, int64_t task, int worker)
@@ -171,16 +198,17 @@ static void few(void *data, int64_t task, int worker)
     fill(m, LANES, -REAL_MAX);
     fill(l, LANES, 0);
 
+    const struct few_rows K = {call->k, &a->k, a->head_dim}, V = {call->v, &a->v, a->value_dim};
     struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS;
         enum visibility seen = panel_sees(&panel, call, c.batch, key, n, s.mask_rows, s.mask_tile);
         if (seen == HIDDEN)
             continue;
-        few_multiply(call, &c, key, n, R, s.Q, call->k, &a->k, a->head_dim, score_factor(call), s.K, s.S);
+        few_multiply(call, &c, key, n, R, s.Q, &K, &V, key, score_factor(call), s.K, s.S);
         few_adjust(call, &panel, R, seen, key, n, s.S, s.mask, s.mask_tile, NULL);
         few_softmax(R, s.S, few_whole(n, R) * R / LANES, m, l, s.O, e);
-        few_add(call, &c, key, n, R, s.S, call->v, &a->v, a->value_dim, s.V, s.O);
+        few_add(call, &c, key, n, R, s.S, &V, &K, key + n, s.V, s.O);
     }
 
     if (call->splits > 1)

@@ -133,11 +133,12 @@ static int few_visit(const struct mfa_cpu_call *call, struct few_backward_scratc
     if (seen == HIDDEN)
         return 0;
     real *slope = call->softcap > 0 ? s->slope : NULL;
-    few_multiply(call, &c, key, n, R, s->Q_pack, call->k, &a->k, a->head_dim, score_factor(call), s->K, s->S);
-    few_multiply(call, &c, key, n, R, s->dO_pack, call->v, &a->v, a->value_dim, 1, s->K, s->dP);
+    const struct few_rows K = {call->k, &a->k, a->head_dim}, V = {call->v, &a->v, a->value_dim};
+    few_multiply(call, &c, key, n, R, s->Q_pack, &K, &V, key, score_factor(call), s->K, s->S);
+    few_multiply(call, &c, key, n, R, s->dO_pack, &V, &K, key + n, 1, s->K, s->dP);
     few_adjust(call, panel, R, seen, key, n, s->S, s->mask, s->mask_tile, slope);
     few_gradients(few_whole(n, R) * R / LANES, s->S, s->dP, slope, vec_load(L), vec_load(D), s->terms);
-    few_add(call, &c, key, n, R, TERM > 1 ? s->terms : s->dP, call->k, &a->k, a->head_dim, s->K_lines, s->dQ);
+    few_add(call, &c, key, n, R, TERM > 1 ? s->terms : s->dP, &K, &V, key, s->K_lines, s->dQ);
     return 1;
 }
 

@@ -1,18 +1,19 @@
 /* The two products of few queries, at most a vector of them: R = 1, 2, 4, ... or LANES, zeros in place of those that
- * there are not. A vector holds LANES / R numbers for each query.
+ * there are not. A vector of S holds LANES / R numbers for each query.
  *
- *     S[key][R] = Q K^T: lanes are R queries by LANES / R terms of a row. Q lies so, and as many terms of K are
- *     repeated for all queries. In the end neighbours are added, until each query has one sum for each of LANES / R
- *     keys: no lane is empty, and little is left to add up where queries are many.
+ *     S[key][R] = Q K^T: lanes are terms of a row; or, where queries are many, R queries by LANES / R terms: Q lies so,
+ *     and as many terms of K are repeated for all queries. In the end neighbours are added, until each query has one
+ *     sum for each of LANES / R keys: no lane is empty, and little is left to add up.
  *
  *     O_i += sum over k < n of P_ik V_k: lanes along columns.
  *
- * Each row of K or V is read once for all queries; for each that is read, one is asked for that comes later. */
+ * Each row of K or V is read once for all queries, strip by strip; for each line that is read, one of the next strip is
+ * asked for. Of rows that are read side by side, processors find few by themselves. */
 
 #define FEW_ROWS LANES /* most queries, and most of backward */
 #define FEW_BACKWARD_ROWS (LANES / 2)
 #define FEW_KEYS 64    /* of a block: whole tiles and vectors in every dialect */
-#define FEW_AHEAD 64   /* keys between those in use and those asked for */
+#define FEW_STRIP 8192 /* bytes of a strip: with the next one, a part of the first-level cache */
 
 /* Sums of a register tile: keys whose scores are computed together. */
 #ifndef FEW_SUMS
@@ -33,11 +34,16 @@ static inline int few_width(int64_t queries)
     return R;
 }
 
-/* Keys of n in whole tiles, and in pairs of vectors of S where terms are pairs. */
+/* Keys of whole tiles, and of pairs of vectors of S where terms are pairs. */
+static inline int64_t few_unit(int R)
+{
+    int64_t pairs = TERM * LANES / R;
+    return pairs > FEW_SUMS ? pairs : FEW_SUMS;
+}
+
 static inline int64_t few_whole(int64_t n, int R)
 {
-    int64_t pairs = TERM * LANES / R, unit = pairs > FEW_SUMS ? pairs : FEW_SUMS;
-    return mfa_cpu_ceil(n, unit) * unit;
+    return mfa_cpu_ceil(n, few_unit(R)) * few_unit(R);
 }
 
 /* Asks for the next `bytes`, a constant, by two lines: rows that are not whole pairs of lines are asked for in part. */
@@ -65,19 +71,24 @@ static inline __attribute__((always_inline)) void few_ask(struct upcoming *rows,
         ask_lines(rows, terms * 2);
 }
 
-/* Q for scores: [terms / (LANES / R)][R][LANES / R], from rows across. */
+/* Whether a tile of scores has whole vectors of terms, R queries and LANES / R keys; otherwise terms are repeated. */
+static inline int few_whole_terms(int R)
+{
+    return R == 1 || LANES / R >= 4;
+}
+
+/* Q for scores, from rows across: [terms / n][R][n], n terms of each query side by side. */
 static void few_pack(const term *rows, int64_t stride, int R, term *Q)
 {
-    int n = LANES / R;
+    int n = few_whole_terms(R) ? LANES : LANES / R;
     if (R == LANES) {
         transpose(rows, stride, Q, LANES, LANES, stride);
         return;
     }
     for (int64_t t = 0; t < stride; t += n)
         for (int r = 0; r < R; r++, Q += n)
-            if (n % 4 == 0)
-                for (int i = 0; i < n; i += 4)
-                    memcpy(Q + i, rows + r * stride + t + i, 4 * sizeof(term));
+            if (n == LANES)
+                vec_store(Q, vec_load(rows + r * stride + t));
             else
                 memcpy(Q, rows + r * stride + t, 2 * sizeof(term));
 }
@@ -103,66 +114,96 @@ static struct lines lines_of(term *copy, const void *data, int dtype, const stru
     return (struct lines){(const char *)copy, stride * (int64_t)sizeof(term), TERM > 1 ? dtype : CPU_REAL};
 }
 
-/* LANES numbers as reals. */
+/* Unrolled, clang loads all operands first. */
+#ifdef __clang__
+#define ONE_BY_ONE _Pragma("nounroll")
+#else
+#define ONE_BY_ONE
+#endif
+
+/* LANES terms; reals, if these are reals. */
 static inline __attribute__((always_inline)) vec line_load(const char *at, int dtype)
 {
     const void *from = at;
-    return dtype == CPU_F16 ? vec_load_f16(from) : dtype == CPU_BF16 ? vec_load_bf16(from) : vec_load(from);
+    return TERM > 1            ? vec_load(from)
+           : dtype == CPU_F16  ? vec_load_f16(from)
+           : dtype == CPU_BF16 ? vec_load_bf16(from)
+                               : vec_load(from);
 }
 
+#define ROWS_1(F, n) F(0, n)
+#define ROWS_2(F, n) ROWS_1(F, n) F(1, n)
+#define ROWS_4(F, n) ROWS_2(F, n) F(2, n) F(3, n)
+#define ROWS_8(F, n) ROWS_4(F, n) F(4, n) F(5, n) F(6, n) F(7, n)
+#define ROWS_16(F, n) ROWS_8(F, n) F(8, n) F(9, n) F(10, n) F(11, n) F(12, n) F(13, n) F(14, n) F(15, n)
+
+#define SCORE_START(k, R) ROWS_##R(START, k)
+#define SCORE_QUERY(r, k) const vec q_##r = vec_load(Q + (r) * LANES);
+#define SCORE(r, k) sum_##r##_##k = vec_dots(key_##k, q_##r, sum_##r##_##k);
+#define SCORE_KEY(k, R)                                            \
+    const vec key_##k = line_load(K.rows + (k) * K.step, K.dtype); \
+    ROWS_##R(SCORE, k)
+#define SCORE_STORE(r, k) sums[(k) * queries + (r)] = sum_##r##_##k;
+#define SCORE_STORE_KEY(k, R) ROWS_##R(SCORE_STORE, k)
+
+/* Sums of R queries and G keys, lane by lane. */
+/* clang-format off */
+#define SCORES(R, G)                                                                                                   \
+    static inline __attribute__((always_inline)) void scores_##R##x##G(const term *Q, struct lines K, int64_t columns, \
+                                                                       vec *sums, struct upcoming *next)               \
+    {                                                                                                                  \
+        const int queries = R;                                                                                         \
+        const int64_t bytes = LANES * (is_half(K.dtype) ? 2 * TERM : (int64_t)sizeof(term));                           \
+        struct upcoming rows = *next;                                                                                  \
+        EACH_##G(SCORE_START, R)                                                                                       \
+        ONE_BY_ONE for (int64_t t = 0; t < columns; t += LANES, Q += R * LANES, K.rows += bytes) {                     \
+            ROWS_##R(SCORE_QUERY, 0)                                                                                   \
+            EACH_##G(SCORE_KEY, R)                                                                                     \
+            few_ask(&rows, G * LANES);                                                                                 \
+        }                                                                                                              \
+        EACH_##G(SCORE_STORE_KEY, R)                                                                                   \
+        *next = rows;                                                                                                  \
+    }
+/* clang-format on */
+
+SCORES(1, 1)
+SCORES(2, 1)
+SCORES(4, 4)
+
 /* n terms of a row of K. */
-static inline __attribute__((always_inline)) vec key_load(const char *at, int n, int dtype)
+static inline __attribute__((always_inline)) vec key_load(const char *at, int n)
 {
-    return TERM == 1 && n == LANES ? line_load(at, dtype) : vec_repeat((const real *)(const void *)at, n);
+    return vec_repeat((const real *)(const void *)at, n);
 }
 
 #define KEY_GROUP(k) ((k) < 4 ? rows_0 : (k) < 8 ? rows_4 : (k) < 12 ? rows_8 : rows_12)
-#define KEY_ADD(k, n) sum_##k##_0 = vec_dots(key_load(KEY_GROUP(k) + (k) % 4 * K.step, n, K.dtype), q, sum_##k##_0);
+#define KEY_ADD(k, n) sum_##k##_0 = vec_dots(key_load(KEY_GROUP(k) + (k) % 4 * K.step, n), q, sum_##k##_0);
 #define KEY_STORE(k, n) sums[k] = sum_##k##_0;
 
-/* Sums of G keys, lane by lane. Four rows share a pointer that compilers do not see through: one for each row would not
- * find room in registers. */
-#define KEYS(G) KEYS_(G)
-#define KEYS_(G)                                                                                                  \
-    static inline __attribute__((always_inline)) void keys_##G(const int n, const term *Q, struct lines K,        \
-                                                               int64_t columns, vec *sums, struct upcoming *next) \
-    {                                                                                                             \
-        const int64_t bytes = n * (is_half(K.dtype) ? 2 * TERM : (int64_t)sizeof(term)), four = 4 * K.step;       \
-        const char *rows_0 = K.rows, *rows_4 = rows_0 + four, *rows_8 = rows_4 + four, *rows_12 = rows_8 + four;  \
-        struct upcoming rows = *next;                                                                             \
-        EACH_ROW(G, START, 0)                                                                                     \
-        for (int64_t t = 0; t < columns; t += n, Q += LANES) {                                                    \
-            vec q = vec_load(Q);                                                                                  \
-            EACH_ROW(G, KEY_ADD, n)                                                                               \
-            rows_0 += bytes, rows_4 += bytes, rows_8 += bytes, rows_12 += bytes;                                  \
-            __asm__("" : "+r"(rows_0), "+r"(rows_4), "+r"(rows_8), "+r"(rows_12));                                \
-            few_ask(&rows, G *n);                                                                                 \
-        }                                                                                                         \
-        EACH_ROW(G, KEY_STORE, n)                                                                                 \
-        *next = rows;                                                                                             \
-    }
-
-KEYS(1)
-KEYS(4)
-KEYS(FEW_SUMS)
-#define keys_all(n, Q, K, columns, sums, next) KEYS_ALL(FEW_SUMS)(n, Q, K, columns, sums, next)
-#define KEYS_ALL(G) KEYS_ALL_(G)
-#define KEYS_ALL_(G) keys_##G
-
-/* S = factor * Q K^T of FEW_SUMS keys. Memory is read fastest row after row; but where queries are many, as many rows
- * at once are wanted as hide the latency of a multiply-add. */
-static inline __attribute__((always_inline)) void score_tile(int R, const term *Q, struct lines K, int64_t columns,
-                                                             real factor, real *S, struct upcoming *next)
+/* Sums of FEW_SUMS keys, lane by lane, n terms repeated for all queries. Four rows share a pointer that compilers do
+ * not see through: one for each row would not find room in registers. */
+static inline __attribute__((always_inline)) void scores_repeated(const int n, const term *Q, struct lines K,
+                                                                  int64_t columns, vec *sums, struct upcoming *next)
 {
-    const int n = LANES / R, together = R == 1 ? 1 : n >= 4 ? 4 : FEW_SUMS;
-    vec sums[FEW_SUMS];
-    _Pragma("GCC unroll 16") for (int k = 0; k < FEW_SUMS;
-                                  k += together, K.rows += together * K.step) if (together == 1)
-        keys_1(n, Q, K, columns, sums + k, next);
-    else if (together == 4) keys_4(n, Q, K, columns, sums + k, next);
-    else keys_all(n, Q, K, columns, sums + k, next);
-    int count = FEW_SUMS;
-    for (int left = n; left > 1; left /= 2) {
+    const int64_t bytes = n * (int64_t)sizeof(term), four = 4 * K.step;
+    const char *rows_0 = K.rows, *rows_4 = rows_0 + four, *rows_8 = rows_4 + four, *rows_12 = rows_8 + four;
+    struct upcoming rows = *next;
+    EACH_ROW(FEW_SUMS, START, 0)
+    for (int64_t t = 0; t < columns; t += n, Q += LANES) {
+        vec q = vec_load(Q);
+        EACH_ROW(FEW_SUMS, KEY_ADD, n)
+        rows_0 += bytes, rows_4 += bytes, rows_8 += bytes, rows_12 += bytes;
+        __asm__("" : "+r"(rows_0), "+r"(rows_4), "+r"(rows_8), "+r"(rows_12));
+        few_ask(&rows, FEW_SUMS * n);
+    }
+    EACH_ROW(FEW_SUMS, KEY_STORE, n)
+    *next = rows;
+}
+
+/* S of keys whose sums are next to each other: adds neighbours until each sum is that of `lanes` lanes. */
+static inline __attribute__((always_inline)) void store_scores(vec *sums, int count, int lanes, real factor, real *S)
+{
+    for (int left = lanes; left > 1; left /= 2) {
         count /= 2;
         for (int i = 0; i < count; i++)
             sums[i] = vec_add_neighbours(sums[2 * i], sums[2 * i + 1]);
@@ -171,33 +212,65 @@ static inline __attribute__((always_inline)) void score_tile(int R, const term *
         vec_store(S + i * LANES, TERM > 1 ? vec_mul(sums[i], vec_set1(factor)) : sums[i]);
 }
 
-/* Whether a tile of K may lie where it does. Several queries take terms from all its rows in turn: these must not be
+/* S = factor * Q K^T of FEW_SUMS keys. Memory is read fastest row after row; but where queries are many, so that
+ * arithmetic takes long, several rows at once share what is loaded of Q. */
+static inline __attribute__((always_inline)) void score_tile(int R, const term *Q, struct lines K, int64_t columns,
+                                                             real factor, real *S, struct upcoming *next)
+{
+    const int n = LANES / R, together = R < 4 ? 1 : 4;
+    vec sums[FEW_SUMS > LANES ? FEW_SUMS : LANES];
+    if (!few_whole_terms(R)) {
+        scores_repeated(n, Q, K, columns, sums, next);
+        store_scores(sums, FEW_SUMS, n, factor, S);
+        return;
+    }
+    for (int k = 0; k < FEW_SUMS; k += n, S += LANES) {
+        _Pragma("GCC unroll 16") for (int i = 0; i < n; i += together, K.rows += together * K.step)
+        {
+            if (R == 1)
+                scores_1x1(Q, K, columns, sums + i, next);
+            else if (R == 2)
+                scores_2x1(Q, K, columns, sums + 2 * i, next);
+            else
+                scores_4x4(Q, K, columns, sums + 4 * i, next);
+        }
+        store_scores(sums, LANES, LANES, factor, S);
+    }
+}
+
+/* Whether a tile of K may lie where it does. Repeated terms are taken from all its rows in turn: these must not be
  * converted time and again, nor lie in the same set of the cache, as they do a multiple of 4096 bytes apart. */
 static int few_reads(int R, const void *data, int dtype, const struct mfa_strides *s)
 {
     int64_t step = s->row * bytes_of(dtype), bytes = sizeof(term);
     int whole_terms = TERM == 1 || ((uintptr_t)data % bytes == 0 && (s->batch | s->head | s->row) % TERM == 0);
-    return whole_terms && (R == 1 || ((TERM > 1 || is_real(dtype)) && step % 4096 != 0));
+    return whole_terms && (few_whole_terms(R) || ((TERM > 1 || is_real(dtype)) && step % 4096 != 0));
+}
+
+static inline __attribute__((always_inline)) void few_scores_of(int R, const term *Q, struct lines K, int64_t columns,
+                                                                real factor, real *S, struct upcoming *next)
+{
+    if (LANES >= 16 && R == 16)
+        score_tile(16, Q, K, columns, factor, S, next);
+    else if (LANES >= 8 && R == 8)
+        score_tile(8, Q, K, columns, factor, S, next);
+    else if (LANES >= 4 && R == 4)
+        score_tile(4, Q, K, columns, factor, S, next);
+    else if (R == 2)
+        score_tile(2, Q, K, columns, factor, S, next);
+    else
+        score_tile(1, Q, K, columns, factor, S, next);
 }
 
 static void few_scores(int R, const term *Q, struct lines K, int64_t columns, real factor, real *S,
                        struct upcoming *next)
 {
-    struct lines terms = {K.rows, K.step, TERM > 1 ? CPU_BF16 : CPU_REAL};
-    if (LANES >= 16 && R == 16)
-        score_tile(16, Q, terms, columns, factor, S, next);
-    else if (LANES >= 8 && R == 8)
-        score_tile(8, Q, terms, columns, factor, S, next);
-    else if (LANES >= 4 && R == 4)
-        score_tile(4, Q, terms, columns, factor, S, next);
-    else if (R == 2)
-        score_tile(2, Q, terms, columns, factor, S, next);
-    else if (TERM == 1 && K.dtype == CPU_F16)
-        score_tile(1, Q, (struct lines){K.rows, K.step, CPU_F16}, columns, factor, S, next);
-    else if (TERM == 1 && K.dtype == CPU_BF16)
-        score_tile(1, Q, (struct lines){K.rows, K.step, CPU_BF16}, columns, factor, S, next);
+    if (TERM == 1 && K.dtype == CPU_F16)
+        few_scores_of(R, Q, (struct lines){K.rows, K.step, CPU_F16}, columns, factor, S, next);
+    else if (TERM > 1 || K.dtype == CPU_BF16)
+        few_scores_of(R, Q, (struct lines){K.rows, K.step, CPU_BF16}, columns, factor, S, next);
     else
-        score_tile(1, Q, terms, columns, factor, S, next);
+        few_scores_of(R, Q, (struct lines){K.rows, K.step, CPU_REAL}, columns, factor, S, next);
 }
 
 /* A vector of terms down: of LANES columns of the row `at` and, where terms are pairs, of the one `step` bytes on; half
@@ -208,20 +281,12 @@ static inline __attribute__((always_inline)) vec value_load(const char *at, int6
     (void)step, (void)half;
     return line_load(at, dtype);
 #else
-    real pairs[2 * LANES];
     (void)dtype;
     at -= half * LANES * 2;
-    vec_zip(vec_load((const real *)(const void *)at), vec_load((const real *)(const void *)(at + step)), pairs,
-            pairs + LANES);
-    return vec_load(pairs + half * LANES);
+    vec even = vec_load((const real *)(const void *)at), odd = vec_load((const real *)(const void *)(at + step));
+    return half ? vec_zip_high(even, odd) : vec_zip_low(even, odd);
 #endif
 }
-
-#define ROWS_1(F, n) F(0, n)
-#define ROWS_2(F, n) ROWS_1(F, n) F(1, n)
-#define ROWS_4(F, n) ROWS_2(F, n) F(2, n) F(3, n)
-#define ROWS_8(F, n) ROWS_4(F, n) F(4, n) F(5, n) F(6, n) F(7, n)
-#define ROWS_16(F, n) ROWS_8(F, n) F(8, n) F(9, n) F(10, n) F(11, n) F(12, n) F(13, n) F(14, n) F(15, n)
 
 #define VALUE_START(n, R) ROWS_##R(START, n)
 #define WEIGHT(r, n) const term p_##r = P[r];
@@ -234,18 +299,12 @@ static inline __attribute__((always_inline)) vec value_load(const char *at, int6
     vec_store(at, vec_add(vec_load(at), sum_##r##_##n));
 #define VALUE_STORE_COLUMN(n, R) ROWS_##R(VALUE_STORE, n)
 
-/* Unrolled, clang loads all operands first. */
-#ifdef __clang__
-#define ONE_BY_ONE _Pragma("nounroll")
-#else
-#define ONE_BY_ONE
-#endif
-
 /* O += P V for n keys and N vectors of columns. Where terms are pairs, P holds those of keys k and k + LANES / R. */
 /* clang-format off */
 #define VALUES_TILE(R, N)                                                                                              \
     static inline __attribute__((always_inline)) void values_##R##x##N(                                                \
-        const term *P, struct lines V, int64_t n, real *O, int64_t columns, int64_t c, int half, struct upcoming *next)\
+        const term *P, struct lines V, int64_t n, real *O, int64_t columns, int64_t c, const int half,                 \
+        struct upcoming *next)                                                                                         \
     {                                                                                                                  \
         const int64_t keys = TERM > 1 ? LANES / R : 1, pair = keys * V.step;                                           \
         const int64_t bytes = is_half(V.dtype) ? 2 : (int64_t)sizeof(real);                                            \
@@ -289,9 +348,11 @@ VALUES_TILE(4, 2)
             values_##R##x##N(P, V, n, O, columns, c, 0, next);                                                    \
         for (; (M) > 1 && c + (M) * LANES <= columns; c += (M) * LANES)                                           \
             values_##R##x##M(P, V, n, O, columns, c, 0, next);                                                    \
-        for (; c < columns; c += TERM * LANES)                                                                    \
-            for (int half = 0; half < TERM; half++)                                                               \
-                values_##R##x1(P, V, n, O, columns, c + half * LANES, half, next);                                \
+        for (; c < columns; c += TERM * LANES) {                                                                  \
+            values_##R##x1(P, V, n, O, columns, c, 0, next);                                                      \
+            if (TERM > 1)                                                                                         \
+                values_##R##x1(P, V, n, O, columns, c + LANES, 1, next);                                          \
+        }                                                                                                         \
     }
 
 VALUES(1, 8, 4)

@@ -31,9 +31,14 @@ static inline void vec_store_across(real *to, vec v)
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-static inline void vec_zip(vec even, vec odd, real *low, real *high)
+#define ODD_FIRST (32 << 16)
+
+static inline vec vec_zip_low(vec even, vec odd)
 {
-    const int odd_first = 32 << 16, both = 16 | 16 << 16;
-    vec_store(low, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first), (__m512i)odd));
-    vec_store(high, (vec)_mm512_permutex2var_epi16((__m512i)even, turns(odd_first + both), (__m512i)odd));
+    return (vec)_mm512_permutex2var_epi16((__m512i)even, turns(ODD_FIRST), (__m512i)odd);
+}
+
+static inline vec vec_zip_high(vec even, vec odd)
+{
+    return (vec)_mm512_permutex2var_epi16((__m512i)even, turns(ODD_FIRST + (16 | 16 << 16)), (__m512i)odd);
 }

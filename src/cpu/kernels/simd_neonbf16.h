@@ -29,9 +29,12 @@ static inline void vec_store_across(real *to, vec v)
     vst1_f32(to, vreinterpret_f32_bf16(vcvt_bf16_f32(v)));
 }
 
-static inline void vec_zip(vec even, vec odd, real *low, real *high)
+static inline vec vec_zip_low(vec even, vec odd)
 {
-    uint16x8x2_t turns = vzipq_u16(vreinterpretq_u16_f32(even), vreinterpretq_u16_f32(odd));
-    vec_store(low, vreinterpretq_f32_u16(turns.val[0]));
-    vec_store(high, vreinterpretq_f32_u16(turns.val[1]));
+    return vreinterpretq_f32_u16(vzip1q_u16(vreinterpretq_u16_f32(even), vreinterpretq_u16_f32(odd)));
+}
+
+static inline vec vec_zip_high(vec even, vec odd)
+{
+    return vreinterpretq_f32_u16(vzip2q_u16(vreinterpretq_u16_f32(even), vreinterpretq_u16_f32(odd)));
 }

@@ -11,7 +11,8 @@
  *     vec_dots(a, b, sum)           the same for a vector of terms a
  *     vec_pair(even, odd)           the terms of two vectors of reals, rounded
  *     vec_store_across(to, v)       the reals of v, rounded, as LANES / 2 terms
- *     vec_zip(even, odd, low, high) two rows of numbers turned into terms down, LANES to each place
+ *     vec_zip_low(even, odd)        the first LANES terms down of two rows of numbers
+ *     vec_zip_high(even, odd)       the others
  *
  * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only
  * terms across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. For them
@@ -154,9 +155,10 @@ static struct block turn_down(struct block block, int64_t rows, int64_t columns,
     for (int64_t r = 0; r < rows; r += 2)
         for (int64_t c = 0; c < across_stride(columns); c += LANES) {
             const term *even = block.rows + r * block.stride + c;
-            vec odd = r + 1 < rows ? vec_load(even + block.stride) : vec_set1(0);
+            vec first = vec_load(even), second = r + 1 < rows ? vec_load(even + block.stride) : vec_set1(0);
             term *low = down + place(stride, r / 2, 2 * c);
-            vec_zip(vec_load(even), odd, low, low + place(stride, 0, LANES));
+            vec_store(low, vec_zip_low(first, second));
+            vec_store(low + place(stride, 0, LANES), vec_zip_high(first, second));
         }
     return (struct block){down, stride, NULL};
 #endif
@@ -175,8 +177,9 @@ static struct block turn_left(struct block block, int64_t rows, int64_t columns,
             for (int64_t i = 0; i < LANES; i++) {
                 const term *even = block.rows + (r + 2 * i) * block.stride + c;
                 vec first = r + 2 * i < rows ? vec_load(even) : vec_set1(0);
-                vec_zip(first, r + 2 * i + 1 < rows ? vec_load(even + block.stride) : vec_set1(0), down[i],
-                        down[i] + LANES);
+                vec second = r + 2 * i + 1 < rows ? vec_load(even + block.stride) : vec_set1(0);
+                vec_store(down[i], vec_zip_low(first, second));
+                vec_store(down[i] + LANES, vec_zip_high(first, second));
             }
             term *to = left + place(stride, 2 * c, r / 2);
             vec_transpose(down[0], 2 * LANES, to, LANES);
