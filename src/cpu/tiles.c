@@ -30,6 +30,8 @@ static const struct row {
 #define VISIT_PANELS 0.125 /* what loading a block costs a chunk, beside the time of a panel */
 #define SPLIT_KEYS 512     /* fewest keys worth a part of their own */
 #define SHARED_BLOCK 256   /* most keys of a block where tasks are few: parts and backward's tasks are whole blocks */
+#define EQUAL_TASKS 8      /* with fewer, a small one leaves threads without work */
+#define BLOCK_UNIT 16      /* keys */
 #define SERIAL_FLOP 2e6    /* less than this takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
@@ -47,13 +49,19 @@ static int64_t queries_of(const mfa_problem *p)
     return p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0;
 }
 
+/* A band's upper edge hides keys from some queries, and from each another number of them. */
+static int hides_later_keys(const mfa_problem *p)
+{
+    return p->upper < p->kv_len - 1;
+}
+
 /* Panels of a chunk, for `panels` of them in all: many, so that a block is loaded for many, but such that no thread is
  * left without work for long. Under a band the chunks take unequal times. */
 static int64_t choose_panels(const mfa_problem *p, int64_t most, int64_t block_q, int64_t threads)
 {
     int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), best = 1;
     double panels = (double)(heads * mfa_cpu_ceil(queries, block_q)), least = INFINITY;
-    double unequal = p->upper == MFA_BAND_OPEN_UPPER ? 0 : 0.5;
+    double unequal = hides_later_keys(p) ? 0.5 : 0.3; /* a head may end with a short one */
     for (; most >= 1; most /= 2) {
         int64_t tasks = heads * mfa_cpu_ceil(queries, most * block_q);
         double rounds = (double)mfa_cpu_ceil(tasks, threads) + unequal;
@@ -86,17 +94,23 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
     return tasks * choice->cut[MFA_CPU_SPLITS];
 }
 
-/* Where blocks are few, they are halved; groups are then twice as large, and take as much memory as before. */
+/* Where blocks are few, they are halved, and where these are very few, an even number of one size, unless a band gives
+ * them unequal times. Groups are then twice as large, and take as much memory as before. */
 static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_choice *choice)
 {
-    int64_t heads = p->batch * p->kv_heads, tasks = heads * mfa_cpu_ceil(p->kv_len, row->backward_kv);
+    int64_t heads = p->batch * p->kv_heads, blocks = mfa_cpu_ceil(p->kv_len, row->backward_kv);
     choice->cut[MFA_CPU_PANELS] = row->backward_panels;
-    if (row->backward_kv > SHARED_BLOCK && tasks < ENOUGH_TASKS) {
+    if (row->backward_kv > SHARED_BLOCK && heads * blocks > 0 && heads * blocks < ENOUGH_TASKS) {
         choice->cut[MFA_CPU_BLOCK] /= 2;
         choice->cut[MFA_CPU_PANELS] *= 2;
-        tasks = heads * mfa_cpu_ceil(p->kv_len, choice->cut[MFA_CPU_BLOCK]);
+        blocks = mfa_cpu_ceil(p->kv_len, choice->cut[MFA_CPU_BLOCK]);
+        if (heads * blocks < EQUAL_TASKS && blocks > 1 && !hides_later_keys(p)) {
+            blocks += blocks * heads % 2;
+            choice->cut[MFA_CPU_BLOCK] = mfa_cpu_ceil(mfa_cpu_ceil(p->kv_len, blocks), BLOCK_UNIT) * BLOCK_UNIT;
+            blocks = mfa_cpu_ceil(p->kv_len, choice->cut[MFA_CPU_BLOCK]);
+        }
     }
-    return tasks;
+    return heads * blocks;
 }
 
 void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
