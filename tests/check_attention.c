@@ -4,7 +4,7 @@
  * backward from what forward gave) and whose dtype may be "any". Each is crossed with the dtypes; each of
  * these with variants (what is broadcast, whether dL is given), which have a reference of their own; the
  * first variant with the arrangements of memory, with thread counts, repeats and partial sets of outputs,
- * the others with one arrangement each. */
+ * the others with one arrangement each. --random draws problems instead (kit/random.h). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +14,7 @@
 #include "kit/arguments.h"
 #include "kit/cases.h"
 #include "kit/operands.h"
+#include "kit/random.h"
 #include "kit/report.h"
 #include "kit/subject.h"
 #include "mfa.h"
@@ -222,6 +223,13 @@ static void bench(struct trial *trial)
 
 /* --- The cases -------------------------------------------------------------------------------- */
 
+static void print_verdict(int good, long long checks, double worst, double time, const char *text)
+{
+    printf("%-6s %3lld checks, error %4.0f %% of the tolerance, %6.2f s  %s\n", good ? "ok" : "FAILED", checks,
+           100 * worst, time, text);
+    fflush(stdout);
+}
+
 /* All variants of a problem in one dtype. */
 static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)
 {
@@ -240,9 +248,32 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
         subject_close(&trial.subject);
     }
     if (arguments->verbose)
-        printf("%-6s %3lld checks, error %4.0f %% of the tolerance, %6.2f s  %s\n", good ? "ok" : "FAILED",
-               report_passed() - before, 100 * worst, seconds() - begin, one->text);
-    fflush(stdout);
+        print_verdict(good, report_passed() - before, worst, seconds() - begin, one->text);
+}
+
+/* Problems that are drawn, in one variant, arrangement and number of threads each. */
+static void check_random(mfa_context *context, const struct arguments *arguments)
+{
+    for (int n = 0; n < arguments->random; n++) {
+        struct trial trial = {.context = context, .arguments = arguments};
+        struct random_problem drawn;
+        random_problem_draw(&drawn, arguments->seed, n);
+        struct one_case one = {.number = n, .passes = CASE_FORWARD | CASE_BACKWARD, .problem = drawn.problem};
+        mfa_problem_print(&drawn.problem, one.text, sizeof one.text);
+        if (arguments->filter && !strstr(one.text, arguments->filter))
+            continue;
+        if (arguments->list) {
+            puts(one.text);
+            continue;
+        }
+        const double begin = seconds();
+        const int threads = arguments->threads ? arguments->threads : 1 + n % 3;
+        subject_open(&trial.subject, &one, drawn.variant, arguments->seed);
+        int good = check(&trial, drawn.arrangement, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, threads);
+        if (arguments->verbose)
+            print_verdict(good, 1, trial.subject.worst, seconds() - begin, one.text);
+        subject_close(&trial.subject);
+    }
 }
 
 int main(int count, char **words)
@@ -260,7 +291,8 @@ int main(int count, char **words)
         return 2;
     }
     guarded_report_faults();
-    if (cases_open(&cases, &arguments))
+    check_random(context, &arguments);
+    if ((arguments.problem_count || !arguments.random) && cases_open(&cases, &arguments))
         while (cases_next(&cases, &one)) {
             if (arguments.list)
                 puts(one.text);

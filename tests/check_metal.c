@@ -2,7 +2,7 @@
  *
  *     check_metal [options of check_attention] [PROBLEM ...]     these problems, or the case list
  *     check_metal --tiles         problems for each row of src/metal/tiles.c
- *     check_metal --random N      N problems from the seed
+ *     check_metal --random N      N problems drawn from the seed
  *     --checked                   look for races and the like
  *     --fast-math                 kernels compiled as Metal does if it is not told otherwise
  *     --shard K/N                 every Nth of these problems from number K on
@@ -194,7 +194,7 @@ static void check_generated(const struct arguments *arguments, int count,
 }
 
 /* Takes what is ours out of the command line. */
-static int take_options(int count, char **words, int *tiles, int *random)
+static int take_options(int count, char **words, int *tiles)
 {
     int kept = 0;
     for (int n = 0; n < count; n++) {
@@ -204,8 +204,6 @@ static int take_options(int count, char **words, int *tiles, int *random)
             settings.fast_math = 1;
         else if (!strcmp(words[n], "--tiles"))
             *tiles = PROBLEMS_OF_TILES;
-        else if (!strcmp(words[n], "--random") && n + 1 < count)
-            *random = atoi(words[++n]);
         else if (!strcmp(words[n], "--shard") && n + 1 < count) {
             if (sscanf(words[++n], "%d/%d", &shard, &shards) != 2 || shards < 1)
                 return 0;
@@ -218,8 +216,8 @@ static int take_options(int count, char **words, int *tiles, int *random)
 int main(int count, char **words)
 {
     struct arguments arguments;
-    int tiles = 0, random = 0;
-    count = take_options(count, words, &tiles, &random);
+    int tiles = 0;
+    count = take_options(count, words, &tiles);
     if (!count || !arguments_parse(&arguments, count, words))
         return 2;
     report_begin("check_metal", arguments.seed);
@@ -228,14 +226,14 @@ int main(int count, char **words)
     gpu_set(&settings);
     guarded_report_faults();
     check_generated(&arguments, tiles, problems_of_tiles);
-    check_generated(&arguments, random, problems_random);
+    check_generated(&arguments, arguments.random, problems_random);
     if (!arguments.problem_count && shard == 0) {
         basics_check_layout();
         basics_check_lowest_mask();
         if (!settings.fast_math) /* which takes liberties with NaN */
             basics_check_rounding();
     }
-    if (arguments.problem_count || (!tiles && !random))
+    if (arguments.problem_count || (!tiles && !arguments.random))
         check_cases(&arguments);
     return report_end();
 }

@@ -245,6 +245,7 @@ def release(run):
         own = ("--filter", " bf16 ") if isa.endswith("bf16") else ()  # the others' kernels are those of the set below
         run.programs(folder, MFA_ISA=isa)
         run.step(folder / "check_attention", "--isa", isa, *own, counts=True)
+        run.step(folder / "check_attention", "--isa", isa, *own, "--random", "500", counts=True)
 
 
 def header(run):

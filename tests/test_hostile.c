@@ -1,5 +1,5 @@
-/* Inputs that no model means and some caller will pass: NaN of every kind, masks of the lowest finite number, no
- * heads, workspaces that are too small, strange caps. Through the public door, on every instruction set. */
+/* Inputs that no model means and some caller will pass: NaN of every kind, masks of the lowest finite number, no heads
+ * or very many, workspaces that are too small, strange caps. Through the public door, on every instruction set. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -205,6 +205,28 @@ static void test_stride_of_one_row(void **state)
     }
 }
 
+/* Many heads of one query each, whose rows are padded: the size of the workspace does not wrap. */
+static void test_workspace_of_many_heads(void **state)
+{
+    (void)state;
+    for (int32_t dtype = MFA_F32; dtype <= MFA_F64; dtype++) {
+        mfa_problem p;
+        mfa_plan *plan;
+        size_t before = 0;
+        for (int log = 30; log <= 43; log++) {
+            mfa_problem_init(&p, 1, INT64_C(1) << log, 1, 1, 3, 500, 512);
+            p.pass = MFA_BACKWARD, p.dtype = dtype;
+            assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_OK);
+            assert_true(mfa_plan_workspace(plan) > before + before / 2);
+            before = mfa_plan_workspace(plan);
+            mfa_plan_destroy(plan);
+        }
+        mfa_problem_init(&p, 1, INT64_C(1) << 44, 1, 1, 3, 500, 512);
+        assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_INVALID);
+        assert_non_null(strstr(mfa_last_error(), "at most 2^43"));
+    }
+}
+
 /* As many threads as an int holds: the plan keeps to what there can be. */
 static void test_too_many_threads(void **state)
 {
@@ -226,9 +248,9 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, open_context, close_context)
     const struct CMUnitTest tests[] = {
-        TEST(test_nan_of_any_payload_stays), TEST(test_mask_hides_nan_scores), TEST(test_lowest_finite_mask),
-        TEST(test_no_query_heads),           TEST(test_workspace_too_small),   TEST(test_strange_caps),
-        TEST(test_stride_of_one_row),        TEST(test_too_many_threads),
+        TEST(test_nan_of_any_payload_stays), TEST(test_mask_hides_nan_scores),   TEST(test_lowest_finite_mask),
+        TEST(test_no_query_heads),           TEST(test_workspace_too_small),     TEST(test_strange_caps),
+        TEST(test_stride_of_one_row),        TEST(test_workspace_of_many_heads), TEST(test_too_many_threads),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     printf("%d passed, %d failed\n", (int)(sizeof tests / sizeof *tests) - failed, failed);

@@ -527,7 +527,7 @@ static void test_out_of_memory(void **state)
     (void)state;
     mfa_problem problem;
     double element = 0, untouched = 0;
-    mfa_problem_init(&problem, 1, 1, 1, INT64_C(1) << 49, 1, 1, 1);
+    mfa_problem_init(&problem, 1, 1, 1, INT64_C(1) << 43, 1, 1, 1);
     problem.pass = MFA_BACKWARD;
     problem.dtype = MFA_F64;
     mfa_buffers buffers = {.size = sizeof buffers, .q = {&element, 0}, .k = {&element, 0}, .v = {&element, 0},

@@ -102,9 +102,9 @@ static void test_overflow(void **state)
 {
     (void)state;
     EXPECT(MFA_INVALID, batch, INT64_MAX, "batch is 9223372036854775807");
-    EXPECT(MFA_INVALID, q_len, INT64_MAX, "their product must be at most 2^50");
-    EXPECT(MFA_INVALID, q_len, INT64_C(1) << 47, "their product must be at most 2^50");
-    EXPECT(MFA_INVALID, kv_len, INT64_C(1) << 49, "their product must be at most 2^50");
+    EXPECT(MFA_INVALID, q_len, INT64_MAX, "their product must be at most 2^43");
+    EXPECT(MFA_INVALID, q_len, INT64_C(1) << 40, "their product must be at most 2^43");
+    EXPECT(MFA_INVALID, kv_len, INT64_C(1) << 42, "their product must be at most 2^43");
     EXPECT(MFA_INVALID, q_layout.row, INT64_MAX, "q_layout is");
     EXPECT(MFA_INVALID, q_layout.row, INT64_MIN, "q_layout is");
     EXPECT(MFA_INVALID, k_layout.row, INT64_MAX / 299 / 4 + 1, "k_layout is");

@@ -10,7 +10,8 @@
 #include "core/operand.h"
 
 #define FIRST_SIZE (offsetof(mfa_problem, dbias_layout) + sizeof(mfa_layout)) /* in version 0.1 */
-#define ROWS_MAX (INT64_C(1) << 50) /* so that rows * MFA_DIM_MAX * sizeof(double) fits in an int64_t */
+/* So that MFA_DIM_MAX doubles for each row fit in an int64_t, with a few rows of each head padded to a tile of 128. */
+#define ROWS_MAX (INT64_C(1) << 43)
 
 const char *mfa_pass_name(int32_t pass)
 {
@@ -137,10 +138,10 @@ static mfa_status check_sizes(const mfa_problem *problem)
         return mfa_fail(MFA_INVALID, "q_heads is %lld and kv_heads is %lld; q_heads must be a multiple of kv_heads",
                         (long long)problem->q_heads, (long long)kv_heads);
     if (!rows_fit(problem->batch, problem->q_heads, problem->q_len))
-        return mfa_fail(MFA_INVALID, "batch is %lld, q_heads %lld and q_len %lld; their product must be at most 2^50",
+        return mfa_fail(MFA_INVALID, "batch is %lld, q_heads %lld and q_len %lld; their product must be at most 2^43",
                         (long long)problem->batch, (long long)problem->q_heads, (long long)problem->q_len);
     if (!rows_fit(problem->batch, kv_heads, problem->kv_len))
-        return mfa_fail(MFA_INVALID, "batch is %lld, kv_heads %lld and kv_len %lld; their product must be at most 2^50",
+        return mfa_fail(MFA_INVALID, "batch is %lld, kv_heads %lld and kv_len %lld; their product must be at most 2^43",
                         (long long)problem->batch, (long long)kv_heads, (long long)problem->kv_len);
     return MFA_OK;
 }

@@ -32,7 +32,7 @@ mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy);
 /* Refuses what no backend could ever run, and sizes beyond all our kernels. After it
  *   - every enum names something, every size is 0 or more, head_dim and value_dim are 1 to MFA_DIM_MAX,
  *     and kv_heads divides q_heads (it may be 0 if q_heads is);
- *   - batch * q_heads * q_len and batch * kv_heads * kv_len, with 1 in place of 0, are at most 2^50;
+ *   - batch * q_heads * q_len and batch * kv_heads * kv_len, with 1 in place of 0, are at most 2^43;
  *   - the bytes from an operand's lowest element to its highest fit in an int64_t;
  *   - lower and upper are within [-q_len, kv_len], and so i + lower and i + upper fit too;
  *   - mask_dtype is dtype unless the mask is additive. */

@@ -14,6 +14,7 @@ static const char usage[] =
     "  --filter TEXT  only cases whose text has it\n"
     "  --threads N    run with N threads (1, 2, 3 and 7 in turn)\n"
     "  --repeat N     runs of each case that must be the same bit for bit (20 for small cases)\n"
+    "  --random N     N problems drawn from the seed, in place of the list\n"
     "  --bench        time each case that has passed\n"
     "  --quick        one variant of each case, few arrangements: for emulators and sanitizers\n"
     "  --list         print the cases and end\n"
@@ -42,7 +43,8 @@ int arguments_parse(struct arguments *arguments, int count, char **words)
         {"--bench", &arguments->bench}, {"--quick", &arguments->quick},
         {"--list", &arguments->list}, {"--verbose", &arguments->verbose}};
     struct { const char *name; int *value; } numbers[] = {
-        {"--threads", &arguments->threads}, {"--repeat", &arguments->repeat}};
+        {"--threads", &arguments->threads}, {"--repeat", &arguments->repeat},
+        {"--random", &arguments->random}};
     struct { const char *name; const char **value; } texts[] = {
         {"--isa", &arguments->isa}, {"--filter", &arguments->filter}, {"--cases", &arguments->cases}};
     for (int at = 1; at < count; at++) {

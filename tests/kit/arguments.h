@@ -11,8 +11,9 @@ struct arguments {
     const char *cases;  /* the file */
     int threads;        /* 0: 1, 2, 3 and 7 */
     int repeat;         /* runs that must be the same bit for bit; 0: 20 for small cases */
+    int random;         /* so many problems that are drawn, in place of the file */
     int bench, list, quick, verbose;
-    const char **problems; /* given on the command line: run in place of the file */
+    const char **problems; /* given on the command line: likewise */
     int problem_count;
 };
 

@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "core/problem.h"
-#include "kit/generator.h"
+#include "kit/random.h"
 
 #define SHARING 20 /* random problems share programs */
 
@@ -42,33 +42,21 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
     return 1;
 }
 
-static int64_t between(struct generator *r, int64_t low, int64_t high)
-{
-    return low + (int64_t)(generator_next(r) % (uint64_t)(high - low + 1));
-}
-
 /* Types, columns, features, tiles: what is compiled. */
 static void draw_program(struct generated *g, struct generator *r)
 {
     static const int32_t dtypes[] = {MFA_F32, MFA_F16, MFA_BF16};
     static const int64_t columns[] = {8, 16, 24, 40, 64, 64, 72, 128, 136, 192, 256, 320, 512};
     const int64_t choices = sizeof columns / sizeof *columns;
-    g->problem.head_dim = columns[between(r, 0, choices - 1)];
-    g->problem.value_dim = between(r, 0, 2) ? g->problem.head_dim : columns[between(r, 0, choices - 1)];
-    g->problem.dtype = dtypes[between(r, 0, 2)];
-    g->problem.mask = (int32_t)between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
-    g->problem.mask_dtype = dtypes[between(r, 0, 2)];
-    g->problem.softcap = between(r, 0, 3) ? 0 : 2;
-    g->problem.upper = between(r, 0, 1); /* whether there is a band */
-    g->target.family = between(r, 0, 1) ? 7 : 9;
-    g->target.halved = !between(r, 0, 3);
-}
-
-/* A length: often short, sometimes beyond a tile or several, now and then 0. */
-static int64_t draw_length(struct generator *r, int64_t most)
-{
-    const int64_t kinds[] = {between(r, 0, 3), between(r, 1, 20), between(r, 20, 70), between(r, 1, most)};
-    return kinds[between(r, 0, 3)];
+    g->problem.head_dim = columns[random_between(r, 0, choices - 1)];
+    g->problem.value_dim = random_between(r, 0, 2) ? g->problem.head_dim : columns[random_between(r, 0, choices - 1)];
+    g->problem.dtype = dtypes[random_between(r, 0, 2)];
+    g->problem.mask = (int32_t)random_between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
+    g->problem.mask_dtype = dtypes[random_between(r, 0, 2)];
+    g->problem.softcap = random_between(r, 0, 3) ? 0 : 2;
+    g->problem.upper = random_between(r, 0, 1); /* whether there is a band */
+    g->target.family = random_between(r, 0, 1) ? 7 : 9;
+    g->target.halved = !random_between(r, 0, 3);
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -81,30 +69,19 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     const struct generated program = *g;
     const int64_t wide = program.problem.head_dim > 128 || program.problem.value_dim > 128;
     static const int64_t groups[] = {1, 2, 3, 4, 7};
-    const int64_t kv_heads = between(&r, 1, 3), q_len = draw_length(&r, 150);
-    const int64_t kv_len = draw_length(&r, wide ? 150 : 700);
+    const int64_t kv_heads = random_between(&r, 1, 3), q_len = random_length(&r, 150);
+    const int64_t kv_len = random_length(&r, wide ? 150 : 700);
     /* Columns that need the same padding: up to 7 fewer. */
-    mfa_problem_init(&g->problem, between(&r, 1, 2), kv_heads * groups[between(&r, 0, 4)], kv_heads, q_len, kv_len,
-                     program.problem.head_dim - between(&r, 0, 7), program.problem.value_dim - between(&r, 0, 7));
+    mfa_problem_init(&g->problem, random_between(&r, 1, 2), kv_heads * groups[random_between(&r, 0, 4)], kv_heads,
+                     q_len, kv_len, program.problem.head_dim - random_between(&r, 0, 7),
+                     program.problem.value_dim - random_between(&r, 0, 7));
     g->problem.dtype = program.problem.dtype;
     g->problem.mask = program.problem.mask, g->problem.mask_dtype = program.problem.mask_dtype;
     g->problem.softcap = program.problem.softcap;
-    g->problem.scale = between(&r, 0, 3) ? g->problem.scale : 0.7;
-    if (program.problem.upper) {
-        if (between(&r, 0, 1))
-            g->problem.lower = between(&r, -q_len, kv_len / 2 + 1);
-        if (between(&r, 0, 3))
-            g->problem.upper = between(&r, -q_len / 2, kv_len);
-        if (!between(&r, 0, 7))
-            g->problem.upper = g->problem.lower = between(&r, -q_len / 2, kv_len / 2);
-    }
-    g->variant.dlse = (int)between(&r, 0, 1);
-    if (g->problem.mask != MFA_MASK_NONE) {
-        g->variant.mask_broadcast = (int)between(&r, 0, 15);
-        g->variant.dbias_broadcast = between(&r, 0, 1) ? g->variant.mask_broadcast : (int)between(&r, 0, 15);
-    }
-    g->variant.kv_broadcast = between(&r, 0, 3) ? 0 : (int)between(&r, 1, 3);
-    g->arrangement = (enum arrangement)between(&r, 0, ARRANGEMENTS - 1);
+    g->problem.scale = random_between(&r, 0, 3) ? g->problem.scale : 0.7;
+    if (program.problem.upper)
+        random_band(&r, &g->problem);
+    random_memory(&r, &g->problem, &g->variant, &g->arrangement);
     finish(g);
     return 1;
 }

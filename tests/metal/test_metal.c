@@ -352,7 +352,7 @@ static void test_chunks(void **state)
     assert_true(window.list[0].chunk > 100 * l.list[0].chunk);
 }
 
-/* A problem as large as they get: nothing overflows. */
+/* A problem larger than they get: nothing overflows. */
 static void test_huge(void **state)
 {
     mfa_problem p;

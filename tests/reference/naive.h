@@ -1,5 +1,5 @@
 /* The naive computation in a working precision: included by tolerance.c once for each REAL, with NAIVE the
- * prefix of its functions. Beside the results it gathers the squares that the floor of the tolerance is
+ * prefix of its functions. Beside each result it gathers the squares that the floor of the tolerance is
  * made of. Dot products run in LANES partial sums and sums over keys descend, so that they differ from the
  * reference's order (and the compiler may use vectors). */
 
@@ -11,9 +11,9 @@ struct LOCAL(head) {
     struct position at;
     REAL *K, *V, *dK, *dV;                 /* of all keys */
     REAL *P, *slope, *Q, *dO, *O, *dQ;     /* of query i */
-    double K_norm, *V_norm;                /* the largest, and each */
-    double *dK_squares, *dV_squares;       /* errors that fall on keys */
-    double off, off_from_L;                /* error of S_i; of S_i - L_i, L being rounded */
+    double Q_norm, *K_norm, *V_norm;       /* of query i, and of each key */
+    double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
+    double *off, L_off;                    /* errors of S_ij, of L_i */
 };
 
 static REAL LOCAL(dot)(const REAL *a, const REAL *b, int64_t length)
@@ -44,18 +44,40 @@ static void LOCAL(gather)(struct reference_view view, int64_t b, int64_t h, int6
             out[r * columns + c] = (REAL)from[r * view.row + c * view.column];
 }
 
+/* sum += factor * row. What is added is off by `off` times the row, and the sum is rounded. */
+static void LOCAL(add)(REAL *sum, double *squares, REAL factor, double off, const REAL *row, int64_t length,
+                       double unit)
+{
+    for (int64_t c = 0; c < length; c++) {
+        sum[c] += factor * row[c];
+        double added = off * (double)row[c], rounded = unit * (double)sum[c];
+        squares[c] += added * added + rounded * rounded;
+    }
+}
+
+/* The error of a score, from the sum that it is made of, what that came to, and what the mask adds. The sum is rounded
+ * after each term: it has come to a part of it then, and beside that wanders as random terms do. */
+static double LOCAL(score_off)(const struct naive *n, const struct LOCAL(head) *head, int64_t j, double sum, double s,
+                               double mask)
+{
+    double terms = (double)n->problem->head_dim, wander = head->Q_norm * head->K_norm[j];
+    double sum_off = sqrt(terms * sum * sum / 3 + wander * wander / 6);
+    return n->unit * (1 + fabs(n->problem->scale) * sum_off + fabs(s) + (isfinite(mask) ? fabs(mask) : 0));
+}
+
 /* P and the softcap's slope; returns L. */
 static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
 {
     const mfa_problem *p = n->problem;
     REAL largest = (REAL)-INFINITY, sum = 0, *P = head->P;
     for (int64_t j = head->at.first; j < head->at.end; j++) {
-        REAL s = (REAL)p->scale * LOCAL(dot)(head->Q, head->K + j * p->head_dim, p->head_dim);
+        REAL z = LOCAL(dot)(head->Q, head->K + j * p->head_dim, p->head_dim), s = (REAL)p->scale * z;
         REAL bent = p->softcap > 0 ? (REAL)tanh(s / (REAL)p->softcap) : 0;
         if (p->softcap > 0)
             s = (REAL)p->softcap * bent;
         head->slope[j] = 1 - bent * bent;
         double mask = p->mask == MFA_MASK_NONE ? 1 : naive_mask(n, &head->at, j);
+        head->off[j] = LOCAL(score_off)(n, head, j, (double)z, (double)s, mask);
         if (p->mask == MFA_MASK_ADDITIVE)
             s += (REAL)mask;
         else if (mask == 0)
@@ -77,20 +99,20 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
     const mfa_problem *p = n->problem;
     int64_t at = (head->at.b * p->q_heads + head->at.h) * p->q_len + head->at.i;
     LOCAL(gather)(n->Q, head->at.b, head->at.h, head->at.i, 1, p->head_dim, head->Q);
+    head->Q_norm = LOCAL(norm)(head->Q, p->head_dim);
     REAL L = LOCAL(softmax)(n, head);
-    double P_squares = 0;
+    double L_squares = 0;
     for (int64_t c = 0; c < p->value_dim; c++)
-        head->O[c] = 0;
+        head->O[c] = 0, head->O_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         REAL P = (REAL)element_round(p->dtype, head->P[j]);
-        P_squares += (double)P * P;
-        for (int64_t c = 0; c < p->value_dim; c++)
-            head->O[c] += P * head->V[j * p->value_dim + c];
+        double P_off = head->off[j] * (double)head->P[j];
+        LOCAL(add)(head->O, head->O_squares, P, P_off, head->V + j * p->value_dim, p->value_dim, n->unit);
+        L_squares += P_off * P_off;
     }
-    head->off = n->unit * (1 + fabs(p->scale) * LOCAL(norm)(head->Q, p->head_dim) * head->K_norm + n->mask_largest);
-    n->O_off = fmax(n->O_off, head->off * sqrt(P_squares));
-    head->off_from_L = head->off + n->unit * (isfinite(L) ? fabs((double)L) : 0);
-    n->L_off = fmax(n->L_off, head->off_from_L);
+    n->O_off = fmax(n->O_off, sqrt(largest(head->O_squares, p->value_dim)));
+    head->L_off = sqrt(L_squares) + n->unit * (isfinite(L) ? fabs((double)L) : 0);
+    n->L_off = fmax(n->L_off, head->L_off);
     n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
     for (int64_t c = 0; c < p->value_dim; c++)
         n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
@@ -105,32 +127,29 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
     LOCAL(gather)(n->dO, head->at.b, head->at.h, head->at.i, 1, values, dO);
     double dL = naive_dL(n, &head->at);
     REAL D = LOCAL(dot)(dO, head->O, values) - (REAL)dL;
-    double dO_norm = LOCAL(norm)(dO, values), O_norm = LOCAL(norm)(head->O, values), dQ_squares = 0;
-    double D_off = n->unit * (dO_norm * O_norm + fabs(dL)) +
+    double dO_norm = LOCAL(norm)(dO, values), O_norm = LOCAL(norm)(head->O, values);
+    double O_squares = 0; /* of what the error of O does to D */
+    for (int64_t c = 0; c < values; c++)
+        O_squares += (double)dO[c] * (double)dO[c] * head->O_squares[c];
+    double D_off = n->unit * (dO_norm * O_norm + fabs(dL)) + sqrt(O_squares) +
                    naive_unit(p->dtype) * dO_norm * O_norm / sqrt((double)values);
     for (int64_t c = 0; c < columns; c++)
-        dQ[c] = 0;
+        dQ[c] = 0, head->dQ_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         REAL dP = LOCAL(dot)(dO, head->V + j * values, values);
         REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(p->dtype, head->P[j]);
         REAL dQK = (REAL)element_round(p->dtype, dS * head->slope[j]);
-        for (int64_t c = 0; c < columns; c++)
-            dQ[c] += dQK * head->K[j * columns + c];
-        for (int64_t c = 0; c < columns; c++)
-            head->dK[j * columns + c] += dQK * head->Q[c];
-        for (int64_t c = 0; c < values; c++)
-            head->dV[j * values + c] += P * dO[c];
 
-        double slope = head->slope[j], P_off = head->off_from_L * head->P[j];
+        double slope = head->slope[j], P_off = (head->off[j] + head->L_off) * head->P[j];
         double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * dO_norm * head->V_norm[j];
-        double slope_off = p->softcap > 0 ? n->unit + 2 * slope * head->off / p->softcap : 0;
+        double slope_off = p->softcap > 0 ? n->unit + 2 * slope * head->off[j] / p->softcap : 0;
         double dQK_off = (own_off + head->P[j] * D_off) * slope + fabs((double)dS) * slope_off;
-        dQ_squares += dQK_off * dQK_off;
-        head->dK_squares[j] += dQK_off * dQK_off;
-        head->dV_squares[j] += P_off * P_off;
+        LOCAL(add)(dQ, head->dQ_squares, dQK, dQK_off, head->K + j * columns, columns, n->unit);
+        LOCAL(add)(head->dK + j * columns, head->dK_squares + j * columns, dQK, dQK_off, head->Q, columns, n->unit);
+        LOCAL(add)(head->dV + j * values, head->dV_squares + j * values, P, P_off, dO, values, n->unit);
         naive_add_dbias(n, &head->at, j, dS, own_off, head->P[j], D_off);
     }
-    n->dQ_off = fmax(n->dQ_off, sqrt(dQ_squares));
+    n->dQ_off = fmax(n->dQ_off, sqrt(largest(head->dQ_squares, columns)));
     for (int64_t c = 0; c < columns; c++)
         n->results.dQ[at * columns + c] = element_round(p->dtype, (REAL)p->scale * dQ[c]);
 }
@@ -144,7 +163,7 @@ static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, in
     LOCAL(gather)(n->V, b, kv_head, 0, p->kv_len, values, head->V);
     for (int64_t j = 0; j < p->kv_len; j++) {
         head->V_norm[j] = LOCAL(norm)(head->V + j * values, values);
-        head->K_norm = fmax(head->K_norm, LOCAL(norm)(head->K + j * columns, columns));
+        head->K_norm[j] = LOCAL(norm)(head->K + j * columns, columns);
     }
     head->at.b = b;
     for (head->at.h = kv_head * group; head->at.h < (kv_head + 1) * group; head->at.h++)
@@ -154,10 +173,10 @@ static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, in
             if (n->backward)
                 LOCAL(backward_row)(n, head);
         }
+    n->dK_off = fmax(n->dK_off, sqrt(largest(head->dK_squares, p->kv_len * columns)));
+    n->dV_off = fmax(n->dV_off, sqrt(largest(head->dV_squares, p->kv_len * values)));
     for (int64_t j = 0; j < p->kv_len && n->backward; j++) {
         int64_t key = (b * p->kv_heads + kv_head) * p->kv_len + j;
-        n->dK_off = fmax(n->dK_off, sqrt(head->dK_squares[j]));
-        n->dV_off = fmax(n->dV_off, sqrt(head->dV_squares[j]));
         for (int64_t c = 0; c < columns; c++)
             n->results.dK[key * columns + c] = element_round(p->dtype, (REAL)p->scale * head->dK[j * columns + c]);
         for (int64_t c = 0; c < values; c++)
@@ -174,18 +193,19 @@ static void NAIVE(struct naive *n)
         struct { REAL **row; int64_t count; } reals[] = {
             {&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
             {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
-        const size_t count = sizeof reals / sizeof *reals;
+        struct { double **row; int64_t count; } doubles[] = {
+            {&h.K_norm, keys}, {&h.V_norm, keys}, {&h.off, keys}, {&h.O_squares, values}, {&h.dQ_squares, columns},
+            {&h.dK_squares, keys * columns}, {&h.dV_squares, keys * values}};
+        const size_t count = sizeof reals / sizeof *reals, double_count = sizeof doubles / sizeof *doubles;
         for (size_t at = 0; at < count; at++)
             *reals[at].row = (REAL *)reference_allocate(reals[at].count);
-        h.V_norm = reference_allocate(keys);
-        h.dK_squares = reference_allocate(keys);
-        h.dV_squares = reference_allocate(keys);
+        for (size_t at = 0; at < double_count; at++)
+            *doubles[at].row = reference_allocate(doubles[at].count);
         LOCAL(rows)(n, &h, head / p->kv_heads, head % p->kv_heads);
         for (size_t at = 0; at < count; at++)
             free(*reals[at].row);
-        free(h.V_norm);
-        free(h.dK_squares);
-        free(h.dV_squares);
+        for (size_t at = 0; at < double_count; at++)
+            free(*doubles[at].row);
     }
 }
 

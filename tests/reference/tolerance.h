@@ -13,18 +13,20 @@
  * order than the reference). Its error is the largest of any element, as ours is: errors are measured
  * against the largest element of the tensor, for a sum of large terms may happen to be small.
  *
- * The floor is needed where naive is right by luck: one key gives P = 1 exactly, and a dS of two equal
- * numbers' difference. It is an ulp of the dtype at the tensor's largest element, plus what a few roundings
- * u of the working precision do to the result if they fall at random, and so add as the root of the sum of
- * squares:
- *     S_ij is off by s_i = u (1 + |scale| |Q_i| max|K_j| + max|mask|), P_ij by P_ij s_i; in backward, which
- *     has P from L, s_i has u |L_i| more
- *     O: the root of sum_j (P_ij s_i)^2, times V;  dV: the root of sum_i (P_ij s_i)^2, times dO
- *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what rounding the O that
- *     backward is given does to it; dS_ij by P_ij times these, and by P_ij s_i |dP_ij - D_i|
- *     dbias: as dS;  dQ: the root of its squares, times scale K;  dK: likewise, times scale Q; for these
- *     two a softcap's slope is off as well
- * |x| being the length of a row, and Q K V dO without an index the root mean square of their largest row. */
+ * The floor is needed where naive is right by luck: one key gives P = 1 exactly, and so does any key that outweighs the
+ * others, as naive takes P from the very scores that it has summed up, where backward computes them anew, rounded
+ * otherwise, and meets those of forward through L; and a dS may be the difference of equal numbers. The floor is an ulp
+ * of the dtype at the tensor's largest element, plus twice what roundings to u of the working precision do to the
+ * element that they do most to, if they fall at random, and so add as the root of the sum of squares:
+ *     a sum is off by u times what it has come to, at each of its terms. That of the n products of z = Q_i K_j has come
+ *     to a part of z, and beside that wanders: sqrt(n z^2 / 3 + |Q_i|^2 |K_j|^2 / 6) in all
+ *     S_ij is off by s_ij = u (1 + |scale| times that + |S_ij| + |mask_ij|); P_ij by P_ij s_ij
+ *     L_i by l_i, the root of sum_j (P_ij s_ij)^2, and u |L_i|; in backward, which has P from L, P_ij by P_ij l_i more
+ *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what the error and the rounding
+ *     of the O that backward is given do to it; dS_ij by P_ij times these, and as P_ij by that times |dP_ij - D_i|
+ *     of O, dV, dbias, dQ and dK each term is off by this times the element of V, dO, 1, K or Q (and scale) beside it,
+ *     and each sum by its own roundings; for the last two a softcap's slope is off as well
+ * |x| being the length of a row. */
 struct tolerance {
     double O, L, dQ, dK, dV, dbias;
 };

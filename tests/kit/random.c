@@ -1,0 +1,85 @@
+#include "kit/random.h"
+
+#include <string.h>
+
+#include "kit/cases.h"
+
+#define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
+#define MOST_MULTIPLICATIONS 2e7 /* the reference takes some 0.1 s for them */
+
+int64_t random_between(struct generator *generator, int64_t low, int64_t high)
+{
+    return low + (int64_t)(generator_next(generator) % (uint64_t)(high - low + 1));
+}
+
+int64_t random_length(struct generator *generator, int64_t most)
+{
+    const int64_t kinds[] = {random_between(generator, 0, 3), random_between(generator, 1, 20),
+                             random_between(generator, 20, 70), random_between(generator, 1, most)};
+    return kinds[random_between(generator, 0, COUNT(kinds) - 1)];
+}
+
+void random_band(struct generator *generator, mfa_problem *problem)
+{
+    const int64_t q_len = problem->q_len, kv_len = problem->kv_len;
+    if (random_between(generator, 0, 1))
+        problem->lower = random_between(generator, -q_len, kv_len / 2 + 1);
+    if (random_between(generator, 0, 3))
+        problem->upper = random_between(generator, -q_len / 2, kv_len);
+    if (!random_between(generator, 0, 7))
+        problem->upper = problem->lower = random_between(generator, -q_len / 2, kv_len / 2);
+}
+
+void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
+                   enum arrangement *arrangement)
+{
+    memset(variant, 0, sizeof *variant);
+    variant->dlse = (int)random_between(generator, 0, 1);
+    if (problem->mask != MFA_MASK_NONE) {
+        variant->mask_broadcast = (int)random_between(generator, 0, 15);
+        variant->dbias_broadcast =
+            random_between(generator, 0, 1) ? variant->mask_broadcast : (int)random_between(generator, 0, 15);
+    }
+    variant->kv_broadcast = random_between(generator, 0, 3) ? 0 : (int)random_between(generator, 1, 3);
+    *arrangement = (enum arrangement)random_between(generator, 0, ARRANGEMENTS - 1);
+}
+
+/* Sizes: one in four as in a decode step. */
+static void draw_sizes(struct generator *r, mfa_problem *p)
+{
+    static const int64_t columns[] = {1, 2, 8, 16, 24, 32, 40, 64, 64, 80, 96, 111, 128, 136, 192, 256, 320, 512};
+    static const int64_t groups[] = {1, 1, 2, 3, 4, 7};
+    const int64_t head_dim =
+        random_between(r, 0, 3) ? columns[random_between(r, 0, COUNT(columns) - 1)] : random_between(r, 1, 130);
+    const int64_t value_dim = random_between(r, 0, 2) ? head_dim : columns[random_between(r, 0, COUNT(columns) - 1)];
+    const int64_t kv_heads = random_between(r, 1, 3), group = groups[random_between(r, 0, COUNT(groups) - 1)];
+    int64_t q_len = random_length(r, 300), kv_len = random_length(r, 900);
+    if (!random_between(r, 0, 3))
+        q_len = random_between(r, 1, 8), kv_len = random_between(r, 1, 3000);
+    mfa_problem_init(p, random_between(r, 1, 2), kv_heads * group, kv_heads, q_len, kv_len, head_dim, value_dim);
+    while (case_multiplications(p) > MOST_MULTIPLICATIONS) {
+        int64_t *longer = q_len > kv_len ? &q_len : &kv_len;
+        *longer /= 2;
+        mfa_problem_init(p, p->batch, p->q_heads, p->kv_heads, q_len, kv_len, head_dim, value_dim);
+    }
+}
+
+void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
+{
+    static const int32_t dtypes[] = {MFA_F32, MFA_F16, MFA_BF16, MFA_F64};
+    static const double scales[] = {0.05, 0.7, -0.3, 2, 4}, caps[] = {2, 20};
+    mfa_problem *p = &drawn->problem;
+    struct generator r;
+    generator_seed(&r, seed + (uint64_t)n, "problem");
+    draw_sizes(&r, p);
+    p->dtype = dtypes[random_between(&r, 0, 3)];
+    p->mask = (int32_t)random_between(&r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
+    p->mask_dtype = dtypes[random_between(&r, 0, 3)];
+    if (!random_between(&r, 0, 3))
+        p->softcap = caps[random_between(&r, 0, COUNT(caps) - 1)];
+    if (!random_between(&r, 0, 2))
+        p->scale = scales[random_between(&r, 0, COUNT(scales) - 1)];
+    if (random_between(&r, 0, 1))
+        random_band(&r, p);
+    random_memory(&r, p, &drawn->variant, &drawn->arrangement);
+}

@@ -1,0 +1,27 @@
+/* Problems that are drawn, not listed, each by its number in a series that a seed begins. */
+#ifndef KIT_RANDOM_H
+#define KIT_RANDOM_H
+
+#include <stdint.h>
+
+#include "kit/generator.h"
+#include "kit/operands.h"
+
+struct random_problem {
+    mfa_problem problem; /* forward */
+    struct variant variant;
+    enum arrangement arrangement;
+};
+
+/* Problem n, of all that the CPU runs, with every option: small enough that hundreds take a minute. */
+void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n);
+
+/* What it is made of, for other series. A number from low to high; a length, often short, sometimes beyond a tile or
+ * several, now and then 0; a band; what is broadcast, whether dL is given, and the arrangement. */
+int64_t random_between(struct generator *generator, int64_t low, int64_t high);
+int64_t random_length(struct generator *generator, int64_t most);
+void random_band(struct generator *generator, mfa_problem *problem);
+void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
+                   enum arrangement *arrangement);
+
+#endif
