@@ -50,7 +50,9 @@ def keep(query, key, value, mask, given, options, with_lse):
 
 
 def _place(query, key, value, mask, given):
-    return query.shape, key.shape, value.shape, None if mask is None else mask.shape, given, torch.is_grad_enabled()
+    of_mask = None if mask is None else mask.shape
+    grad = torch.is_grad_enabled(), query.requires_grad
+    return query.shape, key.shape, value.shape, of_mask, given, grad
 
 
 def _is_constant(one):
