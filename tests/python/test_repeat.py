@@ -249,7 +249,8 @@ def test_saved_tensors_of_another_layout():
     """Hooks may give back what they were given in memory of another order."""
     layout = [t.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for t in tensors()]
     warm(*layout)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
+    plain = torch.contiguous_format
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone(memory_format=plain)):
         out = flash_attention(*layout)
     assert is_right(*layout, result=out)
     with torch.autograd.graph.save_on_cpu():
