@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import problem, tensors
+from . import problem, repeat, tensors
 from .library import Unsupported, library
-from .operators import EAGER, Attention, attention_forward, is_differentiated, needs_operator
+from .operators import EAGER, Attention, Call, attention_forward, is_differentiated, needs_operator
 from .run import forward
 
 _FAR = 2**62  # farther than any two keys, yet an int64 after a length is added
@@ -50,18 +50,25 @@ def flash_attention(
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where no key is seen. It can be differentiated.
     """
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    given = (is_causal, scale, window_size, type(window_size), softcap, enable_gqa, return_lse)
     by_operator = torch.compiler.is_compiling()
-    if not by_operator and needs_operator(*given):
-        by_operator = True
-        query, key, value, attn_mask = _readable(query, key, value, attn_mask)
-    if not by_operator and tensors.is_autocast(query):  # the operator has a rule for that
+    if not by_operator:
+        before = repeat.find(query, key, value, attn_mask, given)
+        if before is not None:
+            return before.attend(query, key, value, attn_mask)
+        if needs_operator(*((query, key, value) if attn_mask is None else (query, key, value, attn_mask))):
+            by_operator = True
+            query, key, value, attn_mask = _readable(query, key, value, attn_mask)
+    is_cast = not by_operator and tensors.is_autocast(query)
+    if is_cast:  # the operator has a rule for that
         query, key, value, attn_mask = tensors.autocast(query, key, value, attn_mask)
     options = _options(query, key, value, attn_mask, is_causal, window_size, scale, softcap, enable_gqa)
+    if not by_operator and not is_cast:
+        repeat.keep(query, key, value, attn_mask, given, options, bool(return_lse))
     if by_operator:
         out, lse = attention_forward(query, key, value, attn_mask, *options)
     elif is_differentiated(query, key, value, attn_mask):
-        out, lse = Attention.apply(query, key, value, attn_mask, *options, EAGER)
+        return Attention.apply(query, key, value, attn_mask, Call(EAGER, options, return_lse))
     else:
         out, lse = forward(query, key, value, attn_mask, *options, return_lse)
     return (out, lse) if return_lse else out

@@ -19,7 +19,7 @@ import torch
 from . import display, reference, tensors
 from .attention import Explanation
 from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, objection, scalars
-from .operators import EAGER, Attention
+from .operators import EAGER, Attention, Call
 
 SEED = 1
 SILENCE = 600  # seconds after which a process that writes nothing hangs
@@ -76,7 +76,7 @@ def examine(line, device):
 
     def ours(*operands):
         moved = [None if operand is None else operand.to(device) for operand in operands]
-        out, lse = Attention.apply(*moved, *options.values(), EAGER)
+        out, lse = Attention.apply(*moved, Call(EAGER, tuple(options.values()), True))
         return out.cpu(), lse.cpu()
 
     verdicts = list(reference.judge(ours, _operands(asked), **options))

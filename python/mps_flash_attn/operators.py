@@ -89,32 +89,44 @@ def _ungrouped(shape, query):
 
 
 class Route(NamedTuple):
-    """How `Attention` reaches libmfa."""
+    """How a Call reaches libmfa."""
 
     forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse)
     backward: Callable  # the arguments of attention_backward -> gradients, None where not wanted
 
 
+class Call(NamedTuple):
+    """What `Attention` is to do."""
+
+    route: Route
+    options: tuple  # lower, upper, scale, softcap
+    with_lse: bool
+
+    def forward(self, query, key, value, mask):
+        return self.route.forward(query, key, value, mask, *self.options)
+
+    def backward(self, d_out, d_lse, saved, wanted):
+        return self.route.backward(d_out, d_lse, *saved, *self.options, wanted)
+
+
 class Attention(torch.autograd.Function):
-    """(out, lse), differentiable once."""
+    """out, or (out, lse), differentiable once. As few arguments and results as can be: each costs."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, lower, upper, scale, softcap, route):
-        out, lse = route.forward(query, key, value, mask, lower, upper, scale, softcap)
+    def forward(ctx, query, key, value, mask, call):
+        out, lse = call.forward(query, key, value, mask)
         ctx.save_for_backward(query, key, value, mask, out, lse)
-        ctx.options, ctx.route = (lower, upper, scale, softcap), route
         ctx.set_materialize_grads(False)
-        return out, lse
+        ctx.call = call
+        return (out, lse) if call.with_lse else out
 
     @staticmethod
-    def backward(ctx, d_out, d_lse):
-        query, key, value, mask, out, lse = ctx.saved_tensors
+    def backward(ctx, d_out, d_lse=None):
+        saved = ctx.saved_tensors
         if d_out is None:
-            d_out = tensors.incoming(None, out)
-        saved = (query, key, value, mask, out, lse)
-        wanted = ctx.needs_input_grad[:4]
-        gradients = ctx.route.backward(d_out, d_lse, *saved, *ctx.options, wanted)
-        return *gradients, None, None, None, None, None
+            d_out = tensors.incoming(None, saved[4])
+        dq, dk, dv, dbias = ctx.call.backward(d_out, d_lse, saved, ctx.needs_input_grad[:4])
+        return dq, dk, dv, dbias, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -164,7 +176,8 @@ def needs_operator(*given):
 
 def _eager_backward(d_out, d_lse, *arguments):
     given = (d_out,) if d_lse is None else (d_out, d_lse)
-    if torch.is_grad_enabled() or needs_operator(*given):  # a batch of gradients, or one to be differentiated again
+    # One that is traced, one to be differentiated again, or a batch of gradients.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or needs_operator(*given):
         return by_operator(d_out, d_lse, *arguments)
     return run.backward(d_out, d_lse, *arguments)
 
@@ -181,7 +194,7 @@ _TRACED = Route(lambda *arguments: _beneath(attention_forward, *arguments), by_o
 
 def _forward_with_autograd(query, key, value, mask, *options):
     if is_differentiated(query, key, value, mask):
-        return Attention.apply(query, key, value, mask, *options, _TRACED)
+        return Attention.apply(query, key, value, mask, Call(_TRACED, options, True))
     return _beneath(attention_forward, query, key, value, mask, *options)
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from . import fast_path, shapes, tensors
 from .library import Unsupported, library
-from .operators import EAGER, Attention, Route, attention_forward, is_differentiated
+from .operators import EAGER, Attention, Call, Route, attention_forward, is_differentiated
 from .run import forward
 from .stats import REPLACED, count, small
 
@@ -217,7 +217,7 @@ def _run(query, key, value, mask, is_causal, scale, enable_gqa, fits):
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     options = (None, 0 if is_causal else None, scale, 0.0)
     if is_differentiated(query, key, value, mask):
-        out, _ = Attention.apply(query, key, value, mask, *options, _ROUTES[place])
+        out = Attention.apply(query, key, value, mask, Call(_ROUTES[place], options, False))
     else:
         out, _ = forward(query, key, value, mask, *options, False, _LAYOUTS[place])
     return out if fits else out.view(shape)

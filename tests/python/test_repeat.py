@@ -1,0 +1,299 @@
+"""Calls of flash_attention that are, and that only seem to be, like one before: what was found out for that one must
+not be taken for granted where anything differs."""
+
+import pytest
+import torch
+from stand_in import DTYPES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mps_flash_attn import flash_attention, repeat
+from mps_flash_attn.reference import attention
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    repeat._repeats.clear()
+
+
+def tensors(*shape, dtype=torch.float32, requires_grad=False):
+    shape = shape or (2, 3, 9, 8)
+    return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for _ in range(3)]
+
+
+def warm(*arguments, times=3, **options):
+    """Calls until the call is known, and its gradients are where there are any. The Repeat that is left."""
+    for _ in range(times):
+        out = flash_attention(*arguments, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        if out.requires_grad:
+            torch.autograd.grad(out, [t for t in arguments[:3] if t.requires_grad], torch.ones_like(out))
+    (found,) = repeat._repeats.values()
+    assert found is not None
+    return found
+
+
+def is_right(query, key, value, mask=None, d_out=None, result=None, **options):
+    """Whether flash_attention, and its gradients, are what the definition says in float64."""
+    if result is None:
+        result = flash_attention(query, key, value, attn_mask=mask, **options)
+    band = {"upper": 0} if options.get("is_causal") else {}
+    exact = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    true, _ = attention(*exact, mask if mask is None or mask.dtype is torch.bool else mask.double(), **band)
+    close = {"rtol": 2e-2, "atol": 2e-2} if query.dtype in (torch.float16, torch.bfloat16) else {}
+    torch.testing.assert_close(result.double(), true, check_dtype=False, **(close or {"rtol": 1e-4, "atol": 1e-5}))
+    if result.requires_grad:
+        d_out = torch.randn_like(result) if d_out is None else d_out
+        inputs = [n for n, t in enumerate((query, key, value)) if t.requires_grad]
+        found = torch.autograd.grad(result, [(query, key, value)[n] for n in inputs], d_out)
+        expected = torch.autograd.grad(true, [exact[n] for n in inputs], d_out.double())
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one.double(), other, **(close or {"rtol": 1e-4, "atol": 1e-5}))
+    return True
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_again(dtype, requires_grad, masked):
+    """The same call with other numbers, and its gradients."""
+    mask = {None: None, "bool": torch.rand(9, 9) < 0.8, "float": torch.randn(9, 9, dtype=dtype)}[masked]
+    found = warm(*tensors(dtype=dtype, requires_grad=requires_grad), attn_mask=mask)
+    for _ in range(3):
+        assert is_right(*tensors(dtype=dtype, requires_grad=requires_grad), mask)
+    assert found.misses == 0 and found in repeat._repeats.values()
+
+
+def test_takes_the_short_way(monkeypatch):
+    """A third call asks nothing again, forward and backward."""
+    given = tensors(requires_grad=True)
+    warm(*given, times=4)
+    monkeypatch.setattr("mps_flash_attn.run.prepare_forward", None)
+    monkeypatch.setattr("mps_flash_attn.run.prepare_backward", None)
+    assert is_right(*given)
+
+
+@pytest.mark.parametrize("change", ["dtype", "strides", "grad of key only", "parameter", "none requires grad"])
+def test_another_kind_of_the_same_shape(change):
+    """In turns with the first, and then alone."""
+    first = tensors(requires_grad=True)
+    found = warm(*first)
+    other = tensors(requires_grad=change in ("dtype", "strides"))
+    if change == "dtype":
+        other = [t.detach().to(torch.bfloat16).requires_grad_() for t in other]
+    elif change == "strides":
+        other = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in other]
+    elif change == "grad of key only":
+        other[1].requires_grad_()
+    elif change == "parameter":
+        other = [torch.nn.Parameter(t) for t in other]
+    for _ in range(3):
+        assert is_right(*first) and is_right(*other)
+    assert found in repeat._repeats.values()  # taking turns drives nobody out
+    for _ in range(4):
+        assert is_right(*other)
+    has_place = other[0].requires_grad != first[0].requires_grad  # of its own
+    assert (found in repeat._repeats.values()) is has_place
+    assert is_right(*first)
+
+
+def test_gradients_off_and_on():
+    given = tensors(requires_grad=True)
+    for _ in range(4):
+        with torch.no_grad():
+            assert not flash_attention(*given).requires_grad
+        with torch.inference_mode():
+            assert flash_attention(*given).is_inference()
+        assert flash_attention(*given).requires_grad and is_right(*given)
+
+
+@pytest.mark.parametrize("option", ["is_causal", "scale", "softcap", "window_size", "return_lse"])
+def test_another_option(option):
+    given = tensors()
+    plain = flash_attention(*given)
+    warm(*given)
+    other = flash_attention(*given, **{option: True if option == "is_causal" else 2})
+    assert isinstance(other, tuple) if option == "return_lse" else not torch.equal(other, plain)
+    assert torch.equal(flash_attention(*given), plain)
+
+
+def test_options_that_are_refused():
+    """Equal to one that is known, and yet wrong, as it is when nothing is known."""
+    given = tensors()
+    warm(*given, window_size=2)
+    with pytest.raises(ValueError, match="window_size is 2.0"):
+        flash_attention(*given, window_size=2.0)
+    with pytest.raises(TypeError, match="attn_mask is a str"):
+        flash_attention(*given, attn_mask="none", window_size=2)
+    with pytest.raises(TypeError, match="key is a ndarray"):
+        flash_attention(given[0], given[1].numpy(), given[2], window_size=2)
+
+
+def test_scale_in_a_tensor():
+    given, scale = tensors(), torch.tensor(0.5)
+    for number in (0.5, 0.5, 0.5, 0.25, 0.125):
+        scale.fill_(number)
+        assert torch.equal(flash_attention(*given, scale=scale), flash_attention(*given, scale=number))
+
+
+def test_lists():
+    given = tensors()
+    for _ in range(3):
+        expected = flash_attention(*given, window_size=(2, 1))
+        assert torch.equal(flash_attention(*given, window_size=[2, 1]), expected)
+
+
+def test_one_tensor_given_twice():
+    for requires_grad in (True, False):
+        for _ in range(4):
+            given = tensors(requires_grad=requires_grad)[0]
+            expected = flash_attention(given, given.clone(), given.clone())
+            assert torch.equal(flash_attention(given, given, given), expected)
+
+
+@pytest.mark.parametrize("peculiar", ["neg", "nested", "sparse", "subclass"])
+def test_peculiar_tensors(peculiar):
+    query, key, value = tensors()
+    warm(query, key, value)
+    if peculiar == "neg":
+        assert torch.equal(flash_attention(torch._neg_view(-query), key, value), flash_attention(query, key, value))
+    elif peculiar == "subclass":
+        odd = value.as_subclass(type("Odd", (torch.Tensor,), {}))
+        assert torch.equal(torch.Tensor(flash_attention(query, key, odd)), flash_attention(query, key, value))
+    else:
+        odd = value.to_sparse() if peculiar == "sparse" else torch.nested.nested_tensor([value[0], value[1]])
+        with pytest.raises(TypeError, match="has the layout"):
+            flash_attention(query, key, odd)
+
+
+class _Names(TorchDispatchMode):
+    """Those of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_transforms_and_modes():
+    query, key, value = tensors()
+    expected = flash_attention(query, key, value)
+    warm(query, key, value)
+    batched = torch.vmap(flash_attention, (None, None, 0))(query, key, torch.stack((value, value)))
+    torch.testing.assert_close(batched, torch.stack((expected, expected)))
+    with _Names() as mode:
+        flash_attention(query, key, value)
+    assert "mfa::attention_forward" in mode.names
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attention(query, key, value).dtype == torch.bfloat16
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            flash_attention(dual, key, value)
+    assert torch.equal(flash_attention(query, key, value), expected)
+
+
+def test_second_derivative_raises():
+    given = tensors(requires_grad=True)
+    warm(*given)
+    for d_out in (torch.ones(2, 3, 9, 8), torch.ones(2, 3, 9, 8, requires_grad=True)):
+        gradient = torch.autograd.grad(flash_attention(*given), given, d_out, create_graph=True)[0]
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.compiled_autograd, "_enable"), reason="another name of it")
+def test_compiled_autograd():
+    """It finds nothing in the backward pass that it cannot trace."""
+    given = tensors(requires_grad=True)
+    warm(*given)
+    expected = torch.autograd.grad(flash_attention(*given).sum(), given)
+    out = flash_attention(*given)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        out.sum().backward()
+    torch.testing.assert_close([t.grad for t in given], list(expected))
+
+
+@pytest.mark.parametrize("d_out", ["expanded", "transposed", "negated", "batched"])
+def test_another_incoming_gradient(d_out):
+    given = tensors(requires_grad=True)
+    warm(*given)
+    dense = torch.randn(2, 3, 9, 8)
+    if d_out == "batched":
+        out = flash_attention(*given)
+        found = torch.autograd.grad(out, given, torch.stack((dense, 2 * dense)), is_grads_batched=True)
+        expected = torch.autograd.grad(flash_attention(*given), given, dense)
+        torch.testing.assert_close([f[1] / 2 for f in found], list(expected))
+        return
+    for _ in range(4):
+        other = {
+            "expanded": torch.randn(()).expand(2, 3, 9, 8),
+            "transposed": torch.randn(2, 9, 3, 8).transpose(1, 2),
+            "negated": torch._neg_view(torch.randn(2, 3, 9, 8)),
+        }[d_out]
+        assert is_right(*given, d_out=other) and is_right(*given, d_out=dense)
+
+
+def test_other_gradients_wanted():
+    given = tensors(requires_grad=True)
+    warm(*given)
+    d_out = torch.randn(2, 3, 9, 8)
+    expected = torch.autograd.grad(flash_attention(*given), given, d_out)
+    for n in range(3):
+        assert torch.equal(torch.autograd.grad(flash_attention(*given), given[n], d_out)[0], expected[n])
+
+
+def test_saved_tensors_of_another_layout():
+    """Hooks may give back what they were given in memory of another order."""
+    layout = [t.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for t in tensors()]
+    warm(*layout)
+    plain = torch.contiguous_format
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone(memory_format=plain)):
+        out = flash_attention(*layout)
+    assert is_right(*layout, result=out)
+    with torch.autograd.graph.save_on_cpu():
+        out = flash_attention(*layout)
+    assert is_right(*layout, result=out)
+
+
+def test_data_replaced_before_backward():
+    """`.data` may be set to memory of other strides, or to less."""
+    given = tensors(requires_grad=True)
+    warm(*given)
+    out = flash_attention(*given)
+    given[1].data = given[1].data.transpose(1, 2).contiguous().transpose(1, 2)
+    assert is_right(*given, result=out)
+    out = flash_attention(*given)
+    given[1].data = torch.randn(2, 3, 4, 8)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.autograd.grad(out, given[0], torch.ones_like(out))
+
+
+def test_lse_differentiated():
+    given = tensors(requires_grad=True)
+    warm(*given, return_lse=True)
+    out, lse = flash_attention(*given, return_lse=True)
+    found = torch.autograd.grad(out.sum() + lse.sum(), given)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    out, lse = attention(*exact, None)
+    for one, other in zip(found, torch.autograd.grad(out.sum() + lse.sum(), exact)):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_many_kinds():
+    for length in range(1, 40):
+        for _ in range(3):
+            assert is_right(*tensors(1, 1, length, 4))
+    repeat._repeats.update({n: None for n in range(repeat._REPEATS_MOST)})
+    flash_attention(*tensors(1, 1, 41, 4))
+    assert len(repeat._repeats) == 1
+
+
+def test_without_guards(monkeypatch):
+    monkeypatch.setattr(repeat, "_can_tell", False)
+    given = tensors(requires_grad=True)
+    for _ in range(4):
+        assert is_right(*given)
+    assert set(repeat._repeats.values()) == {None}
