@@ -22,7 +22,7 @@ struct backward_scratch {
     term *Qt, *dOt;       /* their transposes: [terms(dim)][PANEL] */
     term *Q, *dO;         /* of the group, terms down */
     term *K, *V;          /* terms across */
-    term *K_rows, *V_rows, *K_left;
+    term *K_left;
     real *dK, *dV;
     real *S, *dP;         /* [key][PANEL]; if P and dS are reals, in their places instead */
     term *P, *dS;         /* of the group, terms across: [key][group / TERM] */
@@ -43,7 +43,7 @@ static inline int64_t group_stride(const struct mfa_cpu_call *call)
 /* Of P and dS across. */
 static inline int64_t across_P(const struct mfa_cpu_call *call)
 {
-    return stride_of(whole_keys(call->block_kv), group_stride(call) / TERM);
+    return left_stride(group_stride(call) / TERM);
 }
 
 /* Of dS down. */
@@ -73,8 +73,6 @@ static uint64_t backward_carve(const struct mfa_cpu_call *call, char *base, stru
     s->dO = carve(base, &used, group * e_terms);
     s->K = carve(base, &used, n * d_terms);
     s->V = carve(base, &used, n * e_terms);
-    s->K_rows = TILES ? carve(base, &used, n * d_terms) : s->K;
-    s->V_rows = TILES ? carve(base, &used, n * e_terms) : s->V;
     s->K_left = carve(base, &used, TERM > 1 ? n * d_terms : 0);
     s->dK = carve(base, &used, n * d);
     s->dV = carve(base, &used, n * e);
@@ -254,13 +252,11 @@ static struct keys keys_of(const struct mfa_cpu_call *call, int64_t batch, int64
 static void load_keys(const struct mfa_cpu_call *call, struct backward_scratch *s, struct keys *keys)
 {
     const struct mfa_args *a = &call->args;
-    keys->K = load_block(s->K_rows, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n,
-                         a->head_dim, 1);
-    keys->V = load_block(s->V_rows, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
+    keys->K =
+        load_block(s->K, call->k, call->dtype, &a->k, keys->batch, keys->kv_head, keys->first, keys->n, a->head_dim, 1);
+    keys->V = load_block(s->V, call->v, call->dtype, &a->v, keys->batch, keys->kv_head, keys->first, keys->n,
                          a->value_dim, 1);
     keys->K_left = turn_left(keys->K, keys->n, a->head_dim, s->K_left);
-    keys->K = turn_across(keys->K, keys->n, a->head_dim, s->K);
-    keys->V = turn_across(keys->V, keys->n, a->value_dim, s->V);
 }
 
 /* The panel's rows of Q or dO: down, as the rows of a group from `first` on, and transposed. */
@@ -302,7 +298,7 @@ static void panel_scores(const struct mfa_cpu_call *call, const struct backward_
     int64_t from = part.keys.from, n = part.keys.to - from, first = part.vector * LANES;
     int64_t q_stride = stride_of(across_stride(a->head_dim), PANEL);
     int64_t d_stride = stride_of(across_stride(a->value_dim), PANEL);
-    multiply_rows(n, part.vectors, keys->K.rows + place(keys->K.stride, from, 0), keys->K.stride,
+    multiply_rows(n, part.vectors, keys->K.rows + from * keys->K.stride, keys->K.stride,
                   s->Qt + place(q_stride, 0, first), q_stride, S + first, stride, terms(a->head_dim),
                   score_factor(call), NULL);
     for (int v = part.vector; v < part.vector + part.vectors; v++) {
@@ -310,7 +306,7 @@ static void panel_scores(const struct mfa_cpu_call *call, const struct backward_
         panel_adjust(panel, call, v, keys->first + from, n, S + lane, stride, mask ? mask + lane : NULL,
                      slope ? slope + lane : NULL);
     }
-    multiply_rows(n, part.vectors, keys->V.rows + place(keys->V.stride, from, 0), keys->V.stride,
+    multiply_rows(n, part.vectors, keys->V.rows + from * keys->V.stride, keys->V.stride,
                   s->dOt + place(d_stride, 0, first), d_stride, dP + first, stride, terms(a->value_dim), 1, NULL);
 }
 
@@ -318,7 +314,7 @@ static void panel_scores(const struct mfa_cpu_call *call, const struct backward_
 static struct gradients gradients_at(const struct mfa_cpu_call *call, const struct backward_scratch *s, int64_t first,
                                      int64_t key)
 {
-    int64_t across = across_P(call), down = down_dS(call), at = place(across, key, first / TERM);
+    int64_t across = across_P(call), down = down_dS(call), at = left_place(across, key, first / TERM);
     return (struct gradients){s->P + at, s->dS + at, across, s->dS_down + place(down, key / TERM, first), down};
 }
 
@@ -328,9 +324,9 @@ static void clear_gradients(const struct mfa_cpu_call *call, const struct backwa
 {
     struct gradients to = gradients_at(call, s, first, r.from);
     int64_t n = r.to - r.from;
-    clear_terms(to.P, to.across, n, lanes / TERM);
-    clear_terms(to.dS, to.across, n, lanes / TERM);
-    clear_terms(to.dS_down, to.down, terms(n), lanes);
+    clear_across(to.P, to.across, n, lanes / TERM);
+    clear_across(to.dS, to.across, n, lanes / TERM);
+    clear_down(to.dS_down, to.down, terms(n), lanes);
     end_down(to.dS_down, to.down, n, lanes);
 }
 
@@ -385,9 +381,9 @@ static void visit_panel(const struct mfa_cpu_call *call, const struct backward_s
     adjusted_gradients(call, s, panel, first, keys, (struct range){r.from, shown.from}, mask, L, D);
     mask = mask ? mask + (shown.from - r.from) * PANEL : NULL;
     int64_t done = multiply_gradients(
-        shown.to - shown.from, keys->K.rows + place(keys->K.stride, shown.from, 0), keys->K.stride, s->Qt,
-        terms(a->head_dim), score_factor(call), keys->V.rows + place(keys->V.stride, shown.from, 0), keys->V.stride,
-        s->dOt, terms(a->value_dim), mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
+        shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt, terms(a->head_dim),
+        score_factor(call), keys->V.rows + shown.from * keys->V.stride, keys->V.stride, s->dOt, terms(a->value_dim),
+        mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
     mask = mask ? mask + done * PANEL : NULL;
     adjusted_gradients(call, s, panel, first, keys, (struct range){shown.from + done, r.to}, mask, L, D);
 }
@@ -469,7 +465,7 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
         if (r.from >= r.to)
             continue;
         int64_t key = i * STRIP, rows = (next * STRIP < keys->n ? next * STRIP : keys->n) - key;
-        int64_t first = r.from * LANES / TERM, end = r.to * LANES, at = place(across, key, first);
+        int64_t first = r.from * LANES / TERM, end = r.to * LANES, at = left_place(across, key, first);
         int64_t n = (end < g->rows ? end : units(g->rows)) / TERM - first;
         if (call->dv)
             add_rows(rows, (int)(e / LANES), s->P + at, across, s->dO + place(e_stride, first, 0), e_stride,

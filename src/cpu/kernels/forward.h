@@ -10,7 +10,7 @@
  * m is a reference, not the maximum itself (softmax.h). Scores to which at most a mask is added become P as they are
  * computed, as long as m holds. */
 
-#define RAISE_KEYS (TILES ? 64 : 48) /* where m does not hold, so many keys give another one */
+#define RAISE_KEYS (TILES ? KEY_UNIT : 48) /* where m does not hold, so many keys give another one */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
     real *O, *m, *l;
@@ -28,7 +28,7 @@ static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel
 }
 
 struct forward_scratch {
-    term *Q, *K, *V, *K_across, *V_left, *P; /* K and V: as copied; P may be S */
+    term *Q, *K, *V, *V_left, *P; /* K and V: as copied; P may be S */
     real *rows, *S, *sums, *mask_rows, *mask_tile;
 };
 
@@ -44,7 +44,6 @@ static uint64_t forward_carve(const struct mfa_cpu_call *call, char *base, struc
     s->S = carve(base, &used, n * PANEL);
     s->K = carve(base, &used, n * d);
     s->V = carve(base, &used, n * e);
-    s->K_across = carve(base, &used, TILES ? n * d : 0);
     s->V_left = carve(base, &used, TERM > 1 ? n * e : 0);
     s->P = TILES ? carve(base, &used, n / TERM * PANEL) : s->S;
     s->sums = carve(base, &used, call->panels * sums_reals(a));
@@ -150,18 +149,14 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
 {
     const struct mfa_args *a = &call->args;
     int64_t e = padded(a->value_dim), bytes = bytes_of(call->dtype);
-    real inverse[PANEL];
-    for (int64_t i = 0; i < panel->vectors * LANES; i++)
-        inverse[i] = sums.l[i] == 0 ? 0 : 1 / sums.l[i];
-    for (int64_t d = 0; d < a->value_dim; d++)
-        for (int v = 0; v < panel->vectors; v++) {
-            real *at = sums.O + d * PANEL + v * LANES;
-            vec_store(at, vec_mul(vec_load(at), vec_load(inverse + v * LANES)));
-        }
-    transpose(sums.O, PANEL, rows, e, e, panel->vectors * LANES);
-    for (int64_t i = 0; i < panel->lanes; i++)
+    for (int64_t i = 0; i < panel->lanes; i++) {
+        real *row = rows + i % LANES * e;
+        if (i % LANES == 0)
+            transpose(sums.O + i, PANEL, rows, e, e, LANES);
+        scale_vectors(row, e, sums.l[i] == 0 ? 0 : 1 / sums.l[i]);
         store_row((char *)row_at(call->o, bytes, &a->o, batch, panel->head[i], panel->row[i]), call->dtype, a->o.column,
-                  rows + i * e, a->value_dim);
+                  row, a->value_dim);
+    }
     if (!call->lse)
         return;
     for (int64_t i = 0; i < panel->lanes; i++) {
@@ -176,7 +171,7 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *p
 {
     for (struct part part; r.from < r.to; S += (part.keys.to - r.from) * PANEL, r.from = part.keys.to) {
         part = panel_part(panel, key, r);
-        multiply_rows(part.keys.to - r.from, part.vectors, K.rows + place(K.stride, r.from, 0), K.stride,
+        multiply_rows(part.keys.to - r.from, part.vectors, K.rows + r.from * K.stride, K.stride,
                       Q + place(Q_stride(call), 0, part.vector * LANES), Q_stride(call), S + part.vector * LANES, PANEL,
                       terms(call->args.head_dim), score_factor(call), K.next);
     }
@@ -272,9 +267,8 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
         term *P = s->P + place(stride, (from - r.from) / TERM, 0);
         const real *mask = seen == MASKED ? s->mask_tile + (from - r.from) * PANEL : NULL;
         if (shown.from <= from && from < shown.to && all_have_seen(sums.l)) {
-            int64_t done =
-                multiply_exp2(shown.to - from, K.rows + place(K.stride, from, 0), K.stride, Q, terms(a->head_dim),
-                              score_factor(call), mask, sums.m, sums.l, P, stride, K.next);
+            int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
+                                         score_factor(call), mask, sums.m, sums.l, P, stride, K.next);
             from += done, P += place(stride, done / TERM, 0), mask = mask ? mask + done * PANEL : NULL;
         }
         if (from == r.to)
@@ -336,8 +330,8 @@ static void forward(void *data, int64_t task, int worker)
             struct visit visit = {!K.rows, packed <= p, panels[p].any_high < key + n, count,
                                   j + 1 < blocks.to ? (j + 1) * size : -1};
             if (!K.rows) {
-                K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim, 0);
-                K = turn_across(K, n, a->head_dim, s.K_across);
+                K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim,
+                               TILES && (n % KEY_UNIT != 0 || a->k.row != a->head_dim));
                 V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
                                a->value_dim % (TERM * LANES) != 0 && TERM > 1);
                 V = turn_left(V, n, a->value_dim, s.V_left);

@@ -29,25 +29,25 @@ static void panel_gradients(int vectors, int64_t n, const real *S, const real *d
 {
     for (int v = 0; v < vectors; v++) {
         int64_t at = v * LANES;
-        term *P = to.P + place(to.across, 0, at / TERM), *dS = to.dS + place(to.across, 0, at / TERM);
+        term *P = to.P + left_place(to.across, 0, at / TERM), *dS = to.dS + left_place(to.across, 0, at / TERM);
         term *dS_down = to.dS_down + place(to.down, 0, at);
         vec l = vec_load(L + at), delta = vec_load(D + at);
         for (int64_t k = 0; k < n; k += 2) {
             const real *Sk = S + k * stride + at, *dPk = dP + k * stride + at,
                        *t = slope ? slope + k * PANEL + at : NULL;
             vec P0 = probabilities(Sk, factor, l), dS0 = score_gradients(P0, vec_load(dPk), delta, t);
-            store_across(P + place(to.across, k, 0), P0);
+            store_across(P + left_place(to.across, k, 0), P0);
             if (TERM > 1)
-                store_across(dS + place(to.across, k, 0), dS0);
+                store_across(dS + left_place(to.across, k, 0), dS0);
             if (k + 1 == n) {
                 store_down_last(dS_down, to.down, k, dS0);
                 break;
             }
             vec P1 = probabilities(Sk + stride, factor, l),
                 dS1 = score_gradients(P1, vec_load(dPk + stride), delta, t ? t + PANEL : NULL);
-            store_across(P + place(to.across, k + 1, 0), P1);
+            store_across(P + left_place(to.across, k + 1, 0), P1);
             if (TERM > 1)
-                store_across(dS + place(to.across, k + 1, 0), dS1);
+                store_across(dS + left_place(to.across, k + 1, 0), dS1);
             store_down(dS_down, to.down, k, dS0, dS1);
         }
     }
@@ -67,14 +67,15 @@ static __attribute__((noinline)) int64_t multiply_gradients(int64_t keys, const 
     _Alignas(64) real S[R * PANEL], dP[R * PANEL];
     int64_t done = 0;
     for (; done + R <= keys; done += R) {
-        tile_product(R, PANEL_VECTORS, K + place(k_stride, done, 0), k_stride, Qt, stride_of(padded(k_terms), PANEL), S,
-                     PANEL, k_terms, 0);
-        tile_product(R, PANEL_VECTORS, V + place(v_stride, done, 0), v_stride, dOt, stride_of(padded(v_terms), PANEL),
-                     dP, PANEL, v_terms, 0);
+        multiply_rows(R, PANEL_VECTORS, K + done * k_stride, k_stride, Qt, stride_of(padded(k_terms), PANEL), S, PANEL,
+                      k_terms, 1, NULL);
+        multiply_rows(R, PANEL_VECTORS, V + done * v_stride, v_stride, dOt, stride_of(padded(v_terms), PANEL), dP,
+                      PANEL, v_terms, 1, NULL);
         for (int64_t i = 0; mask && i < R * PANEL; i += LANES)
             vec_store(S + i, masked(vec_mul(vec_load(S + i), vec_set1(factor)), vec_load(mask + done * PANEL + i)));
         panel_gradients(PANEL_VECTORS, R, S, dP, PANEL, L, D, NULL, mask ? 1 : factor, to);
-        to.P += place(to.across, R, 0), to.dS += place(to.across, R, 0), to.dS_down += place(to.down, R / TERM, 0);
+        to.P += left_place(to.across, R, 0), to.dS += left_place(to.across, R, 0),
+            to.dS_down += place(to.down, R / TERM, 0);
     }
     return done;
 }

@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) void tile_exp2(const real *S, real 
     const int64_t q_stride = stride_of(padded(n), PANEL);
     for (int pair = 0; pair < PANEL_VECTORS; pair += 2) {
         struct pieces product;
-        pieces_begin(&product, K, k_stride, Q + place(q_stride, 0, pair * LANES), q_stride, n);
+        pieces_begin(&product, left_of_rows(K, k_stride), Q + place(q_stride, 0, pair * LANES), q_stride, n);
         for (int64_t at = pair * LANES; at < (pair + 2) * LANES; at += LANES) {
             vec l[2] = {vec_set1(0), vec_set1(0)}, reference = vec_load(m + at);
             for (int part = 0; part < PARTS; part++) {
@@ -116,7 +116,7 @@ static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, co
     int64_t done = 0;
     for (int turn = 0; done + R <= keys; done += R, turn = !turn) {
         tile_exp2(S[turn], factor, mask ? mask + done * PANEL : NULL, m, sum, P + place(p_stride, done / TERM, 0),
-                  p_stride, K + place(k_stride, done + R, 0), k_stride, Q, done + 2 * R <= keys ? n : 0, S[!turn]);
+                  p_stride, K + (done + R) * k_stride, k_stride, Q, done + 2 * R <= keys ? n : 0, S[!turn]);
         if (!add_sums(l, sum))
             break;
     }

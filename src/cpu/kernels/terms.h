@@ -17,7 +17,9 @@
  * and may have products by tile registers (TILES; tile_product.h), which take terms LANES at a time, and of A only
  * terms across: V^T P^T then has V^T across, and dS^T K is made as its transpose, K^T dS, with K^T across. For them
  * matrices of terms lie in strips of LANES columns, the rows of a strip next to each other: what a register holds is
- * then 1 KiB in one place, and what a product reads again spreads over all sets of the cache. */
+ * then 1 KiB in one place, and what a product reads again spreads over all sets of the cache. Strips of terms across
+ * end after LEFT_ROWS rows, which a product takes at once. Only K and V, where they are read along their rows, stay
+ * row by row: dense rows spread just as well. */
 
 #ifndef TERM
 #define TERM 1
@@ -53,7 +55,7 @@ static inline int64_t down_stride(int64_t columns)
     return across_stride(columns) * TERM;
 }
 
-/* From one row of a matrix of terms to the next; in strips, from one of these to the next. */
+/* From one row of terms down to the next; in strips, from one of these to the next. */
 static inline int64_t stride_of(int64_t rows, int64_t columns)
 {
     return TILES ? rows * LANES : columns;
@@ -65,11 +67,35 @@ static inline int64_t place(int64_t stride, int64_t row, int64_t column)
     return TILES ? column / LANES * stride + row * LANES + column % LANES : row * stride + column;
 }
 
+/* The same for terms across: from one row to the next; in strips, from LEFT_ROWS to the next so many. */
+#define LEFT_ROWS ((int64_t)2 * LANES)
+
+static inline int64_t left_stride(int64_t columns)
+{
+    return TILES ? LEFT_ROWS * columns : columns;
+}
+
+/* That can be added to a place whose row is the first of LEFT_ROWS and whose column a whole strip's. */
+static inline int64_t left_place(int64_t stride, int64_t row, int64_t column)
+{
+    if (!TILES)
+        return row * stride + column;
+    return row / LEFT_ROWS * stride + (column / LANES * LEFT_ROWS + row % LEFT_ROWS) * LANES + column % LANES;
+}
+
 /* Zeros; in strips, columns are whole ones. */
-static void clear_terms(term *to, int64_t stride, int64_t rows, int64_t columns)
+static void clear_down(term *to, int64_t stride, int64_t rows, int64_t columns)
 {
     for (int64_t i = 0; i < (TILES ? columns / LANES : rows); i++)
         fill(to + i * stride, TILES ? rows * LANES : columns, 0);
+}
+
+static void clear_across(term *to, int64_t stride, int64_t rows, int64_t columns)
+{
+    const int64_t piece = TILES ? LANES : columns;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c += piece)
+            fill(to + left_place(stride, r, c), piece, 0);
 }
 
 /* A row of the caller's, across. With TERM = 2 tensors have numbers of 16 bits, and these stay as they are. */
@@ -133,18 +159,6 @@ static struct block load_block(term *copy, const void *data, int dtype, const st
     return (struct block){copy, stride, NULL};
 }
 
-/* A block whose rows are whole vectors in strips, where products want them. */
-static struct block turn_across(struct block block, int64_t rows, int64_t columns, term *across)
-{
-    int64_t stride = stride_of(padded(rows), across_stride(columns));
-    if (!TILES)
-        return block;
-    for (int64_t c = 0; c < across_stride(columns); c += LANES)
-        for (int64_t r = 0; r < rows; r++)
-            vec_store(across + place(stride, r, c), vec_load(block.rows + r * block.stride + c));
-    return (struct block){across, stride, NULL};
-}
-
 /* Terms down of a block whose rows are whole vectors: the block itself, or made in `down`. */
 static struct block turn_down(struct block block, int64_t rows, int64_t columns, term *down, int64_t stride)
 {
@@ -170,7 +184,7 @@ static struct block turn_left(struct block block, int64_t rows, int64_t columns,
 #if !TILES
     return turn_down(block, rows, columns, left, down_stride(columns));
 #else
-    int64_t stride = stride_of(down_stride(columns), across_stride(rows));
+    int64_t stride = left_stride(across_stride(rows));
     for (int64_t r = 0; r < rows; r += 2 * LANES)
         for (int64_t c = 0; c < across_stride(columns); c += LANES) {
             term down[LANES][2 * LANES];
@@ -181,7 +195,7 @@ static struct block turn_left(struct block block, int64_t rows, int64_t columns,
                 vec_store(down[i], vec_zip_low(first, second));
                 vec_store(down[i] + LANES, vec_zip_high(first, second));
             }
-            term *to = left + place(stride, 2 * c, r / 2);
+            term *to = left + left_place(stride, 2 * c, r / 2);
             vec_transpose(down[0], 2 * LANES, to, LANES);
             vec_transpose(down[0] + LANES, 2 * LANES, to + LANES * LANES, LANES);
         }
@@ -192,7 +206,7 @@ static struct block turn_left(struct block block, int64_t rows, int64_t columns,
 /* Where row r of the block begins in it, r even. */
 static inline const term *left_row(struct block left, int64_t r)
 {
-    return left.rows + (TILES ? place(left.stride, 0, r / TERM) : place(left.stride, r / TERM, 0));
+    return left.rows + (TILES ? left_place(left.stride, 0, r / TERM) : place(left.stride, r / TERM, 0));
 }
 
 /* The transpose of rows that lie `from_stride` apart, both numbers whole vectors. */
@@ -208,7 +222,7 @@ static void transpose_terms(const term *from, int64_t from_stride, term *to, int
 static void end_down(term *to, int64_t stride, int64_t n, int64_t columns)
 {
     if (TILES)
-        clear_terms(to + place(stride, terms(n), 0), stride, across_stride(n) - terms(n), columns);
+        clear_down(to + place(stride, terms(n), 0), stride, across_stride(n) - terms(n), columns);
 }
 
 /* Rows k and k + 1 of a matrix whose terms run down, k even. */
