@@ -226,20 +226,44 @@ static struct upcoming upcoming_queries(const struct mfa_cpu_call *call, const s
     return (struct upcoming){at, at + bytes, bytes, s->row * each - bytes, a_term};
 }
 
+/* For tile registers, whose exponentials ask for a line for each key: a share of the next block's rows, of K with the
+ * first half of the panels, of V with the others. */
+static struct upcoming upcoming_share(const struct mfa_cpu_call *call, const struct chunk *c, int64_t p, int64_t keys,
+                                      int64_t next_block)
+{
+    const struct mfa_args *a = &call->args;
+    int64_t first = p, panels = mfa_cpu_ceil(c->panels, 2), n = a->kv_len - next_block;
+    n = n < call->block_kv ? n : call->block_kv;
+    int of_K = p < panels;
+    if (!of_K)
+        first -= panels, panels = c->panels - panels;
+    struct upcoming rows = upcoming_rows(call, c, next_block + n * first / panels, of_K ? call->k : call->v,
+                                         of_K ? &a->k : &a->v, of_K ? a->head_dim : a->value_dim);
+    int64_t each = mfa_cpu_ceil(mfa_cpu_ceil(n, panels) * rows.bytes, keys);
+    each = each < 64 ? 64 : each;
+    rows.each = each < rows.bytes ? each : rows.bytes;
+    return rows;
+}
 /* What is asked for while a panel visits keys of a block. */
 struct visit {
     int first_of_block, first_of_panel, last_of_panel;
     int64_t keys, next_block; /* its first key; or -1: there is none */
 };
 
-/* The next block, once for all panels; else Q of the next panel. O of this one, before it is written; with pairs of
- * terms the asking costs more than it gains there. */
+/* The next block, once for all panels, or by and by with each; else Q of the next panel. O of this one, before it is
+ * written; with pairs of terms the asking costs more than it gains there. */
 static void ask_ahead(const struct mfa_cpu_call *call, const struct chunk *c, const struct panel *panels, int64_t p,
                       struct visit visit, struct upcoming next[2], struct block *K, struct block *V)
 {
     const struct mfa_args *a = &call->args;
+    int dense = a->k.column == 1 && a->v.column == 1;
     K->next = V->next = NULL;
-    if (visit.first_of_block && visit.next_block >= 0 && a->k.column == 1 && a->v.column == 1) {
+    if (TILES && visit.next_block >= 0 && dense) {
+        next[0] = upcoming_share(call, c, p, visit.keys, visit.next_block);
+        K->next = &next[0];
+    } else if (TILES) {
+        return;
+    } else if (visit.first_of_block && visit.next_block >= 0 && dense) {
         next[0] = upcoming_rows(call, c, visit.next_block, call->k, &a->k, a->head_dim);
         next[1] = upcoming_rows(call, c, visit.next_block, call->v, &a->v, a->value_dim);
         K->next = &next[0], V->next = &next[1];

@@ -77,7 +77,8 @@ static inline vec below_reference(const real *S, real factor, const real *mask, 
  * unless n is 0. */
 static inline __attribute__((always_inline)) void tile_exp2(const real *S, real factor, const real *mask, const real *m,
                                                             real *sum, term *P, int64_t p_stride, const term *K,
-                                                            int64_t k_stride, const term *Q, int64_t n, real *S_next)
+                                                            int64_t k_stride, const term *Q, int64_t n, real *S_next,
+                                                            struct upcoming *upcoming)
 {
     enum { ROWS = 4, PARTS = KEY_UNIT / ROWS };
     const int64_t q_stride = stride_of(padded(n), PANEL);
@@ -95,6 +96,8 @@ static inline __attribute__((always_inline)) void tile_exp2(const real *S, real 
                     l[1] = vec_add(l[1], odd);
                     store_down(P + place(p_stride, 0, at), p_stride, k, even, odd);
                 }
+                if (upcoming)
+                    ask_upcoming(upcoming, 1);
                 pieces_go_on(&product, 2 * PARTS);
             }
             vec_store(sum + at, vec_add(l[0], l[1]));
@@ -116,7 +119,7 @@ static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, co
     int64_t done = 0;
     for (int turn = 0; done + R <= keys; done += R, turn = !turn) {
         tile_exp2(S[turn], factor, mask ? mask + done * PANEL : NULL, m, sum, P + place(p_stride, done / TERM, 0),
-                  p_stride, K + (done + R) * k_stride, k_stride, Q, done + 2 * R <= keys ? n : 0, S[!turn]);
+                  p_stride, K + (done + R) * k_stride, k_stride, Q, done + 2 * R <= keys ? n : 0, S[!turn], upcoming);
         if (!add_sums(l, sum))
             break;
     }
@@ -205,7 +208,7 @@ static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term 
                                                        int64_t n, real factor, const real *mask, const real *m, real *l,
                                                        term *P, int64_t p_stride, struct upcoming *upcoming)
 {
-    if (upcoming && !TILES) /* these ask for nothing */
+    if (upcoming && !(TILES && mask)) /* with a mask, tile registers ask for nothing */
         return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, upcoming);
     if (mask)
         return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, NULL);
