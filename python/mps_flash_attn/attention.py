@@ -50,9 +50,11 @@ def flash_attention(
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where no key is seen. It can be differentiated.
     """
-    given = (is_causal, scale, window_size, type(window_size), softcap, enable_gqa, return_lse)
     by_operator = torch.compiler.is_compiling()
     if not by_operator:
+        # Floats equal integers, yet as a window they are refused.
+        kind = repr(window_size) if type(window_size) is tuple else type(window_size)
+        given = (is_causal, scale, window_size, kind, softcap, enable_gqa, return_lse)
         before = repeat.find(query, key, value, attn_mask, given)
         if before is not None:
             return before.attend(query, key, value, attn_mask)

@@ -32,7 +32,7 @@ _TAGS = tuple(
 )
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
-_count_of_modes = torch._C._len_torch_dispatch_stack
+count_of_modes = torch._C._len_torch_dispatch_stack
 
 _registration = torch.library.Library("mfa", "FRAGMENT")
 for _schema in _SCHEMAS:
@@ -166,7 +166,7 @@ def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, s
 
 def needs_operator(*given):
     """Whether a rule of the dispatcher is to see this call: one for vmap, for modes, or for the tensors' own class."""
-    if _transforms_are_active() or _count_of_modes():
+    if _transforms_are_active() or count_of_modes():
         return True
     for tensor in given:
         if not tensors.is_plain(tensor):

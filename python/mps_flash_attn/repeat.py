@@ -1,15 +1,15 @@
 """A call of flash_attention that is like one before: as models call it, layer after layer and step after step.
 
 PyTorch's guards, with which compiled code asks whether it may run again, tell in one call whether tensors have the
-types, dtypes, devices, shapes and strides of earlier ones, require gradients as those did, and whether autocast, modes
-and transforms are as they were. If so, what was found out for the earlier call is not asked again.
+types, dtypes, devices, shapes and strides of earlier ones, require gradients as those did, and whether autocast and
+transforms are as they were. If so, what was found out for the earlier call is not asked again.
 """
 
 import torch
 from torch.autograd import forward_ad
 
 from . import run
-from .operators import EAGER, Attention, is_differentiated, needs_operator
+from .operators import EAGER, Attention, count_of_modes, is_differentiated, needs_operator
 
 _apply = super(torch.autograd.Function, Attention).apply  # without its care for transforms, which the guards see
 _CONSTANT = (type(None), bool, int, float, str, type)
@@ -24,7 +24,7 @@ def find(query, key, value, mask, given):
         found = _repeats.get(_place(query, key, value, mask, given))
     except (AttributeError, RuntimeError, TypeError):
         return None  # these are no tensors, or nested ones, which guards do not survive; or a list is given
-    if found is None or forward_ad._current_level >= 0:
+    if found is None or forward_ad._current_level >= 0 or count_of_modes():  # not all modes show in the guards
         return None
     alike = found.is_like(query, key, value) if mask is None else found.is_like(query, key, value, mask)
     found.misses = 0 if alike else found.misses + 1
@@ -117,7 +117,7 @@ class Repeat:
 
     def backward(self, d_out, d_lse, saved, wanted):
         plain = d_lse is None and saved[3] is None  # without a mask
-        if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
             query, key, value, _, out, lse = saved
             known = self.known_backward
             if known is not None and known[0](query, key, value, out, lse, d_out) and known[1].wanted == wanted:

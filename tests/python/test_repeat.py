@@ -4,6 +4,7 @@ not be taken for granted where anything differs."""
 import pytest
 import torch
 from stand_in import DTYPES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mps_flash_attn import flash_attention, repeat
@@ -126,6 +127,10 @@ def test_options_that_are_refused():
         flash_attention(*given, attn_mask="none", window_size=2)
     with pytest.raises(TypeError, match="key is a ndarray"):
         flash_attention(given[0], given[1].numpy(), given[2], window_size=2)
+    repeat._repeats.clear()
+    warm(*given, window_size=(2, 1))
+    with pytest.raises(ValueError, match=r"window_size is \(2.0, 1.0\)"):
+        flash_attention(*given, window_size=(2.0, 1.0))
 
 
 def test_scale_in_a_tensor():
@@ -193,6 +198,18 @@ def test_transforms_and_modes():
         with pytest.raises(NotImplementedError, match="jvp"):
             flash_attention(dual, key, value)
     assert torch.equal(flash_attention(query, key, value), expected)
+
+
+def test_fake_mode_with_real_tensors():
+    """A mode that PyTorch's guards do not see."""
+    given = tensors(requires_grad=True)
+    warm(*given, times=4)
+    out = flash_attention(*given)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(flash_attention(*given), FakeTensor)
+        gradients = torch.autograd.grad(out, given, torch.ones_like(out))
+    assert all(isinstance(gradient, FakeTensor) for gradient in gradients)
+    assert is_right(*given)
 
 
 def test_second_derivative_raises():
