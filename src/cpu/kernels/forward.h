@@ -244,6 +244,7 @@ static struct upcoming upcoming_share(const struct mfa_cpu_call *call, const str
     rows.each = each < rows.bytes ? each : rows.bytes;
     return rows;
 }
+
 /* What is asked for while a panel visits keys of a block. */
 struct visit {
     int first_of_block, first_of_panel, last_of_panel;
