@@ -66,7 +66,7 @@ def flash_attention(
         query, key, value, attn_mask = tensors.autocast(query, key, value, attn_mask)
     options = _options(query, key, value, attn_mask, is_causal, window_size, scale, softcap, enable_gqa)
     if not by_operator and not is_cast:
-        repeat.keep(query, key, value, attn_mask, given, options, bool(return_lse))
+        repeat.keep(query, key, value, attn_mask, given, repeat.Repeat, options, bool(return_lse))
     if by_operator:
         out, lse = attention_forward(query, key, value, attn_mask, *options)
     elif is_differentiated(query, key, value, attn_mask):

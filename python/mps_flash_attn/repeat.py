@@ -1,4 +1,4 @@
-"""A call of flash_attention that is like one before: as models call it, layer after layer and step after step.
+"""A call that is like one before: as models call attention, layer after layer and step after step.
 
 PyTorch's guards, with which compiled code asks whether it may run again, tell in one call whether tensors have the
 types, dtypes, devices, shapes and strides of earlier ones, require gradients as those did, and whether autocast and
@@ -8,20 +8,23 @@ transforms are as they were. If so, what was found out for the earlier call is n
 import torch
 from torch.autograd import forward_ad
 
-from . import run
+from . import run, tensors
+from .library import Unsupported
 from .operators import EAGER, Attention, count_of_modes, is_differentiated, needs_operator
 
 _apply = super(torch.autograd.Function, Attention).apply  # without its care for transforms, which the guards see
 _CONSTANT = (type(None), bool, int, float, str, type)
 
-_repeats = {}  # what a call is found by: the Repeat, or None where it came once
-_REPEATS_MOST = 1024
+_known = {}  # what a call is found by: a Known, or None where it came once
+_KNOWN_MOST = 1024
+_MISSES_MOST = 1  # of one that keeps its place
 
 
 def find(query, key, value, mask, given):
-    """The Repeat that was kept for arguments like these, or None. `given`: those that are no tensors."""
+    """What was kept for arguments like these, or None. `given`: those that are no tensors, and, unless it is
+    flash_attention that they were given to, what was."""
     try:
-        found = _repeats.get(_place(query, key, value, mask, given))
+        found = _known.get(_place(query, key, value, mask, given))
     except (AttributeError, RuntimeError, TypeError):
         return None  # these are no tensors, or nested ones, which guards do not survive; or a list is given
     if found is None or forward_ad._current_level >= 0 or count_of_modes():  # not all modes show in the guards
@@ -31,22 +34,22 @@ def find(query, key, value, mask, given):
     return found if alike else None
 
 
-def keep(query, key, value, mask, given, options, with_lse):
-    """Has find() find arguments like these when they come for the second time, if they can be told from others; where
-    they take the place of others, only if those stay away. `options`: lower, upper, scale, softcap."""
+def keep(query, key, value, mask, given, kind, *more):
+    """Has find() find a `kind` of Known, made with `more`, when arguments like these come for the second time, if they
+    can be told from others; where they take the place of others, only if those stay away."""
     if not all(map(_is_constant, given)):
         return
     place = _place(query, key, value, mask, given)
-    if place not in _repeats:
-        if len(_repeats) >= _REPEATS_MOST:
-            _repeats.clear()
-        _repeats[place] = None
+    if place not in _known:
+        if len(_known) >= _KNOWN_MOST:
+            _known.clear()
+        _known[place] = None
         return
-    found = _repeats.get(place)
-    if found is None or found.misses > 1:
+    found = _known.get(place)
+    if found is None or found.misses > _MISSES_MOST:
         is_like = _guard(query, key, value) if mask is None else _guard(query, key, value, mask)
         if is_like is not None:
-            _repeats[place] = Repeat(is_like, query, key, value, mask, options, with_lse)
+            _known[place] = kind(is_like, query, key, value, mask, *more)
 
 
 def _place(query, key, value, mask, given):
@@ -95,14 +98,26 @@ def _guards_tell():
 _can_tell = _guards_tell()  # if not, no call is like another
 
 
-class Repeat:
-    """Runs flash_attention on arguments like those it was made for. To `Attention` it is the Call."""
+class Known:
+    """A kind of call."""
 
-    def __init__(self, is_like, query, key, value, mask, options, with_lse):
-        self.is_like, self.misses = is_like, 0
-        self.options, self.with_lse = options, with_lse
+    def __init__(self, is_like):
+        self.is_like, self.misses = is_like, 0  # whether tensors are like those it came with; how many were not
+
+    def give_way(self):
+        """To what keep() is given next in its place."""
+        self.misses = _MISSES_MOST + 1
+
+
+class Repeat(Known):
+    """Runs attention on arguments like those it was made for. To `Attention` it is the Call. `options`: lower, upper,
+    scale, softcap."""
+
+    def __init__(self, is_like, query, key, value, mask, options, with_lse, route=EAGER, allocate=tensors.like):
+        super().__init__(is_like)
+        self.options, self.with_lse, self.route = options, with_lse, route
         self.is_differentiated = is_differentiated(query, key, value, mask)
-        self.prepared = run.prepare_forward(query, key, value, mask, *options)
+        self.prepared = run.prepare_forward(query, key, value, mask, *options, allocate)
         self.known_backward = None  # (function that tells what is like it, how it is prepared)
         self.backward_misses = 0
 
@@ -122,11 +137,14 @@ class Repeat:
             known = self.known_backward
             if known is not None and known[0](query, key, value, out, lse, d_out) and known[1].wanted == wanted:
                 self.backward_misses = 0
-                return run.run_backward(known[1], *saved, d_out, None)
+                try:
+                    return run.run_backward(known[1], *saved, d_out, None)
+                except Unsupported:  # a kernel that is looked for when it is first needed, and not there
+                    return self.route.backward(d_out, d_lse, *saved, *self.options, wanted)
             self.backward_misses += 1
-            if known is None or self.backward_misses > 1:
+            if known is None or self.backward_misses > _MISSES_MOST:
                 self._keep_backward(d_out, saved, wanted)
-        return EAGER.backward(d_out, d_lse, *saved, *self.options, wanted)
+        return self.route.backward(d_out, d_lse, *saved, *self.options, wanted)
 
     def _keep_backward(self, d_out, saved, wanted):
         query, key, value, _, out, lse = saved

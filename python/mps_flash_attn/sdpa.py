@@ -17,11 +17,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
-from . import fast_path, shapes, tensors
+from . import fast_path, repeat, shapes, tensors
 from .library import Unsupported, library
 from .operators import EAGER, Attention, Call, Route, attention_forward, is_differentiated
+from .repeat import Known, Repeat
 from .run import forward
-from .stats import REPLACED, count, small
+from .stats import REPLACED, SMALL, count, small
 
 _KEYS = ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
 _TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
@@ -128,6 +129,12 @@ def _tag_compiler_cache(wanted=True):
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    if not dropout_p:
+        before = repeat.find(query, key, value, attn_mask, _told(is_causal, scale, enable_gqa))
+        if before is not None:
+            out = _again(before, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            if out is not None:
+                return out
     given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     traced = not all(map(tensors.is_plain, given))
     reason = _objection(given, traced, dropout_p, scale)
@@ -139,7 +146,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     if reason is None:
         try:
             run = _trace if traced else _run
-            out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict.fits)
+            out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict)
         except Unsupported as error:
             reason = str(error)
         except ValueError:
@@ -150,6 +157,9 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
             count("traced into a compiled graph" if traced else REPLACED)
             return out
     count(reason)
+    if reason == SMALL and not traced:
+        told = _told(is_causal, scale, enable_gqa)
+        repeat.keep(query, key, value, attn_mask, told, _Left, verdict.work)
     original = _math if reason is shapes.LENGTHS else _original
     return original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
 
@@ -204,36 +214,95 @@ def _math(*arguments, **options):
     return torch.ops.aten._scaled_dot_product_attention_math(*arguments, **options)[0]
 
 
+# --- Calls like one before -----------------------------------------------------------------------
+
+
+class _Left(Known):
+    """One that was too small."""
+
+    is_taken = False
+
+    def __init__(self, is_like, query, key, value, mask, work):
+        super().__init__(is_like)
+        self.work = work
+
+
+class _Taken(Repeat):
+    """One that ran on libmfa."""
+
+    is_taken = True
+
+    def __init__(self, is_like, query, key, value, mask, options, place, work):
+        super().__init__(is_like, query, key, value, mask, options, False, _ROUTES[place], _LAYOUTS[place])
+        self.place, self.work = place, work
+
+
+def _told(is_causal, scale, enable_gqa):
+    """What repeat.py is told of a call beside its tensors."""
+    return "scaled_dot_product_attention", is_causal, scale, enable_gqa
+
+
+def _again(before, query, key, value, mask, is_causal, scale, enable_gqa):
+    """What a call like one before gives; None if what may have changed since has: settings, or where memory lies."""
+    if not torch._C._get_flash_sdp_enabled():
+        return None
+    if (small(before.work, query) is None) is not before.is_taken:
+        before.give_way()
+        return None
+    if not before.is_taken:
+        count(SMALL)
+        if mask is None and not is_causal and scale is None and not enable_gqa:
+            return _original(query, key, value)  # arguments take time
+        return _original(query, key, value, mask, 0.0, is_causal, **_named(scale, enable_gqa))
+    if before.place != _place(query, key, value, mask, is_causal, scale, enable_gqa):
+        return None
+    try:
+        out = before.attend(query, key, value, mask)
+    except (Unsupported, ValueError):
+        return None
+    count(REPLACED)
+    return out
+
+
 # --- Running -------------------------------------------------------------------------------------
 
 
-def _run(query, key, value, mask, is_causal, scale, enable_gqa, fits):
-    place = _MATH  # on MPS, where PyTorch has no other, and no _fused_sdp_choice
-    if query.device.type != "mps":
-        place = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, **_named(scale, enable_gqa))
+def _place(query, key, value, mask, is_causal, scale, enable_gqa):
+    """Which of its kernels PyTorch would run."""
+    if query.device.type == "mps":  # it has no other there, and no _fused_sdp_choice
+        return _MATH
+    return torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, **_named(scale, enable_gqa))
+
+
+def _run(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
+    place = _place(query, key, value, mask, is_causal, scale, enable_gqa)
     if place not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")
-    if not fits:
+    if not verdict.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     options = (None, 0 if is_causal else None, scale, 0.0)
     if is_differentiated(query, key, value, mask):
         out = Attention.apply(query, key, value, mask, Call(_ROUTES[place], options, False))
     else:
         out, _ = forward(query, key, value, mask, *options, False, _LAYOUTS[place])
-    return out if fits else out.view(shape)
+    if not verdict.fits:
+        return out.view(shape)
+    told = _told(is_causal, scale, enable_gqa)
+    repeat.keep(query, key, value, mask, told, _Taken, options, place, verdict.work)
+    return out
 
 
-def _trace(query, key, value, mask, is_causal, scale, enable_gqa, fits):
+def _trace(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
     _tag_compiler_cache()
     fused = shapes.is_fused(query, key, value, mask)
-    if not fits:
+    if not verdict.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
     if not fused:
         out = out.contiguous()
     elif not _HAS_GROUPS:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out if fits else out.view(shape)
+    return out if verdict.fits else out.view(shape)
 
 
 def _backward(original, d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):

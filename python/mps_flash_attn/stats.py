@@ -9,9 +9,9 @@ import torch
 # PyTorch: below it the call costs more than the kernel saves, in the forward pass or with backward. As measured by
 # bench/overhead.py --thresholds, on the CPU; on MPS all calls are taken over. May be set: 0 takes over all,
 # float("inf") leaves a dtype to PyTorch altogether.
-sdpa_thresholds = {torch.float32: 1 << 21, torch.float16: 1 << 16, torch.bfloat16: 1 << 18, torch.float64: 1 << 19}
+sdpa_thresholds = {torch.float32: 1 << 19, torch.float16: 1 << 13, torch.bfloat16: 1 << 17, torch.float64: 1 << 17}
 
-REPLACED = "replaced"
+REPLACED, SMALL = "replaced", "small"
 WAITED = "waited for PyTorch's stream: "  # counted beside what it led to
 _lock = threading.RLock()  # the end of an object, which may call attention, comes at any time
 _outcomes = Counter()
@@ -21,7 +21,7 @@ def small(work, tensor):
     """Why a call of so many multiply-adds is left to PyTorch; None if we take it, or if its lengths may yet change."""
     if tensor.device.type != "cpu" or not isinstance(work, int):
         return None
-    return "small" if work < sdpa_thresholds[tensor.dtype] else None
+    return SMALL if work < sdpa_thresholds[tensor.dtype] else None
 
 
 def count(outcome):

@@ -1,19 +1,21 @@
-"""Calls of flash_attention that are, and that only seem to be, like one before: what was found out for that one must
-not be taken for granted where anything differs."""
+"""Calls that are, and that only seem to be, like one before: what was found out for that one must not be taken for
+granted where anything differs. Of flash_attention; at the end, of scaled_dot_product_attention when it is replaced."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stand_in import DTYPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mps_flash_attn import flash_attention, repeat
+from mps_flash_attn import flash_attention, repeat, replaced_sdpa, sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.reference import attention
 
 
 @pytest.fixture(autouse=True)
 def _afresh():
-    repeat._repeats.clear()
+    repeat._known.clear()
 
 
 def tensors(*shape, dtype=torch.float32, requires_grad=False):
@@ -28,7 +30,7 @@ def warm(*arguments, times=3, **options):
         out = out[0] if isinstance(out, tuple) else out
         if out.requires_grad:
             torch.autograd.grad(out, [t for t in arguments[:3] if t.requires_grad], torch.ones_like(out))
-    (found,) = repeat._repeats.values()
+    (found,) = repeat._known.values()
     assert found is not None
     return found
 
@@ -61,7 +63,7 @@ def test_again(dtype, requires_grad, masked):
     found = warm(*tensors(dtype=dtype, requires_grad=requires_grad), attn_mask=mask)
     for _ in range(3):
         assert is_right(*tensors(dtype=dtype, requires_grad=requires_grad), mask)
-    assert found.misses == 0 and found in repeat._repeats.values()
+    assert found.misses == 0 and found in repeat._known.values()
 
 
 def test_takes_the_short_way(monkeypatch):
@@ -89,11 +91,11 @@ def test_another_kind_of_the_same_shape(change):
         other = [torch.nn.Parameter(t) for t in other]
     for _ in range(3):
         assert is_right(*first) and is_right(*other)
-    assert found in repeat._repeats.values()  # taking turns drives nobody out
+    assert found in repeat._known.values()  # taking turns drives nobody out
     for _ in range(4):
         assert is_right(*other)
     has_place = other[0].requires_grad != first[0].requires_grad  # of its own
-    assert (found in repeat._repeats.values()) is has_place
+    assert (found in repeat._known.values()) is has_place
     assert is_right(*first)
 
 
@@ -127,7 +129,7 @@ def test_options_that_are_refused():
         flash_attention(*given, attn_mask="none", window_size=2)
     with pytest.raises(TypeError, match="key is a ndarray"):
         flash_attention(given[0], given[1].numpy(), given[2], window_size=2)
-    repeat._repeats.clear()
+    repeat._known.clear()
     warm(*given, window_size=(2, 1))
     with pytest.raises(ValueError, match=r"window_size is \(2.0, 1.0\)"):
         flash_attention(*given, window_size=(2.0, 1.0))
@@ -303,9 +305,9 @@ def test_many_kinds():
     for length in range(1, 40):
         for _ in range(3):
             assert is_right(*tensors(1, 1, length, 4))
-    repeat._repeats.update({n: None for n in range(repeat._REPEATS_MOST)})
+    repeat._known.update({n: None for n in range(repeat._KNOWN_MOST)})
     flash_attention(*tensors(1, 1, 41, 4))
-    assert len(repeat._repeats) == 1
+    assert len(repeat._known) == 1
 
 
 def test_without_guards(monkeypatch):
@@ -313,4 +315,116 @@ def test_without_guards(monkeypatch):
     given = tensors(requires_grad=True)
     for _ in range(4):
         assert is_right(*given)
-    assert set(repeat._repeats.values()) == {None}
+    assert set(repeat._known.values()) == {None}
+
+
+# --- scaled_dot_product_attention ----------------------------------------------------------------
+
+
+@pytest.fixture
+def replaced(monkeypatch, everything):
+    with replaced_sdpa():
+        yield
+
+
+def sdpa_like_one_before(monkeypatch, *given, **options):
+    """Its result, which _run has not made, and how it was counted."""
+    for _ in range(3):
+        F.scaled_dot_product_attention(*given, **options)
+    sdpa_stats(reset=True)
+    with monkeypatch.context() as only_again:
+        only_again.setattr(sdpa, "_run", None)
+        return F.scaled_dot_product_attention(*given, **options), sdpa_stats()
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_sdpa_takes_the_short_way(monkeypatch, replaced, requires_grad, options):
+    given = tensors(requires_grad=requires_grad)
+    result, counted = sdpa_like_one_before(monkeypatch, *given, **options)
+    assert counted == {"replaced": 1} and torch.equal(result, flash_attention(*given, **options))
+
+
+def test_sdpa_after_flash_attention(monkeypatch, replaced):
+    """The gradients to be differentiated again are PyTorch's own for one of them, and refused by the other."""
+    given = tensors(requires_grad=True)
+    warm(*given, times=4)
+    sdpa_like_one_before(monkeypatch, *given)
+    out = F.scaled_dot_product_attention(*given)
+    torch.autograd.grad(out, given[0], torch.ones_like(out), create_graph=True)
+    assert sdpa_stats()["a second derivative"] == 1
+    out = flash_attention(*given)
+    (first,) = torch.autograd.grad(out, given[0], torch.ones_like(out), create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_sdpa_settings_change(monkeypatch, replaced):
+    """What PyTorch and the package were told in the meantime."""
+    given = [t.transpose(1, 2) for t in tensors(2, 9, 3, 8)]
+    result, _ = sdpa_like_one_before(monkeypatch, *given)
+    sdpa_stats(reset=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(*given)
+    assert sdpa_stats(reset=True) == {"flash attention is disabled": 1}
+    assert F.scaled_dot_product_attention(*given).stride() == result.stride()
+    monkeypatch.setattr(sdpa, "_place", lambda *_: sdpa._MATH)  # as it would be for other kernels of PyTorch's
+    assert F.scaled_dot_product_attention(*given).is_contiguous()
+    assert sdpa_stats(reset=True) == {"replaced": 2}
+
+
+NO_THRESHOLDS = pytest.mark.cpu("on MPS there are no thresholds")
+
+
+@NO_THRESHOLDS
+@pytest.mark.parametrize("option", ["none", "is_causal", "scale", "attn_mask"])
+def test_sdpa_that_is_small(monkeypatch, replaced, option):
+    """Nothing of it is judged again, until it is small no more."""
+    given = tensors()
+    options = {"is_causal": True, "scale": 0.3, "attn_mask": torch.rand(9, 9)}
+    options = {name: value for name, value in options.items() if name == option}
+    expected = sdpa._original(*given, **options)
+    monkeypatch.setitem(sdpa_thresholds, torch.float32, float("inf"))
+    for _ in range(3):
+        assert torch.equal(F.scaled_dot_product_attention(*given, **options), expected)
+    sdpa_stats(reset=True)
+    with monkeypatch.context() as only_again:
+        only_again.setattr(sdpa, "_objection", None)
+        assert torch.equal(F.scaled_dot_product_attention(*given, **options), expected)
+    with sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(*given, **options)
+    assert sdpa_stats(reset=True) == {"small": 1, "flash attention is disabled": 1}
+    monkeypatch.setitem(sdpa_thresholds, torch.float32, 0)
+    result, counted = sdpa_like_one_before(monkeypatch, *given, **options)
+    torch.testing.assert_close(result, expected)
+    assert counted == {"replaced": 1}
+
+
+@NO_THRESHOLDS
+def test_sdpa_threshold_changes(monkeypatch, replaced):
+    given = tensors()
+    sdpa_like_one_before(monkeypatch, *given)
+    monkeypatch.setitem(sdpa_thresholds, torch.float32, float("inf"))
+    sdpa_stats(reset=True)
+    F.scaled_dot_product_attention(*given)
+    assert sdpa_stats() == {"small": 1}
+
+
+@pytest.mark.cpu("the storage of a tensor of mps is aligned")
+def test_sdpa_memory_that_is_not_aligned(monkeypatch, replaced):
+    """PyTorch takes it, so its own operator does."""
+    query, key, value = tensors()
+    expected, _ = sdpa_like_one_before(monkeypatch, query, key, value)
+    memory = torch.frombuffer(bytearray(query.nbytes + 1), dtype=query.dtype, offset=1)
+    sdpa_stats(reset=True)
+    result = F.scaled_dot_product_attention(memory.view(query.shape).copy_(query), key, value)
+    torch.testing.assert_close(result, expected)
+    assert sdpa_stats() == {"memory that is not aligned to its elements": 1}
+
+
+def test_sdpa_dropout(monkeypatch, replaced):
+    given = tensors()
+    sdpa_like_one_before(monkeypatch, *given)
+    sdpa_stats(reset=True)
+    F.scaled_dot_product_attention(*given, dropout_p=0.5)
+    assert sdpa_stats() == {"dropout": 1}
