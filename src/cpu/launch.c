@@ -29,7 +29,6 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
     call->args = mfa_problem_args(p);
     settle_rows(&call->args);
     call->scale = p->scale, call->softcap = p->softcap;
-    call->unit = p->pass == MFA_FORWARD ? 1.4426950408889634074 : 1;
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
     call->few = choice->cut[MFA_CPU_FEW] != 0;
     call->block_kv = (int32_t)choice->cut[MFA_CPU_BLOCK];
@@ -72,7 +71,7 @@ static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_pr
     }
     int64_t heads = p->batch * p->q_heads, groups = heads * mfa_cpu_ceil(p->q_len, rows);
     at.L = at.D + align((uint64_t)(groups * rows) * real);
-    at.dq_sums = at.L + align((uint64_t)(groups * rows) * real);
+    at.dq_sums = at.L + align((uint64_t)(groups * rows) * 2 * real);
     at.progress = at.dq_sums;
     if (!sums_in_place(kernels, p))
         at.progress +=

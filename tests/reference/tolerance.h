@@ -15,7 +15,8 @@
  *
  * The floor is needed where naive is right by luck: one key gives P = 1 exactly, and so does any key that outweighs the
  * others, as naive takes P from the very scores that it has summed up, where backward computes them anew, rounded
- * otherwise, and meets those of forward through L; and a dS may be the difference of equal numbers. The floor is an ulp
+ * otherwise in some kernels, and meets those of forward through L, which is rounded; and a dS may be the difference of
+ * equal numbers. The floor is an ulp
  * of the dtype at the tensor's largest element, plus twice what roundings to u of the working precision do to the
  * element that they do most to, if they fall at random, and so add as the root of the sum of squares:
  *     a sum is off by u times what it has come to, at each of its terms. That of the n products of z = Q_i K_j has come

@@ -126,10 +126,21 @@ static inline int64_t group_number(const struct mfa_cpu_call *call, const struct
     return (g->batch * call->args.q_heads + g->head) * groups_of(call) + g->index;
 }
 
-/* Where the group's D or L begin. */
-static inline real *group_rows(const struct mfa_cpu_call *call, const struct group *g, void *all)
+/* Where D of row `row` of the group lies. */
+static inline real *group_D(const struct mfa_cpu_call *call, const struct group *g, int64_t row)
 {
-    return (real *)all + group_number(call, g) * call->panels * PANEL;
+    return (real *)call->D + group_number(call, g) * call->panels * PANEL + row;
+}
+
+/* L of a row, in base 2; PANEL further on lies what it lacks. */
+static inline real *row_of_L(real *L, int64_t row)
+{
+    return L + row / PANEL * 2 * PANEL + row % PANEL;
+}
+
+static inline real *group_L(const struct mfa_cpu_call *call, const struct group *g, int64_t row)
+{
+    return row_of_L((real *)call->L + group_number(call, g) * call->panels * 2 * PANEL, row);
 }
 
 /* Tile registers sum up dQ^T[d][row]. So do others where half a vector of each row of dQ would be empty, but rows of
@@ -207,8 +218,17 @@ static vec sum_rows(const struct mfa_cpu_call *call, const struct group *g, int6
     return total;
 }
 
-/* D = rowsum(dO * O) - dL and L for one group; L is +inf for a query that saw nothing, so that its P
- * is 0. Sets the group's turn, and writes the dQ of a group that no block will visit. */
+/* L * log2(e) in two parts: +inf if the query saw nothing, so that its P is 0. If L is infinite or not even known to 1,
+ * as in a row of the lowest finite mask, the second is 0: S - L is to be 0 there. */
+static void split_L(real L, real *to)
+{
+    to[0] = L == -(real)INFINITY ? (real)INFINITY : (real)((double)L * LOG2E);
+    double low = fma((double)L, LOG2E, -(double)to[0]) + (double)L * LOG2E_LOW;
+    to[PANEL] = L + 1 == L ? 0 : (real)low;
+}
+
+/* D = rowsum(dO * O) - dL and L for one group. Sets the group's turn, and writes the dQ of a group that no block will
+ * visit. */
 static void prepare(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -217,9 +237,10 @@ static void prepare(void *data, int64_t task, int worker)
     backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
     int64_t groups = groups_of(call);
     struct group g = group_of(call, task / groups / a->q_heads, task / groups % a->q_heads, task % groups);
-    real *D = group_rows(call, &g, call->D), *L = group_rows(call, &g, call->L);
-    fill(D, call->panels * PANEL, 0);
-    fill(L, call->panels * PANEL, (real)INFINITY);
+    int64_t lanes = mfa_cpu_ceil(g.rows, PANEL) * PANEL;
+    real *D = group_D(call, &g, 0), *L = group_L(call, &g, 0);
+    fill(D, lanes, 0);
+    fill(L, 2 * lanes, (real)INFINITY);
     for (int64_t i = 0; i < g.rows; i += LANES)
         vec_store(D + i, sum_rows(call, &g, g.first + i, g.rows - i < LANES ? g.rows - i : LANES, s.row));
     for (int64_t i = 0; i < g.rows; i++) {
@@ -227,7 +248,7 @@ static void prepare(void *data, int64_t task, int worker)
         real l = *(const real *)row_at(call->lse, sizeof(real), &a->lse, g.batch, g.head, row);
         if (call->dlse)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
-        L[i] = l == -(real)INFINITY ? (real)INFINITY : l;
+        split_L(l, row_of_L(L, i));
     }
     atomic_store_explicit(&call->progress[group_number(call, &g)], g.to, memory_order_relaxed);
     if (call->dq && g.from > g.to) {
@@ -499,8 +520,7 @@ static void visit_group(const struct mfa_cpu_call *call, struct backward_scratch
             clear_gradients(call, s, first, panel.vectors * LANES, r);
             continue;
         }
-        visit_panel(call, s, &panel, seen, first, keys, r, group_rows(call, g, call->L) + first,
-                    group_rows(call, g, call->D) + first);
+        visit_panel(call, s, &panel, seen, first, keys, r, group_L(call, g, first), group_D(call, g, first));
         any_shown = 1;
     }
     if (any_shown)

@@ -30,12 +30,12 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
     real *S = TERM > 1 ? s->S : s->P, *dP = TERM > 1 ? s->dP : s->dS;
     struct part all = {r, 0, panel->vectors};
     panel_scores(call, s, panel, keys, all, S, dP, PANEL, seen == MASKED ? s->mask_tile : NULL, NULL);
-    const real *L = group_rows(call, g, call->L) + offset, *D = group_rows(call, g, call->D) + offset;
+    const real *L = group_L(call, g, offset), *D = group_D(call, g, offset);
     for (int64_t k = r.from; k < r.to; k++) {
         real *to = tile + (a->dbias.column ? k * PANEL : 0);
         for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
             int64_t at = (k - r.from) * PANEL + i;
-            vec P = probabilities(S + at, 1, vec_load(L + i));
+            vec P = probabilities(S + at, 1, load_L(L + i));
             vec dS = score_gradients(P, vec_load(dP + at), vec_load(D + i), NULL);
             vec_store(to + i, vec_add(vec_load(to + i), dS));
         }

@@ -20,9 +20,6 @@ enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values
 struct mfa_cpu_call {
     struct mfa_args args;
     double scale, softcap;
-    /* Scores are kept times this: log2(e) forward, so that P = exp2(S - m); 1 backward, where S - L comes first, lest L
-     * be rounded once more. */
-    double unit;
     int32_t dtype, mask_kind, mask_dtype;
     int32_t block_kv; /* keys of a block */
     int32_t panels; /* forward: panels of a chunk of queries; backward: of a group */
@@ -33,7 +30,8 @@ struct mfa_cpu_call {
     void *o, *lse, *dq, *dk, *dv, *dbias; /* read by backward: o, lse. NULL: not wanted */
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
-    void *D, *L; /* backward: real [batch][q_heads][groups * rows of a group] */
+    void *D; /* backward: real [batch][q_heads][groups * rows of a group] */
+    void *L; /* the same times two, panel by panel: L of its queries in two parts */
     /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
      * itself, if rows there are whole vectors of reals */
     void *dq_sums;

@@ -58,7 +58,7 @@ static void few_adjust(const struct mfa_cpu_call *call, const struct panel *pane
 {
     int64_t whole = few_whole(n, R), vectors = whole * R / LANES;
     if (call->softcap > 0)
-        cap_scores((int)vectors, S, 0, 1, call->softcap * call->unit, slope);
+        cap_scores((int)vectors, S, 0, 1, call->softcap * LOG2E, slope);
     if (seen == MASKED) {
         for (int64_t k = 0; k < n; k++)
             memcpy(mask + k * R, mask_tile + k * PANEL, (size_t)R * sizeof(real));

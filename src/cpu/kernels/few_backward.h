@@ -2,7 +2,7 @@
  * dS, along columns for the rest. Each task owns the dK and dV of one block of keys, which no other query adds to:
  *
  *     for each part of the block:
- *         P = exp(S - L), S = Q K^T                           (softcap, mask, band)
+ *         P = exp2(S - L), S = Q K^T                          (softcap, mask, band)
  *         dS = P * (dP - D), dP = dO V^T                      (times 1 - tanh^2 with softcap)
  *         dV = P^T dO, dK = scale * dS^T Q, written at once;  dQ += dS K
  *     when the block after has added its part: dQ of the run += dQ */
@@ -57,7 +57,7 @@ static void few_load_reals(const struct mfa_cpu_call *call, const struct panel *
 }
 
 /* P and dS in the places of S and dP, and dS as terms down. slope may be NULL. */
-static void few_gradients(int64_t vectors, real *S, real *dP, const real *slope, vec L, vec D, term *terms)
+static void few_gradients(int64_t vectors, real *S, real *dP, const real *slope, struct logarithm L, vec D, term *terms)
 {
     for (int64_t v = 0; v < vectors; v++) {
         int64_t at = v * LANES;
@@ -137,7 +137,7 @@ static int few_visit(const struct mfa_cpu_call *call, struct few_backward_scratc
     few_multiply(call, &c, key, n, R, s->Q_pack, &K, &V, key, score_factor(call), s->K, s->S);
     few_multiply(call, &c, key, n, R, s->dO_pack, &V, &K, key + n, 1, s->K, s->dP);
     few_adjust(call, panel, R, seen, key, n, s->S, s->mask, s->mask_tile, slope);
-    few_gradients(few_whole(n, R) * R / LANES, s->S, s->dP, slope, vec_load(L), vec_load(D), s->terms);
+    few_gradients(few_whole(n, R) * R / LANES, s->S, s->dP, slope, load_L(L), vec_load(D), s->terms);
     few_add(call, &c, key, n, R, TERM > 1 ? s->terms : s->dP, &K, &V, key, s->K_lines, s->dQ);
     return 1;
 }
@@ -182,12 +182,13 @@ static void few_backward(void *data, int64_t task, int worker)
     few_pack(s.rows, d, R, s.Q_pack);
     few_load(call, &panel, R, keys.batch, call->d_o, &a->d_o, a->value_dim, s.rows);
     few_pack(s.rows, e, R, s.dO_pack);
-    real L[LANES] = {0}, D[LANES] = {0};
+    real L[PANEL + LANES] = {0}, D[LANES] = {0};
     for (int i = 0; i < LANES; i++)
         if (i % R < panel.lanes) {
             struct group g = group_of(call, keys.batch, panel.head[i % R], 0);
-            L[i] = group_rows(call, &g, call->L)[panel.row[i % R]];
-            D[i] = group_rows(call, &g, call->D)[panel.row[i % R]];
+            const real *from = group_L(call, &g, panel.row[i % R]);
+            L[i] = from[0], L[PANEL + i] = from[PANEL];
+            D[i] = *group_D(call, &g, panel.row[i % R]);
         }
     fill(s.S, FEW_KEYS * LANES, 0);
     fill(s.dP, FEW_KEYS * LANES, 0);

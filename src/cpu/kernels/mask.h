@@ -74,15 +74,15 @@ static enum visibility scan_bools(const real *rows, int64_t n)
     return !shown ? HIDDEN : hidden ? MASKED : SHOWN;
 }
 
-/* The same of n reals, in whole vectors, which are brought to the unit of the scores. */
-static enum visibility scan_biases(real *rows, int64_t n, real unit)
+/* The same of n reals, in whole vectors, which are brought to base 2. */
+static enum visibility scan_biases(real *rows, int64_t n)
 {
     vec top = vec_set1(-(real)INFINITY), size = vec_set1(0);
     for (int64_t i = 0; i < n; i += LANES) {
         vec x = vec_load(rows + i);
         top = vec_max(x, top);
         size = vec_add(size, vec_max(x, vec_sub(vec_set1(0), x)));
-        vec bias = vec_mul(vec_max(vec_set1(LOWEST_BIAS), x), vec_set1(unit));
+        vec bias = vec_mul(vec_max(vec_set1(LOWEST_BIAS), x), vec_set1((real)LOG2E));
         vec_store(rows + i, vec_select_less(x, vec_set1(-REAL_MAX), x, bias));
     }
     real all = horizontal_sum(size); /* NaN if one is */
@@ -118,8 +118,7 @@ static enum visibility panel_sees_band(const struct panel *panel, int64_t key, i
     return key >= panel->all_low && key + n - 1 <= panel->all_high ? SHOWN : BANDED;
 }
 
-/* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in the unit of the
- * scores. */
+/* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in base 2. */
 static enum visibility panel_sees_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
                                        int64_t key, int64_t n, real *rows)
 {
@@ -131,7 +130,7 @@ static enum visibility panel_sees_mask(const struct panel *panel, const struct m
     if (call->mask_kind == CPU_MASK_BOOL)
         seen = scan_bools(rows, size);
     else
-        seen = scan_biases(rows, size, (real)call->unit);
+        seen = scan_biases(rows, size);
     return seen == SHOWN ? band : seen;
 }
 

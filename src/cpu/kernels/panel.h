@@ -1,7 +1,7 @@
 /* A panel: up to PANEL queries of one KV head, one a lane. Which keys the band shows them.
  *
- * Scores are kept transposed, S[key][lane], so that everything of the softmax is lane by lane, and times
- * call->unit. A hidden score is -inf. */
+ * Scores are kept transposed, S[key][lane], so that everything of the softmax is lane by lane, and in
+ * base 2, times log2(e): P = exp2(S - L). A hidden score is -inf. */
 
 /* How products divide a panel: its width, and the unit of its vectors that hold queries, in vectors; the unit of the
  * keys that it visits. A dialect may say otherwise. */

@@ -1,6 +1,7 @@
 /* Rows of the caller's tensors to and from reals: conversion, strides, padding, transposition. */
 
 #define LOG2E 1.4426950408889634074
+#define LOG2E_LOW 2.0355273740931033e-17 /* what that lacks */
 #define LN2 0.69314718055994530942
 
 static inline int64_t padded(int64_t n) /* to whole vectors */

@@ -40,7 +40,7 @@ static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double s
  * beforehand; terms of two numbers cannot, without rounding them. */
 static inline real score_factor(const struct mfa_cpu_call *call)
 {
-    return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * call->unit);
+    return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * LOG2E);
 }
 
 static void scale_queries(const struct mfa_cpu_call *call, term *Q, int64_t n)
@@ -55,7 +55,7 @@ static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *c
                          real *S, int64_t stride, const real *mask, real *slope)
 {
     if (call->softcap > 0)
-        cap_scores(1, S, stride, n, call->softcap * call->unit, slope);
+        cap_scores(1, S, stride, n, call->softcap * LOG2E, slope);
     if (mask)
         for (int64_t k = 0; k < n; k++)
             vec_store(S + k * stride, masked(vec_load(S + k * stride), vec_load(mask + k * PANEL)));

@@ -69,8 +69,9 @@ static inline int vec_any_less(vec a, vec b)
 }
 
 /* 2^(n + f); 0 where x < low. A product, not a sum of bits: NaN stays NaN. */
-static inline vec exp2_of_parts(vec n, vec f, vec x, vec low)
+static inline vec vec_exp2(vec x)
 {
+    vec low = vec_set1(-126), y = vmaxq_f32(vminq_f32(x, vec_set1(127.4f)), low), n = vrndnq_f32(y), f = vec_sub(y, n);
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
     p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
     p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
@@ -78,20 +79,6 @@ static inline vec exp2_of_parts(vec n, vec f, vec x, vec low)
     p = vec_fma(p, f, vec_set1(1));
     int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
     return vec_select_less(x, low, vec_set1(0), vec_mul(p, vreinterpretq_f32_s32(power)));
-}
-
-static inline vec vec_exp2(vec x)
-{
-    vec low = vec_set1(-126), y = vmaxq_f32(vminq_f32(x, vec_set1(127.4f)), low), n = vrndnq_f32(y);
-    return exp2_of_parts(n, vec_sub(y, n), x, low);
-}
-
-/* The product with log2(e) is not rounded; what the constant lacks, 1.3e-8 |x|, counts only where e^x is small. */
-static inline vec vec_exp(vec x)
-{
-    vec low = vec_set1(-87.3f), log2e = vec_set1(1.44269504f), y = vmaxq_f32(vminq_f32(x, vec_set1(88.3f)), low);
-    vec n = vrndnq_f32(vec_mul(y, log2e));
-    return exp2_of_parts(n, vfmaq_f32(vnegq_f32(n), y, log2e), x, low);
 }
 
 static inline vec vec_repeat(const real *p, int n)

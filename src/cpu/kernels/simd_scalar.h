@@ -141,21 +141,6 @@ static inline vec vec_exp2(vec x)
     return vec_select_less(x, low, (vec){0}, exp2_of_parts(t, y - (t - magic)));
 }
 
-/* e^x, likewise. x is reduced by n ln(2) in two parts, the first of few bits, so that x is not rounded: |x| may be
- * large where P is not small. */
-static inline vec vec_exp(vec x)
-{
-    int is_double = sizeof(real) == 8;
-    real log2e = (real)1.4426950408889634074, high = is_double ? (real)709.3 : (real)88.3;
-    real ln2_high = is_double ? (real)0x1.62e42fefa38p-1 : (real)0x1.63p-1;
-    real ln2_low = is_double ? (real)0x1.ef35793c7673p-45 : (real)-2.12194440e-4;
-    vec low = vec_set1(is_double ? (real)-708.3 : (real)-87.3);
-    vec magic = vec_set1(is_double ? (real)0x1.8p52 : (real)0x1.8p23);
-    vec y = vec_clamp(x, low, high), t = y * log2e + magic, n = t - magic;
-    vec f = ((y - n * ln2_high) - n * ln2_low) * log2e;
-    return vec_select_less(x, low, (vec){0}, exp2_of_parts(t, f));
-}
-
 /* n numbers, over and over. */
 static inline vec vec_repeat(const real *p, int n)
 {

@@ -1,0 +1,119 @@
+/* P of backward is that of forward, however large the scores: both passes round them alike, and meet through L. So what
+ * is left of a row's sum of P beside 1 is the rounding of L, and little more. With scores of hundreds, as here, P made
+ * from scores that were rounded in another way would miss by ten times as much where one key outweighs the others. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kit/operands.h"
+#include "kit/report.h"
+
+enum { SEED = 1 };
+
+static mfa_context *context;
+
+static int open_context(void **state)
+{
+    (void)state;
+    return mfa_context_create(NULL, &context) != MFA_OK;
+}
+
+static int close_context(void **state)
+{
+    (void)state;
+    mfa_context_destroy(context);
+    return 0;
+}
+
+/* dO is the unit matrix over all rows that share a KV head, so that dV = P^T dO is P^T. */
+static void make_unit(const struct inputs *inputs)
+{
+    const mfa_problem *p = &inputs->problem;
+    const int64_t rows = p->q_heads / p->kv_heads * p->q_len;
+    assert_int_equal(p->value_dim, rows);
+    for (int64_t at = 0; at < reference_count(p, REFERENCE_dO); at++)
+        inputs->values[REFERENCE_dO][at] = at / rows % rows == at % rows;
+}
+
+/* Both passes: L and dV. */
+static void run(const struct inputs *inputs, struct reference *results)
+{
+    struct operands operands;
+    memset(results, 0, sizeof *results);
+    operands_open(&operands, inputs, DENSE, FORWARD_OUTPUTS | OUTPUT(dV));
+    assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+    assert_null(operands_collect(&operands, results));
+    operands_turn(&operands, DENSE, results);
+    assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+    assert_null(operands_collect(&operands, results));
+    operands_close(&operands);
+}
+
+/* Of one of the rows that share a KV head, which is counted through all batches. */
+static double sum_of_P(const mfa_problem *p, const struct reference *results, int64_t kv_head, int64_t row)
+{
+    double sum = 0;
+    for (int64_t j = 0; j < p->kv_len; j++)
+        sum += results->dV[(kv_head * p->kv_len + j) * p->value_dim + row];
+    return sum;
+}
+
+static void check_sums(const char *text)
+{
+    mfa_problem problem;
+    struct inputs inputs;
+    struct reference results;
+    double size = 0;
+    if (mfa_problem_parse(text, &problem) != MFA_OK)
+        fail_msg("%s: %s", text, mfa_last_error());
+    const double unit = problem.dtype == MFA_F64 ? 0x1p-53 : 0x1p-24;
+    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, SEED, text);
+    make_unit(&inputs);
+    run(&inputs, &results);
+    for (int64_t at = 0; at < reference_count(&problem, REFERENCE_L); at++) {
+        const double sum = sum_of_P(&problem, &results, at / problem.value_dim, at % problem.value_dim);
+        const double L = results.L[at], expected = L == -INFINITY ? 0 : 1;
+        const double allowed = unit * (isfinite(L) ? 16 + 2 * fabs(L) : 0);
+        if (!(fabs(sum - expected) <= allowed))
+            fail_msg("%s: P of row %d, whose L is %g, sums up to 1 %+.2e; allowed is %.2e", text, (int)at, L, sum - 1,
+                     allowed);
+        size = fmax(size, isfinite(L) ? fabs(L) : 0);
+    }
+    assert_true(size > 150);
+    reference_close(&results);
+    inputs_close(&inputs);
+}
+
+static void test_sums_of_P(void **state)
+{
+    /* Rows that share a KV head are so few, or so many, that every instruction set takes both passes the same way: the
+     * kernels for few queries add up the terms of a score in another order. */
+    static const char *const texts[] = {
+        "forward f32 b1 h3 q100 kv310 d64v100 scale8",
+        "forward f32 b1 h3 q100 kv310 d64v100 scale8 causal",
+        "forward f32 b1 h3 q97 kv200 d128v97 scale6 lower-30 upper40",
+        "forward f32 b1 h3 q33 kv210 d70v33 scale8 mask_f32",
+        "forward f32 b1 h3 q100 kv210 d96v100 scale8 mask_bool",
+        "forward f32 b1 h3 q100 kv310 d64v100 scale8 softcap300",
+        "forward f32 b1 h4 q1 kv310 d64v1 scale12",
+        "forward f32 b2 h4/2 q1 kv310 d72v2 scale12 softcap300",
+        "forward f32 b2 h4/2 q1 kv310 d96v2 scale12 mask_f32",
+        "forward f64 b1 h3 q100 kv310 d64v100 scale8 causal",
+        "forward f64 b2 h4/2 q1 kv310 d96v2 scale12 mask_f64",
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        check_sums(texts[i]);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_sums_of_P, open_context, close_context)};
+    report_begin("test_scores", SEED);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}
