@@ -316,6 +316,7 @@ def amx(run):
         print("\n--- not run: the emulation needs a CPU with AVX512_BF16, for all but the tile registers", flush=True)
         return
     kernels = ("--isa", "amxbf16", "--filter", " bf16 ")
+    run.programs(folder, "test_hostile", MFA_ISA="amxbf16")
     run.step(folder / "check_attention", *kernels, counts=True)
     folder = run.cmake(
         "test-amx-memory", emulated, "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=address,undefined"

@@ -85,6 +85,49 @@ static void test_nan_of_any_payload_stays(void **state)
         }
 }
 
+/* The same where f32 stands beside operands in bf16: P and dS become bf16, and rounding may be integer arithmetic. */
+static void test_nan_beside_bf16(void **state)
+{
+    static const uint32_t payloads[] = {0x7fc00000, 0x7fffffff, 0xffffffff, 0x7fff8000};
+    enum { ROWS = 12 * Q_LEN, KEY = 3 };
+    static uint16_t in[4][ROWS * DIM], out[4][ROWS * DIM]; /* Q, K, V, dO; O, dQ, dK, dV */
+    static float L[ROWS], dL[ROWS], bias[KV_LEN];
+    (void)state;
+    mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_ADDITIVE, ROWS);
+    p.dtype = MFA_BF16, p.mask_layout = (mfa_layout){0, 0, 0, 1};
+    mfa_buffers b = {.size = sizeof b, .q = {in[0], 0}, .k = {in[1], 0}, .v = {in[2], 0}, .mask = {bias, 0}};
+    b.o.base = out[0], b.lse.base = L;
+    for (int i = 0; i < ROWS * DIM; i++)
+        for (int j = 0; j < 4; j++)
+            in[j][i] = (uint16_t)(0x3f00 + (7 * i + j) % 64);
+    memset(bias, 0, sizeof bias);
+    memset(dL, 0, sizeof dL);
+    assert_int_equal(mfa_attention(context, &p, &b, NULL), MFA_OK);
+
+    p.pass = MFA_BACKWARD;
+    b.d_o.base = in[3], b.dlse.base = dL, b.dq.base = out[1], b.dk.base = out[2], b.dv.base = out[3];
+    const struct {
+        const char *name;
+        float *at;
+        int n, last;
+    } places[] = {{"the mask", bias + KEY, 1, 3}, {"L", L, ROWS, 3}, {"dL", dL, ROWS, 2}};
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++)
+        for (size_t j = 0; j < sizeof payloads / sizeof *payloads; j++) {
+            float kept[ROWS];
+            memcpy(kept, places[i].at, (size_t)places[i].n * sizeof *kept);
+            for (int n = 0; n < places[i].n; n++)
+                memcpy(places[i].at + n, &payloads[j], sizeof *payloads);
+            assert_int_equal(mfa_attention(context, &p, &b, NULL), MFA_OK);
+            memcpy(places[i].at, kept, (size_t)places[i].n * sizeof *kept);
+            for (int of = 1; of <= places[i].last; of++) {
+                const uint16_t bits = out[of][KEY * DIM];
+                if ((bits & 0x7fff) <= 0x7f80)
+                    fail_msg("%s holds NaN 0x%08x, and gradient %d of row %d is 0x%04x", places[i].name,
+                             (unsigned)payloads[j], of, KEY, (unsigned)bits);
+            }
+        }
+}
+
 /* A bool mask, or -inf in an additive one, hides a key whose scores are NaN. */
 static void test_mask_hides_nan_scores(void **state)
 {
@@ -248,9 +291,16 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, open_context, close_context)
     const struct CMUnitTest tests[] = {
-        TEST(test_nan_of_any_payload_stays), TEST(test_mask_hides_nan_scores),   TEST(test_lowest_finite_mask),
-        TEST(test_no_query_heads),           TEST(test_workspace_too_small),     TEST(test_strange_caps),
-        TEST(test_stride_of_one_row),        TEST(test_workspace_of_many_heads), TEST(test_too_many_threads),
+        TEST(test_nan_of_any_payload_stays),
+        TEST(test_nan_beside_bf16),
+        TEST(test_mask_hides_nan_scores),
+        TEST(test_lowest_finite_mask),
+        TEST(test_no_query_heads),
+        TEST(test_workspace_too_small),
+        TEST(test_strange_caps),
+        TEST(test_stride_of_one_row),
+        TEST(test_workspace_of_many_heads),
+        TEST(test_too_many_threads),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     printf("%d passed, %d failed\n", (int)(sizeof tests / sizeof *tests) - failed, failed);

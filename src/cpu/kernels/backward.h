@@ -250,6 +250,8 @@ static void prepare(void *data, int64_t task, int worker)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
         split_L(l, row_of_L(L, i));
     }
+    make_roundable(D, lanes);
+    make_roundable(L, 2 * lanes);
     atomic_store_explicit(&call->progress[group_number(call, &g)], g.to, memory_order_relaxed);
     if (call->dq && g.from > g.to) {
         clear_dQ(call, &g);

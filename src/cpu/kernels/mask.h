@@ -56,6 +56,7 @@ static void load_mask(const struct panel *panel, const struct mfa_cpu_call *call
         } else {
             load_row(to, from, call->mask_dtype, s->column, n);
             fill(to + n, stride - n, to[n - 1]);
+            make_roundable(to, stride);
         }
     }
 }

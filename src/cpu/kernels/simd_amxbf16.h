@@ -19,6 +19,16 @@ static inline vec rounded_pair(vec even, vec odd)
 
 #define vec_pair rounded_pair
 
+/* That carries a NaN whose last bits are set on to 0. What the caller gives in f32, n whole vectors of it, gets another
+ * NaN in its place; operands in bf16, and what is computed of them, have none such. */
+static inline void make_roundable(real *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += LANES) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        _mm512_mask_storeu_ps(x + i, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(NAN));
+    }
+}
+
 /* Every register whole: what is beside a matrix is zero in memory. A task begins with this and ends with the other, for
  * the state is the thread's. */
 static inline void tiles_begin(void)
