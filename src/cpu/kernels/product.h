@@ -29,6 +29,10 @@
 #define PART_UNROLL
 #endif
 
+#ifndef SHORT_TERMS
+#define SHORT_TERMS 0
+#endif
+
 /* clang-format off */
 /* Steps t to `end`, and after each of them `then`. Before it, clang would load all operands first. */
 #define SUM_UP(unroll, R, V, t, end, then)                                                                             \

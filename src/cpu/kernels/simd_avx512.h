@@ -12,6 +12,8 @@ typedef __m512 vec;
 #define TILE_ROWS_3 8
 #define TILE_ROWS_2 12
 #define TILE_ROWS_1 12
+#define SHORT_ROWS 6
+#define SHORT_TERMS 16
 #define FEW_SUMS 16
 #ifndef __clang__ /* which then keeps sums in memory */
 #define TILE_UNROLL _Pragma("GCC unroll 4") /* processors foresee the end of a loop of few rounds */

@@ -4,7 +4,8 @@
  *
  * Every dialect gives: real, vec, LANES, TILE_ROWS_{3,2,1} (rows of a register tile of that many
  * vectors), and the functions below; and may give TILE_UNROLL and PART_UNROLL, pragmas for the loops of tiles and of
- * their parts. */
+ * their parts, and SHORT_ROWS, rows of the tile beside which exponentials stand where it has at most SHORT_TERMS steps:
+ * there are more of them for each multiply-add then, and they want registers. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -64,6 +64,21 @@ static int all_have_seen(const real *l)
     return !none;
 }
 
+/* P = exp2(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by tiles of keys, until one
+ * exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory.
+ * mask[key][lane], which is added to the scores, and `upcoming` may be NULL. */
+#define MULTIPLY_EXP2(name, tiles)                                                                                  \
+    static __attribute__((noinline)) int64_t name(int64_t keys, const term *K, int64_t k_stride, const term *Q,     \
+                                                  int64_t n, real factor, const real *mask, const real *m, real *l, \
+                                                  term *P, int64_t p_stride, struct upcoming *upcoming)             \
+    {                                                                                                               \
+        if (upcoming && !(TILES && mask)) /* with a mask, tile registers ask for nothing */                         \
+            return tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, upcoming);                       \
+        if (mask)                                                                                                   \
+            return tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, NULL);                           \
+        return tiles(keys, K, k_stride, Q, n, factor, NULL, m, l, P, p_stride, NULL);                               \
+    }
+
 #if TILES
 /* factor * S - m, or with what the mask adds, if there is one. */
 static inline vec below_reference(const real *S, real factor, const real *mask, vec m)
@@ -125,20 +140,42 @@ static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, co
     }
     return done;
 }
+MULTIPLY_EXP2(multiply_exp2, exp2_tiles)
 #else
-/* P of PART rows of a vector of S, and of what the mask adds, if there is one; adds them to l. */
-#define PART 4
-static inline void exp2_part(const real *S, const real *mask, const real *m, real *l, term *P)
+/* What is stored for the exponentials: dot products are multiplied by the factor anyway, and so m is subtracted for
+ * nothing; from other products it is when P is made. */
+#define LESS(r, v) vec less_##v = vec_sub(vec_set1(0), vec_load(m + (v) * LANES));
+#define BELOW(r, v)                           \
+    vec_store(C + (r) * c_step + (v) * LANES, \
+              TERM > 1 ? vec_fma(sum_##r##_##v, vec_set1(factor), less_##v) : sum_##r##_##v);
+#define BELOW_ROW(r, V) EACH_VECTOR_##V(BELOW, r)
+
+/* The same of a first tile, which has no exponentials. */
+static __attribute__((noinline)) void first_below(int64_t rows, const term *K, int64_t k_stride, const term *Q,
+                                                  int64_t n, real factor, const real *m, real *S,
+                                                  struct upcoming *upcoming)
 {
-    vec reference = vec_load(m), sum = vec_load(l);
-    for (int64_t k = 0; k < PART; k += 2) {
+    multiply_rows(rows, PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, upcoming);
+    if (TERM > 1)
+        for (int64_t at = 0; at < rows * PANEL; at += LANES)
+            vec_store(S + at, vec_sub(vec_load(S + at), vec_load(m + at % PANEL)));
+}
+
+/* P of some rows of a vector of S, and of what the mask adds, if there is one; adds them to l. */
+static inline __attribute__((always_inline)) void exp2_part(int64_t rows, const real *S, const real *mask,
+                                                            const real *m, real *l, term *P)
+{
+    vec reference = TERM > 1 ? vec_set1(0) : vec_load(m), sum = vec_load(l);
+    for (int64_t k = 0; k < rows; k += 2) {
         vec even = vec_load(S + k * PANEL), odd = vec_load(S + (k + 1) * PANEL);
+        if (TERM == 1)
+            even = vec_sub(even, reference), odd = vec_sub(odd, reference);
         if (mask) {
             even = masked(even, vec_load(mask + k * PANEL));
             odd = masked(odd, vec_load(mask + (k + 1) * PANEL));
         }
-        even = vec_exp2(vec_sub(even, reference));
-        odd = vec_exp2(vec_sub(odd, reference));
+        even = vec_exp2(even);
+        odd = vec_exp2(odd);
         sum = vec_add(sum, vec_add(even, odd));
         store_down(P, PANEL, k, even, odd);
     }
@@ -146,71 +183,98 @@ static inline void exp2_part(const real *S, const real *mask, const real *m, rea
 }
 
 #ifndef __clang__ /* which then keeps sums in memory */
-#define ALL_PARTS _Pragma("GCC unroll 8")
+#define ALL_PARTS _Pragma("GCC unroll 9")
 #else
 #define ALL_PARTS
 #endif
 
-/* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. */
-#define TILE_EXP2(R, V) TILE_EXP2_(R, V)
-#define TILE_EXP2_(R, V)                                                                                            \
-    static inline __attribute__((always_inline)) void tile_exp2(                                                    \
-        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real factor, real *restrict C, \
-        const real *restrict mask, const real *restrict m, real *restrict l, term *restrict P,                      \
-        struct upcoming *upcoming)                                                                                  \
-    {                                                                                                               \
-        const int64_t step = 1, b_step = PANEL, c_step = PANEL;                                                     \
-        const int add = 0;                                                                                          \
-        struct upcoming rows = {.at = NULL};                                                                        \
-        if (upcoming)                                                                                               \
-            rows = *upcoming;                                                                                       \
-        int64_t t = 0;                                                                                              \
-        EACH_ROW(R, START_ROW, V)                                                                                   \
-        ALL_PARTS                                                                                                   \
-        for (int64_t i = 0; i < R * V / PART; i++) {                                                                \
-            int64_t lane = i / (R / PART) * LANES, k = i % (R / PART) * PART, at = k * PANEL + lane;                \
-            exp2_part(C + at, mask ? mask + at : NULL, m + lane, l + lane, P + k / TERM * PANEL + lane);            \
-            int64_t end = n * (i + 1) / (R * V / PART);                                                             \
-            SUM_UP(PART_UNROLL, R, V, t, end, ASK)                                                                  \
-        }                                                                                                           \
-        EACH_ROW(R, STORE_ROW, V)                                                                                   \
-        if (upcoming)                                                                                               \
-            *upcoming = rows;                                                                                       \
-    }
-TILE_EXP2(TILE_ROWS_3, PANEL_VECTORS)
+/* clang-format off */
+/* P and its sums l of a tile of S, in whose place the next is then stored: R rows of K times Q. PART rows of a vector
+ * of exponentials come before each part of the multiply-adds. Then the same for many tiles, which ask for memory in
+ * their products (ASKING) or, where these are short, before them. */
+#define EXP2_TILES(name, R, V, PART, ASKING) EXP2_TILES_(name, R, V, PART, ASKING)
+#define EXP2_TILES_(name, R, V, PART, ASKING)                                                                          \
+    static inline __attribute__((always_inline)) void tile_exp2_##name(                                                \
+        const term *restrict A, int64_t row_step, const term *restrict B, int64_t n, real factor, real *restrict C,    \
+        const real *restrict mask, const real *restrict m, real *restrict l, term *restrict P,                         \
+        struct upcoming *upcoming)                                                                                     \
+    {                                                                                                                  \
+        const int64_t step = 1, b_step = PANEL, c_step = PANEL;                                                        \
+        struct upcoming rows = {.at = NULL};                                                                           \
+        if (upcoming)                                                                                                  \
+            rows = *upcoming;                                                                                          \
+        int64_t t = 0;                                                                                                 \
+        EACH_ROW(R, START_ROW, V)                                                                                      \
+        ALL_PARTS                                                                                                      \
+        for (int64_t i = 0; i < R * V / PART; i++) {                                                                   \
+            int64_t lane = i / (R / PART) * LANES, k = i % (R / PART) * PART, at = k * PANEL + lane;                   \
+            exp2_part(PART, C + at, mask ? mask + at : NULL, m + lane, l + lane, P + k / TERM * PANEL + lane);         \
+            int64_t end = n * (i + 1) / (R * V / PART);                                                                \
+            SUM_UP(PART_UNROLL, R, V, t, end, ASK)                                                                     \
+        }                                                                                                              \
+        EACH_VECTOR_##V(LESS, 0)                                                                                       \
+        EACH_ROW(R, BELOW_ROW, V)                                                                                      \
+        if (upcoming)                                                                                                  \
+            *upcoming = rows;                                                                                          \
+    }                                                                                                                  \
+                                                                                                                       \
+    static inline __attribute__((always_inline)) int64_t exp2_tiles_##name(                                            \
+        int64_t keys, const term *K, int64_t k_stride, const term *Q, int64_t n, real factor, const real *mask,        \
+        const real *m, real *l, term *P, int64_t p_stride, struct upcoming *upcoming)                                  \
+    {                                                                                                                  \
+        (void)p_stride; /* PANEL */                                                                                    \
+        _Alignas(64) real S[R * PANEL];                                                                                \
+        if (keys < R)                                                                                                  \
+            return 0;                                                                                                  \
+        first_below(R, K, k_stride, Q, n, factor, m, S, upcoming);                                                     \
+        int64_t done = 0;                                                                                              \
+        for (; done + R <= keys; done += R) {                                                                          \
+            _Alignas(64) real sum[PANEL] = {0};                                                                        \
+            int64_t next = done + 2 * R <= keys ? n : 0;                                                               \
+            if (upcoming && !ASKING)                                                                                   \
+                ask_at_once(upcoming, R * next);                                                                       \
+            tile_exp2_##name(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S,                       \
+                             mask ? mask + done * PANEL : NULL, m, sum, P + done / TERM * PANEL,                       \
+                             ASKING ? upcoming : NULL);                                                                \
+            if (!add_sums(l, sum))                                                                                     \
+                break;                                                                                                 \
+        }                                                                                                              \
+        return done;                                                                                                   \
+    }                                                                                                                  \
+    MULTIPLY_EXP2(multiply_exp2_##name, exp2_tiles_##name)
+/* clang-format on */
 
-static inline __attribute__((always_inline)) int64_t exp2_tiles(int64_t keys, const term *K, int64_t k_stride,
-                                                                const term *Q, int64_t n, real factor, const real *mask,
-                                                                const real *m, real *l, term *P, int64_t p_stride,
-                                                                struct upcoming *upcoming)
+EXP2_TILES(long, TILE_ROWS_3, PANEL_VECTORS, 4, 1)
+#if SHORT_TERMS
+EXP2_TILES(short, SHORT_ROWS, PANEL_VECTORS, 2, 0)
+#endif
+
+/* The same of fewer keys than a tile has. */
+static __attribute__((noinline)) int64_t multiply_exp2_few(int64_t keys, const term *K, int64_t k_stride, const term *Q,
+                                                           int64_t n, real factor, const real *m, real *l, term *P)
 {
-    enum { R = TILE_ROWS_3 };
-    (void)p_stride; /* PANEL */
-    _Alignas(64) real S[R * PANEL];
-    multiply_rows(keys < R ? 0 : R, PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, upcoming);
-    int64_t done = 0;
-    for (; done + R <= keys; done += R) {
-        _Alignas(64) real sum[PANEL] = {0};
-        int64_t next = done + 2 * R <= keys ? n : 0;
-        tile_exp2(K + (next ? done + R : 0) * k_stride, k_stride, Q, next, factor, S, mask ? mask + done * PANEL : NULL,
-                  m, sum, P + done / TERM * PANEL, upcoming);
-        if (!add_sums(l, sum))
-            break;
-    }
+    _Alignas(64) real S[TILE_ROWS_3 * PANEL], sum[PANEL];
+    multiply_rows(keys, PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, NULL);
+    for (int64_t lane = 0; lane < PANEL; lane += LANES)
+        vec_store(sum + lane, column_exp2(S + lane, keys, vec_load(m + lane), P + lane, PANEL));
+    return add_sums(l, sum) ? keys : 0;
+}
+
+static int64_t multiply_exp2(int64_t keys, const term *K, int64_t k_stride, const term *Q, int64_t n, real factor,
+                             const real *mask, const real *m, real *l, term *P, int64_t p_stride,
+                             struct upcoming *upcoming)
+{
+    int64_t rows = TILE_ROWS_3, done;
+#if SHORT_TERMS
+    if (n <= SHORT_TERMS) {
+        rows = SHORT_ROWS;
+        done = multiply_exp2_short(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, upcoming);
+    } else
+#endif
+        done = multiply_exp2_long(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, upcoming);
+    int64_t left = keys - done;
+    if (0 < left && left < rows && !mask)
+        done += multiply_exp2_few(left, K + done * k_stride, k_stride, Q, n, factor, m, l, P + done / TERM * PANEL);
     return done;
 }
 #endif
-
-/* P = exp2(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by whole tiles of keys, until
- * one exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory.
- * mask[key][lane], which is added to the scores, and `upcoming` may be NULL. */
-static __attribute__((noinline)) int64_t multiply_exp2(int64_t keys, const term *K, int64_t k_stride, const term *Q,
-                                                       int64_t n, real factor, const real *mask, const real *m, real *l,
-                                                       term *P, int64_t p_stride, struct upcoming *upcoming)
-{
-    if (upcoming && !(TILES && mask)) /* with a mask, tile registers ask for nothing */
-        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, upcoming);
-    if (mask)
-        return exp2_tiles(keys, K, k_stride, Q, n, factor, mask, m, l, P, p_stride, NULL);
-    return exp2_tiles(keys, K, k_stride, Q, n, factor, NULL, m, l, P, p_stride, NULL);
-}

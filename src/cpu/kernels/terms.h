@@ -110,13 +110,20 @@ static void load_terms(term *to, const void *from, int dtype, int64_t stride, in
     load_row(to, from, dtype, stride, n);
 #else
     (void)dtype;
-    char *at = (char *)to;
+    enum { PIECE = 2 * LANES }; /* bytes: compilers know how to copy so many */
+    char *at = (char *)to, *end = at + across_stride(n) * (int64_t)sizeof(term);
+    const char *data = from;
+    int64_t i = 0;
     if (stride == 1)
-        memcpy(at, from, (size_t)n * 2);
+        for (; i + LANES <= n; i += LANES)
+            memcpy(at + 2 * i, data + 2 * i, PIECE);
+    for (char *rest = at + 2 * i; rest < end; rest += PIECE)
+        memset(rest, 0, PIECE);
+    if (stride == 1 && i < n)
+        memcpy(at + 2 * i, data + 2 * i, (size_t)(n - i) * 2);
     else
-        for (int64_t i = 0; i < n; i++)
-            memcpy(at + 2 * i, (const char *)from + 2 * i * stride, 2);
-    memset(at + 2 * n, 0, (size_t)(across_stride(n) * (int64_t)sizeof(term) - 2 * n));
+        for (; i < n; i++)
+            memcpy(at + 2 * i, data + 2 * i * stride, 2);
 #endif
 }
 
@@ -136,6 +143,17 @@ static inline __attribute__((always_inline)) void ask_upcoming(struct upcoming *
         rows->at += rows->gap;
         rows->end += rows->gap + rows->bytes;
     }
+}
+
+/* The same for terms of few lines, a prefetch for each. */
+static inline void ask_at_once(struct upcoming *rows, int64_t terms)
+{
+    int64_t line = rows->gap && rows->bytes < 64 ? rows->bytes : 64, each = rows->each;
+    for (int64_t left = terms * each; left > 0; left -= line) {
+        rows->each = left < line ? left : line;
+        ask_upcoming(rows, 1);
+    }
+    rows->each = each;
 }
 
 /* A block of K or V, across: the caller's own memory where it can be used as it lies, else a copy. Rows
