@@ -176,8 +176,9 @@ def needs_operator(*given):
 
 def _eager_backward(d_out, d_lse, *arguments):
     given = (d_out,) if d_lse is None else (d_out, d_lse)
-    # One that is traced, one to be differentiated again, or a batch of gradients.
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or needs_operator(*given):
+    # One that is traced, one to be differentiated again, one with a tangent, or a batch of gradients.
+    differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or differentiated or needs_operator(*given):
         return by_operator(d_out, d_lse, *arguments)
     return run.backward(d_out, d_lse, *arguments)
 

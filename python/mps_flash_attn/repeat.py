@@ -131,7 +131,7 @@ class Repeat(Known):
         return run.run_forward(self.prepared, query, key, value, mask, True)
 
     def backward(self, d_out, d_lse, saved, wanted):
-        plain = d_lse is None and saved[3] is None  # without a mask
+        plain = d_lse is None and saved[3] is None and forward_ad._current_level < 0  # [3]: the mask
         if plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
             query, key, value, _, out, lse = saved
             known = self.known_backward

@@ -209,9 +209,11 @@ def _original(*arguments, **options):
     return _OPERATOR.decompose(*arguments, **options)
 
 
-def _math(*arguments, **options):
-    """PyTorch's unfused path."""
-    return torch.ops.aten._scaled_dot_product_attention_math(*arguments, **options)[0]
+def _math(query, key, value, mask, *arguments, **options):
+    """PyTorch's unfused path, which adds its mask, whatever the dtype."""
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf).to(query.dtype)
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *arguments, **options)[0]
 
 
 # --- Calls like one before -----------------------------------------------------------------------

@@ -214,6 +214,21 @@ def test_fake_mode_with_real_tensors():
     assert is_right(*given)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_tangent_of_the_incoming_gradient(known):
+    """It is refused, not lost; a level without tangents is no reason to."""
+    given = tensors(requires_grad=True)
+    if known:
+        warm(*given, times=4)
+    out, d_out = flash_attention(*given), torch.randn(2, 3, 9, 8)
+    expected = torch.autograd.grad(out, given, d_out, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        found = torch.autograd.grad(out, given, d_out, retain_graph=True)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.autograd.grad(out, given, torch.autograd.forward_ad.make_dual(d_out, d_out))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_second_derivative_raises():
     given = tensors(requires_grad=True)
     warm(*given)

@@ -497,14 +497,16 @@ def test_gradients_fall_back(monkeypatch, same):
 
 
 @FLOAT64
-def test_gradient_penalty():
+@pytest.mark.parametrize("masked", ["no", "bool", "float"])
+def test_gradient_penalty(masked):
     """A loss of the gradient's norm, as it is trained: where PyTorch can, so can we."""
     tensors = [t.double().requires_grad_() for t in problem(1, 2, 5, 4, value_dim=3)]
+    mask = {"no": None, "bool": torch.rand(5, 10) < 0.7, "float": torch.randn(5, 10).double()}[masked]
 
     def penalty():
-        out = F.scaled_dot_product_attention(*tensors)
+        out = F.scaled_dot_product_attention(*tensors, mask)
         gradients = torch.autograd.grad(out.sum(), tensors, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
+        return gradients + torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
 
     expected = penalty()
     found, stats = calls(penalty)
