@@ -8,6 +8,7 @@
 
 double exp(double x);
 double exp2(double x);
+double fma(double x, double y, double z);
 double log(double x);
 double log2(double x);
 double sqrt(double x);
