@@ -273,6 +273,7 @@ static const struct {
     SAME(close),
     SAME(exp),
     SAME(exp2),
+    SAME(fma),
     SAME(free),
     SAME(freelocale),
     SAME(getcwd),
