@@ -161,21 +161,20 @@ static __attribute__((noinline)) void first_below(int64_t rows, const term *K, i
             vec_store(S + at, vec_sub(vec_load(S + at), vec_load(m + at % PANEL)));
 }
 
-/* P of some rows of a vector of S, and of what the mask adds, if there is one; adds them to l. */
+/* P of some rows of a vector of S, and of what the mask adds, if there is one; adds them to l. P of reals has the mask
+ * before m, for S + mask is to be rounded as it is in backward. */
 static inline __attribute__((always_inline)) void exp2_part(int64_t rows, const real *S, const real *mask,
                                                             const real *m, real *l, term *P)
 {
-    vec reference = TERM > 1 ? vec_set1(0) : vec_load(m), sum = vec_load(l);
+    vec reference = vec_load(m), sum = vec_load(l);
     for (int64_t k = 0; k < rows; k += 2) {
         vec even = vec_load(S + k * PANEL), odd = vec_load(S + (k + 1) * PANEL);
-        if (TERM == 1)
-            even = vec_sub(even, reference), odd = vec_sub(odd, reference);
         if (mask) {
             even = masked(even, vec_load(mask + k * PANEL));
             odd = masked(odd, vec_load(mask + (k + 1) * PANEL));
         }
-        even = vec_exp2(even);
-        odd = vec_exp2(odd);
+        even = vec_exp2(TERM > 1 ? even : vec_sub(even, reference));
+        odd = vec_exp2(TERM > 1 ? odd : vec_sub(odd, reference));
         sum = vec_add(sum, vec_add(even, odd));
         store_down(P, PANEL, k, even, odd);
     }
