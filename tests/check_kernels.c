@@ -165,6 +165,7 @@ static void make_call(struct trial *t)
     t->call = (struct mfa_cpu_call){.args = mfa_problem_args(&p),
                                     .scale = p.scale,
                                     .softcap = p.softcap,
+                                    .dS_factor = 1,
                                     .dtype = p.dtype,
                                     .mask_kind = p.mask,
                                     .mask_dtype = p.mask_dtype,
@@ -219,7 +220,7 @@ static void run_backward(struct trial *t)
         void **at;
         size_t size;
     } shared[] = {{"D", &call->D, (size_t)(groups * rows) * real},
-                  {"L of rows", &call->L, (size_t)(groups * rows) * 2 * real},
+                  {"L of rows", &call->L, (size_t)(groups * rows) * real},
                   {"progress", (void **)&call->progress, (size_t)groups * sizeof *call->progress},
                   {"sums of dQ", &call->dq_sums,
                    t->way.own_dQ ? 0

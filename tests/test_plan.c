@@ -340,7 +340,7 @@ static const struct { void (*spoil)(mfa_problem *problem); mfa_status status; co
     {no_head_dim, MFA_UNSUPPORTED, "head_dim is 0"},
     {large_head_dim, MFA_UNSUPPORTED, "head_dim is 513"},
     {large_value_dim, MFA_UNSUPPORTED, "value_dim is 513"},
-    {scale_is_nan, MFA_INVALID, "scale is NaN"},
+    {scale_is_nan, MFA_INVALID, "scale is nan"},
     {softcap_is_nan, MFA_INVALID, "softcap is"},
     {negative_softcap, MFA_INVALID, "softcap is -1"},
     {infinite_softcap, MFA_INVALID, "softcap is inf"},

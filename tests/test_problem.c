@@ -79,8 +79,12 @@ static void test_members(void **state)
     EXPECT(MFA_INVALID, softcap, -1.0, "softcap is -1");
     EXPECT(MFA_INVALID, softcap, (double)NAN, "softcap is");
     EXPECT(MFA_INVALID, softcap, (double)INFINITY, "softcap is inf");
-    EXPECT(MFA_INVALID, scale, (double)NAN, "scale is NaN");
-    EXPECT(MFA_OK, scale, -(double)INFINITY, "");
+    EXPECT(MFA_INVALID, scale, (double)NAN, "scale is nan; it must be finite");
+    EXPECT(MFA_INVALID, scale, -(double)INFINITY, "scale is -inf; it must be finite");
+    EXPECT(MFA_UNSUPPORTED, scale, -1e61, "scale is -1e+61; kernels exist for 0 and, of either sign, 1e-60 to 1e60");
+    EXPECT(MFA_UNSUPPORTED, scale, 1e-61, "scale is 1e-61");
+    EXPECT(MFA_OK, scale, -1e60, "");
+    EXPECT(MFA_OK, scale, 1e-60, "");
     EXPECT(MFA_OK, scale, 0.0, "");
     EXPECT(MFA_OK, mask_dtype, 77, ""); /* no additive mask */
 }

@@ -148,8 +148,14 @@ static mfa_status check_sizes(const mfa_problem *problem)
 
 static mfa_status check_numbers(const mfa_problem *problem)
 {
+    const double size = fabs(problem->scale);
     if (isnan(problem->scale))
-        return mfa_fail(MFA_INVALID, "scale is NaN; it must be a number");
+        return mfa_fail(MFA_INVALID, "scale is nan; it must be finite"); /* of which printf may print a sign, too */
+    if (isinf(problem->scale))
+        return mfa_fail(MFA_INVALID, "scale is %g; it must be finite", problem->scale);
+    if (size != 0 && !(size >= 1e-60 && size <= 1e60))
+        return mfa_fail(MFA_UNSUPPORTED, "scale is %g; kernels exist for 0 and, of either sign, 1e-60 to 1e60",
+                        problem->scale);
     if (!(problem->softcap >= 0) || isinf(problem->softcap))
         return mfa_fail(MFA_INVALID, "softcap is %g; it must be 0 (none) or positive and finite", problem->softcap);
     if (problem->softcap > 0 && !(problem->softcap >= 1e-30 && problem->softcap <= 1e30))

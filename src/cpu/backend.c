@@ -79,16 +79,15 @@ static void choose(void *state, const mfa_problem *problem, int simpler, struct 
     struct cpu *cpu = state;
     (void)simpler;
     choice->threads = atomic_load(&cpu->limit);
-    mfa_cpu_tiles_choose(mfa_cpu_program_isa(cpu->isa, problem->dtype), mfa_cpu_program_find(cpu->isa, problem->dtype),
-                         problem, choice);
+    const mfa_cpu_isa isa = mfa_cpu_program_isa(cpu->isa, problem);
+    mfa_cpu_tiles_choose(isa, mfa_cpu_program_find(isa, problem->dtype), problem, choice);
 }
 
 static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path,
                        const void **kernel)
 {
-    struct cpu *cpu = state;
-    (void)library, (void)path;
-    *kernel = mfa_cpu_program_find(cpu->isa, key->dtype);
+    (void)state, (void)library, (void)path;
+    *kernel = mfa_cpu_program_find(mfa_cpu_isa_named(key->machine), key->dtype);
     return MFA_OK;
 }
 

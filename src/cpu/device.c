@@ -97,17 +97,23 @@ int mfa_cpu_isa_present(mfa_cpu_isa isa)
     }
 }
 
+mfa_cpu_isa mfa_cpu_isa_named(const char *name)
+{
+    int isa = 0;
+    while (isa < MFA_CPU_ISA_COUNT && strcmp(name, names[isa]) != 0)
+        isa++;
+    return (mfa_cpu_isa)isa;
+}
+
 static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa *isa)
 {
-    int named = 0;
-    while (named < MFA_CPU_ISA_COUNT && strcmp(name, names[named]) != 0)
-        named++;
+    const mfa_cpu_isa named = mfa_cpu_isa_named(name);
     if (named == MFA_CPU_ISA_COUNT)
         return mfa_fail(MFA_INVALID,
                         "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16, neon or neonbf16", field,
                         name);
-    if (mfa_cpu_isa_present((mfa_cpu_isa)named)) {
-        *isa = (mfa_cpu_isa)named;
+    if (mfa_cpu_isa_present(named)) {
+        *isa = named;
         return MFA_OK;
     }
     char present[64] = "";

@@ -19,6 +19,9 @@ typedef enum mfa_cpu_isa {
 /* "scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon", "neonbf16". */
 const char *mfa_cpu_isa_name(mfa_cpu_isa isa);
 
+/* The instruction set of that name; MFA_CPU_ISA_COUNT if there is none. */
+mfa_cpu_isa mfa_cpu_isa_named(const char *name);
+
 /* 1 if this machine runs it (AVX2 means AVX2, FMA and F16C; AVX-512 means F, DQ, BW and VL; avx512bf16 has BF16 beside
  * these, and amxbf16 tile registers; neonbf16 means FEAT_BF16), else 0. */
 int mfa_cpu_isa_present(mfa_cpu_isa isa);

@@ -1,5 +1,6 @@
 #include "cpu/launch.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "core/problem.h"
@@ -22,13 +23,24 @@ static void settle_rows(struct mfa_args *a)
         a->k.row = a->v.row = 0;
 }
 
+/* dQ = scale * dS K, and dK likewise: where the scale is far from 1, so may be dS K, and overflow or lose its digits
+ * where dQ does not. Then dS has most of the scale. */
+static double dS_factor(double scale)
+{
+    int exponent;
+    frexp(scale, &exponent);
+    if (scale == 0 || (exponent > -40 && exponent < 40))
+        return 1;
+    return ldexp(1, exponent < -64 ? -64 : exponent > 64 ? 64 : exponent);
+}
+
 /* The call without its pointers. */
 static void describe(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
 {
     memset(call, 0, sizeof *call);
     call->args = mfa_problem_args(p);
     settle_rows(&call->args);
-    call->scale = p->scale, call->softcap = p->softcap;
+    call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
     call->few = choice->cut[MFA_CPU_FEW] != 0;
     call->block_kv = (int32_t)choice->cut[MFA_CPU_BLOCK];
@@ -71,7 +83,7 @@ static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_pr
     }
     int64_t heads = p->batch * p->q_heads, groups = heads * mfa_cpu_ceil(p->q_len, rows);
     at.L = at.D + align((uint64_t)(groups * rows) * real);
-    at.dq_sums = at.L + align((uint64_t)(groups * rows) * 2 * real);
+    at.dq_sums = at.L + align((uint64_t)(groups * rows) * real);
     at.progress = at.dq_sums;
     if (!sums_in_place(kernels, p))
         at.progress +=

@@ -1,5 +1,7 @@
 #include "cpu/program.h"
 
+#include <math.h>
+
 static const struct entry {
     mfa_cpu_isa isa;
     int32_t dtype;
@@ -23,16 +25,27 @@ static const struct entry *entry_of(mfa_cpu_isa isa, int32_t dtype)
     return found;
 }
 
-mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, int32_t dtype)
+/* Dot products of bf16 pairs take Q as it lies, and the scale after them: they would overflow, or lose small numbers,
+ * where the scores that such a scale makes of them do not. Other kernels give a part of it to Q. */
+static int needs_scaled_queries(const mfa_problem *p)
 {
-    while (!entry_of(isa, dtype))
+    const double size = fabs(p->scale);
+    return size != 0 && !(size >= 0x1p-40 && size <= 0x1p40);
+}
+
+mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, const mfa_problem *problem)
+{
+    const struct entry *entry = entry_of(isa, problem->dtype);
+    while (!entry || (entry->dtype == MFA_BF16 && needs_scaled_queries(problem))) {
         isa = (mfa_cpu_isa)(isa - 1); /* what an instruction set has nothing new for, those below it have */
+        entry = entry_of(isa, problem->dtype);
+    }
     return isa;
 }
 
 const struct mfa_cpu_kernels *mfa_cpu_program_find(mfa_cpu_isa isa, int32_t dtype)
 {
-    return entry_of(mfa_cpu_program_isa(isa, dtype), dtype)->kernels;
+    return entry_of(isa, dtype)->kernels;
 }
 
 int mfa_cpu_program_has(mfa_cpu_isa isa)

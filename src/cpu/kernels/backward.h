@@ -2,7 +2,7 @@
  *
  *     for each group of queries (of each query head of the KV head) that sees the block:
  *         for each panel of the group:
- *             P = exp2(S - L), S = K Q^T                  (softcap, mask, band)
+ *             P = exp(S - L), S = K Q^T                   (softcap, mask, band)
  *             dS = P * (dP - D), dP = V dO^T              (times 1 - tanh^2 with softcap)
  *         dV += P dO, dK += dS Q
  *         when the block after has added its part: dQ += dS^T K
@@ -132,15 +132,10 @@ static inline real *group_D(const struct mfa_cpu_call *call, const struct group 
     return (real *)call->D + group_number(call, g) * call->panels * PANEL + row;
 }
 
-/* L of a row, in base 2; PANEL further on lies what it lacks. */
-static inline real *row_of_L(real *L, int64_t row)
-{
-    return L + row / PANEL * 2 * PANEL + row % PANEL;
-}
-
+/* L, in the unit of S; +inf if the query saw nothing, so that its P is 0. */
 static inline real *group_L(const struct mfa_cpu_call *call, const struct group *g, int64_t row)
 {
-    return row_of_L((real *)call->L + group_number(call, g) * call->panels * 2 * PANEL, row);
+    return (real *)call->L + group_number(call, g) * call->panels * PANEL + row;
 }
 
 /* Tile registers sum up dQ^T[d][row]. So do others where half a vector of each row of dQ would be empty, but rows of
@@ -187,11 +182,18 @@ static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g, re
                 transpose(dQ + i, stride, turned, d, d, LANES);
             row = turned + i % LANES * d;
         }
-        scale_vectors(row, d, (real)call->scale);
+        scale_vectors(row, d, call->scale / call->dS_factor);
         if (call->dq_sums)
             store_row((char *)row_at(call->dq, bytes, &a->dq, g->batch, g->head, g->first + i), call->dtype,
                       a->dq.column, row, a->head_dim);
     }
+}
+
+/* D, or dO where dP is made of it: dS is what both are multiplied by. Pairs are not for scales that need it. */
+static void scale_gradients(const struct mfa_cpu_call *call, real *x, int64_t n)
+{
+    if (TERM == 1 && call->dS_factor != 1)
+        scale_vectors(x, n, call->dS_factor);
 }
 
 /* rowsum(dO * O) of `rows` rows, at most LANES, from `row` on; zeros after them. */
@@ -218,15 +220,6 @@ static vec sum_rows(const struct mfa_cpu_call *call, const struct group *g, int6
     return total;
 }
 
-/* L * log2(e) in two parts: +inf if the query saw nothing, so that its P is 0. If L is infinite or not even known to 1,
- * as in a row of the lowest finite mask, the second is 0: S - L is to be 0 there. */
-static void split_L(real L, real *to)
-{
-    to[0] = L == -(real)INFINITY ? (real)INFINITY : (real)((double)L * LOG2E);
-    double low = fma((double)L, LOG2E, -(double)to[0]) + (double)L * LOG2E_LOW;
-    to[PANEL] = L + 1 == L ? 0 : (real)low;
-}
-
 /* D = rowsum(dO * O) - dL and L for one group. Sets the group's turn, and writes the dQ of a group that no block will
  * visit. */
 static void prepare(void *data, int64_t task, int worker)
@@ -240,7 +233,7 @@ static void prepare(void *data, int64_t task, int worker)
     int64_t lanes = mfa_cpu_ceil(g.rows, PANEL) * PANEL;
     real *D = group_D(call, &g, 0), *L = group_L(call, &g, 0);
     fill(D, lanes, 0);
-    fill(L, 2 * lanes, (real)INFINITY);
+    fill(L, lanes, (real)INFINITY);
     for (int64_t i = 0; i < g.rows; i += LANES)
         vec_store(D + i, sum_rows(call, &g, g.first + i, g.rows - i < LANES ? g.rows - i : LANES, s.row));
     for (int64_t i = 0; i < g.rows; i++) {
@@ -248,10 +241,11 @@ static void prepare(void *data, int64_t task, int worker)
         real l = *(const real *)row_at(call->lse, sizeof(real), &a->lse, g.batch, g.head, row);
         if (call->dlse)
             D[i] -= *(const real *)row_at(call->dlse, sizeof(real), &a->dlse, g.batch, g.head, row);
-        split_L(l, row_of_L(L, i));
+        L[i] = l == -(real)INFINITY ? (real)INFINITY : (real)((double)l * S_UNIT);
     }
+    scale_gradients(call, D, lanes);
     make_roundable(D, lanes);
-    make_roundable(L, 2 * lanes);
+    make_roundable(L, lanes);
     atomic_store_explicit(&call->progress[group_number(call, &g)], g.to, memory_order_relaxed);
     if (call->dq && g.from > g.to) {
         clear_dQ(call, &g);
@@ -308,6 +302,7 @@ static enum visibility panel_meets(const struct mfa_cpu_call *call, struct backw
     if (seen != HIDDEN && !keys->K.rows)
         load_keys(call, s, keys);
     scale_queries(call, s->Qt, across_stride(a->head_dim) * PANEL);
+    scale_gradients(call, s->dOt, across_stride(a->value_dim) * PANEL);
     return seen;
 }
 
@@ -323,7 +318,7 @@ static void panel_scores(const struct mfa_cpu_call *call, const struct backward_
     int64_t d_stride = stride_of(across_stride(a->value_dim), PANEL);
     multiply_rows(n, part.vectors, keys->K.rows + from * keys->K.stride, keys->K.stride,
                   s->Qt + place(q_stride, 0, first), q_stride, S + first, stride, terms(a->head_dim),
-                  score_factor(call), NULL);
+                  (real)score_factor(call), NULL);
     for (int v = part.vector; v < part.vector + part.vectors; v++) {
         int64_t lane = v * LANES;
         panel_adjust(panel, call, v, keys->first + from, n, S + lane, stride, mask ? mask + lane : NULL,
@@ -403,10 +398,11 @@ static void visit_panel(const struct mfa_cpu_call *call, const struct backward_s
     }
     adjusted_gradients(call, s, panel, first, keys, (struct range){r.from, shown.from}, mask, L, D);
     mask = mask ? mask + (shown.from - r.from) * PANEL : NULL;
-    int64_t done = multiply_gradients(
-        shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt, terms(a->head_dim),
-        score_factor(call), keys->V.rows + shown.from * keys->V.stride, keys->V.stride, s->dOt, terms(a->value_dim),
-        mask, L, D, gradients_at(call, s, first, shown.from), asking ? next : NULL);
+    int64_t done =
+        multiply_gradients(shown.to - shown.from, keys->K.rows + shown.from * keys->K.stride, keys->K.stride, s->Qt,
+                           terms(a->head_dim), (real)score_factor(call), keys->V.rows + shown.from * keys->V.stride,
+                           keys->V.stride, s->dOt, terms(a->value_dim), mask, L, D,
+                           gradients_at(call, s, first, shown.from), asking ? next : NULL);
     mask = mask ? mask + done * PANEL : NULL;
     adjusted_gradients(call, s, panel, first, keys, (struct range){shown.from + done, r.to}, mask, L, D);
 }
@@ -559,7 +555,7 @@ static void backward(void *data, int64_t task, int worker)
             if (g.from <= block && block <= g.to)
                 visit_group(call, &s, &g, &keys, block);
         }
-    scale_vectors(s.dK, keys.n * padded(a->head_dim), (real)call->scale);
+    scale_vectors(s.dK, keys.n * padded(a->head_dim), call->scale / call->dS_factor);
     store_keys(call, call->dk, &a->dk, &keys, s.dK, a->head_dim);
     store_keys(call, call->dv, &a->dv, &keys, s.dV, a->value_dim);
     tiles_end();

@@ -9,10 +9,11 @@ static void store_bias(const struct mfa_cpu_call *call, const struct panel *pane
     const struct mfa_strides *s = &call->args.dbias;
     int64_t bytes = bytes_of(call->mask_dtype);
     int64_t rows = s->row ? panel->lanes : 1, columns = s->column ? keys->n : 1;
+    const real unit = (real)(1 / call->dS_factor);
     for (int64_t i = 0; i < rows; i++) {
         char *to = (char *)row_at(call->dbias, bytes, s, batch, head, panel->row[i]);
         for (int64_t k = 0; k < columns; k++)
-            set_element(to, call->mask_dtype, (keys->first + k) * s->column, tile[k * PANEL + i]);
+            set_element(to, call->mask_dtype, (keys->first + k) * s->column, tile[k * PANEL + i] * unit);
     }
 }
 
@@ -35,7 +36,7 @@ static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s
         real *to = tile + (a->dbias.column ? k * PANEL : 0);
         for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
             int64_t at = (k - r.from) * PANEL + i;
-            vec P = probabilities(S + at, 1, load_L(L + i));
+            vec P = probabilities(S + at, 1, vec_load(L + i));
             vec dS = score_gradients(P, vec_load(dP + at), vec_load(D + i), NULL);
             vec_store(to + i, vec_add(vec_load(to + i), dS));
         }

@@ -20,6 +20,7 @@ enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values
 struct mfa_cpu_call {
     struct mfa_args args;
     double scale, softcap;
+    double dS_factor; /* backward: a power of two that dS is multiplied by, near the scale where that is far from 1 */
     int32_t dtype, mask_kind, mask_dtype;
     int32_t block_kv; /* keys of a block */
     int32_t panels; /* forward: panels of a chunk of queries; backward: of a group */
@@ -31,7 +32,7 @@ struct mfa_cpu_call {
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
     void *D; /* backward: real [batch][q_heads][groups * rows of a group] */
-    void *L; /* the same times two, panel by panel: L of its queries in two parts */
+    void *L; /* the same of L, in the unit of the set's scores */
     /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
      * itself, if rows there are whole vectors of reals */
     void *dq_sums;

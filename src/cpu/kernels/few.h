@@ -2,8 +2,8 @@
  *
  *     for each block of keys that the queries see:
  *         S = Q K^T                                           (softcap, mask, band)
- *         if any max(S) > m + SLACK: m' = max(m, max(S)); l, O *= exp2(m - m'); m = m'
- *         P = exp2(S - m), l += sum(P), O += P V
+ *         if any max(S) > m + SLACK: m' = max(m, max(S)); l, O *= exp(m - m'); m = m'
+ *         P = exp(S - m), l += sum(P), O += P V
  *
  * Reading memory is what takes the time: K and V are read once for all query heads of a group, where they lie if they
  * can be (few_product.h). S is [key][R], and what belongs to a query is repeated for the LANES / R keys of a vector:
@@ -58,7 +58,7 @@ static void few_adjust(const struct mfa_cpu_call *call, const struct panel *pane
 {
     int64_t whole = few_whole(n, R), vectors = whole * R / LANES;
     if (call->softcap > 0)
-        cap_scores((int)vectors, S, 0, 1, call->softcap * LOG2E, slope);
+        cap_scores((int)vectors, S, 0, 1, call->softcap, slope);
     if (seen == MASKED) {
         for (int64_t k = 0; k < n; k++)
             memcpy(mask + k * R, mask_tile + k * PANEL, (size_t)R * sizeof(real));
@@ -82,7 +82,7 @@ static void few_raise(int R, vec top, real *m, real *l, real *O, int64_t columns
         most[i % R] = most[i] > most[i % R] ? most[i] : most[i % R];
     for (int i = 0; i < LANES; i++)
         most[i] = most[i % R] > m[i] + SLACK ? most[i % R] : m[i];
-    vec factor = vec_exp2(vec_sub(vec_load(m), vec_load(most)));
+    vec factor = vec_exp2(exponent(vec_load(m), vec_load(most)));
     vec_store(alpha, factor);
     vec_store(l, vec_mul(vec_load(l), factor));
     memcpy(m, most, sizeof most);
@@ -102,12 +102,12 @@ static void few_softmax(int R, real *S, int64_t vectors, real *m, real *l, real 
     }
     vec reference = vec_load(m);
     for (int64_t v = 0; v < vectors; v += TERM) {
-        vec even = vec_exp2(vec_sub(vec_load(S + v * LANES), reference));
+        vec even = vec_exp2(exponent(vec_load(S + v * LANES), reference));
         sum = vec_add(sum, even);
 #if TERM == 1
         vec_store(S + v * LANES, even);
 #else
-        vec odd = vec_exp2(vec_sub(vec_load(S + (v + 1) * LANES), reference));
+        vec odd = vec_exp2(exponent(vec_load(S + (v + 1) * LANES), reference));
         sum = vec_add(sum, odd);
         store_down(S, LANES, v, even, odd);
 #endif
@@ -173,8 +173,35 @@ static void few_add(const struct mfa_cpu_call *call, const struct chunk *c, int6
         int64_t some = n - k < strip ? n - k : strip, whole = TERM > 1 ? few_whole(some, R) : some;
         struct upcoming next = few_upcoming(call, c, R, key, n, k, strip, rows, after, then);
         struct lines V = lines_of(copy, rows->data, call->dtype, rows->strides, c->batch, c->kv_head, key + k, some,
-                                  whole, rows->columns, 0);
+                                  whole, rows->columns, c->shrinks_V);
+        if (c->shrinks_V)
+            shrink_terms(copy, some * across_stride(rows->columns));
         few_outputs(R, P + k * R / TERM, V, whole, across_stride(rows->columns) * TERM, O, &next);
+    }
+}
+
+/* m, l and O of the queries from their part `split` of the keys. */
+static void few_attend(const struct mfa_cpu_call *call, const struct chunk *c, const struct few_scratch *s,
+                       const struct panel *panel, int R, int64_t split, real *m, real *l)
+{
+    const struct mfa_args *a = &call->args;
+    const int64_t e = across_stride(a->value_dim) * TERM;
+    fill(s->S, FEW_KEYS * LANES, 0);
+    fill(s->O, LANES * e, 0);
+    fill(m, LANES, -REAL_MAX);
+    fill(l, LANES, 0);
+
+    const struct few_rows K = {call->k, &a->k, a->head_dim}, V = {call->v, &a->v, a->value_dim};
+    struct range blocks = split_of(call, split, panel->any_low, panel->any_high, FEW_KEYS);
+    for (int64_t j = blocks.from; j < blocks.to; j++) {
+        int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS;
+        enum visibility seen = panel_sees(panel, call, c->batch, key, n, s->mask_rows, s->mask_tile);
+        if (seen == HIDDEN)
+            continue;
+        few_multiply(call, c, key, n, R, s->Q, &K, &V, key, (real)score_factor(call), s->K, s->S);
+        few_adjust(call, panel, R, seen, key, n, s->S, s->mask, s->mask_tile, NULL);
+        few_softmax(R, s->S, few_whole(n, R) * R / LANES, m, l, s->O, e);
+        few_add(call, c, key, n, R, s->S, &V, &K, key + n, s->V, s->O);
     }
 }
 
@@ -193,22 +220,10 @@ static void few(void *data, int64_t task, int worker)
     few_load(call, &panel, R, c.batch, call->q, &a->q, a->head_dim, s.rows);
     scale_queries(call, s.rows, R * d);
     few_pack(s.rows, d, R, s.Q);
-    fill(s.S, FEW_KEYS * LANES, 0);
-    fill(s.O, LANES * e, 0);
-    fill(m, LANES, -REAL_MAX);
-    fill(l, LANES, 0);
-
-    const struct few_rows K = {call->k, &a->k, a->head_dim}, V = {call->v, &a->v, a->value_dim};
-    struct range blocks = split_of(call, task % call->splits, panel.any_low, panel.any_high, FEW_KEYS);
-    for (int64_t j = blocks.from; j < blocks.to; j++) {
-        int64_t key = j * FEW_KEYS, n = a->kv_len - key < FEW_KEYS ? a->kv_len - key : FEW_KEYS;
-        enum visibility seen = panel_sees(&panel, call, c.batch, key, n, s.mask_rows, s.mask_tile);
-        if (seen == HIDDEN)
-            continue;
-        few_multiply(call, &c, key, n, R, s.Q, &K, &V, key, score_factor(call), s.K, s.S);
-        few_adjust(call, &panel, R, seen, key, n, s.S, s.mask, s.mask_tile, NULL);
-        few_softmax(R, s.S, few_whole(n, R) * R / LANES, m, l, s.O, e);
-        few_add(call, &c, key, n, R, s.S, &V, &K, key + n, s.V, s.O);
+    few_attend(call, &c, &s, &panel, R, task % call->splits, m, l);
+    if (!all_finite(s.O, LANES * e)) { /* as in forward.h */
+        c.shrinks_V = 1;
+        few_attend(call, &c, &s, &panel, R, task % call->splits, m, l);
     }
 
     if (call->splits > 1)
@@ -219,6 +234,7 @@ static void few(void *data, int64_t task, int worker)
     transpose(s.O, e, sums.O, PANEL, LANES, padded(a->value_dim));
     memcpy(sums.m, m, sizeof m);
     memcpy(sums.l, l, sizeof l);
+    *sums.unit = (real)ldexp(1, c.shrinks_V ? SHRINK_BITS : 0);
     if (call->splits == 1)
         finish_panel(call, &panel, c.batch, sums, (real *)s.rows);
 }

@@ -2,7 +2,7 @@
  * dS, along columns for the rest. Each task owns the dK and dV of one block of keys, which no other query adds to:
  *
  *     for each part of the block:
- *         P = exp2(S - L), S = Q K^T                          (softcap, mask, band)
+ *         P = exp(S - L), S = Q K^T                           (softcap, mask, band)
  *         dS = P * (dP - D), dP = dO V^T                      (times 1 - tanh^2 with softcap)
  *         dV = P^T dO, dK = scale * dS^T Q, written at once;  dQ += dS K
  *     when the block after has added its part: dQ of the run += dQ */
@@ -57,7 +57,7 @@ static void few_load_reals(const struct mfa_cpu_call *call, const struct panel *
 }
 
 /* P and dS in the places of S and dP, and dS as terms down. slope may be NULL. */
-static void few_gradients(int64_t vectors, real *S, real *dP, const real *slope, struct logarithm L, vec D, term *terms)
+static void few_gradients(int64_t vectors, real *S, real *dP, const real *slope, vec L, vec D, term *terms)
 {
     for (int64_t v = 0; v < vectors; v++) {
         int64_t at = v * LANES;
@@ -73,9 +73,11 @@ static void few_gradients(int64_t vectors, real *S, real *dP, const real *slope,
 #define WEIGH(n, R) sum_##n = vec_fma(weight, vec_load(X + i * columns + c + (n) * LANES), sum_##n);
 #define WEIGH_STORE(n, R) vec_store(to + c + (n) * LANES, vec_mul(sum_##n, vec_set1(factor)));
 
-/* to = factor * the sum over i < rows of P[i] X[i]: X of whole vectors. */
-static void weigh_rows(int64_t rows, const real *P, const real *X, int64_t columns, real factor, real *to)
+/* to = scale * the sum over i < rows of P[i] X[i]: X of whole vectors. */
+static void weigh_rows(int64_t rows, const real *P, const real *X, int64_t columns, double scale, real *to)
 {
+    const struct factors f = factors_of(scale);
+    const real factor = f.first;
     int64_t c = 0;
     for (; c + 4 * LANES <= columns; c += 4 * LANES) {
         EACH_4(WEIGH_START, 1)
@@ -93,6 +95,8 @@ static void weigh_rows(int64_t rows, const real *P, const real *X, int64_t colum
         }
         EACH_1(WEIGH_STORE, 1)
     }
+    if (f.second != 1)
+        scale_vectors(to, columns, (double)f.second);
 }
 
 /* Row `key` of dK or dV. */
@@ -118,7 +122,7 @@ static void few_keys(const struct mfa_cpu_call *call, const struct few_backward_
     }
     for (int64_t k = 0; k < n && call->dk; k++) {
         if (shown)
-            weigh_rows(rows, s->dP + k * R, s->Q, d, (real)call->scale, s->row);
+            weigh_rows(rows, s->dP + k * R, s->Q, d, call->scale / call->dS_factor, s->row);
         store_key(call, call->dk, &a->dk, batch, kv_head, key + k, s->row, a->head_dim);
     }
 }
@@ -134,10 +138,10 @@ static int few_visit(const struct mfa_cpu_call *call, struct few_backward_scratc
         return 0;
     real *slope = call->softcap > 0 ? s->slope : NULL;
     const struct few_rows K = {call->k, &a->k, a->head_dim}, V = {call->v, &a->v, a->value_dim};
-    few_multiply(call, &c, key, n, R, s->Q_pack, &K, &V, key, score_factor(call), s->K, s->S);
+    few_multiply(call, &c, key, n, R, s->Q_pack, &K, &V, key, (real)score_factor(call), s->K, s->S);
     few_multiply(call, &c, key, n, R, s->dO_pack, &V, &K, key + n, 1, s->K, s->dP);
     few_adjust(call, panel, R, seen, key, n, s->S, s->mask, s->mask_tile, slope);
-    few_gradients(few_whole(n, R) * R / LANES, s->S, s->dP, slope, load_L(L), vec_load(D), s->terms);
+    few_gradients(few_whole(n, R) * R / LANES, s->S, s->dP, slope, vec_load(L), vec_load(D), s->terms);
     few_add(call, &c, key, n, R, TERM > 1 ? s->terms : s->dP, &K, &V, key, s->K_lines, s->dQ);
     return 1;
 }
@@ -181,13 +185,13 @@ static void few_backward(void *data, int64_t task, int worker)
     scale_queries(call, s.rows, R * d);
     few_pack(s.rows, d, R, s.Q_pack);
     few_load(call, &panel, R, keys.batch, call->d_o, &a->d_o, a->value_dim, s.rows);
+    scale_gradients(call, s.rows, R * e);
     few_pack(s.rows, e, R, s.dO_pack);
-    real L[PANEL + LANES] = {0}, D[LANES] = {0};
+    real L[LANES] = {0}, D[LANES] = {0};
     for (int i = 0; i < LANES; i++)
         if (i % R < panel.lanes) {
             struct group g = group_of(call, keys.batch, panel.head[i % R], 0);
-            const real *from = group_L(call, &g, panel.row[i % R]);
-            L[i] = from[0], L[PANEL + i] = from[PANEL];
+            L[i] = *group_L(call, &g, panel.row[i % R]);
             D[i] = *group_D(call, &g, panel.row[i % R]);
         }
     fill(s.S, FEW_KEYS * LANES, 0);

@@ -209,7 +209,7 @@ static inline __attribute__((always_inline)) void store_scores(vec *sums, int co
             sums[i] = vec_add_neighbours(sums[2 * i], sums[2 * i + 1]);
     }
     for (int i = 0; i < count; i++)
-        vec_store(S + i * LANES, TERM > 1 ? vec_mul(sums[i], vec_set1(factor)) : sums[i]);
+        vec_store(S + i * LANES, vec_mul(sums[i], vec_set1(factor)));
 }
 
 /* S = factor * Q K^T of FEW_SUMS keys. Memory is read fastest row after row; but where queries are many, so that

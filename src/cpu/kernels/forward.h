@@ -3,28 +3,30 @@
  *     for each block of keys that the chunk's queries see:
  *         for each panel of the chunk that sees it:
  *             S = K Q^T                                   (softcap, mask, band)
- *             if any max(S) > m + SLACK: m' = max(m, max(S)); l, O *= exp2(m - m'); m = m'
- *             P = exp2(S - m), l += sum(P), O^T += V^T P
- *     O = O / l, L = ln(2) * (m + log2(l))
+ *             if any max(S) > m + SLACK: m' = max(m, max(S)); l, O *= exp(m - m'); m = m'
+ *             P = exp(S - m), l += sum(P), O^T += V^T P
+ *     O = O / l, L = m + log(l)
  *
  * m is a reference, not the maximum itself (softmax.h). Scores to which at most a mask is added become P as they are
- * computed, as long as m holds. */
+ * computed, as long as m holds. O before it is divided may overflow where V is near the largest number: then the chunk
+ * is computed once more, with V times 2^-SHRINK_BITS. */
 
 #define RAISE_KEYS (TILES ? KEY_UNIT : 48) /* where m does not hold, so many keys give another one */
 
 struct sums { /* of one panel: real O[padded(value_dim)][PANEL], m[PANEL], l[PANEL] */
     real *O, *m, *l;
+    real *unit; /* what O is still to be multiplied by: a power of two */
 };
 
 static inline int64_t sums_reals(const struct mfa_args *a)
 {
-    return (padded(a->value_dim) + 2) * PANEL;
+    return (padded(a->value_dim) + 2) * PANEL + LANES;
 }
 
 static struct sums sums_at(real *memory, const struct mfa_args *a, int64_t panel)
 {
     real *O = memory + panel * sums_reals(a), *m = O + padded(a->value_dim) * PANEL;
-    return (struct sums){O, m, m + PANEL};
+    return (struct sums){O, m, m + PANEL, m + 2 * PANEL};
 }
 
 struct forward_scratch {
@@ -66,6 +68,7 @@ static uint64_t partial_bytes(const struct mfa_cpu_call *call)
 /* A chunk: up to `panels` panels of one KV head's folded rows. */
 struct chunk {
     int64_t batch, kv_head, first, rows, panels;
+    int shrinks_V;
 };
 
 static struct chunk chunk_of(const struct mfa_cpu_call *call, int64_t task)
@@ -132,7 +135,7 @@ static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const rea
 {
     vec reference = vec_load(m), top = column_max(S, n);
     if (vec_any_less(vec_add(reference, vec_set1(SLACK)), top)) {
-        vec raised = vec_max(top, reference), alpha = vec_exp2(vec_sub(reference, raised));
+        vec raised = vec_max(top, reference), alpha = vec_exp2(exponent(reference, raised));
         int64_t rows = vec_any_less(vec_set1(0), vec_load(l)) ? value_dim : 0; /* else O is 0 */
         vec_store(m, raised);
         vec_store(l, vec_mul(vec_load(l), alpha));
@@ -140,7 +143,7 @@ static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const rea
             vec_store(O + d * PANEL, vec_mul(vec_load(O + d * PANEL), alpha));
         reference = raised;
     }
-    vec_store(l, vec_add(vec_load(l), column_exp2(S, n, reference, P, stride)));
+    vec_store(l, vec_add(vec_load(l), column_exp(S, n, reference, P, stride)));
 }
 
 /* Divides by l and writes the panel's rows of O and L. */
@@ -153,7 +156,7 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
         real *row = rows + i % LANES * e;
         if (i % LANES == 0)
             transpose(sums.O + i, PANEL, rows, e, e, LANES);
-        scale_vectors(row, e, sums.l[i] == 0 ? 0 : 1 / sums.l[i]);
+        scale_vectors(row, e, sums.l[i] == 0 ? 0 : *sums.unit / sums.l[i]);
         store_row((char *)row_at(call->o, bytes, &a->o, batch, panel->head[i], panel->row[i]), call->dtype, a->o.column,
                   row, a->value_dim);
     }
@@ -161,7 +164,7 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
         return;
     for (int64_t i = 0; i < panel->lanes; i++) {
         real *at = (real *)row_at(call->lse, sizeof(real), &a->lse, batch, panel->head[i], panel->row[i]);
-        *at = sums.l[i] == 0 ? -(real)INFINITY : (real)(((double)sums.m[i] + log2((double)sums.l[i])) * LN2);
+        *at = sums.l[i] == 0 ? -(real)INFINITY : (real)((double)sums.m[i] / S_UNIT + log((double)sums.l[i]));
     }
 }
 
@@ -173,7 +176,7 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct panel *p
         part = panel_part(panel, key, r);
         multiply_rows(part.keys.to - r.from, part.vectors, K.rows + r.from * K.stride, K.stride,
                       Q + place(Q_stride(call), 0, part.vector * LANES), Q_stride(call), S + part.vector * LANES, PANEL,
-                      terms(call->args.head_dim), score_factor(call), K.next);
+                      terms(call->args.head_dim), (real)score_factor(call), K.next);
     }
 }
 
@@ -293,7 +296,7 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
         const real *mask = seen == MASKED ? s->mask_tile + (from - r.from) * PANEL : NULL;
         if (shown.from <= from && from < shown.to && all_have_seen(sums.l)) {
             int64_t done = multiply_exp2(shown.to - from, K.rows + from * K.stride, K.stride, Q, terms(a->head_dim),
-                                         score_factor(call), mask, sums.m, sums.l, P, stride, K.next);
+                                         (real)score_factor(call), mask, sums.m, sums.l, P, stride, K.next);
             from += done, P += place(stride, done / TERM, 0), mask = mask ? mask + done * PANEL : NULL;
         }
         if (from == r.to)
@@ -315,6 +318,59 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
                sums.O);
 }
 
+/* m, l and O of the chunk's panels from their part `split` of the keys. */
+static void attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
+                         int64_t split)
+{
+    const struct mfa_args *a = &call->args;
+    struct panel panels[MFA_CPU_PANELS_MAX];
+    int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
+    for (int64_t p = 0; p < c->panels; p++) {
+        struct sums sums = sums_at(s->sums, a, p);
+        chunk_panel(c, a, p, &panels[p]);
+        fill(sums.O, padded(a->value_dim) * PANEL, 0);
+        fill(sums.m, PANEL, -REAL_MAX);
+        fill(sums.l, PANEL, 0);
+        *sums.unit = (real)ldexp(1, c->shrinks_V ? SHRINK_BITS : 0);
+        low = panels[p].any_low < low ? panels[p].any_low : low;
+        high = panels[p].any_high > high ? panels[p].any_high : high;
+    }
+
+    int64_t size = call->block_kv, packed = 0;
+    struct range blocks = split_of(call, split, low, high, size);
+    for (int64_t j = blocks.from; j < blocks.to; j++) {
+        struct range keys = keys_of_block(call, j, low, high);
+        int64_t key = keys.from, n = keys.to - key;
+        struct block K = {0}, V = {0};
+        for (int64_t p = 0; p < c->panels; p++) {
+            struct range r = panel_range(&panels[p], key, n, KEY_UNIT);
+            if (r.from >= r.to)
+                continue;
+            int64_t count = r.to - r.from;
+            enum visibility seen =
+                panel_sees(&panels[p], call, c->batch, key + r.from, count, s->mask_rows, s->mask_tile);
+            if (seen == HIDDEN)
+                continue;
+            struct visit visit = {!K.rows, packed <= p, panels[p].any_high < key + n, count,
+                                  j + 1 < blocks.to ? (j + 1) * size : -1};
+            if (!K.rows) {
+                K = load_block(s->K, call->k, call->dtype, &a->k, c->batch, c->kv_head, key, n, a->head_dim,
+                               TILES && (n % KEY_UNIT != 0 || a->k.row != a->head_dim));
+                V = load_block(s->V, call->v, call->dtype, &a->v, c->batch, c->kv_head, key, n, a->value_dim,
+                               c->shrinks_V || (a->value_dim % (TERM * LANES) != 0 && TERM > 1));
+                if (c->shrinks_V)
+                    shrink_terms(s->V, n * V.stride);
+                V = turn_left(V, n, a->value_dim, s->V_left);
+            }
+            struct upcoming next[2];
+            ask_ahead(call, c, panels, p, visit, next, &K, &V);
+            for (; packed <= p; packed++)
+                pack_queries(call, &panels[packed], c->batch, s->rows, s->Q + packed * d * PANEL);
+            attend(call, &panels[p], s, sums_at(s->sums, a, p), seen, key, r, K, V, s->Q + p * d * PANEL);
+        }
+    }
+}
+
 static void forward(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -326,55 +382,37 @@ static void forward(void *data, int64_t task, int worker)
         s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
 
     tiles_begin();
-    struct panel panels[MFA_CPU_PANELS_MAX];
-    int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
-    for (int64_t p = 0; p < c.panels; p++) {
-        chunk_panel(&c, a, p, &panels[p]);
-        struct sums sums = sums_at(s.sums, a, p);
-        fill(sums.O, padded(a->value_dim) * PANEL, 0);
-        fill(sums.m, PANEL, -REAL_MAX);
-        fill(sums.l, PANEL, 0);
-        low = panels[p].any_low < low ? panels[p].any_low : low;
-        high = panels[p].any_high > high ? panels[p].any_high : high;
+    int finite = 1;
+    attend_chunk(call, &c, &s, task % call->splits);
+    for (int64_t p = 0; p < c.panels; p++)
+        finite &= all_finite(sums_at(s.sums, a, p).O, a->value_dim * PANEL);
+    if (!finite) {
+        c.shrinks_V = 1;
+        attend_chunk(call, &c, &s, task % call->splits);
     }
-
-    int64_t size = call->block_kv, packed = 0;
-    struct range blocks = split_of(call, task % call->splits, low, high, size);
-    for (int64_t j = blocks.from; j < blocks.to; j++) {
-        struct range keys = keys_of_block(call, j, low, high);
-        int64_t key = keys.from, n = keys.to - key;
-        struct block K = {0}, V = {0};
-        for (int64_t p = 0; p < c.panels; p++) {
-            struct range r = panel_range(&panels[p], key, n, KEY_UNIT);
-            if (r.from >= r.to)
-                continue;
-            int64_t count = r.to - r.from;
-            enum visibility seen = panel_sees(&panels[p], call, c.batch, key + r.from, count, s.mask_rows, s.mask_tile);
-            if (seen == HIDDEN)
-                continue;
-            struct visit visit = {!K.rows, packed <= p, panels[p].any_high < key + n, count,
-                                  j + 1 < blocks.to ? (j + 1) * size : -1};
-            if (!K.rows) {
-                K = load_block(s.K, call->k, call->dtype, &a->k, c.batch, c.kv_head, key, n, a->head_dim,
-                               TILES && (n % KEY_UNIT != 0 || a->k.row != a->head_dim));
-                V = load_block(s.V, call->v, call->dtype, &a->v, c.batch, c.kv_head, key, n, a->value_dim,
-                               a->value_dim % (TERM * LANES) != 0 && TERM > 1);
-                V = turn_left(V, n, a->value_dim, s.V_left);
-            }
-            struct upcoming next[2];
-            ask_ahead(call, &c, panels, p, visit, next, &K, &V);
-            for (; packed <= p; packed++)
-                pack_queries(call, &panels[packed], c.batch, s.rows, s.Q + packed * d * PANEL);
-            attend(call, &panels[p], &s, sums_at(s.sums, a, p), seen, key, r, K, V, s.Q + p * d * PANEL);
-        }
+    for (int64_t p = 0; p < c.panels && call->splits == 1; p++) {
+        struct panel panel;
+        chunk_panel(&c, a, p, &panel);
+        finish_panel(call, &panel, c.batch, sums_at(s.sums, a, p), s.rows);
     }
-    if (call->splits == 1)
-        for (int64_t p = 0; p < c.panels; p++)
-            finish_panel(call, &panels[p], c.batch, sums_at(s.sums, a, p), s.rows);
     tiles_end();
 }
 
-/* Joins the parts of a chunk, in order: m = max(m_s), l and O = sum of exp2(m_s - m) times theirs. */
+/* The largest unit of a panel's parts, times 2^SPLITS_BITS, which leaves room for the sum of their O. */
+#define SPLITS_BITS 6
+
+static real merged_unit(const struct mfa_cpu_call *call, char *parts, int64_t panel)
+{
+    real unit = 1;
+    for (int64_t i = 0; i < call->splits; i++) {
+        real *part = (real *)(void *)(parts + (uint64_t)i * partial_bytes(call));
+        const real own = *sums_at(part, &call->args, panel).unit;
+        unit = own > unit ? own : unit;
+    }
+    return (real)ldexp((double)unit, SPLITS_BITS);
+}
+
+/* Joins the parts of a chunk, in order: m = max(m_s), l and O = sum of exp(m_s - m) times theirs. */
 static void merge(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
@@ -387,15 +425,20 @@ static void merge(void *data, int64_t task, int worker)
         struct panel panel;
         chunk_panel(&c, a, p, &panel);
         struct sums whole = sums_at((real *)(void *)parts, a, p);
+        const real unit = merged_unit(call, parts, p);
+        scale_vectors(whole.O, a->value_dim * PANEL, (double)(*whole.unit / unit));
+        *whole.unit = unit;
         for (int64_t i = 1; i < call->splits; i++) {
             struct sums part = sums_at((real *)(void *)(parts + (uint64_t)i * partial_bytes(call)), a, p);
+            const vec shrink = vec_set1(*part.unit / unit);
             for (int v = 0; v < panel.vectors; v++) {
                 int64_t at = v * LANES;
                 vec m0 = vec_load(whole.m + at), m1 = vec_load(part.m + at), m = vec_max(m0, m1);
-                vec w0 = vec_exp2(vec_sub(m0, m)), w1 = vec_exp2(vec_sub(m1, m));
+                vec w0 = vec_exp2(exponent(m0, m)), w1 = vec_exp2(exponent(m1, m));
                 vec_store(whole.m + at, m);
                 vec l = vec_mul(vec_load(whole.l + at), w0);
                 vec_store(whole.l + at, vec_fma(vec_load(part.l + at), w1, l));
+                w1 = vec_mul(w1, shrink);
                 for (int64_t r = 0; r < a->value_dim; r++) {
                     real *O = whole.O + r * PANEL + at;
                     vec_store(O, vec_fma(vec_load(part.O + r * PANEL + at), w1, vec_mul(vec_load(O), w0)));

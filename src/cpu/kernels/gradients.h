@@ -1,28 +1,17 @@
-/* P = exp2(S - L) and dS = P * (dP - D): a vector of them; and of whole tiles at once, where nothing else is done to
+/* P = exp(S - L) and dS = P * (dP - D): a vector of them; and of whole tiles at once, where nothing else is done to
  * the scores. There, as in softmax.h, the exponentials stand between multiply-adds: those of S = K Q^T between those of
  * dP = V dO^T.
  *
- * S is what forward rounded, in base 2. Its error, which grows with |S|, is then in L as well, and falls out where it
- * would show, in the P of keys that outweigh others. No log2(e) is left in results: dS is the gradient of the scores in
- * base e, and dK = scale * dS^T Q and dQ = scale * dS K have Q and K as the caller gave them. */
+ * S is what forward rounded. Its error, which grows with |S|, is then in L as well, and falls out where it would show,
+ * in the P of keys that outweigh others. L is in the unit of S (terms.h), but no log2(e) is left in results: dS is the
+ * gradient of the scores in base e, and dK = scale * dS^T Q and dQ = scale * dS K have Q and K as the caller gave
+ * them. */
 
-/* L * log2(e), which one real would round once more: that real, and what it lacks. */
-struct logarithm {
-    vec high, low;
-};
-
-static inline struct logarithm load_L(const real *L)
-{
-    return (struct logarithm){vec_load(L), vec_load(L + PANEL)};
-}
-
-/* Only what tile registers made is still to be multiplied: beside products, a subtraction costs nothing. What L lacks
- * does not show in P that are rounded to 16 bits. */
-static inline vec probabilities(const real *S, real factor, struct logarithm L)
+/* Only what tile registers made is still to be multiplied. */
+static inline vec probabilities(const real *S, real factor, vec L)
 {
     vec s = vec_load(S);
-    s = TILES ? vec_fma(s, vec_set1(factor), vec_sub(vec_set1(0), L.high)) : vec_sub(s, L.high);
-    return vec_exp2(TERM > 1 ? s : vec_sub(s, L.low));
+    return vec_exp2(TILES ? vec_fma(s, vec_set1(factor), vec_sub(vec_set1(0), L)) : exponent(s, L));
 }
 
 static inline vec score_gradients(vec P, vec dP, vec D, const real *slope)
@@ -47,8 +36,7 @@ static void panel_gradients(int vectors, int64_t n, const real *S, const real *d
         int64_t at = v * LANES;
         term *P = to.P + left_place(to.across, 0, at / TERM), *dS = to.dS + left_place(to.across, 0, at / TERM);
         term *dS_down = to.dS_down + place(to.down, 0, at);
-        struct logarithm l = load_L(L + at);
-        vec delta = vec_load(D + at);
+        vec l = vec_load(L + at), delta = vec_load(D + at);
         for (int64_t k = 0; k < n; k += 2) {
             const real *Sk = S + k * stride + at, *dPk = dP + k * stride + at,
                        *t = slope ? slope + k * PANEL + at : NULL;
@@ -104,7 +92,7 @@ static inline void exp_row(int vectors, real *S, int64_t k, const real *mask, co
         real *at = S + k * PANEL + v * LANES;
         if (mask)
             vec_store(at, masked(vec_load(at), vec_load(mask + k * PANEL + v * LANES)));
-        vec P = probabilities(at, 1, load_L(L + v * LANES));
+        vec P = probabilities(at, 1, vec_load(L + v * LANES));
         store_across(to->P + k * to->across + v * LANES / TERM, P);
         if (TERM > 1)
             vec_store(at, P);

@@ -9,10 +9,8 @@ enum visibility {
     MASKED /* a mask tile must be added; the band may hide a part too */
 };
 
-#define REAL_MAX (sizeof(real) == 8 ? (real)DBL_MAX : (real)FLT_MAX)
-
-/* Finite masks are often the lowest number of their type: that times log2(e) would be -inf, which hides. A power of two
- * survives the way into L and back. */
+/* Finite masks are often the lowest number of their type: beside a score that, or log2(e) times it, would be -inf, and
+ * hide. A power of two survives the way into L and back. */
 #define LOWEST_BIAS (sizeof(real) == 8 ? -(real)0x1p1023 : -(real)0x1p127)
 
 /* As many bits as a real. */
@@ -75,7 +73,7 @@ static enum visibility scan_bools(const real *rows, int64_t n)
     return !shown ? HIDDEN : hidden ? MASKED : SHOWN;
 }
 
-/* The same of n reals, in whole vectors, which are brought to base 2. */
+/* The same of n reals, in whole vectors, which are brought to the unit of S. */
 static enum visibility scan_biases(real *rows, int64_t n)
 {
     vec top = vec_set1(-(real)INFINITY), size = vec_set1(0);
@@ -83,7 +81,8 @@ static enum visibility scan_biases(real *rows, int64_t n)
         vec x = vec_load(rows + i);
         top = vec_max(x, top);
         size = vec_add(size, vec_max(x, vec_sub(vec_set1(0), x)));
-        vec bias = vec_mul(vec_max(vec_set1(LOWEST_BIAS), x), vec_set1((real)LOG2E));
+        vec bias = vec_max(vec_set1(LOWEST_BIAS), x);
+        bias = TERM > 1 ? vec_mul(bias, vec_set1((real)S_UNIT)) : bias;
         vec_store(rows + i, vec_select_less(x, vec_set1(-REAL_MAX), x, bias));
     }
     real all = horizontal_sum(size); /* NaN if one is */
@@ -119,7 +118,7 @@ static enum visibility panel_sees_band(const struct panel *panel, int64_t key, i
     return key >= panel->all_low && key + n - 1 <= panel->all_high ? SHOWN : BANDED;
 }
 
-/* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in base 2. */
+/* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in the unit of S. */
 static enum visibility panel_sees_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
                                        int64_t key, int64_t n, real *rows)
 {

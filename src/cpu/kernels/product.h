@@ -118,8 +118,8 @@ static inline __attribute__((always_inline)) void product(int64_t rows, int vect
     }
 }
 
-/* A along its rows, a_step apart: C = A B, times `factor` where operands may not be scaled, which would round them.
- * `upcoming` may be NULL. */
+/* A along its rows, a_step apart: C = factor * A B. Tiles multiply where terms are pairs; a factor of reals is hardly
+ * ever other than 1. `upcoming` may be NULL. */
 static void multiply_rows(int64_t rows, int vectors, const term *A, int64_t a_step, const term *B, int64_t b_step,
                           real *C, int64_t c_step, int64_t n, real factor, struct upcoming *upcoming)
 {
@@ -127,6 +127,8 @@ static void multiply_rows(int64_t rows, int vectors, const term *A, int64_t a_st
         product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor, upcoming);
     else
         product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor, NULL);
+    for (int64_t r = 0; r < rows && TERM == 1 && factor != 1; r++)
+        scale_vectors(C + r * c_step, vectors * LANES, (double)factor);
 }
 
 /* C += A B. */

@@ -1,7 +1,7 @@
 /* Rows of the caller's tensors to and from reals: conversion, strides, padding, transposition. */
 
+#define REAL_MAX (sizeof(real) == 8 ? (real)DBL_MAX : (real)FLT_MAX)
 #define LOG2E 1.4426950408889634074
-#define LOG2E_LOW 2.0355273740931033e-17 /* what that lacks */
 #define LN2 0.69314718055994530942
 
 static inline int64_t padded(int64_t n) /* to whole vectors */
@@ -95,10 +95,42 @@ static void transpose(const real *from, int64_t from_stride, real *to, int64_t t
             vec_transpose(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
 }
 
-static void scale_vectors(real *x, int64_t n, real factor) /* n: whole vectors */
+/* A factor as the product of two reals. The second is 1, unless one real would be subnormal or infinite. */
+struct factors {
+    real first, second;
+};
+
+static inline struct factors factors_of(double factor)
 {
+    const double low = sizeof(real) == 8 ? DBL_MIN : (double)FLT_MIN;
+    int exponent;
+    if (factor == 0 || (fabs(factor) >= low && fabs(factor) <= (double)REAL_MAX))
+        return (struct factors){(real)factor, 1};
+    frexp(factor, &exponent);
+    return (struct factors){(real)ldexp(factor, exponent / 2 - exponent), (real)ldexp(1, exponent - exponent / 2)};
+}
+
+static void scale_vectors(real *x, int64_t n, double factor) /* n: whole vectors */
+{
+    const struct factors f = factors_of(factor);
     for (int64_t i = 0; i < n; i += LANES)
-        vec_store(x + i, vec_mul(vec_load(x + i), vec_set1(factor)));
+        vec_store(x + i, vec_mul(vec_load(x + i), vec_set1(f.first)));
+    for (int64_t i = 0; i < n && f.second != 1; i += LANES)
+        vec_store(x + i, vec_mul(vec_load(x + i), vec_set1(f.second)));
+}
+
+/* n: whole vectors */
+static int all_finite(const real *x, int64_t n)
+{
+    vec sum = vec_set1(0);
+    for (int64_t i = 0; i < n; i += LANES)
+        sum = vec_fma(vec_load(x + i), vec_set1(0), sum); /* NaN, once one is not */
+    real lanes[LANES];
+    int finite = 1;
+    vec_store(lanes, sum);
+    for (int i = 0; i < LANES; i++)
+        finite &= lanes[i] == 0;
+    return finite;
 }
 
 static real horizontal_max(vec x)

@@ -23,30 +23,43 @@ static inline vec vec_tanh(vec x)
     return vec_select_less(size, vec_set1((real)0.625), p, far);
 }
 
-/* S = softcap * tanh(S) of n rows; slope, if wanted, gets 1 - tanh^2. The queries hold scale / softcap. */
+/* S = softcap * tanh(S / softcap) of n rows; slope, if wanted, gets 1 - tanh^2. */
 static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double softcap, real *slope)
 {
-    vec cap = vec_set1((real)softcap);
+    vec cap = vec_set1((real)(softcap * S_UNIT)), inverse = vec_set1((real)(1 / softcap));
     for (int64_t k = 0; k < n; k++)
         for (int v = 0; v < vectors; v++) {
-            vec t = vec_tanh(vec_load(S + k * stride + v * LANES));
+            vec t = vec_tanh(vec_mul(vec_load(S + k * stride + v * LANES), inverse));
             vec_store(S + k * stride + v * LANES, vec_mul(t, cap));
             if (slope)
                 vec_store(slope + k * PANEL + v * LANES, vec_sub(vec_set1(1), vec_mul(t, t)));
         }
 }
 
-/* What Q K^T is multiplied by to give the scores (or what cap_scores takes). Reals of Q^T can be given the factor
- * beforehand; terms of two numbers cannot, without rounding them. */
-static inline real score_factor(const struct mfa_cpu_call *call)
+/* The scale as query_factor * score_factor: what Q is multiplied by before Q K^T, and this after it. A query's terms of
+ * two numbers would be rounded, so nothing is done to them; reals are, but never beyond what they were, lest a query of
+ * a scale above 1 overflows where its scores do not. So what is left for the product is a power of two, at most 2^64:
+ * above that it would lose the digits of small products. */
+static inline double score_factor(const struct mfa_cpu_call *call)
 {
-    return (real)(call->softcap > 0 ? call->scale / call->softcap : call->scale * LOG2E);
+    int exponent;
+    if (TERM > 1)
+        return call->scale * (call->softcap > 0 ? 1 : S_UNIT);
+    if (fabs(call->scale) <= 1)
+        return 1;
+    frexp(call->scale, &exponent);
+    return ldexp(1, exponent < 64 ? exponent : 64);
+}
+
+static inline double query_factor(const struct mfa_cpu_call *call)
+{
+    return call->scale / score_factor(call);
 }
 
 static void scale_queries(const struct mfa_cpu_call *call, term *Q, int64_t n)
 {
     if (TERM == 1)
-        scale_vectors(Q, n, score_factor(call));
+        scale_vectors(Q, n, query_factor(call));
 }
 
 /* Softcap, mask and band on the raw scores of vector v and keys [key, key + n): columns of S, mask and slope. The last
@@ -55,7 +68,7 @@ static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *c
                          real *S, int64_t stride, const real *mask, real *slope)
 {
     if (call->softcap > 0)
-        cap_scores(1, S, stride, n, call->softcap * LOG2E, slope);
+        cap_scores(1, S, stride, n, call->softcap, slope);
     if (mask)
         for (int64_t k = 0; k < n; k++)
             vec_store(S + k * stride, masked(vec_load(S + k * stride), vec_load(mask + k * PANEL)));

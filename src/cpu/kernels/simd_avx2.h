@@ -72,7 +72,7 @@ static inline int vec_any_less(vec a, vec b)
 static inline vec vec_exp2(vec x)
 {
     vec low = vec_set1(-126), magic = vec_set1(0x1.8p23f);
-    vec y = _mm256_max_ps(low, _mm256_min_ps(vec_set1(127.4f), x)), t = vec_add(y, magic);
+    vec y = _mm256_min_ps(vec_set1(127.4f), x), t = vec_add(y, magic);
     vec f = vec_sub(y, vec_sub(t, magic));
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
     p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));

@@ -1,11 +1,12 @@
-/* P = exp2(S - m). m is a reference, not the maximum itself: it lags by at most SLACK, which keeps P below 2^SLACK and
+/* P = exp(S - m). m is a reference, not the maximum itself: it lags by at most SLACK, which keeps P below SLACK_EXP and
  * saves nearly all rescaling. The result is the same function.
  *
  * Column by column, where S has been computed, capped and masked; or at once, as S = K Q^T is: then the exponentials of
  * one register tile stand between the multiply-adds of the next, so that processors find work for units that
  * multiply-adds leave idle. */
 
-#define SLACK 8
+#define SLACK ((real)(5.5 * S_UNIT))
+#define SLACK_EXP 256
 
 /* The largest of a column of n vectors. Four at a time, since one depends on the one before. */
 static vec column_max(const real *S, int64_t n)
@@ -22,20 +23,20 @@ static vec column_max(const real *S, int64_t n)
     return vec_max(vec_max(m[0], m[1]), vec_max(m[2], m[3]));
 }
 
-/* P = exp2(S - m), terms down, in the place of S or before it; its sum. */
-static vec column_exp2(const real *S, int64_t n, vec m, term *P, int64_t stride)
+/* P = exp(S - m), terms down, in the place of S or before it; its sum. */
+static vec column_exp(const real *S, int64_t n, vec m, term *P, int64_t stride)
 {
     vec l[2] = {vec_set1(0), vec_set1(0)};
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
-        vec even = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
-        vec odd = vec_exp2(vec_sub(vec_load(S + (k + 1) * PANEL), m));
+        vec even = vec_exp2(exponent(vec_load(S + k * PANEL), m));
+        vec odd = vec_exp2(exponent(vec_load(S + (k + 1) * PANEL), m));
         l[0] = vec_add(l[0], even);
         l[1] = vec_add(l[1], odd);
         store_down(P, stride, k, even, odd);
     }
     if (k < n) {
-        vec last = vec_exp2(vec_sub(vec_load(S + k * PANEL), m));
+        vec last = vec_exp2(exponent(vec_load(S + k * PANEL), m));
         l[0] = vec_add(l[0], last);
         store_down_last(P, stride, k, last);
     }
@@ -47,7 +48,7 @@ static inline int add_sums(real *l, const real *sum)
 {
     int exceeds = 0;
     for (int v = 0; v < PANEL_VECTORS; v++)
-        exceeds |= vec_any_less(vec_set1(1 << SLACK), vec_load(sum + v * LANES));
+        exceeds |= vec_any_less(vec_set1(SLACK_EXP), vec_load(sum + v * LANES));
     if (exceeds)
         return 0;
     for (int v = 0; v < PANEL_VECTORS; v++)
@@ -64,7 +65,7 @@ static int all_have_seen(const real *l)
     return !none;
 }
 
-/* P = exp2(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by tiles of keys, until one
+/* P = exp(factor * K Q^T - m) for a panel of full width, terms down, and l += its sum, by tiles of keys, until one
  * exceeds m + SLACK. How many keys are done. Not inline, where the pointers of the loop would lie in memory.
  * mask[key][lane], which is added to the scores, and `upcoming` may be NULL. */
 #define MULTIPLY_EXP2(name, tiles)                                                                                  \
@@ -163,8 +164,8 @@ static __attribute__((noinline)) void first_below(int64_t rows, const term *K, i
 
 /* P of some rows of a vector of S, and of what the mask adds, if there is one; adds them to l. P of reals has the mask
  * before m, for S + mask is to be rounded as it is in backward. */
-static inline __attribute__((always_inline)) void exp2_part(int64_t rows, const real *S, const real *mask,
-                                                            const real *m, real *l, term *P)
+static inline __attribute__((always_inline)) void exp_part(int64_t rows, const real *S, const real *mask,
+                                                           const real *m, real *l, term *P)
 {
     vec reference = vec_load(m), sum = vec_load(l);
     for (int64_t k = 0; k < rows; k += 2) {
@@ -173,8 +174,8 @@ static inline __attribute__((always_inline)) void exp2_part(int64_t rows, const 
             even = masked(even, vec_load(mask + k * PANEL));
             odd = masked(odd, vec_load(mask + (k + 1) * PANEL));
         }
-        even = vec_exp2(TERM > 1 ? even : vec_sub(even, reference));
-        odd = vec_exp2(TERM > 1 ? odd : vec_sub(odd, reference));
+        even = vec_exp2(TERM > 1 ? even : exponent(even, reference));
+        odd = vec_exp2(TERM > 1 ? odd : exponent(odd, reference));
         sum = vec_add(sum, vec_add(even, odd));
         store_down(P, PANEL, k, even, odd);
     }
@@ -207,12 +208,14 @@ static inline __attribute__((always_inline)) void exp2_part(int64_t rows, const 
         ALL_PARTS                                                                                                      \
         for (int64_t i = 0; i < R * V / PART; i++) {                                                                   \
             int64_t lane = i / (R / PART) * LANES, k = i % (R / PART) * PART, at = k * PANEL + lane;                   \
-            exp2_part(PART, C + at, mask ? mask + at : NULL, m + lane, l + lane, P + k / TERM * PANEL + lane);         \
+            exp_part(PART, C + at, mask ? mask + at : NULL, m + lane, l + lane, P + k / TERM * PANEL + lane);          \
             int64_t end = n * (i + 1) / (R * V / PART);                                                                \
             SUM_UP(PART_UNROLL, R, V, t, end, ASK)                                                                     \
         }                                                                                                              \
         EACH_VECTOR_##V(LESS, 0)                                                                                       \
         EACH_ROW(R, BELOW_ROW, V)                                                                                      \
+        if (TERM == 1 && factor != 1)                                                                                  \
+            scale_vectors(C, R * PANEL, (double)factor);                                                               \
         if (upcoming)                                                                                                  \
             *upcoming = rows;                                                                                          \
     }                                                                                                                  \
@@ -255,7 +258,7 @@ static __attribute__((noinline)) int64_t multiply_exp2_few(int64_t keys, const t
     _Alignas(64) real S[TILE_ROWS_3 * PANEL], sum[PANEL];
     multiply_rows(keys, PANEL_VECTORS, K, k_stride, Q, PANEL, S, PANEL, n, factor, NULL);
     for (int64_t lane = 0; lane < PANEL; lane += LANES)
-        vec_store(sum + lane, column_exp2(S + lane, keys, vec_load(m + lane), P + lane, PANEL));
+        vec_store(sum + lane, column_exp(S + lane, keys, vec_load(m + lane), P + lane, PANEL));
     return add_sums(l, sum) ? keys : 0;
 }
 

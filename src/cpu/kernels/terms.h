@@ -45,6 +45,17 @@ static inline void make_roundable(real *x, int64_t n)
 
 typedef real term;
 
+/* Scores, and with them m and L, are kept as S_UNIT * S. Reals stay in base e: L, which callers get in base e, then has
+ * no rounding but its own, and P near 1 is exact for scores of any size. Dot products of pairs are multiplied by a
+ * factor anyway, of which log2(e) is a part: there S is in base 2, and P, which has 8 bits, hides what L is off by. */
+#define S_UNIT (TERM > 1 ? LOG2E : 1.0)
+
+/* What 2 is raised to for exp(a - b). */
+static inline vec exponent(vec a, vec b)
+{
+    return TERM > 1 ? vec_sub(a, b) : vec_mul(vec_sub(a, b), vec_set1((real)LOG2E));
+}
+
 static inline int64_t terms(int64_t n)
 {
     return (n + TERM - 1) / TERM;
@@ -124,6 +135,23 @@ static void load_terms(term *to, const void *from, int dtype, int64_t stride, in
     else
         for (; i < n; i++)
             memcpy(at + 2 * i, data + 2 * i * stride, 2);
+#endif
+}
+
+/* n terms as they were loaded, times 2^-SHRINK_BITS: exactly, but for numbers that nobody sees beside the largest. */
+#define SHRINK_BITS 32
+
+static void shrink_terms(term *x, int64_t n)
+{
+#if TERM == 1
+    scale_vectors(x, n, ldexp(1, -SHRINK_BITS));
+#else
+    uint16_t *bits = (uint16_t *)(void *)x; /* a sign, 8 bits of exponent, 7 of fraction */
+    for (int64_t i = 0; i < n * TERM; i++) {
+        int exponent = bits[i] >> 7 & 0xff;
+        if (exponent != 0xff) /* infinite, NaN */
+            bits[i] = (uint16_t)(exponent > SHRINK_BITS ? bits[i] - (SHRINK_BITS << 7) : bits[i] & 0x8000);
+    }
 #endif
 }
 

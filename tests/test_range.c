@@ -1,0 +1,237 @@
+/* Numbers at the ends of their range. Q, K, V and dO are multiplied by powers of two, and the scale by those that leave
+ * the scores as they are. No rounding changes then, so results are those of the plain problem bit for bit, each times a
+ * power of two: whatever overflows or becomes subnormal on the way shows. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kit/operands.h"
+#include "kit/report.h"
+
+enum { SEED = 1 };
+
+static mfa_context *context;
+
+static int open_context(void **state)
+{
+    (void)state;
+    return mfa_context_create(NULL, &context) != MFA_OK;
+}
+
+static int close_context(void **state)
+{
+    (void)state;
+    mfa_context_destroy(context);
+    return 0;
+}
+
+struct shifts { /* exponents of the powers of two */
+    int q, k, v, d_o;
+};
+
+static void shift(struct inputs *inputs, enum reference_tensor tensor, int exponent)
+{
+    double *values = inputs->values[tensor];
+    for (int64_t at = 0; at < reference_count(&inputs->problem, tensor); at++)
+        values[at] = ldexp(values[at], exponent);
+}
+
+/* Both passes of the shifted problem, or with `backward` 0 the first alone. */
+static void run(const char *text, struct shifts by, int backward, struct reference *results)
+{
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    if (mfa_problem_parse(text, &problem) != MFA_OK)
+        fail_msg("%s: %s", text, mfa_last_error());
+    problem.scale = ldexp(problem.scale, -by.q - by.k);
+    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, SEED, "range");
+    shift(&inputs, REFERENCE_Q, by.q);
+    shift(&inputs, REFERENCE_K, by.k);
+    shift(&inputs, REFERENCE_V, by.v);
+    shift(&inputs, REFERENCE_dO, by.d_o);
+    memset(results, 0, sizeof *results);
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | (backward ? BACKWARD_OUTPUTS : 0));
+    if (operands_run(&operands, context, 0) != MFA_OK)
+        fail_msg("%s, scale %g: %s", text, problem.scale, mfa_last_error());
+    assert_null(operands_collect(&operands, results));
+    if (backward) {
+        operands_turn(&operands, DENSE, results);
+        assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+        assert_null(operands_collect(&operands, results));
+    }
+    operands_close(&operands);
+    inputs_close(&inputs);
+}
+
+static void expect_shifted(const char *text, struct shifts by, enum reference_tensor tensor, struct reference *plain,
+                           struct reference *got, int exponent)
+{
+    mfa_problem problem;
+    const double *expected = *reference_member(plain, tensor), *values = *reference_member(got, tensor);
+    assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
+    for (int64_t at = 0; expected && at < reference_count(&problem, tensor); at++)
+        if (values[at] != ldexp(expected[at], exponent))
+            fail_msg("%s, Q 2^%d, K 2^%d, V 2^%d, dO 2^%d: %s[%d] is %g, expected %g * 2^%d", text, by.q, by.k, by.v,
+                     by.d_o, tensor_name(tensor), (int)at, values[at], expected[at], exponent);
+}
+
+static void check(const char *text, struct shifts by, int backward)
+{
+    struct reference plain, got;
+    run(text, (struct shifts){0, 0, 0, 0}, backward, &plain);
+    run(text, by, backward, &got);
+    expect_shifted(text, by, REFERENCE_O, &plain, &got, by.v);
+    expect_shifted(text, by, REFERENCE_L, &plain, &got, 0);
+    expect_shifted(text, by, REFERENCE_dV, &plain, &got, by.d_o);
+    expect_shifted(text, by, REFERENCE_dQ, &plain, &got, by.v + by.d_o - by.q);
+    expect_shifted(text, by, REFERENCE_dK, &plain, &got, by.v + by.d_o - by.k);
+    reference_close(&plain);
+    reference_close(&got);
+}
+
+/* A panel and more, a row as in a decode step, many keys for it, and what else is done to scores. */
+static const char *const shapes[] = {
+    "b1 h2 q100 kv131 d40",
+    "b1 h2 q1 kv131 d40",
+    "b1 h4/2 q3 kv1500 d64 causal",
+    "b1 h1 q60 kv1300 d16 mask_bool",
+    "b1 h2 q70 kv90 d64 softcap4",
+};
+
+static void check_shapes(const char *dtype, struct shifts by, int backward)
+{
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        char text[96];
+        snprintf(text, sizeof text, "forward %s %s", dtype, shapes[i]);
+        check(text, by, backward);
+    }
+}
+
+/* Scores are ordinary; the scale, or Q or K times it, is not. Backward multiplies dO and V, so one makes up for the
+ * other where the shift of Q or K would take a gradient out of range. */
+static void test_scales(void **state)
+{
+    static const struct shifts all[] = {
+        {83, 63, 0, 0}, {83, 70, 0, 0}, {-66, -63, 0, 0}, {33, -110, 0, 0}, {-110, 33, 0, 0}, {-60, -110, 0, -10},
+        {80, -80, 0, 0}, {100, 90, 0, 20}, {3, 0, 0, 0}, {0, -7, 0, 0},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        check_shapes("f32", all[i], 1);
+        check_shapes("f64", all[i], 1);
+    }
+}
+
+/* bf16 has the range of f32. A shifted scale may be that of other kernels, so the plain one is, too. */
+static void test_scales_of_bf16(void **state)
+{
+    static const struct shifts shifted[] = {{63, 63, 0, 0}, {-66, -63, 0, 0}, {-60, -100, 0, 0}};
+    (void)state;
+    for (size_t i = 0; i < sizeof shifted / sizeof *shifted; i++)
+        for (size_t n = 0; n < sizeof shapes / sizeof *shapes; n++) {
+            struct reference plain, got;
+            char text[96];
+            snprintf(text, sizeof text, "forward bf16 %s", shapes[n]);
+            const struct shifts by = shifted[i];
+            const int half = by.q + by.k > 0 ? 25 : -25; /* 2^50 is beyond what takes pairs */
+            run(text, (struct shifts){half, half, 0, 0}, 1, &plain);
+            run(text, by, 1, &got);
+            expect_shifted(text, by, REFERENCE_O, &plain, &got, 0);
+            expect_shifted(text, by, REFERENCE_L, &plain, &got, 0);
+            expect_shifted(text, by, REFERENCE_dV, &plain, &got, by.d_o);
+            expect_shifted(text, by, REFERENCE_dQ, &plain, &got, by.d_o - by.q + half);
+            expect_shifted(text, by, REFERENCE_dK, &plain, &got, by.d_o - by.k + half);
+            reference_close(&plain);
+            reference_close(&got);
+        }
+}
+
+/* O before it is divided is larger than the largest number. */
+static void test_large_values(void **state)
+{
+    (void)state;
+    check_shapes("f32", (struct shifts){0, 0, 124, 0}, 0);
+    check_shapes("bf16", (struct shifts){0, 0, 124, 0}, 0);
+    check_shapes("f64", (struct shifts){0, 0, 1020, 0}, 0);
+    check_shapes("f32", (struct shifts){0, 0, 100, -90}, 1);
+    check_shapes("f32", (struct shifts){0, 0, -90, 100}, 1);
+}
+
+/* An infinite V or a NaN stays what it is. */
+static void test_values_that_are_not_finite(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        char text[96];
+        mfa_problem problem;
+        struct inputs inputs;
+        struct operands operands;
+        struct reference results;
+        snprintf(text, sizeof text, "forward f32 %s", shapes[i]);
+        assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
+        inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, SEED, "range");
+        shift(&inputs, REFERENCE_V, 122);
+        inputs.values[REFERENCE_V][0] = INFINITY; /* of key 0, which the last query of any of the shapes may see */
+        inputs.values[REFERENCE_V][1] = NAN;
+        memset(&results, 0, sizeof results);
+        operands_open(&operands, &inputs, DENSE, OUTPUT(O));
+        assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+        assert_null(operands_collect(&operands, &results));
+        int infinite = 0, nan = 0;
+        for (int64_t row = 0; row < problem.q_len; row++) { /* of head 0 */
+            const double *O = results.O + row * problem.value_dim;
+            infinite += O[0] == INFINITY, nan += isnan(O[1]) != 0;
+            for (int64_t d = 2; d < problem.value_dim; d++)
+                assert_true(isfinite(O[d]));
+        }
+        assert_true(infinite > 0 && nan > 0);
+        reference_close(&results);
+        operands_close(&operands);
+        inputs_close(&inputs);
+    }
+}
+
+/* Whatever the cap, softcap * tanh(s / softcap) of scores far below it is s, and far above it the cap. */
+static void test_caps(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < 2; i++) {
+        struct reference plain, got;
+        run("forward f32 b1 h2 q70 kv90 d64", (struct shifts){i ? -30 : 0, i ? 30 : 0, 0, 0}, 1, &plain);
+        run("forward f32 b1 h2 q70 kv90 d64 softcap1e30", (struct shifts){i ? -30 : 0, i ? 30 : 0, 0, 0}, 1, &got);
+        for (int64_t at = 0; at < 2 * 70 * 64; at++)
+            if (fabs(got.O[at] - plain.O[at]) > 1e-5 || fabs(got.dQ[at] - plain.dQ[at]) > ldexp(1e-4, i ? 30 : 0))
+                fail_msg("O[%d] is %g, without a cap %g; dQ %g and %g", (int)at, got.O[at], plain.O[at], got.dQ[at],
+                         plain.dQ[at]);
+        reference_close(&plain);
+        reference_close(&got);
+    }
+    struct reference equal, capped; /* all scores are within 1e-30 of each other */
+    run("forward f32 b1 h2 q70 kv90 d64 scale0", (struct shifts){0, 0, 0, 0}, 0, &equal);
+    run("forward f32 b1 h2 q70 kv90 d64 softcap1e-30", (struct shifts){0, 0, 0, 0}, 0, &capped);
+    for (int64_t at = 0; at < 2 * 70 * 64; at++)
+        assert_true(fabs(capped.O[at] - equal.O[at]) < 1e-6);
+    reference_close(&equal);
+    reference_close(&capped);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_scales, open_context, close_context),
+        cmocka_unit_test_setup_teardown(test_scales_of_bf16, open_context, close_context),
+        cmocka_unit_test_setup_teardown(test_large_values, open_context, close_context),
+        cmocka_unit_test_setup_teardown(test_values_that_are_not_finite, open_context, close_context),
+        cmocka_unit_test_setup_teardown(test_caps, open_context, close_context),
+    };
+    report_begin("test_range", SEED);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+}
