@@ -167,7 +167,8 @@ MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_hea
 
 /* One line of text for logs and case lists, and back; docs/abi.md has the grammar. For example
  * "forward f16 b2 h8/2 q512 kv512 d64 causal softcap30 mask_bool". Layouts are not in it: parsing gives
- * dense ones. print writes at most `capacity` bytes, and MFA_INVALID if the line does not fit. */
+ * dense ones. print writes at most `capacity` bytes. MFA_INVALID: the line does not fit, or there is none, as for a
+ * negative size or a NaN. */
 MFA_API mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity);
 MFA_API mfa_status mfa_problem_parse(const char *text, mfa_problem *problem);
 

@@ -14,6 +14,7 @@
 #include "core/key.h"
 #include "core/operand.h"
 #include "core/problem.h"
+#include "kit/random.h"
 #include "mfa.h"
 
 static mfa_problem sound(void)
@@ -238,6 +239,8 @@ static const char *const lines[] = {
     "forward f32 b9223372036854775807 h1 q1 kv1 d8 scale-0.1 softcap1e-300 mask_f64",
     "forward f32 b1 h1 q1 kv1 d8 scale0.30000000000000004",
     "forward f32 b1 h1 q1 kv1 d8 scale0",
+    "forward f32 b1 h1 q1 kv1 d8 scale-0 metal",
+    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 mask_bool metal",
 };
 
 static void test_lines(void **state)
@@ -260,6 +263,107 @@ static void test_lines(void **state)
         assert_string_equal(text, lines[i]);
         assert_int_equal(text[length + 1], 'x');
     }
+}
+
+/* Numbers at the ends of what they may be, and any bits. */
+static double draw_number(struct generator *r)
+{
+    static const double numbers[] = {0, -0.0, 1, -1, 0.1, 30, 1e-30, 1e300, -5e-324, INFINITY, -INFINITY, NAN};
+    const int64_t count = sizeof numbers / sizeof *numbers, n = random_between(r, 0, 2 * count);
+    const uint64_t bits = generator_next(r);
+    double number;
+    memcpy(&number, &bits, sizeof number);
+    return n < count ? numbers[n] : number;
+}
+
+static int64_t draw_size(struct generator *r)
+{
+    static const int64_t sizes[] = {0, 0, 1, 2, 17, 64, INT64_MAX, -1, INT64_MIN};
+    const int64_t n = random_between(r, 0, 99); /* few are negative, so that all seldom are sound */
+    return n < 9 ? sizes[n] : random_between(r, 0, 1000);
+}
+
+static int64_t draw_bound(struct generator *r)
+{
+    static const int64_t bounds[] = {MFA_BAND_OPEN_LOWER, MFA_BAND_OPEN_UPPER, 0, INT64_MIN + 1, INT64_MAX - 1};
+    const int64_t n = random_between(r, 0, 9);
+    return n < 5 ? bounds[n] : random_between(r, -100, 100);
+}
+
+static mfa_problem draw_problem(struct generator *r)
+{
+    mfa_problem p;
+    mfa_problem_make(&p, draw_size(r), draw_size(r), draw_size(r), draw_size(r), draw_size(r), draw_size(r),
+                     draw_size(r));
+    p.pass = (int32_t)random_between(r, MFA_FORWARD, MFA_BACKWARD);
+    p.device = (int32_t)random_between(r, MFA_DEVICE_CPU, MFA_DEVICE_METAL);
+    p.dtype = (int32_t)random_between(r, MFA_F32, MFA_F64);
+    p.mask = (int32_t)random_between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
+    p.mask_dtype = (int32_t)random_between(r, MFA_F32, p.mask == MFA_MASK_ADDITIVE ? MFA_F64 : 9);
+    p.lower = draw_bound(r);
+    p.upper = draw_bound(r);
+    if (random_between(r, 0, 1))
+        p.scale = draw_number(r);
+    if (random_between(r, 0, 1))
+        p.softcap = draw_number(r);
+    return p;
+}
+
+/* Any problem is printed as what parses to it, or refused with a sentence: what means nothing in it (the dtype of a
+ * mask that is not there, the sign of a softcap of 0) has one form. */
+static void test_any_problem(void **state)
+{
+    (void)state;
+    struct generator r;
+    int printed = 0;
+    enum { PROBLEMS = 20000 };
+    generator_seed(&r, 1, "lines");
+    for (int n = 0; n < PROBLEMS; n++) {
+        mfa_problem problem = draw_problem(&r), again;
+        const mfa_problem *p = &problem;
+        char text[512] = "before";
+        const int sound = p->batch >= 0 && p->q_heads >= 0 && p->kv_heads >= 0 && p->q_len >= 0 && p->kv_len >= 0 &&
+                          p->head_dim >= 0 && p->value_dim >= 0 && !isnan(p->scale) && !isnan(p->softcap);
+        const mfa_status status = mfa_problem_print(&problem, text, sizeof text);
+        assert_int_equal(status, sound ? MFA_OK : MFA_INVALID);
+        if (!sound) {
+            assert_string_equal(text, "before");
+            assert_non_null(strstr(mfa_last_error(), " is "));
+            continue;
+        }
+        printed++;
+        if (problem.mask != MFA_MASK_ADDITIVE)
+            problem.mask_dtype = MFA_F32;
+        if (problem.softcap == 0)
+            problem.softcap = 0;
+        if (mfa_problem_parse(text, &again) != MFA_OK || memcmp(&problem, &again, sizeof problem) != 0)
+            print_error("%s: %s\n", text, mfa_last_error());
+        assert_int_equal(mfa_problem_parse(text, &again), MFA_OK);
+        assert_memory_equal(&problem, &again, sizeof problem);
+    }
+    assert_in_range(printed, PROBLEMS / 2, PROBLEMS - PROBLEMS / 20);
+}
+
+static void test_print_refuses(void **state)
+{
+    (void)state;
+    char text[512];
+    mfa_problem problem = sound();
+    problem.kv_len = -3;
+    assert_int_equal(mfa_problem_print(&problem, text, sizeof text), MFA_INVALID);
+    assert_string_equal(mfa_last_error(), "kv_len is -3; it must be 0 or more");
+    problem = sound();
+    problem.scale = (double)NAN;
+    assert_int_equal(mfa_problem_print(&problem, text, sizeof text), MFA_INVALID);
+    assert_string_equal(mfa_last_error(), "scale is NaN; a line of text has numbers only");
+    problem.scale = 1;
+    problem.softcap = -(double)NAN;
+    assert_int_equal(mfa_problem_print(&problem, text, sizeof text), MFA_INVALID);
+    assert_string_equal(mfa_last_error(), "softcap is NaN; a line of text has numbers only");
+    problem.softcap = 0;
+    problem.dtype = 9;
+    assert_int_equal(mfa_problem_print(&problem, text, sizeof text), MFA_INVALID);
+    assert_non_null(strstr(mfa_last_error(), "dtype is 9"));
 }
 
 static void test_parsed_values(void **state)
@@ -307,6 +411,9 @@ static void test_parse_errors(void **state)
         {"forward f32 b1 h8 q1 kv1 d8 upper1.5", "\"upper1.5\""},
         {"forward f32 b1 h8 q1 kv1 d8 scale0,5", "\"scale0,5\""},
         {"forward f32 b1 h8 q1 kv1 d8 mask_f8", "\"mask_f8\""},
+        {"forward f32 b1 h8 q1 kv1 d8 scalenan", "\"scalenan\" in the problem; expected causal, lower<int>"},
+        {"forward f32 b1 h8 q1 kv1 d8 softcap-nan", "\"softcap-nan\""},
+        {"forward f32 b1 h8 q1 kv1 d8 metal metal", "\"metal\" in the problem; the same was said before"},
         {"forward f32 b1 h8 q1 kv1 d8 causal upper3", "\"upper3\" in the problem; the same was said before"},
         {"forward f32 b1 h8 q1 kv1 d8 mask_bool mask_f32", "\"mask_f32\" in the problem; the same was said before"},
         {"forward f32 b1 h8 q1 kv1 d8 "
@@ -322,11 +429,6 @@ static void test_parse_errors(void **state)
         assert_non_null(strstr(mfa_last_error(), cases[i].words));
         assert_memory_equal(&problem, &before, sizeof before);
     }
-    char text[8];
-    mfa_problem problem = sound();
-    problem.dtype = 9;
-    assert_int_equal(mfa_problem_print(&problem, text, sizeof text), MFA_INVALID);
-    assert_non_null(strstr(mfa_last_error(), "dtype is 9"));
 }
 
 static void test_foreign_locale(void **state)
@@ -367,7 +469,8 @@ int main(void)
         cmocka_unit_test(test_members),      cmocka_unit_test(test_empty),
         cmocka_unit_test(test_overflow),     cmocka_unit_test(test_layouts_of_the_pass),
         cmocka_unit_test(test_canonical),    cmocka_unit_test(test_roles),
-        cmocka_unit_test(test_lines),        cmocka_unit_test(test_parsed_values),
+        cmocka_unit_test(test_lines),        cmocka_unit_test(test_any_problem),
+        cmocka_unit_test(test_print_refuses), cmocka_unit_test(test_parsed_values),
         cmocka_unit_test(test_parse_errors), cmocka_unit_test(test_foreign_locale),
         cmocka_unit_test(test_keys),
     };

@@ -14,7 +14,7 @@ import torch
 
 from . import check, display, precompile
 from .attention import Explanation
-from .library import DEVICES, changed, library, objection
+from .library import DEVICES, changed, library, objection, scalars
 
 _SMALL = "forward f32 b1 h1 q1 kv1 d64"
 
@@ -38,8 +38,9 @@ def _info(_):
 def _explain(arguments):
     line = " ".join(arguments.problem)
     problem = library().parse(line)
+    on_metal = scalars(problem).device == DEVICES["mps"]  # else it is explained for every device that is here
     for device, code in DEVICES.items():
-        if device == "mps" and objection("mps"):
+        if device == "cpu" and on_metal or device == "mps" and not on_metal and objection(device):
             continue
         found = Explanation.of(changed(problem, device=code))
         rows = [("not supported", found.reason)]

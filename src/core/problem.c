@@ -117,7 +117,7 @@ static int rows_fit(int64_t batch, int64_t heads, int64_t rows)
            !__builtin_mul_overflow(product, rows ? rows : 1, &product) && product <= ROWS_MAX;
 }
 
-static mfa_status check_sizes(const mfa_problem *problem)
+mfa_status mfa_problem_check_signs(const mfa_problem *problem)
 {
     static const struct {
         const char *name;
@@ -133,6 +133,14 @@ static mfa_status check_sizes(const mfa_problem *problem)
         if (size < 0)
             return mfa_fail(MFA_INVALID, "%s is %lld; it must be 0 or more", sizes[i].name, (long long)size);
     }
+    return MFA_OK;
+}
+
+static mfa_status check_sizes(const mfa_problem *problem)
+{
+    const mfa_status status = mfa_problem_check_signs(problem);
+    if (status != MFA_OK)
+        return status;
     const int64_t kv_heads = problem->kv_heads;
     if (kv_heads == 0 ? problem->q_heads != 0 : problem->q_heads % kv_heads != 0)
         return mfa_fail(MFA_INVALID, "q_heads is %lld and kv_heads is %lld; q_heads must be a multiple of kv_heads",

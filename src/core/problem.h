@@ -29,6 +29,9 @@ mfa_status mfa_problem_read(const char *text, mfa_problem *problem);
 /* Takes in the caller's struct, which may be that of an older version. Its enums are sound after it. */
 mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy);
 
+/* MFA_INVALID if a size is negative. */
+mfa_status mfa_problem_check_signs(const mfa_problem *problem);
+
 /* Refuses what no backend could ever run, and sizes beyond all our kernels. After it
  *   - every enum names something, every size is 0 or more, head_dim and value_dim are 1 to MFA_DIM_MAX,
  *     and kv_heads divides q_heads (it may be 0 if q_heads is);

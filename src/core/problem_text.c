@@ -1,13 +1,14 @@
 /* The line of text that stands for a problem in logs, case lists and bench rows:
  *     <pass> <dtype> b<batch> h<q_heads>[/<kv_heads>] q<q_len> kv<kv_len> d<head_dim>[v<value_dim>]
  *     [causal] [lower<int>] [upper<int>] [scale<float>] [softcap<float>]
- *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64]
- * causal is upper0; the last row is that of an additive mask's dtype. What is left out has the value
- * that mfa_problem_init gives. */
+ *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [metal]
+ * causal is upper0; mask_<dtype> is an additive mask of that dtype. What is left out has the value that
+ * mfa_problem_init gives. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <inttypes.h>
 #include <locale.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -72,38 +73,58 @@ static void put_line(struct writer *writer, const mfa_problem *problem)
         put(writer, " mask_bool");
     if (problem->mask == MFA_MASK_ADDITIVE)
         put(writer, " mask_%s", mfa_dtype_name(problem->mask_dtype));
+    if (problem->device == MFA_DEVICE_METAL)
+        put(writer, " metal");
 }
 
-/* A host may have set a locale that writes 0,5. Both are null if there is no memory for one. */
+/* A host may have set a locale that writes 0,5. */
 struct plain_locale {
     locale_t plain, before;
 };
 
-static struct plain_locale enter_plain_locale(void)
+/* 0: no memory. */
+static int enter_plain_locale(struct plain_locale *locale)
 {
-    struct plain_locale locale = {newlocale(LC_NUMERIC_MASK, "C", (locale_t)0), (locale_t)0};
-    if (locale.plain)
-        locale.before = uselocale(locale.plain);
-    return locale;
+    locale->plain = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
+    if (locale->plain)
+        locale->before = uselocale(locale->plain);
+    return locale->plain != (locale_t)0;
+}
+
+static mfa_status without_locale(void)
+{
+    return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a locale that writes numbers with a point");
 }
 
 static void leave_plain_locale(struct plain_locale locale)
 {
-    if (!locale.plain)
-        return;
     uselocale(locale.before);
     freelocale(locale.plain);
+}
+
+/* Refuses what no line says. */
+static mfa_status check_printable(const mfa_problem *problem)
+{
+    if (isnan(problem->scale))
+        return mfa_fail(MFA_INVALID, "scale is NaN; a line of text has numbers only");
+    if (isnan(problem->softcap))
+        return mfa_fail(MFA_INVALID, "softcap is NaN; a line of text has numbers only");
+    return mfa_problem_check_signs(problem);
 }
 
 mfa_status mfa_problem_write(const mfa_problem *given, char *text, size_t capacity)
 {
     mfa_problem problem;
-    const mfa_status status = mfa_problem_copy(given, &problem);
+    struct plain_locale locale;
+    mfa_status status = mfa_problem_copy(given, &problem);
+    if (status == MFA_OK)
+        status = check_printable(&problem);
     if (status != MFA_OK)
         return status;
-    char line[512]; /* the longest has about 330 characters */
+    if (!enter_plain_locale(&locale))
+        return without_locale();
+    char line[512]; /* the longest has about 340 characters */
     struct writer writer = {line, sizeof line, 0};
-    const struct plain_locale locale = enter_plain_locale();
     put_line(&writer, &problem);
     leave_plain_locale(locale);
     if (writer.length >= capacity)
@@ -195,13 +216,20 @@ static const char *behind(const char *word, const char *prefix)
     return strncmp(word, prefix, length) == 0 ? word + length : NULL;
 }
 
-enum { LOWER = 1, UPPER = 2, SCALE = 4, SOFTCAP = 8, MASK = 16 };
+/* All of `text` is a number. */
+static int read_number(const char *text, double *value)
+{
+    char *end;
+    *value = strtod(text, &end);
+    return end != text && !*end && !isnan(*value);
+}
+
+enum { LOWER = 1, UPPER = 2, SCALE = 4, SOFTCAP = 8, MASK = 16, DEVICE = 32 };
 
 /* Returns which of the above the word has set, or 0 if it is no such word. */
 static int read_option(const char *word, mfa_problem *problem)
 {
     const char *rest;
-    char *end;
     if (strcmp(word, "causal") == 0) {
         problem->upper = 0;
         return UPPER;
@@ -210,14 +238,10 @@ static int read_option(const char *word, mfa_problem *problem)
         return read_integer(&rest, 1, &problem->lower) && !*rest ? LOWER : 0;
     if ((rest = behind(word, "upper")))
         return read_integer(&rest, 1, &problem->upper) && !*rest ? UPPER : 0;
-    if ((rest = behind(word, "scale"))) {
-        problem->scale = strtod(rest, &end);
-        return end != rest && !*end ? SCALE : 0;
-    }
-    if ((rest = behind(word, "softcap"))) {
-        problem->softcap = strtod(rest, &end);
-        return end != rest && !*end ? SOFTCAP : 0;
-    }
+    if ((rest = behind(word, "scale")))
+        return read_number(rest, &problem->scale) ? SCALE : 0;
+    if ((rest = behind(word, "softcap")))
+        return read_number(rest, &problem->softcap) ? SOFTCAP : 0;
     if (strcmp(word, "mask_bool") == 0) {
         problem->mask = MFA_MASK_BOOL;
         return MASK;
@@ -226,6 +250,10 @@ static int read_option(const char *word, mfa_problem *problem)
         problem->mask = MFA_MASK_ADDITIVE;
         problem->mask_dtype = find_name(rest, mfa_dtype_name);
         return MASK;
+    }
+    if (strcmp(word, "metal") == 0) {
+        problem->device = MFA_DEVICE_METAL;
+        return DEVICE;
     }
     return 0;
 }
@@ -239,7 +267,7 @@ static mfa_status read_options(struct reader *reader, mfa_problem *problem)
         const int option = read_option(reader->word, problem);
         if (!option)
             return unexpected(reader, "causal, lower<int>, upper<int>, scale<float>, softcap<float>, mask_bool, "
-                                      "mask_f32, mask_f16, mask_bf16 or mask_f64");
+                                      "mask_f32, mask_f16, mask_bf16, mask_f64 or metal");
         if (seen & option)
             return mfa_fail(MFA_INVALID, "\"%s\" in the problem; the same was said before, and may be said once",
                             reader->word);
@@ -284,8 +312,10 @@ static mfa_status read_line(struct reader *reader, mfa_problem *problem)
 mfa_status mfa_problem_read(const char *text, mfa_problem *problem)
 {
     struct reader reader = {text, ""};
+    struct plain_locale locale;
     mfa_problem read;
-    const struct plain_locale locale = enter_plain_locale();
+    if (!enter_plain_locale(&locale))
+        return without_locale();
     const mfa_status status = read_line(&reader, &read);
     leave_plain_locale(locale);
     if (status == MFA_OK)

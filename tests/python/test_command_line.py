@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mps_flash_attn
-from mps_flash_attn import check, reference
-from mps_flash_attn.library import DEVICE_METAL, Unsupported, changed, library
+from mps_flash_attn import check, precompile, reference
+from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars
 
 
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
@@ -38,6 +38,14 @@ def test_explain():
     done = run("explain", *"forward f16 b2 h8/2 q512 kv512 d64 causal".split())
     assert done.returncode == 0, done.stderr
     assert "forward_f16_d64" in done.stdout and "workspace" in done.stdout
+
+
+def test_explain_for_metal():
+    """A line that names the device is explained for that one alone."""
+    done = run("explain", "forward f16 b1 h1 q4 kv4 d64 metal")
+    assert done.returncode == 0, done.stderr
+    assert "metal" in done.stdout and "cpu" not in done.stdout
+    assert "forward_f16_d64" in done.stdout or "not supported" in done.stdout
 
 
 def test_explain_a_wrong_line():
@@ -128,11 +136,17 @@ def test_check_survives_a_process_that_ends(tmp_path):
 # --- precompile ----------------------------------------------------------------------------------
 
 
+def test_precompile_is_for_metal():
+    lines = list(precompile.problems(["f16", "f32"], ["64", "192v128"], ["none", "band+softcap"], True))
+    assert len(set(lines)) == 16
+    assert {scalars(library().parse(line)).device for line in lines} == {DEVICE_METAL}
+
+
 def test_precompile_without_metal():
     """Says why there is nothing to do."""
     found = library()
     try:
-        found.check_supported(changed(found.parse("forward f32 b1 h1 q1 kv1 d64"), device=DEVICE_METAL))
+        found.check_supported(found.parse("forward f32 b1 h1 q1 kv1 d64 metal"))
         pytest.skip("Metal is here")
     except Unsupported:
         done = run("precompile")
