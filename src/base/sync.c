@@ -4,14 +4,15 @@
 #include "base/sync.h"
 
 #include <time.h>
-#include <unistd.h>
+
+#include "base/process.h"
 
 void mfa_lock_take(struct mfa_lock *lock)
 {
-    const int self = (int)getpid();
+    const uint32_t self = mfa_process_number();
     const struct timespec while_held = {0, 50000};
     for (;;) {
-        int holder = atomic_load_explicit(&lock->holder, memory_order_relaxed);
+        uint32_t holder = atomic_load_explicit(&lock->holder, memory_order_relaxed);
         if (holder == self)
             nanosleep(&while_held, NULL);
         else if (atomic_compare_exchange_weak_explicit(&lock->holder, &holder, self, memory_order_acquire,

@@ -5,9 +5,10 @@
 #define MFA_BASE_SYNC_H
 
 #include <stdatomic.h>
+#include <stdint.h>
 
 struct mfa_lock {
-    atomic_int holder; /* the process whose thread holds it; 0: none */
+    _Atomic uint32_t holder; /* the number of the process whose thread holds it; 0: none */
 };
 
 void mfa_lock_take(struct mfa_lock *lock);

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/error.h"
+#include "base/process.h"
 #include "base/sync.h"
 
 #if defined(__APPLE__)
@@ -41,7 +42,7 @@ struct run {
 };
 
 struct pool {
-    int process;         /* whose threads the workers are */
+    uint32_t process;    /* whose threads the workers are */
     struct pool *before; /* the pool of the parent process: its memory is kept, its threads are not here */
     atomic_int busy;     /* a caller has it */
 
@@ -150,7 +151,7 @@ static struct pool *make_pool(struct pool *before)
     if (!pool)
         return NULL;
     memset(pool, 0, sizeof *pool);
-    pool->process = (int)getpid();
+    pool->process = mfa_process_number();
     pool->before = before;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
@@ -168,7 +169,7 @@ static void free_pool(struct pool *pool)
 static struct pool *find_pool(mfa_cpu_threads *threads)
 {
     struct pool *pool = atomic_load(&threads->pool);
-    if (pool && pool->process == (int)getpid())
+    if (pool && pool->process == mfa_process_number())
         return pool;
     struct pool *made = make_pool(pool);
     if (!made || atomic_compare_exchange_strong(&threads->pool, &pool, made))
@@ -323,7 +324,7 @@ void mfa_cpu_threads_close(mfa_cpu_threads *threads)
     struct pool *pool = atomic_load(&threads->pool);
     while (pool) {
         struct pool *before = pool->before;
-        if (pool->process == (int)getpid())
+        if (pool->process == mfa_process_number())
             stop_workers(pool);
         free_pool(pool);
         pool = before;

@@ -2,9 +2,9 @@
 
 #include <dlfcn.h>
 #include <stdatomic.h>
-#include <unistd.h>
 
 #include "base/error.h"
+#include "base/process.h"
 #include "base/sync.h"
 
 /* A build for tests puts other files in their place. */
@@ -76,7 +76,7 @@ mfa_status mfa_metal_objc_open(void)
         mfa_lock_take(&opening);
         if (!atomic_load_explicit(&done, memory_order_relaxed)) {
             status = open_all(&mfa_metal_objc);
-            mfa_metal_objc.process = (int)getpid();
+            mfa_metal_objc.process = mfa_process_number();
             atomic_store_explicit(&done, status == MFA_OK, memory_order_release);
         }
         mfa_lock_release(&opening);
@@ -88,7 +88,7 @@ mfa_status mfa_metal_objc_open(void)
 
 int mfa_metal_objc_is_here(void)
 {
-    return (int)getpid() == mfa_metal_objc.process;
+    return mfa_process_number() == mfa_metal_objc.process;
 }
 
 void *mfa_metal_objc_push(void)

@@ -49,7 +49,7 @@ enum mfa_metal_method {
 
 /* What has been opened. Read only after mfa_metal_objc_open has returned MFA_OK. */
 struct mfa_metal_objc {
-    int process; /* that has opened them: Metal does not survive fork() */
+    uint32_t process; /* that has opened them: Metal does not survive fork() */
     /* sysctlbyname and dispatch_sync_f are C functions of libSystem, which libobjc links with. */
     void (*send)(void); /* objc_msgSend, of a type that nobody can call with arguments */
     SEL selectors[MFA_METAL_METHODS];

@@ -3,6 +3,8 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "kit/report.h"
 #include "mfa.h"
@@ -94,6 +96,37 @@ static void check_plan(void)
     mfa_context_destroy(context);
 }
 
+/* On threads of the library's own. */
+static mfa_status run(mfa_context *context)
+{
+    enum { HEADS = 2, LENGTH = 64, WIDTH = 8 };
+    static float q[HEADS * LENGTH * WIDTH], o[HEADS * LENGTH * WIDTH];
+    mfa_problem problem;
+    mfa_problem_init(&problem, 1, HEADS, HEADS, LENGTH, LENGTH, WIDTH, WIDTH);
+    const mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {q, 0}, .v = {q, 0}, .o = {o, 0}};
+    return mfa_attention(context, &problem, &buffers, NULL);
+}
+
+/* The child does not take the threads of its parent for its own. */
+static void check_fork(void)
+{
+    mfa_context *context;
+    int status = -1;
+    expect_status("context", mfa_context_create(NULL, &context), MFA_OK);
+    expect_status("run", run(context), MFA_OK);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(60); /* a child that hangs is a failure, too */
+        const mfa_status ran = run(context);
+        mfa_context_destroy(context);
+        _exit(ran != MFA_OK);
+    }
+    const int ended = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status);
+    expect("a child after fork()", ended && WEXITSTATUS(status) == 0 ? "runs" : "fails", "runs");
+    expect_status("run after fork()", run(context), MFA_OK);
+    mfa_context_destroy(context);
+}
+
 int main(void)
 {
     report_begin("check_dylib", 1);
@@ -103,5 +136,6 @@ int main(void)
     check_sentences();
     check_threads();
     check_plan();
+    check_fork();
     return report_end();
 }

@@ -43,7 +43,7 @@ FACT(LC_NUMERIC_MASK == 16 && sizeof(locale_t) == 8);
 FACT(RTLD_NOW == 2 && RTLD_LOCAL == 4);
 FACT(sizeof(Dl_info) == 32 && offsetof(Dl_info, dli_sname) == 16);
 FACT(sizeof(PRId64) == sizeof "lld" && sizeof(int64_t) == sizeof(long long));
-FACT(sizeof(size_t) == 8 && sizeof(ssize_t) == 8 && sizeof(pid_t) == 4);
+FACT(sizeof(size_t) == 8 && sizeof(ssize_t) == 8);
 
 /* A second prototype must agree with the first. In parentheses a name is no macro of Apple's. */
 int *__error(void);
@@ -55,6 +55,7 @@ char *mkdtemp(char *);
 int mkstemp(char *);
 locale_t newlocale(int, const char *, locale_t);
 int open(const char *, int, ...);
+int pthread_atfork(void (*)(void), void (*)(void), void (*)(void));
 int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 int pthread_sigmask(int, const sigset_t *, sigset_t *);
 int(sigdelset)(sigset_t *, int);

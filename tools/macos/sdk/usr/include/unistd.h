@@ -5,10 +5,8 @@
 #include <stddef.h>
 
 typedef long ssize_t;
-typedef int pid_t;
 
 int close(int file);
-pid_t getpid(void);
 char *getcwd(char *path, size_t size);
 char *mkdtemp(char *path);
 ssize_t read(int file, void *bytes, size_t size);

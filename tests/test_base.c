@@ -1,0 +1,148 @@
+/* The room base/: which process this is, and the lock that outlives fork(). */
+#define _GNU_SOURCE
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/process.h"
+#include "base/sync.h"
+
+#if defined(__linux__)
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#endif
+
+/* In a PID namespace a child may have the number that its parent has in another. */
+pid_t getpid(void)
+{
+    return 7;
+}
+
+#if defined(__linux__)
+static int refuses; /* as Linux before 4.14 does */
+
+int madvise(void *memory, size_t bytes, int advice)
+{
+    if (refuses) {
+        errno = EINVAL;
+        return -1;
+    }
+    return (int)syscall(SYS_madvise, memory, bytes, advice);
+}
+
+static int kernel_wipes(void)
+{
+    const size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
+    void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const int wipes = madvise(page, bytes, MADV_WIPEONFORK) == 0;
+    munmap(page, bytes);
+    return wipes;
+}
+
+/* A child that no handler of fork() hears of. */
+static pid_t fork_without_handlers(void)
+{
+    return (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+}
+#endif
+
+/* Whether `child`, which may not assert, returns 1 in a child. */
+static int is_so_in_child(pid_t (*make)(void), int (*child)(uint32_t), uint32_t argument)
+{
+    const pid_t process = make();
+    if (process == 0) {
+        alarm(30); /* a deadlock ends here */
+        _exit(child(argument) ? 0 : 1);
+    }
+    int status = -1;
+    return process > 0 && waitpid(process, &status, 0) == process && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+static int has_greater_number(uint32_t than)
+{
+    const uint32_t number = mfa_process_number();
+    return number > than && number == mfa_process_number();
+}
+
+/* So that the parent's is not the first of its line. */
+static int has_greater_number_as_its_child_has(uint32_t than)
+{
+    const uint32_t number = mfa_process_number();
+    return number > than && is_so_in_child(fork, has_greater_number, number) && number == mfa_process_number();
+}
+
+static void test_number_of_a_child(void **state)
+{
+    (void)state;
+    const uint32_t number = mfa_process_number();
+    assert_int_not_equal(number, 0);
+    for (int n = 0; n < 3; n++)
+        assert_true(is_so_in_child(fork, has_greater_number_as_its_child_has, number));
+    assert_int_equal(mfa_process_number(), number);
+}
+
+#if defined(__linux__)
+static void test_number_without_handlers(void **state)
+{
+    (void)state;
+    if (!kernel_wipes()) {
+        print_message("           not run: this kernel wipes no memory in a child\n");
+        skip();
+    }
+    assert_true(is_so_in_child(fork_without_handlers, has_greater_number, mfa_process_number()));
+}
+
+/* Runs before this process has a number: where it is kept is decided once. */
+static int is_right_where_memory_is_not_wiped(uint32_t nothing)
+{
+    (void)nothing;
+    refuses = 1;
+    return has_greater_number_as_its_child_has(0) && has_greater_number_as_its_child_has(0);
+}
+
+static void test_number_by_a_handler(void **state)
+{
+    (void)state;
+    assert_true(is_so_in_child(fork, is_right_where_memory_is_not_wiped, 0));
+}
+#endif
+
+static struct mfa_lock lock;
+
+static int takes_the_lock(uint32_t times)
+{
+    while (times-- > 0) {
+        mfa_lock_take(&lock);
+        mfa_lock_release(&lock);
+    }
+    return 1;
+}
+
+static void test_lock_held_in_the_parent(void **state)
+{
+    (void)state;
+    mfa_lock_take(&lock);
+    assert_true(is_so_in_child(fork, takes_the_lock, 2));
+    mfa_lock_release(&lock);
+    assert_true(takes_the_lock(2));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+#if defined(__linux__)
+        cmocka_unit_test(test_number_by_a_handler), /* the first */
+        cmocka_unit_test(test_number_without_handlers),
+#endif
+        cmocka_unit_test(test_number_of_a_child),
+        cmocka_unit_test(test_lock_held_in_the_parent),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
