@@ -8,12 +8,12 @@ import ctypes
 import os
 import struct
 import sys
-import threading
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 
+from .after_fork import call_in_child, new_lock
 from .stats import WAITED, count
 
 ABI = "0.1"  # the part of mfa_version() that must agree
@@ -225,7 +225,7 @@ class Library:
 
 
 _library = None
-_lock = threading.Lock()
+_lock = new_lock(globals(), "_lock")
 _forked = False
 
 
@@ -245,12 +245,11 @@ def _open():
 def _after_fork():
     # The parent's threads are not in the child, and OpenMP, on which PyTorch's pool stands, waits for them for ever.
     # So the child makes a context of its own, on the library's own pool. The parent's may be in use: it is let be.
-    global _library, _lock, _forked
-    _library, _lock, _forked = None, threading.Lock(), True
+    global _library, _forked
+    _library, _forked = None, True
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+call_in_child(_after_fork)
 
 
 def objection(device):

@@ -7,7 +7,6 @@ evaluation alike, the second under inference_mode. What we do not run, PyTorch's
 
 import contextlib
 import math
-import threading
 from collections import deque
 from functools import partial
 
@@ -18,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
 from . import fast_path, repeat, shapes, tensors
+from .after_fork import new_lock
 from .library import Unsupported, library
 from .operators import EAGER, Attention, Call, Route, attention_forward, is_differentiated
 from .repeat import Known, Repeat
@@ -32,7 +32,7 @@ _FUSED, _MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
 _OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 _HAS_GROUPS = any(argument.name == "enable_gqa" for argument in _OPERATOR._schema.arguments)  # PyTorch 2.5 or later
 
-_lock = threading.RLock()  # the end of an object, which may call remove(), comes at any time
+_lock = new_lock(globals(), "_lock")
 _handles = set()
 _registration = None
 _left = deque(maxlen=1024)  # kernels that were taken back, which other threads may yet be on the way into

@@ -1,9 +1,10 @@
 """What came by after replace_sdpa(), and from which size on a call is worth taking over."""
 
-import threading
 from collections import Counter
 
 import torch
+
+from .after_fork import new_lock
 
 # The least work, in multiply-adds of the forward pass (B * H * L * S * (E + Ev)), that is worth taking over from
 # PyTorch: below it the call costs more than the kernel saves, in the forward pass or with backward. As measured by
@@ -13,7 +14,7 @@ sdpa_thresholds = {torch.float32: 1 << 19, torch.float16: 1 << 13, torch.bfloat1
 
 REPLACED, SMALL = "replaced", "small"
 WAITED = "waited for PyTorch's stream: "  # counted beside what it led to
-_lock = threading.RLock()  # the end of an object, which may call attention, comes at any time
+_lock = new_lock(globals(), "_lock")
 _outcomes = Counter()
 
 

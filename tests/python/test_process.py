@@ -1,5 +1,6 @@
 """Inside a process: many Python threads at once, children after fork, and the memory that a call really takes."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -79,6 +80,63 @@ def test_child_after_fork():
     assert answered, "the child hangs"
     assert receiver.recv()
     assert all(map(torch.equal, _training_step(tensors), expected))
+
+
+def _package_locks():
+    kinds = type(threading.Lock()), type(threading.RLock())
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == mps_flash_attn.__name__]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, kinds)]
+
+
+@pytest.mark.cpu("Metal does not outlive fork()")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.usefixtures("everything", "one_thread")
+def test_child_of_a_process_whose_locks_are_held():
+    """A thread that is inside every lock of the package is not in the child, which takes them all."""
+    query = torch.randn(1, 1, 4, 8)
+    expected = flash_attention(query, query, query)
+    inside, leave = threading.Event(), threading.Event()
+    locks = _package_locks()
+    assert len(locks) >= 3  # those of library, stats and sdpa
+
+    def hold():
+        with contextlib.ExitStack() as held:
+            for lock in locks:
+                held.enter_context(lock)
+            inside.set()
+            leave.wait()
+
+    def child():
+        with mps_flash_attn.replaced_sdpa():
+            out = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        counted = mps_flash_attn.sdpa_stats()["replaced"]
+        sender.send(torch.equal(out, expected) and counted == 1 and all(map(_is_free, _package_locks())))
+
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    holder = threading.Thread(target=hold)
+    holder.start()
+    inside.wait()
+    try:
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        answered = receiver.poll(60)
+        if not answered:
+            process.kill()
+        process.join()
+    finally:
+        leave.set()
+        holder.join()
+    assert answered, "the child hangs"
+    assert receiver.recv()
+
+
+def _is_free(lock):
+    """Whether another thread can take it."""
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(lock.acquire(blocking=False)))
+    thread.start()
+    thread.join()
+    return taken == [True]
 
 
 @pytest.mark.cpu("thousands of calls take the simulator too long")
