@@ -1,4 +1,4 @@
-/* The room base/: which process this is, and the lock that outlives fork(). */
+/* The room base/: sentences, which process this is, and the lock that outlives fork(). */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -7,9 +7,11 @@
 
 #include <cmocka.h>
 
+#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/error.h"
 #include "base/process.h"
 #include "base/sync.h"
 
@@ -18,6 +20,46 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #endif
+
+/* A sentence that is too long ends with a whole character of UTF-8. */
+static void test_long_sentence(void **state)
+{
+    (void)state;
+    static const char *const characters[] = {"x", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"};
+    enum { LENGTH = 600, ROOM = 511 };
+    for (size_t bytes = 1; bytes <= 4; bytes++)
+        for (size_t before = 0; before < 4; before++) {
+            char text[LENGTH + 8] = "...";
+            for (size_t at = before; at < LENGTH; at += bytes)
+                memcpy(text + at, characters[bytes - 1], bytes + 1);
+            assert_int_equal(mfa_fail(MFA_INVALID, "%s", text), MFA_INVALID);
+            const size_t length = strlen(mfa_last_error());
+            assert_in_range(length, ROOM - (bytes - 1), ROOM);
+            assert_int_equal((length - before) % bytes, 0);
+            assert_memory_equal(mfa_last_error(), text, length);
+            mfa_fail(MFA_INVALID, "%s", mfa_last_error()); /* which may quote itself */
+            assert_int_equal(strlen(mfa_last_error()), length);
+        }
+    char no_text[LENGTH + 1];
+    memset(no_text, 0x80, LENGTH);
+    no_text[LENGTH] = '\0';
+    mfa_fail(MFA_INVALID, "%s", no_text);
+    assert_int_equal(strlen(mfa_last_error()), ROOM);
+}
+
+static void test_kept_text(void **state)
+{
+    (void)state;
+    char copy[6];
+    mfa_error_copy(copy, sizeof copy, "12345");
+    assert_string_equal(copy, "12345");
+    mfa_error_copy(copy, sizeof copy, "1234\xc3\xa9");
+    assert_string_equal(copy, "1234");
+    mfa_error_copy(copy, sizeof copy, "123\xc3\xa9\xc3\xa9");
+    assert_string_equal(copy, "123\xc3\xa9");
+    assert_int_equal(mfa_error_fit("", 0), 0);
+    assert_int_equal(mfa_error_fit("\xc3\xa9", 1), 0);
+}
 
 /* In a PID namespace a child may have the number that its parent has in another. */
 pid_t getpid(void)
@@ -141,6 +183,8 @@ int main(void)
         cmocka_unit_test(test_number_by_a_handler), /* the first */
         cmocka_unit_test(test_number_without_handlers),
 #endif
+        cmocka_unit_test(test_long_sentence),
+        cmocka_unit_test(test_kept_text),
         cmocka_unit_test(test_number_of_a_child),
         cmocka_unit_test(test_lock_held_in_the_parent),
     };

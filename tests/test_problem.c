@@ -418,6 +418,7 @@ static void test_parse_errors(void **state)
         {"forward f32 b1 h8 q1 kv1 d8 mask_bool mask_f32", "\"mask_f32\" in the problem; the same was said before"},
         {"forward f32 b1 h8 q1 kv1 d8 "
          "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "is not a word"},
+        {"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\xc3\xa9", "aaa...\" is not a word"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         mfa_problem problem, before;

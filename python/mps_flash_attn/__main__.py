@@ -100,11 +100,13 @@ def _parser():
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold what no encoding has
     parser = _parser()
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments)
-    except (ImportError, NotImplementedError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
 
 

@@ -220,12 +220,21 @@ def _summary(rows):
         yield machine, dtype, states["right"], states["WRONG"], states["not supported"], *words
 
 
+def _check_writable(path):
+    """Before minutes of work, of which nothing would be left."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--report is {path}; it must be a file that can be written: {error.strerror}") from None
+
+
 def run(text, path):
-    """Checks every problem that contains `text`; returns the exit status."""
+    """Checks every problem that contains `text`, and writes a report to `path`; returns the exit status. ValueError,
+    before anything is checked, if that file cannot be written."""
+    _check_writable(path)
     work = [(machine, [line for line in problems(machine[1]) if text in line]) for machine in machines()]
     with display.progress(sum(len(lines) for _, lines in work)) as begin:
         rows = [row for machine, lines in work for row in _rows(machine, lines, begin)]
-    path.write_text(report_text(rows))
     header = ("machine", "dtype", "right", "wrong", "not supported", "largest error", "allowed", "at")
     display.table("forward and backward, beside attention in float64", list(_summary(rows)), header)
     wrong = [row for row in rows if row.get("wrong")]
@@ -233,5 +242,10 @@ def run(text, path):
         print(f"WRONG {row['machine']}: {row['problem']}: {row['wrong']}")
     if objection(_GPU):
         print(f"Metal was not checked: {objection(_GPU)}")
-    print(f"{len(rows) - len(wrong)} passed, {len(wrong)} failed; the report is in {path.resolve()}")
-    return 1 if wrong or not rows else 0
+    status, report = 1 if wrong or not rows else 0, f"the report is in {path.resolve()}"
+    try:
+        path.write_text(report_text(rows), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        status, report = 1, f"the report could not be written: {error}"
+    print(f"{len(rows) - len(wrong)} passed, {len(wrong)} failed; {report}")
+    return status

@@ -98,10 +98,17 @@ def library_path():
     """Where libmfa is: the file that MFA_LIBRARY names, else the one beside this package."""
     given = os.environ.get(PATH_VARIABLE)
     path = Path(given or Path(__file__).with_name("libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"))
-    if not path.is_file():
+    if not os.path.isfile(path):
         hint = f"{PATH_VARIABLE} must name the file libmfa" if given else f"install it there or set {PATH_VARIABLE}"
         raise ImportError(f"libmfa is not at {path}; {hint}")
     return path
+
+
+def _load(path):
+    try:
+        return ctypes.CDLL(os.fspath(path))
+    except OSError as error:  # no library, one for another machine, or a file that may not be read
+        raise ImportError(f"{path} cannot be loaded as libmfa: {error}") from None
 
 
 def torch_parallel_for():
@@ -116,7 +123,7 @@ class Library:
     def __init__(self, host):
         self.path = library_path()
         self.host = host
-        library = ctypes.CDLL(os.fspath(self.path))
+        library = _load(self.path)
         pointer, text, status = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
         for name, result, *arguments in (
             ("mfa_version", text),
@@ -151,8 +158,12 @@ class Library:
     def check(self, status):
         """Raises what a status other than MFA_OK means."""
         if status:
-            sentence = self.mfa_last_error().decode()
-            raise _EXCEPTIONS.get(status, RuntimeError)(sentence or self.mfa_status_name(status).decode())
+            sentence = self.last_error() or self.mfa_status_name(status).decode()
+            raise _EXCEPTIONS.get(status, RuntimeError)(sentence)
+
+    def last_error(self):
+        """The sentence of the last call that failed. What it quotes, such as a path, may be no UTF-8."""
+        return self.mfa_last_error().decode(errors="replace")
 
     def follow(self, threads):
         """Uses as many threads as PyTorch does."""
@@ -172,7 +183,7 @@ class Library:
 
     def _attention_alone(self, problem, buffers):
         """For where PyTorch's stream cannot be used: waits for it, and for the results. Returns the status."""
-        reason = self.mfa_last_error().decode()
+        reason = self.last_error()
         status = self.mfa_problem_supported(self.context, problem)
         if status:
             return status  # it is the device that is not available
@@ -188,7 +199,7 @@ class Library:
         """Why runs of a packed problem for Metal have to wait for PyTorch; "" if they do not."""
         empty = changed(problem, batch=0)  # nothing will run
         status = self.mfa_attention(self.context, empty, _NO_BUFFERS, STREAM_TORCH)
-        return self.mfa_last_error().decode() if status == _UNAVAILABLE else ""
+        return self.last_error() if status == _UNAVAILABLE else ""
 
     def precompile(self, problem, folder, compiler):
         """Compiles the kernel of a packed problem into `folder` (None: the cache). `compiler`: a COMPILER, or None."""
@@ -209,7 +220,7 @@ class Library:
     def parse(self, line):
         """The packed problem that a line such as "forward f32 b1 h8 q512 kv512 d64" says."""
         problem = ctypes.create_string_buffer(PROBLEM.size)
-        self.check(self.mfa_problem_parse(line.encode(), problem))
+        self.check(self.mfa_problem_parse(line.encode(errors="replace"), problem))
         return problem.raw
 
     def plan(self, problem):
@@ -262,7 +273,7 @@ def objection(device):
     try:
         found = library()
         found.check_supported(changed(found.parse("forward f32 b1 h1 q1 kv1 d64"), device=DEVICES[kind]))
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         return str(error)
     return ""
 

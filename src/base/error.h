@@ -12,4 +12,10 @@ __attribute__((format(printf, 2, 3)))
 mfa_status
 mfa_fail(mfa_status status, const char *format, ...);
 
+/* How many bytes of `text` fit into `most`: all of them, or as many as end with a whole character of UTF-8. */
+size_t mfa_error_fit(const char *text, size_t most);
+
+/* Copies as much of a text as fits beside its end. */
+void mfa_error_copy(char *copy, size_t capacity, const char *text);
+
 #endif

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "core/context.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,7 +46,7 @@ static mfa_status open_backend(const struct mfa_backend *backend, const mfa_cont
     const mfa_status status = backend->open(options, &opened->state);
     if (status != MFA_UNAVAILABLE || backend->device == MFA_DEVICE_CPU)
         return status;
-    snprintf(opened->refusal, sizeof opened->refusal, "%s", mfa_last_error());
+    mfa_error_copy(opened->refusal, sizeof opened->refusal, mfa_last_error());
     return MFA_OK;
 }
 

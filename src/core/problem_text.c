@@ -147,7 +147,7 @@ static mfa_status next_word(struct reader *reader)
     const size_t length = strcspn(reader->at, blanks);
     if (length >= sizeof reader->word)
         return mfa_fail(MFA_INVALID, "\"%.*s...\" is not a word of a problem; they have at most %d characters",
-                        WORD_MAX - 1, reader->at, WORD_MAX - 1);
+                        (int)mfa_error_fit(reader->at, WORD_MAX - 1), reader->at, WORD_MAX - 1);
     memcpy(reader->word, reader->at, length);
     reader->word[length] = '\0';
     reader->at += length;

@@ -3,7 +3,6 @@
 #include "metal/backend.h"
 
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 #include "base/error.h"
@@ -61,7 +60,7 @@ static void open_device(struct metal *metal)
         mfa_metal_objc_pop(pool);
     }
     if (status != MFA_OK)
-        snprintf(metal->refusal, sizeof metal->refusal, "%s", mfa_last_error());
+        mfa_error_copy(metal->refusal, sizeof metal->refusal, mfa_last_error());
     atomic_store_explicit(&metal->opened, status == MFA_OK ? 1 : -1, memory_order_release);
 }
 
@@ -123,7 +122,7 @@ static mfa_status trust(struct metal *metal, const struct mfa_metal_program *pro
         return MFA_OK;
     const mfa_status status = mfa_metal_launch_test(&metal->device, program);
     if (status == MFA_UNAVAILABLE)
-        snprintf(metal->mistrust, sizeof metal->mistrust, "%s", mfa_last_error());
+        mfa_error_copy(metal->mistrust, sizeof metal->mistrust, mfa_last_error());
     if (status == MFA_OK || status == MFA_UNAVAILABLE)
         atomic_store_explicit(&metal->tested, status == MFA_OK ? 1 : -1, memory_order_release);
     return status;

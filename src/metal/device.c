@@ -1,7 +1,5 @@
 #include "metal/device.h"
 
-#include <stdio.h>
-
 #include "base/error.h"
 #include "metal/tiles.h"
 
@@ -57,7 +55,7 @@ mfa_status mfa_metal_device_open(struct mfa_metal_device *device)
     *device = (struct mfa_metal_device){.device = find_device()};
     if (!device->device)
         return mfa_fail(MFA_UNAVAILABLE, "the Metal device cannot be used: Metal finds none on this machine");
-    snprintf(device->name, sizeof device->name, "%s", mfa_metal_objc_text(SEND(device_name, device->device)));
+    mfa_error_copy(device->name, sizeof device->name, mfa_metal_objc_text(SEND(device_name, device->device)));
     read_build(device->build, sizeof device->build);
     device->family = family_of(device->device);
     device->buffer_max = SEND(device_buffer_length, device->device);

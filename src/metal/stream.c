@@ -2,7 +2,6 @@
 #include "metal/stream.h"
 
 #include <dlfcn.h>
-#include <stdio.h>
 #include <string.h>
 
 #include "base/error.h"
@@ -164,7 +163,7 @@ static void cross(void *argument)
     const int shares = crossing->current && crossing->torch->encoder;
     crossing->status = shares ? encode_in_shared(crossing) : encode_in_own(crossing);
     if (crossing->status != MFA_OK)
-        snprintf(crossing->sentence, sizeof crossing->sentence, "%s", mfa_last_error());
+        mfa_error_copy(crossing->sentence, sizeof crossing->sentence, mfa_last_error());
     mfa_metal_objc_pop(pool);
 }
 

@@ -1,6 +1,7 @@
 """python -m mps_flash_attn: info, explain, check and precompile."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_no_library():
     assert done.returncode == 1 and "libmfa is not at /nowhere/libmfa.so" in done.stderr
 
 
+def test_what_is_no_library(tmp_path):
+    file = tmp_path / "libmfa.so"
+    file.write_text("no library")
+    done = run("check", MFA_LIBRARY=str(file))
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"{file} cannot be loaded as libmfa: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_path_in_no_encoding(tmp_path):
+    file = tmp_path / os.fsdecode(b"lib\xff.so")
+    shutil.copy(library().path, file)
+    done = run("info", MFA_LIBRARY=str(file), PYTHONIOENCODING="ascii:strict")
+    assert done.returncode == 0, done.stderr
+    assert "lib\\udcff.so" in done.stdout
+
+
 def test_without_a_command():
     done = run()
     assert done.returncode == 2 and "info,explain,check,precompile" in done.stderr
@@ -92,6 +109,27 @@ def test_check(tmp_path):
     assert f"{len(lines)} passed, 0 failed" in done.stdout
     for words in (f"PyTorch: {torch.__version__}", f"libmfa: {library().version}", "system: ", "error ", "allowed "):
         assert words in report.read_text()
+
+
+def test_check_refuses_a_report_that_cannot_be_written(tmp_path):
+    """Before anything runs."""
+    report = tmp_path / "missing/report.txt"
+    done = run("check", "--report", str(report))
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"--report is {report}; it must be a file that can be written" in done.stderr
+    assert "Traceback" not in done.stderr and not report.parent.exists()
+    with pytest.raises(ValueError, match="it must be a file that can be written: Is a directory"):
+        check.run("", tmp_path)
+
+
+def test_check_says_what_it_found_though_its_report_is_lost(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(check, "machines", lambda: [])
+    assert check.run("", tmp_path / "report") == 1
+    assert "0 passed, 0 failed; the report could not be written: no space left" in capsys.readouterr().out
 
 
 def test_check_covers_what_the_kernels_tell_apart():

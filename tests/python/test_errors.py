@@ -1,11 +1,12 @@
 """What is wrong gets a sentence that names the field, what was given and what is accepted."""
 
 import functools
+import os
 
 import pytest
 import torch
 
-from mps_flash_attn import Unsupported, explain, flash_attention
+from mps_flash_attn import Unsupported, explain, flash_attention, is_available, library
 
 
 def _arguments(**changes):
@@ -103,6 +104,39 @@ def test_subclass_with_memory_is_read():
 def test_unknown_option():
     with pytest.raises(TypeError, match="dropout_p"):
         flash_attention(**_arguments(), dropout_p=0.1)
+
+
+@pytest.mark.cpu("MFA_ISA is the CPU's")
+@pytest.mark.parametrize(
+    "isa, said",
+    [
+        ("pentium", 'MFA_ISA is "pentium"; it must be scalar, '),
+        (os.fsdecode(b"\xff\xfe"), 'MFA_ISA is "\ufffd\ufffd"; it must be scalar, '),
+        ("x" + 400 * "\u00e9", 'MFA_ISA is "x' + 249 * "\u00e9"),  # to the last byte that there is room for,
+        ("xx" + 400 * "\u00e9", 'MFA_ISA is "xx' + 248 * "\u00e9"),  # and to the one before
+    ],
+    ids=["unknown", "no UTF-8", "long", "long, by one more"],
+)
+def test_instruction_set_that_is_none(isa, said, monkeypatch):
+    monkeypatch.setenv("MFA_ISA", isa)
+    monkeypatch.setattr(library, "_library", None)
+    assert not is_available("cpu")
+    assert library.objection("cpu")[: len(said)] == said
+    assert len(isa) < 400 or library.objection("cpu") == said
+    with pytest.raises(ValueError, match='MFA_ISA is "'):
+        flash_attention(**_arguments())
+
+
+@pytest.mark.parametrize("length", [None, 0, 200])
+def test_file_that_is_no_library(length, monkeypatch, tmp_path):
+    """Text, nothing, and the beginning of a library."""
+    file = tmp_path / "libmfa.so"
+    file.write_bytes(b"no library" if length is None else library.library().path.read_bytes()[:length])
+    monkeypatch.setenv("MFA_LIBRARY", str(file))
+    monkeypatch.setattr(library, "_library", None)
+    assert not is_available("cpu")
+    with pytest.raises(ImportError, match="libmfa.so cannot be loaded as libmfa: "):
+        flash_attention(**_arguments())
 
 
 def test_error_leaves_no_trace():
