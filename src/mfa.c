@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "base/error.h"
+#include "base/sync.h"
 #include "core/plan.h"
 #include "core/precompile.h"
 #include "core/problem.h"
@@ -19,6 +20,14 @@
             return mfa_fail(MFA_INVALID, #argument " is NULL; it must be given"); \
     } while (0)
 
+/* A thread that is cancelled within a call ends after it: else it would leave locks taken, and other threads at work on
+ * its memory. */
+static mfa_status end_call(int cancellation, mfa_status status)
+{
+    mfa_cancellation_restore(cancellation);
+    return status;
+}
+
 const char *mfa_version(void)
 {
     return VERSION(MFA_VERSION_MAJOR, MFA_VERSION_MINOR, MFA_VERSION_PATCH);
@@ -27,19 +36,23 @@ const char *mfa_version(void)
 mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context)
 {
     NEED(context);
-    return mfa_context_open(mfa_backends, options, context);
+    const int cancellation = mfa_cancellation_hold();
+    return end_call(cancellation, mfa_context_open(mfa_backends, options, context));
 }
 
 void mfa_context_destroy(mfa_context *context)
 {
+    const int cancellation = mfa_cancellation_hold();
     if (context)
         mfa_context_close(context);
+    mfa_cancellation_restore(cancellation);
 }
 
 mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads)
 {
     NEED(context);
-    return mfa_context_limit(context, threads);
+    const int cancellation = mfa_cancellation_hold();
+    return end_call(cancellation, mfa_context_limit(context, threads));
 }
 
 void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
@@ -53,14 +66,16 @@ mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capa
 {
     NEED(problem);
     NEED(text);
-    return mfa_problem_write(problem, text, capacity);
+    const int cancellation = mfa_cancellation_hold();
+    return end_call(cancellation, mfa_problem_write(problem, text, capacity));
 }
 
 mfa_status mfa_problem_parse(const char *text, mfa_problem *problem)
 {
     NEED(text);
     NEED(problem);
-    return mfa_problem_read(text, problem);
+    const int cancellation = mfa_cancellation_hold();
+    return end_call(cancellation, mfa_problem_read(text, problem));
 }
 
 mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem)
@@ -69,8 +84,11 @@ mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *proble
     NEED(problem);
     mfa_problem canonical;
     const struct mfa_opened *opened;
-    const mfa_status status = mfa_problem_check(problem, &canonical);
-    return status == MFA_OK ? mfa_context_choose(context, &canonical, &opened) : status;
+    const int cancellation = mfa_cancellation_hold();
+    mfa_status status = mfa_problem_check(problem, &canonical);
+    if (status == MFA_OK)
+        status = mfa_context_choose(context, &canonical, &opened);
+    return end_call(cancellation, status);
 }
 
 mfa_status mfa_plan_create(mfa_context *context, const mfa_problem *problem, mfa_plan **plan)
@@ -81,12 +99,13 @@ mfa_status mfa_plan_create(mfa_context *context, const mfa_problem *problem, mfa
     mfa_plan *made = malloc(sizeof *made);
     if (!made)
         return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a plan");
+    const int cancellation = mfa_cancellation_hold();
     const mfa_status status = mfa_plan_prepare(context, problem, made);
     if (status == MFA_OK)
         *plan = made;
     else
         free(made);
-    return status;
+    return end_call(cancellation, status);
 }
 
 void mfa_plan_destroy(mfa_plan *plan)
@@ -110,7 +129,8 @@ mfa_status mfa_plan_run(const mfa_plan *plan, const mfa_buffers *buffers, void *
 {
     NEED(plan);
     NEED(buffers);
-    return mfa_plan_execute(plan, buffers, stream);
+    const int cancellation = mfa_cancellation_hold();
+    return end_call(cancellation, mfa_plan_execute(plan, buffers, stream));
 }
 
 mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const mfa_buffers *buffers, void *stream)
@@ -119,8 +139,11 @@ mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const
     NEED(problem);
     NEED(buffers);
     mfa_plan plan;
-    const mfa_status status = mfa_plan_prepare(context, problem, &plan);
-    return status == MFA_OK ? mfa_plan_execute(&plan, buffers, stream) : status;
+    const int cancellation = mfa_cancellation_hold();
+    mfa_status status = mfa_plan_prepare(context, problem, &plan);
+    if (status == MFA_OK)
+        status = mfa_plan_execute(&plan, buffers, stream);
+    return end_call(cancellation, status);
 }
 
 mfa_status mfa_precompile(mfa_context *context, const mfa_problem *problem, const char *folder, mfa_compiler compiler,
@@ -128,5 +151,6 @@ mfa_status mfa_precompile(mfa_context *context, const mfa_problem *problem, cons
 {
     NEED(context);
     NEED(problem);
-    return mfa_precompile_problem(context, problem, folder, compiler, argument);
+    const int cancellation = mfa_cancellation_hold();
+    return end_call(cancellation, mfa_precompile_problem(context, problem, folder, compiler, argument));
 }

@@ -222,6 +222,51 @@ static void test_many_runs_of_one_plan(void **state)
     mfa_context_destroy(context);
 }
 
+/* --- Cancellation ------------------------------------------------------------------------------ */
+
+struct cancelled {
+    struct caller caller;
+    atomic_int finished;
+};
+
+/* Is cancelled at the next place where it can be: in no call. */
+static void *call_cancelled(void *argument)
+{
+    struct cancelled *cancelled = argument;
+    mfa_context *another = NULL;
+    pthread_cancel(pthread_self());
+    const mfa_status created = mfa_context_create(NULL, &another); /* which reads files */
+    const mfa_status limited = mfa_context_set_threads(cancelled->caller.context, 3);
+    mfa_context_destroy(another);
+    call(&cancelled->caller);
+    cancelled->caller.wrong += created != MFA_OK || limited != MFA_OK;
+    atomic_store(&cancelled->finished, 1);
+    pthread_testcancel();
+    return NULL;
+}
+
+static void test_cancelled_callers(void **state)
+{
+    (void)state;
+    mfa_context *context = open_context(3, NULL);
+    pthread_t threads[CALLERS];
+    struct cancelled cancelled[CALLERS];
+    alarm(120); /* a context that waits for who is not there any more hangs */
+    for (int n = 0; n < CALLERS; n++) {
+        cancelled[n] = (struct cancelled){{context, jobs[n], n, 1, 0}, 0};
+        assert_int_equal(pthread_create(&threads[n], NULL, call_cancelled, &cancelled[n]), 0);
+    }
+    for (int n = 0; n < CALLERS; n++) {
+        void *result = NULL;
+        assert_int_equal(pthread_join(threads[n], &result), 0);
+        assert_ptr_equal(result, PTHREAD_CANCELED);
+        assert_int_equal(atomic_load(&cancelled[n].finished), 1);
+        assert_int_equal(cancelled[n].caller.wrong, 0);
+    }
+    mfa_context_destroy(context);
+    alarm(0);
+}
+
 /* --- A host's own parallel_for ---------------------------------------------------------------- */
 
 static atomic_int host_calls;
@@ -355,6 +400,7 @@ int main(void)
         cmocka_unit_test(test_many_callers_of_one_context),
         cmocka_unit_test(test_thread_count_changes_meanwhile),
         cmocka_unit_test(test_many_runs_of_one_plan),
+        cmocka_unit_test(test_cancelled_callers),
         cmocka_unit_test(test_host_parallel_for),
 #if !defined(__SANITIZE_THREAD__)
         cmocka_unit_test(test_child_after_fork),

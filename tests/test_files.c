@@ -10,7 +10,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "base/file.h"
@@ -204,6 +206,30 @@ static void replace_by_folder(const char *path)
     assert_int_equal(mkdir(path, 0700), 0);
 }
 
+/* Who opens it waits for a writer. */
+static void replace_by_fifo(const char *path)
+{
+    remove_one(path);
+    assert_int_equal(mkfifo(path, 0700), 0);
+}
+
+static void replace_by_device(const char *path)
+{
+    remove_one(path);
+    assert_int_equal(symlink("/dev/zero", path), 0);
+}
+
+static void replace_by_socket(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    const int opened = socket(AF_UNIX, SOCK_STREAM, 0);
+    remove_one(path);
+    assert_true(strlen(path) < sizeof address.sun_path);
+    strcpy(address.sun_path, path);
+    assert_int_equal(bind(opened, (const struct sockaddr *)&address, sizeof address), 0);
+    close(opened);
+}
+
 static const char *wanted_end; /* NULL: the kernel; else the line beside it */
 static void (*wanted_damage)(const char *path);
 
@@ -217,8 +243,10 @@ static void damage(const char *path)
 static void test_damage_is_a_miss(void **state)
 {
     (void)state;
-    static void (*const damages[])(const char *) = {truncate_last, flip_first, append_one,
-                                                    make_empty,    remove_one, replace_by_folder};
+    static void (*const damages[])(const char *) = {truncate_last,   flip_first,        append_one,
+                                                    make_empty,      remove_one,        replace_by_folder,
+                                                    replace_by_fifo, replace_by_device, replace_by_socket};
+    alarm(30); /* what waits for ever ends here */
     for (size_t i = 0; i < sizeof damages / sizeof *damages; i++)
         for (int check = 0; check < 2; check++) {
             keep_contents(1, "kernel");
@@ -230,6 +258,7 @@ static void test_damage_is_a_miss(void **state)
             remove_all(folder);
             assert_int_equal(mkdir(folder, 0700), 0);
         }
+    alarm(0);
 }
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_folder, remove_folder)

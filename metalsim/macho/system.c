@@ -64,9 +64,9 @@ __asm__(".text\n"
 /* Apple's numbers for open(); what libmfa creates, mkstemp creates. */
 static int open_file(const char *path, int flags)
 {
-    enum { READ_ONLY_AND_CLOSE_ON_EXEC = 0x1000000 };
-    require(flags == READ_ONLY_AND_CLOSE_ON_EXEC, "flags of open() that are not those of reading");
-    return open(path, O_RDONLY | O_CLOEXEC);
+    enum { READ_ONLY = 0, DO_NOT_WAIT = 0x4, CLOSE_ON_EXEC = 0x1000000 };
+    require(flags == (READ_ONLY | DO_NOT_WAIT | CLOSE_ON_EXEC), "flags of open() that are not those of reading");
+    return open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 }
 
 /* --- Structs and numbers -------------------------------------------------------------------------- */
@@ -188,6 +188,18 @@ static int make_condition(pthread_cond_t *condition, const void *attributes)
 {
     require(!attributes, "attributes of a condition");
     return pthread_cond_init(condition, NULL);
+}
+
+/* Apple's numbers of the two states are those of Linux the other way round. */
+static int set_cancellation(int state, int *before)
+{
+    enum { DISABLED = 0, ENABLED = 1 };
+    int was;
+    require(state == DISABLED || state == ENABLED, "a state of cancellation that there is not");
+    const int error = pthread_setcancelstate(state ? PTHREAD_CANCEL_ENABLE : PTHREAD_CANCEL_DISABLE, &was);
+    if (before)
+        *before = was == PTHREAD_CANCEL_ENABLE ? ENABLED : DISABLED;
+    return error;
 }
 
 /* A set is 32 bits, signal n being bit n - 1. */
@@ -336,6 +348,7 @@ static const struct {
     {"_pthread_cond_init", (function *)make_condition},
     {"_pthread_create", (function *)start_thread},
     {"_pthread_mutex_init", (function *)make_mutex},
+    {"_pthread_setcancelstate", (function *)set_cancellation},
     {"_pthread_sigmask", (function *)mask_signals},
     {"_sigdelset", (function *)drop_signal},
     {"_sigfillset", (function *)fill_signals},

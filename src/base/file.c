@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -76,9 +75,10 @@ int mfa_file_make_folder(const char *path)
     return mkdir(part, 0700) == 0 || (stat(part, &found) == 0 && S_ISDIR(found.st_mode));
 }
 
+/* What the path names may be anything: to open a FIFO would wait for one who writes into it. */
 int mfa_file_read(const char *path, char **bytes, size_t *length)
 {
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (file < 0)
         return 0;
     struct stat found;

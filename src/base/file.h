@@ -21,7 +21,7 @@ int mfa_file_shipped_folder(char path[MFA_FILE_PATH]);
 /* Makes the folder and those above it, for this user alone; good if it is already there. */
 int mfa_file_make_folder(const char *path);
 
-/* The whole file in memory to be freed by the caller; never NULL, even if it is empty. */
+/* The whole file in memory to be freed by the caller; never NULL, even if it is empty. Only a regular file is read. */
 int mfa_file_read(const char *path, char **bytes, size_t *length);
 
 /* Writes a temporary beside it and renames that: others see the old contents or the new, whole. */

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "base/sync.h"
 
+#include <pthread.h>
 #include <time.h>
 
 #include "base/process.h"
@@ -24,4 +25,16 @@ void mfa_lock_take(struct mfa_lock *lock)
 void mfa_lock_release(struct mfa_lock *lock)
 {
     atomic_store_explicit(&lock->holder, 0, memory_order_release);
+}
+
+int mfa_cancellation_hold(void)
+{
+    int before = PTHREAD_CANCEL_ENABLE;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
+    return before;
+}
+
+void mfa_cancellation_restore(int before)
+{
+    pthread_setcancelstate(before, NULL);
 }

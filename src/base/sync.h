@@ -1,6 +1,6 @@
-/* A lock that outlives fork(), and the pause of a waiting loop. The lock is for what happens seldom (a
- * kernel is loaded); what it guards must be whole at every instant, since a child may be forked off
- * while a thread of its parent holds the lock. */
+/* A lock that outlives fork(), the cancellation of threads, and the pause of a waiting loop. The lock is for
+ * what happens seldom (a kernel is loaded); what it guards must be whole at every instant, since a child may
+ * be forked off while a thread of its parent holds the lock. */
 #ifndef MFA_BASE_SYNC_H
 #define MFA_BASE_SYNC_H
 
@@ -13,6 +13,10 @@ struct mfa_lock {
 
 void mfa_lock_take(struct mfa_lock *lock);
 void mfa_lock_release(struct mfa_lock *lock);
+
+/* From hold to restore, which gets what hold gave, this thread is not cancelled. */
+int mfa_cancellation_hold(void);
+void mfa_cancellation_restore(int before);
 
 /* Tells the CPU that this thread waits for another. */
 static inline void mfa_sync_pause(void)

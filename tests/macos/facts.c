@@ -23,6 +23,7 @@
 
 FACT(sizeof(pthread_t) == 8 && sizeof(pthread_attr_t) == 64);
 FACT(sizeof(pthread_mutex_t) == 64 && sizeof(pthread_mutexattr_t) == 16);
+FACT(PTHREAD_CANCEL_DISABLE == 0 && PTHREAD_CANCEL_ENABLE == 1);
 FACT(sizeof(pthread_cond_t) == 48 && sizeof(pthread_condattr_t) == 16);
 
 FACT(sizeof(struct stat) == 144 && sizeof(mode_t) == 2 && sizeof(off_t) == 8);
@@ -33,7 +34,7 @@ FACT(S_ISDIR(0040755) && !S_ISDIR(0100644) && S_ISREG(0100644) && !S_ISREG(00407
 FACT(sizeof(sigset_t) == 4 && SIG_SETMASK == 3);
 FACT(SIGILL == 4 && SIGTRAP == 5 && SIGABRT == 6 && SIGFPE == 8 && SIGBUS == 10 && SIGSEGV == 11 && SIGSYS == 12);
 
-FACT(O_RDONLY == 0 && O_CLOEXEC == 0x1000000);
+FACT(O_RDONLY == 0 && O_NONBLOCK == 4 && O_CLOEXEC == 0x1000000);
 FACT(EINTR == 4);
 
 FACT(sizeof(struct timespec) == 16 && sizeof(time_t) == 8 && sizeof(clockid_t) == 4 && CLOCK_MONOTONIC == 6);
@@ -57,6 +58,7 @@ locale_t newlocale(int, const char *, locale_t);
 int open(const char *, int, ...);
 int pthread_atfork(void (*)(void), void (*)(void), void (*)(void));
 int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+int pthread_setcancelstate(int, int *);
 int pthread_sigmask(int, const sigset_t *, sigset_t *);
 int(sigdelset)(sigset_t *, int);
 int(sigfillset)(sigset_t *);

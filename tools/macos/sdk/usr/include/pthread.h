@@ -5,6 +5,9 @@
 #include <signal.h>
 #include <time.h>
 
+#define PTHREAD_CANCEL_DISABLE 0
+#define PTHREAD_CANCEL_ENABLE 1
+
 typedef struct _opaque_pthread_t *pthread_t;
 typedef struct {
     long signature;
@@ -21,6 +24,7 @@ typedef struct {
 
 int pthread_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void));
 int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument);
+int pthread_setcancelstate(int state, int *before);
 int pthread_join(pthread_t thread, void **result);
 int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attributes);
 int pthread_mutex_destroy(pthread_mutex_t *mutex);
