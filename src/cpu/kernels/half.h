@@ -33,13 +33,15 @@ static inline uint16_t bf16_of_float(float x)
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Subnormal halves are scaled by the FPU: a half's bits, shifted into a float's place, lack 2^112. */
+/* A half's bits, shifted into a float's place, lack 2^112. All floats here are normal, for others may count as 0. */
 static inline float f16_to_float(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
     if (rest >= 0x0f800000u) /* infinity or NaN */
         return float_of_bits(sign | 0x70000000u | rest);
-    return float_of_bits(sign | bits_of_float(float_of_bits(rest) * 0x1p112f));
+    if (rest < 0x00800000u) /* subnormal, or 0: as the fraction of 2^-14, which is then taken away */
+        return float_of_bits(sign | bits_of_float(float_of_bits(rest | 0x38800000u) - 0x1p-14f));
+    return float_of_bits(sign | (rest + 0x38000000u));
 }
 
 static inline uint16_t f16_of_float(float x)
