@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "base/process.h"
 #include "base/sync.h"
+#include "cpu/float_mode.h"
 
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -38,6 +39,7 @@ struct run {
     mfa_cpu_task task;
     void *call;
     int64_t tasks;
+    mfa_cpu_float_mode mode; /* of all threads in it, so that none computes otherwise than the others */
     _Alignas(64) _Atomic int64_t next; /* the lowest task not yet taken */
 };
 
@@ -64,17 +66,22 @@ struct mfa_cpu_threads {
 
 static _Thread_local int within_task;
 
-/* Takes tasks until there are none. */
+/* Takes tasks until there are none. The thread, which may be the host's, gets its own mode back. */
 static void work(struct run *run, int worker)
 {
     const int nested = within_task;
+    const mfa_cpu_float_mode own = mfa_cpu_float_mode_get();
     within_task = 1;
+    if (own != run->mode)
+        mfa_cpu_float_mode_set(run->mode);
     for (;;) {
         const int64_t task = atomic_fetch_add_explicit(&run->next, 1, memory_order_relaxed);
         if (task >= run->tasks)
             break;
         run->task(run->call, task, worker);
     }
+    if (own != run->mode)
+        mfa_cpu_float_mode_set(own);
     within_task = nested;
 }
 
@@ -286,6 +293,7 @@ static void run_on_host(mfa_parallel_for host, struct run *run, int workers)
 void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, mfa_cpu_task task, void *call)
 {
     struct run run = {.task = task, .call = call, .tasks = tasks, .next = 0};
+    run.mode = mfa_cpu_float_mode_of_run(mfa_cpu_float_mode_get());
     if (workers > tasks)
         workers = (int)tasks;
     if (workers <= 1 || within_task)
