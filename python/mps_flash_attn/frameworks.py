@@ -6,13 +6,17 @@ import torch
 from .attention import flash_attention
 from .library import Unsupported
 from .stats import REPLACED, count
+from .transformers_check import check_config, check_models
 
 # --- transformers --------------------------------------------------------------------------------
 
 
 def register_transformers(name="mfa"):
     """Makes attn_implementation=`name` known to transformers: flash_attention, with softcap, with the masks that its
-    "sdpa" gets, and with K and V never repeated. What we do not run goes to that "sdpa", counted in sdpa_stats()."""
+    "sdpa" gets, and with K and V never repeated. What we do not run goes to that "sdpa", counted in sdpa_stats().
+
+    A model whose code does not call the function of that name is refused with a ValueError that names its class: when
+    it is made, when it is switched by set_attn_implementation(), or else when it asks for its first mask."""
     if "flash" in name:
         raise ValueError(
             f'name is "{name}"; it may not have "flash" in it: transformers takes that for a flash-attn, '
@@ -21,8 +25,14 @@ def register_transformers(name="mfa"):
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    def mask(*arguments, config=None, **options):
+        if config is not None:
+            check_config(config, name)
+        return sdpa_mask(*arguments, config=config, **options)
+
+    check_models(name)
     AttentionInterface.register(name, transformers_attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, mask)
 
 
 def transformers_attention(
@@ -42,7 +52,15 @@ def transformers_attention(
     """What transformers calls, with (B, H, L, E) tensors; returns (out as (B, L, H, Ev), None). The mask is None where
     is_causal says all; a sliding window is in it."""
     if s_aux is not None:
-        raise ValueError('s_aux is given, attention sinks, which are not supported; choose attn_implementation="eager"')
+        raise ValueError(
+            f"s_aux is given by {type(module).__name__}: attention sinks, which are not supported; choose "
+            'attn_implementation="eager"'
+        )
+    if options.get("output_attentions"):
+        raise ValueError(
+            "output_attentions is True, but the weights are never held; it must be False, or attn_implementation "
+            'must be "eager"'
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     try:
         if dropout or options.get("cache") is not None:

@@ -1,0 +1,148 @@
+"""Which models of transformers call the attention function that their configuration names.
+
+A model that does not call it computes attention with code of its own, and gets masks that were made for our function:
+boolean, or None where the function is to apply causality. Its results would be wrong, with no error. So each model is
+checked when it is made or switched to ours, and each class of configuration when it first asks for a mask.
+
+What transformers runs with "sdpa" is right with ours, because it gets the same masks and the same arguments. That holds
+unless the code of the model looks at the name itself: in a table of its own classes, or in a comparison with "sdpa".
+"""
+
+import functools
+import inspect
+import re
+import sys
+
+import torch
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_ATTENTION_CLASS = re.compile(r"^class \w*Attention\w*\(", re.MULTILINE)
+_ATTENTION_CODE = re.compile(
+    r"\bsoftmax\(|Softmax\(|logsumexp|scaled_dot_product_attention|MultiheadAttention|create_(?!recurrent)\w*mask\("
+)
+_OWN_TABLE = re.compile(r"\b(?!ALL_)(\w+)\[[^\[\]]*_attn_implementation\b[^\[\]]*\]")
+_COMPARISON = re.compile(r"""attn_impl\w*\s*(?:==|!=|(?:not\s+)?in\b)[^\n)\]}]*["']sdpa["']""")
+_COMPUTES_ITSELF = "computes attention itself and would never call it"
+
+_names = set()  # those that are registered as ours
+_calling = set()  # the classes of configurations whose models are known to call our function
+
+
+def check_models(name):
+    """From now on a model that is made with, or switched to, attn_implementation=`name` is checked.
+
+    transformers' registration has no place for that. A registered attention function is told of the layer, a registered
+    mask function of the configuration, and both are called in the forward pass only, where a model with a table of its
+    own never arrives: it ends in a KeyError when it is made. So transformers' own check of the name is extended, which
+    is a method of the model."""
+    import transformers
+
+    original = getattr(transformers.PreTrainedModel, "get_correct_attn_implementation", None)
+    if original is None:
+        raise ImportError(
+            f"transformers is {transformers.__version__}, which has no "
+            "PreTrainedModel.get_correct_attn_implementation; it must be newer, or use replace_sdpa()"
+        )
+    _names.add(name)
+    if getattr(original, "checks_ours", False):
+        return
+
+    @functools.wraps(original)
+    def get_correct_attn_implementation(self, requested_attention, *arguments, **options):
+        if requested_attention in _names:
+            objection = _objection(type(self))
+            if objection:
+                raise ValueError(_refusal(type(self), objection, requested_attention))
+            if _declares_dispatch(type(self)):
+                _calling.add(type(self.config))
+        return original(self, requested_attention, *arguments, **options)
+
+    get_correct_attn_implementation.checks_ours = True
+    transformers.PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def check_config(config, name):
+    """For a mask that is asked for by a model which was not checked, such as one whose configuration was changed by
+    assignment. All that is known of the model is the class of its configuration."""
+    kind = type(config)
+    if kind not in _calling:
+        refusal = _refusal_of_config(kind, name)
+        if refusal:
+            raise ValueError(refusal)
+        _calling.add(kind)
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot trace it
+def _refusal_of_config(kind, name):
+    """The sentence if no model of this class of configurations calls our function; "" if one does, or none is known."""
+    known = _model_classes()
+    for base in kind.__mro__:
+        models = [model for model in known if getattr(model, "config_class", None) is base]
+        if any(_declares_dispatch(model) and not _objection(model) for model in models):
+            return ""
+        if models:
+            model = min(models, key=lambda model: (len(model.__mro__), model.__name__))
+            return _refusal(model, _objection(model) or _COMPUTES_ITSELF, name)
+    return ""
+
+
+def _refusal(model, objection, name):
+    instead = '"sdpa", which runs on libmfa after replace_sdpa(),' if model._supports_sdpa else '"eager"'
+    return (
+        f'attn_implementation is "{name}", but {model.__name__} {objection}; use attn_implementation={instead} '
+        "for this model"
+    )
+
+
+def _declares_dispatch(model):
+    return model._supports_sdpa or getattr(model, "_supports_attention_backend", False)
+
+
+def _objection(model):
+    """What keeps a class from calling the function that its configuration names; "" if nothing does, or if it has no
+    attention at all."""
+    from transformers import PreTrainedModel
+
+    bases = (base for base in model.__mro__ if issubclass(base, PreTrainedModel))
+    modules = sorted({base.__module__ for base in bases} - {PreTrainedModel.__module__})
+    if _declares_dispatch(model):
+        return next(filter(None, map(_objection_in, modules)), "")
+    return _COMPUTES_ITSELF if any(map(_has_attention, modules)) else ""
+
+
+@functools.lru_cache(maxsize=None)
+def _objection_in(module):
+    """The same of the source of a Python module. Without one, as in a notebook, what the class declares is believed."""
+    source = _source(module) or ""
+    table = _OWN_TABLE.search(source)
+    if table:
+        return f"chooses its attention by that name from a table of its own, {table[1]}"
+    if _COMPARISON.search(source):
+        return 'has code that runs for the name "sdpa" only'
+    return _COMPUTES_ITSELF if _ATTENTION_CLASS.search(source) and _INTERFACE not in source else ""
+
+
+@functools.lru_cache(maxsize=None)
+def _has_attention(module):
+    """False for a convolutional network, say, which may be a part of a model that calls our function. If the attention
+    is in another module after all, check_config() finds it, since no such network asks for a mask."""
+    source = _source(module)
+    return source is None or bool(_ATTENTION_CLASS.search(source) or _ATTENTION_CODE.search(source))
+
+
+def _source(module):
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return None
+
+
+def _model_classes():
+    from transformers import PreTrainedModel
+
+    found, waiting = set(), [PreTrainedModel]
+    while waiting:
+        new = set(waiting.pop().__subclasses__()) - found
+        found |= new
+        waiting += new
+    return found
