@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon", "neonbf16")
 EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")  # where Debian has the libraries of arm64
 EMULATED = {"max": ("scalar", "neon", "neonbf16"), "cortex-a76": ("scalar", "neon")}  # CPUs, and what they have
-LIMIT = 900  # seconds that one program may run
+LIMIT = 1800  # seconds that one program may run
 
 
 class Run:
@@ -334,7 +334,7 @@ def arm64(run):
             run.isas(*EMULATOR, "-cpu", cpu, folder / "check_isa", has=has)
         command = (*EMULATOR, folder / "check_attention", "--quick")
         run.together(
-            (*command, "--isa", "neon"),
+            *((*command, "--isa", "neon", "--filter", f" {dtype} ") for dtype in ("f32", "f16", "bf16", "f64")),
             (*command, "--isa", "neonbf16", "--filter", " bf16 "),
             (*command, "--isa", "scalar", "--filter", " f32 "),
             (*EMULATOR, folder / "check_kernels", "--quick", "--isa", "neon"),
