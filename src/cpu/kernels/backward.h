@@ -175,6 +175,7 @@ static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g, re
     const struct mfa_args *a = &call->args;
     int64_t stride, d = padded(a->head_dim), bytes = bytes_of(call->dtype);
     real *dQ = group_dQ(call, g, &stride);
+    const double scale = call->scale / call->dS_factor;
     for (int64_t i = 0; i < g->rows; i++) {
         real *row = dQ + i * stride;
         if (dQ_is_transposed(call)) {
@@ -182,7 +183,7 @@ static void finish_dQ(const struct mfa_cpu_call *call, const struct group *g, re
                 transpose(dQ + i, stride, turned, d, d, LANES);
             row = turned + i % LANES * d;
         }
-        scale_vectors(row, d, call->scale / call->dS_factor);
+        scale_vectors(row, d, scale);
         if (call->dq_sums)
             store_row((char *)row_at(call->dq, bytes, &a->dq, g->batch, g->head, g->first + i), call->dtype,
                       a->dq.column, row, a->head_dim);

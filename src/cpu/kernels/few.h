@@ -82,7 +82,7 @@ static void few_raise(int R, vec top, real *m, real *l, real *O, int64_t columns
         most[i % R] = most[i] > most[i % R] ? most[i] : most[i % R];
     for (int i = 0; i < LANES; i++)
         most[i] = most[i % R] > m[i] + SLACK ? most[i % R] : m[i];
-    vec factor = vec_exp2(exponent(vec_load(m), vec_load(most)));
+    vec factor = exp_of(vec_sub(vec_load(m), vec_load(most)));
     vec_store(alpha, factor);
     vec_store(l, vec_mul(vec_load(l), factor));
     memcpy(m, most, sizeof most);
@@ -102,12 +102,12 @@ static void few_softmax(int R, real *S, int64_t vectors, real *m, real *l, real 
     }
     vec reference = vec_load(m);
     for (int64_t v = 0; v < vectors; v += TERM) {
-        vec even = vec_exp2(exponent(vec_load(S + v * LANES), reference));
+        vec even = exp_of(vec_sub(vec_load(S + v * LANES), reference));
         sum = vec_add(sum, even);
 #if TERM == 1
         vec_store(S + v * LANES, even);
 #else
-        vec odd = vec_exp2(exponent(vec_load(S + (v + 1) * LANES), reference));
+        vec odd = exp_of(vec_sub(vec_load(S + (v + 1) * LANES), reference));
         sum = vec_add(sum, odd);
         store_down(S, LANES, v, even, odd);
 #endif

@@ -135,7 +135,7 @@ static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const rea
 {
     vec reference = vec_load(m), top = column_max(S, n);
     if (vec_any_less(vec_add(reference, vec_set1(SLACK)), top)) {
-        vec raised = vec_max(top, reference), alpha = vec_exp2(exponent(reference, raised));
+        vec raised = vec_max(top, reference), alpha = exp_of(vec_sub(reference, raised));
         int64_t rows = vec_any_less(vec_set1(0), vec_load(l)) ? value_dim : 0; /* else O is 0 */
         vec_store(m, raised);
         vec_store(l, vec_mul(vec_load(l), alpha));
@@ -318,12 +318,11 @@ static void attend(const struct mfa_cpu_call *call, const struct panel *panel, c
                sums.O);
 }
 
-/* m, l and O of the chunk's panels from their part `split` of the keys. */
-static void attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
-                         int64_t split)
+/* m, l and O of the chunk's panels from their part `split` of the keys. 0 if an O is not finite. */
+static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
+                        int64_t split, struct panel *panels)
 {
     const struct mfa_args *a = &call->args;
-    struct panel panels[MFA_CPU_PANELS_MAX];
     int64_t d = across_stride(a->head_dim), low = a->kv_len, high = -1;
     for (int64_t p = 0; p < c->panels; p++) {
         struct sums sums = sums_at(s->sums, a, p);
@@ -369,6 +368,10 @@ static void attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c,
             attend(call, &panels[p], s, sums_at(s->sums, a, p), seen, key, r, K, V, s->Q + p * d * PANEL);
         }
     }
+    int finite = 1;
+    for (int64_t p = 0; p < c->panels; p++)
+        finite &= all_finite(sums_at(s->sums, a, p).O, a->value_dim * PANEL);
+    return finite;
 }
 
 static void forward(void *data, int64_t task, int worker)
@@ -382,19 +385,13 @@ static void forward(void *data, int64_t task, int worker)
         s.sums = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
 
     tiles_begin();
-    int finite = 1;
-    attend_chunk(call, &c, &s, task % call->splits);
-    for (int64_t p = 0; p < c.panels; p++)
-        finite &= all_finite(sums_at(s.sums, a, p).O, a->value_dim * PANEL);
-    if (!finite) {
+    struct panel panels[MFA_CPU_PANELS_MAX];
+    if (!attend_chunk(call, &c, &s, task % call->splits, panels)) {
         c.shrinks_V = 1;
-        attend_chunk(call, &c, &s, task % call->splits);
+        attend_chunk(call, &c, &s, task % call->splits, panels);
     }
-    for (int64_t p = 0; p < c.panels && call->splits == 1; p++) {
-        struct panel panel;
-        chunk_panel(&c, a, p, &panel);
-        finish_panel(call, &panel, c.batch, sums_at(s.sums, a, p), s.rows);
-    }
+    for (int64_t p = 0; p < c.panels && call->splits == 1; p++)
+        finish_panel(call, &panels[p], c.batch, sums_at(s.sums, a, p), s.rows);
     tiles_end();
 }
 
@@ -434,7 +431,7 @@ static void merge(void *data, int64_t task, int worker)
             for (int v = 0; v < panel.vectors; v++) {
                 int64_t at = v * LANES;
                 vec m0 = vec_load(whole.m + at), m1 = vec_load(part.m + at), m = vec_max(m0, m1);
-                vec w0 = vec_exp2(exponent(m0, m)), w1 = vec_exp2(exponent(m1, m));
+                vec w0 = exp_of(vec_sub(m0, m)), w1 = exp_of(vec_sub(m1, m));
                 vec_store(whole.m + at, m);
                 vec l = vec_mul(vec_load(whole.l + at), w0);
                 vec_store(whole.l + at, vec_fma(vec_load(part.l + at), w1, l));

@@ -11,7 +11,7 @@
 static inline vec probabilities(const real *S, real factor, vec L)
 {
     vec s = vec_load(S);
-    return vec_exp2(TILES ? vec_fma(s, vec_set1(factor), vec_sub(vec_set1(0), L)) : exponent(s, L));
+    return exp_of(TILES ? vec_fma(s, vec_set1(factor), vec_sub(vec_set1(0), L)) : vec_sub(s, L));
 }
 
 static inline vec score_gradients(vec P, vec dP, vec D, const real *slope)

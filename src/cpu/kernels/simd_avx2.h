@@ -68,12 +68,9 @@ static inline int vec_any_less(vec a, vec b)
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
 }
 
-/* 2^(n + f), where t holds n in its low bits; 0 where x < low. A product, not a sum of bits: NaN stays NaN. */
-static inline vec vec_exp2(vec x)
+/* 2^(n + f), where t holds n in its low bits; 0 where `shown` is. A product, not a sum of bits: NaN stays NaN. */
+static inline vec exp2_of_parts(vec t, vec f, vec shown)
 {
-    vec low = vec_set1(-126), magic = vec_set1(0x1.8p23f);
-    vec y = _mm256_min_ps(vec_set1(127.4f), x), t = vec_add(y, magic);
-    vec f = vec_sub(y, vec_sub(t, magic));
     vec p = vec_fma(vec_set1(0x1.5bba14p-10f), f, vec_set1(0x1.3cea88p-7f));
     p = vec_fma(p, f, vec_set1(0x1.c6b752p-5f));
     p = vec_fma(p, f, vec_set1(0x1.ebf9bcp-3f));
@@ -81,7 +78,21 @@ static inline vec vec_exp2(vec x)
     p = vec_fma(p, f, vec_set1(1));
     __m256i n = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23), _mm256_set1_epi32(127 << 23));
     p = vec_mul(p, _mm256_castsi256_ps(n));
-    return _mm256_and_ps(p, _mm256_cmp_ps(x, low, _CMP_NLT_UQ));
+    return _mm256_and_ps(p, shown);
+}
+
+/* Below the lowest exponent n is nonsense, but the result 0. */
+static inline vec vec_exp2(vec x)
+{
+    vec magic = vec_set1(0x1.8p23f), y = _mm256_min_ps(vec_set1(127.4f), x), t = vec_add(y, magic);
+    return exp2_of_parts(t, vec_sub(y, vec_sub(t, magic)), _mm256_cmp_ps(x, vec_set1(-126), _CMP_NLT_UQ));
+}
+
+static inline vec vec_exp(vec x)
+{
+    vec log2e = vec_set1(0x1.715476p0f), magic = vec_set1(0x1.8p23f), y = _mm256_min_ps(vec_set1(88.3f), x);
+    vec t = vec_fma(y, log2e, magic), f = _mm256_fmsub_ps(y, log2e, vec_sub(t, magic));
+    return exp2_of_parts(t, f, _mm256_cmp_ps(x, vec_set1(-87.33f), _CMP_NLT_UQ));
 }
 
 static inline vec vec_repeat(const real *p, int n)

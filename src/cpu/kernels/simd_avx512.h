@@ -89,12 +89,24 @@ static const float exp2_table[32] __attribute__((aligned(64))) = {
 
 /* 2^(n + f); t holds 32 n in its low bits. Multiplications are what an exponential costs beside a product: so there is
  * a table, and a square for want of a multiply-add. */
-static inline vec vec_exp2(vec x)
+static inline vec exp2_of_parts(vec t, vec n, vec f, __mmask16 shown)
 {
-    vec magic = vec_set1(0x1.8p18f), t = vec_add(x, magic), n = vec_sub(t, magic), f = vec_sub(x, n);
     vec g = vec_add(f, vec_set1(SHIFT)), p = vec_fma(g, g, vec_set1(ABOVE));
     vec root = _mm512_permutex2var_ps(vec_load(exp2_table), _mm512_castps_si512(t), vec_load(exp2_table + 16));
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ), vec_mul(p, root), n);
+    return _mm512_maskz_scalef_ps(shown, vec_mul(p, root), n);
+}
+
+static inline vec vec_exp2(vec x)
+{
+    vec magic = vec_set1(0x1.8p18f), t = vec_add(x, magic), n = vec_sub(t, magic);
+    return exp2_of_parts(t, n, vec_sub(x, n), _mm512_cmp_ps_mask(x, vec_set1(-126), _CMP_NLT_UQ));
+}
+
+static inline vec vec_exp(vec x)
+{
+    vec log2e = vec_set1(0x1.715476p0f), magic = vec_set1(0x1.8p18f);
+    vec t = vec_fma(x, log2e, magic), n = vec_sub(t, magic), f = _mm512_fmsub_ps(x, log2e, n);
+    return exp2_of_parts(t, n, f, _mm512_cmp_ps_mask(x, vec_set1(-87.33f), _CMP_NLT_UQ));
 }
 
 static inline vec vec_load_f16(const uint16_t *p)

@@ -81,6 +81,11 @@ static inline vec vec_exp2(vec x)
     return vec_select_less(x, low, vec_set1(0), vec_mul(p, vreinterpretq_f32_s32(power)));
 }
 
+static inline vec vec_exp(vec x)
+{
+    return vec_exp2(vec_mul(x, vec_set1((real)1.4426950408889634074)));
+}
+
 static inline vec vec_repeat(const real *p, int n)
 {
     if (n == 1)

@@ -142,6 +142,12 @@ static inline vec vec_exp2(vec x)
     return vec_select_less(x, low, (vec){0}, exp2_of_parts(t, y - (t - magic)));
 }
 
+/* e^x, likewise. */
+static inline vec vec_exp(vec x)
+{
+    return vec_exp2(vec_mul(x, vec_set1((real)1.4426950408889634074)));
+}
+
 /* n numbers, over and over. */
 static inline vec vec_repeat(const real *p, int n)
 {

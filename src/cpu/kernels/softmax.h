@@ -29,14 +29,14 @@ static vec column_exp(const real *S, int64_t n, vec m, term *P, int64_t stride)
     vec l[2] = {vec_set1(0), vec_set1(0)};
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
-        vec even = vec_exp2(exponent(vec_load(S + k * PANEL), m));
-        vec odd = vec_exp2(exponent(vec_load(S + (k + 1) * PANEL), m));
+        vec even = exp_of(vec_sub(vec_load(S + k * PANEL), m));
+        vec odd = exp_of(vec_sub(vec_load(S + (k + 1) * PANEL), m));
         l[0] = vec_add(l[0], even);
         l[1] = vec_add(l[1], odd);
         store_down(P, stride, k, even, odd);
     }
     if (k < n) {
-        vec last = vec_exp2(exponent(vec_load(S + k * PANEL), m));
+        vec last = exp_of(vec_sub(vec_load(S + k * PANEL), m));
         l[0] = vec_add(l[0], last);
         store_down_last(P, stride, k, last);
     }
@@ -174,8 +174,8 @@ static inline __attribute__((always_inline)) void exp_part(int64_t rows, const r
             even = masked(even, vec_load(mask + k * PANEL));
             odd = masked(odd, vec_load(mask + (k + 1) * PANEL));
         }
-        even = vec_exp2(TERM > 1 ? even : exponent(even, reference));
-        odd = vec_exp2(TERM > 1 ? odd : exponent(odd, reference));
+        even = exp_of(TERM > 1 ? even : vec_sub(even, reference));
+        odd = exp_of(TERM > 1 ? odd : vec_sub(odd, reference));
         sum = vec_add(sum, vec_add(even, odd));
         store_down(P, PANEL, k, even, odd);
     }

@@ -50,10 +50,10 @@ typedef real term;
  * factor anyway, of which log2(e) is a part: there S is in base 2, and P, which has 8 bits, hides what L is off by. */
 #define S_UNIT (TERM > 1 ? LOG2E : 1.0)
 
-/* What 2 is raised to for exp(a - b). */
-static inline vec exponent(vec a, vec b)
+/* exp of a score in that unit, or of a difference of two. */
+static inline vec exp_of(vec x)
 {
-    return TERM > 1 ? vec_sub(a, b) : vec_mul(vec_sub(a, b), vec_set1((real)LOG2E));
+    return TERM > 1 ? vec_exp2(x) : vec_exp(x);
 }
 
 static inline int64_t terms(int64_t n)
