@@ -79,11 +79,12 @@ int madvise(void *memory, size_t bytes, int advice)
     return (int)syscall(SYS_madvise, memory, bytes, advice);
 }
 
+/* An emulator that takes any advice does not. */
 static int kernel_wipes(void)
 {
     const size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
     void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    const int wipes = madvise(page, bytes, MADV_WIPEONFORK) == 0;
+    const int wipes = madvise(page, bytes, MADV_WIPEONFORK) == 0 && madvise(page, bytes, -1) != 0;
     munmap(page, bytes);
     return wipes;
 }
