@@ -4,8 +4,9 @@ import operator
 from dataclasses import dataclass
 
 import torch
+from torch.overrides import handle_torch_function
 
-from . import problem, repeat, tensors
+from . import problem, repeat, subclasses, tensors
 from .library import Unsupported, library
 from .operators import EAGER, Attention, Call, attention_forward, is_differentiated, needs_operator
 from .run import forward
@@ -45,7 +46,8 @@ def flash_attention(
                   no limit; with is_causal, right is 0. As in flash-attn a pair aligns to the bottom right, causal True
                   too; only is_causal="top_left" changes that. 0: no window.
     attn_mask     bool (True takes part) or float (added), broadcastable to (B, H, L, S), and combined with the above.
-                  A float mask that requires a gradient gets it.
+                  A float mask that requires a gradient gets it. Or what torch.nn.attention.bias.causal_upper_left(L, S)
+                  and causal_lower_right(L, S) return: then no mask is read or made.
     enable_gqa    allows fewer heads in key and value: query head h uses head h // (H // Hkv).
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where no key is seen. It can be differentiated.
@@ -58,21 +60,26 @@ def flash_attention(
         before = repeat.find(query, key, value, attn_mask, given)
         if before is not None:
             return before.attend(query, key, value, attn_mask)
-        if needs_operator(*((query, key, value) if attn_mask is None else (query, key, value, attn_mask))):
-            by_operator = True
-            query, key, value, attn_mask = _readable(query, key, value, attn_mask)
+    mask, bias = subclasses.split(attn_mask)
+    if not by_operator and needs_operator(*((query, key, value) if mask is None else (query, key, value, mask))):
+        by_operator = True
+        if subclasses.are_asked(query, key, value, mask):
+            options = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
+            arguments = (query, key, value, is_causal, scale, attn_mask, window_size)
+            return handle_torch_function(flash_attention, (query, key, value, mask), *arguments, **options)
+        query, key, value, mask = _readable(query, key, value, mask)
     is_cast = not by_operator and tensors.is_autocast(query)
     if is_cast:  # the operator has a rule for that
-        query, key, value, attn_mask = tensors.autocast(query, key, value, attn_mask)
-    options = _options(query, key, value, attn_mask, is_causal, window_size, scale, softcap, enable_gqa)
-    if not by_operator and not is_cast:
-        repeat.keep(query, key, value, attn_mask, given, repeat.Repeat, options, bool(return_lse))
+        query, key, value, mask = tensors.autocast(query, key, value, mask)
+    options = _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa)
+    if not by_operator and not is_cast and bias is None:
+        repeat.keep(query, key, value, mask, given, repeat.Repeat, options, bool(return_lse))
     if by_operator:
-        out, lse = attention_forward(query, key, value, attn_mask, *options)
-    elif is_differentiated(query, key, value, attn_mask):
-        return Attention.apply(query, key, value, attn_mask, Call(EAGER, options, return_lse))
+        out, lse = attention_forward(query, key, value, mask, *options)
+    elif is_differentiated(query, key, value, mask):
+        return Attention.apply(query, key, value, mask, Call(EAGER, options, return_lse))
     else:
-        out, lse = forward(query, key, value, attn_mask, *options, return_lse)
+        out, lse = forward(query, key, value, mask, *options, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -129,10 +136,11 @@ def explain(
 ):
     """Which backend and kernel flash_attention() would use for these arguments (`backward`: for their gradients), and
     how many bytes of workspace beside the operands; or why it would not. Arguments that are wrong raise."""
-    operands = _readable(query, key, value, attn_mask)
+    mask, bias = subclasses.split(attn_mask)
+    operands = _readable(query, key, value, mask)
     if tensors.is_autocast(query):
         operands = tuple(tensors.autocast(*operands))
-    options = _options(*operands, is_causal, window_size, scale, softcap, enable_gqa)
+    options = _options(*operands, bias, is_causal, window_size, scale, softcap, enable_gqa)
     problem.check(*operands)
     query, key, value, mask = operands
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
@@ -151,7 +159,7 @@ def _readable(query, key, value, mask):
     return query, key, value, None if mask is None else tensors.check("attn_mask", mask)
 
 
-def _options(query, key, value, mask, is_causal, window_size, scale, softcap, enable_gqa):
+def _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa):
     """(lower, upper, scale, softcap), as everything below this file has them."""
     q_shape, k_shape = query.shape, key.shape
     if not len(q_shape) == len(k_shape) == 4:
@@ -159,6 +167,9 @@ def _options(query, key, value, mask, is_causal, window_size, scale, softcap, en
     if q_shape[1] != k_shape[1] and not enable_gqa:
         raise ValueError(f"query has {q_shape[1]} heads and key has {k_shape[1]}; enable_gqa=True allows that")
     lower, upper = _band(is_causal, window_size, q_shape[2], k_shape[2])
+    if bias is not None:
+        bound = subclasses.upper_bound(bias, q_shape[2], k_shape[2])
+        upper = bound if upper is None else min(upper, bound)
     return lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap)
 
 

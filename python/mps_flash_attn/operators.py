@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 from . import run, tensors
 from .problem import check, check_saved
+from .subclasses import as_plain
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? mask"
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
@@ -49,12 +50,18 @@ def _absent_as_empty(gradients, query):
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward(d_out, d_lse, query, *arguments):
-    return _absent_as_empty(run.backward(d_out, d_lse, query, *arguments), query)
+def _forward(query, key, value, mask, *options):
+    return run.forward(*as_plain(query=query, key=key, value=value, attn_mask=mask), *options)
+
+
+def _backward(d_out, d_lse, query, key, value, mask, out, lse, *options):
+    gradients = as_plain(d_out=d_out, d_lse=d_lse)
+    query, *others = as_plain(query=query, key=key, value=value, attn_mask=mask, out=out, lse=lse)
+    return _absent_as_empty(run.backward(*gradients, query, *others, *options), query)
 
 
 for _key in (name.upper() for name in tensors.DEVICES):
-    _registration.impl("attention_forward", run.forward, _key)
+    _registration.impl("attention_forward", _forward, _key)
     _registration.impl("attention_backward", _backward, _key)
 
 

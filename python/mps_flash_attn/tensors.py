@@ -4,10 +4,10 @@ writes."""
 import torch
 
 from .library import BF16, DEVICES, F16, F32, F64, Unsupported
+from .subclasses import PLAIN, as_plain
 
 DTYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _has_storage = torch._C._has_storage  # by names of our own: each step on the way to one costs in every call
 
 _ABSENT = (1, 1, 1, 1)
@@ -16,7 +16,7 @@ _ABSENT = (1, 1, 1, 1)
 def is_plain(tensor):
     """Whether this is a tensor with dense memory of its own, read as it lies. Not so are subclasses, which may only
     stand for one, those that vmap makes, sparse and nested ones, and views with a negation still to be carried out."""
-    return type(tensor) in _PLAIN and _has_storage(tensor) and not tensor.is_nested and not tensor.is_neg()
+    return type(tensor) in PLAIN and _has_storage(tensor) and not tensor.is_nested and not tensor.is_neg()
 
 
 def is_aligned(tensor):
@@ -26,22 +26,20 @@ def is_aligned(tensor):
 
 def peculiarity(tensor):
     """In what way a tensor is not plain."""
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         return "a tensor subclass"
     return "a negation still to be carried out" if tensor.is_neg() else "a tensor without dense memory"
 
 
 def check(name, tensor):
     """Refuses what neither memory nor an operator could be found for; returns the tensor, as a plain one where that
-    can be done."""
+    can be done (subclasses.py)."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} has the layout {layout}; it must be strided")
-    if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
-        return tensor.as_subclass(torch.Tensor)  # it adds behaviour in Python and has ordinary memory
-    return tensor
+    return as_plain(**{name: tensor})[0]
 
 
 def device(tensor):

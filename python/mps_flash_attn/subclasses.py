@@ -1,0 +1,74 @@
+"""Tensor subclasses: which of them may be read as the memory they have, and which masks are read by their meaning.
+
+The rule is PyTorch's own. A class that overrides __torch_dispatch__ is asked by the dispatcher, which calls it with our
+operators. One that overrides __torch_function__ is asked before that, as by every function of PyTorch; where it lets
+the function run, its memory holds its values, as it does for PyTorch's operators. Every other class only adds
+attributes and methods to ordinary memory.
+
+Masks are the exception. A class of biases gives its meaning to scaled_dot_product_attention, in its
+__torch_function__, and its memory may hold anything. So a mask whose class overrides that is refused, except
+torch.nn.attention.bias.CausalBias, whose meaning is a band.
+"""
+
+import sys
+
+import torch
+from torch.overrides import has_torch_function
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DEFAULT_RULE = torch.Tensor.__torch_function__.__func__
+
+
+def as_plain(**operands):
+    """The tensors, those that can be as tensors of an ordinary class; refuses one whose values are not in its memory.
+    They have the names of arguments, of which attn_mask has its own rule; None stays None."""
+    return [one if one is None or type(one) in PLAIN else _as_plain(name, one) for name, one in operands.items()]
+
+
+def _as_plain(name, tensor):
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return tensor
+    if _is_causal_bias(tensor) or (name == "attn_mask" and _overrides_torch_function(kind)):
+        raise TypeError(
+            f"{name} is a {kind.__name__}, whose values may be elsewhere than in its memory; it must be a plain tensor"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
+
+
+def are_asked(*operands):
+    """Whether the class of one of them has a __torch_function__ to be asked."""
+    return any(type(one) not in PLAIN for one in operands) and has_torch_function(operands)
+
+
+def split(mask):
+    """(mask, None); for what causal_upper_left and causal_lower_right of torch.nn.attention.bias return, (None, it)."""
+    return (None, mask) if _is_causal_bias(mask) else (mask, None)
+
+
+def upper_bound(bias, q_len, kv_len):
+    """The bound on j - i that a CausalBias stands for."""
+    module = sys.modules["torch.nn.attention.bias"]
+    variant = getattr(bias, "variant", None)
+    if type(bias) is not module.CausalBias or variant not in list(module.CausalVariant):
+        raise TypeError(
+            f"attn_mask is a {type(bias).__name__} that does not say which bias it is, as one that an operation "
+            "returned; it must be as causal_upper_left or causal_lower_right made it"
+        )
+    if (bias.seq_len_q, bias.seq_len_kv) != (q_len, kv_len):
+        raise ValueError(
+            f"attn_mask is a CausalBias for {bias.seq_len_q} queries and {bias.seq_len_kv} keys; it must be for the "
+            f"lengths of query and key, {q_len} and {kv_len}"
+        )
+    return kv_len - q_len if variant == module.CausalVariant.LOWER_RIGHT else 0
+
+
+def _is_causal_bias(tensor):
+    module = sys.modules.get("torch.nn.attention.bias")  # importing it takes seconds; no such bias exists before
+    return module is not None and isinstance(tensor, module.CausalBias)
+
+
+def _overrides_torch_function(kind):
+    rule = kind.__torch_function__
+    return rule is not torch._C._disabled_torch_function_impl and getattr(rule, "__func__", rule) is not _DEFAULT_RULE
