@@ -11,6 +11,7 @@ from .library import Unsupported, library
 from .operators import EAGER, Attention, Call, attention_forward, is_differentiated, needs_operator
 from .run import forward
 
+_is_compiling = torch.compiler.is_compiling  # by a name of our own: each step on the way to one costs in every call
 _FAR = 2**62  # farther than any two keys, yet an int64 after a length is added
 
 
@@ -52,7 +53,7 @@ def flash_attention(
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where no key is seen. It can be differentiated.
     """
-    by_operator = torch.compiler.is_compiling()
+    by_operator = _is_compiling()
     if not by_operator:
         # Floats equal integers, yet as a window they are refused.
         kind = repr(window_size) if type(window_size) is tuple else type(window_size)

@@ -57,6 +57,7 @@ PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTION
 _BASES = "Q" + "P8x" * 12
 BASES = struct.Struct(f"@{_BASES}{BUFFERS.size - struct.calcsize(_BASES)}x")
 
+_number_of_threads = torch.get_num_threads  # by a name of our own: each step on the way to one costs in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
 
 # mfa_compiler: (paths of the texts, how many, path of the library, argument) -> 0 if it was made.
@@ -172,7 +173,7 @@ class Library:
 
     def attention(self, problem, buffers, stream=None):
         """Runs a packed problem on packed buffers; on Metal `stream` is STREAM_TORCH."""
-        threads = torch.get_num_threads()
+        threads = _number_of_threads()
         if threads != self.threads:
             self.follow(threads)
         status = self.mfa_attention(self.context, problem, buffers, stream)

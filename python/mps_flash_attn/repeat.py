@@ -86,6 +86,7 @@ def _guards_tell():
         torch.empty(2, 3, **like, requires_grad=True),
         torch.empty(2, 3, dtype=torch.float32, device="meta"),
         torch._neg_view(torch.empty(2, 3, **like)),
+        torch._efficientzerotensor((2, 3), **like),
         torch.nn.Parameter(second, requires_grad=False),
     )
     try:

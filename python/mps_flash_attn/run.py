@@ -6,11 +6,12 @@ shapes, strides, dtypes and options) finds itself prepared.
 
 from typing import NamedTuple
 
-import torch
-
 from . import tensors
 from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
 from .problem import check, check_saved, pack_backward, pack_forward
+
+# By names of our own: each step on the way to one costs in every call.
+_storage, _offset, _address, _empty_on_cpu = tensors.storage, tensors.offset, tensors.address, tensors.empty_on_cpu
 
 _OWN_WORKSPACE = (0, 0, 0)  # of libmfa's context
 
@@ -23,9 +24,10 @@ class Forward(NamedTuple):
 
     problem: bytes
     device: int
-    out: tuple  # shape and strides
+    extents: tuple  # tensors.extent of query, key, value and mask
+    itemsize: int
+    out: tuple  # shape, strides and dtype
     rows: tuple  # those of log-sum-exp
-    rows_dtype: torch.dtype
 
 
 class Backward(NamedTuple):
@@ -33,7 +35,10 @@ class Backward(NamedTuple):
 
     problem: bytes
     device: int
+    extents: tuple  # tensors.extent of query, key, value, mask, out, lse, d_out and d_lse
+    itemsize: int
     wanted: tuple  # which of dQ, dK, dV, dbias
+    gradients: tuple  # shape, strides and dtype of each; None where it is not wanted
 
 
 def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True, allocate=tensors.like):
@@ -56,14 +61,26 @@ def prepare_forward(query, key, value, mask, lower, upper, scale, softcap, alloc
     check(query, key, value, mask)
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
     problem = pack_forward(query, key, value, mask, lower, upper, scale, softcap, out)
-    layouts = (out.shape, out.stride()), (rows.shape, rows.stride())
-    return _keep(kind, Forward(problem, tensors.device(query), *layouts, rows.dtype))
+    extents = tuple(map(tensors.extent, (query, key, value, mask)))
+    layouts = tensors.empty_layout(out), tensors.empty_layout(rows)
+    return _keep(kind, Forward(problem, tensors.device(query), extents, query.itemsize, *layouts))
 
 
 def run_forward(prepared, query, key, value, mask, with_lse):
-    problem, device, out_layout, rows_layout, rows_dtype = prepared
-    out = query.new_empty_strided(*out_layout)
-    lse = query.new_empty_strided(*rows_layout, dtype=rows_dtype) if with_lse else None
+    problem, device, (q_extent, k_extent, v_extent, mask_extent), size, out_layout, rows_layout = prepared
+    if (  # written out: the shortest way
+        _storage(query).nbytes() - _offset(query) * size < q_extent
+        or _storage(key).nbytes() - _offset(key) * size < k_extent
+        or _storage(value).nbytes() - _offset(value) * size < v_extent
+        or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
+    ):
+        tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask)
+    if device == DEVICE_CPU:
+        out = _empty_on_cpu(*out_layout)
+        lse = _empty_on_cpu(*rows_layout) if with_lse else None
+    else:
+        out = tensors.empty(query, out_layout)
+        lse = tensors.empty(query, rows_layout) if with_lse else None
     _run(problem, device, query, key, value, mask, out, lse)
     return out, lse
 
@@ -93,19 +110,34 @@ def prepare_backward(query, key, value, mask, out, lse, d_out, d_lse, lower, upp
     check(query, key, value, mask)
     check_saved(query, value, out, lse, d_out, d_lse)
     options = lower, upper, scale, softcap
-    gradients = map(tensors.gradient, (query, key, value, mask), wanted)
+    gradients = tuple(map(tensors.gradient, (query, key, value, mask), wanted))
     problem = pack_backward(query, key, value, mask, *options, out, lse, d_out, d_lse, *gradients)
-    return _keep(kind, Backward(problem, tensors.device(query), tuple(wanted)))
+    extents = tuple(map(tensors.extent, (query, key, value, mask, out, lse, d_out, d_lse)))
+    layouts = tuple(map(tensors.empty_layout, gradients))
+    return _keep(kind, Backward(problem, tensors.device(query), extents, query.itemsize, tuple(wanted), layouts))
 
 
 def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse):
-    problem, device, (wants_dq, wants_dk, wants_dv, wants_dbias) = prepared
-    dq = torch.empty_like(query) if wants_dq else None
-    dk = torch.empty_like(key) if wants_dk else None
-    dv = torch.empty_like(value) if wants_dv else None
-    dbias = torch.empty_like(mask) if wants_dbias else None
-    _run(problem, device, query, key, value, mask, out, lse, d_out, d_lse, dq, dk, dv, dbias)
-    return dq, dk, dv, dbias
+    problem, device, extents, size, _, layouts = prepared
+    q_extent, k_extent, v_extent, mask_extent, out_extent, lse_extent, d_out_extent, d_lse_extent = extents
+    if (
+        _storage(query).nbytes() - _offset(query) * size < q_extent
+        or _storage(key).nbytes() - _offset(key) * size < k_extent
+        or _storage(value).nbytes() - _offset(value) * size < v_extent
+        or _storage(out).nbytes() - _offset(out) * size < out_extent
+        or _storage(d_out).nbytes() - _offset(d_out) * size < d_out_extent
+        or _storage(lse).nbytes() - _offset(lse) * lse.itemsize < lse_extent
+        or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
+        or (d_lse is not None and _storage(d_lse).nbytes() - _offset(d_lse) * d_lse.itemsize < d_lse_extent)
+    ):
+        saved = {"query": query, "key": key, "value": value, "attn_mask": mask, "out": out, "lse": lse}
+        tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse)
+    if device == DEVICE_CPU:
+        gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
+    else:
+        gradients = [tensors.empty(query, layout) for layout in layouts]
+    _run(problem, device, query, key, value, mask, out, lse, d_out, d_lse, *gradients)
+    return tuple(gradients)
 
 
 def _keep(kind, prepared):
@@ -118,21 +150,20 @@ def _keep(kind, prepared):
 def _run(problem, device, q, k, v, mask, o, lse, d_o=None, dlse=None, dq=None, dk=None, dv=None, dbias=None):
     """The operands in the order of mfa_buffers, None where there is none."""
     if device == DEVICE_CPU:
-        address = tensors.address
-        buffers = BASES.pack(  # written out: the shortest way
+        buffers = BASES.pack(
             BUFFERS.size,
-            address(q),
-            address(k),
-            address(v),
-            0 if mask is None else address(mask),
-            address(o),
-            0 if lse is None else address(lse),
-            0 if d_o is None else address(d_o),
-            0 if dlse is None else address(dlse),
-            0 if dq is None else address(dq),
-            0 if dk is None else address(dk),
-            0 if dv is None else address(dv),
-            0 if dbias is None else address(dbias),
+            _address(q),
+            _address(k),
+            _address(v),
+            0 if mask is None else _address(mask),
+            _address(o),
+            0 if lse is None else _address(lse),
+            0 if d_o is None else _address(d_o),
+            0 if dlse is None else _address(dlse),
+            0 if dq is None else _address(dq),
+            0 if dk is None else _address(dk),
+            0 if dv is None else _address(dv),
+            0 if dbias is None else _address(dbias),
         )
         library().attention(problem, buffers)
     else:

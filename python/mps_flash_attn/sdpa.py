@@ -137,6 +137,9 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
                 return out
     given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     traced = not all(map(tensors.is_plain, given))
+    if traced and any(map(tensors.is_zero, given)):  # PyTorch's fused kernel would read memory that they do not have
+        given = [one.clone() if tensors.is_zero(one) else one for one in (query, key, value, attn_mask)]
+        return _attention(*given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason = _objection(given, traced, dropout_p, scale)
     if reason is None:
         judge = shapes.judge if traced else shapes.judge_sizes

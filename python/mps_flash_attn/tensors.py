@@ -15,8 +15,16 @@ _ABSENT = (1, 1, 1, 1)
 
 def is_plain(tensor):
     """Whether this is a tensor with dense memory of its own, read as it lies. Not so are subclasses, which may only
-    stand for one, those that vmap makes, sparse and nested ones, and views with a negation still to be carried out."""
-    return type(tensor) in PLAIN and _has_storage(tensor) and not tensor.is_nested and not tensor.is_neg()
+    stand for one, those that vmap makes, sparse and nested ones, zero tensors, which have no memory, and views with a
+    negation still to be carried out."""
+    if type(tensor) not in PLAIN or not _has_storage(tensor) or tensor.is_nested:
+        return False
+    return not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def is_zero(tensor):
+    """Whether this is a zero tensor, as PyTorch's own rules for gradients make them: it stands for zeros."""
+    return type(tensor) in PLAIN and tensor._is_zerotensor()
 
 
 def is_aligned(tensor):
@@ -109,6 +117,35 @@ def gradient(tensor, wanted):
     return torch.empty_like(tensor) if wanted else None
 
 
+def _quickest_empty():
+    """(shape, strides, dtype) -> a new tensor on the CPU: the function of compiled code, which PyTorch promises nobody,
+    takes half the time of the public one."""
+
+    def empty(shape, strides, dtype):
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+    quick = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty)
+    try:
+        made = quick((2, 3), (1, 2), torch.float64)
+    except (RuntimeError, TypeError):
+        return empty
+    right = made.shape == (2, 3) and made.stride() == (1, 2) and made.dtype is torch.float64
+    return quick if right and made.device.type == "cpu" else empty
+
+
+empty_on_cpu = _quickest_empty()
+
+
+def empty_layout(tensor):
+    """What `empty` makes another one of: shape, strides and dtype; None for None."""
+    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def empty(query, layout):
+    """A new tensor where `query` is; None for None."""
+    return None if layout is None else query.new_empty_strided(layout[0], layout[1], dtype=layout[2])
+
+
 def incoming(gradient, out):
     """The gradient that reaches `out`, as it can be read; zeros where nothing did."""
     return out.new_zeros(1).expand(out.shape) if gradient is None else resolved(gradient)
@@ -119,18 +156,50 @@ def resolved(gradient):
     return gradient.resolve_neg() if gradient is not None and gradient.is_neg() else gradient
 
 
-address = torch.Tensor.data_ptr  # of the first element, on the CPU
+# Of the first element, on the CPU. data_ptr() copies a tensor that shares its memory until either is written
+# (torch._lazy_clone), and a PyTorch that has no other function does so.
+address = getattr(torch.Tensor, "const_data_ptr", torch.Tensor.data_ptr)
+
+_storage_address = getattr(torch._C, "_data_address", None)  # of the whole storage, likewise
+storage = torch.Tensor.untyped_storage
+offset = torch.Tensor.storage_offset
+
+
+def extent(tensor):
+    """The bytes from the first element of a tensor to the end of its last one; 0 for None. Below any number for one
+    without elements, of which no memory is read."""
+    if tensor is None:
+        return 0
+    if not tensor.numel():
+        return -(2**63)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.itemsize
+
+
+def refuse_short_storage(**operands):
+    """Raises for the first of the tensors that has elements beyond its storage, in PyTorch's words."""
+    for name, tensor in operands.items():
+        if tensor is None:
+            continue
+        first, found = offset(tensor) * tensor.itemsize, storage(tensor).nbytes()
+        if found - first < extent(tensor):
+            raise RuntimeError(
+                f"{name}: sizes {list(tensor.shape)}, strides {list(tensor.stride())}, storage offset "
+                f"{offset(tensor)}, and itemsize {tensor.itemsize} requiring a storage size of "
+                f"{first + extent(tensor)} are out of bounds for storage of size {found}, which was resized or freed "
+                "after the tensor was made"
+            )
 
 
 def place_on_metal(tensor):
     """Where the first element is: (base, offset in bytes), as in mfa_buffer; zeros for None. An MTLBuffer holds the
     storage."""
-    return (0, 0) if tensor is None else (metal_buffer(tensor), tensor.storage_offset() * tensor.itemsize)
+    return (0, 0) if tensor is None else (metal_buffer(tensor), offset(tensor) * tensor.itemsize)
 
 
 def metal_buffer(tensor):
     """The MTLBuffer, which PyTorch gives as the data pointer of the whole storage."""
-    return tensor.untyped_storage().data_ptr()
+    return _storage_address(tensor) if _storage_address else storage(tensor).data_ptr()
 
 
 def layout(tensor):

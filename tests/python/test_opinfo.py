@@ -174,3 +174,47 @@ def test_fake_tensors():
                 result = run(fake)
         assert result.shape == real.shape and result.dtype == real.dtype
         assert result.stride() == real.stride()
+
+
+def without_dropout(requires_grad=False):
+    return [s for s in samples(torch.float32, requires_grad) if not s.kwargs.get("dropout_p")]
+
+
+COMPLIANT = {"check_with_mode": [], "check_all_permutations": [], "check_backward_formula": [None, None]}
+
+
+@pytest.mark.parametrize("name", COMPLIANT)
+def test_composite_compliance(name):
+    """Tensors of a class that sees every operator, alone, beside plain ones, and as gradients."""
+    from torch.testing._internal import composite_compliance
+
+    check = getattr(composite_compliance, name)
+    close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)  # PyTorch's numbers beside ours
+    for sample in without_dropout(requires_grad=True)[::2]:
+        arguments = (sample.input, *sample.args), sample.kwargs, *COMPLIANT[name]
+        theirs = outcome(check, opinfo(), *arguments, close)
+        with replaced_sdpa():
+            assert outcome(check, opinfo(), *arguments, close) == theirs
+        assert theirs is None
+    assert sdpa_stats(reset=True)["a tensor subclass"]
+
+
+@pytest.mark.cpu("the stand-in for an MTLBuffer is written")
+@pytest.mark.skipif(not hasattr(torch.Tensor, "const_data_ptr"), reason="this PyTorch has no address to read from")
+def test_cow_input():
+    """Arguments that share their memory until they are written stay so, and gradients, too, with us as without."""
+
+    def still_shared(sample):
+        tensors = [torch._lazy_clone(t.detach()).requires_grad_() for t in (sample.input, *sample.args)]
+        out = run(sample, *tensors)
+        after_forward = [*map(torch._C._is_cow_tensor, tensors)]
+        d_out = torch._lazy_clone(torch.ones_like(out))
+        torch.autograd.grad(out, tensors, d_out)
+        return after_forward, [*map(torch._C._is_cow_tensor, (*tensors, d_out))]
+
+    for sample in without_dropout(requires_grad=True):
+        theirs = still_shared(sample)
+        with replaced_sdpa():
+            assert still_shared(sample) == theirs
+        assert all(theirs[0]) and all(theirs[1])
+    assert sdpa_stats(reset=True)["replaced"] >= 12
