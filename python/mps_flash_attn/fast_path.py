@@ -29,8 +29,9 @@ def kernel():
     return torch.library.get_kernel(f"aten::{_NAME}", _KEY)
 
 
-def register(registration):
-    """Adds the override to the others. A PyTorch without get_kernel has no way to the original: then it is let be."""
+def register(registration, is_in_force):
+    """Adds the override to the others, which leads to the original while it is not in force. A PyTorch without
+    get_kernel has no way to the original: then it is let be."""
     if not hasattr(torch.library, "get_kernel"):
         return
     original = kernel()
@@ -51,10 +52,11 @@ def register(registration):
         mask_type=None,
     ):
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-        reason = _objection(query, key, value, num_head, weights, mask, need_weights, mask_type)
-        if reason is None:
-            return _attend(query, num_head, *weights, mask, mask_type), None
-        count(reason)
+        if is_in_force():
+            reason = _objection(query, key, value, num_head, weights, mask, need_weights, mask_type)
+            if reason is None:
+                return _attend(query, num_head, *weights, mask, mask_type), None
+            count(reason)
         options = (mask, need_weights, average_attn_weights, mask_type)
         keys = torch._C._dispatch_keys(query)
         return original.call_boxed(keys, query, key, value, embed_dim, num_head, *weights, *options)

@@ -16,8 +16,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
-from . import fast_path, repeat, shapes, tensors
+from . import checkpointing, fast_path, repeat, shapes, tensors
 from .after_fork import new_lock
+from .checkpointing import top_hooks
 from .library import Unsupported, library
 from .operators import EAGER, Attention, Call, Route, attention_forward, is_differentiated
 from .repeat import Known, Repeat
@@ -48,8 +49,7 @@ class Replacement:
         """Takes this replacement back; PyTorch's own operator returns when the last one is. More than once is good."""
         with _lock:
             _handles.discard(self)
-            if not _handles:
-                _unregister()
+            _unregister_unneeded()
 
     def __enter__(self):
         return self
@@ -86,7 +86,7 @@ def restore_sdpa():
     """Removes every replacement: PyTorch's own operator is back."""
     with _lock:
         _handles.clear()
-        _unregister()
+        _unregister_unneeded()
 
 
 def _register():
@@ -95,12 +95,20 @@ def _register():
     try:
         for key in _KEYS:
             registration.impl("scaled_dot_product_attention", _attention, key)
-        fast_path.register(registration)
+        fast_path.register(registration, lambda: bool(_handles))
     except BaseException:
         registration._destroy()
         raise
     _registration = registration
     _tag_compiler_cache()
+
+
+def _unregister_unneeded():
+    """PyTorch's own operator is back once nothing is in force; our kernels stay, and lead to it, as long as a
+    checkpoint may compute again what they computed."""
+    with _lock:
+        if not _handles and not checkpointing.is_pending():
+            _unregister()
 
 
 def _unregister():
@@ -129,6 +137,9 @@ def _tag_compiler_cache(wanted=True):
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    hooks = top_hooks(True)
+    if (hooks is not None or not _handles) and not _is_replaced(hooks, query, key, value, attn_mask):
+        return _original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
     if not dropout_p:
         before = repeat.find(query, key, value, attn_mask, _told(is_causal, scale, enable_gqa))
         if before is not None:
@@ -165,6 +176,16 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         repeat.keep(query, key, value, attn_mask, told, _Left, verdict.work)
     original = _math if reason is shapes.LENGTHS else _original
     return original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
+
+
+def _is_replaced(hooks, *operands):
+    """Whether SDPA is replaced for a call that comes beneath hooks for saved tensors, or after the last replacement."""
+    in_force = bool(_handles)
+    if checkpointing.is_replaced(hooks, in_force, partial(is_differentiated, *operands), _unregister_unneeded):
+        return True
+    if in_force:
+        count("computed again, as PyTorch's operator computed it in forward")
+    return False
 
 
 def _objection(given, traced, dropout_p, scale):
