@@ -6,6 +6,9 @@ from mps_flash_attn import flash_attention, replace_sdpa
 from .attention import Explanation, explain, flash_attention
 from .frameworks import comfyui_attention, register_transformers
 from .library import Unsupported, is_available
+from .library import library as _library
+from .migration import convert_mask
+from .migration import instead_of as _instead_of
 from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
 from .stats import sdpa_stats, sdpa_thresholds
 
@@ -13,6 +16,7 @@ __all__ = [
     "Explanation",
     "Unsupported",
     "comfyui_attention",
+    "convert_mask",
     "explain",
     "flash_attention",
     "is_available",
@@ -23,3 +27,14 @@ __all__ = [
     "sdpa_stats",
     "sdpa_thresholds",
 ]
+
+
+def __getattr__(name):
+    if name == "__version__":  # that of include/mfa.h
+        try:
+            return _library().version
+        except (ImportError, OSError) as error:
+            raise AttributeError(f"module {__name__!r} has no version without its library: {error}") from error
+    sentence = f"module {__name__!r} has no attribute {name!r}"
+    instead = _instead_of(name)
+    raise AttributeError(f"{sentence}: that is of another package, mps-flash-attn; {instead}" if instead else sentence)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, display, precompile
+from . import check, display, precompiling
 from .attention import Explanation
 from .library import DEVICES, changed, library, objection, scalars
 
@@ -61,7 +61,7 @@ def _check(arguments):
 
 
 def _precompile(arguments):
-    return precompile.run(
+    return precompiling.run(
         arguments.dtype, arguments.head_dim, arguments.features, arguments.backward, arguments.folder
     )
 

@@ -27,6 +27,7 @@ def flash_attention(
     softcap=0,
     enable_gqa=False,
     return_lse=False,
+    bf16_backward=False,
 ):
     """softmax(scale * query @ key.T + attn_mask) @ value, never holding the L x S matrix of scores.
 
@@ -46,21 +47,28 @@ def flash_attention(
                   (left, right), as in flash-attn: from `left` keys before one's own place to `right` after it, -1 being
                   no limit; with is_causal, right is 0. As in flash-attn a pair aligns to the bottom right, causal True
                   too; only is_causal="top_left" changes that. 0: no window.
-    attn_mask     bool (True takes part) or float (added), broadcastable to (B, H, L, S), and combined with the above.
+    attn_mask     bool (True takes part, as in PyTorch; in mps-flash-attn on PyPI True hides) or float (added),
+                  broadcastable to (B, H, L, S), and combined with the above.
                   A float mask that requires a gradient gets it. Or what torch.nn.attention.bias.causal_upper_left(L, S)
                   and causal_lower_right(L, S) return: then no mask is read or made.
     enable_gqa    allows fewer heads in key and value: query head h uses head h // (H // Hkv).
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where no key is seen. It can be differentiated.
+    bf16_backward is of mps-flash-attn on PyPI; ValueError if True.
     """
     by_operator = _is_compiling()
     if not by_operator:
         # Floats equal integers, yet as a window they are refused.
         kind = repr(window_size) if type(window_size) is tuple else type(window_size)
-        given = (is_causal, scale, window_size, kind, softcap, enable_gqa, return_lse)
+        given = (is_causal, scale, window_size, kind, softcap, enable_gqa, return_lse, bf16_backward)
         before = repeat.find(query, key, value, attn_mask, given)
         if before is not None:
             return before.attend(query, key, value, attn_mask)
+    if bf16_backward:
+        raise ValueError(
+            f"bf16_backward is {bf16_backward!r}; leave it out: gradients have the precision of the operands, which "
+            "may be bfloat16"
+        )
     mask, bias = subclasses.split(attn_mask)
     if not by_operator and needs_operator(*((query, key, value) if mask is None else (query, key, value, mask))):
         by_operator = True

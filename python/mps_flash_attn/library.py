@@ -280,5 +280,6 @@ def objection(device):
 
 
 def is_available(device="cpu"):
-    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU."""
+    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. In mps-flash-attn
+    on PyPI a function of this name, without an argument, says what is_available("mps") says here."""
     return not objection(device)

@@ -1,0 +1,37 @@
+"""For code written for mps-flash-attn 0.2 to 0.6.3 on PyPI, which has the import name of this package: what of it can
+be given the right meaning here, and what to use in place of the rest (docs/migration.md)."""
+
+import torch
+
+_FLOAT_TENSORS = "keys and values are not quantized here; give flash_attention those that quantize_kv_* was given"
+_INSTEAD = {
+    "flash_attn_func": "use flash_attention, whose tensors are (batch, heads, length, head_dim)",
+    "flash_attention_with_bias": "use flash_attention with attn_mask=bias / sqrt(head_dim): scores are scaled before a "
+    "mask is added",
+    "flash_attention_chunked": "use flash_attention, which never holds all scores",
+    "precompile": "run python -m mps_flash_attn precompile",
+    "clear_cache": "delete the folder of compiled kernels: MFA_CACHE, else that of the user's caches",
+    "register_custom_op": "nothing has to be registered: torch.compile takes flash_attention as it is",
+    "torch_ops": "the operators are torch.ops.mfa.attention_forward and torch.ops.mfa.attention_backward",
+    "benchmark": "there is no benchmark in this package",
+}
+_QUANTIZED = ("quantize_kv_", "QUANT_", "flash_attention_fp8", "flash_attention_int8", "flash_attention_nf4")
+
+
+def instead_of(name):
+    """What to use in place of a name of that package; None if it is no such name."""
+    if name.startswith(_QUANTIZED) or name == "flash_attention_quantized":
+        return _FLOAT_TENSORS
+    return _INSTEAD.get(name)
+
+
+def convert_mask(attn_mask):
+    """The mask for flash_attention, from one for the function of this name in mps-flash-attn on PyPI: None and float
+    masks, added to the scores here, as they are. ValueError for a bool mask: there True hides a key, in PyTorch and
+    here True lets it take part."""
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype is torch.bool:
+        raise ValueError(
+            "attn_mask is bool, which convert_mask of mps-flash-attn took for a mask whose True hides; give "
+            "flash_attention ~attn_mask if it is one, or attn_mask itself if True takes part, as in PyTorch"
+        )
+    return attn_mask
