@@ -100,6 +100,7 @@ def _register():
         registration._destroy()
         raise
     _registration = registration
+    _forget_kernels()
     _tag_compiler_cache()
 
 
@@ -120,7 +121,14 @@ def _unregister():
             _left.append([*map(partial(torch.library.get_kernel, _OPERATOR), _KEYS), fast_path.kernel()])
         registration, _registration = _registration, None
         registration._destroy()
+        _forget_kernels()
         _tag_compiler_cache(wanted=False)
+
+
+def _forget_kernels():
+    """PyTorch's operator remembers which kernel it has for tensors that are traced; without this, code compiled after
+    other code was would have the kernels of that time."""
+    getattr(_OPERATOR, "_dispatch_cache", {}).clear()
 
 
 def _tag_compiler_cache(wanted=True):

@@ -1,5 +1,6 @@
 """replace_sdpa under torch.compile and torch.export: one graph without breaks, for all lengths, with our kernels."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -128,3 +129,13 @@ def test_compiled_code_on_disk_is_kept_apart(tmp_path):
         assert done.returncode == 0 and not done.stderr, done.stderr
         hits.append(int(done.stdout))
     assert hits == [0, 0, 1]
+
+
+def test_compiled_anew_after_a_change():
+    """Whether SDPA was replaced when other code was compiled does not matter."""
+    for replaced in (False, True, False, True, False):
+        torch._dynamo.reset()
+        sdpa_stats(reset=True)
+        with replaced_sdpa() if replaced else contextlib.nullcontext():
+            torch.compile(F.scaled_dot_product_attention, backend="aot_eager")(*problem())
+        assert bool(sdpa_stats().get("traced into a compiled graph")) == replaced
