@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, display, precompiling
+from . import check, display, precompiling, sdpa
 from .attention import Explanation
 from .library import DEVICES, changed, library, objection, scalars
 
@@ -31,6 +31,7 @@ def _info(_):
         ("thread pool", "PyTorch's own" if found.host else "libmfa's own"),
         ("Metal", objection("mps") or "available"),
         ("PyTorch", torch.__version__),
+        ("SDPA", f"{'replaced' if sdpa.is_in_force() else 'not replaced'} in this process; each calls replace_sdpa()"),
     )
     display.table("libmfa", rows)
 

@@ -59,7 +59,8 @@ class Replacement:
 
 
 def replace_sdpa():
-    """Lets scaled_dot_product_attention run on libmfa wherever that supports the call, in the whole process.
+    """Lets scaled_dot_product_attention run on libmfa wherever that supports the call, in the whole process. A child
+    that is forked has it, one that is spawned has to call this itself.
 
         replace_sdpa()                  for good, or until restore_sdpa()
         handle = replace_sdpa()         until handle.remove()
@@ -89,13 +90,18 @@ def restore_sdpa():
         _unregister_unneeded()
 
 
+def is_in_force():
+    """Whether SDPA is replaced, in this process."""
+    return bool(_handles)
+
+
 def _register():
     global _registration
     registration = torch.library.Library("aten", "IMPL")
     try:
         for key in _KEYS:
             registration.impl("scaled_dot_product_attention", _attention, key)
-        fast_path.register(registration, lambda: bool(_handles))
+        fast_path.register(registration, is_in_force)
     except BaseException:
         registration._destroy()
         raise
@@ -188,7 +194,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 def _is_replaced(hooks, *operands):
     """Whether SDPA is replaced for a call that comes beneath hooks for saved tensors, or after the last replacement."""
-    in_force = bool(_handles)
+    in_force = is_in_force()
     if checkpointing.is_replaced(hooks, in_force, partial(is_differentiated, *operands), _unregister_unneeded):
         return True
     if in_force:
