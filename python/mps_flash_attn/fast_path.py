@@ -2,7 +2,8 @@
 
 In evaluation, without gradients, they take a way of their own, an operator that projects, attends and projects again,
 and holds all scores meanwhile. After replace_sdpa() its self-attention goes through scaled_dot_product_attention, if
-that is ours to run. TransformerEncoder with padding makes nested tensors first: those stay PyTorch's.
+that is ours to run. TransformerEncoder with padding makes nested tensors first: those stay PyTorch's. Dispatch modes
+see the operator, and, as without us, nothing of what is in it.
 
 Where a query may see no key the operator gives NaN; scaled_dot_product_attention, and so this, gives zeros.
 """
@@ -71,7 +72,7 @@ def _objection(query, key, value, heads, weights, mask, need_weights, mask_type)
     if query is not key or key is not value or need_weights:
         return "nn.MultiheadAttention: not self-attention, or its weights are wanted"
     given = (query, *weights) if mask is None else (query, *weights, mask)
-    if torch._C._len_torch_dispatch_stack() or not all(map(tensors.is_plain, given)):
+    if not all(map(tensors.is_plain, given)):
         return "nn.MultiheadAttention: not plain tensors"
     if query.dtype not in tensors.DTYPES or query.dim() != 3 or query.shape[2] % heads:
         return "nn.MultiheadAttention: shapes or dtypes"

@@ -10,6 +10,8 @@ function, `Attention`, and differ in the Route that it is given.
 Backward takes any `out` and `lse`, so that results merged from several devices work.
 """
 
+import contextlib
+import threading
 from typing import Callable, NamedTuple
 
 import torch
@@ -137,19 +139,59 @@ class Attention(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The gradients as a function of their own, so that to differentiate them again is an error: without it autograd
-    would take them for constants, and a second derivative would be wrong without a word."""
+    """The gradients as a function of their own. Without it autograd would take them for constants, and a second
+    derivative would be wrong without a word."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        return _beneath(attention_backward, *arguments)
+    def forward(ctx, second, d_out, d_lse, query, key, value, mask, out, lse, *options):
+        ctx.save_for_backward(d_out, query, key, value, mask)
+        ctx.set_materialize_grads(False)
+        ctx.second, ctx.options = second, options
+        return _beneath(attention_backward, d_out, d_lse, query, key, value, mask, out, lse, *options)
 
     @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(
-            "flash_attention has no second derivative; for that use scaled_dot_product_attention with "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
+    def backward(ctx, *incoming):
+        d_out, *operands = [None] * 5
+        if any(one is not None for one in incoming):
+            d_out, *operands = ctx.second(incoming, *ctx.saved_tensors, *ctx.options)
+        return None, d_out, None, *operands, None, None, *(None for _ in ctx.options)
+
+
+def _refuse_second(*_):
+    raise NotImplementedError(
+        "flash_attention has no second derivative; for that use scaled_dot_product_attention with "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+class _Rules(threading.local):
+    """What the operators do for autograd, in calls made by this thread."""
+
+    def __init__(self):
+        self.route = _TRACED  # of attention_forward
+        self.second = _refuse_second  # of attention_backward, see second_derivative()
+
+
+@contextlib.contextmanager
+def route_of_operator(route):
+    """In the block attention_forward is differentiated by this Route, not as flash_attention is."""
+    before, _rules.route = _rules.route, route
+    try:
+        yield
+    finally:
+        _rules.route = before
+
+
+@contextlib.contextmanager
+def second_derivative(second):
+    """In the block the gradients of attention_backward are differentiated again by `second`, not refused that. It takes
+    (incoming, d_out, query, key, value, mask, lower, upper, scale, softcap, wanted), `incoming` being the gradients of
+    (dQ, dK, dV, dbias), None where there is none; and returns those of d_out, query, key, value and mask."""
+    before, _rules.second = _rules.second, second
+    try:
+        yield
+    finally:
+        _rules.second = before
 
 
 def is_differentiated(*operands):
@@ -196,20 +238,26 @@ def _beneath(operator, *arguments):
         return operator(*arguments)
 
 
+def forward_by_operator(*arguments):
+    """Route.forward through the dispatcher."""
+    return _beneath(attention_forward, *arguments)
+
+
 EAGER = Route(run.forward, _eager_backward)
-_TRACED = Route(lambda *arguments: _beneath(attention_forward, *arguments), by_operator)
+_TRACED = Route(forward_by_operator, by_operator)
+_rules = _Rules()
 
 
 def _forward_with_autograd(query, key, value, mask, *options):
     if is_differentiated(query, key, value, mask):
-        return Attention.apply(query, key, value, mask, Call(_TRACED, options, True))
+        return Attention.apply(query, key, value, mask, Call(_rules.route, options, True))
     return _beneath(attention_forward, query, key, value, mask, *options)
 
 
 def _backward_with_autograd(d_out, d_lse, query, key, value, mask, out, lse, *options):
     arguments = (d_out, d_lse, query, key, value, mask, out, lse, *options)
     if is_differentiated(d_out, d_lse, query, key, value, mask, out, lse):
-        return _Gradients.apply(*arguments)
+        return _Gradients.apply(_rules.second, *arguments)
     return _beneath(attention_backward, *arguments)
 
 

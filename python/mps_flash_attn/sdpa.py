@@ -20,7 +20,19 @@ from . import checkpointing, fast_path, repeat, shapes, tensors
 from .after_fork import new_lock
 from .checkpointing import top_hooks
 from .library import Unsupported, library
-from .operators import EAGER, Attention, Call, Route, attention_forward, is_differentiated
+from .operators import (
+    EAGER,
+    Attention,
+    Call,
+    Route,
+    attention_forward,
+    by_operator,
+    count_of_modes,
+    forward_by_operator,
+    is_differentiated,
+    route_of_operator,
+    second_derivative,
+)
 from .repeat import Known, Repeat
 from .run import forward
 from .stats import REPLACED, SMALL, count, small
@@ -172,8 +184,10 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         verdict = judge(query.shape, key.shape, value.shape, mask_shape, is_causal, enable_gqa)
         reason = verdict.objection or small(verdict.work, query)
     if reason is None:
+        if traced:
+            _tag_compiler_cache()
         try:
-            run = _trace if traced else _run
+            run = _run_by_operator if traced or count_of_modes() else _run
             out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict)
         except Unsupported as error:
             reason = str(error)
@@ -209,10 +223,8 @@ def _objection(given, traced, dropout_p, scale):
         for tensor in given:
             if type(tensor) not in _TRACERS and not tensors.is_plain(tensor):
                 return tensors.peculiarity(tensor)
-        if _is_exporting():
-            return "torch.export"  # a program for other places keeps PyTorch's operator
-    elif torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode, which is to see the operators inside"
+    if (traced or count_of_modes()) and _is_exporting():
+        return "torch.export"  # a program for other places keeps PyTorch's operator
     if not torch._C._get_flash_sdp_enabled():
         return "flash attention is disabled"
     if dropout_p:
@@ -332,47 +344,77 @@ def _run(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
     return out
 
 
-def _trace(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
-    _tag_compiler_cache()
-    fused = shapes.is_fused(query, key, value, mask)
+def _run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
+    """The same by way of torch.ops.mfa, which compilers, dispatch modes and tensors without memory are to see."""
+    place = _place_by_operator(query, key, value, mask, is_causal, scale, enable_gqa)
+    if place not in _ROUTES:
+        raise Unsupported("PyTorch has no backend for it")
     if not verdict.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
-    out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
-    if not fused:
+    with route_of_operator(_OPERATOR_ROUTES[place]):
+        out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
+    if place == _MATH:
         out = out.contiguous()
     elif not _HAS_GROUPS:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out if verdict.fits else out.view(shape)
 
 
-def _backward(original, d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
-    """The gradients; through PyTorch's own operator if they are to be differentiated again, or if the kernel turns out
+def _place_by_operator(query, key, value, *others):
+    """_place(), without an operator that modes would see."""
+    if all(map(tensors.is_plain, (query, key, value))):
+        with torch._C._DisableTorchDispatch():
+            return _place(query, key, value, *others)
+    return _FUSED if shapes.is_fused(query, key, value, others[0]) else _MATH
+
+
+def _backward(original, backward, d_out, d_lse, query, key, value, mask, out, lse, *options):
+    """The gradients, which PyTorch's own operator differentiates again. They come from it, too, if the kernel turns out
     not to be there, which is looked for when it is first needed."""
+    try:
+        with second_derivative(partial(_second, original)):
+            return backward(d_out, d_lse, query, key, value, mask, out, lse, *options)
+    except Unsupported as error:
+        count(str(error))
     again = torch.is_grad_enabled()
-    if not again:
-        try:
-            saved = (query, key, value, mask, out, lse)
-            return EAGER.backward(d_out, d_lse, *saved, lower, upper, scale, softcap, wanted)
-        except Unsupported as error:
-            count(str(error))
-    else:
-        count("a second derivative")
     with torch.enable_grad():
-        # As tensors of their own, so that one that was given twice gets two gradients.
-        inputs = [
-            tensor if tensor is None else tensor.view_as(tensor) if again else tensor.detach().requires_grad_(is_wanted)
-            for tensor, is_wanted in zip((query, key, value, mask), wanted)
-        ]
-        grouped = query.shape[1] != key.shape[1]
-        out = original(*inputs, 0.0, upper is not None, **_named(scale, grouped))
-        asked = [tensor for tensor, is_wanted in zip(inputs, wanted) if is_wanted]
-        gradients = iter(torch.autograd.grad(out, asked, d_out, create_graph=again))
+        return _gradients(original, d_out, _aliases(query, key, value, mask), *options, create_graph=again)
+
+
+def _second(original, incoming, *arguments):
+    """The gradients of d_out, query, key, value and mask, from those of their gradients."""
+    count("a second derivative")
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = _aliases(*arguments[:5])
+        first = _gradients(original, given[0], given[1:], *arguments[5:], create_graph=True)
+        first, incoming = zip(*((one, its) for one, its in zip(first, incoming) if its is not None))
+        asked = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+        found = iter(torch.autograd.grad(first, asked, incoming, create_graph=again, allow_unused=True))
+    return tuple(next(found) if tensor is not None and tensor.requires_grad else None for tensor in given)
+
+
+def _aliases(*given):
+    """As tensors of their own, so that one that was given twice gets two gradients."""
+    return [tensor if tensor is None else tensor.view_as(tensor) for tensor in given]
+
+
+def _gradients(original, d_out, operands, lower, upper, scale, softcap, wanted, create_graph):
+    grouped = operands[0].shape[1] != operands[1].shape[1]
+    out = original(*operands, 0.0, upper is not None, **_named(scale, grouped))
+    asked = [tensor for tensor, is_wanted in zip(operands, wanted) if is_wanted]
+    gradients = iter(torch.autograd.grad(out, asked, d_out, create_graph=create_graph))
     return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
 
 
 # Where PyTorch would have run the call: it decides the layout of the result, and whether there is a second derivative.
+_ORIGINALS = {_FUSED: _original, _MATH: _math}
 _LAYOUTS = {_FUSED: tensors.like if _HAS_GROUPS else tensors.heads_within_rows, _MATH: tensors.dense}
 _ROUTES = {
-    _FUSED: Route(partial(forward, allocate=_LAYOUTS[_FUSED]), partial(_backward, _original)),
-    _MATH: Route(partial(forward, allocate=_LAYOUTS[_MATH]), partial(_backward, _math)),
+    place: Route(partial(forward, allocate=_LAYOUTS[place]), partial(_backward, original, EAGER.backward))
+    for place, original in _ORIGINALS.items()
+}
+_OPERATOR_ROUTES = {
+    place: Route(forward_by_operator, partial(_backward, original, by_operator))
+    for place, original in _ORIGINALS.items()
 }

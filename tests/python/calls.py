@@ -1,6 +1,7 @@
-"""Calls of scaled_dot_product_attention, for the tests of replace_sdpa."""
+"""Calls of attention, and what is seen of them, for several files of tests."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mps_flash_attn import replaced_sdpa, sdpa_stats
 
@@ -21,3 +22,19 @@ def calls(function, *arguments, **options):
     with replaced_sdpa():
         result = function(*arguments, **options)
     return result, sdpa_stats()
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+    def attention(self):
+        """Those of attention among them."""
+        return [name for name in self.operators if "attention" in name]

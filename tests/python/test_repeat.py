@@ -4,10 +4,10 @@ granted where anything differs. Of flash_attention; at the end, of scaled_dot_pr
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Seen
 from stand_in import DTYPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mps_flash_attn import flash_attention, repeat, replaced_sdpa, sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.reference import attention
@@ -172,27 +172,15 @@ def test_peculiar_tensors(peculiar):
             flash_attention(query, key, odd)
 
 
-class _Names(TorchDispatchMode):
-    """Those of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-
 def test_transforms_and_modes():
     query, key, value = tensors()
     expected = flash_attention(query, key, value)
     warm(query, key, value)
     batched = torch.vmap(flash_attention, (None, None, 0))(query, key, torch.stack((value, value)))
     torch.testing.assert_close(batched, torch.stack((expected, expected)))
-    with _Names() as mode:
+    with Seen() as mode:
         flash_attention(query, key, value)
-    assert "mfa::attention_forward" in mode.names
+    assert "mfa::attention_forward" in mode.operators
     with torch.autocast("cpu", torch.bfloat16):
         assert flash_attention(query, key, value).dtype == torch.bfloat16
     with torch.autograd.forward_ad.dual_level():
@@ -361,12 +349,15 @@ def test_sdpa_takes_the_short_way(monkeypatch, replaced, requires_grad, options)
 
 
 def test_sdpa_after_flash_attention(monkeypatch, replaced):
-    """The gradients to be differentiated again are PyTorch's own for one of them, and refused by the other."""
+    """Those gradients are differentiated again by PyTorch's own operator, these not at all."""
     given = tensors(requires_grad=True)
     warm(*given, times=4)
     sdpa_like_one_before(monkeypatch, *given)
     out = F.scaled_dot_product_attention(*given)
-    torch.autograd.grad(out, given[0], torch.ones_like(out), create_graph=True)
+    (first,) = torch.autograd.grad(out, given[0], torch.ones_like(out), create_graph=True)
+    assert "a second derivative" not in sdpa_stats()
+    with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product_flash_attention_for_cpu"):
+        first.sum().backward()
     assert sdpa_stats()["a second derivative"] == 1
     out = flash_attention(*given)
     (first,) = torch.autograd.grad(out, given[0], torch.ones_like(out), create_graph=True)
