@@ -18,9 +18,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from . import run, tensors
+from . import run, tensors, transforms
 from .problem import check, check_saved
 from .subclasses import as_plain
+from .transforms import beneath_autograd, below
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? mask"
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
@@ -34,7 +35,6 @@ _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_exact_strides") if hasattr(torch.Tag, name)
 )
 
-_transforms_are_active = torch._C._are_functorch_transforms_active
 count_of_modes = torch._C._len_torch_dispatch_stack
 
 _registration = torch.library.Library("mfa", "FRAGMENT")
@@ -137,24 +137,40 @@ class Attention(torch.autograd.Function):
         dq, dk, dv, dbias = ctx.call.backward(d_out, d_lse, saved, ctx.needs_input_grad[:4])
         return dq, dk, dv, dbias, None
 
+    @staticmethod
+    def jvp(ctx, *_):
+        _refuse_tangents()
+
+
+def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
+    """Route.backward through the dispatcher: gradients, None where not wanted."""
+    gradients = attention_backward(
+        d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, list(wanted)
+    )
+    return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted))
+
 
 class _Gradients(torch.autograd.Function):
     """The gradients as a function of their own. Without it autograd would take them for constants, and a second
     derivative would be wrong without a word."""
 
     @staticmethod
-    def forward(ctx, second, d_out, d_lse, query, key, value, mask, out, lse, *options):
+    def forward(ctx, run, second, d_out, d_lse, query, key, value, mask, out, lse, *options):
         ctx.save_for_backward(d_out, query, key, value, mask)
         ctx.set_materialize_grads(False)
         ctx.second, ctx.options = second, options
-        return _beneath(attention_backward, d_out, d_lse, query, key, value, mask, out, lse, *options)
+        return run(d_out, d_lse, query, key, value, mask, out, lse, *options)
 
     @staticmethod
     def backward(ctx, *incoming):
         d_out, *operands = [None] * 5
         if any(one is not None for one in incoming):
             d_out, *operands = ctx.second(incoming, *ctx.saved_tensors, *ctx.options)
-        return None, d_out, None, *operands, None, None, *(None for _ in ctx.options)
+        return None, None, d_out, None, *operands, None, None, *(None for _ in ctx.options)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        _refuse_tangents()
 
 
 def _refuse_second(*_):
@@ -164,34 +180,33 @@ def _refuse_second(*_):
     )
 
 
+def _refuse_tangents():
+    raise NotImplementedError(
+        "flash_attention has no forward-mode differentiation (jvp, jacfwd, hessian); use reverse mode (grad, vjp, "
+        "jacrev), or scaled_dot_product_attention with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
 class _Rules(threading.local):
     """What the operators do for autograd, in calls made by this thread."""
 
     def __init__(self):
-        self.route = _TRACED  # of attention_forward
-        self.second = _refuse_second  # of attention_backward, see second_derivative()
+        self.backward = by_operator  # of attention_forward, see Route
+        self.second = _refuse_second  # of attention_backward, see differentiated_by()
 
 
 @contextlib.contextmanager
-def route_of_operator(route):
-    """In the block attention_forward is differentiated by this Route, not as flash_attention is."""
-    before, _rules.route = _rules.route, route
+def differentiated_by(backward=by_operator, second=_refuse_second):
+    """In the block attention_forward is differentiated by `backward`, a Route's, and the gradients that come from
+    attention_backward by `second`: (incoming, d_out, query, key, value, mask, lower, upper, scale, softcap, wanted) ->
+    gradients of d_out, query, key, value and mask. `incoming` are those of dQ, dK, dV and dbias, None where there is
+    none."""
+    before = _rules.backward, _rules.second
+    _rules.backward, _rules.second = backward, second
     try:
         yield
     finally:
-        _rules.route = before
-
-
-@contextlib.contextmanager
-def second_derivative(second):
-    """In the block the gradients of attention_backward are differentiated again by `second`, not refused that. It takes
-    (incoming, d_out, query, key, value, mask, lower, upper, scale, softcap, wanted), `incoming` being the gradients of
-    (dQ, dK, dV, dbias), None where there is none; and returns those of d_out, query, key, value and mask."""
-    before, _rules.second = _rules.second, second
-    try:
-        yield
-    finally:
-        _rules.second = before
+        _rules.backward, _rules.second = before
 
 
 def is_differentiated(*operands):
@@ -205,17 +220,9 @@ def is_differentiated(*operands):
     return False
 
 
-def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
-    """Route.backward through the dispatcher: gradients, None where not wanted."""
-    gradients = attention_backward(
-        d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, list(wanted)
-    )
-    return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted))
-
-
 def needs_operator(*given):
     """Whether a rule of the dispatcher is to see this call: one for vmap, for modes, or for the tensors' own class."""
-    if _transforms_are_active() or count_of_modes():
+    if transforms.are_active() or count_of_modes():
         return True
     for tensor in given:
         if not tensors.is_plain(tensor):
@@ -232,33 +239,34 @@ def _eager_backward(d_out, d_lse, *arguments):
     return run.backward(d_out, d_lse, *arguments)
 
 
-def _beneath(operator, *arguments):
-    """The operator without its rule for autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
-
-
-def forward_by_operator(*arguments):
-    """Route.forward through the dispatcher."""
-    return _beneath(attention_forward, *arguments)
-
-
 EAGER = Route(run.forward, _eager_backward)
-_TRACED = Route(forward_by_operator, by_operator)
 _rules = _Rules()
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def _last_level():
+    """A context without the rules in force, where this is the last level that they are for: what hooks and modes call
+    from there are calls of their own."""
+    if transforms.are_active() or (_rules.backward is by_operator and _rules.second is _refuse_second):
+        return _AS_IT_IS
+    return differentiated_by()
 
 
 def _forward_with_autograd(query, key, value, mask, *options):
-    if is_differentiated(query, key, value, mask):
-        return Attention.apply(query, key, value, mask, Call(_rules.route, options, True))
-    return _beneath(attention_forward, query, key, value, mask, *options)
+    backward = _rules.backward
+    with _last_level():
+        if is_differentiated(query, key, value, mask):
+            call = Call(Route(below(attention_forward), backward), options, True)
+            return transforms.apply(Attention, query, key, value, mask, call)
+        return beneath_autograd(attention_forward, query, key, value, mask, *options)
 
 
 def _backward_with_autograd(d_out, d_lse, query, key, value, mask, out, lse, *options):
-    arguments = (d_out, d_lse, query, key, value, mask, out, lse, *options)
-    if is_differentiated(d_out, d_lse, query, key, value, mask, out, lse):
-        return _Gradients.apply(_rules.second, *arguments)
-    return _beneath(attention_backward, *arguments)
+    arguments, second = (d_out, d_lse, query, key, value, mask, out, lse, *options), _rules.second
+    with _last_level():
+        if is_differentiated(d_out, d_lse, query, key, value, mask, out, lse):
+            return transforms.apply(_Gradients, below(attention_backward), second, *arguments)
+        return beneath_autograd(attention_backward, *arguments)
 
 
 _registration.impl("attention_forward", _forward_with_autograd, "Autograd")

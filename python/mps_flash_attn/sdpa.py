@@ -7,8 +7,9 @@ evaluation alike, the second under inference_mode. What we do not run, PyTorch's
 
 import contextlib
 import math
+import warnings
 from collections import deque
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
-from . import checkpointing, fast_path, repeat, shapes, tensors
+from . import checkpointing, fast_path, repeat, shapes, tensors, transforms
 from .after_fork import new_lock
 from .checkpointing import top_hooks
 from .library import Unsupported, library
@@ -28,17 +29,15 @@ from .operators import (
     attention_forward,
     by_operator,
     count_of_modes,
-    forward_by_operator,
+    differentiated_by,
     is_differentiated,
-    route_of_operator,
-    second_derivative,
 )
 from .repeat import Known, Repeat
 from .run import forward
 from .stats import REPLACED, SMALL, count, small
 
-_KEYS = ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
 _TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
+_PLAIN, _SEEN, _TRACED = "plain", "seen by modes or transforms", "traced"  # kinds of calls
 _CACHE_TAG = "mps_flash_attn"
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 or later
 _FUSED, _MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
@@ -111,8 +110,10 @@ def _register():
     global _registration
     registration = torch.library.Library("aten", "IMPL")
     try:
-        for key in _KEYS:
-            registration.impl("scaled_dot_product_attention", _attention, key)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that vmap has a kernel already
+            for key, kernel in _KERNELS.items():
+                registration.impl("scaled_dot_product_attention", kernel, key)
         fast_path.register(registration, is_in_force)
     except BaseException:
         registration._destroy()
@@ -136,7 +137,7 @@ def _unregister():
     global _registration
     if _registration is not None:
         if hasattr(torch.library, "get_kernel"):
-            _left.append([*map(partial(torch.library.get_kernel, _OPERATOR), _KEYS), fast_path.kernel()])
+            _left.append([*map(partial(torch.library.get_kernel, _OPERATOR), _KERNELS), fast_path.kernel()])
         registration, _registration = _registration, None
         registration._destroy()
         _forget_kernels()
@@ -173,37 +174,31 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
             if out is not None:
                 return out
     given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    traced = not all(map(tensors.is_plain, given))
-    if traced and any(map(tensors.is_zero, given)):  # PyTorch's fused kernel would read memory that they do not have
+    within, kind = _kind(given)
+    if kind is _TRACED and any(map(tensors.is_zero, given)):  # whose memory PyTorch's fused kernel would read
         given = [one.clone() if tensors.is_zero(one) else one for one in (query, key, value, attn_mask)]
         return _attention(*given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    reason = _objection(given, traced, dropout_p, scale)
+    reason, verdict = _judge(given, within, kind, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
-        judge = shapes.judge if traced else shapes.judge_sizes
-        mask_shape = None if attn_mask is None else attn_mask.shape
-        verdict = judge(query.shape, key.shape, value.shape, mask_shape, is_causal, enable_gqa)
-        reason = verdict.objection or small(verdict.work, query)
-    if reason is None:
-        if traced:
+        if kind is _TRACED:
             _tag_compiler_cache()
         try:
-            run = _run_by_operator if traced or count_of_modes() else _run
+            run = _run if kind is _PLAIN else _run_by_operator
             out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict)
         except Unsupported as error:
             reason = str(error)
         except ValueError:
-            if traced or all(map(tensors.is_aligned, given)):
+            if kind is _TRACED or all(map(tensors.is_aligned, within)):
                 raise
             reason = "memory that is not aligned to its elements"
         else:
-            count("traced into a compiled graph" if traced else REPLACED)
+            count("traced into a compiled graph" if kind is _TRACED else REPLACED)
             return out
     count(reason)
-    if reason == SMALL and not traced:
+    if reason == SMALL and kind is _PLAIN:
         told = _told(is_causal, scale, enable_gqa)
         repeat.keep(query, key, value, attn_mask, told, _Left, verdict.work)
-    original = _math if reason is shapes.LENGTHS else _original
-    return original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
+    return _original_for(reason)(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
 
 
 def _is_replaced(hooks, *operands):
@@ -216,21 +211,67 @@ def _is_replaced(hooks, *operands):
     return False
 
 
-def _objection(given, traced, dropout_p, scale):
+def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """The rule for vmap: the mapped dimension is one more of the batch, to the operator at the level below. What we do
+    not run is mapped as PyTorch does it."""
+    if not is_in_force():
+        return _original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    reason, _ = _judge(given, *_kind(given), dropout_p, is_causal, scale, enable_gqa)
+    options = _named(scale, enable_gqa)
+    if reason is not None:
+        count(reason)
+        return _original_for(reason)(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    vmap = transforms.Vmap()
+    operands, dimensions = vmap.split((query, key, value, attn_mask))
+    with vmap.below():
+        if all(dimension is None for dimension in dimensions):
+            return _OPERATOR(*operands, 0.0, is_causal, **options)
+        operands = shapes.mapped(*operands, dimensions, vmap.size)
+        return vmap.join(_OPERATOR(*operands, 0.0, is_causal, **options))
+
+
+def _kind(given):
+    """(the tensors that have the memory, what kind of tensors and call this is)."""
+    within = given
+    if transforms.are_active() and transforms.are_supported:
+        within = tuple(map(transforms.unwrapped, given))
+    if not all(map(tensors.is_plain, within)):
+        return within, _TRACED
+    return within, _PLAIN if within is given and not count_of_modes() else _SEEN
+
+
+def _judge(given, within, kind, dropout_p, is_causal, scale, enable_gqa):
+    """(why a call is left to PyTorch, None if we take it; the Verdict on its shapes, if it got so far)."""
+    reason = _objection(within, kind, dropout_p, scale)
+    if reason is not None:
+        return reason, None
+    judge = shapes.judge if kind is _TRACED else shapes.judge_sizes
+    mask_shape = given[3].shape if len(given) == 4 else None
+    verdict = judge(*(tensor.shape for tensor in given[:3]), mask_shape, is_causal, enable_gqa)
+    if verdict.objection is not None:
+        return verdict.objection, verdict
+    work = verdict.work
+    if within is not given:  # these are of one sample, if there is a vmap
+        work *= reduce(torch.sym_max, (one.numel() // each.numel() for one, each in zip(within, given)))
+    return small(work, within[0]), verdict
+
+
+def _objection(given, kind, dropout_p, scale):
     """Why a call is left to PyTorch, whatever its shapes; None if we take it. What is wrong is left to it too: then the
     error is PyTorch's."""
-    if traced:
+    if transforms.are_active() and not transforms.are_supported:
+        return "a functorch transform"
+    if kind is _TRACED:
         for tensor in given:
             if type(tensor) not in _TRACERS and not tensors.is_plain(tensor):
                 return tensors.peculiarity(tensor)
-    if (traced or count_of_modes()) and _is_exporting():
+    if kind is not _PLAIN and _is_exporting():
         return "torch.export"  # a program for other places keeps PyTorch's operator
     if not torch._C._get_flash_sdp_enabled():
         return "flash attention is disabled"
     if dropout_p:
         return "dropout"
-    if torch._C._are_functorch_transforms_active():
-        return "a functorch transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     query, key, value = given[:3]
@@ -240,9 +281,9 @@ def _objection(given, traced, dropout_p, scale):
         return "devices"
     if query.dtype not in tensors.DTYPES or not query.dtype == key.dtype == value.dtype:
         return "dtypes"
-    kind = given[-1].dtype  # of the mask, if there is one
-    if kind is not torch.bool and kind is not query.dtype:
-        if kind is not torch.float32 or query.dtype is torch.float64:
+    mask_dtype = given[-1].dtype  # if there is one
+    if mask_dtype is not torch.bool and mask_dtype is not query.dtype:
+        if mask_dtype is not torch.float32 or query.dtype is torch.float64:
             return "attn_mask dtype"
     if scale is not None and not 0 < scale < math.inf:
         return "scale is not a positive number"  # with is_causal PyTorch's kernels disagree on what such a one does
@@ -264,6 +305,11 @@ def _math(query, key, value, mask, *arguments, **options):
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, -math.inf).to(query.dtype)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *arguments, **options)[0]
+
+
+def _original_for(reason):
+    """What of PyTorch runs a call that is left to it."""
+    return _math if reason is shapes.LENGTHS else _original
 
 
 # --- Calls like one before -----------------------------------------------------------------------
@@ -351,7 +397,7 @@ def _run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, verd
         raise Unsupported("PyTorch has no backend for it")
     if not verdict.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
-    with route_of_operator(_OPERATOR_ROUTES[place]):
+    with differentiated_by(_BACKWARDS_BY_OPERATOR[place]):
         out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
     if place == _MATH:
         out = out.contiguous()
@@ -369,42 +415,73 @@ def _place_by_operator(query, key, value, *others):
 
 
 def _backward(original, backward, d_out, d_lse, query, key, value, mask, out, lse, *options):
-    """The gradients, which PyTorch's own operator differentiates again. They come from it, too, if the kernel turns out
-    not to be there, which is looked for when it is first needed."""
-    try:
-        with second_derivative(partial(_second, original)):
-            return backward(d_out, d_lse, query, key, value, mask, out, lse, *options)
-    except Unsupported as error:
-        count(str(error))
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        return _gradients(original, d_out, _aliases(query, key, value, mask), *options, create_graph=again)
+    """The gradients, which PyTorch's own operator differentiates again. They come from it, too, if they have tangents,
+    or if the kernel turns out not to be there, which is looked for when it is first needed."""
+    reason = "forward-mode differentiation"
+    if forward_ad._current_level < 0:
+        try:
+            if not torch.is_grad_enabled():
+                return backward(d_out, d_lse, query, key, value, mask, out, lse, *options)
+            with differentiated_by(second=partial(_second, original)):
+                return backward(d_out, d_lse, query, key, value, mask, out, lse, *options)
+        except Unsupported as error:
+            reason = str(error)
+    count(reason)
+    return _gradients(original, d_out, query, key, value, mask, *options)
 
 
 def _second(original, incoming, *arguments):
     """The gradients of d_out, query, key, value and mask, from those of their gradients."""
     count("a second derivative")
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        given = _aliases(*arguments[:5])
-        first = _gradients(original, given[0], given[1:], *arguments[5:], create_graph=True)
-        first, incoming = zip(*((one, its) for one, its in zip(first, incoming) if its is not None))
-        asked = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
-        found = iter(torch.autograd.grad(first, asked, incoming, create_graph=again, allow_unused=True))
-    return tuple(next(found) if tensor is not None and tensor.requires_grad else None for tensor in given)
+    given, options = arguments[:5], arguments[5:]
+    places = [place for place, tensor in enumerate(given) if tensor is not None and tensor.requires_grad]
+    present = [place for place, gradient in enumerate(incoming) if gradient is not None]
+
+    def first(*given):
+        gradients = _gradients(original, *given, *options)
+        return tuple(gradients[place] for place in present)
+
+    return _pulled_back(first, given, places, tuple(incoming[place] for place in present))
 
 
-def _aliases(*given):
-    """As tensors of their own, so that one that was given twice gets two gradients."""
-    return [tensor if tensor is None else tensor.view_as(tensor) for tensor in given]
+def _gradients(original, d_out, query, key, value, mask, lower, upper, scale, softcap, wanted):
+    """Those of PyTorch's own operator; None where not wanted."""
+    options = _named(scale, query.shape[1] != key.shape[1])
+    places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
+
+    def attend(*operands):
+        return original(*operands, 0.0, upper is not None, **options)
+
+    return _pulled_back(attend, (query, key, value, mask), places, d_out)
 
 
-def _gradients(original, d_out, operands, lower, upper, scale, softcap, wanted, create_graph):
-    grouped = operands[0].shape[1] != operands[1].shape[1]
-    out = original(*operands, 0.0, upper is not None, **_named(scale, grouped))
-    asked = [tensor for tensor, is_wanted in zip(operands, wanted) if is_wanted]
-    gradients = iter(torch.autograd.grad(out, asked, d_out, create_graph=create_graph))
-    return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
+def _pulled_back(function, operands, places, incoming):
+    """The gradients of the operands in these places, None for the others, from those of what the function gives. Within
+    transforms of torch.func by one of them, which knows their levels, but no saved_tensors_hooks."""
+    operands = transforms.unwrap_dead_wrappers(operands)
+    asked = [operands[place] for place in places]
+
+    def function_of_asked(*asked):
+        return function(*_replaced(operands, places, asked))
+
+    if transforms.are_active():
+        _, pull = torch.func.vjp(function_of_asked, *asked)
+        found = pull(incoming)
+    else:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():  # as tensors of their own, so that one that was given twice gets two gradients
+            asked = [one.view_as(one) if one.requires_grad else one.detach().requires_grad_() for one in asked]
+            results = function_of_asked(*asked)
+            found = torch.autograd.grad(results, asked, incoming, create_graph=again, allow_unused=True)
+    return _replaced((None,) * len(operands), places, found)
+
+
+def _replaced(given, places, others):
+    """The tensors given, with others in these places."""
+    result = list(given)
+    for place, other in zip(places, others):
+        result[place] = other
+    return result
 
 
 # Where PyTorch would have run the call: it decides the layout of the result, and whether there is a second derivative.
@@ -414,7 +491,7 @@ _ROUTES = {
     place: Route(partial(forward, allocate=_LAYOUTS[place]), partial(_backward, original, EAGER.backward))
     for place, original in _ORIGINALS.items()
 }
-_OPERATOR_ROUTES = {
-    place: Route(forward_by_operator, partial(_backward, original, by_operator))
-    for place, original in _ORIGINALS.items()
-}
+_BACKWARDS_BY_OPERATOR = {place: partial(_backward, original, by_operator) for place, original in _ORIGINALS.items()}
+_KERNELS = dict.fromkeys(("CPU", "AutogradCPU", "MPS", "AutogradMPS"), _attention)
+if transforms.are_supported:
+    _KERNELS[transforms.VMAP_KEY] = _vmapped

@@ -91,6 +91,24 @@ def four_dimensions(query, key, value, mask, enable_gqa):
     return query, key, value, mask, shape
 
 
+def mapped(query, key, value, mask, dimensions, size):
+    """The four tensors as vmap maps them over `dimensions`, each of this size, None being none: as one call, with that
+    dimension in front of the others."""
+    operands = (query, key, value, mask)
+    ranks = [tensor.dim() - (place is not None) for tensor, place in zip(operands[:3], dimensions)]
+    query, key, value, mask = (
+        tensor if place is None else _in_front(tensor, place, max(ranks)) for tensor, place in zip(operands, dimensions)
+    )
+    if dimensions[0] is dimensions[1] is None and dimensions[3] is not None:  # the scores are mapped by the mask alone
+        query = _pad(query, max(ranks)).expand(size, *(-1,) * max(ranks))
+    return query, key, value, mask
+
+
+def _in_front(tensor, place, rank):
+    tensor = tensor.movedim(place, 0)
+    return tensor[(slice(None), *(None,) * (rank + 1 - tensor.dim()))]
+
+
 def is_fused(query, key, value, mask):
     """Whether PyTorch's fused CPU kernel takes such tensors; its result is laid out like the query, else contiguous."""
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:

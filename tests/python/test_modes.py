@@ -244,3 +244,22 @@ def test_native_multi_head_attention():
     assert ours == operators and "aten::_native_multi_head_attention" in ours
     assert stats == {"replaced": 1}
     torch.testing.assert_close(out, expected)
+
+
+def test_calls_within_a_call_are_their_own():
+    """As those of a hook that packs what is saved: they are not differentiated as the call that they are in."""
+    found = []
+
+    def pack(tensor):
+        if not found:
+            found.append(None)
+            with torch.enable_grad():
+                x = torch.randn(1, 1, 3, 4, requires_grad=True)
+                out, _ = torch.ops.mfa.attention_forward(x, x, x, None, None, None, None, 2.0)
+                found.append(torch.autograd.grad(out.sin().sum(), x, create_graph=True)[0])
+        return tensor
+
+    with Seen(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        calls(F.scaled_dot_product_attention, *leaves())
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        found[1].sum().backward()
