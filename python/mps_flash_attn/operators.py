@@ -295,7 +295,7 @@ for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
 # --- vmap: the mapped dimension becomes a part of the batch --------------------------------------
 
 
-def _fold(tensor, dimension, size):
+def fold(tensor, dimension, size):
     """(size * batch, ...)."""
     if tensor is None:
         return None
@@ -303,7 +303,7 @@ def _fold(tensor, dimension, size):
     return tensor.flatten(0, 1)
 
 
-def _fold_mask(mask, dimension, size, batch):
+def fold_mask(mask, dimension, size, batch):
     """The same for a mask, which has its dimensions, and its batch, only as far as it needs them."""
     if mask is None:
         return None
@@ -314,9 +314,9 @@ def _fold_mask(mask, dimension, size, batch):
 
 def _vmap_forward(info, dimensions, query, key, value, mask, *options):
     size = info.batch_size
-    query, key, value = (_fold(t, d, size) for t, d in zip((query, key, value), dimensions))
+    query, key, value = (fold(t, d, size) for t, d in zip((query, key, value), dimensions))
     batch = query.shape[0] // size
-    mask = _fold_mask(mask, dimensions[3], size, batch)
+    mask = fold_mask(mask, dimensions[3], size, batch)
     results = attention_forward(query, key, value, mask, *options)
     return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
 
@@ -324,10 +324,10 @@ def _vmap_forward(info, dimensions, query, key, value, mask, *options):
 def _vmap_backward(info, dimensions, d_out, d_lse, query, key, value, mask, out, lse, *options):
     size, wanted = info.batch_size, options[-1]
     mask_shape = _without(mask, dimensions[5])
-    operands = [_fold(t, d, size) for t, d in zip((d_out, d_lse, query, key, value), dimensions)]
+    operands = [fold(t, d, size) for t, d in zip((d_out, d_lse, query, key, value), dimensions)]
     batch = operands[0].shape[0] // size
-    operands.append(_fold_mask(mask, dimensions[5], size, batch))
-    operands += [_fold(t, d, size) for t, d in zip((out, lse), dimensions[6:])]
+    operands.append(fold_mask(mask, dimensions[5], size, batch))
+    operands += [fold(t, d, size) for t, d in zip((out, lse), dimensions[6:])]
     *gradients, dbias = (
         gradient.unflatten(0, (size, batch)) if asked else gradient
         for gradient, asked in zip(attention_backward(*operands, *options), wanted)

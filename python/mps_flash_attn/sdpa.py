@@ -30,11 +30,13 @@ from .operators import (
     by_operator,
     count_of_modes,
     differentiated_by,
+    fold,
+    fold_mask,
     is_differentiated,
 )
 from .repeat import Known, Repeat
 from .run import forward
-from .stats import REPLACED, SMALL, count, small
+from .stats import REPLACED, SMALL, count, disabled, small
 
 _TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
 _PLAIN, _SEEN, _TRACED = "plain", "seen by modes or transforms", "traced"  # kinds of calls
@@ -212,12 +214,12 @@ def _is_replaced(hooks, *operands):
 
 
 def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """The rule for vmap: the mapped dimension is one more of the batch, to the operator at the level below. What we do
-    not run is mapped as PyTorch does it."""
+    """The rule for vmap: to the operator at the level below the mapped dimension is a part of the batch, or one more
+    before it. What we do not run is mapped as PyTorch does it."""
     if not is_in_force():
         return _original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
     given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    reason, _ = _judge(given, *_kind(given), dropout_p, is_causal, scale, enable_gqa)
+    reason, verdict = _judge(given, *_kind(given), dropout_p, is_causal, scale, enable_gqa)
     options = _named(scale, enable_gqa)
     if reason is not None:
         count(reason)
@@ -227,8 +229,15 @@ def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, 
     with vmap.below():
         if all(dimension is None for dimension in dimensions):
             return _OPERATOR(*operands, 0.0, is_causal, **options)
-        operands = shapes.mapped(*operands, dimensions, vmap.size)
-        return vmap.join(_OPERATOR(*operands, 0.0, is_causal, **options))
+        if not verdict.fits:
+            operands = shapes.mapped(*operands, dimensions, vmap.size)
+            return vmap.join(_OPERATOR(*operands, 0.0, is_causal, **options))
+        batch = query.shape[0]
+        *operands, mask = operands
+        operands = [fold(tensor, place, vmap.size) for tensor, place in zip(operands, dimensions)]
+        mask = fold_mask(mask, dimensions[3], vmap.size, batch)
+        out = _OPERATOR(*operands, mask, 0.0, is_causal, **options)
+        return vmap.join(out.unflatten(0, (vmap.size, batch)))
 
 
 def _kind(given):
@@ -268,8 +277,9 @@ def _objection(given, kind, dropout_p, scale):
                 return tensors.peculiarity(tensor)
     if kind is not _PLAIN and _is_exporting():
         return "torch.export"  # a program for other places keeps PyTorch's operator
-    if not torch._C._get_flash_sdp_enabled():
-        return "flash attention is disabled"
+    reason = disabled()
+    if reason is not None:
+        return reason
     if dropout_p:
         return "dropout"
     if forward_ad._current_level >= 0:
@@ -342,7 +352,7 @@ def _told(is_causal, scale, enable_gqa):
 
 def _again(before, query, key, value, mask, is_causal, scale, enable_gqa):
     """What a call like one before gives; None if what may have changed since has: settings, or where memory lies."""
-    if not torch._C._get_flash_sdp_enabled():
+    if disabled():
         return None
     if (small(before.work, query) is None) is not before.is_taken:
         before.give_way()
@@ -411,7 +421,9 @@ def _place_by_operator(query, key, value, *others):
     if all(map(tensors.is_plain, (query, key, value))):
         with torch._C._DisableTorchDispatch():
             return _place(query, key, value, *others)
-    return _FUSED if shapes.is_fused(query, key, value, others[0]) else _MATH
+    if torch._C._get_flash_sdp_enabled() and shapes.is_fused(query, key, value, others[0]):
+        return _FUSED
+    return _MATH if torch._C._get_math_sdp_enabled() or query.device.type == "mps" else None
 
 
 def _backward(original, backward, d_out, d_lse, query, key, value, mask, out, lse, *options):

@@ -1,4 +1,5 @@
-"""What came by after replace_sdpa(), and from which size on a call is worth taking over."""
+"""What came by after replace_sdpa(), and which calls are to be taken over: those that PyTorch's settings allow a kernel
+like ours to run, from the size on from which that is worth it."""
 
 from collections import Counter
 
@@ -13,9 +14,18 @@ from .after_fork import new_lock
 sdpa_thresholds = {torch.float32: 1 << 19, torch.float16: 1 << 13, torch.bfloat16: 1 << 17, torch.float64: 1 << 17}
 
 REPLACED, SMALL = "replaced", "small"
+DISABLED = "flash attention is disabled"
 WAITED = "waited for PyTorch's stream: "  # counted beside what it led to
 _lock = new_lock(globals(), "_lock")
 _outcomes = Counter()
+_flash_is_enabled, _efficient_is_enabled = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
+
+
+def disabled():
+    """Why no call is to be taken over while PyTorch's settings are as they are; None if they allow it. Ours is none of
+    PyTorch's kernels: it is allowed where one is that holds no scores. cuDNN's does not count: it stays allowed where
+    all others are switched off to have the unfused path."""
+    return None if _flash_is_enabled() or _efficient_is_enabled() else DISABLED
 
 
 def small(work, tensor):

@@ -49,7 +49,7 @@ def operands(case, dtype=DTYPE):
     elif case == "bool mask":
         tensors.append(torch.rand(5, 5) < 0.7)
     elif case == "two dimensions":
-        tensors = [tensor[0, 0] for tensor in tensors]
+        tensors = [tensor[0, 0] for tensor in tensors] + [torch.rand(5, 5) < 0.7]
     elif case == "broadcast":
         tensors = [query, key[:1], value[0]]
     return tensors, options

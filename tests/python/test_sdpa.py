@@ -426,17 +426,6 @@ def test_left_to_pytorch(case):
         assert stats == {reason: 1}
 
 
-@pytest.mark.parametrize("backends", [[SDPBackend.MATH], [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]], ids=str)
-def test_sdpa_kernel_is_respected(backends):
-    tensors = problem()
-    with sdpa_kernel(backends):
-        expected = F.scaled_dot_product_attention(*tensors)
-        out, stats = calls(F.scaled_dot_product_attention, *tensors)
-    assert torch.equal(out, expected) and stats == {"flash attention is disabled": 1}
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert calls(F.scaled_dot_product_attention, *tensors)[1] == {"replaced": 1}
-
-
 @pytest.mark.parametrize("backends", [[SDPBackend.FLASH_ATTENTION], [SDPBackend.EFFICIENT_ATTENTION]], ids=str)
 @pytest.mark.filterwarnings("ignore")  # PyTorch says why it has no backend
 def test_no_viable_backend(backends):
