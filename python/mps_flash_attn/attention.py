@@ -155,7 +155,8 @@ def explain(
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
         if backward:
-            gradients = (query, key, value, mask)  # as dense as empty_like makes them
+            wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool)
+            gradients = map(tensors.gradient, operands, wanted)
             return Explanation.of(problem.pack_backward(*operands, *options, out, rows, out, None, *gradients))
         return Explanation.of(problem.pack_forward(*operands, *options, out))
     except Unsupported as error:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from stand_in import BACKEND, DTYPES, FLOAT64
 from torch.utils.checkpoint import checkpoint
 
-from mps_flash_attn import explain, flash_attention
+from mps_flash_attn import explain, flash_attention, run
+from mps_flash_attn.attention import Explanation
 from mps_flash_attn.reference import attention, check, compare
 
 INF = float("inf")
@@ -440,6 +441,36 @@ def test_explain():
         assert found.kernel.startswith("backward_f32_d24" if backward else "forward_f32_d24")
         assert str(found).startswith(f"{BACKEND} {found.kernel} threads")
     assert "band" in explain(query, key, value, True, enable_gqa=True).kernel
+
+
+@pytest.mark.parametrize("how", STRIDES)
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_explain_is_what_runs(monkeypatch, which, how):
+    """Gradients of expanded operands are not expanded themselves."""
+    problems, passes = [], [run.run_forward, run.run_backward]
+    for function in passes:
+
+        def noted(prepared, *arguments, function=function):
+            problems.append(prepared.problem)
+            return function(prepared, *arguments)
+
+        monkeypatch.setattr(run, function.__name__, noted)
+    tensors = [*problem(), torch.randn(2, 4, 33, 47)]
+    tensors[which] = _strided(tensors[which], how)
+    query, key, value, mask = (t.detach().requires_grad_() for t in tensors)
+    out = flash_attention(query, key, value, attn_mask=mask)
+    torch.autograd.grad(out, (query, key, value, mask), torch.empty_like(out))
+    assert len(problems) == 2
+    for backward, ran in zip((False, True), problems):
+        assert explain(query, key, value, attn_mask=mask, backward=backward) == Explanation.of(ran)
+
+
+@pytest.mark.parametrize("shape", [(), (47,), (33, 1), (2, 1, 1, 47)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_explain_with_a_mask(kind, shape):
+    mask = torch.rand(shape) < 0.5 if kind == "bool" else torch.randn(shape)
+    found = explain(*problem(), attn_mask=mask, backward=True)
+    assert found and f"mask_{'bool' if kind == 'bool' else 'f32'}" in found.kernel
 
 
 def test_explain_says_why_not():
