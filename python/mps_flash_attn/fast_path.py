@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import tensors
-from .stats import count, disabled, small
+from .stats import count, disabled, flash_is_enabled, small
 
 _NAME = "_native_multi_head_attention"
 _KEY = "CPU"
@@ -78,7 +78,7 @@ def _objection(query, key, value, heads, weights, mask, need_weights, mask_type)
         return "nn.MultiheadAttention: shapes or dtypes"
     if mask is not None and mask_type not in _MASK_SHAPES:
         return "nn.MultiheadAttention: its mask"
-    if not (torch._C._get_flash_sdp_enabled() or torch._C._get_math_sdp_enabled()):
+    if not (flash_is_enabled() or torch._C._get_math_sdp_enabled()):
         return "nn.MultiheadAttention: PyTorch has no backend for scaled_dot_product_attention"
     batch, length, width = query.shape
     return disabled() or small(2 * batch * length * length * width, query)

@@ -36,7 +36,7 @@ from .operators import (
 )
 from .repeat import Known, Repeat
 from .run import forward
-from .stats import REPLACED, SMALL, count, disabled, small
+from .stats import REPLACED, SMALL, count, disabled, flash_is_enabled, small
 
 _TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
 _PLAIN, _SEEN, _TRACED = "plain", "seen by modes or transforms", "traced"  # kinds of calls
@@ -352,7 +352,7 @@ def _told(is_causal, scale, enable_gqa):
 
 def _again(before, query, key, value, mask, is_causal, scale, enable_gqa):
     """What a call like one before gives; None if what may have changed since has: settings, or where memory lies."""
-    if disabled():
+    if not flash_is_enabled() and disabled():
         return None
     if (small(before.work, query) is None) is not before.is_taken:
         before.give_way()
@@ -421,7 +421,7 @@ def _place_by_operator(query, key, value, *others):
     if all(map(tensors.is_plain, (query, key, value))):
         with torch._C._DisableTorchDispatch():
             return _place(query, key, value, *others)
-    if torch._C._get_flash_sdp_enabled() and shapes.is_fused(query, key, value, others[0]):
+    if flash_is_enabled() and shapes.is_fused(query, key, value, others[0]):
         return _FUSED
     return _MATH if torch._C._get_math_sdp_enabled() or query.device.type == "mps" else None
 

@@ -18,14 +18,14 @@ DISABLED = "flash attention is disabled"
 WAITED = "waited for PyTorch's stream: "  # counted beside what it led to
 _lock = new_lock(globals(), "_lock")
 _outcomes = Counter()
-_flash_is_enabled, _efficient_is_enabled = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
+flash_is_enabled, _efficient_is_enabled = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
 
 
 def disabled():
     """Why no call is to be taken over while PyTorch's settings are as they are; None if they allow it. Ours is none of
     PyTorch's kernels: it is allowed where one is that holds no scores. cuDNN's does not count: it stays allowed where
     all others are switched off to have the unfused path."""
-    return None if _flash_is_enabled() or _efficient_is_enabled() else DISABLED
+    return None if flash_is_enabled() or _efficient_is_enabled() else DISABLED
 
 
 def small(work, tensor):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mps_flash_attn
-from mps_flash_attn import check, precompile, reference
+from mps_flash_attn import check, precompiling, reference
 from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars
 
 
@@ -176,7 +176,7 @@ def test_check_survives_a_process_that_ends(tmp_path):
 
 
 def test_precompile_is_for_metal():
-    lines = list(precompile.problems(["f16", "f32"], ["64", "192v128"], ["none", "band+softcap"], True))
+    lines = list(precompiling.problems(["f16", "f32"], ["64", "192v128"], ["none", "band+softcap"], True))
     assert len(set(lines)) == 16
     assert {scalars(library().parse(line)).device for line in lines} == {DEVICE_METAL}
 

@@ -64,12 +64,6 @@ def test_eager_attention():
         assert count(model, torch.randint(0, 50, (1, 9))) == counted
 
 
-def test_vmap():
-    tensors = problem()
-    assert count(torch.vmap(F.scaled_dot_product_attention), *tensors) == 0
-    assert count(F.scaled_dot_product_attention, *tensors) == 1
-
-
 def test_compiled_code():
     """It is counted where it is traced, and code that was compiled before is not traced again."""
     torch._dynamo.reset()
