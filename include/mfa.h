@@ -80,8 +80,8 @@ typedef struct mfa_layout {
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (dP - D), dP = dO V^T
  *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
  *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K
- * Results are bitwise the same for any number of
- * threads, and in any run. */
+ * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low.
+ * Results are bitwise the same for any number of threads, and in any run. */
 typedef struct mfa_problem {
     uint64_t size; /* sizeof(mfa_problem), set by mfa_problem_init */
     int32_t pass, device, dtype, mask;
@@ -109,8 +109,8 @@ typedef struct mfa_buffer {
 } mfa_buffer;
 
 /* What a run reads and writes. Unused members are zero.
- * forward:  reads q, k, v, mask; writes o, and lse if given (f32; f64 for f64).
- * backward: reads q, k, v, mask, o, lse, d_o, and dlse if given (like lse); writes those of dq, dk, dv,
+ * forward:  reads q, k, v, mask; writes o, and lse (f32; f64 for f64) and o_low if given.
+ * backward: reads q, k, v, mask, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of dq, dk, dv,
  *           dbias that are given. Outputs may not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
@@ -118,6 +118,10 @@ typedef struct mfa_buffers {
     mfa_buffer q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias;
     mfa_buffer workspace;    /* 64-byte aligned; none: the context's own is used. On Metal an MTLBuffer, too */
     uint64_t workspace_size; /* its bytes: mfa_plan_workspace() or more */
+    /* Optional, for f16 and bf16 only; MFA_INVALID if it is given for another dtype. It has the shape, dtype and layout
+     * of o. Forward writes O - o, what rounding took off O, rounded to the dtype (0 where o is not finite), so that
+     * o + o_low has about twice the digits of o. Backward reads it and computes D from o + o_low. */
+    mfa_buffer o_low;
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on

@@ -89,7 +89,7 @@ static int check_same(struct trial *trial, int repeats)
     static const int threads[] = {1, 2, 3, 7};
     const int counts = trial->arguments->threads ? 0 : sizeof threads / sizeof *threads, first = 7;
     struct reference expected, results;
-    const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS;
+    const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS | OUTPUT(O_LOW);
     int usual = trial->arguments->threads ? trial->arguments->threads : first;
     int good = run(trial, DENSE, all, usual, &expected);
     for (int at = 0; good && at < counts + repeats; at++) {
@@ -113,6 +113,7 @@ static int check_partial(struct trial *trial, int threads)
     if (passes & CASE_FORWARD) {
         trial->subject.passes = CASE_FORWARD;
         good = check(trial, ROWS_FIRST, OUTPUT(O), threads);
+        good = check(trial, ROWS_FIRST, OUTPUT(O) | OUTPUT(O_LOW), threads) && good;
         trial->subject.passes = passes;
     }
     for (size_t n = 0; n < sizeof alone / sizeof *alone && (passes & CASE_BACKWARD); n++)
@@ -141,19 +142,24 @@ static int list_variants(const mfa_problem *p, int quick, int line, struct varia
     return count;
 }
 
+/* All of them; o_low every second time. */
+static unsigned outputs(int number)
+{
+    return FORWARD_OUTPUTS | BACKWARD_OUTPUTS | (number % 2 ? OUTPUT(O_LOW) : 0);
+}
+
 static int check_variant(struct trial *trial, int number, int line)
 {
     const struct arguments *arguments = trial->arguments;
-    const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS;
     const int threads = arguments->threads ? arguments->threads : 1 + line % 3;
     int good = 1;
     if (number > 0) {
-        good = check(trial, (number + line) % ARRANGEMENTS, all, threads);
+        good = check(trial, (number + line) % ARRANGEMENTS, outputs(number), threads);
     } else {
         int small = case_multiplications(&trial->subject.inputs.problem) <= CASE_SMALL;
         for (int arrangement = DENSE; arrangement < ARRANGEMENTS; arrangement++)
             if (arrangement == DENSE || arrangement == 1 + line % (ARRANGEMENTS - 1) || (small && !arguments->quick))
-                good = check(trial, arrangement, all, threads) && good;
+                good = check(trial, arrangement, outputs(arrangement + line), threads) && good;
         int repeats = arguments->repeat ? arguments->repeat : small && line % 4 == 0 && !arguments->quick ? 20 : 1;
         good = good && check_same(trial, repeats);
         good = good && check_partial(trial, threads);
@@ -230,6 +236,17 @@ static void print_verdict(int good, long long checks, double worst, double time,
     fflush(stdout);
 }
 
+/* Whether the kernel multiplies bf16, and so rounds P: its machine says so. */
+static int rounds_P(mfa_context *context, const mfa_problem *problem)
+{
+    char line[256] = "";
+    mfa_plan *plan = NULL;
+    if (problem->dtype == MFA_BF16 && mfa_plan_create(context, problem, &plan) == MFA_OK)
+        mfa_plan_describe(plan, line, sizeof line);
+    mfa_plan_destroy(plan);
+    return strstr(line, "bf16 threads") != NULL;
+}
+
 /* All variants of a problem in one dtype. */
 static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)
 {
@@ -240,6 +257,7 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
     int count = list_variants(&one->problem, arguments->quick, one->number, variants), good = 1;
     for (int number = 0; number < count; number++) {
         subject_open(&trial.subject, one, variants[number], arguments->seed);
+        trial.subject.rounds_P = rounds_P(context, &one->problem);
         int right = check_variant(&trial, number, one->number);
         if (right && number == 0 && arguments->bench)
             bench(&trial);
@@ -269,7 +287,8 @@ static void check_random(mfa_context *context, const struct arguments *arguments
         const double begin = seconds();
         const int threads = arguments->threads ? arguments->threads : 1 + n % 3;
         subject_open(&trial.subject, &one, drawn.variant, arguments->seed);
-        int good = check(&trial, drawn.arrangement, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, threads);
+        trial.subject.rounds_P = rounds_P(context, &one.problem);
+        int good = check(&trial, drawn.arrangement, outputs(n), threads);
         if (arguments->verbose)
             print_verdict(good, 1, trial.subject.worst, seconds() - begin, one.text);
         subject_close(&trial.subject);

@@ -180,6 +180,7 @@ static void make_call(struct trial *t)
                                     .d_o = address(&b->d_o),
                                     .dlse = address(&b->dlse),
                                     .o = address(&b->o),
+                                    .o_low = address(&b->o_low),
                                     .lse = address(&b->lse),
                                     .dq = address(&b->dq),
                                     .dk = address(&b->dk),
@@ -255,7 +256,7 @@ static int run(struct trial *t, struct reference *results)
     const char *what = describe(t);
     memset(results, 0, sizeof *results);
     guarded_testing(what);
-    operands_open_outputs(&t->operands, t->arrangement, forward ? FORWARD_OUTPUTS : BACKWARD_OUTPUTS);
+    operands_open_outputs(&t->operands, t->arrangement, forward ? FORWARD_OUTPUTS | OUTPUT(O_LOW) : BACKWARD_OUTPUTS);
     make_call(t);
     if (forward)
         run_forward(t);
@@ -362,6 +363,7 @@ static void check_set(struct subject *subject, const struct kernel_set *set, int
 {
     struct trial t = {.subject = subject, .set = set, .scratch = {{.mapping = NULL}}};
     t.arrangement = number % 2 ? DENSE : number / 2 % ARRANGEMENTS;
+    subject->rounds_P = set->dtype == MFA_BF16;
     operands_open(&t.operands, &subject->inputs, t.arrangement, 0);
     check_pass(&t, number, quick);
     operands_turn(&t.operands, t.arrangement, &subject->truth);

@@ -384,13 +384,15 @@ static void no_mask(mfa_buffers *b) { b->mask.base = NULL; }
 static void no_o(mfa_buffers *b) { b->o.base = NULL; }
 static void no_lse(mfa_buffers *b) { b->lse.base = NULL; }
 static void no_d_o(mfa_buffers *b) { b->d_o.base = NULL; }
-static void small_buffers(mfa_buffers *b) { b->size -= 16; }
+static void small_buffers(mfa_buffers *b) { b->size -= 24; }
 static void q_off_by_a_byte(mfa_buffers *b) { b->q.offset = 1; }
 static void mask_off_by_a_byte(mfa_buffers *b) { b->mask.offset = 3; }
 static void lse_off_by_two(mfa_buffers *b) { b->lse.offset = 2; }
 static void dq_off_by_a_byte(mfa_buffers *b) { b->dq.base = (char *)b->dq.base + 1; }
 static void workspace_off(mfa_buffers *b) { b->workspace.offset = 32; }
 static void unused_dq(mfa_buffers *b) { b->dq = b->o; }
+static void some_o_low(mfa_buffers *b) { b->o_low = b->workspace; }
+static void o_low_off_by_a_byte(mfa_buffers *b) { b->o_low.base = b->o.base, b->o_low.offset = 1; }
 
 static const struct { const char *problem; void (*spoil)(mfa_buffers *buffers); const char *words; } faults[] = {
     {"forward f32 b1 h2 q8 kv8 d16", no_q, "q is NULL"},
@@ -408,6 +410,10 @@ static const struct { const char *problem; void (*spoil)(mfa_buffers *buffers); 
     {"backward bf16 b1 h2 q8 kv8 d16", dq_off_by_a_byte, "dq begins at"},
     {"forward f32 b1 h2 q8 kv8 d16", workspace_off, "workspace begins at"},
     {"forward f32 b1 h2 q8 kv8 d16", unused_dq, "dq is given"},
+    {"forward f32 b1 h2 q8 kv8 d16", some_o_low, "o_low is given and dtype is f32; it exists for f16 and bf16"},
+    {"backward f64 b1 h2 q8 kv8 d16", some_o_low, "o_low is given and dtype is f64"},
+    {"forward f16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
+    {"backward bf16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
 };
 
 static void test_refused_buffers(void **state)

@@ -78,22 +78,22 @@ static void *find_copy(const void *base)
 static const char *arguments_of(const char *function)
 {
     static const char *const table[][2] = {
-        {"attention_forward", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(17), T(0), T(1), GROUP, INDEX, "
-                              "SIMDGROUP, LANE"},
-        {"attention_decode", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(17), T(0), T(1), GROUP, INDEX, "
-                             "SIMDGROUP, LANE"},
-        {"attention_merge", "C, B(5), B(6), B(14), GROUP, SIMDGROUP, LANE"},
-        {"attention_rows", "C, B(5), B(6), B(7), B(8), B(15), B(16), GROUP, SIMDGROUP, LANE"},
+        {"attention_forward", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(15), B(18), T(0), T(1), GROUP, "
+                              "INDEX, SIMDGROUP, LANE"},
+        {"attention_decode", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(15), B(18), T(0), T(1), GROUP, "
+                             "INDEX, SIMDGROUP, LANE"},
+        {"attention_merge", "C, B(5), B(6), B(13), B(15), GROUP, SIMDGROUP, LANE"},
+        {"attention_rows", "C, B(5), B(6), B(7), B(8), B(13), B(16), B(17), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq",
-         "C, B(1), B(2), B(3), B(4), B(7), B(9), B(13), B(15), B(16), B(17), T(0), T(1), GROUP, "
+         "C, B(1), B(2), B(3), B(4), B(7), B(9), B(14), B(16), B(17), B(18), T(0), T(1), GROUP, "
          "INDEX, SIMDGROUP, LANE"},
-        {"attention_backward_dkv", "C, B(1), B(2), B(3), B(4), B(7), B(10), B(11), B(13), B(15), B(16), B(17), T(0), "
+        {"attention_backward_dkv", "C, B(1), B(2), B(3), B(4), B(7), B(10), B(11), B(14), B(16), B(17), B(18), T(0), "
                                    "T(1), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_dbias",
-         "C, B(1), B(2), B(3), B(4), B(7), B(12), B(14), B(15), B(16), T(1), GROUP, SIMDGROUP, LANE"},
-        {"attention_dbias_sum", "C, B(12), B(14), GROUP, INDEX"},
-        {"mask_tiles", "C, B(4), B(13), GROUP, SIMDGROUP, LANE"},
-        {"layout_test", "B(14), T(0), LANE"},
+         "C, B(1), B(2), B(3), B(4), B(7), B(12), B(15), B(16), B(17), T(1), GROUP, SIMDGROUP, LANE"},
+        {"attention_dbias_sum", "C, B(12), B(15), GROUP, INDEX"},
+        {"mask_tiles", "C, B(4), B(14), GROUP, SIMDGROUP, LANE"},
+        {"layout_test", "B(15), T(0), LANE"},
         {"narrow_test", "B(1), B(2), B(3), POSITION"},
     };
     for (size_t n = 0; n < sizeof table / sizeof *table; n++)

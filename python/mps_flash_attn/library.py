@@ -43,6 +43,7 @@ BUFFERS_FIELDS = (
     *((name, _BUFFER) for name in ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("workspace", _BUFFER),
     ("workspace_size", "Q"),
+    ("o_low", _BUFFER),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
@@ -53,9 +54,9 @@ def _struct(fields):
 
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
-# The buffers of the CPU, which need no offsets: the size, the bases of q k v mask o lse d_o dlse dq dk dv dbias, zeros.
-_BASES = "Q" + "P8x" * 12
-BASES = struct.Struct(f"@{_BASES}{BUFFERS.size - struct.calcsize(_BASES)}x")
+# The buffers of the CPU, which need no offsets: the size, the bases of q k v mask o lse d_o dlse dq dk dv dbias o_low,
+# and zeros between them.
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x")
 
 _number_of_threads = torch.get_num_threads  # by a name of our own: each step on the way to one costs in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)

@@ -147,7 +147,9 @@ def _keep(kind, prepared):
     return prepared
 
 
-def _run(problem, device, q, k, v, mask, o, lse, d_o=None, dlse=None, dq=None, dk=None, dv=None, dbias=None):
+def _run(
+    problem, device, q, k, v, mask, o, lse, d_o=None, dlse=None, dq=None, dk=None, dv=None, dbias=None, o_low=None
+):
     """The operands in the order of mfa_buffers, None where there is none."""
     if device == DEVICE_CPU:
         buffers = BASES.pack(
@@ -164,9 +166,11 @@ def _run(problem, device, q, k, v, mask, o, lse, d_o=None, dlse=None, dq=None, d
             0 if dk is None else _address(dk),
             0 if dv is None else _address(dv),
             0 if dbias is None else _address(dbias),
+            0 if o_low is None else _address(o_low),
         )
         library().attention(problem, buffers)
     else:
         operands = q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias
         places = [number for operand in operands for number in tensors.place_on_metal(operand)]
-        library().attention(problem, BUFFERS.pack(BUFFERS.size, *places, *_OWN_WORKSPACE), STREAM_TORCH)
+        low = tensors.place_on_metal(o_low)
+        library().attention(problem, BUFFERS.pack(BUFFERS.size, *places, *_OWN_WORKSPACE, *low), STREAM_TORCH)

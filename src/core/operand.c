@@ -3,7 +3,8 @@
 
 #include "core/problem.h"
 
-enum element { DATA, ROW_SUM, MASK }; /* the problem's dtype; f32 or f64; the mask's */
+/* The problem's dtype; f32 or f64; the mask's; the problem's dtype if that is f16 or bf16, else there is none. */
+enum element { DATA, ROW_SUM, MASK, ROUNDED_OFF };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
@@ -23,11 +24,15 @@ const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT] = {
     {OPERAND(dk), SIZE(kv_heads), SIZE(kv_len), SIZE(head_dim), DATA, {0, WRITTEN}},
     {OPERAND(dv), SIZE(kv_heads), SIZE(kv_len), SIZE(value_dim), DATA, {0, WRITTEN}},
     {OPERAND(dbias), SIZE(q_heads), SIZE(q_len), SIZE(kv_len), MASK, {0, WRITTEN | SUMMED}},
+    {"o_low", offsetof(mfa_problem, o_layout), offsetof(mfa_buffers, o_low), SIZE(q_heads), SIZE(q_len),
+     SIZE(value_dim), ROUNDED_OFF, {WRITTEN, READ}},
 };
 
 int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *problem)
 {
     const int role = operand->role[problem->pass];
+    if (operand->element == ROUNDED_OFF)
+        return problem->dtype == MFA_F16 || problem->dtype == MFA_BF16 ? role : 0;
     if (operand->element != MASK)
         return role;
     const int in_use = (role & WRITTEN) ? problem->mask == MFA_MASK_ADDITIVE : problem->mask != MFA_MASK_NONE;

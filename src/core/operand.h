@@ -1,4 +1,4 @@
-/* The twelve tensors of a run: which part of the problem gives their sizes, which pass reads or writes
+/* The thirteen tensors of a run: which part of the problem gives their sizes, which pass reads or writes
  * them. One table, read when a problem is checked and again when buffers are. */
 #ifndef MFA_CORE_OPERAND_H
 #define MFA_CORE_OPERAND_H
@@ -23,7 +23,7 @@ struct mfa_operand {
     uint8_t role[2];       /* in the forward and in the backward pass */
 };
 
-#define MFA_OPERAND_COUNT 12
+#define MFA_OPERAND_COUNT 13
 extern const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT];
 
 /* A set of enum mfa_role. The problem's enums must be sound. */

@@ -83,8 +83,11 @@ static mfa_status check_extent(const struct mfa_plan *plan, const struct mfa_ope
     return MFA_OK;
 }
 
-static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_operand *operand, const mfa_buffer *buffer)
+/* That of operand number n. */
+static mfa_status check_buffer(const struct mfa_plan *plan, const mfa_buffers *buffers, int n)
 {
+    const struct mfa_operand *operand = &mfa_operands[n];
+    const mfa_buffer *buffer = mfa_operand_buffer(buffers, n);
     const int role = mfa_operand_role(operand, &plan->problem);
     if (!buffer->base) {
         if (!(role & MFA_ROLE_REQUIRED))
@@ -95,6 +98,9 @@ static mfa_status check_buffer(const struct mfa_plan *plan, const struct mfa_ope
         return mfa_fail(MFA_INVALID, "%s is NULL; the %s pass needs it", operand->name,
                         mfa_pass_name(plan->problem.pass));
     }
+    if (!role && buffer == &buffers->o_low)
+        return mfa_fail(MFA_INVALID, "o_low is given and dtype is %s; it exists for f16 and bf16, and must be NULL",
+                        mfa_dtype_name(plan->problem.dtype));
     if (!role) {
         static const char *const masks[] = {"no mask", "a bool mask", "an additive mask"};
         return mfa_fail(MFA_INVALID, "%s is given; a %s problem with %s has none, and it must be NULL", operand->name,
@@ -132,8 +138,7 @@ static mfa_status check_workspace(const struct mfa_plan *plan, const mfa_buffers
 static mfa_status check_buffers(const struct mfa_plan *plan, const mfa_buffers *buffers)
 {
     for (int i = 0; i < MFA_OPERAND_COUNT; i++) {
-        const struct mfa_operand *operand = &mfa_operands[i];
-        const mfa_status status = check_buffer(plan, operand, mfa_operand_buffer(buffers, i));
+        const mfa_status status = check_buffer(plan, buffers, i);
         if (status != MFA_OK)
             return status;
     }

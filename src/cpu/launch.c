@@ -115,7 +115,7 @@ static void bind(struct mfa_cpu_call *call, const mfa_buffers *b)
 {
     call->q = address(&b->q), call->k = address(&b->k), call->v = address(&b->v), call->mask = address(&b->mask);
     call->d_o = address(&b->d_o), call->dlse = address(&b->dlse);
-    call->o = address(&b->o), call->lse = address(&b->lse);
+    call->o = address(&b->o), call->o_low = address(&b->o_low), call->lse = address(&b->lse);
     call->dq = address(&b->dq), call->dk = address(&b->dk), call->dv = address(&b->dv),
     call->dbias = address(&b->dbias);
 }

@@ -30,19 +30,19 @@ static const struct entry {
     enum { NONE, ANY, ADDITIVE } mask; /* that it needs */
     uint32_t buffers;
 } entries[MFA_METAL_KERNELS] = {
-    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE, ALL(0, 6) | ALL(13, 14)},
-    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE, ALL(0, 6) | ALL(13, 14)},
-    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, ONE(0) | ALL(5, 6) | ONE(14)},
-    [MFA_METAL_ROWS] = {"attention_rows", "attention_rows", BACKWARD, NONE, ONE(0) | ALL(5, 8) | ALL(15, 16)},
+    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE, ALL(0, 6) | ALL(13, 15)},
+    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE, ALL(0, 6) | ALL(13, 15)},
+    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, ONE(0) | ALL(5, 6) | ONE(13) | ONE(15)},
+    [MFA_METAL_ROWS] = {"attention_rows", "attention_rows", BACKWARD, NONE, ONE(0) | ALL(5, 8) | ONE(13) | ALL(16, 17)},
     [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NONE,
-                               ALL(0, 4) | ONE(7) | ONE(9) | ONE(13) | ALL(15, 16)},
+                               ALL(0, 4) | ONE(7) | ONE(9) | ONE(14) | ALL(16, 17)},
     [MFA_METAL_BACKWARD_DKV] = {"attention_backward_dkv", "attention_backward_dkv", BACKWARD, NONE,
-                                ALL(0, 4) | ONE(7) | ALL(10, 11) | ONE(13) | ALL(15, 16)},
+                                ALL(0, 4) | ONE(7) | ALL(10, 11) | ONE(14) | ALL(16, 17)},
     [MFA_METAL_DBIAS] = {"attention_dbias", "attention_dbias", BACKWARD, ADDITIVE,
-                         ALL(0, 4) | ONE(7) | ONE(12) | ALL(14, 16)},
-    [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE, ONE(0) | ONE(12) | ONE(14)},
-    [MFA_METAL_MASK_TILES] = {"mask_tiles", "mask_tiles", BOTH, ANY, ONE(0) | ONE(4) | ONE(13)},
-    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, ONE(14)},
+                         ALL(0, 4) | ONE(7) | ONE(12) | ALL(15, 17)},
+    [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE, ONE(0) | ONE(12) | ONE(15)},
+    [MFA_METAL_MASK_TILES] = {"mask_tiles", "mask_tiles", BOTH, ANY, ONE(0) | ONE(4) | ONE(14)},
+    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, ONE(15)},
 };
 
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel)

@@ -10,8 +10,8 @@
 
 const char *tensor_name(enum reference_tensor tensor)
 {
-    static const char *const names[REFERENCE_TENSORS] = {"Q", "K", "V",  "mask", "dO", "dL",
-                                                         "O", "L", "dQ", "dK",   "dV", "dbias"};
+    static const char *const names[REFERENCE_TENSORS] = {"Q", "K",    "V",  "mask", "dO", "dL",   "O",
+                                                         "L", "o_low", "dQ", "dK",   "dV", "dbias"};
     return names[tensor];
 }
 
@@ -20,6 +20,7 @@ double **reference_member(struct reference *results, enum reference_tensor tenso
     switch (tensor) {
     case REFERENCE_O: return &results->O;
     case REFERENCE_L: return &results->L;
+    case REFERENCE_O_LOW: return &results->O_low;
     case REFERENCE_dQ: return &results->dQ;
     case REFERENCE_dK: return &results->dK;
     case REFERENCE_dV: return &results->dV;
@@ -120,12 +121,18 @@ void operands_open(struct operands *operands, const struct inputs *inputs, enum 
     operands_open_outputs(operands, arrangement, wanted);
 }
 
+static int has(const mfa_problem *problem, enum reference_tensor tensor)
+{
+    const int is_half = problem->dtype == MFA_F16 || problem->dtype == MFA_BF16;
+    return tensor == REFERENCE_DBIAS   ? problem->mask == MFA_MASK_ADDITIVE
+           : tensor == REFERENCE_O_LOW ? is_half
+                                       : 1;
+}
+
 void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned wanted)
 {
-    if (operands->problem.mask != MFA_MASK_ADDITIVE)
-        wanted &= ~OUTPUT(DBIAS);
     for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++)
-        if (wanted & 1U << tensor) {
+        if ((wanted & 1U << tensor) && has(&operands->problem, tensor)) {
             int64_t shape[4];
             reference_shape(&operands->problem, tensor, shape);
             tensor_open_output(&operands->tensors[tensor], tensor_name(tensor),
@@ -138,7 +145,7 @@ void operands_open_outputs(struct operands *operands, enum arrangement arrangeme
 static int of_pass(const struct operands *operands, enum reference_tensor tensor)
 {
     if (operands->problem.pass == MFA_FORWARD)
-        return tensor == REFERENCE_O || tensor == REFERENCE_L;
+        return tensor >= REFERENCE_O && tensor <= REFERENCE_O_LOW;
     return tensor >= REFERENCE_dQ;
 }
 
@@ -181,11 +188,13 @@ const char *operands_collect(struct operands *operands, struct reference *result
 
 void operands_turn(struct operands *operands, enum arrangement arrangement, const struct reference *given)
 {
-    double *values[] = {given->O, given->L};
-    for (int at = REFERENCE_O; at <= REFERENCE_L; at++) {
+    double *values[] = {given->O, given->L, given->O_low};
+    for (int at = REFERENCE_O; at <= REFERENCE_O_LOW; at++) {
         int64_t shape[4];
         reference_shape(&operands->problem, at, shape);
         tensor_close(&operands->tensors[at]);
+        if (!has(&operands->problem, at) || !values[at - REFERENCE_O])
+            continue;
         tensor_open_input(&operands->tensors[at], tensor_name(at), reference_dtype(&operands->problem, at), shape,
                           arrangement, values[at - REFERENCE_O]);
         attach(operands, at);

@@ -39,7 +39,7 @@ struct operands {
 #define FORWARD_OUTPUTS (OUTPUT(O) | OUTPUT(L))
 #define BACKWARD_OUTPUTS (OUTPUT(dQ) | OUTPUT(dK) | OUTPUT(dV) | OUTPUT(DBIAS))
 
-/* `wanted` says which outputs exist; dbias only exists for an additive mask. */
+/* `wanted` says which outputs exist; dbias only exists for an additive mask, o_low for f16 and bf16. */
 void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
                    unsigned wanted);
 
@@ -53,7 +53,7 @@ mfa_status operands_run(struct operands *operands, mfa_context *context, int pla
  * written beyond its elements, or NULL. */
 const char *operands_collect(struct operands *operands, struct reference *results);
 
-/* From forward to backward: O and L are inputs now, and hold what is given. */
+/* From forward to backward: O and L, and o_low if it is given, are inputs now, and hold what is given. */
 void operands_turn(struct operands *operands, enum arrangement arrangement, const struct reference *given);
 void operands_close(struct operands *operands);
 

@@ -3,9 +3,11 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kit/compare.h"
+#include "reference/element.h"
 
 void subject_open(struct subject *s, const struct one_case *one, struct variant variant, uint64_t seed)
 {
@@ -24,6 +26,8 @@ void subject_open(struct subject *s, const struct one_case *one, struct variant 
     reference_attention(&operands.problem, &operands.buffers, &s->truth);
     reference_tolerance(&operands.problem, &operands.buffers, &s->truth, &s->tolerance);
     operands_close(&operands);
+    for (int64_t n = 0; n < reference_count(p, REFERENCE_O); n++)
+        s->truth.O_low[n] = s->truth.O[n] - element_round(p->dtype, s->truth.O[n]);
 }
 
 void subject_close(struct subject *s)
@@ -61,8 +65,22 @@ double subject_tolerance(const struct subject *s, enum reference_tensor tensor)
     const struct tolerance *t = &s->tolerance;
     const double tolerances[REFERENCE_TENSORS] = {
         [REFERENCE_O] = t->O,   [REFERENCE_L] = t->L,   [REFERENCE_dQ] = t->dQ,
-        [REFERENCE_dK] = t->dK, [REFERENCE_dV] = t->dV, [REFERENCE_DBIAS] = t->dbias};
+        [REFERENCE_dK] = t->dK, [REFERENCE_dV] = t->dV, [REFERENCE_DBIAS] = t->dbias,
+        [REFERENCE_O_LOW] = s->rounds_P ? t->O_low_of_rounded_P : t->O_low};
     return tolerances[tensor];
+}
+
+/* Whether o + o_low is O to more digits than o has. */
+static int compare_low(struct subject *s, const char *what, const int64_t shape[4], const struct reference *results)
+{
+    const int64_t count = reference_count(&s->inputs.problem, REFERENCE_O);
+    double *sums = reference_allocate(count);
+    for (int64_t n = 0; n < count; n++)
+        sums[n] = results->O[n] + results->O_low[n];
+    int good = compare_close(what, "o + o_low", shape, sums, s->truth.O, subject_tolerance(s, REFERENCE_O_LOW),
+                             &s->worst);
+    free(sums);
+    return good;
 }
 
 /* Bit for bit if there is no `subject` to judge. */
@@ -77,7 +95,9 @@ static int compare(const mfa_problem *problem, struct subject *subject, const ch
         reference_shape(problem, tensor, shape);
         if (!got || !right)
             continue;
-        if (subject)
+        if (subject && tensor == REFERENCE_O_LOW)
+            good = compare_low(subject, what, shape, results) && good;
+        else if (subject)
             good = compare_close(what, name, shape, got, right, subject_tolerance(subject, tensor), &subject->worst) &&
                    good;
         else

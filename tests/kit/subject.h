@@ -14,6 +14,7 @@ struct subject { /* one variant of one case */
     struct inputs inputs;
     struct reference truth;
     struct tolerance tolerance;
+    int rounds_P; /* the kernel does: see tolerance.h */
     double worst; /* error as a share of the tolerance */
 };
 

@@ -58,7 +58,8 @@ static void solve(struct run *run, int both)
     struct operands operands;
     const mfa_problem *p = &run->inputs.problem;
     for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++)
-        if ((tensor < REFERENCE_dQ || both) && (tensor != REFERENCE_DBIAS || p->mask == MFA_MASK_ADDITIVE))
+        if (tensor != REFERENCE_O_LOW && (tensor < REFERENCE_dQ || both) &&
+            (tensor != REFERENCE_DBIAS || p->mask == MFA_MASK_ADDITIVE))
             *reference_member(&run->truth, tensor) = reference_allocate(reference_count(p, tensor));
     operands_open(&operands, &run->inputs, DENSE, 0);
     reference_attention(&operands.problem, &operands.buffers, &run->truth);

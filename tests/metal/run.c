@@ -18,7 +18,7 @@ enum { WORKSPACE = MFA_OPERAND_COUNT, VISITED, FILLER, BUFFERS };
 /* The kit's tensors in the order of mfa_operands. */
 static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
     REFERENCE_Q,  REFERENCE_K,  REFERENCE_V,  REFERENCE_MASK, REFERENCE_O,  REFERENCE_L,
-    REFERENCE_dO, REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK,   REFERENCE_dV, REFERENCE_DBIAS};
+    REFERENCE_dO, REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK,   REFERENCE_dV, REFERENCE_DBIAS, REFERENCE_O_LOW};
 
 /* From the first of the 64 bytes that an operand begins in, so that alignment is as the offset says. */
 static void attach(struct operands *operands, const mfa_problem *problem, struct gpu_buffer *buffers,

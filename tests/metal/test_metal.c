@@ -226,7 +226,8 @@ static void list(const mfa_problem *problem, struct listed *l)
                                  .dq = b,
                                  .dk = b,
                                  .dv = b,
-                                 .dbias = b};
+                                 .dbias = b,
+                                 .o_low = b};
     mfa_problem canonical;
     assert_int_equal(mfa_problem_check(problem, &canonical), MFA_OK);
     mfa_metal_tiles_choose(7, &canonical, &l->choice);

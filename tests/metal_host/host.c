@@ -15,7 +15,7 @@
 
 void (*const metal_host_send)(void) = objc_msgSend;
 
-#define ALL_OUTPUTS (FORWARD_OUTPUTS | BACKWARD_OUTPUTS)
+#define ALL_OUTPUTS (FORWARD_OUTPUTS | BACKWARD_OUTPUTS | OUTPUT(O_LOW))
 #define WORKSPACE_OFFSET 64 /* of the caller's workspace in its buffer */
 
 /* --- Subjects ------------------------------------------------------------------------------------- */

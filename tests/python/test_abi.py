@@ -89,10 +89,10 @@ def test_scalars_are_the_fields_between_pass_and_the_layouts():
 def test_buffers_without_offsets():
     fields = dict.fromkeys((name for name, _ in abi.BUFFERS_FIELDS), (0, 0))
     fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
-    names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")
+    names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low")
     fields |= {name: (base, 0) for base, name in enumerate(names, 1)}
     whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
-    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 13)) == whole
+    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 14)) == whole
 
 
 def test_statuses_become_exceptions():

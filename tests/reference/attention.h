@@ -12,12 +12,12 @@
 
 enum reference_tensor {
     REFERENCE_Q, REFERENCE_K, REFERENCE_V, REFERENCE_MASK, REFERENCE_dO, REFERENCE_dL, /* inputs */
-    REFERENCE_O, REFERENCE_L, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV, REFERENCE_DBIAS, /* results */
+    REFERENCE_O, REFERENCE_L, REFERENCE_O_LOW, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV, REFERENCE_DBIAS, /* results */
     REFERENCE_TENSORS
 };
 
 struct reference {
-    double *O, *L, *dQ, *dK, *dV, *dbias; /* NULL: not wanted */
+    double *O, *L, *O_low, *dQ, *dK, *dV, *dbias; /* NULL: not wanted. O_low is never solved for */
 };
 
 /* Extents of a tensor. One whose layout has stride 0 along a dimension has one element along it: for an

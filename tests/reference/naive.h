@@ -114,8 +114,11 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
     head->L_off = sqrt(L_squares) + n->unit * (isfinite(L) ? fabs((double)L) : 0);
     n->L_off = fmax(n->L_off, head->L_off);
     n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
-    for (int64_t c = 0; c < p->value_dim; c++)
-        n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
+    for (int64_t c = 0; c < p->value_dim; c++) {
+        double *O = &n->results.O[at * p->value_dim + c];
+        *O = element_round(p->dtype, head->O[c]);
+        n->results.O_low[at * p->value_dim + c] = head->O[c] - *O;
+    }
 }
 
 static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)

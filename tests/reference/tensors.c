@@ -11,7 +11,8 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
         [REFERENCE_Q] = &problem->q_layout, [REFERENCE_K] = &problem->k_layout, [REFERENCE_V] = &problem->v_layout,
         [REFERENCE_MASK] = &problem->mask_layout, [REFERENCE_dO] = &problem->d_o_layout,
         [REFERENCE_dL] = &problem->dlse_layout, [REFERENCE_O] = &problem->o_layout,
-        [REFERENCE_L] = &problem->lse_layout, [REFERENCE_dQ] = &problem->dq_layout,
+        [REFERENCE_L] = &problem->lse_layout, [REFERENCE_O_LOW] = &problem->o_layout,
+        [REFERENCE_dQ] = &problem->dq_layout,
         [REFERENCE_dK] = &problem->dk_layout, [REFERENCE_dV] = &problem->dv_layout,
         [REFERENCE_DBIAS] = &problem->dbias_layout};
     return layouts[tensor];
@@ -23,7 +24,8 @@ const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_te
         [REFERENCE_Q] = &buffers->q, [REFERENCE_K] = &buffers->k, [REFERENCE_V] = &buffers->v,
         [REFERENCE_MASK] = &buffers->mask, [REFERENCE_dO] = &buffers->d_o, [REFERENCE_dL] = &buffers->dlse,
         [REFERENCE_O] = &buffers->o, [REFERENCE_L] = &buffers->lse, [REFERENCE_dQ] = &buffers->dq,
-        [REFERENCE_dK] = &buffers->dk, [REFERENCE_dV] = &buffers->dv, [REFERENCE_DBIAS] = &buffers->dbias};
+        [REFERENCE_dK] = &buffers->dk, [REFERENCE_dV] = &buffers->dv, [REFERENCE_DBIAS] = &buffers->dbias,
+        [REFERENCE_O_LOW] = &buffers->o_low};
     return operands[tensor];
 }
 

@@ -27,9 +27,14 @@
  *     of the O that backward is given do to it; dS_ij by P_ij times these, and as P_ij by that times |dP_ij - D_i|
  *     of O, dV, dbias, dQ and dK each term is off by this times the element of V, dO, 1, K or Q (and scale) beside it,
  *     and each sum by its own roundings; for the last two a softcap's slope is off as well
- * |x| being the length of a row. */
+ * |x| being the length of a row.
+ *
+ * o + o_low is O before it was rounded. It may be off by the floor alone, where the rounding of o_low takes the
+ * place of an ulp. Kernels that multiply bf16 round P to the dtype, and so does naive: they may also be off by
+ * twice the error that naive's O has before it is rounded. */
 struct tolerance {
     double O, L, dQ, dK, dV, dbias;
+    double O_low, O_low_of_rounded_P; /* of o + o_low */
 };
 
 /* `truth`: what reference_attention gave for this problem; members not wanted are NULL. */

@@ -197,7 +197,7 @@ static void scale_gradients(const struct mfa_cpu_call *call, real *x, int64_t n)
         scale_vectors(x, n, call->dS_factor);
 }
 
-/* rowsum(dO * O) of `rows` rows, at most LANES, from `row` on; zeros after them. */
+/* rowsum(dO * O) of `rows` rows, at most LANES, from `row` on; zeros after them. O is o + o_low, if that is there. */
 static vec sum_rows(const struct mfa_cpu_call *call, const struct group *g, int64_t row, int64_t rows, real *room)
 {
     const struct mfa_args *a = &call->args;
@@ -205,13 +205,16 @@ static vec sum_rows(const struct mfa_cpu_call *call, const struct group *g, int6
     real *sums = room + 2 * e, *turned = sums + LANES * LANES;
     fill(sums, LANES * LANES, 0);
     for (int64_t i = 0; i < rows; i++) {
-        const char *O_row = row_at(call->o, bytes, &a->o, g->batch, g->head, row + i);
         const char *dO_row = row_at(call->d_o, bytes, &a->d_o, g->batch, g->head, row + i);
-        const real *O = row_of_reals(room, O_row, call->dtype, a->o.column, a->value_dim);
         const real *dO = row_of_reals(room + e, dO_row, call->dtype, a->d_o.column, a->value_dim);
+        const void *parts[] = {call->o, call->o_low};
         vec sum = vec_set1(0);
-        for (int64_t d = 0; d < e; d += LANES)
-            sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
+        for (int part = 0; part < 2 && parts[part]; part++) {
+            const char *O_row = row_at(parts[part], bytes, &a->o, g->batch, g->head, row + i);
+            const real *O = row_of_reals(room, O_row, call->dtype, a->o.column, a->value_dim);
+            for (int64_t d = 0; d < e; d += LANES)
+                sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
+        }
         vec_store(sums + i * LANES, sum);
     }
     vec_transpose(sums, LANES, turned, LANES);

@@ -28,7 +28,9 @@ struct mfa_cpu_call {
     int64_t splits; /* forward: parts of a chunk's kv range */
 
     const void *q, *k, *v, *mask, *d_o, *dlse; /* mask, dlse may be NULL */
-    void *o, *lse, *dq, *dk, *dv, *dbias; /* read by backward: o, lse. NULL: not wanted */
+    /* Read by backward: o, o_low, lse. o_low is what rounding took off O, in the layout of o. NULL: not wanted, and
+     * for o_low not there */
+    void *o, *o_low, *lse, *dq, *dk, *dv, *dbias;
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
     void *D; /* backward: real [batch][q_heads][groups * rows of a group] */

@@ -146,7 +146,7 @@ static void softmax_step(real *m, real *l, real *O, int64_t value_dim, const rea
     vec_store(l, vec_add(vec_load(l), column_exp(S, n, reference, P, stride)));
 }
 
-/* Divides by l and writes the panel's rows of O and L. */
+/* Divides by l and writes the panel's rows of O and L, and of what rounding takes off O if that is wanted. */
 static void finish_panel(const struct mfa_cpu_call *call, const struct panel *panel, int64_t batch, struct sums sums,
                          real *rows)
 {
@@ -157,8 +157,12 @@ static void finish_panel(const struct mfa_cpu_call *call, const struct panel *pa
         if (i % LANES == 0)
             transpose(sums.O + i, PANEL, rows, e, e, LANES);
         scale_vectors(row, e, sums.l[i] == 0 ? 0 : *sums.unit / sums.l[i]);
-        store_row((char *)row_at(call->o, bytes, &a->o, batch, panel->head[i], panel->row[i]), call->dtype, a->o.column,
-                  row, a->value_dim);
+        char *to = (char *)row_at(call->o, bytes, &a->o, batch, panel->head[i], panel->row[i]);
+        if (call->o_low)
+            store_row_and_rest(to, (char *)row_at(call->o_low, bytes, &a->o, batch, panel->head[i], panel->row[i]),
+                               call->dtype, a->o.column, row, a->value_dim);
+        else
+            store_row(to, call->dtype, a->o.column, row, a->value_dim);
     }
     if (!call->lse)
         return;

@@ -87,6 +87,37 @@ static void store_row(void *to, int dtype, int64_t stride, const real *from, int
         set_element(to, dtype, i * stride, from[i]);
 }
 
+/* What rounding to `stored` took off x; 0 where that is not finite. */
+static inline vec rounded_off(vec x, vec stored)
+{
+    vec zero = vec_set1(0), rest = vec_sub(x, stored);
+    return vec_select_less(vec_max(rest, vec_sub(zero, rest)), vec_set1(REAL_MAX), rest, zero);
+}
+
+/* store_row of f16 or bf16, with what rounding takes off the row in `low`. */
+static void store_row_and_rest(void *to, void *low, int dtype, int64_t stride, const real *from, int64_t n)
+{
+    int64_t i = 0;
+    if (stride == 1 && dtype == CPU_F16) {
+        for (uint16_t *high = to, *rest = low; i + LANES <= n; i += LANES) {
+            vec x = vec_load(from + i);
+            vec_store_f16(high + i, x);
+            vec_store_f16(rest + i, rounded_off(x, vec_load_f16(high + i)));
+        }
+    } else if (stride == 1) {
+        for (uint16_t *high = to, *rest = low; i + LANES <= n; i += LANES) {
+            vec x = vec_load(from + i);
+            vec_store_bf16(high + i, x);
+            vec_store_bf16(rest + i, rounded_off(x, vec_load_bf16(high + i)));
+        }
+    }
+    for (; i < n; i++) {
+        set_element(to, dtype, i * stride, from[i]);
+        real rest = from[i] - element(to, dtype, i * stride);
+        set_element(low, dtype, i * stride, rest >= -REAL_MAX && rest <= REAL_MAX ? rest : 0);
+    }
+}
+
 /* to[c][r] = from[r][c]; rows and columns are whole vectors. */
 static void transpose(const real *from, int64_t from_stride, real *to, int64_t to_stride, int64_t rows, int64_t columns)
 {

@@ -134,10 +134,10 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
                        device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
                        device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
                        device storage *dK [[buffer(10)]], device storage *dV [[buffer(11)]],
-                       device const uchar *classes [[buffer(13)]], device const float *D [[buffer(15)]],
-                       device const float *L [[buffer(16)]],
+                       device const uchar *classes [[buffer(14)]], device const float *D [[buffer(16)]],
+                       device const float *L [[buffer(17)]],
 #if defined(COUNT_TILES)
-                       device uint *visited [[buffer(17)]],
+                       device uint *visited [[buffer(18)]],
 #endif
                        threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                        uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],

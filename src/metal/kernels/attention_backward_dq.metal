@@ -99,10 +99,10 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const rows &r, thread const b
 attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
                       device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
                       device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
-                      device storage *dQ [[buffer(9)]], device const uchar *classes [[buffer(13)]],
-                      device const float *D [[buffer(15)]], device const float *L [[buffer(16)]],
+                      device storage *dQ [[buffer(9)]], device const uchar *classes [[buffer(14)]],
+                      device const float *D [[buffer(16)]], device const float *L [[buffer(17)]],
 #if defined(COUNT_TILES)
-                      device uint *visited [[buffer(17)]],
+                      device uint *visited [[buffer(18)]],
 #endif
                       threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                       uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],

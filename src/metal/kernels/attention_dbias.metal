@@ -127,8 +127,8 @@ METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_args &args, 
 kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
                             device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
                             device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
-                            device mask_storage *dbias [[buffer(12)]], device float *partials [[buffer(14)]],
-                            device const float *D [[buffer(15)]], device const float *L [[buffer(16)]],
+                            device mask_storage *dbias [[buffer(12)]], device float *partials [[buffer(15)]],
+                            device const float *D [[buffer(16)]], device const float *L [[buffer(17)]],
                             threadgroup float2 *exchange TG_ARG(1), uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
@@ -178,7 +178,7 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
 }
 
 kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], device mask_storage *dbias [[buffer(12)]],
-                                device const float *partials [[buffer(14)]],
+                                device const float *partials [[buffer(15)]],
                                 uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]])
 {
     long number = call.first + group;

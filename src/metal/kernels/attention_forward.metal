@@ -19,10 +19,10 @@ using namespace metal;
 attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
                   device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
                   device const mask_storage *mask [[buffer(4)]], device storage *O [[buffer(5)]],
-                  device uint *L [[buffer(6)]], device const uchar *classes [[buffer(13)]],
-                  device float *partials [[buffer(14)]],
+                  device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
+                  device const uchar *classes [[buffer(14)]], device float *partials [[buffer(15)]],
 #if defined(COUNT_TILES)
-                  device uint *visited [[buffer(17)]],
+                  device uint *visited [[buffer(18)]],
 #endif
                   threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                   uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
@@ -42,5 +42,5 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
     if (call.splits > 1)
         store_partial(s, r, part, call, own, partials);
     else
-        store_rows(s, r, call, own, O, L);
+        store_rows(s, r, call, own, O, O_low, L);
 }

@@ -14,8 +14,8 @@ using namespace metal;
 #include "metal/kernels/scores.h"
 
 kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device storage *O [[buffer(5)]],
-                            device uint *L [[buffer(6)]], device const float *partials [[buffer(14)]],
-                            uint group [[threadgroup_position_in_grid]],
+                            device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
+                            device const float *partials [[buffer(15)]], uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
@@ -36,12 +36,14 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
     l = simd_sum(l);
     float inverse = l != 0.0f ? 1.0f / l : 0.0f;
 
-    device storage *O_row = O + batch * args.o.batch + head * args.o.head + i * args.o.row;
+    long O_row = batch * args.o.batch + head * args.o.head + i * args.o.row;
     for (long d = lane; there && d < args.value_dim; d += 32) {
         float sum = 0.0f;
         for (long p = 0; p < call.splits; p++)
             sum += fast::exp2(parts[p * step] - m) * parts[p * step + 2 + d];
-        O_row[d * args.o.column] = narrow(sum * inverse);
+        O[O_row + d * args.o.column] = narrow(sum * inverse);
+        if (call.given >> MFA_METAL_BUFFER_O_LOW & 1)
+            O_low[O_row + d * args.o.column] = narrow_rest(sum * inverse);
     }
     if (there && lane == 0 && (call.given >> MFA_METAL_BUFFER_LSE & 1))
         L[batch * args.lse.batch + head * args.lse.head + i * args.lse.row] = log_sum_exp(m, l);

@@ -1,6 +1,6 @@
 /* What the backward pass needs to know of each row of queries, once for all its kernels:
  *
- *     D = rowsum(dO * O) - dL
+ *     D = rowsum(dO * O) - dL, O being O + O_low if that is given
  *     L as it is given, but so large for a row without keys that its P is 0
  *
  * A simdgroup has a row. */
@@ -14,8 +14,9 @@ using namespace metal;
 
 kernel void attention_rows(constant mfa_metal_call &call [[buffer(0)]], device const storage *O [[buffer(5)]],
                            device const uint *L [[buffer(6)]], device const storage *dO [[buffer(7)]],
-                           device const float *dL [[buffer(8)]], device float *D [[buffer(15)]],
-                           device float *L_finite [[buffer(16)]], uint group [[threadgroup_position_in_grid]],
+                           device const float *dL [[buffer(8)]], device const storage *O_low [[buffer(13)]],
+                           device float *D [[buffer(16)]], device float *L_finite [[buffer(17)]],
+                           uint group [[threadgroup_position_in_grid]],
                            uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
@@ -23,11 +24,13 @@ kernel void attention_rows(constant mfa_metal_call &call [[buffer(0)]], device c
     bool there = number < args.batch * args.q_heads * args.q_len;
     long i = there ? number % args.q_len : 0, head = there ? number / args.q_len % args.q_heads : 0;
     long batch = there ? number / args.q_len / args.q_heads : 0;
-    device const storage *O_row = O + batch * args.o.batch + head * args.o.head + i * args.o.row;
+    long O_row = batch * args.o.batch + head * args.o.head + i * args.o.row;
     device const storage *dO_row = dO + batch * args.d_o.batch + head * args.d_o.head + i * args.d_o.row;
     float sum = 0.0f;
     for (long d = lane; there && d < args.value_dim; d += 32)
-        sum += widen(dO_row[d * args.d_o.column]) * widen(O_row[d * args.o.column]);
+        sum += widen(dO_row[d * args.d_o.column]) * widen(O[O_row + d * args.o.column]);
+    for (long d = lane; there && d < args.value_dim && (call.given >> MFA_METAL_BUFFER_O_LOW & 1); d += 32)
+        sum += widen(dO_row[d * args.d_o.column]) * widen(O_low[O_row + d * args.o.column]);
     sum = simd_sum(sum);
     if (!there || lane != 0)
         return;

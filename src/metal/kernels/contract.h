@@ -2,9 +2,9 @@
  * CUDA read this text alike.
  *
  * Buffer 0 is the call. Buffer 1 + n is the operand n of mfa_operands (core/operand.h):
- *     1 Q, 2 K, 3 V, 4 mask, 5 O, 6 L, 7 dO, 8 dL, 9 dQ, 10 dK, 11 dV, 12 dbias
- * and from 13 on come parts of the workspace and the counter of the tests:
- *     13 tile classes, 14 partial results, 15 row sums D, 16 L for the backward pass, 17 visited tiles */
+ *     1 Q, 2 K, 3 V, 4 mask, 5 O, 6 L, 7 dO, 8 dL, 9 dQ, 10 dK, 11 dV, 12 dbias, 13 what rounding took off O
+ * and from 14 on come parts of the workspace and the counter of the tests:
+ *     14 tile classes, 15 partial results, 16 row sums D, 17 L for the backward pass, 18 visited tiles */
 #ifndef MFA_METAL_KERNELS_CONTRACT_H
 #define MFA_METAL_KERNELS_CONTRACT_H
 
@@ -20,12 +20,13 @@
 #define MFA_METAL_BUFFER_DLSE 8
 #define MFA_METAL_BUFFER_DK 10
 #define MFA_METAL_BUFFER_DV 11
-#define MFA_METAL_BUFFER_CLASSES 13
-#define MFA_METAL_BUFFER_PARTIALS 14
-#define MFA_METAL_BUFFER_D 15
-#define MFA_METAL_BUFFER_L 16
-#define MFA_METAL_BUFFER_VISITED 17
-#define MFA_METAL_BUFFERS 18
+#define MFA_METAL_BUFFER_O_LOW 13
+#define MFA_METAL_BUFFER_CLASSES 14
+#define MFA_METAL_BUFFER_PARTIALS 15
+#define MFA_METAL_BUFFER_D 16
+#define MFA_METAL_BUFFER_L 17
+#define MFA_METAL_BUFFER_VISITED 18
+#define MFA_METAL_BUFFERS 19
 
 /* What a mask does to a tile of scores: one byte a tile. */
 #define MFA_METAL_TILE_HIDDEN 0 /* hides all of it: the tile is not visited */

@@ -2,20 +2,24 @@
  *
  * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a
  * bf16 is the upper half of a float, handled as bits. Rounding is to nearest, ties to even. Metal's
- * default is fast math, under which a float is never infinite: infinities are met and made as bits only. */
+ * default is fast math, under which a float is never infinite: infinities are met and made as bits only. Numbers from
+ * OVERFLOWS on are rounded to infinity. */
 
 #if defined(DTYPE_F32)
 typedef float storage;
 typedef float2 storage2;
 typedef float4 storage4;
+#define OVERFLOWS 3.40282347e38f
 #elif defined(DTYPE_F16)
 typedef half storage;
 typedef half2 storage2;
 typedef half4 storage4;
+#define OVERFLOWS 65520.0f
 #else
 typedef ushort storage;
 typedef ushort2 storage2;
 typedef ushort4 storage4;
+#define OVERFLOWS 3.39617753e38f
 #endif
 
 #define LOG2E 1.44269504f
@@ -65,6 +69,12 @@ METAL_FUNC storage narrow(float x)
 #else
     return bf16_narrow(x);
 #endif
+}
+
+/* What narrow(x) takes off x, narrowed; 0 where that is not finite. */
+METAL_FUNC storage narrow_rest(float x)
+{
+    return fabs(x) < OVERFLOWS ? narrow(x - widen(narrow(x))) : storage(0);
 }
 
 #if defined(MASK_BOOL)

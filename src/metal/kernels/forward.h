@@ -136,9 +136,10 @@ METAL_FUNC void store_partial(thread const sums &s, thread const rows &r, mfa_me
     }
 }
 
-/* O = O / l, L = ln(2) * (m + log2(l)); 0 and -inf for a row that has seen nothing. */
+/* O = O / l, L = ln(2) * (m + log2(l)); 0 and -inf for a row that has seen nothing. O_low gets what rounding takes off
+ * O. */
 METAL_FUNC void store_rows(thread const sums &s, thread const rows &r, constant mfa_metal_call &call,
-                           thread const seat &own, device storage *O, device uint *L)
+                           thread const seat &own, device storage *O, device storage *O_low, device uint *L)
 {
     if (!r.own.there)
         return;
@@ -146,6 +147,9 @@ METAL_FUNC void store_rows(thread const sums &s, thread const rows &r, constant 
     device storage *O_row = O + offset_of(call.args.o, r.batch, r.own.head, r.own.i);
     store_row<E_FRAGMENTS>(O_row, call.args.o.column, own.slice * E_SLICE + own.at.column, call.args.value_dim, s.O,
                            inverse);
+    if (call.given >> MFA_METAL_BUFFER_O_LOW & 1)
+        store_row<E_FRAGMENTS, true>(O_low + offset_of(call.args.o, r.batch, r.own.head, r.own.i), call.args.o.column,
+                                     own.slice * E_SLICE + own.at.column, call.args.value_dim, s.O, inverse);
     if ((call.given >> MFA_METAL_BUFFER_LSE & 1) && own.slice == 0 && own.at.column == 0)
         L[offset_of(call.args.lse, r.batch, r.own.head, r.own.i)] = log_sum_exp(s.m, s.l);
 }

@@ -7,7 +7,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/tile.h"
 
-kernel void layout_test(device uint *wrong [[buffer(14)]], threadgroup float *numbers TG_ARG(0),
+kernel void layout_test(device uint *wrong [[buffer(15)]], threadgroup float *numbers TG_ARG(0),
                         uint lane [[thread_index_in_simdgroup]])
 {
     place at = place_of(lane);

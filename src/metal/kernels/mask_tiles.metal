@@ -12,7 +12,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 
 kernel void mask_tiles(constant mfa_metal_call &call [[buffer(0)]], device const mask_storage *mask [[buffer(4)]],
-                       device uchar *classes [[buffer(13)]], uint group [[threadgroup_position_in_grid]],
+                       device uchar *classes [[buffer(14)]], uint group [[threadgroup_position_in_grid]],
                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;

@@ -121,16 +121,16 @@ METAL_FUNC void load_row(thread storage2 *x, device const storage *row, long ste
     }
 }
 
-template <int FRAGMENTS>
+template <int FRAGMENTS, bool REST = false>
 METAL_FUNC void store_row(device storage *row, long step, long column, long columns, thread const float2 *x,
                           float factor)
 {
     UNROLL
     for (int d = 0; d < FRAGMENTS; d++, column += 8) {
         if (column < columns)
-            row[column * step] = narrow(x[d][0] * factor);
+            row[column * step] = REST ? narrow_rest(x[d][0] * factor) : narrow(x[d][0] * factor);
         if (column + 1 < columns)
-            row[(column + 1) * step] = narrow(x[d][1] * factor);
+            row[(column + 1) * step] = REST ? narrow_rest(x[d][1] * factor) : narrow(x[d][1] * factor);
     }
 }
 

@@ -1,0 +1,165 @@
+/* o_low, what rounding took off O in f16 and bf16: who does without it gets what he got before, and with it D, and so
+ * dQ and dK, are those of the O that was not rounded. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "kit/cases.h"
+#include "kit/report.h"
+#include "kit/subject.h"
+#include "reference/element.h"
+
+enum { SEED = 1 };
+
+static const char *const dtypes[] = {"f16", "bf16"};
+
+static mfa_context *context;
+
+static int open_context(void **state)
+{
+    (void)state;
+    return mfa_context_create(NULL, &context) != MFA_OK;
+}
+
+static int close_context(void **state)
+{
+    (void)state;
+    mfa_context_destroy(context);
+    return 0;
+}
+
+static void open_subject(struct subject *subject, struct one_case *one, const char *dtype, const char *rest,
+                         uint64_t seed)
+{
+    char text[CASE_TEXT];
+    snprintf(text, sizeof text, "both %s %s", dtype, rest);
+    if (!case_parse(text, one))
+        fail_msg("%s: %s", text, mfa_last_error());
+    subject_open(subject, one, (struct variant){.dlse = 1}, seed);
+}
+
+static void run(const struct subject *subject, unsigned wanted, struct reference *results)
+{
+    struct operands operands;
+    memset(results, 0, sizeof *results);
+    operands_open(&operands, &subject->inputs, DENSE, wanted);
+    for (int pass = 0; pass < 2; pass++) {
+        if (operands_run(&operands, context, 0) != MFA_OK)
+            fail_msg("%s: %s", subject->text, mfa_last_error());
+        assert_null(operands_collect(&operands, results));
+        if (pass == 0)
+            operands_turn(&operands, DENSE, results);
+    }
+    operands_close(&operands);
+}
+
+static double mean_square(const struct subject *s, enum reference_tensor tensor, struct reference *results)
+{
+    struct reference truth = s->truth;
+    const double *got = *reference_member(results, tensor), *right = *reference_member(&truth, tensor);
+    const int64_t count = reference_count(&s->inputs.problem, tensor);
+    double sum = 0;
+    for (int64_t at = 0; at < count; at++)
+        sum += (got[at] - right[at]) * (got[at] - right[at]);
+    return sum / (double)count;
+}
+
+/* Few keys: each takes the D of hundreds of queries, so what rounding does to O, always the same for a query, adds up.
+ * O, L and dV do not depend on D. */
+static void test_gradients_are_more_exact(void **state)
+{
+    (void)state;
+    const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS;
+    for (int n = 0; n < 2; n++) {
+        double without = 0, with = 0;
+        for (uint64_t seed = 1; seed <= 8; seed++) {
+            struct one_case one;
+            struct subject subject;
+            struct reference plain, exact;
+            open_subject(&subject, &one, dtypes[n], "b1 h2/1 q300 kv3 d64", seed);
+            run(&subject, all, &plain);
+            run(&subject, all | OUTPUT(O_LOW), &exact);
+            assert_true(subject_is_right(&subject, one.text, &plain));
+            for (int tensor = REFERENCE_O; tensor <= REFERENCE_dV; tensor++)
+                if (tensor != REFERENCE_O_LOW && tensor != REFERENCE_dQ && tensor != REFERENCE_dK)
+                    assert_memory_equal(*reference_member(&plain, tensor), *reference_member(&exact, tensor),
+                                        (size_t)reference_count(&one.problem, tensor) * sizeof(double));
+            without += mean_square(&subject, REFERENCE_dK, &plain);
+            with += mean_square(&subject, REFERENCE_dK, &exact);
+            reference_close(&plain);
+            reference_close(&exact);
+            subject_close(&subject);
+        }
+        print_message("%s: dK is off by %.3g without o_low and by %.3g with it\n", dtypes[n], sqrt(without),
+                      sqrt(with));
+        assert_true(with < 0.9 * without);
+    }
+}
+
+/* Of a caller who was compiled before there was an o_low: what lies behind his struct is none of it. */
+static void test_older_struct(void **state)
+{
+    (void)state;
+    enum { ROWS = 4, DIM = 8 };
+    static uint16_t in[ROWS * DIM], o[ROWS * DIM], low[ROWS * DIM], untouched[ROWS * DIM];
+    mfa_problem problem;
+    mfa_problem_init(&problem, 1, 1, 1, ROWS, ROWS, DIM, DIM);
+    problem.dtype = MFA_F16;
+    mfa_buffers buffers = {.size = offsetof(mfa_buffers, o_low), .q = {in, 0}, .k = {in, 0}, .v = {in, 0},
+                           .o = {o, 0}, .o_low = {low, 0}};
+    for (int n = 0; n < ROWS * DIM; n++)
+        element_store(MFA_F16, in, n, 0.1 + 0.01 * n), low[n] = untouched[n] = 0xa5a5;
+    assert_int_equal(buffers.size, 224);
+    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_memory_equal(low, untouched, sizeof low);
+    buffers.size = sizeof buffers;
+    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_memory_not_equal(low, untouched, sizeof low);
+    for (int n = 0; n < ROWS * DIM; n++)
+        assert_true(element_load(MFA_F16, low, n) * 2 <= 0x1p-11);
+}
+
+/* Where O is rounded to infinity there is nothing to be added to it: infinity less infinity would be NaN. */
+static void test_overflow(void **state)
+{
+    (void)state;
+    enum { COLUMNS = 21 }; /* vectors and a rest */
+    for (int n = 0; n < 2; n++) {
+        static uint16_t q, v[3 * COLUMNS], o[COLUMNS], low[COLUMNS];
+        const int32_t dtype = n ? MFA_BF16 : MFA_F16;
+        const double largest = n ? 0x1.fep127 : 65504;
+        mfa_problem problem;
+        mfa_problem_init(&problem, 1, 1, 1, 1, 3, 1, COLUMNS);
+        problem.dtype = dtype;
+        problem.k_layout.row = 0;
+        for (int c = 0; c < COLUMNS; c++)
+            for (int j = 0; j < 3; j++)
+                element_store(dtype, v, j * COLUMNS + c, c % 3 == 0 ? INFINITY : c % 3 == 1 ? largest : 1 + j * 0.25);
+        const mfa_buffers buffers = {.size = sizeof buffers, .q = {&q, 0}, .k = {&q, 0}, .v = {v, 0}, .o = {o, 0},
+                                     .o_low = {low, 0}};
+        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        for (int c = 0; c < COLUMNS; c++) {
+            const double O = element_load(dtype, o, c), rest = element_load(dtype, low, c);
+            if (isfinite(O))
+                assert_true(fabs(rest) <= element_ulp(dtype) / 2 * fabs(O));
+            else
+                assert_true(rest == 0);
+        }
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gradients_are_more_exact),
+        cmocka_unit_test(test_older_struct),
+        cmocka_unit_test(test_overflow),
+    };
+    report_begin("test_o_low", SEED);
+    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, open_context, close_context));
+}
