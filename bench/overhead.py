@@ -79,7 +79,7 @@ def call_of_library(query, key, value):
     found, out = library(), torch.empty_like(query)
     problem = found.parse(PROBLEM)
     q, k, v, o = (tensor.data_ptr() for tensor in (query, key, value, out))
-    buffers = BASES.pack(BUFFERS.size, q, k, v, 0, o, *(0,) * 7)
+    buffers = BASES.pack(BUFFERS.size, q, k, v, 0, o, *(0,) * 8)
 
     def call(_written=out):
         found.check(found.mfa_attention(found.context, problem, buffers, None))

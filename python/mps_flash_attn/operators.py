@@ -100,8 +100,8 @@ def _ungrouped(shape, query):
 class Route(NamedTuple):
     """How a Call reaches libmfa."""
 
-    forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse)
-    backward: Callable  # the arguments of attention_backward -> gradients, None where not wanted
+    forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse), and out_low if it has one
+    backward: Callable  # the arguments of attention_backward, and that out_low -> gradients, None where not wanted
 
 
 class Call(NamedTuple):
@@ -115,7 +115,7 @@ class Call(NamedTuple):
         return self.route.forward(query, key, value, mask, *self.options)
 
     def backward(self, d_out, d_lse, saved, wanted):
-        return self.route.backward(d_out, d_lse, *saved, *self.options, wanted)
+        return self.route.backward(d_out, d_lse, *saved[:6], *self.options, wanted, *saved[6:])
 
 
 class Attention(torch.autograd.Function):
@@ -123,8 +123,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, call):
-        out, lse = call.forward(query, key, value, mask)
-        ctx.save_for_backward(query, key, value, mask, out, lse)
+        out, lse, *low = call.forward(query, key, value, mask)
+        ctx.save_for_backward(query, key, value, mask, out, lse, *low)
         ctx.set_materialize_grads(False)
         ctx.call = call
         return (out, lse) if call.with_lse else out
@@ -142,8 +142,8 @@ class Attention(torch.autograd.Function):
         _refuse_tangents()
 
 
-def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
-    """Route.backward through the dispatcher: gradients, None where not wanted."""
+def by_operator(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted, _=None):
+    """Route.backward through the dispatcher, whose operator takes no out_low: gradients, None where not wanted."""
     gradients = attention_backward(
         d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, list(wanted)
     )
@@ -239,7 +239,16 @@ def _eager_backward(d_out, d_lse, *arguments):
     return run.backward(d_out, d_lse, *arguments)
 
 
-EAGER = Route(run.forward, _eager_backward)
+def _seen_forward(*arguments):
+    """Route.forward through the dispatcher. Seen by modes, it gives zeros for out_low: so it saves as many tensors as
+    EAGER does, by which a checkpoint may compute again what came this way."""
+    out, lse = below(attention_forward)(*arguments)
+    if tensors.has_low(out) and tensors.is_plain(out) and not torch.compiler.is_compiling():
+        return out, lse, torch.zeros_like(out)
+    return out, lse
+
+
+EAGER = Route(run.forward_for_backward, _eager_backward)
 _rules = _Rules()
 _AS_IT_IS = contextlib.nullcontext()
 
@@ -256,7 +265,7 @@ def _forward_with_autograd(query, key, value, mask, *options):
     backward = _rules.backward
     with _last_level():
         if is_differentiated(query, key, value, mask):
-            call = Call(Route(below(attention_forward), backward), options, True)
+            call = Call(Route(_seen_forward, backward), options, True)
             return transforms.apply(Attention, query, key, value, mask, call)
         return beneath_autograd(attention_forward, query, key, value, mask, *options)
 

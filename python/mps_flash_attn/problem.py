@@ -46,7 +46,7 @@ def check(query, key, value, mask):
         _check_mask(mask, (batch, q_heads, q_len, kv_len))
 
 
-def check_saved(query, value, out, lse, d_out, d_lse):
+def check_saved(query, value, out, lse, d_out, d_lse, out_low=None):
     """Refuses what the forward pass of this problem cannot have given, and gradients that do not fit it."""
     rows = query.shape[:3]
     for name, tensor, shape, dtype in (
@@ -54,6 +54,7 @@ def check_saved(query, value, out, lse, d_out, d_lse):
         ("d_out", d_out, (*rows, value.shape[3]), query.dtype),
         ("lse", lse, rows, tensors.rows_dtype(query)),
         ("d_lse", d_lse, rows, tensors.rows_dtype(query)),
+        ("out_low", out_low, (*rows, value.shape[3]), query.dtype),
     ):
         if tensor is None:
             continue

@@ -129,27 +129,29 @@ class Repeat(Known):
         return (out, lse) if self.with_lse else out
 
     def forward(self, query, key, value, mask):
-        return run.run_forward(self.prepared, query, key, value, mask, True)
+        return run.run_forward(self.prepared, query, key, value, mask, True, True)
 
     def backward(self, d_out, d_lse, saved, wanted):
         plain = d_lse is None and saved[3] is None and forward_ad._current_level < 0  # [3]: the mask
         if plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
-            query, key, value, _, out, lse = saved
+            query, key, value, _, out, lse, *low = saved
             known = self.known_backward
-            if known is not None and known[0](query, key, value, out, lse, d_out) and known[1].wanted == wanted:
+            if known is not None and known[0](query, key, value, out, lse, d_out, *low) and known[1].wanted == wanted:
                 self.backward_misses = 0
                 try:
-                    return run.run_backward(known[1], *saved, d_out, None)
+                    return run.run_backward(known[1], *saved[:6], d_out, None, *low)
                 except Unsupported:  # a kernel that is looked for when it is first needed, and not there
-                    return self.route.backward(d_out, d_lse, *saved, *self.options, wanted)
+                    return self.route.backward(d_out, d_lse, *saved[:6], *self.options, wanted, *low)
             self.backward_misses += 1
             if known is None or self.backward_misses > _MISSES_MOST:
                 self._keep_backward(d_out, saved, wanted)
-        return self.route.backward(d_out, d_lse, *saved, *self.options, wanted)
+        return self.route.backward(d_out, d_lse, *saved[:6], *self.options, wanted, *saved[6:])
 
     def _keep_backward(self, d_out, saved, wanted):
-        query, key, value, _, out, lse = saved
-        given = query, key, value, out, lse, d_out
+        query, key, value, _, out, lse, *low = saved
+        given = query, key, value, out, lse, d_out, *low
+        if low and low[0].stride() != out.stride():
+            return
         is_like = None if needs_operator(*given) else _guard(*given)
         if is_like is not None:
-            self.known_backward = is_like, run.prepare_backward(*saved, d_out, None, *self.options, wanted)
+            self.known_backward = is_like, run.prepare_backward(*saved[:6], d_out, None, *self.options, wanted)

@@ -28,6 +28,7 @@ class Forward(NamedTuple):
     itemsize: int
     out: tuple  # shape, strides and dtype
     rows: tuple  # those of log-sum-exp
+    low: tuple  # those of out_low; None where out is not rounded
 
 
 class Backward(NamedTuple):
@@ -47,6 +48,12 @@ def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True
     return run_forward(prepared, query, key, value, mask, with_lse)
 
 
+def forward_for_backward(query, key, value, mask, lower, upper, scale, softcap, allocate=tensors.like):
+    """(out, lse), or in f16 and bf16 (out, lse, out_low), where out_low is what rounding took off out."""
+    prepared = prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate)
+    return run_forward(prepared, query, key, value, mask, True, True)
+
+
 def prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate=tensors.like):
     kind = (
         *(query.shape, query.stride(), query.dtype, query.device),
@@ -62,12 +69,14 @@ def prepare_forward(query, key, value, mask, lower, upper, scale, softcap, alloc
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
     problem = pack_forward(query, key, value, mask, lower, upper, scale, softcap, out)
     extents = tuple(map(tensors.extent, (query, key, value, mask)))
-    layouts = tensors.empty_layout(out), tensors.empty_layout(rows)
+    layouts = tensors.empty_layout(out), tensors.empty_layout(rows), None
+    if tensors.has_low(query):
+        layouts = *layouts[:2], layouts[0]
     return _keep(kind, Forward(problem, tensors.device(query), extents, query.itemsize, *layouts))
 
 
-def run_forward(prepared, query, key, value, mask, with_lse):
-    problem, device, (q_extent, k_extent, v_extent, mask_extent), size, out_layout, rows_layout = prepared
+def run_forward(prepared, query, key, value, mask, with_lse, with_low=False):
+    problem, device, (q_extent, k_extent, v_extent, mask_extent), size, out_layout, rows_layout, low_layout = prepared
     if (  # written out: the shortest way
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
@@ -81,15 +90,23 @@ def run_forward(prepared, query, key, value, mask, with_lse):
     else:
         out = tensors.empty(query, out_layout)
         lse = tensors.empty(query, rows_layout) if with_lse else None
-    _run(problem, device, query, key, value, mask, out, lse)
-    return out, lse
+    if low_layout is None or not with_low:
+        _run(problem, device, query, key, value, mask, out, lse)
+        return out, lse
+    out_low = _empty_on_cpu(*low_layout) if device == DEVICE_CPU else tensors.empty(query, low_layout)
+    _run(problem, device, query, key, value, mask, out, lse, o_low=out_low)
+    return out, lse, out_low
 
 
-def backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted):
-    """(dQ, dK, dV, dbias), each None if not wanted."""
+def backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted, out_low=None):
+    """(dQ, dK, dV, dbias), each None if not wanted. out_low: as forward_for_backward gave it, or None."""
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
+    if out_low is not None:
+        check_saved(query, value, out, lse, d_out, d_lse, out_low)
+        if out_low.stride() != out.stride():  # hooks for saved tensors may have moved either
+            out_low = out.new_empty_strided(out.shape, out.stride()).copy_(out_low)
     operands = query, key, value, mask, out, lse, d_out, d_lse
-    return run_backward(prepare_backward(*operands, lower, upper, scale, softcap, wanted), *operands)
+    return run_backward(prepare_backward(*operands, lower, upper, scale, softcap, wanted), *operands, out_low)
 
 
 def prepare_backward(query, key, value, mask, out, lse, d_out, d_lse, lower, upper, scale, softcap, wanted):
@@ -117,7 +134,7 @@ def prepare_backward(query, key, value, mask, out, lse, d_out, d_lse, lower, upp
     return _keep(kind, Backward(problem, tensors.device(query), extents, query.itemsize, tuple(wanted), layouts))
 
 
-def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse):
+def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse, out_low=None):
     problem, device, extents, size, _, layouts = prepared
     q_extent, k_extent, v_extent, mask_extent, out_extent, lse_extent, d_out_extent, d_lse_extent = extents
     if (
@@ -129,14 +146,15 @@ def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse):
         or _storage(lse).nbytes() - _offset(lse) * lse.itemsize < lse_extent
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
         or (d_lse is not None and _storage(d_lse).nbytes() - _offset(d_lse) * d_lse.itemsize < d_lse_extent)
+        or (out_low is not None and _storage(out_low).nbytes() - _offset(out_low) * size < out_extent)
     ):
         saved = {"query": query, "key": key, "value": value, "attn_mask": mask, "out": out, "lse": lse}
-        tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse)
+        tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse, out_low=out_low)
     if device == DEVICE_CPU:
         gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
     else:
         gradients = [tensors.empty(query, layout) for layout in layouts]
-    _run(problem, device, query, key, value, mask, out, lse, d_out, d_lse, *gradients)
+    _run(problem, device, query, key, value, mask, out, lse, d_out, d_lse, *gradients, out_low)
     return tuple(gradients)
 
 

@@ -35,7 +35,7 @@ from .operators import (
     is_differentiated,
 )
 from .repeat import Known, Repeat
-from .run import forward
+from .run import forward, forward_for_backward
 from .stats import REPLACED, SMALL, count, disabled, flash_is_enabled, small
 
 _TRACERS = (FakeTensor, FunctionalTensor)  # what torch.compile runs a model with to see its operators
@@ -439,7 +439,7 @@ def _backward(original, backward, d_out, d_lse, query, key, value, mask, out, ls
         except Unsupported as error:
             reason = str(error)
     count(reason)
-    return _gradients(original, d_out, query, key, value, mask, *options)
+    return _gradients(original, d_out, query, key, value, mask, *options[:5])
 
 
 def _second(original, incoming, *arguments):
@@ -500,7 +500,7 @@ def _replaced(given, places, others):
 _ORIGINALS = {_FUSED: _original, _MATH: _math}
 _LAYOUTS = {_FUSED: tensors.like if _HAS_GROUPS else tensors.heads_within_rows, _MATH: tensors.dense}
 _ROUTES = {
-    place: Route(partial(forward, allocate=_LAYOUTS[place]), partial(_backward, original, EAGER.backward))
+    place: Route(partial(forward_for_backward, allocate=_LAYOUTS[place]), partial(_backward, original, EAGER.backward))
     for place, original in _ORIGINALS.items()
 }
 _BACKWARDS_BY_OPERATOR = {place: partial(_backward, original, by_operator) for place, original in _ORIGINALS.items()}

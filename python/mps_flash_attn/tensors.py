@@ -8,6 +8,7 @@ from .subclasses import PLAIN, as_plain
 
 DTYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
 
+_HALVES = (torch.float16, torch.bfloat16)
 _has_storage = torch._C._has_storage  # by names of our own: each step on the way to one costs in every call
 
 _ABSENT = (1, 1, 1, 1)
@@ -105,6 +106,11 @@ def heads_within_rows(query, columns):
 def rows_dtype(query):
     """The dtype of log-sum-exp: f32 (f64 for f64)."""
     return torch.float64 if query.dtype is torch.float64 else torch.float32
+
+
+def has_low(query):
+    """Whether out is rounded to fewer digits than it is computed with, so that there is an out_low."""
+    return query.dtype in _HALVES
 
 
 def empty_rows(query):
