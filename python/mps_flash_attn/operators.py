@@ -100,8 +100,8 @@ def _ungrouped(shape, query):
 class Route(NamedTuple):
     """How a Call reaches libmfa."""
 
-    forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse), and out_low if it has one
-    backward: Callable  # the arguments of attention_backward, and that out_low -> gradients, None where not wanted
+    forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse) or (out, lse, out_low)
+    backward: Callable  # the arguments of attention_backward, and out_low if there is one -> gradients, None: not wanted
 
 
 class Call(NamedTuple):
