@@ -101,7 +101,7 @@ class Route(NamedTuple):
     """How a Call reaches libmfa."""
 
     forward: Callable  # (query, key, value, mask, lower, upper, scale, softcap) -> (out, lse) or (out, lse, out_low)
-    backward: Callable  # the arguments of attention_backward, and out_low if there is one -> gradients, None: not wanted
+    backward: Callable  # the arguments of attention_backward, then out_low if there is one -> gradients, or None each
 
 
 class Call(NamedTuple):
