@@ -90,7 +90,7 @@ typedef struct mfa_problem {
     int64_t batch, q_heads, kv_heads, q_len, kv_len;
     int64_t head_dim, value_dim; /* columns of q and k; of v and o. 1 to 512 */
     int64_t lower, upper;
-    double scale;   /* 0, or 1e-60 to 1e60 of either sign; on Metal 2^-40 to 2^100 */
+    double scale;   /* 0, or 1e-60 to 1e60 of either sign; on Metal 2^-100 to 2^100 */
     double softcap; /* 0: none; else 1e-30 to 1e30 */
     mfa_layout q_layout, k_layout, v_layout, o_layout, lse_layout, mask_layout;
     /* backward only: */

@@ -186,12 +186,21 @@ def _options(query, key, value, mask, bias, is_causal, window_size, scale, softc
 def _number(name, given):
     if getattr(given, "requires_grad", False):
         raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
-    return float(given)
+    try:
+        if not isinstance(given, str):
+            return float(given)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        pass
+    raise TypeError(f"{name} is {given!r}; it must be a number")
 
 
 def _band(is_causal, window_size, q_len, kv_len):
     """The (lower, upper) bounds on j - i, None where there is none."""
-    if is_causal not in (False, True, "top_left", "bottom_right"):
+    try:
+        is_known = is_causal in (False, True, "top_left", "bottom_right")
+    except (RuntimeError, ValueError):  # an array, which is not one truth
+        is_known = False
+    if not is_known:
         raise ValueError(f'is_causal is {is_causal!r}; it must be False, True, "top_left" or "bottom_right"')
     pair = isinstance(window_size, (tuple, list))
     if not pair and window_size == 0:

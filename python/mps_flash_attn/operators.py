@@ -12,6 +12,7 @@ Backward takes any `out` and `lse`, so that results merged from several devices 
 
 import contextlib
 import threading
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -239,10 +240,11 @@ def _eager_backward(d_out, d_lse, *arguments):
     return run.backward(d_out, d_lse, *arguments)
 
 
-def _seen_forward(*arguments):
-    """Route.forward through the dispatcher. Seen by modes, it gives zeros for out_low: so it saves as many tensors as
-    EAGER does, by which a checkpoint may compute again what came this way."""
-    out, lse = below(attention_forward)(*arguments)
+def _seen_forward(operator, *arguments):
+    """Route.forward through the dispatcher, by an operator that below() gave while gradients were still on. Seen by
+    modes, it gives zeros for out_low: so it saves as many tensors as EAGER does, by which a checkpoint may compute again
+    what came this way."""
+    out, lse = operator(*arguments)
     if tensors.has_low(out) and tensors.is_plain(out) and not torch.compiler.is_compiling():
         return out, lse, torch.zeros_like(out)
     return out, lse
@@ -265,7 +267,7 @@ def _forward_with_autograd(query, key, value, mask, *options):
     backward = _rules.backward
     with _last_level():
         if is_differentiated(query, key, value, mask):
-            call = Call(Route(_seen_forward, backward), options, True)
+            call = Call(Route(partial(_seen_forward, below(attention_forward)), backward), options, True)
             return transforms.apply(Attention, query, key, value, mask, call)
         return beneath_autograd(attention_forward, query, key, value, mask, *options)
 

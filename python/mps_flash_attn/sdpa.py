@@ -216,7 +216,8 @@ def _is_replaced(hooks, *operands):
 def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     """The rule for vmap: to the operator at the level below the mapped dimension is a part of the batch, or one more
     before it. What we do not run is mapped as PyTorch does it."""
-    if not is_in_force():
+    hooks = top_hooks(True)
+    if (hooks is not None or not is_in_force()) and not _is_replaced(hooks, query, key, value, attn_mask):
         return _original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
     given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     reason, verdict = _judge(given, *_kind(given), dropout_p, is_causal, scale, enable_gqa)

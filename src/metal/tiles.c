@@ -170,8 +170,8 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->mask == MFA_MASK_ADDITIVE && p->mask_dtype == MFA_F64)
         return mfa_fail(MFA_UNSUPPORTED, "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
     const double size = fabs(p->scale); /* what the product of Q and K, as they lie, is multiplied by */
-    if (size != 0 && !(size >= 0x1p-40 && size <= 0x1p100))
-        return mfa_fail(MFA_UNSUPPORTED, "scale is %g; Metal kernels exist for 0 and, of either sign, 2^-40 to 2^100",
+    if (size != 0 && !(size >= 0x1p-100 && size <= 0x1p100))
+        return mfa_fail(MFA_UNSUPPORTED, "scale is %g; Metal kernels exist for 0 and, of either sign, 2^-100 to 2^100",
                         p->scale);
     if (p->softcap > 0 && size / p->softcap > 0x1p60)
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g and scale %g; Metal kernels exist for quotients up to 2^60",

@@ -8,9 +8,10 @@
 
 double exp(double x);
 double exp2(double x);
-double fma(double x, double y, double z);
+double fabs(double x);
+double frexp(double x, int *exponent);
+double ldexp(double x, int exponent);
 double log(double x);
-double log2(double x);
 double sqrt(double x);
 double tanh(double x);
 
