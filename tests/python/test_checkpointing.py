@@ -181,3 +181,16 @@ def test_other_hooks():
     with replaced_sdpa(), torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         out = attention(*tensors)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), tensors), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("forward, backward", [(True, False), (False, True), (True, True)])
+def test_vmap_within(forward, backward):
+    tensors = [torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3)]
+
+    def mapped(*operands):
+        return torch.vmap(F.scaled_dot_product_attention)(*operands)
+
+    wanted = torch.autograd.grad(mapped(*tensors).sum(), tensors)
+    found, _, _ = gradients(mapped, tensors, forward, backward)
+    for got, right in zip(found, wanted):
+        torch.testing.assert_close(got, right)

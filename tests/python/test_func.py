@@ -420,3 +420,27 @@ def test_a_pytorch_whose_transforms_we_do_not_know(monkeypatch):
     expected = grad(loss(sdpa))(*tensors)
     found, stats = calls(grad(loss(sdpa)), *tensors)
     assert torch.equal(found, expected) and stats == {"a functorch transform": 1}
+
+
+def by_operator(query, key, value):
+    results = torch.ops.mfa.attention_forward(query, key, value, None, None, None, None, 0.0)
+    return results[0]
+
+
+@pytest.mark.parametrize("function", [flash, by_operator, sdpa], ids=lambda each: each.__name__)
+def test_levels_above_a_transform(function):
+    """What an inner transform gives still depends on the level outside of it, which may be plain autograd."""
+    (query, key, value), _ = operands("plain")
+    weight = torch.tensor(1.5, dtype=DTYPE)
+
+    def inner(function, query):
+        return torch.func.grad_and_value(lambda w: function(query * w, key, value).square().sum())(weight)[1]
+
+    def pulled(function, query):
+        return vjp(lambda key: function(query, key, value), key)[0].square().sum()
+
+    for level in (inner, pulled):
+        wanted = grad(functools.partial(level, unfused))(query)
+        torch.testing.assert_close(grad(functools.partial(level, function))(query), wanted, **CLOSE)
+        leaf = query.clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(level(function, leaf), leaf)[0], wanted, **CLOSE)
