@@ -285,6 +285,7 @@ static const struct {
     SAME(close),
     SAME(exp),
     SAME(exp2),
+    SAME(fabs),
     SAME(free),
     SAME(freelocale),
     SAME(frexp),

@@ -105,8 +105,8 @@ def differ(found, wanted, least=()):
 
 
 def roundings(model, arguments, wanted):
-    """What may differ by rounding alone: eight times what eager attention in float32 differs from that in float64, since
-    a model that multiplies its rounding spreads it as widely."""
+    """What may differ by rounding alone: eight times what eager attention in float32 differs from that in float64. A
+    model that multiplies its rounding spreads it as widely."""
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
     arguments = {name: one.double() if one.is_floating_point() else one for name, one in arguments.items()}
