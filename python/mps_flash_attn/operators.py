@@ -242,8 +242,8 @@ def _eager_backward(d_out, d_lse, *arguments):
 
 def _seen_forward(operator, *arguments):
     """Route.forward through the dispatcher, by an operator that below() gave while gradients were still on. Seen by
-    modes, it gives zeros for out_low: so it saves as many tensors as EAGER does, by which a checkpoint may compute again
-    what came this way."""
+    modes, it gives zeros for out_low: so it saves as many tensors as EAGER does, by which a checkpoint may compute
+    again what came this way."""
     out, lse = operator(*arguments)
     if tensors.has_low(out) and tensors.is_plain(out) and not torch.compiler.is_compiling():
         return out, lse, torch.zeros_like(out)
