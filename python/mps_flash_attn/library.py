@@ -199,7 +199,7 @@ class Library:
 
     def waits(self, problem):
         """Why runs of a packed problem for Metal have to wait for PyTorch; "" if they do not."""
-        empty = changed(problem, batch=0)  # nothing will run
+        empty = changed(problem, batch=0, mask=MASK_NONE)  # nothing will run, nor look at a mask that is broadcast
         status = self.mfa_attention(self.context, empty, _NO_BUFFERS, STREAM_TORCH)
         return self.last_error() if status == _UNAVAILABLE else ""
 
