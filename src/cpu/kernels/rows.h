@@ -2,7 +2,6 @@
 
 #define REAL_MAX (sizeof(real) == 8 ? (real)DBL_MAX : (real)FLT_MAX)
 #define LOG2E 1.4426950408889634074
-#define LN2 0.69314718055994530942
 
 static inline int64_t padded(int64_t n) /* to whole vectors */
 {
