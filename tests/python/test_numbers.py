@@ -24,27 +24,34 @@ def by_math(*operands):
 
 
 def errors(got, truth):
-    return [(ours - exact).abs().max().item() for ours, exact in zip(got, truth)]
+    """Root mean squares, since the largest of a few errors varies from seed to seed."""
+    return [(ours - exact).square().mean().sqrt().item() for ours, exact in zip(got, truth)]
 
 
 @pytest.mark.cpu("the kernels for Metal keep their scores in base two")
 @pytest.mark.parametrize("size", [10, 30, 60, 1000])  # |s| of about 300 to 3 million
 @pytest.mark.parametrize("length", [3, 100])
 def test_large_scores(size, length):
-    """At most twice as far from float64 as PyTorch's fused kernel or its math path, whichever is the farther."""
-    ours, theirs = [0.0] * 4, [0.0] * 4
-    for _ in range(8):
-        query, key, value, d_out = (torch.randn(1, 2, length, 64) for _ in range(4))
-        operands = (query * size, key * size, value)
-        truth = gradients(by_math, torch.float64, d_out, *operands)
-        found = errors(gradients(flash_attention, torch.float32, d_out, *operands), truth)
-        ours = list(map(max, ours, found))
-        for function in (F.scaled_dot_product_attention, by_math):
-            theirs = list(map(max, theirs, errors(gradients(function, torch.float32, d_out, *operands), truth)))
+    """At most three times as far from float64 as the farther of PyTorch's fused kernel and its math path.
+
+    On AVX-512 both are as far; our kernels add up a score one number of head_dim after another, on each instruction
+    set, which with AVX2 and in plain C is 1.5 and 2 times as far as PyTorch's sums of several parts.
+
+    The keys of a head are nearly the same, so the scores of a row are large and differ by about 1: every row shows how
+    its scores were rounded.
+    """
+    query, key, value, d_out = (torch.randn(32, 2, length, 64) for _ in range(4))
+    operands = (query * size, key[:, :, :1] * size + key / size, value)
+    truth = gradients(by_math, torch.float64, d_out, *operands)
+    ours = errors(gradients(flash_attention, torch.float32, d_out, *operands), truth)
+    fused, math = (
+        errors(gradients(function, torch.float32, d_out, *operands), truth)
+        for function in (F.scaled_dot_product_attention, by_math)
+    )
     # dP - D of a row with one key is the difference of two sums of the same numbers, which may be 0 by luck.
     floors = [1e-6, *[1e-6 * size * length**0.5] * 2, 1e-6]
-    for name, own, other, floor in zip(("out", "dQ", "dK", "dV"), ours, theirs, floors):
-        assert own <= 2 * other + floor, f"{name}: {own:.3g}, PyTorch {other:.3g}"
+    for name, own, other, floor in zip(("out", "dQ", "dK", "dV"), ours, map(max, fused, math), floors):
+        assert own <= 3 * other + floor, f"{name}: {own:.3g}, PyTorch {other:.3g}"
 
 
 SCALES = [
