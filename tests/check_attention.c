@@ -304,6 +304,8 @@ int main(int count, char **words)
     if (!arguments_parse(&arguments, count, words))
         return 2;
     report_begin("check_attention", arguments.seed);
+    if (arguments.bits && !report_bits_to(arguments.bits))
+        return 2;
     mfa_context_options options = {.size = sizeof options, .isa = arguments.isa};
     if (mfa_context_create(&options, &context) != MFA_OK) {
         fprintf(stderr, "%s\n", mfa_last_error());

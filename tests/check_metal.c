@@ -221,6 +221,8 @@ int main(int count, char **words)
     if (!count || !arguments_parse(&arguments, count, words))
         return 2;
     report_begin("check_metal", arguments.seed);
+    if (arguments.bits && !report_bits_to(arguments.bits))
+        return 2;
     settings.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim";
     settings.seed = arguments.seed;
     gpu_set(&settings);

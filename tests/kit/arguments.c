@@ -20,6 +20,7 @@ static const char usage[] =
     "  --list         print the cases and end\n"
     "  --verbose      a line for each case and dtype\n"
     "  --cases FILE   the case list (tests/cases.txt)\n"
+    "  --bits FILE    write a hash of each result: two libraries that write the same compute the same bits\n"
     "A PROBLEM is a line as in the case list, such as \"both f32 b1 h2 q64 kv64 d64 causal\".\n";
 
 static int number(const char *option, const char *text, unsigned long long most, unsigned long long *value)
@@ -46,7 +47,8 @@ int arguments_parse(struct arguments *arguments, int count, char **words)
         {"--threads", &arguments->threads}, {"--repeat", &arguments->repeat},
         {"--random", &arguments->random}};
     struct { const char *name; const char **value; } texts[] = {
-        {"--isa", &arguments->isa}, {"--filter", &arguments->filter}, {"--cases", &arguments->cases}};
+        {"--isa", &arguments->isa}, {"--filter", &arguments->filter}, {"--cases", &arguments->cases},
+        {"--bits", &arguments->bits}};
     for (int at = 1; at < count; at++) {
         const char *word = words[at], *next = at + 1 < count ? words[at + 1] : NULL;
         unsigned long long value;

@@ -9,6 +9,7 @@ struct arguments {
     const char *isa;    /* NULL: the best */
     const char *filter; /* only cases whose text has it; NULL: all */
     const char *cases;  /* the file */
+    const char *bits;   /* a file for the hashes of results (report_bits_to); NULL: none */
     int threads;        /* 0: 1, 2, 3 and 7 */
     int repeat;         /* runs that must be the same bit for bit; 0: 20 for small cases */
     int random;         /* so many problems that are drawn, in place of the file */

@@ -6,6 +6,7 @@
 
 static uint64_t the_seed;
 static long long passed, failed;
+static FILE *bits;
 
 void report_begin(const char *program, uint64_t seed)
 {
@@ -46,8 +47,31 @@ long long report_failed(void)
     return failed;
 }
 
+int report_bits_to(const char *path)
+{
+    bits = fopen(path, "w");
+    if (!bits)
+        fprintf(stderr, "--bits is \"%s\"; it must be a file that can be written\n", path);
+    return bits != NULL;
+}
+
+int report_wants_bits(void)
+{
+    return bits != NULL;
+}
+
+void report_bits(const char *what, uint64_t hash)
+{
+    if (bits)
+        fprintf(bits, "%016llx %s\n", (unsigned long long)hash, what);
+}
+
 int report_end(void)
 {
+    if (bits && fclose(bits) != 0) {
+        perror("--bits");
+        failed++;
+    }
     printf("%lld passed, %lld failed\n", passed, failed);
     fflush(stdout);
     return failed != 0;

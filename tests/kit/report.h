@@ -17,6 +17,15 @@ void report_fail(const char *format, ...);
 long long report_passed(void);
 long long report_failed(void);
 
+/* From now on report_bits writes lines to this file, which it empties; 0 if it cannot, with a line that says so. */
+int report_bits_to(const char *path);
+
+/* Whether it does. */
+int report_wants_bits(void);
+
+/* A result of what `what` names has this hash. */
+void report_bits(const char *what, uint64_t hash);
+
 /* Prints "N passed, N failed"; what main returns. */
 int report_end(void);
 

@@ -11,6 +11,7 @@ struct LOCAL(head) {
     struct position at;
     REAL *K, *V, *dK, *dV;                 /* of all keys */
     REAL *P, *slope, *Q, *dO, *O, *dQ;     /* of query i */
+    REAL *rounding;                        /* of O, by that of P */
     double Q_norm, *K_norm, *V_norm;       /* of query i, and of each key */
     double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
     double *off, L_off;                    /* errors of S_ij, of L_i */
@@ -94,6 +95,24 @@ static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
     return sum > 0 ? largest + (REAL)log(sum) : (REAL)-INFINITY;
 }
 
+/* The largest error of O_i when P is rounded to the dtype as multiples of `unit`. */
+static double LOCAL(rounded_P_off)(const struct naive *n, struct LOCAL(head) *head, double unit)
+{
+    const mfa_problem *p = n->problem;
+    double off = 0;
+    for (int64_t c = 0; c < p->value_dim; c++)
+        head->rounding[c] = 0;
+    for (int64_t j = head->at.first; j < head->at.end; j++) {
+        const double P = (double)head->P[j];
+        const REAL rest = (REAL)(element_round(p->dtype, P / unit) * unit - P);
+        for (int64_t c = 0; c < p->value_dim && rest != 0; c++)
+            head->rounding[c] += rest * head->V[j * p->value_dim + c];
+    }
+    for (int64_t c = 0; c < p->value_dim; c++)
+        off = fmax(off, fabs((double)head->rounding[c]));
+    return off;
+}
+
 static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
 {
     const mfa_problem *p = n->problem;
@@ -111,14 +130,13 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
         L_squares += P_off * P_off;
     }
     n->O_off = fmax(n->O_off, sqrt(largest(head->O_squares, p->value_dim)));
+    for (int quarter = 0; quarter < 4 && p->dtype == MFA_BF16; quarter++)
+        n->rounded_P_off = fmax(n->rounded_P_off, LOCAL(rounded_P_off)(n, head, exp2(0.25 * quarter)));
     head->L_off = sqrt(L_squares) + n->unit * (isfinite(L) ? fabs((double)L) : 0);
     n->L_off = fmax(n->L_off, head->L_off);
     n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
-    for (int64_t c = 0; c < p->value_dim; c++) {
-        double *O = &n->results.O[at * p->value_dim + c];
-        *O = element_round(p->dtype, head->O[c]);
-        n->results.O_low[at * p->value_dim + c] = head->O[c] - *O;
-    }
+    for (int64_t c = 0; c < p->value_dim; c++)
+        n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
 }
 
 static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
@@ -195,7 +213,8 @@ static void NAIVE(struct naive *n)
         struct LOCAL(head) h = {0};
         struct { REAL **row; int64_t count; } reals[] = {
             {&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
-            {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
+            {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns},
+            {&h.rounding, values}};
         struct { double **row; int64_t count; } doubles[] = {
             {&h.K_norm, keys}, {&h.V_norm, keys}, {&h.off, keys}, {&h.O_squares, values}, {&h.dQ_squares, columns},
             {&h.dK_squares, keys * columns}, {&h.dV_squares, keys * values}};

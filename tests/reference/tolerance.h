@@ -30,8 +30,10 @@
  * |x| being the length of a row.
  *
  * o + o_low is O before it was rounded. It may be off by the floor alone, where the rounding of o_low takes the
- * place of an ulp. Kernels that multiply bf16 round P to the dtype, and so does naive: they may also be off by
- * twice the error that naive's O has before it is rounded. */
+ * place of an ulp. Kernels that multiply bf16 round P to the dtype: they may also be off by twice what that does to O.
+ * P of a row is a multiple of a number that differs from kernel to kernel, 1 / l or exp(m - L), and where many P are
+ * nearly the same, all of them are rounded up with one such number and down with another: so the largest error with
+ * four of them counts. */
 struct tolerance {
     double O, L, dQ, dK, dV, dbias;
     double O_low, O_low_of_rounded_P; /* of o + o_low */
