@@ -52,7 +52,7 @@ static const char *const orders[ORDERS] = {"alone", "two in turn", "two apart", 
 
 /* How a pass is cut into tasks. */
 struct way {
-    int few, panels, block_kv;
+    int decode, panels, block_kv;
     int splits;  /* forward */
     int own_dQ; /* backward: dQ is summed in itself */
 };
@@ -72,8 +72,8 @@ static const char *describe(const struct trial *t)
 {
     const struct way *w = &t->way;
     return subject_describe(t->subject, "%s, %s, %d keys a block, %d panels, %d splits%s%s, %s", t->set->name,
-                            arrangement_name(t->arrangement), w->block_kv, w->panels, w->splits, w->few ? ", few" : "",
-                            w->own_dQ ? ", own dQ" : "", orders[t->order]);
+                            arrangement_name(t->arrangement), w->block_kv, w->panels, w->splits,
+                            w->decode ? ", decode" : "", w->own_dQ ? ", own dQ" : "", orders[t->order]);
 }
 
 /* --- Phases ----------------------------------------------------------------------------------- */
@@ -171,7 +171,7 @@ static void make_call(struct trial *t)
                                     .mask_dtype = p.mask_dtype,
                                     .block_kv = t->way.block_kv,
                                     .panels = t->way.panels,
-                                    .few = t->way.few,
+                                    .decode = t->way.decode,
                                     .splits = t->way.splits,
                                     .q = address(&b->q),
                                     .k = address(&b->k),
@@ -194,14 +194,14 @@ static void run_forward(struct trial *t)
     const struct mfa_args *a = &t->call.args;
     const int64_t rows = (int64_t)t->way.panels * k->panel;
     const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
-    const uint64_t scratch = t->way.few ? k->few_scratch(&t->call) : k->forward_scratch(&t->call);
+    const uint64_t scratch = t->way.decode ? k->decode_scratch(&t->call) : k->forward_scratch(&t->call);
     struct guarded partials = {.mapping = NULL};
     if (t->way.splits > 1) {
         guarded_open(&partials, "partials", (size_t)(chunks * t->way.splits) * k->partial_bytes(&t->call), 64,
                      GUARDED_END, ANYTHING);
         t->call.partials = partials.bytes;
     }
-    run_phase(t, t->way.few ? k->few : k->forward, chunks * t->way.splits, scratch, 0);
+    run_phase(t, t->way.decode ? k->decode : k->forward, chunks * t->way.splits, scratch, 0);
     if (t->way.splits > 1)
         run_phase(t, k->merge, chunks, scratch, 0);
     guarded_close(&partials);
@@ -222,7 +222,7 @@ static void run_backward(struct trial *t)
         size_t size;
     } shared[] = {{"D", &call->D, (size_t)(groups * rows) * real},
                   {"L of rows", &call->L, (size_t)(groups * rows) * real},
-                  {"progress", (void **)&call->progress, (size_t)groups * sizeof *call->progress},
+                  {"dq_semaphore", (void **)&call->dq_semaphore, (size_t)groups * sizeof *call->dq_semaphore},
                   {"sums of dQ", &call->dq_sums,
                    t->way.own_dQ ? 0
                                  : (size_t)(heads * mfa_cpu_ceil(a->q_len, k->panel) * k->panel *
@@ -236,14 +236,14 @@ static void run_backward(struct trial *t)
             *shared[n].at = memory[n].bytes;
         }
     const uint64_t scratch = k->backward_scratch(call);
-    run_phase(t, k->prepare, groups, scratch, 0);
-    if (t->way.few)
-        run_phase(t, k->few_backward, blocks, k->few_backward_scratch(call), 1);
+    run_phase(t, k->backward_preprocess, groups, scratch, 0);
+    if (t->way.decode)
+        run_phase(t, k->decode_backward, blocks, k->decode_backward_scratch(call), 1);
     else
         run_phase(t, k->backward, blocks, scratch, 1);
     if (call->dbias) {
-        const struct mfa_cpu_bias_tiles tiles = mfa_cpu_bias_tiles(call, k->panel);
-        run_phase(t, k->bias, tiles.batch * tiles.heads * tiles.rows * tiles.columns, scratch, 0);
+        const struct mfa_cpu_dbias_tiles tiles = mfa_cpu_dbias_tiles(call, k->panel);
+        run_phase(t, k->dbias, tiles.batch * tiles.heads * tiles.rows * tiles.columns, scratch, 0);
     }
     for (int n = 0; n < SHARED; n++)
         guarded_close(&memory[n]);
@@ -309,7 +309,7 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
 static int is_few(const struct trial *t)
 {
     const mfa_problem *p = &t->operands.problem;
-    return p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->few_rows;
+    return p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->decode_rows;
 }
 
 static int list_forward(const struct trial *t, struct way ways[MOST_WAYS])
@@ -322,7 +322,7 @@ static int list_forward(const struct trial *t, struct way ways[MOST_WAYS])
                 ways[count++] = (struct way){.panels = panels, .block_kv = blocks[n], .splits = splits};
         if (is_few(t))
             ways[count++] =
-                (struct way){.few = 1, .panels = 1, .block_kv = t->set->kernels->few_keys, .splits = splits};
+                (struct way){.decode = 1, .panels = 1, .block_kv = t->set->kernels->decode_keys, .splits = splits};
     }
     return count;
 }
@@ -335,12 +335,12 @@ static int list_backward(const struct trial *t, struct way ways[MOST_WAYS])
     const int may_own = reals && dQ->layout.column == 1 && p->head_dim % t->set->kernels->lanes == 0;
     int blocks[MOST_BLOCKS], count = 0;
     const int kinds = list_blocks(t->set, MFA_BACKWARD, blocks);
-    for (int few = 0; few <= is_few(t); few++)
+    for (int decode = 0; decode <= is_few(t); decode++)
         for (int own_dQ = 0; own_dQ <= may_own; own_dQ++)
             for (int panels = 1; panels <= MFA_CPU_PANELS_MAX; panels++)
                 for (int n = 0; n < kinds; n++)
                     ways[count++] = (struct way){
-                        .few = few, .panels = panels, .block_kv = blocks[n], .own_dQ = own_dQ, .splits = 1};
+                        .decode = decode, .panels = panels, .block_kv = blocks[n], .own_dQ = own_dQ, .splits = 1};
     return count;
 }
 

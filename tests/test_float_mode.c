@@ -17,7 +17,7 @@
 #include <cmocka.h>
 
 #include "cpu/float_mode.h"
-#include "cpu/kernels/half.h"
+#include "cpu/kernels/simd/half.h"
 #include "cpu/threads.h"
 #include "kit/operands.h"
 #include "reference/element.h"

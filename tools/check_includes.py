@@ -18,6 +18,7 @@ MACHINE = ("immintrin.h", "arm_neon.h", "cpuid.h")
 SYSTEM = ("pthread.h", "stdio.h", "stdlib.h", "errno.h", "unistd.h")
 RULES = (
     ("include/mfa.h", (), MACHINE + SYSTEM),
+    ("src/cpu/kernels/*", ("cpu/kernels/*", "core/args.h"), SYSTEM),
     ("src/*/kernels/*", ("{folder}/*", "core/args.h"), SYSTEM),
     ("src/base/*", ("mfa.h", "base/*"), MACHINE),
     ("src/core/*", ("mfa.h", "base/*", "core/*"), MACHINE),

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 
-SUMS = {"avx2": 12, "avx512": 24, "neon": 24}  # rows * vectors of the tile (src/cpu/kernels/simd_*.h)
+SUMS = {"avx2": 12, "avx512": 24, "neon": 24}  # rows * vectors of the tile (src/cpu/kernels/simd/*.h)
 FEWEST = 6  # sums of a product; a polynomial has one for each vector that it is worked out for
 SHARE = 0.3  # of the loop that are multiply-adds
 

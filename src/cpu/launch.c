@@ -42,14 +42,14 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
     settle_rows(&call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
-    call->few = choice->cut[MFA_CPU_FEW] != 0;
+    call->decode = choice->cut[MFA_CPU_DECODE] != 0;
     call->block_kv = (int32_t)choice->cut[MFA_CPU_BLOCK];
     call->panels = (int32_t)choice->cut[MFA_CPU_PANELS], call->splits = choice->cut[MFA_CPU_SPLITS];
 }
 
 /* The parts of the workspace that a run's threads share: where each begins, and at last where all end. */
 struct shared {
-    uint64_t partials, D, L, dq_sums, progress, end;
+    uint64_t partials, D, L, dq_sums, dq_semaphore, end;
 };
 
 static uint64_t align(uint64_t bytes)
@@ -84,11 +84,11 @@ static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_pr
     int64_t heads = p->batch * p->q_heads, groups = heads * mfa_cpu_ceil(p->q_len, rows);
     at.L = at.D + align((uint64_t)(groups * rows) * real);
     at.dq_sums = at.L + align((uint64_t)(groups * rows) * real);
-    at.progress = at.dq_sums;
+    at.dq_semaphore = at.dq_sums;
     if (!sums_in_place(kernels, p))
-        at.progress +=
+        at.dq_semaphore +=
             align((uint64_t)(heads * whole(p->q_len, kernels->panel) * whole(p->head_dim, kernels->lanes)) * real);
-    at.end = at.progress + align((uint64_t)groups * sizeof *call->progress);
+    at.end = at.dq_semaphore + align((uint64_t)groups * sizeof *call->dq_semaphore);
     return at;
 }
 
@@ -99,10 +99,10 @@ void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_pro
     describe(problem, choice, &call);
     choice->shared = lay_out(kernels, problem, &call).end;
     uint64_t bytes = problem->pass == MFA_BACKWARD ? kernels->backward_scratch(&call)
-                     : call.few                    ? kernels->few_scratch(&call)
+                     : call.decode                 ? kernels->decode_scratch(&call)
                                                    : kernels->forward_scratch(&call);
-    if (problem->pass == MFA_BACKWARD && call.few && bytes < kernels->few_backward_scratch(&call))
-        bytes = kernels->few_backward_scratch(&call);
+    if (problem->pass == MFA_BACKWARD && call.decode && bytes < kernels->decode_backward_scratch(&call))
+        bytes = kernels->decode_backward_scratch(&call);
     choice->per_thread = align(bytes);
 }
 
@@ -126,7 +126,8 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
-    mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->few ? kernels->few : kernels->forward, call);
+    mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->decode ? kernels->decode : kernels->forward,
+                        call);
     if (call->splits > 1)
         mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
 }
@@ -157,14 +158,14 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
     int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
     int64_t all = a->batch * a->kv_heads, apart = all < 2 * workers ? all : workers + all % workers;
-    struct heads heads = {call->few ? kernels->few_backward : kernels->backward, call, all - apart, apart,
+    struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - apart, apart,
                           mfa_cpu_ceil(a->kv_len, call->block_kv)};
-    mfa_cpu_threads_run(threads, workers, groups, kernels->prepare, call);
+    mfa_cpu_threads_run(threads, workers, groups, kernels->backward_preprocess, call);
     if (call->dq || call->dk || call->dv)
         mfa_cpu_threads_run(threads, workers, heads.whole + heads.apart * heads.blocks, run_head, &heads);
     if (call->dbias) {
-        struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, kernels->panel);
-        mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->bias, call);
+        struct mfa_cpu_dbias_tiles t = mfa_cpu_dbias_tiles(call, kernels->panel);
+        mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->dbias, call);
     }
 }
 
@@ -182,7 +183,7 @@ void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_
         call.partials = memory + at.partials;
         run_forward(threads, workers, kernels, &call);
     } else {
-        call.D = memory + at.D, call.L = memory + at.L, call.progress = (void *)(memory + at.progress);
+        call.D = memory + at.D, call.L = memory + at.L, call.dq_semaphore = (void *)(memory + at.dq_semaphore);
         call.dq_sums = sums_in_place(kernels, problem) ? NULL : memory + at.dq_sums;
         run_backward(threads, workers, kernels, &call);
     }

@@ -79,14 +79,14 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
 {
     int64_t block_q = choice->key.block_q, panels = 1;
     int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), tasks = heads * mfa_cpu_ceil(queries, block_q);
-    if (choice->cut[MFA_CPU_FEW])
-        choice->key.block_kv = kernels->few_keys, choice->cut[MFA_CPU_BLOCK] = kernels->few_keys;
+    if (choice->cut[MFA_CPU_DECODE])
+        choice->key.block_kv = kernels->decode_keys, choice->cut[MFA_CPU_BLOCK] = kernels->decode_keys;
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
         choice->cut[MFA_CPU_SPLITS] = wanted < most ? wanted : most < 1 ? 1 : most;
         if (choice->cut[MFA_CPU_BLOCK] > SHARED_BLOCK)
             choice->cut[MFA_CPU_BLOCK] = SHARED_BLOCK;
-    } else if (tasks > 0 && !choice->cut[MFA_CPU_FEW]) {
+    } else if (tasks > 0 && !choice->cut[MFA_CPU_DECODE]) {
         panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
         tasks = heads * mfa_cpu_ceil(queries, panels * block_q);
     }
@@ -128,10 +128,10 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
     choice->cut[MFA_CPU_BLOCK] = choice->key.block_kv, choice->cut[MFA_CPU_SPLITS] = 1;
-    int few_rows = forward ? kernels->few_rows : kernels->few_backward_rows;
-    choice->cut[MFA_CPU_FEW] = queries_of(p) > 0 && queries_of(p) <= few_rows;
-    if (choice->cut[MFA_CPU_FEW])
-        choice->key.block_q = few_rows;
+    int decode_rows = forward ? kernels->decode_rows : kernels->decode_backward_rows;
+    choice->cut[MFA_CPU_DECODE] = queries_of(p) > 0 && queries_of(p) <= decode_rows;
+    if (choice->cut[MFA_CPU_DECODE])
+        choice->key.block_q = decode_rows;
     tasks = forward ? choose_forward(p, row, kernels, choice) : choose_backward(p, row, choice);
     double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
     if (flop < SERIAL_FLOP || tasks < 1)

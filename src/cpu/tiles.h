@@ -10,7 +10,7 @@ enum { /* of choice->cut */
        MFA_CPU_BLOCK,  /* keys of a block: as many as the key says, or fewer where tasks would be few */
        MFA_CPU_SPLITS, /* forward: parts that the keys of a chunk are cut into */
        MFA_CPU_PANELS, /* of queries that share one visit of K and V */
-       MFA_CPU_FEW     /* 0 or 1: by the kernels for few queries */
+       MFA_CPU_DECODE     /* 0 or 1: by the kernels for few queries */
 };
 
 /* The key, and the cut of the problem into tasks. Looks at the problem and the instruction set only, never at

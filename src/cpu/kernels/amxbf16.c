@@ -2,8 +2,8 @@
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define KERNEL_SET mfa_cpu_kernels_amxbf16
-#include "cpu/kernels/simd_amxbf16.h"
-#include "cpu/kernels/attention.h"
+#include "cpu/kernels/simd/amxbf16.h"
+#include "cpu/kernels/kernel_set.h"
 #else
 #include "cpu/kernels/contract.h"
 const struct mfa_cpu_kernels mfa_cpu_kernels_amxbf16 = {.lanes = 0};

@@ -3,8 +3,8 @@
 #define REAL double
 #define VECTOR_BYTES 64
 #define KERNEL_SET mfa_cpu_kernels_avx512_f64
-#include "cpu/kernels/simd_scalar.h"
-#include "cpu/kernels/attention.h"
+#include "cpu/kernels/simd/scalar.h"
+#include "cpu/kernels/kernel_set.h"
 #else
 #include "cpu/kernels/contract.h"
 const struct mfa_cpu_kernels mfa_cpu_kernels_avx512_f64 = {.lanes = 0};

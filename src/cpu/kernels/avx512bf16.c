@@ -2,8 +2,8 @@
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512BF16__)
 #define KERNEL_SET mfa_cpu_kernels_avx512bf16
-#include "cpu/kernels/simd_avx512bf16.h"
-#include "cpu/kernels/attention.h"
+#include "cpu/kernels/simd/avx512bf16.h"
+#include "cpu/kernels/kernel_set.h"
 #else
 #include "cpu/kernels/contract.h"
 const struct mfa_cpu_kernels mfa_cpu_kernels_avx512bf16 = {.lanes = 0};

@@ -24,7 +24,7 @@ struct mfa_cpu_call {
     int32_t dtype, mask_kind, mask_dtype;
     int32_t block_kv; /* keys of a block */
     int32_t panels; /* forward: panels of a chunk of queries; backward: of a group */
-    int32_t few; /* by the kernels for few queries */
+    int32_t decode; /* 1: by the decode kernels */
     int64_t splits; /* forward: parts of a chunk's kv range */
 
     const void *q, *k, *v, *mask, *d_o, *dlse; /* mask, dlse may be NULL */
@@ -38,7 +38,7 @@ struct mfa_cpu_call {
     /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
      * itself, if rows there are whole vectors of reals */
     void *dq_sums;
-    _Atomic int64_t *progress; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
+    _Atomic int64_t *dq_semaphore; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
 
     char *scratch; /* of worker w: scratch + w * scratch_bytes, 64-byte aligned */
     uint64_t scratch_bytes;
@@ -50,22 +50,23 @@ struct mfa_cpu_kernels {
     int lanes; /* reals in a vector; 0: this compiler could not build the set */
     int panel; /* queries of a panel, whole vectors: block_q */
 
-    /* forward: [batch][kv_heads][chunks][splits] tasks; merge, if splits > 1: [batch][kv_heads][chunks]. few takes the
-     * place of forward where all queries of a KV head are at most few_rows: one panel, blocks of few_keys; few_backward
-     * that of backward up to few_backward_rows */
-    mfa_cpu_task_function *forward, *few, *merge;
-    int few_rows, few_backward_rows, few_keys;
-    /* backward: prepare [batch][q_heads][groups], then backward [batch][kv_heads][kv blocks], or few_backward */
-    mfa_cpu_task_function *prepare, *backward, *few_backward;
-    /* if dbias is wanted: one task for each tile of it (mfa_cpu_bias_tiles) */
-    mfa_cpu_task_function *bias;
+    /* forward: [batch][kv_heads][chunks][splits] tasks; merge, if splits > 1: [batch][kv_heads][chunks]. decode takes
+     * the place of forward where a KV head has at most decode_rows queries in all: one panel, blocks of decode_keys
+     * keys; decode_backward that of backward up to decode_backward_rows */
+    mfa_cpu_task_function *forward, *decode, *merge;
+    int decode_rows, decode_backward_rows, decode_keys;
+    /* backward: backward_preprocess [batch][q_heads][q blocks], which makes D; then backward [batch][kv_heads][kv blocks],
+     * or decode_backward */
+    mfa_cpu_task_function *backward_preprocess, *backward, *decode_backward;
+    /* if dbias is wanted: one task for each tile of it (mfa_cpu_dbias_tiles) */
+    mfa_cpu_task_function *dbias;
 
     /* Bytes of scratch that a worker needs, whole multiples of 64; only sizes and tiling of the call are read. That of
-     * forward or few is for merge too, that of backward for prepare and bias. */
+     * forward or decode is for merge too, that of backward for backward_preprocess and dbias. */
     uint64_t (*forward_scratch)(const struct mfa_cpu_call *call);
-    uint64_t (*few_scratch)(const struct mfa_cpu_call *call);
+    uint64_t (*decode_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*backward_scratch)(const struct mfa_cpu_call *call);
-    uint64_t (*few_backward_scratch)(const struct mfa_cpu_call *call);
+    uint64_t (*decode_backward_scratch)(const struct mfa_cpu_call *call);
     uint64_t (*partial_bytes)(const struct mfa_cpu_call *call); /* of one task, if splits > 1 */
 };
 
@@ -79,14 +80,14 @@ static inline int64_t mfa_cpu_ceil(int64_t n, int64_t unit)
 }
 
 /* Along a dimension over which dbias is summed (stride 0), it has one tile. */
-struct mfa_cpu_bias_tiles {
+struct mfa_cpu_dbias_tiles {
     int64_t batch, heads, rows, columns; /* counts of tiles */
 };
 
-static inline struct mfa_cpu_bias_tiles mfa_cpu_bias_tiles(const struct mfa_cpu_call *call, int panel)
+static inline struct mfa_cpu_dbias_tiles mfa_cpu_dbias_tiles(const struct mfa_cpu_call *call, int panel)
 {
     const struct mfa_args *a = &call->args;
-    struct mfa_cpu_bias_tiles t = {
+    struct mfa_cpu_dbias_tiles t = {
         .batch = a->dbias.batch ? a->batch : 1,
         .heads = a->dbias.head ? a->q_heads : 1,
         .rows = a->dbias.row ? mfa_cpu_ceil(a->q_len, panel) : 1,

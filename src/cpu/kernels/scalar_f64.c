@@ -2,5 +2,5 @@
 #define REAL double
 #define VECTOR_BYTES 16
 #define KERNEL_SET mfa_cpu_kernels_scalar_f64
-#include "cpu/kernels/simd_scalar.h"
-#include "cpu/kernels/attention.h"
+#include "cpu/kernels/simd/scalar.h"
+#include "cpu/kernels/kernel_set.h"

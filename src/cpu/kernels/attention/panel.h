@@ -20,7 +20,7 @@ static inline int64_t whole_keys(int64_t keys)
 }
 
 /* Queries in whole units. */
-static inline int64_t units(int64_t queries)
+static inline int64_t round_up_queries(int64_t queries)
 {
     return mfa_cpu_ceil(queries, QUERY_VECTORS * LANES) * QUERY_VECTORS * LANES;
 }
@@ -41,7 +41,7 @@ struct panel {
 static void panel_init(struct panel *panel, const struct mfa_args *a, int64_t kv_head, int64_t first, int64_t lanes)
 {
     panel->lanes = lanes;
-    panel->vectors = (int)(units(lanes) / LANES);
+    panel->vectors = (int)(round_up_queries(lanes) / LANES);
     panel->any_low = a->kv_len, panel->any_high = -1;
     panel->all_low = 0, panel->all_high = a->kv_len - 1;
     for (int v = 0; v < PANEL_VECTORS; v++)
@@ -78,15 +78,15 @@ static void panel_of_head(struct panel *panel, const struct mfa_args *a, int64_t
 }
 
 /* rows[lane] = the panel's rows of a tensor of queries, terms across, `stride` apart; zeros beyond its lanes. */
-static void panel_load(const struct panel *panel, term *rows, int64_t stride, const void *data, int dtype,
+static void panel_load(const struct panel *panel, packed *rows, int64_t stride, const void *data, int dtype,
                        const struct mfa_strides *s, int64_t batch, int64_t columns)
 {
     for (int64_t i = 0; i < panel->vectors * LANES; i++)
         if (i < panel->lanes)
-            load_terms(rows + i * stride, row_at(data, bytes_of(dtype), s, batch, panel->head[i], panel->row[i]), dtype,
+            load_packs(rows + i * stride, row_at(data, bytes_of(dtype), s, batch, panel->head[i], panel->row[i]), dtype,
                        s->column, columns);
         else
-            fill(rows + i * stride, across_stride(columns), 0);
+            fill(rows + i * stride, row_packs(columns), 0);
 }
 
 /* Keys [from, to) of a block, counted from its first. */
@@ -95,7 +95,7 @@ struct range {
 };
 
 /* Which of the n keys from `key` on the band shows to some lane, rounded outward to multiples of `unit`. */
-static struct range panel_range(const struct panel *panel, int64_t key, int64_t n, int64_t unit)
+static struct range band_range(const struct panel *panel, int64_t key, int64_t n, int64_t unit)
 {
     int64_t from = panel->any_low - key, to = panel->any_high + 1 - key;
     from = from < 0 ? 0 : from / unit * unit;
@@ -105,7 +105,7 @@ static struct range panel_range(const struct panel *panel, int64_t key, int64_t 
 
 /* The keys among r of which vector v sees any, or one that shares a unit with it; in whole units. Products and softmax
  * leave out the others. */
-static struct range vector_range(const struct panel *panel, int v, int64_t key, struct range r)
+static struct range vector_band_range(const struct panel *panel, int v, int64_t key, struct range r)
 {
     int first = v / QUERY_VECTORS * QUERY_VECTORS;
     int64_t from = panel->vector_low[first] - key, to = panel->vector_high[first + QUERY_VECTORS - 1] + 1 - key;
@@ -123,11 +123,11 @@ struct part {
 };
 
 /* The part with which range r begins. */
-static struct part panel_part(const struct panel *panel, int64_t key, struct range r)
+static struct part band_part(const struct panel *panel, int64_t key, struct range r)
 {
     struct part part = {r, 0, 0};
     for (int v = 0; v < panel->vectors; v += QUERY_VECTORS) {
-        struct range seen = vector_range(panel, v, key, r);
+        struct range seen = vector_band_range(panel, v, key, r);
         if (seen.to == r.from)
             part.vector = v + QUERY_VECTORS;
         else if (seen.from == r.from)
@@ -140,7 +140,7 @@ static struct part panel_part(const struct panel *panel, int64_t key, struct ran
 }
 
 /* The keys among r that the band shows to all lanes, in whole units. */
-static struct range panel_shown(const struct panel *panel, int64_t key, struct range r, int64_t unit)
+static struct range full_range(const struct panel *panel, int64_t key, struct range r, int64_t unit)
 {
     int64_t from = panel->all_low - key, to = panel->all_high + 1 - key;
     from = from < r.from ? r.from : mfa_cpu_ceil(from, unit) * unit;

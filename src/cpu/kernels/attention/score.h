@@ -24,15 +24,15 @@ static inline vec vec_tanh(vec x)
 }
 
 /* S = softcap * tanh(S / softcap) of n rows; slope, if wanted, gets 1 - tanh^2. */
-static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double softcap, real *slope)
+static void softcap_scores(int vectors, real *S, int64_t stride, int64_t n, double softcap, real *dtanh)
 {
     vec cap = vec_set1((real)(softcap * S_UNIT)), inverse = vec_set1((real)(1 / softcap));
     for (int64_t k = 0; k < n; k++)
         for (int v = 0; v < vectors; v++) {
             vec t = vec_tanh(vec_mul(vec_load(S + k * stride + v * LANES), inverse));
             vec_store(S + k * stride + v * LANES, vec_mul(t, cap));
-            if (slope)
-                vec_store(slope + k * PANEL + v * LANES, vec_sub(vec_set1(1), vec_mul(t, t)));
+            if (dtanh)
+                vec_store(dtanh + k * PANEL + v * LANES, vec_sub(vec_set1(1), vec_mul(t, t)));
         }
 }
 
@@ -43,7 +43,7 @@ static void cap_scores(int vectors, real *S, int64_t stride, int64_t n, double s
 static inline double score_factor(const struct mfa_cpu_call *call)
 {
     int exponent;
-    if (TERM > 1)
+    if (K_PACK > 1)
         return call->scale * (call->softcap > 0 ? 1 : S_UNIT);
     if (fabs(call->scale) <= 1)
         return 1;
@@ -56,22 +56,22 @@ static inline double query_factor(const struct mfa_cpu_call *call)
     return call->scale / score_factor(call);
 }
 
-static void scale_queries(const struct mfa_cpu_call *call, term *Q, int64_t n)
+static void scale_queries(const struct mfa_cpu_call *call, packed *Q, int64_t n)
 {
-    if (TERM == 1)
+    if (K_PACK == 1)
         scale_vectors(Q, n, query_factor(call));
 }
 
 /* Softcap, mask and band on the raw scores of vector v and keys [key, key + n): columns of S, mask and slope. The last
  * two may be NULL. */
-static void panel_adjust(const struct panel *panel, const struct mfa_cpu_call *call, int v, int64_t key, int64_t n,
-                         real *S, int64_t stride, const real *mask, real *slope)
+static void panel_score(const struct panel *panel, const struct mfa_cpu_call *call, int v, int64_t key, int64_t n,
+                        real *S, int64_t stride, const real *mask, real *dtanh)
 {
     if (call->softcap > 0)
-        cap_scores(1, S, stride, n, call->softcap, slope);
+        softcap_scores(1, S, stride, n, call->softcap, dtanh);
     if (mask)
         for (int64_t k = 0; k < n; k++)
-            vec_store(S + k * stride, masked(vec_load(S + k * stride), vec_load(mask + k * PANEL)));
+            vec_store(S + k * stride, add_mask(vec_load(S + k * stride), vec_load(mask + k * PANEL)));
     if (key >= panel->all_low && key + n - 1 <= panel->all_high)
         return;
     real low[LANES], high[LANES]; /* relative to `key`, so that small numbers are compared */

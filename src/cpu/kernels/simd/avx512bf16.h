@@ -1,8 +1,8 @@
 /* AVX-512 with dot products of pairs of bf16 (AVX512_BF16). What products multiply are pairs, and all else is as in
  * simd_avx512.h. terms.h says what each name means. */
-#include "cpu/kernels/simd_avx512.h"
+#include "cpu/kernels/simd/avx512.h"
 
-#define TERM 2
+#define K_PACK 2
 
 static inline vec vec_dots(vec a, vec b, vec sum)
 {
@@ -26,7 +26,7 @@ static inline vec vec_pair(vec even, vec odd)
     return (vec)_mm512_permutexvar_epi16(turns(16 << 16), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-static inline void vec_store_across(real *to, vec v)
+static inline void vec_store_packed(real *to, vec v)
 {
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(v));
 }

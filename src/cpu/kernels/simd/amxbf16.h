@@ -1,12 +1,12 @@
 /* AVX-512 with BF16, and the tile registers of AMX (AMX_TILE, AMX_BF16) for the products of long sequences. A register
  * holds 16 rows of 64 bytes: of terms across (A), of terms down (B) or of sums (C). tile_product.h is made of these. */
-#include "cpu/kernels/simd_avx512bf16.h"
+#include "cpu/kernels/simd/avx512bf16.h"
 
-#define TILES 1
+#define USE_AMX 1
 #define PANEL_VECTORS 4 /* two pairs of registers */
 #define QUERY_VECTORS 2 /* of the sums over queries, which take LANES terms at once */
 #define KEY_UNIT 32     /* likewise over keys */
-#define STRIP 64
+#define MASK_GRANULE 64
 
 /* In the place of simd_avx512bf16.h's, whose permutations take longer here: half of a unit in the last place is added,
  * so that ties go away from 0. */
@@ -21,7 +21,7 @@ static inline vec rounded_pair(vec even, vec odd)
 
 /* That carries a NaN whose last bits are set on to 0. What the caller gives in f32, n whole vectors of it, gets another
  * NaN in its place; operands in bf16, and what is computed of them, have none such. */
-static inline void make_roundable(real *x, int64_t n)
+static inline void quiet_nans(real *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i += LANES) {
         __m512 v = _mm512_loadu_ps(x + i);
@@ -31,7 +31,7 @@ static inline void make_roundable(real *x, int64_t n)
 
 /* Every register whole: what is beside a matrix is zero in memory. A task begins with this and ends with the other, for
  * the state is the thread's. */
-static inline void tiles_begin(void)
+static inline void gemm_begin(void)
 {
     static const struct {
         uint8_t palette, start_row, reserved[14];
@@ -41,7 +41,7 @@ static inline void tiles_begin(void)
     _tile_loadconfig(&whole);
 }
 
-static inline void tiles_end(void)
+static inline void gemm_end(void)
 {
     _tile_release();
 }

@@ -19,19 +19,19 @@ static void store_bias(const struct mfa_cpu_call *call, const struct panel *pane
 
 /* Adds dS of one (batch, query head, panel, block of keys) to the tile. */
 static void add_bias(const struct mfa_cpu_call *call, struct backward_scratch *s, const struct panel *panel,
-                     const struct group *g, int64_t offset, struct keys *keys, real *tile)
+                     const struct q_block *g, int64_t offset, struct keys *keys, real *tile)
 {
     const struct mfa_args *a = &call->args;
-    struct range r = panel_range(panel, keys->first, keys->n, KEY_UNIT);
+    struct range r = band_range(panel, keys->first, keys->n, KEY_UNIT);
     if (r.from >= r.to)
         return;
-    enum visibility seen = panel_meets(call, s, panel, 0, keys, r);
-    if (seen == HIDDEN)
+    enum block_mask seen = panel_meets(call, s, panel, 0, keys, r);
+    if (seen == BLOCK_EMPTY)
         return;
-    real *S = TERM > 1 ? s->S : s->P, *dP = TERM > 1 ? s->dP : s->dS;
+    real *S = K_PACK > 1 ? s->S : s->P, *dP = K_PACK > 1 ? s->dP : s->dS;
     struct part all = {r, 0, panel->vectors};
-    panel_scores(call, s, panel, keys, all, S, dP, PANEL, seen == MASKED ? s->mask_tile : NULL, NULL);
-    const real *L = group_L(call, g, offset), *D = group_D(call, g, offset);
+    panel_scores(call, s, panel, keys, all, S, dP, PANEL, seen == BLOCK_MASKED ? s->mask_tile : NULL, NULL);
+    const real *L = q_block_L(call, g, offset), *D = q_block_D(call, g, offset);
     for (int64_t k = r.from; k < r.to; k++) {
         real *to = tile + (a->dbias.column ? k * PANEL : 0);
         for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {
@@ -52,14 +52,14 @@ static struct range panels_that_see(const struct mfa_args *a, const struct keys 
     return (struct range){first > from ? first : from, last + 1 < to ? last + 1 : to};
 }
 
-static void bias(void *data, int64_t task, int worker)
+static void dbias(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
-    backward_carve(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    tiles_begin();
-    struct mfa_cpu_bias_tiles t = mfa_cpu_bias_tiles(call, PANEL);
+    backward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
+    gemm_begin();
+    struct mfa_cpu_dbias_tiles t = mfa_cpu_dbias_tiles(call, PANEL);
     int64_t column = task % t.columns, row = task / t.columns % t.rows;
     int64_t head = task / t.columns / t.rows % t.heads, batch = task / t.columns / t.rows / t.heads;
     int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
@@ -77,7 +77,7 @@ static void bias(void *data, int64_t task, int worker)
                 keys = keys_of(call, b, h / a->group, j);
                 struct range see = panels_that_see(a, &keys, row, row + rows);
                 for (int64_t p = see.from; p < see.to; p++) {
-                    struct group g = group_of(call, b, h, p / call->panels);
+                    struct q_block g = q_block_of(call, b, h, p / call->panels);
                     panel_of_head(&panel, a, h, p * PANEL);
                     add_bias(call, &s, &panel, &g, p % call->panels * PANEL, &keys, s.dbias);
                 }
@@ -87,5 +87,5 @@ static void bias(void *data, int64_t task, int worker)
             for (int64_t i = 1; i < PANEL; i++)
                 s.dbias[k * PANEL] += s.dbias[k * PANEL + i];
     store_bias(call, &panel, batch, head, &keys, s.dbias);
-    tiles_end();
+    gemm_end();
 }

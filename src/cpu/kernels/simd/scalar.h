@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "cpu/kernels/half.h"
+#include "cpu/kernels/simd/half.h"
 
 #ifndef REAL
 #define REAL float

@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "cpu/kernels/half.h"
+#include "cpu/kernels/simd/half.h"
 
 typedef float real;
 typedef __m512 vec;
@@ -13,8 +13,8 @@ typedef __m512 vec;
 #define TILE_ROWS_2 12
 #define TILE_ROWS_1 12
 #define SHORT_ROWS 6
-#define SHORT_TERMS 16
-#define FEW_SUMS 16
+#define SHORT_K_PACKS 16
+#define DECODE_ACCUMULATORS 16
 #ifndef __clang__ /* which then keeps sums in memory */
 #define TILE_UNROLL _Pragma("GCC unroll 4") /* processors foresee the end of a loop of few rounds */
 #define PART_UNROLL _Pragma("GCC unroll 2")

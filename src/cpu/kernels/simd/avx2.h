@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "cpu/kernels/half.h"
+#include "cpu/kernels/simd/half.h"
 
 typedef float real;
 typedef __m256 vec;

@@ -1,9 +1,9 @@
 /* NEON with dot products of pairs of bf16 (FEAT_BF16). What products multiply are pairs, and all else is as in
  * simd_neon.h. terms.h says what each name means. The instruction rounds its sums to odd and takes
  * subnormal numbers for 0. */
-#include "cpu/kernels/simd_neon.h"
+#include "cpu/kernels/simd/neon.h"
 
-#define TERM 2
+#define K_PACK 2
 
 /* a is read from the register it was loaded into. For the intrinsic that says so, vbfdotq_laneq_f32, compilers copy
  * it to all lanes first: an instruction for every three that multiply. */
@@ -24,7 +24,7 @@ static inline vec vec_pair(vec even, vec odd)
     return vreinterpretq_f32_u16(vzip1q_u16(e, vreinterpretq_u16_bf16(vcvtq_low_bf16_f32(odd))));
 }
 
-static inline void vec_store_across(real *to, vec v)
+static inline void vec_store_packed(real *to, vec v)
 {
     vst1_f32(to, vreinterpret_f32_bf16(vcvt_bf16_f32(v)));
 }

@@ -2,11 +2,11 @@
  *
  * A bool mask is turned around before it is widened: as many keys as a real has bytes move together. */
 
-enum visibility {
-    HIDDEN, /* no lane sees any key of the block: it is not visited */
-    SHOWN, /* every lane sees every key, and nothing is added to the scores */
-    BANDED, /* the band hides a part */
-    MASKED /* a mask tile must be added; the band may hide a part too */
+enum block_mask {
+    BLOCK_EMPTY, /* no lane sees any key of the block: it is not visited */
+    BLOCK_FULL, /* every lane sees every key, and nothing is added to the scores */
+    BLOCK_BAND, /* the band hides a part */
+    BLOCK_MASKED /* a mask tile must be added; the band may hide a part too */
 };
 
 /* Finite masks are often the lowest number of their type: beside a score that, or log2(e) times it, would be -inf, and
@@ -17,7 +17,7 @@ enum visibility {
 typedef __typeof__(_Generic((real)0, double: (uint64_t)0, float: (uint32_t)0)) word;
 
 /* S + mask; -inf wherever the mask is, also if S is NaN. */
-static inline vec masked(vec S, vec mask)
+static inline vec add_mask(vec S, vec mask)
 {
     return vec_select_less(mask, vec_set1(-REAL_MAX), mask, vec_add(S, mask));
 }
@@ -30,8 +30,8 @@ static inline int64_t mask_stride(const struct mfa_cpu_call *call, int64_t n)
 
 /* Rows of keys [key, key + n) as they are, mask_stride apart and each filled up with its last element. Those that lanes
  * beyond the panel's repeat are not read again. */
-static void load_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch, int64_t key, int64_t n,
-                      real *rows)
+static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch, int64_t key,
+                           int64_t n, real *rows)
 {
     const struct mfa_strides *s = &call->args.mask;
     int is_bool = call->mask_kind == CPU_MASK_BOOL;
@@ -54,13 +54,13 @@ static void load_mask(const struct panel *panel, const struct mfa_cpu_call *call
         } else {
             load_row(to, from, call->mask_dtype, s->column, n);
             fill(to + n, stride - n, to[n - 1]);
-            make_roundable(to, stride);
+            quiet_nans(to, stride);
         }
     }
 }
 
 /* SHOWN or HIDDEN if all of n words of bools are. */
-static enum visibility scan_bools(const real *rows, int64_t n)
+static enum block_mask classify_bools(const real *rows, int64_t n)
 {
     const word ones = (word)-1 / 255, high = ones << 7;
     word shown = 0, hidden = 0;
@@ -70,11 +70,11 @@ static enum visibility scan_bools(const real *rows, int64_t n)
         shown |= x;
         hidden |= (x - ones) & ~x & high; /* not 0 if a byte of x is */
     }
-    return !shown ? HIDDEN : hidden ? MASKED : SHOWN;
+    return !shown ? BLOCK_EMPTY : hidden ? BLOCK_MASKED : BLOCK_FULL;
 }
 
 /* The same of n reals, in whole vectors, which are brought to the unit of S. */
-static enum visibility scan_biases(real *rows, int64_t n)
+static enum block_mask classify_biases(real *rows, int64_t n)
 {
     vec top = vec_set1(-(real)INFINITY), size = vec_set1(0);
     for (int64_t i = 0; i < n; i += LANES) {
@@ -82,11 +82,11 @@ static enum visibility scan_biases(real *rows, int64_t n)
         top = vec_max(x, top);
         size = vec_add(size, vec_max(x, vec_sub(vec_set1(0), x)));
         vec bias = vec_max(vec_set1(LOWEST_BIAS), x);
-        bias = TERM > 1 ? vec_mul(bias, vec_set1((real)S_UNIT)) : bias;
+        bias = K_PACK > 1 ? vec_mul(bias, vec_set1((real)S_UNIT)) : bias;
         vec_store(rows + i, vec_select_less(x, vec_set1(-REAL_MAX), x, bias));
     }
     real all = horizontal_sum(size); /* NaN if one is */
-    return all == 0 ? SHOWN : horizontal_max(top) == -(real)INFINITY && all == all ? HIDDEN : MASKED;
+    return all == 0 ? BLOCK_FULL : horizontal_max(top) == -(real)INFINITY && all == all ? BLOCK_EMPTY : BLOCK_MASKED;
 }
 
 /* What bools add, from words of them: to[byte * step + i] for each byte of word i, n words. */
@@ -111,44 +111,44 @@ static void widen_bools(const real *restrict words, int64_t n, real *restrict to
     }
 }
 
-static enum visibility panel_sees_band(const struct panel *panel, int64_t key, int64_t n)
+static enum block_mask band_block_mask(const struct panel *panel, int64_t key, int64_t n)
 {
     if (key > panel->any_high || key + n - 1 < panel->any_low)
-        return HIDDEN;
-    return key >= panel->all_low && key + n - 1 <= panel->all_high ? SHOWN : BANDED;
+        return BLOCK_EMPTY;
+    return key >= panel->all_low && key + n - 1 <= panel->all_high ? BLOCK_FULL : BLOCK_BAND;
 }
 
 /* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in the unit of S. */
-static enum visibility panel_sees_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
+static enum block_mask mask_block_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
                                        int64_t key, int64_t n, real *rows)
 {
-    enum visibility band = panel_sees_band(panel, key, n), seen;
-    if (call->mask_kind == CPU_MASK_NONE || band == HIDDEN)
+    enum block_mask band = band_block_mask(panel, key, n), seen;
+    if (call->mask_kind == CPU_MASK_NONE || band == BLOCK_EMPTY)
         return band;
     int64_t size = panel->vectors * LANES * mask_stride(call, n);
-    load_mask(panel, call, batch, key, n, rows);
+    load_mask_rows(panel, call, batch, key, n, rows);
     if (call->mask_kind == CPU_MASK_BOOL)
-        seen = scan_bools(rows, size);
+        seen = classify_bools(rows, size);
     else
-        seen = scan_biases(rows, size);
-    return seen == SHOWN ? band : seen;
+        seen = classify_biases(rows, size);
+    return seen == BLOCK_FULL ? band : seen;
 }
 
 /* The same; if MASKED, tile[k][lane] is what is to be added. rows and tile are room for PANEL x padded(n). */
-static enum visibility panel_sees(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
-                                  int64_t key, int64_t n, real *rows, real *tile)
+static enum block_mask panel_block_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
+                                        int64_t key, int64_t n, real *rows, real *tile)
 {
-    enum visibility seen = panel_sees_mask(panel, call, batch, key, n, rows);
-    if (seen != MASKED)
+    enum block_mask seen = mask_block_mask(panel, call, batch, key, n, rows);
+    if (seen != BLOCK_MASKED)
         return seen;
     int64_t stride = mask_stride(call, n), lanes = panel->vectors * LANES;
     if (call->mask_kind == CPU_MASK_ADDITIVE) {
         transpose(rows, stride, tile, PANEL, lanes, stride);
-        return MASKED;
+        return BLOCK_MASKED;
     }
     real *words = rows + stride * PANEL;
     transpose(rows, stride, words, PANEL, lanes, stride);
     for (int64_t i = 0; i * (int64_t)sizeof(real) < n; i++)
         widen_bools(words + i * PANEL, lanes, tile + i * (int64_t)sizeof(real) * PANEL, PANEL);
-    return MASKED;
+    return BLOCK_MASKED;
 }

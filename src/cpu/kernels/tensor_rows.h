@@ -209,7 +209,7 @@ static void load_columns(real *to, int64_t to_stride, const real *from, int64_t 
 }
 
 /* Cuts pieces off a worker's scratch memory; with a NULL base it only counts. */
-static real *carve(char *base, uint64_t *used, int64_t reals)
+static real *arena_alloc(char *base, uint64_t *used, int64_t reals)
 {
     real *piece = base ? (real *)(void *)(base + *used) : NULL;
     *used += ((uint64_t)reals * sizeof(real) + 63) / 64 * 64;

@@ -1,0 +1,45 @@
+/* The body of a kernel set, in terms of the vector API included before it (simd/). The file that includes it has
+ * defined KERNEL_SET, the name in kernels.inc. */
+#include <float.h>
+#include <sched.h>
+
+#include "cpu/kernels/contract.h"
+#include "cpu/kernels/tensor_rows.h"
+#include "cpu/kernels/gemm/packing.h"
+#include "cpu/kernels/attention/panel.h"
+#include "cpu/kernels/attention/mask.h"
+#include "cpu/kernels/attention/score.h"
+#include "cpu/kernels/gemm/unroll.h"
+#if USE_AMX
+#include "cpu/kernels/gemm/amx.h"
+#else
+#include "cpu/kernels/gemm/fma.h"
+#endif
+#include "cpu/kernels/attention/softmax.h"
+#include "cpu/kernels/attention/forward.h"
+#include "cpu/kernels/gemm/small_q.h"
+#include "cpu/kernels/attention/decode.h"
+#include "cpu/kernels/attention/gradients.h"
+#include "cpu/kernels/attention/backward.h"
+#include "cpu/kernels/attention/decode_backward.h"
+#include "cpu/kernels/attention/dbias.h"
+
+const struct mfa_cpu_kernels KERNEL_SET = {
+    .lanes = LANES,
+    .panel = PANEL,
+    .forward = forward,
+    .decode = decode,
+    .merge = merge,
+    .decode_rows = DECODE_ROWS,
+    .decode_backward_rows = DECODE_BACKWARD_ROWS,
+    .decode_keys = DECODE_KEYS,
+    .backward_preprocess = backward_preprocess,
+    .backward = backward,
+    .decode_backward = decode_backward,
+    .dbias = dbias,
+    .forward_scratch = forward_scratch,
+    .decode_scratch = decode_scratch,
+    .backward_scratch = backward_scratch,
+    .decode_backward_scratch = decode_backward_scratch,
+    .partial_bytes = partial_bytes,
+};
