@@ -55,8 +55,8 @@ struct mfa_cpu_kernels {
      * keys; decode_backward that of backward up to decode_backward_rows */
     mfa_cpu_task_function *forward, *decode, *merge;
     int decode_rows, decode_backward_rows, decode_keys;
-    /* backward: backward_preprocess [batch][q_heads][q blocks], which makes D; then backward [batch][kv_heads][kv blocks],
-     * or decode_backward */
+    /* backward: backward_preprocess [batch][q_heads][q blocks], which makes D; then backward [batch][kv_heads][kv
+     * blocks], or decode_backward */
     mfa_cpu_task_function *backward_preprocess, *backward, *decode_backward;
     /* if dbias is wanted: one task for each tile of it (mfa_cpu_dbias_tiles) */
     mfa_cpu_task_function *dbias;

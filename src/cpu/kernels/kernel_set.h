@@ -5,21 +5,29 @@
 
 #include "cpu/kernels/contract.h"
 #include "cpu/kernels/tensor_rows.h"
-#include "cpu/kernels/gemm/packing.h"
-#include "cpu/kernels/attention/panel.h"
-#include "cpu/kernels/attention/mask.h"
-#include "cpu/kernels/attention/score.h"
+
+#include "cpu/kernels/gemm/layout.h"
+#include "cpu/kernels/gemm/prefetch.h"
+#include "cpu/kernels/gemm/pack.h"
 #include "cpu/kernels/gemm/unroll.h"
-#if USE_AMX
-#include "cpu/kernels/gemm/amx.h"
-#else
-#include "cpu/kernels/gemm/fma.h"
-#endif
+#include "cpu/kernels/gemm/gemm.h"
+#include "cpu/kernels/gemm/decode.h"
+
+#include "cpu/kernels/attention/sequence.h"
+#include "cpu/kernels/attention/panel.h"
+#include "cpu/kernels/attention/block_range.h"
+#include "cpu/kernels/attention/kv_source.h"
+#include "cpu/kernels/attention/bias.h"
+#include "cpu/kernels/attention/score.h"
 #include "cpu/kernels/attention/softmax.h"
-#include "cpu/kernels/attention/forward.h"
-#include "cpu/kernels/gemm/small_q.h"
-#include "cpu/kernels/attention/decode.h"
 #include "cpu/kernels/attention/gradients.h"
+
+#include "cpu/kernels/gemm/exp2.h"
+#include "cpu/kernels/gemm/dS.h"
+
+#include "cpu/kernels/attention/forward.h"
+#include "cpu/kernels/attention/decode.h"
+#include "cpu/kernels/attention/q_block.h"
 #include "cpu/kernels/attention/backward.h"
 #include "cpu/kernels/attention/decode_backward.h"
 #include "cpu/kernels/attention/dbias.h"

@@ -188,14 +188,8 @@ static void fill(real *x, int64_t n, real value)
         x[i] = value;
 }
 
-/* Where row `row` of a (batch, head, row, column) tensor begins. */
-static inline const char *row_at(const void *data, int64_t bytes, const struct mfa_strides *s, int64_t batch,
-                                 int64_t head, int64_t row)
-{
-    return (const char *)data + bytes * (batch * s->batch + head * s->head + row * s->row);
-}
-
-/* The same for many rows that lie next to each other, column by column: squares are turned around. */
+/* to[r][c] = from[c * step + r], then zeros up to whole vectors: rows that lie next to each other, column by column,
+ * are transposed in squares. */
 static void load_columns(real *to, int64_t to_stride, const real *from, int64_t step, int64_t rows, int64_t columns)
 {
     for (int64_t r = 0; r < rows; r += LANES)
@@ -208,7 +202,7 @@ static void load_columns(real *to, int64_t to_stride, const real *from, int64_t 
                         to[i * to_stride + k] = k < columns ? from[k * step + i] : 0;
 }
 
-/* Cuts pieces off a worker's scratch memory; with a NULL base it only counts. */
+/* Allocates from a worker's scratch memory; with a NULL base it only counts. */
 static real *arena_alloc(char *base, uint64_t *used, int64_t reals)
 {
     real *piece = base ? (real *)(void *)(base + *used) : NULL;

@@ -1,4 +1,36 @@
-/* What the scores of a panel, S = K Q^T, are multiplied by, and what softcap, mask and band make of them. */
+/* From S = K Q^T to the scores: scale, softcap, bias, band; and what the softcap's derivative is. Forward, decode,
+ * backward and dbias all take them from here. A bias is what a mask adds: it comes as a tile turned like the scores
+ * (mask.h makes it). */
+
+/* --- Scale ------------------------------------------------------------------------------------ */
+
+/* The scale as query_factor * score_factor: what Q is multiplied by before Q K^T, and the score after it. Numbers of
+ * bf16 would be rounded, so nothing is done to them; reals are, but never beyond what they were, lest a query of a
+ * scale above 1 overflows where its scores do not. So what is left for the product is a power of two, at most 2^64:
+ * above that it would lose the digits of small products. */
+static inline double score_factor(const struct mfa_cpu_call *call)
+{
+    int exponent;
+    if (OPERANDS_AS_GIVEN)
+        return call->scale * (call->softcap > 0 ? 1 : S_UNIT);
+    if (fabs(call->scale) <= 1)
+        return 1;
+    frexp(call->scale, &exponent);
+    return ldexp(1, exponent < 64 ? exponent : 64);
+}
+
+static inline double query_factor(const struct mfa_cpu_call *call)
+{
+    return call->scale / score_factor(call);
+}
+
+static void scale_queries(const struct mfa_cpu_call *call, packed *Q, int64_t n)
+{
+    if (!OPERANDS_AS_GIVEN)
+        scale_vectors(Q, n, query_factor(call));
+}
+
+/* --- Softcap ---------------------------------------------------------------------------------- */
 
 /* tanh: Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel. */
 static inline vec vec_tanh(vec x)
@@ -23,55 +55,38 @@ static inline vec vec_tanh(vec x)
     return vec_select_less(size, vec_set1((real)0.625), p, far);
 }
 
-/* S = softcap * tanh(S / softcap) of n rows; slope, if wanted, gets 1 - tanh^2. */
-static void softcap_scores(int vectors, real *S, int64_t stride, int64_t n, double softcap, real *dtanh)
+/* n vectors, `stride` and `dtanh_stride` apart: S = softcap * tanh(S / softcap); dtanh, if wanted, gets 1 - tanh^2. */
+static void softcap_scores(real *S, int64_t stride, int64_t n, double softcap, real *dtanh, int64_t dtanh_stride)
 {
     vec cap = vec_set1((real)(softcap * S_UNIT)), inverse = vec_set1((real)(1 / softcap));
-    for (int64_t k = 0; k < n; k++)
-        for (int v = 0; v < vectors; v++) {
-            vec t = vec_tanh(vec_mul(vec_load(S + k * stride + v * LANES), inverse));
-            vec_store(S + k * stride + v * LANES, vec_mul(t, cap));
-            if (dtanh)
-                vec_store(dtanh + k * PANEL + v * LANES, vec_sub(vec_set1(1), vec_mul(t, t)));
-        }
+    for (int64_t k = 0; k < n; k++) {
+        vec t = vec_tanh(vec_mul(vec_load(S + k * stride), inverse));
+        vec_store(S + k * stride, vec_mul(t, cap));
+        if (dtanh)
+            vec_store(dtanh + k * dtanh_stride, vec_sub(vec_set1(1), vec_mul(t, t)));
+    }
 }
 
-/* The scale as query_factor * score_factor: what Q is multiplied by before Q K^T, and this after it. A query's terms of
- * two numbers would be rounded, so nothing is done to them; reals are, but never beyond what they were, lest a query of
- * a scale above 1 overflows where its scores do not. So what is left for the product is a power of two, at most 2^64:
- * above that it would lose the digits of small products. */
-static inline double score_factor(const struct mfa_cpu_call *call)
+/* --- Bias and band ---------------------------------------------------------------------------- */
+
+/* S + bias, which may be NULL: -inf wherever the bias is, also if S is NaN. */
+static inline vec score_plus(vec S, const real *bias)
 {
-    int exponent;
-    if (K_PACK > 1)
-        return call->scale * (call->softcap > 0 ? 1 : S_UNIT);
-    if (fabs(call->scale) <= 1)
-        return 1;
-    frexp(call->scale, &exponent);
-    return ldexp(1, exponent < 64 ? exponent : 64);
+    if (!bias)
+        return S;
+    vec b = vec_load(bias);
+    return vec_select_less(b, vec_set1(-REAL_MAX), b, vec_add(S, b));
 }
 
-static inline double query_factor(const struct mfa_cpu_call *call)
-{
-    return call->scale / score_factor(call);
-}
-
-static void scale_queries(const struct mfa_cpu_call *call, packed *Q, int64_t n)
-{
-    if (K_PACK == 1)
-        scale_vectors(Q, n, query_factor(call));
-}
-
-/* Softcap, mask and band on the raw scores of vector v and keys [key, key + n): columns of S, mask and slope. The last
- * two may be NULL. */
-static void panel_score(const struct panel *panel, const struct mfa_cpu_call *call, int v, int64_t key, int64_t n,
-                        real *S, int64_t stride, const real *mask, real *dtanh)
+/* A vector of a panel, v, and n keys from `key` on: columns of S, bias and dtanh. The last two may be NULL. */
+static void panel_score(const struct mfa_cpu_call *call, const struct panel *panel, int v, int64_t key, int64_t n,
+                        struct matrix S, const real *bias, real *dtanh)
 {
     if (call->softcap > 0)
-        softcap_scores(1, S, stride, n, call->softcap, dtanh);
-    if (mask)
+        softcap_scores(S.data, S.stride, n, call->softcap, dtanh, PANEL);
+    if (bias)
         for (int64_t k = 0; k < n; k++)
-            vec_store(S + k * stride, add_mask(vec_load(S + k * stride), vec_load(mask + k * PANEL)));
+            vec_store(S.data + k * S.stride, score_plus(vec_load(S.data + k * S.stride), bias + k * PANEL));
     if (key >= panel->all_low && key + n - 1 <= panel->all_high)
         return;
     real low[LANES], high[LANES]; /* relative to `key`, so that small numbers are compared */
@@ -80,11 +95,48 @@ static void panel_score(const struct panel *panel, const struct mfa_cpu_call *ca
         low[i] = (real)(from < 0 ? 0 : from > n ? n : from);
         high[i] = (real)(to < -1 ? -1 : to > n ? n : to);
     }
-    vec hidden = vec_set1(-(real)INFINITY);
+    vec none = vec_set1(-(real)INFINITY);
     for (int64_t k = 0; k < n; k++) {
-        real *at = S + k * stride;
+        real *at = S.data + k * S.stride;
         vec j = vec_set1((real)k), s = vec_load(at);
-        s = vec_select_less(j, vec_load(low), hidden, s);
-        vec_store(at, vec_select_less(vec_load(high), j, hidden, s));
+        s = vec_select_less(j, vec_load(low), none, s);
+        vec_store(at, vec_select_less(vec_load(high), j, none, s));
     }
+}
+
+/* The same in decode: S and dtanh are [key][R], n keys of R queries, and there is room for `whole`, those beyond n get
+ * -inf. bias_rows is room for as many; bias is [key][PANEL]. */
+static void decode_score(const struct mfa_cpu_call *call, const struct panel *panel, int R, enum block_mask seen,
+                         int64_t key, struct range keys, real *S, real *bias_rows, const real *bias, real *dtanh)
+{
+    const int64_t n = keys.from, whole = keys.to;
+    if (call->softcap > 0)
+        softcap_scores(S, LANES, whole * R / LANES, call->softcap, dtanh, LANES);
+    if (seen == BLOCK_PARTIAL_BIAS) {
+        for (int64_t k = 0; k < n; k++)
+            memcpy(bias_rows + k * R, bias + k * PANEL, (size_t)R * sizeof(real));
+        fill(bias_rows + n * R, (whole - n) * R, 0);
+        for (int64_t i = 0; i < whole * R; i += LANES)
+            vec_store(S + i, score_plus(vec_load(S + i), bias_rows + i));
+    }
+    for (int r = 0; r < R && seen != BLOCK_FULL; r++)
+        for (int64_t k = 0; k < n; k++)
+            if (key + k < panel->low[r] || key + k > panel->high[r])
+                S[k * R + r] = -(real)INFINITY;
+    fill(S + n * R, (whole - n) * R, -(real)INFINITY);
+}
+
+/* --- Their gradients -------------------------------------------------------------------------- */
+
+/* exp(factor * S - L); the factor is 1 where products have multiplied by it. */
+static inline vec probabilities(vec S, real factor, vec L)
+{
+    return exp_of(FACTOR_AFTER_GEMM ? vec_fma(S, vec_set1(factor), vec_sub(vec_set1(0), L)) : vec_sub(S, L));
+}
+
+/* dS = P * (dP - D), times 1 - tanh^2 with softcap; dtanh may be NULL. */
+static inline vec score_gradient(vec P, vec dP, vec D, const real *dtanh)
+{
+    vec dS = vec_mul(P, vec_sub(dP, D));
+    return dtanh ? vec_mul(dS, vec_load(dtanh)) : dS;
 }

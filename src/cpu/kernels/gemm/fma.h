@@ -1,28 +1,11 @@
-/* The matrix product that all the work is made of:
+/* Matrix products by fused multiply-adds, or dot products of packs:
  *
- *     C[r][v] (+)= sum over t < n of A[r * row_step + t * step] * B[t * b_step + v]
+ *     C[r][v] (+)= sum over t < k of A[r][t] * B[t][v]          lanes along v
  *
- * with lanes along v, A and B of terms (terms.h). A is read one term at a time and broadcast: along its rows
- * (step = 1) in S^T = K Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q; down its columns (row_step = 1) in
- * O^T = V^T P^T and dQ = dS K. A register tile is R rows by V vectors. The sums are named variables, made by
- * macros: compilers keep arrays of vectors in memory. What is added to C is summed up on its own first: the error of
- * a sum grows with its length, and long sequences make long ones. Meanwhile C, which may be far away, is fetched. */
-
-#define FETCH(r, v) __builtin_prefetch(C + (r) * c_step + (v) * LANES, 1);
-#define ADD(r, v) sum_##r##_##v = vec_dot(a_##r, b_##v, sum_##r##_##v);
-#define STORE(r, v)                                                                       \
-    if (add)                                                                              \
-        sum_##r##_##v = vec_add(vec_load(C + (r) * c_step + (v) * LANES), sum_##r##_##v); \
-    else if (K_PACK > 1)                                                                  \
-        sum_##r##_##v = vec_mul(sum_##r##_##v, vec_set1(factor));                         \
-    vec_store(C + (r) * c_step + (v) * LANES, sum_##r##_##v);
-#define LOAD_B(r, v) vec b_##v = vec_load(B + (v) * LANES);
-#define START_ROW(r, V) UNROLL_VECTORS_##V(START, r)
-#define FETCH_ROW(r, V) UNROLL_VECTORS_##V(FETCH, r)
-#define ADD_ROW(r, V)                 \
-    packed a_##r = A[(r) * row_step]; \
-    UNROLL_VECTORS_##V(ADD, r)
-#define STORE_ROW(r, V) UNROLL_VECTORS_##V(STORE, r)
+ * A is read a pack at a time and broadcast: along its rows in S^T = K Q^T, dP^T = V dO^T, dV = P^T dO, dK = dS^T Q;
+ * down its columns in O^T += V^T P^T and dQ += dS K. A register tile is R rows by V vectors of C; the best R for each V
+ * is a constant of the instruction set (simd/): TILE_ROWS_3, TILE_ROWS_2, TILE_ROWS_1. What is added to C is summed up
+ * on its own first: the error of a sum grows with its length, and long sequences make long ones. */
 
 #ifndef TILE_UNROLL
 #define TILE_UNROLL
@@ -33,118 +16,130 @@
 #define SHORT_K_PACKS 0
 #endif
 
-/* clang-format off */
-/* Steps t to `end`, and after each of them `then`. Before it, clang would load all operands first. */
-#define ACCUMULATE(unroll, R, V, t, end, then)                                                                             \
-    unroll                                                                                                             \
-    for (; t < end; t++, A += step, B += b_step) {                                                                     \
-        UNROLL_VECTORS_##V(LOAD_B, 0)                                                                                     \
-        UNROLL_ROWS(R, ADD_ROW, V)                                                                                        \
-        then(R)                                                                                                        \
-    }
-#define PREFETCH(R)                                                                                                         \
-    if (cursor)                                                                                                      \
-        prefetch_next(&rows, R);
-#define NO_PREFETCH(R)
+/* A left operand that is read a pack at a time: from one row, and from one pack along k, to the next. */
+struct strided_a {
+    const packed *data;
+    int64_t row, pack;
+};
 
-#define TILE(R, V) TILE_(R, V)
-#define TILE_(R, V)                                                                                                    \
-    static inline __attribute__((always_inline)) void tile_##R##x##V(                                                  \
-        const packed *restrict A, int64_t row_step, int64_t step, const packed *restrict B, int64_t b_step,                \
-        real *restrict C, int64_t c_step, int64_t n, int add, real factor, struct prefetch_cursor *cursor)                  \
-    {                                                                                                                  \
-        struct prefetch_cursor rows = {.at = NULL};                                                                           \
-        if (cursor)                                                                                                  \
-            rows = *cursor;                                                                                          \
-        int64_t t = 0;                                                                                                 \
-        if (add) {                                                                                                     \
-            UNROLL_ROWS(R, FETCH_ROW, V)                                                                                  \
-        }                                                                                                              \
-        UNROLL_ROWS(R, START_ROW, V)                                                                                      \
-        ACCUMULATE(TILE_UNROLL, R, V, t, n, PREFETCH)                                                                           \
-        UNROLL_ROWS(R, STORE_ROW, V)                                                                                      \
-        if (cursor)                                                                                                  \
-            *cursor = rows;                                                                                          \
-    }
-/* clang-format on */
+/* C = factor * A B; C += A B. */
+enum gemm_mode { GEMM_STORE, GEMM_ADD };
 
-/* All rows of C, V vectors wide: tiles of R rows, then of 4, then single rows. */
-#define COLUMN(R, V) COLUMN_(R, V)
-#define COLUMN_(R, V)                                                                                     \
-    static inline __attribute__((always_inline)) void column_##V(                                         \
-        int64_t rows, const packed *restrict A, int64_t row_step, int64_t step, const packed *restrict B, \
-        int64_t b_step, real *restrict C, int64_t c_step, int64_t n, int add, real factor,                \
-        struct prefetch_cursor *cursor)                                                                   \
-    {                                                                                                     \
-        for (; rows >= R; rows -= R, A += R * row_step, C += R * c_step)                                  \
-            tile_##R##x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor, cursor);              \
-        for (; rows >= 4; rows -= 4, A += 4 * row_step, C += 4 * c_step)                                  \
-            tile_4x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor, cursor);                  \
-        for (; rows > 0; rows--, A += row_step, C += c_step)                                              \
-            tile_1x##V(A, row_step, step, B, b_step, C, c_step, n, add, factor, cursor);                  \
-    }
+/* What a tile does beside the product. */
+struct gemm_extra {
+    real factor;                    /* for GEMM_STORE of dot products; reals are multiplied after it */
+    struct prefetch_cursor *cursor; /* moved on by a pack for each that is read of A; or NULL */
+};
 
-TILE(1, 1)
-TILE(1, 2)
-TILE(1, 3)
-TILE(4, 1)
-TILE(4, 2)
-TILE(4, 3)
-#if TILE_ROWS_3 != 4
-TILE(TILE_ROWS_3, 3)
-#endif
-#if TILE_ROWS_2 != 4
-TILE(TILE_ROWS_2, 2)
-#endif
-TILE(TILE_ROWS_1, 1)
-COLUMN(TILE_ROWS_3, 3)
-COLUMN(TILE_ROWS_2, 2)
-COLUMN(TILE_ROWS_1, 1)
+#define TILE gemm_tile_1x1
+#define ROWS 1
+#define VECTORS 1
+#include "cpu/kernels/gemm/fma_tile.h"
 
-/* C is rows x (vectors * LANES); add: 0 overwrites C, 1 adds to it. */
-static inline __attribute__((always_inline)) void product(int64_t rows, int vectors, const packed *restrict A,
-                                                          int64_t row_step, int64_t step, const packed *restrict B,
-                                                          int64_t b_step, real *restrict C, int64_t c_step, int64_t n,
-                                                          int add, real factor, struct prefetch_cursor *cursor)
+#define TILE gemm_tile_1x2
+#define ROWS 1
+#define VECTORS 2
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_1x3
+#define ROWS 1
+#define VECTORS 3
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_4x1
+#define ROWS 4
+#define VECTORS 1
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_4x2
+#define ROWS 4
+#define VECTORS 2
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_4x3
+#define ROWS 4
+#define VECTORS 3
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_tall_1
+#define ROWS TILE_ROWS_1
+#define VECTORS 1
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_tall_2
+#define ROWS TILE_ROWS_2
+#define VECTORS 2
+#include "cpu/kernels/gemm/fma_tile.h"
+
+#define TILE gemm_tile_tall_3
+#define ROWS TILE_ROWS_3
+#define VECTORS 3
+#include "cpu/kernels/gemm/fma_tile.h"
+
+/* All rows of C, some vectors wide: by tall tiles, then by tiles of 4 rows, then by single rows. */
+#define COLUMN gemm_column_1
+#define TALL_ROWS TILE_ROWS_1
+#define TALL_TILE gemm_tile_tall_1
+#define TILE_4 gemm_tile_4x1
+#define TILE_1 gemm_tile_1x1
+#include "cpu/kernels/gemm/fma_column.h"
+
+#define COLUMN gemm_column_2
+#define TALL_ROWS TILE_ROWS_2
+#define TALL_TILE gemm_tile_tall_2
+#define TILE_4 gemm_tile_4x2
+#define TILE_1 gemm_tile_1x2
+#include "cpu/kernels/gemm/fma_column.h"
+
+#define COLUMN gemm_column_3
+#define TALL_ROWS TILE_ROWS_3
+#define TALL_TILE gemm_tile_tall_3
+#define TILE_4 gemm_tile_4x3
+#define TILE_1 gemm_tile_1x3
+#include "cpu/kernels/gemm/fma_column.h"
+
+/* C is rows x (vectors * LANES). */
+static inline __attribute__((always_inline)) void gemm(int64_t rows, int vectors, struct strided_a A, struct packed_b B,
+                                                       struct matrix C, int64_t k, enum gemm_mode mode,
+                                                       struct gemm_extra extra)
 {
     while (vectors > 0) {
         int width = vectors == 4 ? 2 : vectors < 3 ? vectors : 3;
         if (width == 3)
-            column_3(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor, cursor);
+            gemm_column_3(rows, A, B, C, k, mode, extra);
         else if (width == 2)
-            column_2(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor, cursor);
+            gemm_column_2(rows, A, B, C, k, mode, extra);
         else
-            column_1(rows, A, row_step, step, B, b_step, C, c_step, n, add, factor, cursor);
-        vectors -= width, B += width * LANES, C += width * LANES;
+            gemm_column_1(rows, A, B, C, k, mode, extra);
+        vectors -= width, B.data += width * LANES, C.data += width * LANES;
     }
 }
 
-/* A along its rows, a_step apart: C = factor * A B. Tiles multiply where terms are pairs; a factor of reals is hardly
- * ever other than 1. `upcoming` may be NULL. */
-static void gemm_nn(int64_t rows, int vectors, const packed *A, int64_t a_step, const packed *B, int64_t b_step,
-                    real *C, int64_t c_step, int64_t n, real factor, struct prefetch_cursor *cursor)
+/* C = factor * A B, A along its rows; A.next may be NULL. A factor of reals is hardly ever other than 1. */
+static void gemm_nn(int64_t rows, int vectors, struct kv_block A, struct packed_b B, struct matrix C, int64_t k,
+                    real factor)
 {
-    if (cursor)
-        product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor, cursor);
+    const struct strided_a a = {A.rows, A.stride, 1};
+    if (A.next)
+        gemm(rows, vectors, a, B, C, k, GEMM_STORE, (struct gemm_extra){factor, A.next});
     else
-        product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 0, factor, NULL);
+        gemm(rows, vectors, a, B, C, k, GEMM_STORE, (struct gemm_extra){factor, NULL});
     for (int64_t r = 0; r < rows && K_PACK == 1 && factor != 1; r++)
-        scale_vectors(C + r * c_step, vectors * LANES, (double)factor);
+        scale_vectors(C.data + r * C.stride, vectors * LANES, (double)factor);
 }
 
-/* C += A B. */
-static void gemm_nn_acc(int64_t rows, int vectors, const packed *A, int64_t a_step, const packed *B, int64_t b_step,
-                        real *C, int64_t c_step, int64_t n)
+/* C += A B, A along its rows. */
+static void gemm_nn_acc(int64_t rows, int vectors, struct packed_a A, struct packed_b B, struct matrix C, int64_t k)
 {
-    product(rows, vectors, A, a_step, 1, B, b_step, C, c_step, n, 1, 1, NULL);
+    gemm(rows, vectors, (struct strided_a){A.data, A.stride, 1}, B, C, k, GEMM_ADD, (struct gemm_extra){1, NULL});
 }
 
-/* A down its columns, rows of A a_step apart: C += A^T B. `upcoming` may be NULL. */
-static void gemm_tn_acc(int64_t rows, int vectors, const packed *A, int64_t a_step, const packed *B, int64_t b_step,
-                        real *C, int64_t c_step, int64_t n, struct prefetch_cursor *cursor)
+/* C += A^T B, A down its columns; A.next may be NULL. */
+static void gemm_tn_acc(int64_t rows, int vectors, struct packed_at A, struct packed_b B, struct matrix C, int64_t k)
 {
-    if (cursor)
-        product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1, 1, cursor);
+    const struct strided_a a = {A.data, 1, A.stride};
+    if (A.next)
+        gemm(rows, vectors, a, B, C, k, GEMM_ADD, (struct gemm_extra){1, A.next});
     else
-        product(rows, vectors, A, 1, a_step, B, b_step, C, c_step, n, 1, 1, NULL);
+        gemm(rows, vectors, a, B, C, k, GEMM_ADD, (struct gemm_extra){1, NULL});
 }

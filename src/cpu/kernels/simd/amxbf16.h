@@ -1,14 +1,14 @@
 /* AVX-512 with BF16, and the tile registers of AMX (AMX_TILE, AMX_BF16) for the products of long sequences. A register
- * holds 16 rows of 64 bytes: of terms across (A), of terms down (B) or of sums (C). tile_product.h is made of these. */
+ * holds 16 rows of 64 bytes: of a left operand, of a right one, or of C (gemm/layout.h). gemm/amx.h uses them. */
 #include "cpu/kernels/simd/avx512bf16.h"
 
 #define USE_AMX 1
 #define PANEL_VECTORS 4 /* two pairs of registers */
-#define QUERY_VECTORS 2 /* of the sums over queries, which take LANES terms at once */
+#define QUERY_VECTORS 2 /* of the sums over queries, which take LANES packs at once */
 #define KEY_UNIT 32     /* likewise over keys */
 #define MASK_GRANULE 64
 
-/* In the place of simd_avx512bf16.h's, whose permutations take longer here: half of a unit in the last place is added,
+/* In the place of avx512bf16.h's, whose permutations take longer here: half of a unit in the last place is added,
  * so that ties go away from 0. */
 static inline vec rounded_pair(vec even, vec odd)
 {

@@ -1,4 +1,4 @@
-/* The vector vocabulary in AVX2, FMA and F16C, 8 floats. simd_scalar.h says what each name means. */
+/* The vector API in AVX2, FMA and F16C, 8 floats. scalar.h says what each name means. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

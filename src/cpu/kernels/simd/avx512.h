@@ -1,4 +1,4 @@
-/* The vector vocabulary in AVX-512 (F, DQ, BW, VL), 16 floats. simd_scalar.h says what each name means. */
+/* The vector API in AVX-512 (F, DQ, BW, VL), 16 floats. scalar.h says what each name means. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

@@ -1,5 +1,11 @@
 /* AVX-512 with dot products of pairs of bf16 (AVX512_BF16). What products multiply are pairs, and all else is as in
- * simd_avx512.h. terms.h says what each name means. */
+ * avx512.h. It gives, beside scalar.h's functions,
+ *     vec_dot(a, b, sum)            sum + a b, over the numbers of each pack; a is one pack, for all lanes
+ *     vec_dots(a, b, sum)           the same for a vector of packs a
+ *     vec_pair(even, odd)           the packs of two vectors of reals, rounded
+ *     vec_store_packed(to, v)       the reals of v, rounded, as LANES / 2 packs
+ *     vec_zip_low(even, odd)        the first LANES k-interleaved packs of two rows of numbers
+ *     vec_zip_high(even, odd)       the others */
 #include "cpu/kernels/simd/avx512.h"
 
 #define K_PACK 2

@@ -1,4 +1,4 @@
-/* The vector vocabulary in NEON (arm64), 4 floats. simd_scalar.h says what each name means. */
+/* The vector API in NEON (arm64), 4 floats. scalar.h says what each name means. */
 #include <arm_neon.h>
 #include <math.h>
 #include <stdint.h>

@@ -1,5 +1,5 @@
 /* NEON with dot products of pairs of bf16 (FEAT_BF16). What products multiply are pairs, and all else is as in
- * simd_neon.h. terms.h says what each name means. The instruction rounds its sums to odd and takes
+ * neon.h. avx512bf16.h says what each name means. The instruction rounds its sums to odd and takes
  * subnormal numbers for 0. */
 #include "cpu/kernels/simd/neon.h"
 

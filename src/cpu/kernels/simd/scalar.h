@@ -1,11 +1,12 @@
-/* The vector vocabulary without intrinsics: vectors are the compiler's own, of VECTOR_BYTES bytes (16
- * unless told otherwise), which any machine lowers to what it has. Also the dialect of f64 everywhere:
- * define REAL double and the width before including it.
+/* The vector API without intrinsics: vectors are the compiler's own, of VECTOR_BYTES bytes (16 unless defined
+ * otherwise), which any machine lowers to what it has. It also serves f64 everywhere: define REAL double and the width
+ * before including it.
  *
- * Every dialect gives: real, vec, LANES, TILE_ROWS_{3,2,1} (rows of a register tile of that many
- * vectors), and the functions below; and may give TILE_UNROLL and PART_UNROLL, pragmas for the loops of tiles and of
- * their parts, and SHORT_ROWS, rows of the tile beside which exponentials stand where it has at most SHORT_TERMS steps:
- * there are more of them for each multiply-add then, and they want registers. */
+ * Every file of this folder gives: real, vec, LANES, TILE_ROWS_{3,2,1} (rows of a register tile of that many vectors),
+ * and the functions below. It may give TILE_UNROLL and PART_UNROLL, pragmas for the loops of tiles and of their parts;
+ * SHORT_ROWS, rows of the tile with fused exponentials where it has at most SHORT_K_PACKS packs along k: there are more
+ * exponentials for each multiply-add then, and they want registers; K_PACK = 2 with dot products (avx512bf16.h); and
+ * USE_AMX with PANEL_VECTORS, QUERY_VECTORS, KEY_UNIT and MASK_GRANULE (amxbf16.h). */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

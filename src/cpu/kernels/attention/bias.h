@@ -1,13 +1,7 @@
-/* What a mask adds to the scores of a panel and a block of keys: as a tile, turned around like the scores.
+/* The bias tile: what a mask adds to the scores of a panel and a block of keys, turned like the scores, [key][PANEL]. A
+ * new additive term of the score, one that is known for each query and key, enters here, and reaches every kernel.
  *
- * A bool mask is turned around before it is widened: as many keys as a real has bytes move together. */
-
-enum block_mask {
-    BLOCK_EMPTY, /* no lane sees any key of the block: it is not visited */
-    BLOCK_FULL, /* every lane sees every key, and nothing is added to the scores */
-    BLOCK_BAND, /* the band hides a part */
-    BLOCK_MASKED /* a mask tile must be added; the band may hide a part too */
-};
+ * A bool mask is turned before it is widened: as many keys as a real has bytes move together. */
 
 /* Finite masks are often the lowest number of their type: beside a score that, or log2(e) times it, would be -inf, and
  * hide. A power of two survives the way into L and back. */
@@ -15,12 +9,6 @@ enum block_mask {
 
 /* As many bits as a real. */
 typedef __typeof__(_Generic((real)0, double: (uint64_t)0, float: (uint32_t)0)) word;
-
-/* S + mask; -inf wherever the mask is, also if S is NaN. */
-static inline vec add_mask(vec S, vec mask)
-{
-    return vec_select_less(mask, vec_set1(-REAL_MAX), mask, vec_add(S, mask));
-}
 
 /* Reals that a row of the mask takes up for n keys. */
 static inline int64_t mask_stride(const struct mfa_cpu_call *call, int64_t n)
@@ -30,8 +18,8 @@ static inline int64_t mask_stride(const struct mfa_cpu_call *call, int64_t n)
 
 /* Rows of keys [key, key + n) as they are, mask_stride apart and each filled up with its last element. Those that lanes
  * beyond the panel's repeat are not read again. */
-static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch, int64_t key,
-                           int64_t n, real *rows)
+static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key, int64_t n,
+                           real *rows)
 {
     const struct mfa_strides *s = &call->args.mask;
     int is_bool = call->mask_kind == CPU_MASK_BOOL;
@@ -42,7 +30,7 @@ static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call 
             memcpy(to, to - stride, (size_t)stride * sizeof(real));
             continue;
         }
-        const char *from = row_at(call->mask, bytes, s, batch, panel->head[i], panel->row[i]) + key * s->column * bytes;
+        const char *from = panel_row(panel, call->mask, bytes, s, i) + key * s->column * bytes;
         if (is_bool) {
             char *at = (char *)to;
             if (s->column == 1)
@@ -59,7 +47,7 @@ static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call 
     }
 }
 
-/* SHOWN or HIDDEN if all of n words of bools are. */
+/* BLOCK_FULL or BLOCK_EMPTY if all of n words of bools say so. */
 static enum block_mask classify_bools(const real *rows, int64_t n)
 {
     const word ones = (word)-1 / 255, high = ones << 7;
@@ -70,7 +58,7 @@ static enum block_mask classify_bools(const real *rows, int64_t n)
         shown |= x;
         hidden |= (x - ones) & ~x & high; /* not 0 if a byte of x is */
     }
-    return !shown ? BLOCK_EMPTY : hidden ? BLOCK_MASKED : BLOCK_FULL;
+    return !shown ? BLOCK_EMPTY : hidden ? BLOCK_PARTIAL_BIAS : BLOCK_FULL;
 }
 
 /* The same of n reals, in whole vectors, which are brought to the unit of S. */
@@ -82,11 +70,13 @@ static enum block_mask classify_biases(real *rows, int64_t n)
         top = vec_max(x, top);
         size = vec_add(size, vec_max(x, vec_sub(vec_set1(0), x)));
         vec bias = vec_max(vec_set1(LOWEST_BIAS), x);
-        bias = K_PACK > 1 ? vec_mul(bias, vec_set1((real)S_UNIT)) : bias;
+        bias = S_UNIT != 1 ? vec_mul(bias, vec_set1((real)S_UNIT)) : bias;
         vec_store(rows + i, vec_select_less(x, vec_set1(-REAL_MAX), x, bias));
     }
     real all = horizontal_sum(size); /* NaN if one is */
-    return all == 0 ? BLOCK_FULL : horizontal_max(top) == -(real)INFINITY && all == all ? BLOCK_EMPTY : BLOCK_MASKED;
+    return all == 0                                               ? BLOCK_FULL
+           : horizontal_max(top) == -(real)INFINITY && all == all ? BLOCK_EMPTY
+                                                                  : BLOCK_PARTIAL_BIAS;
 }
 
 /* What bools add, from words of them: to[byte * step + i] for each byte of word i, n words. */
@@ -111,22 +101,16 @@ static void widen_bools(const real *restrict words, int64_t n, real *restrict to
     }
 }
 
-static enum block_mask band_block_mask(const struct panel *panel, int64_t key, int64_t n)
-{
-    if (key > panel->any_high || key + n - 1 < panel->any_low)
-        return BLOCK_EMPTY;
-    return key >= panel->all_low && key + n - 1 <= panel->all_high ? BLOCK_FULL : BLOCK_BAND;
-}
-
-/* How the panel sees keys [key, key + n). If MASKED, rows are as load_mask leaves them, biases in the unit of S. */
-static enum block_mask mask_block_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
-                                       int64_t key, int64_t n, real *rows)
+/* How the panel sees keys [key, key + n). If BLOCK_PARTIAL_BIAS, rows are as load_mask_rows leaves them, biases in the
+ * unit of S. */
+static enum block_mask mask_block_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key,
+                                       int64_t n, real *rows)
 {
     enum block_mask band = band_block_mask(panel, key, n), seen;
     if (call->mask_kind == CPU_MASK_NONE || band == BLOCK_EMPTY)
         return band;
     int64_t size = panel->vectors * LANES * mask_stride(call, n);
-    load_mask_rows(panel, call, batch, key, n, rows);
+    load_mask_rows(panel, call, key, n, rows);
     if (call->mask_kind == CPU_MASK_BOOL)
         seen = classify_bools(rows, size);
     else
@@ -134,21 +118,22 @@ static enum block_mask mask_block_mask(const struct panel *panel, const struct m
     return seen == BLOCK_FULL ? band : seen;
 }
 
-/* The same; if MASKED, tile[k][lane] is what is to be added. rows and tile are room for PANEL x padded(n). */
-static enum block_mask panel_block_mask(const struct panel *panel, const struct mfa_cpu_call *call, int64_t batch,
-                                        int64_t key, int64_t n, real *rows, real *tile)
+/* The same; if BLOCK_PARTIAL_BIAS, tile[k][lane] is what must be added. rows and tile are room for
+ * PANEL x padded(n). */
+static enum block_mask panel_bias(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key, int64_t n,
+                                  real *rows, real *tile)
 {
-    enum block_mask seen = mask_block_mask(panel, call, batch, key, n, rows);
-    if (seen != BLOCK_MASKED)
+    enum block_mask seen = mask_block_mask(panel, call, key, n, rows);
+    if (seen != BLOCK_PARTIAL_BIAS)
         return seen;
     int64_t stride = mask_stride(call, n), lanes = panel->vectors * LANES;
     if (call->mask_kind == CPU_MASK_ADDITIVE) {
         transpose(rows, stride, tile, PANEL, lanes, stride);
-        return BLOCK_MASKED;
+        return seen;
     }
     real *words = rows + stride * PANEL;
     transpose(rows, stride, words, PANEL, lanes, stride);
     for (int64_t i = 0; i * (int64_t)sizeof(real) < n; i++)
         widen_bools(words + i * PANEL, lanes, tile + i * (int64_t)sizeof(real) * PANEL, PANEL);
-    return BLOCK_MASKED;
+    return seen;
 }

@@ -1,0 +1,120 @@
+/* Which keys a panel sees and which queries a block of keys sees, as far as the band says it. */
+
+/* How a panel sees a block of keys, or a part of one. */
+enum block_mask {
+    BLOCK_EMPTY,        /* no lane sees any key: it is not visited */
+    BLOCK_FULL,         /* every lane sees every key, and nothing is added to the scores */
+    BLOCK_PARTIAL_BAND, /* the band cuts it */
+    BLOCK_PARTIAL_BIAS  /* a tile of biases must be added (score.h); the band may cut it, too */
+};
+
+/* Keys [from, to) of a block, counted from its first; or other things that are counted. */
+struct range {
+    int64_t from, to;
+};
+
+static enum block_mask band_block_mask(const struct panel *panel, int64_t key, int64_t n)
+{
+    if (key > panel->any_high || key + n - 1 < panel->any_low)
+        return BLOCK_EMPTY;
+    return key >= panel->all_low && key + n - 1 <= panel->all_high ? BLOCK_FULL : BLOCK_PARTIAL_BAND;
+}
+
+/* Which of the n keys from `key` on some lane sees, rounded outward to multiples of `unit`. */
+static struct range band_range(const struct panel *panel, int64_t key, int64_t n, int64_t unit)
+{
+    int64_t from = panel->any_low - key, to = panel->any_high + 1 - key;
+    from = from < 0 ? 0 : from / unit * unit;
+    to = mfa_cpu_ceil(to < 0 ? 0 : to, unit) * unit;
+    return (struct range){from, to < n ? to : n};
+}
+
+/* The keys among r of which vector v sees any, or one that shares a unit with it; in whole units. Products and softmax
+ * skip the others. */
+static struct range vector_band_range(const struct panel *panel, int v, int64_t key, struct range r)
+{
+    const int first = v / QUERY_VECTORS * QUERY_VECTORS;
+    int64_t from = panel->vector_low[first] - key, to = panel->vector_high[first + QUERY_VECTORS - 1] + 1 - key;
+    from = from / KEY_UNIT * KEY_UNIT;
+    to = mfa_cpu_ceil(to < 0 ? 0 : to, KEY_UNIT) * KEY_UNIT;
+    r.from = from < r.from ? r.from : from < r.to ? from : r.to;
+    r.to = to < r.from ? r.from : to < r.to ? to : r.to;
+    return r;
+}
+
+/* Keys that the same vectors see: `vectors` of them, from `vector` on. */
+struct band_part {
+    struct range keys;
+    int vector, vectors;
+};
+
+/* The part with which range r begins. */
+static struct band_part band_part(const struct panel *panel, int64_t key, struct range r)
+{
+    struct band_part part = {r, 0, 0};
+    for (int v = 0; v < panel->vectors; v += QUERY_VECTORS) {
+        struct range seen = vector_band_range(panel, v, key, r);
+        if (seen.to == r.from)
+            part.vector = v + QUERY_VECTORS;
+        else if (seen.from == r.from)
+            part.vectors = v + QUERY_VECTORS - part.vector;
+        int64_t change = seen.from > r.from ? seen.from : seen.to;
+        if (change > r.from && change < part.keys.to)
+            part.keys.to = change;
+    }
+    return part;
+}
+
+/* The keys among r that all lanes see, in whole units, for panels of full width whose scores need nothing but a bias;
+ * none for others. */
+static struct range full_range(const struct mfa_cpu_call *call, const struct panel *panel, int64_t key, struct range r)
+{
+    int64_t from = panel->all_low - key, to = panel->all_high + 1 - key;
+    from = from < r.from ? r.from : mfa_cpu_ceil(from, KEY_UNIT) * KEY_UNIT;
+    to = to < r.to ? to / KEY_UNIT * KEY_UNIT : r.to;
+    if (from >= to || panel->vectors != PANEL_VECTORS || call->softcap > 0)
+        return (struct range){r.to, r.to};
+    return (struct range){from, to};
+}
+
+/* Blocks [from, to) of `size` keys: a split's share of those that hold keys low..high. */
+static struct range split_blocks(const struct mfa_cpu_call *call, int64_t split, int64_t low, int64_t high,
+                                 int64_t size)
+{
+    int64_t first = low / size, blocks = high < low ? 0 : high / size - first + 1;
+    return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
+}
+
+/* The keys of block j among low..high, in whole units: a chunk of queries loads no others. */
+static struct range block_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t j, int64_t low,
+                               int64_t high)
+{
+    struct range keys = {j * call->block_kv, (j + 1) * call->block_kv};
+    int64_t end = mfa_cpu_ceil(high + 1, KEY_UNIT) * KEY_UNIT;
+    if (end > seq->kv_len)
+        end = seq->kv_len;
+    keys.from = low > keys.from ? low / KEY_UNIT * KEY_UNIT : keys.from;
+    keys.to = end < keys.to ? end : keys.to;
+    return keys;
+}
+
+/* The first and the last block of keys that queries [first, first + rows) see, for a step of block_kv; first > last:
+ * none. `to` is included. */
+static struct range blocks_of_queries(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t first,
+                                      int64_t rows)
+{
+    int64_t low = first + seq->lower, high = first + rows - 1 + seq->upper;
+    low = low < 0 ? 0 : low;
+    high = high < seq->kv_len - 1 ? high : seq->kv_len - 1;
+    const int64_t from = low / call->block_kv;
+    return (struct range){from, high < low ? from - 1 : high / call->block_kv};
+}
+
+/* The panels among [from, to) with a query that sees one of the n keys from `key` on. */
+static struct range panels_of_keys(const struct sequence *seq, int64_t key, int64_t n, struct range panels)
+{
+    int64_t first = key - seq->upper, last = key + n - 1 - seq->lower; /* queries */
+    first = first < 0 ? 0 : first / PANEL;
+    last = last < 0 ? -1 : last / PANEL;
+    return (struct range){first > panels.from ? first : panels.from, last + 1 < panels.to ? last + 1 : panels.to};
+}

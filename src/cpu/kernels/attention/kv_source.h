@@ -1,0 +1,175 @@
+/* K and V: the one place that knows where a row of them lies, how it becomes an operand, and what is read next. */
+
+/* K or V of one KV head of a sequence. */
+struct kv_source {
+    const void *data;
+    const struct mfa_strides *strides;
+    int dtype;
+    int64_t columns, kv_head;
+    struct sequence seq;
+    int shrinks; /* rows are multiplied by 2^-SHRINK_BITS */
+};
+
+static inline struct kv_source k_source(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t kv_head)
+{
+    const struct mfa_args *a = &call->args;
+    return (struct kv_source){call->k, &a->k, call->dtype, a->head_dim, kv_head, *seq, 0};
+}
+
+static inline struct kv_source v_source(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t kv_head,
+                                        int shrinks)
+{
+    const struct mfa_args *a = &call->args;
+    return (struct kv_source){call->v, &a->v, call->dtype, a->value_dim, kv_head, *seq, shrinks};
+}
+
+/* Where row `key` begins. */
+static inline const char *kv_row(const struct kv_source *source, int64_t key)
+{
+    return sequence_row(&source->seq, source->data, bytes_of(source->dtype), source->strides, source->kv_head, key);
+}
+
+/* Rows [key, key + n) as a left operand: the caller's own memory where it can be used as it lies, else a copy. */
+static struct kv_block kv_load(const struct kv_source *source, int64_t key, int64_t n, int must_copy, packed *copy)
+{
+    const struct mfa_strides *s = source->strides;
+    const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
+    const char *from = kv_row(source, key);
+    if (!must_copy && !source->shrinks && is_packed_in_place(from, source->dtype, s, columns))
+        return (struct kv_block){(const packed *)(const void *)from, s->row / PACK_ELEMENTS, NULL};
+    if (is_real(source->dtype) && s->row == 1 && s->column != 1)
+        load_columns(copy, stride, (const real *)(const void *)from, s->column, n, columns);
+    else
+        for (int64_t r = 0; r < n; r++)
+            load_packs(copy + r * stride, from + r * s->row * bytes, source->dtype, s->column, columns);
+    if (source->shrinks)
+        shrink_packs(copy, n * stride);
+    return (struct kv_block){copy, stride, NULL};
+}
+
+/* Rows [key, key + n) for decode, read where they lie if they are whole vectors, else copied; those from n up to
+ * `whole` are zeros. */
+static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, struct range rows, int must_copy,
+                                   packed *copy)
+{
+    const struct mfa_strides *s = source->strides;
+    const int64_t n = rows.from, whole = rows.to;
+    const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
+    const char *from = kv_row(source, key);
+    if (!must_copy && !source->shrinks && s->column == 1 && columns == interleaved_columns(columns) && n == whole)
+        return (struct kv_rows){from, s->row * bytes, source->dtype};
+    for (int64_t r = 0; r < n; r++)
+        load_packs(copy + r * stride, from + r * s->row * bytes, source->dtype, s->column, columns);
+    fill(copy + n * stride, (whole - n) * stride, 0);
+    if (source->shrinks)
+        shrink_packs(copy, n * stride);
+    return (struct kv_rows){(const char *)copy, stride * (int64_t)sizeof(packed),
+                            OPERANDS_AS_GIVEN ? source->dtype : CPU_REAL};
+}
+
+/* --- Prefetching ------------------------------------------------------------------------------ */
+
+/* Rows from `key` on, one of their packs for each pack of A that is read. */
+static struct prefetch_cursor kv_cursor(const struct kv_source *source, int64_t key)
+{
+    const int64_t each = bytes_of(source->dtype), bytes = source->columns * each;
+    const char *at = kv_row(source, key);
+    return (struct prefetch_cursor){at, at + bytes, bytes, source->strides->row * each - bytes, PACK_ELEMENTS * each};
+}
+
+/* A share of the n rows from `key` on, the one of number `part` of `parts`, a line or more for each of `keys` steps. */
+static struct prefetch_cursor kv_cursor_share(const struct kv_source *source, int64_t key, int64_t n, int64_t part,
+                                              int64_t parts, int64_t keys)
+{
+    struct prefetch_cursor cursor = kv_cursor(source, key + n * part / parts);
+    int64_t each = mfa_cpu_ceil(mfa_cpu_ceil(n, parts) * cursor.bytes, keys);
+    each = each < 64 ? 64 : each;
+    cursor.bytes_per_pack = each < cursor.bytes ? each : cursor.bytes;
+    return cursor;
+}
+
+/* Keys of a chunk, a part of a decode block: about DECODE_CHUNK_BYTES; or all, where tiles take packs from many rows in
+ * turn. */
+static int64_t decode_chunk_keys(const struct kv_source *source, int R)
+{
+    int64_t n = DECODE_KEYS;
+    while (decode_has_whole_vectors(R) && n > decode_key_unit(R) &&
+           n * source->columns * bytes_of(source->dtype) > DECODE_CHUNK_BYTES)
+        n /= 2;
+    return n;
+}
+
+/* Decode's walk over a block of K, then of V, or the other way round. */
+struct decode_walk {
+    const struct kv_source *source, *after; /* which is read, and which after this block */
+    int64_t key, block, then; /* the block's first key and its keys; of `after`, the first key */
+    int R;
+};
+
+/* What is prefetched while keys [k, k + n) of the block are read: as many rows a chunk further on, and past the block
+ * those of what is read after it. If nothing follows, a row that there is, again and again. */
+static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t k, int64_t n)
+{
+    k += decode_chunk_keys(w->source, w->R);
+    const struct kv_source *next = k < w->block ? w->source : w->after;
+    const int64_t from = k < w->block ? w->key + k : w->then + k - w->block;
+    const int last =
+        from + mfa_cpu_ceil(n * w->source->columns, next->columns) > next->seq.kv_len || next->strides->column != 1;
+    struct prefetch_cursor cursor = kv_cursor(next, last ? w->key : from);
+    if (last)
+        cursor.gap = -cursor.bytes;
+    return cursor;
+}
+
+/* A panel's rows of a tensor of queries, evenly while n keys are multiplied with as many columns. */
+static struct prefetch_cursor panel_cursor(const struct panel *panel, int64_t n, const void *data, int dtype,
+                                           const struct mfa_strides *s, int64_t columns)
+{
+    const int64_t each = bytes_of(dtype), bytes = columns * each;
+    const char *at = panel_row(panel, data, each, s, 0);
+    const int64_t per_pack = mfa_cpu_ceil(panel->lanes * bytes, n * k_packs(columns));
+    return (struct prefetch_cursor){at, at + bytes, bytes, s->row * each - bytes, per_pack};
+}
+
+/* A panel's visit of keys of a block, in the walk of a chunk. */
+struct visit {
+    int first_of_block, first_of_panel, last_of_panel;
+    int64_t panel, panels; /* its number, and how many the chunk has */
+    int64_t keys, next_block; /* how many; the first key of the next block, or -1: there is none */
+};
+
+/* What products with K and V prefetch in a visit: the next block, once for all panels of the chunk; else Q of the next
+ * panel; and O of this panel, before it is written. With AMX only exponentials leave time for it, a line for each key:
+ * each panel fetches a share of the next block, of K with the first half of the panels, of V with the others. */
+static void visit_prefetch(const struct mfa_cpu_call *call, const struct panel *panels, struct visit visit,
+                           const struct kv_source sources[2], struct prefetch_cursor next[2],
+                           struct prefetch_cursor *by_product[2])
+{
+    const struct mfa_args *a = &call->args;
+    const struct panel *panel = &panels[visit.panel];
+    const int dense = a->k.column == 1 && a->v.column == 1;
+    by_product[0] = by_product[1] = NULL;
+    if (!PREFETCH_BY_PACK) {
+        const int64_t half = mfa_cpu_ceil(visit.panels, 2), rest = panel->seq.kv_len - visit.next_block;
+        const int64_t n = rest < call->block_kv ? rest : call->block_kv;
+        const int of_V = visit.panel >= half;
+        if (visit.next_block < 0 || !dense)
+            return;
+        next[0] = kv_cursor_share(&sources[of_V], visit.next_block, n, visit.panel - (of_V ? half : 0),
+                                  of_V ? visit.panels - half : half, visit.keys);
+        by_product[0] = &next[0];
+        return;
+    }
+    if (visit.first_of_block && visit.next_block >= 0 && dense) {
+        next[0] = kv_cursor(&sources[0], visit.next_block);
+        next[1] = kv_cursor(&sources[1], visit.next_block);
+        by_product[0] = &next[0], by_product[1] = &next[1];
+    } else if (visit.first_of_panel && visit.panel + 1 < visit.panels && a->q.column == 1) {
+        next[0] = panel_cursor(panel + 1, visit.keys, call->q, call->dtype, &a->q, a->head_dim);
+        by_product[0] = &next[0];
+    }
+    if (PREFETCH_O && visit.last_of_panel && call->splits == 1 && a->o.column == 1) {
+        next[1] = panel_cursor(panel, visit.keys, call->o, call->dtype, &a->o, a->value_dim);
+        by_product[1] = &next[1];
+    }
+}

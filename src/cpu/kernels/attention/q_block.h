@@ -1,0 +1,176 @@
+/* Blocks of queries in backward: their D and L, and dQ, which blocks of keys add to one after another. */
+
+/* Queries [first, first + rows) of one query head, and the kv blocks that they see, `to` included: none if from > to.
+ */
+struct q_block {
+    struct sequence seq;
+    int64_t head, index, first, rows;
+    int64_t from, to;
+};
+
+static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
+                                 int64_t index)
+{
+    const int64_t size = (int64_t)call->panels * PANEL;
+    struct q_block q = {.seq = *seq, .head = head, .index = index, .first = index * size};
+    q.rows = seq->q_len - q.first < size ? seq->q_len - q.first : size;
+    const struct range blocks = blocks_of_queries(call, seq, q.first, q.rows);
+    q.from = blocks.from, q.to = blocks.to;
+    return q;
+}
+
+/* Of one head. */
+static inline int64_t q_blocks(const struct mfa_cpu_call *call)
+{
+    return mfa_cpu_ceil(call->args.q_len, (int64_t)call->panels * PANEL);
+}
+
+static inline int64_t q_block_index(const struct mfa_cpu_call *call, const struct q_block *q)
+{
+    return (q->seq.batch * call->args.q_heads + q->head) * q_blocks(call) + q->index;
+}
+
+/* Where D of row `row` of the block lies. */
+static inline real *q_block_D(const struct mfa_cpu_call *call, const struct q_block *q, int64_t row)
+{
+    return (real *)call->D + q_block_index(call, q) * call->panels * PANEL + row;
+}
+
+/* L, in the unit of S; +inf if the query saw nothing, so that its P is 0. */
+static inline real *q_block_L(const struct mfa_cpu_call *call, const struct q_block *q, int64_t row)
+{
+    return (real *)call->L + q_block_index(call, q) * call->panels * PANEL + row;
+}
+
+static inline const char *q_block_row(const struct q_block *q, const void *data, int64_t bytes,
+                                      const struct mfa_strides *s, int64_t row)
+{
+    return sequence_row(&q->seq, data, bytes, s, q->head, q->first + row);
+}
+
+/* --- dQ --------------------------------------------------------------------------------------- */
+
+/* Whether dQ^T[d][row] is summed up. Decode sums up dQ[row][d] always. */
+static inline int dQ_is_transposed(const struct mfa_cpu_call *call)
+{
+    return !call->decode && prefers_transposed_c(call->args.head_dim);
+}
+
+/* Where dQ of the block is summed up, or dQ^T. */
+static struct matrix q_block_dQ(const struct mfa_cpu_call *call, const struct q_block *q)
+{
+    const struct mfa_args *a = &call->args;
+    if (!call->dq_sums)
+        return (struct matrix){(real *)q_block_row(q, call->dq, sizeof(real), &a->dq, 0), a->dq.row};
+    int64_t d = padded(a->head_dim), rows = mfa_cpu_ceil(q->seq.q_len, PANEL) * PANEL;
+    return (struct matrix){(real *)call->dq_sums + ((q->seq.batch * a->q_heads + q->head) * rows + q->first) * d,
+                           dQ_is_transposed(call) ? mfa_cpu_ceil(q->rows, PANEL) * PANEL : d};
+}
+
+static void clear_dQ(const struct mfa_cpu_call *call, const struct q_block *q)
+{
+    const int64_t d = padded(call->args.head_dim);
+    const struct matrix dQ = q_block_dQ(call, q);
+    if (dQ_is_transposed(call))
+        fill(dQ.data, d * dQ.stride, 0);
+    else
+        for (int64_t i = 0; i < q->rows; i++)
+            fill(dQ.data + i * dQ.stride, d, 0);
+}
+
+/* dQ = scale * dQ, written to the caller's. rows: room for LANES rows, if dQ is transposed. */
+static void dQ_epilogue(const struct mfa_cpu_call *call, const struct q_block *q, real *rows)
+{
+    const struct mfa_args *a = &call->args;
+    const int64_t d = padded(a->head_dim), bytes = bytes_of(call->dtype);
+    const struct matrix dQ = q_block_dQ(call, q);
+    const double scale = call->scale / call->dS_factor;
+    for (int64_t i = 0; i < q->rows; i++) {
+        real *row = dQ.data + i * dQ.stride;
+        if (dQ_is_transposed(call)) {
+            if (i % LANES == 0)
+                transpose(dQ.data + i, dQ.stride, rows, d, d, LANES);
+            row = rows + i % LANES * d;
+        }
+        scale_vectors(row, d, scale);
+        if (call->dq_sums)
+            store_row((char *)q_block_row(q, call->dq, bytes, &a->dq, i), call->dtype, a->dq.column, row, a->head_dim);
+    }
+}
+
+/* Blocks of keys add to a block's dQ from the last to the first. Waits for the turn of this one. */
+static void dq_wait_order(_Atomic int64_t *semaphore, int64_t block)
+{
+    for (unsigned spins = 0; atomic_load_explicit(semaphore, memory_order_acquire) != block; spins++)
+        if (spins % 1024 == 1023)
+            sched_yield();
+}
+
+static inline void dq_pass_order(_Atomic int64_t *semaphore, int64_t block)
+{
+    atomic_store_explicit(semaphore, block - 1, memory_order_release);
+}
+
+/* --- Preprocess: D and L ---------------------------------------------------------------------- */
+
+/* D, or dO where dP is made of it: dS is what both are multiplied by. Operands that are multiplied as given are not for
+ * scales that need it. */
+static void scale_gradients(const struct mfa_cpu_call *call, real *x, int64_t n)
+{
+    if (!OPERANDS_AS_GIVEN && call->dS_factor != 1)
+        scale_vectors(x, n, call->dS_factor);
+}
+
+/* rowsum(dO * O) of `rows` rows, at most LANES, from `row` on; zeros after them. O is o + o_low, if that is there. */
+static vec sum_rows(const struct mfa_cpu_call *call, const struct q_block *q, int64_t row, int64_t rows, real *room)
+{
+    const struct mfa_args *a = &call->args;
+    const int64_t bytes = bytes_of(call->dtype), e = padded(a->value_dim);
+    real *sums = room + 2 * e, *transposed = sums + LANES * LANES;
+    fill(sums, LANES * LANES, 0);
+    for (int64_t i = 0; i < rows; i++) {
+        const char *dO_row = q_block_row(q, call->d_o, bytes, &a->d_o, row + i);
+        const real *dO = row_of_reals(room + e, dO_row, call->dtype, a->d_o.column, a->value_dim);
+        const void *parts[] = {call->o, call->o_low};
+        vec sum = vec_set1(0);
+        for (int part = 0; part < 2 && parts[part]; part++) {
+            const char *O_row = q_block_row(q, parts[part], bytes, &a->o, row + i);
+            const real *O = row_of_reals(room, O_row, call->dtype, a->o.column, a->value_dim);
+            for (int64_t d = 0; d < e; d += LANES)
+                sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
+        }
+        vec_store(sums + i * LANES, sum);
+    }
+    vec_transpose(sums, LANES, transposed, LANES);
+    vec total = vec_load(transposed);
+    for (int64_t i = 1; i < LANES; i++)
+        total = vec_add(total, vec_load(transposed + i * LANES));
+    return total;
+}
+
+/* D = rowsum(dO * O) - dL and L of one block; the block's semaphore; and dQ, if no block of keys will add to it. room
+ * is for two rows of O and a square of LANES x LANES reals twice; dQ_rows as in dQ_epilogue. */
+static void preprocess_q_block(const struct mfa_cpu_call *call, const struct q_block *q, real *room, real *dQ_rows)
+{
+    const struct mfa_args *a = &call->args;
+    const int64_t lanes = mfa_cpu_ceil(q->rows, PANEL) * PANEL;
+    real *D = q_block_D(call, q, 0), *L = q_block_L(call, q, 0);
+    fill(D, lanes, 0);
+    fill(L, lanes, (real)INFINITY);
+    for (int64_t i = 0; i < q->rows; i += LANES)
+        vec_store(D + i, sum_rows(call, q, i, q->rows - i < LANES ? q->rows - i : LANES, room));
+    for (int64_t i = 0; i < q->rows; i++) {
+        const real l = *(const real *)q_block_row(q, call->lse, sizeof(real), &a->lse, i);
+        if (call->dlse)
+            D[i] -= *(const real *)q_block_row(q, call->dlse, sizeof(real), &a->dlse, i);
+        L[i] = l == -(real)INFINITY ? (real)INFINITY : (real)((double)l * S_UNIT);
+    }
+    scale_gradients(call, D, lanes);
+    quiet_nans(D, lanes);
+    quiet_nans(L, lanes);
+    atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], q->to, memory_order_relaxed);
+    if (call->dq && q->from > q->to) {
+        clear_dQ(call, q);
+        dQ_epilogue(call, q, dQ_rows);
+    }
+}
