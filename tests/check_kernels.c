@@ -298,10 +298,11 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
             p.pass = pass, p.dtype = set->dtype;
             mfa_cpu_tiles_choose(set->isa, set->kernels, &p, &choice);
             int known = 0;
-            while (known < count && blocks[known] != choice.cut[MFA_CPU_BLOCK])
+            const int block_kv = mfa_cpu_tiling_of(&choice).block_kv;
+            while (known < count && blocks[known] != block_kv)
                 known++;
             if (known == count && count < MOST_BLOCKS)
-                blocks[count++] = (int)choice.cut[MFA_CPU_BLOCK];
+                blocks[count++] = block_kv;
         }
     return count;
 }

@@ -7,12 +7,18 @@
 #include "core/key.h"
 #include "mfa.h"
 
+/* How a backend divides the work of a run: a struct of the backend's own, which its tiles.h declares and copies in and
+ * out, and of which the core knows nothing but that it fits in here. */
+struct mfa_tiling {
+    _Alignas(8) unsigned char bytes[32];
+};
+
 /* What `choose` decides for one problem. */
 struct mfa_choice {
-    struct mfa_key key;           /* which kernel: does not depend on q_len or kv_len */
-    int threads;                  /* most threads of a run */
-    uint64_t shared, per_thread;  /* workspace bytes: of the run, and of each thread */
-    int64_t cut[4];               /* how the work is cut: the backend's own, from its tiles to its launch */
+    struct mfa_key key;          /* which kernel */
+    int threads;                 /* most threads of a run */
+    uint64_t shared, per_thread; /* workspace bytes: of the run, and of each thread */
+    struct mfa_tiling tiling;
 };
 
 struct mfa_backend {

@@ -37,14 +37,14 @@ static double dS_factor(double scale)
 /* The call without its pointers. */
 static void describe(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
 {
+    const struct mfa_cpu_tiling tiling = mfa_cpu_tiling_of(choice);
     memset(call, 0, sizeof *call);
     call->args = mfa_problem_args(p);
     settle_rows(&call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
-    call->decode = choice->cut[MFA_CPU_DECODE] != 0;
-    call->block_kv = (int32_t)choice->cut[MFA_CPU_BLOCK];
-    call->panels = (int32_t)choice->cut[MFA_CPU_PANELS], call->splits = choice->cut[MFA_CPU_SPLITS];
+    call->decode = tiling.variant == MFA_CPU_DECODE;
+    call->block_kv = tiling.block_kv, call->panels = tiling.panels, call->splits = tiling.splits;
 }
 
 /* The parts of the workspace that a run's threads share: where each begins, and at last where all end. */

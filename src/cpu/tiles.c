@@ -57,9 +57,10 @@ static int hides_later_keys(const mfa_problem *p)
 
 /* Panels of a chunk, for `panels` of them in all: many, so that a block is loaded for many, but such that no thread is
  * left without work for long. Under a band the chunks take unequal times. */
-static int64_t choose_panels(const mfa_problem *p, int64_t most, int64_t block_q, int64_t threads)
+static int32_t choose_panels(const mfa_problem *p, int32_t most, int64_t block_q, int64_t threads)
 {
-    int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), best = 1;
+    const int64_t heads = p->batch * p->kv_heads, queries = queries_of(p);
+    int32_t best = 1;
     double panels = (double)(heads * mfa_cpu_ceil(queries, block_q)), least = INFINITY;
     double unequal = hides_later_keys(p) ? 0.5 : 0.3; /* a head may end with a short one */
     for (; most >= 1; most /= 2) {
@@ -72,42 +73,43 @@ static int64_t choose_panels(const mfa_problem *p, int64_t most, int64_t block_q
     return best;
 }
 
-/* If even chunks of one panel are too few, the keys are split, which shows in the last bits of the results and so does
- * not depend on the number of threads. */
+/* Returns the number of tasks. If even chunks of one panel are too few, the keys are split, which shows in the last
+ * bits of the results and so does not depend on the number of threads. */
 static int64_t choose_forward(const mfa_problem *p, const struct row *row, const struct mfa_cpu_kernels *kernels,
-                              struct mfa_choice *choice)
+                              struct mfa_choice *choice, struct mfa_cpu_tiling *tiling)
 {
-    int64_t block_q = choice->key.block_q, panels = 1;
-    int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), tasks = heads * mfa_cpu_ceil(queries, block_q);
-    if (choice->cut[MFA_CPU_DECODE])
-        choice->key.block_kv = kernels->decode_keys, choice->cut[MFA_CPU_BLOCK] = kernels->decode_keys;
+    const int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), block_q = choice->key.block_q;
+    int64_t tasks = heads * mfa_cpu_ceil(queries, block_q);
+    if (tiling->variant == MFA_CPU_DECODE)
+        choice->key.block_kv = tiling->block_kv = kernels->decode_keys;
+    tiling->panels = 1;
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
-        choice->cut[MFA_CPU_SPLITS] = wanted < most ? wanted : most < 1 ? 1 : most;
-        if (choice->cut[MFA_CPU_BLOCK] > SHARED_BLOCK)
-            choice->cut[MFA_CPU_BLOCK] = SHARED_BLOCK;
-    } else if (tasks > 0 && !choice->cut[MFA_CPU_DECODE]) {
-        panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
-        tasks = heads * mfa_cpu_ceil(queries, panels * block_q);
+        tiling->splits = wanted < most ? wanted : most < 1 ? 1 : most;
+        if (tiling->block_kv > SHARED_BLOCK)
+            tiling->block_kv = SHARED_BLOCK;
+    } else if (tasks > 0 && tiling->variant == MFA_CPU_TILED) {
+        tiling->panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
+        tasks = heads * mfa_cpu_ceil(queries, tiling->panels * block_q);
     }
-    choice->cut[MFA_CPU_PANELS] = panels;
-    return tasks * choice->cut[MFA_CPU_SPLITS];
+    return tasks * tiling->splits;
 }
 
-/* Where blocks are few, they are halved, and where these are very few, an even number of one size, unless a band gives
- * them unequal times. Groups are then twice as large, and take as much memory as before. */
-static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_choice *choice)
+/* Returns the number of tasks. Where blocks are few, they are halved, and where these are very few, there is an even
+ * number of blocks of one size, unless a band gives them unequal times. Groups are then twice as large, and take as
+ * much memory as before. */
+static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_cpu_tiling *tiling)
 {
     int64_t heads = p->batch * p->kv_heads, blocks = mfa_cpu_ceil(p->kv_len, row->backward_kv);
-    choice->cut[MFA_CPU_PANELS] = row->backward_panels;
+    tiling->panels = row->backward_panels;
     if (row->backward_kv > SHARED_BLOCK && heads * blocks > 0 && heads * blocks < ENOUGH_TASKS) {
-        choice->cut[MFA_CPU_BLOCK] /= 2;
-        choice->cut[MFA_CPU_PANELS] *= 2;
-        blocks = mfa_cpu_ceil(p->kv_len, choice->cut[MFA_CPU_BLOCK]);
+        tiling->block_kv /= 2;
+        tiling->panels *= 2;
+        blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);
         if (heads * blocks < EQUAL_TASKS && blocks > 1 && !hides_later_keys(p)) {
             blocks += blocks * heads % 2;
-            choice->cut[MFA_CPU_BLOCK] = mfa_cpu_ceil(mfa_cpu_ceil(p->kv_len, blocks), BLOCK_UNIT) * BLOCK_UNIT;
-            blocks = mfa_cpu_ceil(p->kv_len, choice->cut[MFA_CPU_BLOCK]);
+            tiling->block_kv = (int32_t)(mfa_cpu_ceil(mfa_cpu_ceil(p->kv_len, blocks), BLOCK_UNIT) * BLOCK_UNIT);
+            blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);
         }
     }
     return heads * blocks;
@@ -117,23 +119,24 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
                           struct mfa_choice *choice)
 {
     const struct row *row = row_of(isa, p);
-    int forward = p->pass == MFA_FORWARD, block_q = kernels->panel;
-    int64_t tasks;
+    const int forward = p->pass == MFA_FORWARD;
+    const int decode_rows = forward ? kernels->decode_rows : kernels->decode_backward_rows;
+    const int decodes = queries_of(p) > 0 && queries_of(p) <= decode_rows;
 
     memset(&choice->key, 0, sizeof choice->key);
     choice->key.pass = p->pass, choice->key.dtype = p->dtype;
     choice->key.head_dim = (int32_t)p->head_dim, choice->key.value_dim = (int32_t)p->value_dim;
-    choice->key.block_q = block_q, choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
+    choice->key.block_q = decodes ? decode_rows : kernels->panel;
+    choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
     choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
-    choice->cut[MFA_CPU_BLOCK] = choice->key.block_kv, choice->cut[MFA_CPU_SPLITS] = 1;
-    int decode_rows = forward ? kernels->decode_rows : kernels->decode_backward_rows;
-    choice->cut[MFA_CPU_DECODE] = queries_of(p) > 0 && queries_of(p) <= decode_rows;
-    if (choice->cut[MFA_CPU_DECODE])
-        choice->key.block_q = decode_rows;
-    tasks = forward ? choose_forward(p, row, kernels, choice) : choose_backward(p, row, choice);
-    double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
+    struct mfa_cpu_tiling tiling = {.splits = 1,
+                                    .block_kv = choice->key.block_kv,
+                                    .variant = decodes ? MFA_CPU_DECODE : MFA_CPU_TILED};
+    int64_t tasks = forward ? choose_forward(p, row, kernels, choice, &tiling) : choose_backward(p, row, &tiling);
+    memcpy(choice->tiling.bytes, &tiling, sizeof tiling);
+    const double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
     if (flop < SERIAL_FLOP || tasks < 1)
         tasks = 1;
     choice->threads = tasks < choice->threads ? (int)tasks : choice->threads;

@@ -86,7 +86,7 @@ static uint64_t classes_bytes(const mfa_problem *p, const struct mfa_key *key, e
 static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *choice)
 {
     uint64_t numbers;
-    if (choice->cut[MFA_METAL_SPLITS] == 1)
+    if (mfa_metal_tiling_of(choice).splits == 1)
         return 0;
     if (p->pass == MFA_FORWARD) {
         numbers = times(times((uint64_t)p->batch, (uint64_t)p->q_heads), (uint64_t)p->q_len);
@@ -95,7 +95,7 @@ static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *ch
         const struct mfa_metal_grid t = bias_grid(p);
         numbers = times((uint64_t)groups_of(&t), MFA_METAL_BIAS_BLOCK * MFA_METAL_BIAS_BLOCK);
     }
-    return times(times(numbers, (uint64_t)choice->cut[MFA_METAL_SPLITS]), sizeof(float));
+    return times(times(numbers, (uint64_t)mfa_metal_tiling_of(choice).splits), sizeof(float));
 }
 
 static struct regions lay_out(const mfa_problem *p, const struct mfa_choice *choice)
@@ -165,7 +165,7 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
     call.args = mfa_problem_args(p);
     if (p->lower > p->upper) /* no query sees any key, nor does a block of them */
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
-    call.fold = call.args.group, call.splits = choice->cut[MFA_METAL_SPLITS];
+    call.fold = call.args.group, call.splits = mfa_metal_tiling_of(choice).splits;
     call.given = given(buffers), call.wide = wide(p, buffers);
     const double unit = p->pass == MFA_FORWARD ? log2e : 1;
     call.score_factor = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale * unit);
@@ -249,7 +249,7 @@ static void list_forward(struct run *run)
     const mfa_problem *p = run->problem;
     const enum mfa_metal_kernel kernel = forward_kernel(p);
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, &run->choice->key);
-    const int64_t rows = group_of(p) * p->q_len, splits = run->choice->cut[MFA_METAL_SPLITS];
+    const int64_t rows = group_of(p) * p->q_len, splits = mfa_metal_tiling_of(run->choice).splits;
     const double flop =
         2.0 * tile->block_q * (double)(p->head_dim + p->value_dim) * seen(p, p->kv_len, tile->block_q) / (double)splits;
     add_tiled(run, kernel, tile, 0, group_of(p),
@@ -264,7 +264,7 @@ static void list_forward(struct run *run)
 static void list_bias(struct run *run)
 {
     const mfa_problem *p = run->problem;
-    const int64_t splits = run->choice->cut[MFA_METAL_SPLITS], block = MFA_METAL_BIAS_BLOCK;
+    const int64_t splits = mfa_metal_tiling_of(run->choice).splits, block = MFA_METAL_BIAS_BLOCK;
     const struct mfa_metal_grid tiles = bias_grid(p);
     const double rows = (double)ceil_of(p->q_len, block), columns = (double)ceil_of(p->kv_len, block);
     const double all = (double)(p->batch * p->q_heads) * rows * columns;

@@ -221,7 +221,9 @@ static int64_t splits_of_bias(const mfa_problem *p)
 static void take_tile(const mfa_problem *p, const struct mfa_metal_tile *tile, struct mfa_choice *choice)
 {
     choice->key.block_q = tile->block_q, choice->key.block_kv = tile->block_kv;
-    choice->cut[MFA_METAL_SPLITS] = p->pass == MFA_FORWARD ? splits_of_keys(p, &choice->key) : splits_of_bias(p);
+    const struct mfa_metal_tiling tiling = {
+        .splits = p->pass == MFA_FORWARD ? splits_of_keys(p, &choice->key) : splits_of_bias(p)};
+    memcpy(choice->tiling.bytes, &tiling, sizeof tiling);
 }
 
 void mfa_metal_tiles_halve(const mfa_problem *p, struct mfa_choice *choice)

@@ -3,6 +3,7 @@
 #define MFA_METAL_TILES_H
 
 #include <stdint.h>
+#include <string.h>
 
 #include "core/backend.h"
 #include "mfa.h"
@@ -21,9 +22,19 @@ enum mfa_metal_kernel {
     MFA_METAL_KERNELS
 };
 
-enum {               /* of choice->cut */
-       MFA_METAL_SPLITS /* parts of the range that a row of O, or an element of dbias, is summed over */
+/* How a problem is divided among threadgroups, beside the tiles that follow from the kernel's key. */
+struct mfa_metal_tiling {
+    int64_t splits; /* parts of the range that a row of O, or an element of dbias, is summed over; 1 or more */
 };
+
+_Static_assert(sizeof(struct mfa_metal_tiling) <= sizeof(struct mfa_tiling), "mfa_choice has room for the tiling");
+
+static inline struct mfa_metal_tiling mfa_metal_tiling_of(const struct mfa_choice *choice)
+{
+    struct mfa_metal_tiling tiling;
+    memcpy(&tiling, choice->tiling.bytes, sizeof tiling);
+    return tiling;
+}
 
 #define MFA_METAL_BIAS_BLOCK 32 /* rows and columns of a tile of dbias: BLOCK of kernels/attention_dbias.metal */
 
@@ -55,7 +66,7 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
 /* Whether a canonical problem is one that the kernels can do: MFA_OK, or MFA_UNSUPPORTED and a sentence. */
 mfa_status mfa_metal_tiles_supports(const mfa_problem *problem);
 
-/* The key and the cut into parts, all but the workspace. `family` is one with rows of its own. */
+/* The key and the tiling, all but the workspace. `family` is one with rows of its own. */
 void mfa_metal_tiles_choose(int family, const mfa_problem *problem, struct mfa_choice *choice);
 
 /* Goes over to tiles with half the threads, for a device that cannot run these. */

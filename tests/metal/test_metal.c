@@ -284,11 +284,11 @@ static void test_bias_parts(void **state)
     mfa_problem_init(&p, 2, 8, 8, 1000, 1000, 64, 64);
     p.pass = MFA_BACKWARD, p.mask = MFA_MASK_ADDITIVE;
     list(&p, &l);
-    assert_int_equal(l.choice.cut[MFA_METAL_SPLITS], 1);
+    assert_int_equal(mfa_metal_tiling_of(&l.choice).splits, 1);
     assert_int_equal(l.list[l.count - 1].kernel, MFA_METAL_DBIAS);
     p.dbias_layout = (mfa_layout){0, 0, 0, 0};
     list(&p, &l);
-    assert_true(l.choice.cut[MFA_METAL_SPLITS] > 1);
+    assert_true(mfa_metal_tiling_of(&l.choice).splits > 1);
     assert_int_equal(l.list[l.count - 1].kernel, MFA_METAL_DBIAS_SUM);
     assert_int_equal(l.list[l.count - 1].groups, 1);
 }
