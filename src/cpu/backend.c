@@ -80,7 +80,9 @@ static void choose(void *state, const mfa_problem *problem, int simpler, struct 
     (void)simpler;
     choice->threads = atomic_load(&cpu->limit);
     const mfa_cpu_isa isa = mfa_cpu_program_isa(cpu->isa, problem);
-    mfa_cpu_tiles_choose(isa, mfa_cpu_program_find(isa, problem->dtype), problem, choice);
+    const struct mfa_cpu_kernels *kernels = mfa_cpu_program_find(isa, problem->dtype);
+    mfa_cpu_tiles_choose(isa, kernels, problem, choice);
+    mfa_cpu_launch_measure(kernels, problem, choice);
 }
 
 static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path,

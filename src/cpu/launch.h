@@ -6,7 +6,8 @@
 #include "cpu/kernels/contract.h"
 #include "cpu/threads.h"
 
-/* Fills in choice->shared and choice->per_thread, the rest of the choice being made. */
+/* Fills in choice->shared and choice->per_thread, in bytes; the rest of the choice has been made by
+ * mfa_cpu_tiles_choose. */
 void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
                             struct mfa_choice *choice);
 

@@ -1,10 +1,7 @@
 #include "cpu/tiles.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
-
-#include "cpu/launch.h"
 
 /* Keys of a block, and panels that share one visit of it, for head dims up to `dim`. Set so that, forward, the
  * scores of one panel and a block of K and V stay in L2 with the sums, and backward, P and dS of a group
@@ -140,5 +137,4 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     if (flop < SERIAL_FLOP || tasks < 1)
         tasks = 1;
     choice->threads = tasks < choice->threads ? (int)tasks : choice->threads;
-    mfa_cpu_launch_measure(kernels, p, choice);
 }

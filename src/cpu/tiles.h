@@ -30,7 +30,7 @@ static inline struct mfa_cpu_tiling mfa_cpu_tiling_of(const struct mfa_choice *c
     return tiling;
 }
 
-/* Makes the key, the tiling and the number of threads of a choice. Key and tiling depend on the problem and the
+/* Makes the key, the tiling and the number of threads of a choice, but not the sizes of its workspace. Key and tiling depend on the problem and the
  * instruction set, except that choice->threads, which comes in as the number of threads allowed, may change
  * `panels`; no result depends on it. It goes out as the number of threads that this problem is worth. */
 void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
