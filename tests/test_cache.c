@@ -52,9 +52,10 @@ static mfa_status fake_supports(void *state, const mfa_problem *problem)
 static void fake_choose(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice)
 {
     (void)state;
-    *choice = (struct mfa_choice){.key = {problem->pass, problem->dtype, (int32_t)problem->head_dim,
-                                          (int32_t)problem->value_dim, simpler ? 16 : 32, 64, 0, problem->dtype,
-                                          "apple9"},
+    *choice = (struct mfa_choice){.key = {.pass = problem->pass, .dtype = problem->dtype,
+                                          .head_dim = (int32_t)problem->head_dim,
+                                          .value_dim = (int32_t)problem->value_dim, .block_q = simpler ? 16 : 32,
+                                          .block_kv = 64, .mask_dtype = problem->dtype, .machine = "apple9"},
                                   .threads = 2, .shared = shared,
                                   .per_thread = (uint64_t)problem->q_len * 8};
 }

@@ -448,20 +448,53 @@ static void test_keys(void **state)
 {
     (void)state;
     char text[MFA_KEY_TEXT];
-    struct mfa_key key = {MFA_FORWARD, MFA_F16, 128, 128, 32, 64, MFA_FEATURE_BAND, MFA_F16, "apple9"};
+    struct mfa_key key = {MFA_FORWARD,      MFA_VARIANT_TILED, MFA_F16, 128, 128, 32, 64,
+                          MFA_FEATURE_BAND, MFA_F16,           "apple9"};
     mfa_key_print(&key, text);
     assert_string_equal(text, "forward_f16_d128_q32_k64_band_apple9");
-    key = (struct mfa_key){MFA_BACKWARD, MFA_F32, 96, 64, 48, 192, 0, MFA_F32, "avx512"};
+    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_TILED, MFA_F32, 96, 64, 48, 192, 0, MFA_F32, "avx512"};
     mfa_key_print(&key, text);
     assert_string_equal(text, "backward_f32_d96v64_q48_k192_avx512");
     key.features = MFA_FEATURE_MASK_BOOL | MFA_FEATURE_SOFTCAP;
     mfa_key_print(&key, text);
     assert_string_equal(text, "backward_f32_d96v64_q48_k192_mask_bool_softcap_avx512");
-    key = (struct mfa_key){MFA_BACKWARD, MFA_BF16, INT32_MIN, INT32_MAX, INT32_MIN, INT32_MIN, 15, MFA_BF16,
-                           "sixteen_letters"};
+    key.variant = MFA_VARIANT_DECODE, key.block_q = 8;
+    mfa_key_print(&key, text);
+    assert_string_equal(text, "decode_backward_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
+    key.pass = MFA_FORWARD;
+    mfa_key_print(&key, text);
+    assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
+    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX, INT32_MIN, INT32_MIN, 15,
+                           MFA_BF16, "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
     assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_sixteen_letters!"));
+}
+
+/* The first word of a plan's key says which kernel runs. */
+static void test_kernel_words(void **state)
+{
+    static const char *const expected[][2] = {
+        {"decode", "forward f32 b1 h2 q1 kv200 d64"},    {"decode_backward", "backward f32 b1 h2 q1 kv200 d64"},
+        {"forward", "forward f32 b1 h2 q100 kv200 d64"}, {"backward", "backward f32 b1 h2 q100 kv200 d64"},
+        {"forward", "forward f32 b1 h2 q0 kv200 d64"},   {"forward", "forward f32 b1 h400/4 q1 kv200 d64"},
+    };
+    (void)state;
+    mfa_context *context;
+    assert_int_equal(mfa_context_create(NULL, &context), MFA_OK);
+    for (size_t n = 0; n < sizeof expected / sizeof *expected; n++) {
+        mfa_problem problem;
+        mfa_plan *plan;
+        char text[256];
+        assert_int_equal(mfa_problem_parse(expected[n][1], &problem), MFA_OK);
+        assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+        assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
+        mfa_plan_destroy(plan);
+        assert_non_null(strstr(text, "_f32_"));
+        *strstr(text, "_f32_") = 0;
+        assert_string_equal(text + strlen("cpu "), expected[n][0]);
+    }
+    mfa_context_destroy(context);
 }
 
 int main(void)
@@ -473,7 +506,7 @@ int main(void)
         cmocka_unit_test(test_lines),        cmocka_unit_test(test_any_problem),
         cmocka_unit_test(test_print_refuses), cmocka_unit_test(test_parsed_values),
         cmocka_unit_test(test_parse_errors), cmocka_unit_test(test_foreign_locale),
-        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_keys),         cmocka_unit_test(test_kernel_words),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -28,11 +28,11 @@ FOLDERS = set(
 
 DTYPE = "(?:f32|f16|bf16|f64)"
 KEY = re.compile(
-    rf"(?:forward|backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
+    rf"(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
     rf"(?:_band)?(?:_mask_bool|_mask_{DTYPE})?(?:_softcap)?"
     r"_(?:scalar|avx2|avx512bf16|avx512|amxbf16|neonbf16|neon|apple\d+|sm\d+)"
 )
-LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward)_{DTYPE}_d\d\w*_\w+")
+LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d\w*_\w+")
 
 DEFINITION = re.compile(r"^(?!static\b|typedef\b)[A-Za-z_][\w \*]*?\b(\w+)\([^;{]*\)\s*\{", re.MULTILINE)
 TYPE_WITH_T = re.compile(

@@ -16,10 +16,12 @@ _WORDS = {"band": "causal", "softcap": "softcap1"}  # features of kernel keys th
 
 def problems(dtypes, head_dims, features, backward):
     """A line for each kernel. `head_dims` are "64" or "192v128"; each of `features` is such as "band+mask_bool"."""
-    passes = ("forward", "backward") if backward else ("forward",)
-    for pass_, dtype, head_dim, feature in itertools.product(passes, dtypes, head_dims, features):
+    kernels = [("forward", "q64"), ("forward", "q1")]  # the second is a decode step, which has a kernel of its own
+    if backward:
+        kernels.append(("backward", "q64"))
+    for (pass_, q), dtype, head_dim, feature in itertools.product(kernels, dtypes, head_dims, features):
         words = [_WORDS.get(word, word) for word in feature.split("+") if word != "none"]
-        yield " ".join([pass_, dtype, "b1 h1 q64 kv64", f"d{head_dim}", *words, "metal"])
+        yield " ".join([pass_, dtype, f"b1 h1 {q} kv64", f"d{head_dim}", *words, "metal"])
 
 
 def metal_compiler(errors):

@@ -1,7 +1,8 @@
-/* The name of one specialised kernel: what changes the code, never a length. Its text is the cache file,
- * the log line, the test name and the bench row:
- *     <pass>_<dtype>_d<head_dim>_q<block_q>_k<block_kv>[_<feature>...]_<machine>
- * d96v64 where value_dim differs from head_dim. */
+/* The name of one specialised kernel: what changes the code. A length is no part of it, except that few queries have a
+ * variant of their own. Its text names cache files, and stands in logs, tests and benchmarks:
+ *     <kernel>_<dtype>_d<head_dim>_q<block_q>_k<block_kv>[_<feature>...]_<machine>
+ * <kernel> is forward, backward, decode or decode_backward: the pass and the variant. d96v64 where value_dim differs
+ * from head_dim. */
 #ifndef MFA_CORE_KEY_H
 #define MFA_CORE_KEY_H
 
@@ -17,8 +18,13 @@ enum mfa_feature { /* in the order in which a key's text names them */
                    MFA_FEATURE_SOFTCAP = 8
 };
 
+enum mfa_variant {
+    MFA_VARIANT_TILED, /* blocks of queries */
+    MFA_VARIANT_DECODE /* few queries, as in a decode step */
+};
+
 struct mfa_key { /* no padding: compared and hashed as bytes */
-    int32_t pass, dtype, head_dim, value_dim, block_q, block_kv, features, mask_dtype;
+    int32_t pass, variant, dtype, head_dim, value_dim, block_q, block_kv, features, mask_dtype;
     char machine[16];
 };
 
@@ -27,6 +33,7 @@ struct mfa_key { /* no padding: compared and hashed as bytes */
 /* The set of enum mfa_feature that a canonical problem asks for. */
 int32_t mfa_key_features(const mfa_problem *problem);
 
+/* The key's text; of a machine without an end, all 16 bytes. */
 void mfa_key_print(const struct mfa_key *key, char text[MFA_KEY_TEXT]);
 
 #endif

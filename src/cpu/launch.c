@@ -43,7 +43,7 @@ static void describe(const mfa_problem *p, const struct mfa_choice *choice, stru
     settle_rows(&call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
-    call->decode = tiling.variant == MFA_CPU_DECODE;
+    call->decode = choice->key.variant == MFA_VARIANT_DECODE;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels, call->splits = tiling.splits;
 }
 

@@ -77,7 +77,7 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
 {
     const int64_t heads = p->batch * p->kv_heads, queries = queries_of(p), block_q = choice->key.block_q;
     int64_t tasks = heads * mfa_cpu_ceil(queries, block_q);
-    if (tiling->variant == MFA_CPU_DECODE)
+    if (choice->key.variant == MFA_VARIANT_DECODE)
         choice->key.block_kv = tiling->block_kv = kernels->decode_keys;
     tiling->panels = 1;
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
@@ -85,7 +85,7 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
         tiling->splits = wanted < most ? wanted : most < 1 ? 1 : most;
         if (tiling->block_kv > SHARED_BLOCK)
             tiling->block_kv = SHARED_BLOCK;
-    } else if (tasks > 0 && tiling->variant == MFA_CPU_TILED) {
+    } else if (tasks > 0 && choice->key.variant == MFA_VARIANT_TILED) {
         tiling->panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
         tasks = heads * mfa_cpu_ceil(queries, tiling->panels * block_q);
     }
@@ -122,15 +122,14 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
 
     memset(&choice->key, 0, sizeof choice->key);
     choice->key.pass = p->pass, choice->key.dtype = p->dtype;
+    choice->key.variant = decodes ? MFA_VARIANT_DECODE : MFA_VARIANT_TILED;
     choice->key.head_dim = (int32_t)p->head_dim, choice->key.value_dim = (int32_t)p->value_dim;
     choice->key.block_q = decodes ? decode_rows : kernels->panel;
     choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
     choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
-    struct mfa_cpu_tiling tiling = {.splits = 1,
-                                    .block_kv = choice->key.block_kv,
-                                    .variant = decodes ? MFA_CPU_DECODE : MFA_CPU_TILED};
+    struct mfa_cpu_tiling tiling = {.splits = 1, .block_kv = choice->key.block_kv};
     int64_t tasks = forward ? choose_forward(p, row, kernels, choice, &tiling) : choose_backward(p, row, &tiling);
     memcpy(choice->tiling.bytes, &tiling, sizeof tiling);
     const double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;

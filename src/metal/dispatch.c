@@ -69,11 +69,6 @@ struct regions {
     uint64_t partials, D, L, end;
 };
 
-static enum mfa_metal_kernel forward_kernel(const mfa_problem *p)
-{
-    return mfa_metal_tiles_decodes(p) ? MFA_METAL_DECODE : MFA_METAL_FORWARD;
-}
-
 static uint64_t classes_bytes(const mfa_problem *p, const struct mfa_key *key, enum mfa_metal_kernel kernel)
 {
     if (p->mask == MFA_MASK_NONE)
@@ -102,7 +97,7 @@ static struct regions lay_out(const mfa_problem *p, const struct mfa_choice *cho
 {
     struct regions at = {{0, 0}, 0, 0, 0, 0};
     const int forward = p->pass == MFA_FORWARD;
-    const enum mfa_metal_kernel first = forward ? forward_kernel(p) : MFA_METAL_BACKWARD_DQ;
+    const enum mfa_metal_kernel first = mfa_metal_tiles_named(&choice->key);
     const uint64_t row_sums = forward ? 0 : (uint64_t)(p->batch * p->q_heads * p->q_len) * sizeof(float);
     at.classes[1] = plus_aligned(0, classes_bytes(p, &choice->key, first));
     at.partials = plus_aligned(at.classes[1], forward ? 0 : classes_bytes(p, &choice->key, MFA_METAL_BACKWARD_DKV));
@@ -247,7 +242,7 @@ static double seen(const mfa_problem *p, int64_t length, int64_t block)
 static void list_forward(struct run *run)
 {
     const mfa_problem *p = run->problem;
-    const enum mfa_metal_kernel kernel = forward_kernel(p);
+    const enum mfa_metal_kernel kernel = mfa_metal_tiles_named(&run->choice->key);
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, &run->choice->key);
     const int64_t rows = group_of(p) * p->q_len, splits = mfa_metal_tiling_of(run->choice).splits;
     const double flop =

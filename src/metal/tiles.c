@@ -120,10 +120,11 @@ static const struct row *find_row(enum mfa_metal_kernel kernel, const struct mfa
     return NULL;
 }
 
-/* The kernel whose tile a key names. */
-static enum mfa_metal_kernel first_kernel(int32_t pass)
+enum mfa_metal_kernel mfa_metal_tiles_named(const struct mfa_key *key)
 {
-    return pass == MFA_FORWARD ? MFA_METAL_FORWARD : MFA_METAL_BACKWARD_DQ;
+    if (key->pass == MFA_BACKWARD)
+        return MFA_METAL_BACKWARD_DQ;
+    return key->variant == MFA_VARIANT_DECODE ? MFA_METAL_DECODE : MFA_METAL_FORWARD;
 }
 
 const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key)
@@ -131,8 +132,10 @@ const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, 
     const struct row *row = find_row(kernel, key);
     if (!row)
         return NULL;
-    const struct mfa_metal_tile *whole = &find_row(first_kernel(key->pass), key)->tiles[0];
-    return &row->tiles[0 < key->block_q && key->block_q < whole->block_q];
+    const struct mfa_metal_tile *whole = &find_row(mfa_metal_tiles_named(key), key)->tiles[0];
+    const int halved = (0 < key->block_q && key->block_q < whole->block_q) ||
+                       (0 < key->block_kv && key->block_kv < whole->block_kv);
+    return &row->tiles[halved];
 }
 
 int32_t mfa_metal_tiles_columns(const struct mfa_metal_tile *tile, int64_t dim)
@@ -179,9 +182,10 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     return MFA_OK;
 }
 
-int mfa_metal_tiles_decodes(const mfa_problem *p)
+/* A forward problem is a decode step if its rows fit into one block of that kernel. */
+static int is_decode(const mfa_problem *p)
 {
-    return p->kv_heads > 0 && p->q_heads / p->kv_heads * p->q_len <= 8;
+    return p->pass == MFA_FORWARD && p->kv_heads > 0 && p->q_heads / p->kv_heads * p->q_len <= 8;
 }
 
 /* Parts that a sum over `steps` is cut into, so that there are threadgroups enough. */
@@ -194,8 +198,7 @@ static int64_t parts_of(int64_t groups, int64_t steps)
 /* Parts of each row's keys. */
 static int64_t splits_of_keys(const mfa_problem *p, const struct mfa_key *key)
 {
-    const struct mfa_metal_tile *tile =
-        mfa_metal_tiles_find(mfa_metal_tiles_decodes(p) ? MFA_METAL_DECODE : MFA_METAL_FORWARD, key);
+    const struct mfa_metal_tile *tile = mfa_metal_tiles_find(mfa_metal_tiles_named(key), key);
     const int64_t heads = p->batch * p->kv_heads, in_band = p->upper - p->lower + p->q_len;
     const int64_t rows_of_head = p->kv_heads > 0 ? p->q_heads / p->kv_heads * p->q_len : 0;
     const int64_t keys = in_band < p->kv_len ? in_band : p->kv_len;
@@ -228,7 +231,7 @@ static void take_tile(const mfa_problem *p, const struct mfa_metal_tile *tile, s
 
 void mfa_metal_tiles_halve(const mfa_problem *p, struct mfa_choice *choice)
 {
-    take_tile(p, &find_row(first_kernel(p->pass), &choice->key)->tiles[1], choice);
+    take_tile(p, &find_row(mfa_metal_tiles_named(&choice->key), &choice->key)->tiles[1], choice);
 }
 
 void mfa_metal_tiles_choose(int family, const mfa_problem *p, struct mfa_choice *choice)
@@ -236,9 +239,10 @@ void mfa_metal_tiles_choose(int family, const mfa_problem *p, struct mfa_choice 
     struct mfa_key *key = &choice->key;
     memset(choice, 0, sizeof *choice);
     key->pass = p->pass, key->dtype = p->dtype;
+    key->variant = is_decode(p) ? MFA_VARIANT_DECODE : MFA_VARIANT_TILED;
     key->head_dim = (int32_t)ceil_of(p->head_dim, 8) * 8, key->value_dim = (int32_t)ceil_of(p->value_dim, 8) * 8;
     key->features = mfa_key_features(p), key->mask_dtype = p->mask_dtype;
     snprintf(key->machine, sizeof key->machine, "apple%d", family);
-    take_tile(p, mfa_metal_tiles_find(first_kernel(p->pass), key), choice);
+    take_tile(p, mfa_metal_tiles_find(mfa_metal_tiles_named(key), key), choice);
     choice->threads = 1;
 }

@@ -52,6 +52,9 @@ int mfa_metal_tiles_family(int family);
 /* The family of a key; 0 if its machine is none of ours. */
 int mfa_metal_tiles_family_of(const struct mfa_key *key);
 
+/* The kernel whose tile a key names: forward, decode or dQ. */
+enum mfa_metal_kernel mfa_metal_tiles_named(const struct mfa_key *key);
+
 /* The row for a kernel that has tiles: forward, decode, dQ, dK and dV. NULL for another kernel, or if there is none. */
 const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key);
 
@@ -71,8 +74,5 @@ void mfa_metal_tiles_choose(int family, const mfa_problem *problem, struct mfa_c
 
 /* Goes over to tiles with half the threads, for a device that cannot run these. */
 void mfa_metal_tiles_halve(const mfa_problem *problem, struct mfa_choice *choice);
-
-/* Whether a forward problem is a decode step: its rows fit into one block of that kernel. */
-int mfa_metal_tiles_decodes(const mfa_problem *problem);
 
 #endif

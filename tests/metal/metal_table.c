@@ -71,7 +71,7 @@ static struct line line_of(enum mfa_metal_kernel kernel, struct metal_target tar
     struct line line = {.kernel = kernel, .target = target};
     struct mfa_choice choice;
     mfa_problem problem;
-    mfa_problem_init(&problem, 1, 1, 1, 1, 1, dim, dim);
+    mfa_problem_init(&problem, 1, 1, 1, kernel == MFA_METAL_DECODE ? 1 : 9, 1, dim, dim);
     problem.dtype = dtype, problem.pass = kernel >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
     mfa_problem_check(&problem, &problem);
     metal_choose(target, &problem, &choice);

@@ -113,6 +113,28 @@ static void test_keys(void **state)
     assert_memory_equal(&key, &first, sizeof key);
 }
 
+/* A decode step has a program of its own, and so has its halved tile; backward has none. */
+static void test_decode_keys(void **state)
+{
+    struct mfa_choice choice;
+    mfa_problem p;
+    char text[MFA_KEY_TEXT];
+    (void)state;
+    mfa_problem_init(&p, 1, 8, 2, 2, 4096, 64, 64);
+    p.dtype = MFA_F16;
+    assert_int_equal(mfa_problem_check(&p, &p), MFA_OK);
+    mfa_metal_tiles_choose(9, &p, &choice);
+    mfa_key_print(&choice.key, text);
+    assert_string_equal(text, "decode_f16_d64_q8_k64_apple9");
+    assert_int_equal(mfa_metal_tiles_find(MFA_METAL_DECODE, &choice.key)->key_groups, 4);
+    mfa_metal_tiles_halve(&p, &choice);
+    mfa_key_print(&choice.key, text);
+    assert_string_equal(text, "decode_f16_d64_q8_k32_apple9");
+    assert_int_equal(mfa_metal_tiles_find(MFA_METAL_DECODE, &choice.key)->key_groups, 2);
+    p.pass = MFA_BACKWARD;
+    assert_int_equal(chosen(&p).variant, MFA_VARIANT_TILED);
+}
+
 /* --- Texts ---------------------------------------------------------------------------------------- */
 
 static size_t count(const char *text, const char *words)
@@ -371,7 +393,8 @@ static void test_huge(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keys),       cmocka_unit_test(test_limits),       cmocka_unit_test(test_families),
+        cmocka_unit_test(test_keys),       cmocka_unit_test(test_decode_keys), cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_families),
         cmocka_unit_test(test_text),       cmocka_unit_test(test_refused_keys), cmocka_unit_test(test_refused_problems),
         cmocka_unit_test(test_lists),      cmocka_unit_test(test_bias_parts),   cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_wide_loads), cmocka_unit_test(test_huge),

@@ -35,7 +35,7 @@ static void test_cold_start(void **state)
     steps_print_counts("and a first forward run", &counts);
     assert_int_equal(counts.devices, 1);
     assert_int_equal(counts.queues, 1);
-    assert_true(counts.sources > 0 && counts.sources <= 4); /* forward, decode, merge, layout_test */
+    assert_true(counts.sources > 0 && counts.sources <= 3); /* forward, merge, layout_test */
     assert_int_equal(counts.functions, counts.sources);
     assert_int_equal(counts.written, 1);
     assert_int_equal(counts.commits, 2); /* the layout test, and the run */
@@ -71,7 +71,7 @@ static void test_steady_state(void **state)
     (void)state;
     mfa_context *context = steps_open_warm("both f16 b1 h2 q70 kv90 d64 mask_bool");
     expect_steady(context, "both f16 b1 h2 q70 kv90 d64 mask_bool", &(struct host_way){0}, 2);
-    expect_steady(context, "both f16 b1 h2 q1 kv1 d64 mask_bool", &(struct host_way){0}, 2);
+    expect_steady(context, "both f16 b1 h2 q9 kv1 d64 mask_bool", &(struct host_way){0}, 2);
     expect_steady(context, "both f16 b2 h2 q33 kv40 d61 mask_bool", &(struct host_way){.arrangement = PADDED}, 2);
     expect_steady(context, "forward f16 b1 h2 q9 kv17 d64 mask_bool", &(struct host_way){.own_workspace = 1}, 1);
     mfa_context_destroy(context);

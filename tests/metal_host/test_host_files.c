@@ -340,7 +340,7 @@ static void test_environment(void **state)
 {
     (void)state;
     static const char *const settings[][3] = {
-        {"METALSIM_FAULT", "no_device", "1"}, {"METALSIM_FAULT", "no_pipeline:3", "1"},
+        {"METALSIM_FAULT", "no_device", "1"}, {"METALSIM_FAULT", "no_pipeline:2", "1"},
         {"METALSIM_FAULT", "nonsense", "1"},  {"METALSIM_FAULT", "no_pipeline:99", "0"},
         {"METALSIM_FAMILY", "5", "1"},        {"METALSIM_FAMILY", "9", "0"},
         {"METALSIM_MACOS", "26", "0"},        {"METALSIM_CHECKED", "1", "0"},

@@ -42,6 +42,7 @@ PLANTED = (
     ("check_names.py", "src/cpu/tiles.c", "int mfa_core_x(void) {\n    return 1;\n}\n", "begins with mfa_cpu_"),
     ("check_names.py", "src/util/list.h", "struct list;\n", "src/util: not in the list of folders"),
     ("check_names.py", "docs/abi.md", "forward_f32_d64_avx512\n", "not a kernel key"),
+    ("check_names.py", "docs/abi.md", "decode_backward_f32_d64_avx512\n", "not a kernel key"),
     ("check_docs.py", "include/mfa.h", "MFA_API int mfa_plan_tell(int plan);\n", "no heading for mfa_plan_tell"),
     ("check_docs.py", "docs/abi.md", "## `mfa_plan_gone`\n", "mfa_plan_gone is not in include/mfa.h"),
     ("check_docs.py", "docs/abi.md", "## `mfa_plan_run`\n", "more than one heading"),
