@@ -134,8 +134,8 @@ typedef struct mfa_context_options {
     uint64_t size;         /* sizeof(mfa_context_options) */
     int32_t threads;       /* most threads of a run; 0: as many as this process may use */
     int32_t reserved;      /* 0 */
-    const char *isa;       /* CPU: highest instruction set to use: scalar, avx2, avx512, avx512bf16, amxbf16, neon,
-                              neonbf16. NULL: the environment's MFA_ISA, else the best of this machine */
+    const char *isa;       /* CPU: highest instruction set to use, a name as of mfa_isa_name(). NULL: the environment's
+                              MFA_ISA, else the best of this machine */
     const char *cache;     /* folder for compiled kernels. NULL: MFA_CACHE, else the user's cache folder */
     mfa_parallel_for host; /* the host's thread pool; NULL: the library's own */
 } mfa_context_options;
@@ -155,6 +155,14 @@ MFA_API const char *mfa_last_error(void);
 
 /* "MFA_INVALID" and so on; "unknown status" for anything else. */
 MFA_API const char *mfa_status_name(mfa_status status);
+
+/* The CPU's instruction set number n, from 0, as this library knows them, on whatever machine: "scalar", "avx2" and so
+ * on, in each family the lowest first. NULL: there is none of that number. */
+MFA_API const char *mfa_isa_name(int32_t n);
+
+/* MFA_OK if a context can be created with this instruction set; MFA_UNAVAILABLE: this machine or this build of the
+ * library does not have it; MFA_INVALID: there is no such name. */
+MFA_API mfa_status mfa_isa_supported(const char *isa);
 
 /* options may be NULL: all defaults. MFA_INVALID, MFA_UNAVAILABLE (no such instruction set), MFA_OUT_OF_MEMORY. */
 MFA_API mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context);

@@ -33,6 +33,17 @@ const char *mfa_version(void)
     return VERSION(MFA_VERSION_MAJOR, MFA_VERSION_MINOR, MFA_VERSION_PATCH);
 }
 
+const char *mfa_isa_name(int32_t n)
+{
+    return mfa_context_isa_name(mfa_backends, n);
+}
+
+mfa_status mfa_isa_supported(const char *isa)
+{
+    NEED(isa);
+    return mfa_context_isa_supported(mfa_backends, isa);
+}
+
 mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context)
 {
     NEED(context);

@@ -40,6 +40,8 @@ static const struct {
     const char *(*version)(void);
     const char *(*last_error)(void);
     const char *(*status_name)(mfa_status);
+    const char *(*isa_name)(int32_t);
+    mfa_status (*isa_supported)(const char *);
     mfa_status (*context_create)(const mfa_context_options *, mfa_context **);
     void (*context_destroy)(mfa_context *);
     mfa_status (*context_set_threads)(mfa_context *, int32_t);
@@ -53,7 +55,8 @@ static const struct {
     mfa_status (*plan_describe)(const mfa_plan *, char *, size_t);
     mfa_status (*plan_run)(const mfa_plan *, const mfa_buffers *, void *);
     mfa_status (*attention)(mfa_context *, const mfa_problem *, const mfa_buffers *, void *);
-} mfa = {mfa_version,         mfa_last_error,      mfa_status_name,     mfa_context_create,
+} mfa = {mfa_version,         mfa_last_error,      mfa_status_name,     mfa_isa_name,
+         mfa_isa_supported,   mfa_context_create,
          mfa_context_destroy, mfa_context_set_threads, mfa_problem_init, mfa_problem_print,
          mfa_problem_parse,   mfa_problem_supported, mfa_plan_create,   mfa_plan_destroy,
          mfa_plan_workspace,  mfa_plan_describe,   mfa_plan_run,        mfa_attention};
@@ -79,6 +82,14 @@ int main(void)
     snprintf(numbers, sizeof numbers, "%d.%d.%d", MFA_VERSION_MAJOR, MFA_VERSION_MINOR, MFA_VERSION_PATCH);
     check(!strcmp(mfa.version(), numbers), "the version is that of the header");
     check(!strcmp(mfa.status_name(MFA_OK), "MFA_OK"), "a status has a name");
+    int count = 0;
+    while (mfa.isa_name(count))
+        count++;
+    check(count > 1 && !strcmp(mfa.isa_name(0), "scalar"), "the first instruction set");
+    check(!mfa.isa_name(-1) && !mfa.isa_name(INT32_MAX), "numbers without an instruction set");
+    check(mfa.isa_supported("scalar") == MFA_OK, "every machine has scalar");
+    check(mfa.isa_supported("sse") == MFA_INVALID && strstr(mfa.last_error(), "it must be scalar, "), "no such name");
+    check(mfa.isa_supported(NULL) == MFA_INVALID && strstr(mfa.last_error(), "isa is NULL"), "no name");
     mfa.problem_init(&problem, 1, 1, 1, 1, 1, 1, 1);
     check(mfa.problem_print(&problem, text, sizeof text) == MFA_OK, "print");
     check(mfa.problem_parse(text, &same) == MFA_OK && !memcmp(&problem, &same, sizeof same), "parse gives it back");

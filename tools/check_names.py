@@ -14,7 +14,7 @@ import sys
 
 import tree
 
-NOUNS = "context|problem|plan|status"
+NOUNS = "context|problem|plan|status|isa"
 ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_precompile", "mfa_fail"}  # sentences of their own
 FOLDERS = set(
     """.ci bench docs include metalsim metalsim/cuda metalsim/cuda/include metalsim/include

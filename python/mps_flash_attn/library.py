@@ -5,6 +5,7 @@ or passing the numbers as arguments, costs several times what a small problem ta
 """
 
 import ctypes
+import itertools
 import os
 import struct
 import sys
@@ -131,6 +132,8 @@ class Library:
             ("mfa_version", text),
             ("mfa_last_error", text),
             ("mfa_status_name", text, status),
+            ("mfa_isa_name", text, ctypes.c_int32),
+            ("mfa_isa_supported", status, text),
             ("mfa_context_create", status, pointer, pointer),
             ("mfa_context_destroy", None, pointer),
             ("mfa_context_set_threads", status, pointer, ctypes.c_int32),
@@ -210,14 +213,8 @@ class Library:
 
     def instruction_sets(self):
         """Those of the CPU that libmfa has kernels for and this machine has, the plainest first."""
-        found = []
-        for isa in ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16", "neon", "neonbf16"):
-            name, context = ctypes.c_char_p(isa.encode()), ctypes.c_void_p()
-            options = OPTIONS.pack(OPTIONS.size, 1, 0, ctypes.cast(name, ctypes.c_void_p).value, 0, 0)
-            if self.mfa_context_create(options, ctypes.addressof(context)) == 0:
-                self.mfa_context_destroy(context)
-                found.append(isa)
-        return found
+        names = itertools.takewhile(bool, map(self.mfa_isa_name, itertools.count()))
+        return [name.decode() for name in names if self.mfa_isa_supported(name) == 0]
 
     def parse(self, line):
         """The packed problem that a line such as "forward f32 b1 h8 q512 kv512 d64" says."""

@@ -29,6 +29,11 @@ struct mfa_backend {
     void (*close)(void *state);
     mfa_status (*set_threads)(void *state, int32_t threads); /* NULL: has none */
 
+    /* The instruction sets that `open` takes as options->isa; NULL: it takes none. isa_name gives the name of number n,
+     * NULL if there is none of that number; isa_supported says what `open` would say of the name. */
+    const char *(*isa_name)(int n);
+    mfa_status (*isa_supported)(const char *isa);
+
     mfa_status (*supports)(void *state, const mfa_problem *problem);
     /* `simpler`: 0; or 1, if the device could not run the kernel that 0 gave: another one, or the same if there is
      * none. */

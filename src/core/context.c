@@ -111,6 +111,27 @@ void mfa_context_close(mfa_context *context)
     free(context);
 }
 
+/* The backend that has instruction sets to choose from: the CPU's. */
+static const struct mfa_backend *with_isas(const struct mfa_backend *const *backends)
+{
+    while (*backends && !(*backends)->isa_name)
+        backends++;
+    return *backends;
+}
+
+const char *mfa_context_isa_name(const struct mfa_backend *const *backends, int32_t n)
+{
+    const struct mfa_backend *backend = with_isas(backends);
+    return backend ? backend->isa_name(n) : NULL;
+}
+
+mfa_status mfa_context_isa_supported(const struct mfa_backend *const *backends, const char *isa)
+{
+    const struct mfa_backend *backend = with_isas(backends);
+    return backend ? backend->isa_supported(isa)
+                   : mfa_fail(MFA_UNAVAILABLE, "isa is %s; this library has no backend with instruction sets", isa);
+}
+
 mfa_status mfa_context_limit(mfa_context *context, int32_t threads)
 {
     mfa_status status = check_threads(threads);

@@ -49,6 +49,10 @@ mfa_status mfa_context_open(const struct mfa_backend *const *backends, const mfa
                             mfa_context **context);
 void mfa_context_close(mfa_context *context);
 
+/* The bodies of mfa_isa_name and mfa_isa_supported. */
+const char *mfa_context_isa_name(const struct mfa_backend *const *backends, int32_t n);
+mfa_status mfa_context_isa_supported(const struct mfa_backend *const *backends, const char *isa);
+
 /* The body of mfa_context_set_threads. */
 mfa_status mfa_context_limit(mfa_context *context, int32_t threads);
 

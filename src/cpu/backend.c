@@ -18,16 +18,22 @@ struct cpu {
 };
 
 /* The named instruction set, which must have been built; or the best that was. */
-static mfa_status choose_isa(const char *mask, mfa_cpu_isa *isa)
+static mfa_status choose_isa(const char *cap, mfa_cpu_isa *isa)
 {
-    mfa_status status = mfa_cpu_isa_choose(mask, isa);
+    mfa_status status = mfa_cpu_isa_choose(cap, isa);
     if (status != MFA_OK)
         return status;
-    if (mask && !mfa_cpu_program_has(*isa))
-        return mfa_fail(MFA_UNAVAILABLE, "isa is %s; this library was built without kernels for it", mask);
+    if (cap && !mfa_cpu_program_has(*isa))
+        return mfa_fail(MFA_UNAVAILABLE, "isa is %s; this library was built without kernels for it", cap);
     while (!mfa_cpu_program_has(*isa) || !mfa_cpu_isa_present(*isa))
         *isa = (mfa_cpu_isa)(*isa - 1); /* scalar, the first, is always there */
     return MFA_OK;
+}
+
+static mfa_status isa_supported(const char *isa)
+{
+    mfa_cpu_isa chosen;
+    return choose_isa(isa, &chosen);
 }
 
 static mfa_status set_threads(void *state, int32_t threads)
@@ -114,6 +120,8 @@ const struct mfa_backend mfa_cpu_backend = {
     .device = MFA_DEVICE_CPU,
     .open = open_cpu,
     .close = close_cpu,
+    .isa_name = mfa_cpu_isa_name,
+    .isa_supported = isa_supported,
     .set_threads = set_threads,
     .supports = supports,
     .choose = choose,

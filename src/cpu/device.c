@@ -19,14 +19,27 @@
 #include <sys/sysctl.h>
 #endif
 
-static const char *const names[MFA_CPU_ISA_COUNT] = {
-    [MFA_CPU_SCALAR] = "scalar",         [MFA_CPU_AVX2] = "avx2",       [MFA_CPU_AVX512] = "avx512",
-    [MFA_CPU_AVX512BF16] = "avx512bf16", [MFA_CPU_AMXBF16] = "amxbf16", [MFA_CPU_NEON] = "neon",
-    [MFA_CPU_NEONBF16] = "neonbf16"};
+enum feature {
+    AVX2 = 1,         /* AVX2, FMA and F16C */
+    AVX512 = 2,       /* AVX-512 F, DQ, BW and VL */
+    AVX512_BF16 = 4,
+    AMX_BF16 = 8,     /* AMX_TILE and AMX_BF16 */
+    NEON = 16,
+    NEON_BF16 = 32    /* FEAT_BF16 */
+};
 
-const char *mfa_cpu_isa_name(mfa_cpu_isa isa)
+static const struct {
+    const char *name;
+    unsigned needs; /* a set of enum feature */
+} isas[MFA_CPU_ISA_COUNT] = {
+#define ISA(constant, name, needs) {#name, needs},
+#include "cpu/isas.inc"
+#undef ISA
+};
+
+const char *mfa_cpu_isa_name(int isa)
 {
-    return names[isa];
+    return isa >= 0 && isa < MFA_CPU_ISA_COUNT ? isas[isa].name : NULL;
 }
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -44,7 +57,7 @@ static uint32_t saved_state(void)
     return low;
 }
 
-static int x86_present(mfa_cpu_isa isa)
+static int has_feature(enum feature feature)
 {
     const uint32_t fma_osxsave_avx_f16c = BIT(12) | BIT(27) | BIT(28) | BIT(29); /* leaf 1, ecx */
     const uint32_t avx2 = BIT(5), f_dq_bw_vl = BIT(16) | BIT(17) | BIT(30) | BIT(31); /* leaf 7, ebx */
@@ -54,18 +67,16 @@ static int x86_present(mfa_cpu_isa isa)
         return 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return 0;
-    const uint32_t need = isa == MFA_CPU_AVX2 ? avx2 : avx2 | f_dq_bw_vl;
-    const uint32_t need_saved = isa == MFA_CPU_AVX2 ? XMM_YMM : XMM_YMM | OPMASK_AND_ZMM;
-    if ((b & need) != need || (saved_state() & need_saved) != need_saved)
-        return 0;
-    if (isa < MFA_CPU_AVX512BF16)
-        return 1;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16))
-        return 0;
-    return isa < MFA_CPU_AMXBF16 || mfa_cpu_amx_present();
+    switch (feature) {
+    case AVX2: return (b & avx2) && (saved_state() & XMM_YMM) == XMM_YMM;
+    case AVX512: return (b & f_dq_bw_vl) == f_dq_bw_vl && (saved_state() & OPMASK_AND_ZMM) == OPMASK_AND_ZMM;
+    case AVX512_BF16: return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+    case AMX_BF16: return mfa_cpu_amx_present();
+    default: return 0;
+    }
 }
 #elif defined(__aarch64__)
-static int bf16_present(void)
+static int has_bf16(void)
 {
 #if defined(__linux__)
     const unsigned long hwcap2_bf16 = 1ul << 14;
@@ -78,57 +89,72 @@ static int bf16_present(void)
     return 0;
 #endif
 }
+
+static int has_feature(enum feature feature)
+{
+    return feature == NEON || (feature == NEON_BF16 && has_bf16());
+}
+#else
+static int has_feature(enum feature feature)
+{
+    (void)feature;
+    return 0;
+}
 #endif
 
 int mfa_cpu_isa_present(mfa_cpu_isa isa)
 {
-    switch (isa) {
-    case MFA_CPU_SCALAR: return 1;
-#if defined(__x86_64__) || defined(__i386__)
-    case MFA_CPU_AVX2:
-    case MFA_CPU_AVX512:
-    case MFA_CPU_AVX512BF16:
-    case MFA_CPU_AMXBF16: return x86_present(isa);
-#elif defined(__aarch64__)
-    case MFA_CPU_NEON: return 1;
-    case MFA_CPU_NEONBF16: return bf16_present();
-#endif
-    default: return 0;
-    }
+    for (unsigned left = isas[isa].needs; left; left &= left - 1) /* AMX last, which a process has to ask for */
+        if (!has_feature((enum feature)(left & -left)))
+            return 0;
+    return 1;
 }
 
 mfa_cpu_isa mfa_cpu_isa_named(const char *name)
 {
     int isa = 0;
-    while (isa < MFA_CPU_ISA_COUNT && strcmp(name, names[isa]) != 0)
+    while (isa < MFA_CPU_ISA_COUNT && strcmp(name, isas[isa].name) != 0)
         isa++;
     return (mfa_cpu_isa)isa;
+}
+
+enum { LIST = 128 }; /* bytes of all names, and what stands between them */
+
+/* "scalar, avx2": those present, or all. `last` is what stands before the last one. */
+static void list_isas(int all, const char *last, char text[LIST])
+{
+    int count = 0, length = 0;
+    for (int isa = 0; isa < MFA_CPU_ISA_COUNT; isa++)
+        count += all || mfa_cpu_isa_present((mfa_cpu_isa)isa);
+    text[0] = '\0';
+    for (int isa = 0, n = 0; isa < MFA_CPU_ISA_COUNT && length < LIST; isa++)
+        if (all || mfa_cpu_isa_present((mfa_cpu_isa)isa)) {
+            const char *between = n == 0 ? "" : n == count - 1 ? last : ", ";
+            length += snprintf(text + length, (size_t)(LIST - length), "%s%s", between, isas[isa].name);
+            n++;
+        }
 }
 
 static mfa_status choose_named(const char *name, const char *field, mfa_cpu_isa *isa)
 {
     const mfa_cpu_isa named = mfa_cpu_isa_named(name);
-    if (named == MFA_CPU_ISA_COUNT)
-        return mfa_fail(MFA_INVALID,
-                        "%s is \"%s\"; it must be scalar, avx2, avx512, avx512bf16, amxbf16, neon or neonbf16", field,
-                        name);
-    if (mfa_cpu_isa_present(named)) {
-        *isa = named;
-        return MFA_OK;
+    char list[LIST];
+    if (named == MFA_CPU_ISA_COUNT) {
+        list_isas(1, " or ", list);
+        return mfa_fail(MFA_INVALID, "%s is \"%s\"; it must be %s", field, name, list);
     }
-    char present[64] = "";
-    for (int i = 0; i < MFA_CPU_ISA_COUNT; i++)
-        if (mfa_cpu_isa_present((mfa_cpu_isa)i)) {
-            const size_t length = strlen(present);
-            snprintf(present + length, sizeof present - length, "%s%s", length ? ", " : "", names[i]);
-        }
-    return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, present);
+    if (!mfa_cpu_isa_present(named)) {
+        list_isas(0, ", ", list);
+        return mfa_fail(MFA_UNAVAILABLE, "%s is %s; this machine has %s", field, name, list);
+    }
+    *isa = named;
+    return MFA_OK;
 }
 
-mfa_status mfa_cpu_isa_choose(const char *mask, mfa_cpu_isa *isa)
+mfa_status mfa_cpu_isa_choose(const char *cap, mfa_cpu_isa *isa)
 {
-    if (mask)
-        return choose_named(mask, "isa", isa);
+    if (cap)
+        return choose_named(cap, "isa", isa);
     const char *environment = getenv("MFA_ISA");
     if (environment && *environment)
         return choose_named(environment, "MFA_ISA", isa);

@@ -6,11 +6,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "mfa.h"
+
 static const char usage[] =
     "usage: %s [options] [PROBLEM...]\n"
     "  --seed N       of the random inputs (1)\n"
-    "  --isa NAME     instruction set: scalar, avx2, avx512, avx512bf16, amxbf16, neon, neonbf16\n"
-    "                 (the best)\n"
+    "  --isa NAME     instruction set:%s (the best)\n"
     "  --filter TEXT  only cases whose text has it\n"
     "  --threads N    run with N threads (1, 2, 3 and 7 in turn)\n"
     "  --repeat N     runs of each case that must be the same bit for bit (20 for small cases)\n"
@@ -22,6 +23,17 @@ static const char usage[] =
     "  --cases FILE   the case list (tests/cases.txt)\n"
     "  --bits FILE    write a hash of each result: two libraries that write the same compute the same bits\n"
     "A PROBLEM is a line as in the case list, such as \"both f32 b1 h2 q64 kv64 d64 causal\".\n";
+
+static void print_usage(FILE *to, const char *program)
+{
+    char names[256] = "";
+    const char *name;
+    for (int32_t n = 0; (name = mfa_isa_name(n)); n++) {
+        const size_t length = strlen(names);
+        snprintf(names + length, sizeof names - length, " %s", name);
+    }
+    fprintf(to, usage, program, names);
+}
 
 static int number(const char *option, const char *text, unsigned long long most, unsigned long long *value)
 {
@@ -77,7 +89,7 @@ int arguments_parse(struct arguments *arguments, int count, char **words)
         if (!known && *word != '-')
             arguments->problems[arguments->problem_count++] = word;
         else if (!known) {
-            fprintf(strcmp(word, "--help") ? stderr : stdout, usage, words[0]);
+            print_usage(strcmp(word, "--help") ? stderr : stdout, words[0]);
             return 0;
         }
         at += known == 2;
