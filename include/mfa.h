@@ -2,8 +2,9 @@
  *
  *     S = scale * Q K^T, P = softmax(S), O = P V, L = log(sum(exp(S)))
  *
- * The problem says what is asked, the plan what was decided, the backend who runs it. A caller fills
- * an mfa_problem, and either makes a plan and runs it often, or calls mfa_attention() once.
+ * An mfa_problem describes what to compute, an mfa_plan holds what was decided for it (kernel, tiling, workspace), and
+ * a backend runs it. A caller fills in an mfa_problem, and either creates a plan and runs it often, or calls
+ * mfa_attention() once.
  *
  * Every function that can fail returns an mfa_status; results come through pointers and are written
  * only on success. mfa_last_error() then holds one sentence for the calling thread: the field, what
@@ -34,13 +35,13 @@ extern "C" {
 
 typedef enum mfa_status {
     MFA_OK = 0,
-    MFA_INVALID = 1,        /* the caller is wrong: no backend will ever run this */
-    MFA_UNSUPPORTED = 2,    /* a sound problem that we are not able to run */
-    MFA_UNAVAILABLE = 3,    /* the device, or something it needs, is not on this machine */
+    MFA_INVALID = 1,        /* a wrong argument: no backend will ever run this */
+    MFA_UNSUPPORTED = 2,    /* a valid problem that this library cannot run */
+    MFA_UNAVAILABLE = 3,    /* this machine does not have the device, or something that it needs */
     MFA_OUT_OF_MEMORY = 4,
     MFA_COMPILE_FAILED = 5, /* a kernel could not be compiled for the device */
     MFA_DEVICE_FAILED = 6,  /* the device reported an error while running */
-    MFA_INTERNAL = 7        /* our mistake */
+    MFA_INTERNAL = 7        /* a bug in this library */
 } mfa_status;
 
 typedef enum mfa_pass { MFA_FORWARD = 0, MFA_BACKWARD = 1 } mfa_pass;
@@ -48,40 +49,40 @@ typedef enum mfa_pass { MFA_FORWARD = 0, MFA_BACKWARD = 1 } mfa_pass;
 /* Where the operands lie. */
 typedef enum mfa_device { MFA_DEVICE_CPU = 0, MFA_DEVICE_METAL = 1 } mfa_device;
 
-/* Element types. Sums are kept in f32 (f64 for f64); gradients are rounded once, at the end. */
+/* Element types. Sums are accumulated in f32 (f64 for f64); gradients are rounded once, at the end. */
 typedef enum mfa_dtype { MFA_F32 = 0, MFA_F16 = 1, MFA_BF16 = 2, MFA_F64 = 3 } mfa_dtype;
 
 typedef enum mfa_mask {
     MFA_MASK_NONE = 0,
-    MFA_MASK_BOOL = 1,    /* one byte an element; nonzero: the key takes part */
-    MFA_MASK_ADDITIVE = 2 /* added to the score, as f32 unless q is f64; -inf hides the key */
+    MFA_MASK_BOOL = 1,    /* one byte per element; nonzero: the query attends to the key */
+    MFA_MASK_ADDITIVE = 2 /* added to the score, as f32 unless q is f64; -inf masks the key */
 } mfa_mask;
 
-/* Strides of a (batch, head, row, column) tensor, in elements. Any value is good for an input, 0 and
- * negative ones included; an output may not have stride 0 along a dimension longer than 1 (but see
- * dbias). Rows are queries of q, o, d_o, dq, lse, keys of k, v, dk, dv; a mask has queries as rows
- * and keys as columns. lse and dlse have no columns. */
+/* Strides of a (batch, head, row, column) tensor, in elements. An input may have any strides, 0 and negative ones
+ * included; an output must not have stride 0 along a dimension longer than 1 (but see dbias). The rows of q, o, d_o,
+ * dq, lse are queries, those of k, v, dk, dv are keys; a mask has queries as rows and keys as columns. lse and dlse
+ * have no columns. */
 typedef struct mfa_layout {
     int64_t batch, head, row, column;
 } mfa_layout;
 
-/* What is asked. The score of query i and key j, of query head h and KV head h / (q_heads / kv_heads):
+/* What to compute. The score of query i and key j, of query head h and KV head h / (q_heads / kv_heads):
  *
  *     s = scale * dot(Q_i, K_j)
  *     s = softcap * tanh(s / softcap)     if softcap > 0
  *     s = s + mask_ij                     if mask is MFA_MASK_ADDITIVE
  *     visible iff lower <= j - i <= upper, and a bool mask allows it
  *
- * The band says causal (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window
- * of the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN leaves a side open. A query with no
- * visible key gets O = 0, L = -inf and zero gradients.
+ * The band expresses a causal mask (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window of
+ * the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN_LOWER and MFA_BAND_OPEN_UPPER leave a side open. A query
+ * with no visible key gets O = 0, L = -inf and zero gradients.
  *
- * Backward takes o and lse from the caller, so results merged from several devices work, and gives
+ * Backward takes o and lse from the caller, so they may be merged from several devices, and computes
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (dP - D), dP = dO V^T
  *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
  *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K
  * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low.
- * Results are bitwise the same for any number of threads, and in any run. */
+ * Results are bitwise the same for any number of threads, and in every run. */
 typedef struct mfa_problem {
     uint64_t size; /* sizeof(mfa_problem), set by mfa_problem_init */
     int32_t pass, device, dtype, mask;
@@ -111,28 +112,28 @@ typedef struct mfa_buffer {
 /* What a run reads and writes. Unused members are zero.
  * forward:  reads q, k, v, mask; writes o, and lse (f32; f64 for f64) and o_low if given.
  * backward: reads q, k, v, mask, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of dq, dk, dv,
- *           dbias that are given. Outputs may not overlap anything.
+ *           dbias that are given. Outputs must not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
     mfa_buffer q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias;
-    mfa_buffer workspace;    /* 64-byte aligned; none: the context's own is used. On Metal an MTLBuffer, too */
+    mfa_buffer workspace;    /* 64-byte aligned, on Metal an MTLBuffer; without a base: the context's own is used */
     uint64_t workspace_size; /* its bytes: mfa_plan_workspace() or more */
     /* Optional, for f16 and bf16 only; MFA_INVALID if it is given for another dtype. It has the shape, dtype and layout
-     * of o. Forward writes O - o, what rounding took off O, rounded to the dtype (0 where o is not finite), so that
+     * of o. Forward writes O - o, the rounding error of o, rounded to the dtype (0 where o is not finite), so that
      * o + o_low has about twice the digits of o. Backward reads it and computes D from o + o_low. */
     mfa_buffer o_low;
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
- * any threads and in any order; returns 0 when all have returned. Not 0: no range is running or will run, and
- * the caller does what is left. */
+ * any threads and in any order; returns 0 when all have returned. Not 0: no range is running or will run, and the
+ * library computes what is left in the calling thread. */
 typedef int32_t (*mfa_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                     void (*worker)(int64_t begin, int64_t end, void *argument), void *argument);
 
 typedef struct mfa_context_options {
     uint64_t size;         /* sizeof(mfa_context_options) */
-    int32_t threads;       /* most threads of a run; 0: as many as this process may use */
+    int32_t threads;       /* maximum number of threads of a run; 0: as many as this process may use */
     int32_t reserved;      /* 0 */
     const char *isa;       /* CPU: highest instruction set to use, a name as of mfa_isa_name(). NULL: the environment's
                               MFA_ISA, else the best of this machine */
@@ -144,7 +145,7 @@ typedef struct mfa_context_options {
  * returns 0 if it did. On Metal: xcrun metal -std=metal3.1 -fno-fast-math -o LIBRARY TEXT... */
 typedef int32_t (*mfa_compiler)(const char *const *texts, int32_t count, const char *library, void *argument);
 
-typedef struct mfa_context mfa_context; /* devices, threads, kernels: what lives between calls */
+typedef struct mfa_context mfa_context; /* devices, threads, kernels: what is kept between calls */
 typedef struct mfa_plan mfa_plan;       /* what was decided for one problem; never changes */
 
 /* "0.1.0". */
@@ -166,10 +167,10 @@ MFA_API mfa_status mfa_isa_supported(const char *isa);
 
 /* options may be NULL: all defaults. MFA_INVALID, MFA_UNAVAILABLE (no such instruction set), MFA_OUT_OF_MEMORY. */
 MFA_API mfa_status mfa_context_create(const mfa_context_options *options, mfa_context **context);
-MFA_API void mfa_context_destroy(mfa_context *context); /* NULL is good; destroy its plans first */
+MFA_API void mfa_context_destroy(mfa_context *context); /* NULL is a no-op; destroy its plans first */
 
-/* Most threads that runs begun from now on may use; 0: as many as this process may use. A plan keeps to the number that
- * it was made with where that is less. */
+/* Maximum number of threads of runs that begin from now on; 0: as many as this process may use. A plan never uses more
+ * than the maximum at its creation. */
 MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads);
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
@@ -178,8 +179,8 @@ MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_hea
                               int64_t kv_len, int64_t head_dim, int64_t value_dim);
 
 /* One line of text for logs and case lists, and back; docs/abi.md has the grammar. For example
- * "forward f16 b2 h8/2 q512 kv512 d64 causal softcap30 mask_bool". Layouts are not in it: parsing gives
- * dense ones. print writes at most `capacity` bytes. MFA_INVALID: the line does not fit, or there is none, as for a
+ * "forward f16 b2 h8/2 q512 kv512 d64 causal softcap30 mask_bool". Layouts are not in it: parsing gives dense ones.
+ * print writes at most `capacity` bytes. MFA_INVALID: the line does not fit, or the problem has none, as with a
  * negative size or a NaN. */
 MFA_API mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity);
 MFA_API mfa_status mfa_problem_parse(const char *text, mfa_problem *problem);
@@ -187,11 +188,11 @@ MFA_API mfa_status mfa_problem_parse(const char *text, mfa_problem *problem);
 /* MFA_OK if a backend of this context runs it; else MFA_INVALID or MFA_UNSUPPORTED or MFA_UNAVAILABLE. */
 MFA_API mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem);
 
-/* Decides once. The plan keeps nothing of `problem`, and holds on to `context`. */
+/* Decides once how to run the problem. The plan copies what it needs of `problem`, and refers to `context`. */
 MFA_API mfa_status mfa_plan_create(mfa_context *context, const mfa_problem *problem, mfa_plan **plan);
-MFA_API void mfa_plan_destroy(mfa_plan *plan); /* NULL is good */
+MFA_API void mfa_plan_destroy(mfa_plan *plan); /* NULL is a no-op */
 
-/* Bytes of scratch memory that a run uses, beside the operands. */
+/* Bytes of scratch memory that a run uses beside the operands. */
 MFA_API size_t mfa_plan_workspace(const mfa_plan *plan);
 
 /* "cpu forward_f32_d64_q48_k192_band_avx512 threads 2 workspace 393216". MFA_INVALID if it does not fit. */
@@ -202,20 +203,20 @@ MFA_API mfa_status mfa_plan_describe(const mfa_plan *plan, char *text, size_t ca
  *     MFA_STREAM_TORCH  the stream of PyTorch in this process; the call returns when the commands are
  *                       encoded, in the order of PyTorch's own. MFA_UNAVAILABLE if there is none
  *     anything else     an MTLCommandBuffer without an open encoder; the call returns when the commands
- *                       are encoded, and the caller commits. Without a workspace each run makes one */
+ *                       are encoded, and the caller commits. Without a workspace each run allocates one */
 #define MFA_STREAM_TORCH ((void *)1)
 MFA_API mfa_status mfa_plan_run(const mfa_plan *plan, const mfa_buffers *buffers, void *stream);
 
 /* Plan and run in one call, for problems that change with each call (a decode loop with a growing
- * kv_len). Kernels and workspace are kept in the context: it neither compiles nor allocates anew. */
+ * kv_len). Kernels and workspace are kept in the context, so a later call neither compiles nor allocates. */
 MFA_API mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const mfa_buffers *buffers,
                                  void *stream);
 
 /* Compiles the kernel that a problem needs, without running it, and keeps it in `folder`; NULL: in the
- * context's cache. What is there already stays. Files in a folder `kernels` beside this library are found
- * like those in the cache, so they can be shipped: a device's own files serve that device and system, a
- * library any. `compiler` makes libraries; NULL: none are made. It is called with `argument`, and may not
- * call this library. A backend whose kernels are built in has nothing to do. MFA_COMPILE_FAILED;
+ * context's cache. Valid files that are there already are kept. Files in a folder `kernels` beside this library are
+ * found like those in the cache, so they can be shipped: a device's own files serve that device and system, a library
+ * serves any. `compiler` makes libraries; NULL: none are made. It is called with `argument`, and must not call this
+ * library. A backend whose kernels are built in has nothing to do. MFA_COMPILE_FAILED;
  * MFA_INVALID if the folder cannot be written. */
 MFA_API mfa_status mfa_precompile(mfa_context *context, const mfa_problem *problem, const char *folder,
                                   mfa_compiler compiler, void *argument);

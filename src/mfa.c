@@ -1,4 +1,4 @@
-/* The bodies of the public functions: arguments that may not be NULL are checked here, all else by core.
+/* The bodies of the public functions: arguments that must not be NULL are checked here, everything else by core.
  * mfa_last_error and mfa_status_name are in base/error.c. */
 #include "mfa.h"
 
@@ -20,8 +20,8 @@
             return mfa_fail(MFA_INVALID, #argument " is NULL; it must be given"); \
     } while (0)
 
-/* A thread that is cancelled within a call ends after it: else it would leave locks taken, and other threads at work on
- * its memory. */
+/* A thread that is cancelled within a call ends after it: otherwise it would leave locks held, and other threads
+ * running on its memory. */
 static mfa_status end_call(int cancellation, mfa_status status)
 {
     mfa_cancellation_restore(cancellation);

@@ -1,4 +1,4 @@
-/* The room base/: sentences, which process this is, and the lock that outlives fork(). */
+/* src/base: sentences, which process this is, and the lock that outlives fork(). */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -21,12 +21,12 @@
 #include <sys/syscall.h>
 #endif
 
-/* A sentence that is too long ends with a whole character of UTF-8. */
+/* A sentence that is too long ends with a complete UTF-8 character. */
 static void test_long_sentence(void **state)
 {
     (void)state;
     static const char *const characters[] = {"x", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80"};
-    enum { LENGTH = 600, ROOM = 511 };
+    enum { LENGTH = 600, CAPACITY = 511 };
     for (size_t bytes = 1; bytes <= 4; bytes++)
         for (size_t before = 0; before < 4; before++) {
             char text[LENGTH + 8] = "...";
@@ -34,7 +34,7 @@ static void test_long_sentence(void **state)
                 memcpy(text + at, characters[bytes - 1], bytes + 1);
             assert_int_equal(mfa_fail(MFA_INVALID, "%s", text), MFA_INVALID);
             const size_t length = strlen(mfa_last_error());
-            assert_in_range(length, ROOM - (bytes - 1), ROOM);
+            assert_in_range(length, CAPACITY - (bytes - 1), CAPACITY);
             assert_int_equal((length - before) % bytes, 0);
             assert_memory_equal(mfa_last_error(), text, length);
             mfa_fail(MFA_INVALID, "%s", mfa_last_error()); /* which may quote itself */
@@ -44,7 +44,7 @@ static void test_long_sentence(void **state)
     memset(no_text, 0x80, LENGTH);
     no_text[LENGTH] = '\0';
     mfa_fail(MFA_INVALID, "%s", no_text);
-    assert_int_equal(strlen(mfa_last_error()), ROOM);
+    assert_int_equal(strlen(mfa_last_error()), CAPACITY);
 }
 
 static void test_kept_text(void **state)

@@ -529,18 +529,18 @@ static void test_extents(void **state)
     static const struct {
         uint64_t offset, size, length;
         int fits;
-    } rooms[] = {{0, 132, 132, 1}, {64, 132, 196, 1}, {64, 132, 195, 0}, {0, 200, 132, 0}, {192, 132, 132, 0}};
-    static _Alignas(64) uint64_t room[32]; /* the workspace of a fake run is memory, which this is */
-    for (size_t n = 0; n < sizeof rooms / sizeof *rooms; n++) {
+    } workspaces[] = {{0, 132, 132, 1}, {64, 132, 196, 1}, {64, 132, 195, 0}, {0, 200, 132, 0}, {192, 132, 132, 0}};
+    static _Alignas(64) uint64_t memory[32]; /* the workspace of a fake run is memory, which this is */
+    for (size_t n = 0; n < sizeof workspaces / sizeof *workspaces; n++) {
         mfa_problem problem;
         mfa_problem_init(&problem, 1, 1, 1, 2, 3, 8, 8);
-        room[0] = rooms[n].length;
+        memory[0] = workspaces[n].length;
         const mfa_buffers buffers = {.size = sizeof buffers, .q = {&all, 0}, .k = {&all, 0}, .v = {&all, 0},
-                                     .o = {&all, 0}, .workspace = {room, rooms[n].offset},
-                                     .workspace_size = rooms[n].size};
+                                     .o = {&all, 0}, .workspace = {memory, workspaces[n].offset},
+                                     .workspace_size = workspaces[n].size};
         const mfa_status status = mfa_attention(context, &problem, &buffers, NULL);
-        assert_int_equal(status, rooms[n].fits ? MFA_OK : MFA_INVALID);
-        if (!rooms[n].fits)
+        assert_int_equal(status, workspaces[n].fits ? MFA_OK : MFA_INVALID);
+        if (!workspaces[n].fits)
             assert_int_equal(strncmp(mfa_last_error(), "workspace begins at byte ", 25), 0);
     }
     mfa_context_destroy(context);

@@ -1,4 +1,4 @@
-/* Plans and calls through the public door: what a plan says and keeps, that one call is the same as a plan,
+/* Plans and calls through the public ABI: what a plan describes and keeps, that one call is the same as a plan,
  * empty problems, merged results, and that whatever is wrong gets its status and a sentence that names the
  * field, while nothing is written. */
 #include <float.h>

@@ -153,7 +153,7 @@ static void test_layouts_of_the_pass(void **state)
     problem.k_layout = problem.v_layout = problem.q_layout = (mfa_layout){0, 0, 0, 0};
     expect(MFA_OK, &problem, ""); /* inputs may be broadcast */
     problem.o_layout.row = 0;
-    expect(MFA_INVALID, &problem, "o_layout.row is 0 over 100 elements; an output may not lie over itself");
+    expect(MFA_INVALID, &problem, "o_layout.row is 0 over 100 elements; an output must not overlap itself");
     problem.pass = MFA_BACKWARD;
     expect(MFA_OK, &problem, ""); /* o is an input there */
 
@@ -413,9 +413,9 @@ static void test_parse_errors(void **state)
         {"forward f32 b1 h8 q1 kv1 d8 mask_f8", "\"mask_f8\""},
         {"forward f32 b1 h8 q1 kv1 d8 scalenan", "\"scalenan\" in the problem; expected causal, lower<int>"},
         {"forward f32 b1 h8 q1 kv1 d8 softcap-nan", "\"softcap-nan\""},
-        {"forward f32 b1 h8 q1 kv1 d8 metal metal", "\"metal\" in the problem; the same was said before"},
-        {"forward f32 b1 h8 q1 kv1 d8 causal upper3", "\"upper3\" in the problem; the same was said before"},
-        {"forward f32 b1 h8 q1 kv1 d8 mask_bool mask_f32", "\"mask_f32\" in the problem; the same was said before"},
+        {"forward f32 b1 h8 q1 kv1 d8 metal metal", "\"metal\" in the problem; this option was given before"},
+        {"forward f32 b1 h8 q1 kv1 d8 causal upper3", "\"upper3\" in the problem; this option was given before"},
+        {"forward f32 b1 h8 q1 kv1 d8 mask_bool mask_f32", "\"mask_f32\" in the problem; this option was given before"},
         {"forward f32 b1 h8 q1 kv1 d8 "
          "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "is not a word"},
         {"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\xc3\xa9", "aaa...\" is not a word"},

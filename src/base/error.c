@@ -9,7 +9,7 @@ static _Thread_local char sentence[512];
 
 mfa_status mfa_fail(mfa_status status, const char *format, ...)
 {
-    char text[sizeof sentence + 1]; /* the arguments may hold the sentence before; one byte more shows what is cut */
+    char text[sizeof sentence + 1]; /* arguments may point to the last sentence; one byte more, to tell what is cut */
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
@@ -31,7 +31,7 @@ size_t mfa_error_fit(const char *text, size_t most)
     size_t end = most;
     while (end > 0 && most - end < 3 && is_within_character(text[end])) /* three follow the first at most */
         end--;
-    return is_within_character(text[end]) ? most : end; /* what is no UTF-8 is cut anywhere */
+    return is_within_character(text[end]) ? most : end; /* text that is not UTF-8 is cut anywhere */
 }
 
 void mfa_error_copy(char *copy, size_t capacity, const char *text)

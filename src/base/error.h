@@ -1,4 +1,4 @@
-/* The last error sentence of each thread. */
+/* The last error sentence of each thread: the field, what was given, what is accepted. */
 #ifndef MFA_BASE_ERROR_H
 #define MFA_BASE_ERROR_H
 
@@ -12,10 +12,10 @@ __attribute__((format(printf, 2, 3)))
 mfa_status
 mfa_fail(mfa_status status, const char *format, ...);
 
-/* How many bytes of `text` fit into `most`: all of them, or as many as end with a whole character of UTF-8. */
+/* How many bytes of `text` fit into `most` bytes: all of them, or as many as end with a complete UTF-8 character. */
 size_t mfa_error_fit(const char *text, size_t most);
 
-/* Copies as much of a text as fits beside its end. */
+/* Copies as much of the text as fits into `capacity` bytes with its terminating 0. */
 void mfa_error_copy(char *copy, size_t capacity, const char *text);
 
 #endif

@@ -41,9 +41,9 @@ int mfa_file_absolute(const char *path, char absolute[MFA_FILE_PATH])
         return join(absolute, path, "");
     if (!*path || !getcwd(absolute, MFA_FILE_PATH))
         return 0;
-    const size_t length = strlen(absolute), room = MFA_FILE_PATH - length;
-    const int put = snprintf(absolute + length, room, "/%s", path);
-    return put > 0 && (size_t)put < room;
+    const size_t length = strlen(absolute), left = MFA_FILE_PATH - length;
+    const int put = snprintf(absolute + length, left, "/%s", path);
+    return put > 0 && (size_t)put < left;
 }
 
 int mfa_file_shipped_folder(char path[MFA_FILE_PATH])
@@ -75,7 +75,7 @@ int mfa_file_make_folder(const char *path)
     return mkdir(part, 0700) == 0 || (stat(part, &found) == 0 && S_ISDIR(found.st_mode));
 }
 
-/* What the path names may be anything: to open a FIFO would wait for one who writes into it. */
+/* The path may name anything; opening a FIFO without O_NONBLOCK would wait for a writer. */
 int mfa_file_read(const char *path, char **bytes, size_t *length)
 {
     const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);

@@ -1,4 +1,4 @@
-/* A 64-bit hash of contents: tells files and keys apart, keeps no secrets. */
+/* A 64-bit hash that tells files and keys apart; not a cryptographic one. */
 #ifndef MFA_BASE_HASH_H
 #define MFA_BASE_HASH_H
 

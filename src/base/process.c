@@ -1,7 +1,7 @@
-/* The number is kept where it is lost in a child: in a page that Linux (4.14 or later) wipes there, however the child
- * was made; elsewhere in a variable that a handler of fork() clears. The page is never unmapped, since threads may call
- * while the program exits. The handler is no danger to a program that has unloaded this library: glibc takes it back,
- * musl unloads nothing, and macOS no library with thread-local variables. */
+/* The number is kept in memory that a child loses: in a page that Linux (4.14 or later) wipes in the child, however
+ * that was made; elsewhere in a variable that a handler of fork() clears. The page is never unmapped, since threads may
+ * call while the program exits. The handler is safe in a program that has unloaded this library: glibc removes it, musl
+ * never unloads a library, and macOS none with thread-local variables. */
 #define _GNU_SOURCE
 #include "base/process.h"
 
@@ -25,7 +25,7 @@ static void forget(void)
     atomic_store(&cleared, 0);
 }
 
-/* A number that is wiped in a child; NULL: this system does not. Some emulators take any advice, and follow none. */
+/* A number that is wiped in a child; NULL: this system does not. Some emulators accept any advice and ignore it. */
 static number *make_wiped(void)
 {
 #if defined(MADV_WIPEONFORK)
@@ -40,7 +40,7 @@ static number *make_wiped(void)
     return NULL;
 }
 
-/* Two threads may choose at once: a page too many does no harm, nor does a second handler. */
+/* Two threads may choose at once: neither a spare page nor a second handler does harm. */
 static number *choose_place(void)
 {
     number *chosen = make_wiped(), *before = NULL;

@@ -1,5 +1,5 @@
-/* The lock's holder is a process, not a thread: a child that finds its parent's number there knows that
- * the holder does not exist on its side, and takes the lock over. */
+/* The lock's holder is a process, not a thread: a child that finds its parent's number there knows that the holding
+ * thread does not exist in the child, and takes the lock over. */
 #define _GNU_SOURCE
 #include "base/sync.h"
 

@@ -1,6 +1,6 @@
-/* A lock that outlives fork(), the cancellation of threads, and the pause of a waiting loop. The lock is for
- * what happens seldom (a kernel is loaded); what it guards must be whole at every instant, since a child may
- * be forked off while a thread of its parent holds the lock. */
+/* A lock that survives fork(), the cancellation of threads, and the pause of a waiting loop. The lock is for rare
+ * events (a kernel is loaded). What it guards must be consistent at every instant, since fork() may happen while a
+ * thread of the parent holds the lock. */
 #ifndef MFA_BASE_SYNC_H
 #define MFA_BASE_SYNC_H
 
@@ -14,7 +14,7 @@ struct mfa_lock {
 void mfa_lock_take(struct mfa_lock *lock);
 void mfa_lock_release(struct mfa_lock *lock);
 
-/* From hold to restore, which gets what hold gave, this thread is not cancelled. */
+/* This thread is not cancelled between hold and restore, which takes what hold returned. */
 int mfa_cancellation_hold(void);
 void mfa_cancellation_restore(int before);
 

@@ -1,5 +1,5 @@
-/* What every attention kernel is told, whatever machine it runs on: plain numbers, no pointers. C, MSL
- * and CUDA read this text alike, so it uses nothing but structs of 8-byte integers and 4-byte floats. */
+/* The arguments of every attention kernel, on any machine: plain numbers, no pointers. C, MSL and CUDA compile this
+ * header, so it uses nothing but structs of 8-byte integers and 4-byte floats. Sizes and strides are in elements. */
 #ifndef MFA_CORE_ARGS_H
 #define MFA_CORE_ARGS_H
 

@@ -1,5 +1,5 @@
-/* What a backend is to the core. Everything that can be refused is refused by `supports`,
- * so `launch` meets only problems that it can run. */
+/* The interface between core and a backend. `supports` refuses every problem that the backend cannot run, so `launch`
+ * never gets one. */
 #ifndef MFA_CORE_BACKEND_H
 #define MFA_CORE_BACKEND_H
 
@@ -16,7 +16,7 @@ struct mfa_tiling {
 /* What `choose` decides for one problem. */
 struct mfa_choice {
     struct mfa_key key;          /* which kernel */
-    int threads;                 /* most threads of a run */
+    int threads;                 /* maximum number of threads of a run */
     uint64_t shared, per_thread; /* workspace bytes: of the run, and of each thread */
     struct mfa_tiling tiling;
 };
@@ -35,15 +35,15 @@ struct mfa_backend {
     mfa_status (*isa_supported)(const char *isa);
 
     mfa_status (*supports)(void *state, const mfa_problem *problem);
-    /* `simpler`: 0; or 1, if the device could not run the kernel that 0 gave: another one, or the same if there is
-     * none. */
+    /* `simpler`: 0; or 1, if the device could not run the kernel that 0 gave: then a kernel that needs less, or the
+     * same one if there is no other. choice->tiling is for this backend's `launch`. */
     void (*choose)(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice);
 
     /* Kernels that are built in have `load` and `unload`, which get no paths; the rest of these is NULL. Compiled ones
-     * may come in two steps, text -> library -> kernel, where a library is what serves every device. A file that cannot
-     * be read or written is no failure: then its kernel is made from what comes before it. */
+     * may be made in two steps, text -> library -> kernel, where a library serves every device. A file that cannot be
+     * read or written is no failure: then its kernel is made from the step before it. */
     const char *library_suffix; /* of a library's file; NULL: there are none */
-    /* Hashes of all that makes a file stale: a kernel's (texts, device, driver) and a library's (texts). */
+    /* Hashes of everything that a file depends on: a kernel's (texts, device, driver) and a library's (texts). */
     uint64_t (*stamp)(void *state, const struct mfa_key *key);
     uint64_t (*library_stamp)(void *state, const struct mfa_key *key);
     /* Text number `n` of the key's program and the name of its file, both to be freed; NULL after the last. */
@@ -51,17 +51,16 @@ struct mfa_backend {
     /* The kernel, and its file at `path` (NULL: none). `library`: a library's file, or NULL. */
     mfa_status (*compile)(void *state, const struct mfa_key *key, const char *library, const char *path,
                           const void **kernel);
-    /* The kernel from its file; not from anything else, which is what `compile` does. */
+    /* The kernel from its file only; `compile` makes it from its text or library. */
     mfa_status (*load)(void *state, const struct mfa_key *key, const char *library, const char *path,
                        const void **kernel);
     void (*unload)(void *state, const void *kernel);
 
-    /* Bytes of an operand's memory from its base; NULL: it cannot be asked. */
+    /* Length in bytes of the buffer at `base`; NULL: buffers have no known length. */
     uint64_t (*buffer_length)(void *state, const void *base);
 
-    /* `workspace` holds choice->shared + choice->threads * choice->per_thread bytes, 64-byte aligned. Or, if the
-     * backend keeps scratch memory of its own, it is NULL, and buffers->workspace is what the caller may have
-     * given. */
+    /* `workspace` holds choice->shared + choice->threads * choice->per_thread bytes, 64-byte aligned. If the
+     * backend keeps scratch memory of its own, it is NULL, and buffers->workspace is the caller's, if any. */
     int keeps_workspace;
     mfa_status (*launch)(void *state, const void *kernel, const mfa_problem *problem, const struct mfa_choice *choice,
                          const mfa_buffers *buffers, void *workspace, void *stream);

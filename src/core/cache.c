@@ -1,5 +1,5 @@
-/* The kernel cache. The stamp is part of a file's name: so two processes that write the same file write
- * files as good as each other, and one found good may be replaced before it is loaded. */
+/* The kernel cache. The stamp is part of a file's name, so two processes that write the same file write equivalent
+ * files, and a valid file may be replaced before it is loaded. */
 #define _GNU_SOURCE
 #include "core/cache.h"
 

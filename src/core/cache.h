@@ -1,6 +1,6 @@
 /* Compiled kernels on disk. A file is named after its kernel's key and a stamp, which hashes what it was compiled from
- * and for; beside it lies a line of text that says what the file must be. A file is used only if all of it is so: any
- * doubt is a miss, and a folder that cannot be written is no error. */
+ * and for; beside it lies a `.check` file, a line of text with the file's identity, length and hash. A file is used
+ * only if all of these match; anything else is a miss, and a folder that cannot be written is no error. */
 #ifndef MFA_CORE_CACHE_H
 #define MFA_CORE_CACHE_H
 
@@ -17,10 +17,11 @@ struct mfa_cache_name {
     const char *suffix; /* "", or what tells one kind of file from others of this key */
 };
 
-/* 1 and the path of a good file, or 0. A NULL folder holds nothing. */
+/* 1 and the path of a valid file, or 0. A NULL folder holds nothing. */
 int mfa_cache_find(const char *folder, const struct mfa_cache_name *name, char path[MFA_FILE_PATH]);
 
-/* A file in the making, in a folder of its own within the cache folder: a rename is all it takes to keep it. */
+/* A file that is being made, in a folder of its own within the cache folder, so that a rename puts it into the cache.
+ * */
 struct mfa_cache_draft {
     char folder[MFA_FILE_PATH]; /* "": it could not be made */
     char path[MFA_FILE_PATH];   /* the place to write the file to */

@@ -37,8 +37,8 @@ static mfa_status out_of_memory(void)
     return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a context");
 }
 
-/* Opens one backend. That a device is not on this machine is no failure, except for the CPU, which always
- * is: there it means that an option asks for what this CPU does not have. */
+/* Opens one backend. A device that this machine does not have is no failure, except for the CPU, which is always there:
+ * then an option asks for something that this CPU does not have. */
 static mfa_status open_backend(const struct mfa_backend *backend, const mfa_context_options *options,
                                struct mfa_opened *opened)
 {
@@ -46,11 +46,11 @@ static mfa_status open_backend(const struct mfa_backend *backend, const mfa_cont
     const mfa_status status = backend->open(options, &opened->state);
     if (status != MFA_UNAVAILABLE || backend->device == MFA_DEVICE_CPU)
         return status;
-    mfa_error_copy(opened->refusal, sizeof opened->refusal, mfa_last_error());
+    mfa_error_copy(opened->unavailable_reason, sizeof opened->unavailable_reason, mfa_last_error());
     return MFA_OK;
 }
 
-/* Returns 0 if there is no memory; a folder that cannot be is none. */
+/* Returns 0 if there is no memory. A folder whose path is too long counts as no folder. */
 static int find_folders(mfa_context_options *options, mfa_context *context)
 {
     char given[MFA_FILE_PATH], folder[MFA_FILE_PATH];
@@ -97,12 +97,12 @@ void mfa_context_close(mfa_context *context)
         const struct mfa_loaded *next = loaded->next;
         if (loaded->status == MFA_OK)
             loaded->opened->backend->unload(loaded->opened->state, loaded->kernel);
-        free(loaded->refusal);
+        free(loaded->error);
         free((void *)loaded);
         loaded = next;
     }
     for (size_t i = 0; i < context->backend_count; i++)
-        if (!context->backends[i].refusal[0])
+        if (!context->backends[i].unavailable_reason[0])
             context->backends[i].backend->close(context->backends[i].state);
     for (int i = 0; i < MFA_CONTEXT_BLOCKS; i++)
         free(atomic_load(&context->blocks[i]));
@@ -137,7 +137,7 @@ mfa_status mfa_context_limit(mfa_context *context, int32_t threads)
     mfa_status status = check_threads(threads);
     for (size_t i = 0; i < context->backend_count && status == MFA_OK; i++) {
         const struct mfa_opened *opened = &context->backends[i];
-        if (!opened->refusal[0] && opened->backend->set_threads)
+        if (!opened->unavailable_reason[0] && opened->backend->set_threads)
             status = opened->backend->set_threads(opened->state, threads);
     }
     return status;
@@ -151,7 +151,7 @@ mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *pro
         const struct mfa_opened *opened = &context->backends[i];
         if (opened->backend->device != problem->device)
             continue;
-        if (opened->refusal[0]) {
+        if (opened->unavailable_reason[0]) {
             unavailable = opened;
             continue;
         }
@@ -164,7 +164,7 @@ mfa_status mfa_context_choose(const mfa_context *context, const mfa_problem *pro
     if (refused != MFA_OK) /* its sentence is the last one */
         return refused;
     if (unavailable)
-        return mfa_fail(MFA_UNAVAILABLE, "%s", unavailable->refusal);
+        return mfa_fail(MFA_UNAVAILABLE, "%s", unavailable->unavailable_reason);
     return mfa_fail(MFA_UNAVAILABLE, "device is %d; this library has no backend for it", problem->device);
 }
 
@@ -189,7 +189,7 @@ static const char *find_library(const mfa_context *context, const struct mfa_ope
     return mfa_cache_find(context->cache, &name, path) || mfa_cache_find(context->shipped, &name, path) ? path : NULL;
 }
 
-/* From a file if there is a good one, else compiled and kept. */
+/* From a valid file if there is one, else compiled and kept. */
 static mfa_status load_from_disk(const mfa_context *context, const struct mfa_opened *opened, const struct mfa_key *key,
                                  const void **kernel)
 {
@@ -238,7 +238,7 @@ static mfa_status load(mfa_context *context, const struct mfa_opened *opened, co
                                   ? load_from_disk(context, opened, key, &made->kernel)
                                   : opened->backend->load(opened->state, key, NULL, NULL, &made->kernel);
     made->status = status;
-    if (!is_final(status) || (status != MFA_OK && !(made->refusal = strdup(mfa_last_error())))) {
+    if (!is_final(status) || (status != MFA_OK && !(made->error = strdup(mfa_last_error())))) {
         free(made);
         return status;
     }
@@ -260,12 +260,12 @@ mfa_status mfa_context_kernel(mfa_context *context, const struct mfa_opened *ope
             return status;
     }
     if (loaded->status != MFA_OK)
-        return mfa_fail(loaded->status, "%s", loaded->refusal);
+        return mfa_fail(loaded->status, "%s", loaded->error);
     *kernel = loaded->kernel;
     return MFA_OK;
 }
 
-/* A block's head; the memory that is lent follows it. */
+/* The header of a block; the memory that is lent follows it. */
 struct mfa_block {
     _Alignas(64) size_t bytes;
 };
@@ -292,7 +292,7 @@ void *mfa_context_borrow(mfa_context *context, size_t bytes)
             continue;
         if (block->bytes >= bytes)
             return block + 1;
-        /* Replace it by a larger one, with room for problems that grow from call to call. */
+        /* Replaced by a larger one, with a reserve for problems that grow from call to call. */
         wanted = block->bytes / 4 > bytes - block->bytes ? block->bytes + block->bytes / 4 : bytes;
         free(block);
         break;

@@ -1,4 +1,4 @@
-/* A kernel's key: what a problem asks of it, and its text. */
+/* A kernel's key: the features that a problem needs, and the key's text. */
 #include "core/key.h"
 
 #include <stdio.h>

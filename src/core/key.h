@@ -30,7 +30,7 @@ struct mfa_key { /* no padding: compared and hashed as bytes */
 
 #define MFA_KEY_TEXT 128 /* enough for any key's text and its end */
 
-/* The set of enum mfa_feature that a canonical problem asks for. */
+/* The set of enum mfa_feature that a canonical problem needs. */
 int32_t mfa_key_features(const mfa_problem *problem);
 
 /* The key's text; of a machine without an end, all 16 bytes. */

@@ -1,5 +1,5 @@
-/* The thirteen tensors of a run: which part of the problem gives their sizes, which pass reads or writes
- * them. One table, read when a problem is checked and again when buffers are. */
+/* The thirteen tensors of a run: which members of the problem give their sizes, which pass reads or writes them. One
+ * table, used when a problem is checked and again when buffers are. */
 #ifndef MFA_CORE_OPERAND_H
 #define MFA_CORE_OPERAND_H
 
@@ -8,7 +8,7 @@
 
 #include "mfa.h"
 
-enum mfa_role { /* 0: has no part in this problem */
+enum mfa_role { /* 0: not used by this problem */
                 MFA_ROLE_READ = 1,
                 MFA_ROLE_WRITTEN = 2,
                 MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
@@ -26,7 +26,7 @@ struct mfa_operand {
 #define MFA_OPERAND_COUNT 13
 extern const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT];
 
-/* A set of enum mfa_role. The problem's enums must be sound. */
+/* A set of enum mfa_role. The problem's enums must be valid. */
 int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *problem);
 
 /* Sizes in the order of mfa_layout: batch, heads, rows, columns. */
@@ -36,7 +36,7 @@ void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *pro
  * is no element. */
 int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4]);
 
-/* What is given for operand number `n`. */
+/* The caller's buffer for operand number `n`. */
 const mfa_buffer *mfa_operand_buffer(const mfa_buffers *buffers, int n);
 
 /* Bytes of one element. */

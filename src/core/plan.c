@@ -23,7 +23,7 @@ static int count_workspace(const struct mfa_choice *choice, size_t *bytes)
     return 1;
 }
 
-/* Chooses and loads. A kernel that turns out to be too much for the device is followed by a simpler one. */
+/* Chooses and loads. If the device does not have the resources for a kernel, a simpler one is tried. */
 static mfa_status load(struct mfa_plan *plan)
 {
     const struct mfa_opened *opened = plan->opened;
@@ -58,7 +58,7 @@ static uintptr_t address(const struct mfa_plan *plan, const mfa_buffer *buffer)
     return base + (uintptr_t)buffer->offset;
 }
 
-/* Where the buffer's length can be asked: all elements must be within. */
+/* For backends that know the length of a buffer: all elements must lie within it. */
 static mfa_status check_extent(const struct mfa_plan *plan, const struct mfa_operand *operand, const mfa_buffer *buffer)
 {
     const struct mfa_opened *opened = plan->opened;
@@ -83,7 +83,7 @@ static mfa_status check_extent(const struct mfa_plan *plan, const struct mfa_ope
     return MFA_OK;
 }
 
-/* That of operand number n. */
+/* Checks the buffer of operand number n. */
 static mfa_status check_buffer(const struct mfa_plan *plan, const mfa_buffers *buffers, int n)
 {
     const struct mfa_operand *operand = &mfa_operands[n];

@@ -1,4 +1,4 @@
-/* What was decided for one problem, and the way from there to the backend's launch. */
+/* What was decided for one problem, and how it is run. */
 #ifndef MFA_CORE_PLAN_H
 #define MFA_CORE_PLAN_H
 
@@ -15,10 +15,11 @@ struct mfa_plan {
     mfa_problem problem; /* canonical */
 };
 
-/* Checks, chooses and loads; takes no memory once the kernel is there. */
+/* Checks the problem, chooses and loads the kernel; allocates nothing once the kernel is loaded. Fails as
+ * mfa_plan_create does, with *plan in an unspecified state. */
 mfa_status mfa_plan_prepare(mfa_context *context, const mfa_problem *problem, struct mfa_plan *plan);
 
-/* Checks the buffers, finds the workspace and launches. */
+/* Checks the buffers, finds the workspace and launches. Fails as mfa_plan_run does. */
 mfa_status mfa_plan_execute(const struct mfa_plan *plan, const mfa_buffers *buffers, void *stream);
 
 /* The body of mfa_plan_describe. */

@@ -1,4 +1,4 @@
-/* Fills a folder with what context.c finds in one. Files that are there and good stay as they are. */
+/* Fills a folder with the files that context.c looks for. Valid files that are there are kept. */
 #include "core/precompile.h"
 
 #include <stdio.h>
@@ -76,7 +76,7 @@ static mfa_status make_library(const struct mfa_opened *opened, const struct mfa
     return status;
 }
 
-/* `anew`: even if it is there. A kernel made from another library is no use beside this one. */
+/* `anew`: even if it is there, because it was made from another library. */
 static mfa_status make_kernel(const struct mfa_opened *opened, const struct mfa_key *key, const char *folder, int anew)
 {
     const struct mfa_backend *backend = opened->backend;

@@ -5,7 +5,7 @@
 #include "core/context.h"
 #include "mfa.h"
 
-/* The body of mfa_precompile. */
+/* The body of mfa_precompile, and its statuses. */
 mfa_status mfa_precompile_problem(mfa_context *context, const mfa_problem *problem, const char *folder,
                                   mfa_compiler compiler, void *argument);
 

@@ -1,5 +1,5 @@
-/* A problem is checked here, once, with a sentence for each thing that can be wrong with it. Nothing
- * behind this file checks a size, a stride or an enum again. */
+/* A problem is checked here, once, with a sentence for each thing that can be wrong with it. No code that runs later
+ * checks a size, a stride or an enum again. */
 #include "core/problem.h"
 
 #include <math.h>
@@ -158,7 +158,7 @@ static mfa_status check_numbers(const mfa_problem *problem)
 {
     const double size = fabs(problem->scale);
     if (isnan(problem->scale))
-        return mfa_fail(MFA_INVALID, "scale is nan; it must be finite"); /* of which printf may print a sign, too */
+        return mfa_fail(MFA_INVALID, "scale is nan; it must be finite"); /* printf might print its sign */
     if (isinf(problem->scale))
         return mfa_fail(MFA_INVALID, "scale is %g; it must be finite", problem->scale);
     if (size != 0 && !(size >= 1e-60 && size <= 1e60))
@@ -195,7 +195,7 @@ static mfa_status check_layout(const struct mfa_operand *operand, int role, cons
     const int64_t stride[4] = {layout->batch, layout->head, layout->row, operand->columns ? layout->column : 0};
     int64_t shape[4];
     if (!mfa_operand_extent(operand, problem, shape))
-        return MFA_OK; /* no element is ever looked for */
+        return MFA_OK; /* there are no elements, so no stride is used */
     if (!extent_fits(shape, stride, mfa_operand_element(operand, problem)))
         return mfa_fail(MFA_INVALID,
                         "%s_layout is %lld, %lld, %lld, %lld for sizes %lld, %lld, %lld, %lld; "
@@ -207,7 +207,7 @@ static mfa_status check_layout(const struct mfa_operand *operand, int role, cons
         return MFA_OK;
     for (int i = 0; i < 4; i++)
         if (stride[i] == 0 && shape[i] > 1)
-            return mfa_fail(MFA_INVALID, "%s_layout.%s is 0 over %lld elements; an output may not lie over itself",
+            return mfa_fail(MFA_INVALID, "%s_layout.%s is 0 over %lld elements; an output must not overlap itself",
                             operand->name, dimensions[i], (long long)shape[i]);
     return MFA_OK;
 }

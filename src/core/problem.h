@@ -1,4 +1,4 @@
-/* What is asked: made, checked and brought into one form, printed and parsed. */
+/* Problems: made, checked and brought into canonical form, printed and parsed. */
 #ifndef MFA_CORE_PROBLEM_H
 #define MFA_CORE_PROBLEM_H
 
@@ -26,13 +26,15 @@ void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int6
 mfa_status mfa_problem_write(const mfa_problem *problem, char *text, size_t capacity);
 mfa_status mfa_problem_read(const char *text, mfa_problem *problem);
 
-/* Takes in the caller's struct, which may be that of an older version. Its enums are sound after it. */
+/* Copies the caller's struct, which may be that of an older version. After it, the enums of the copy are valid.
+ * MFA_INVALID: its size or one of its enums is wrong. */
 mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy);
 
 /* MFA_INVALID if a size is negative. */
 mfa_status mfa_problem_check_signs(const mfa_problem *problem);
 
-/* Refuses what no backend could ever run, and sizes beyond all our kernels. After it
+/* MFA_INVALID: no backend could ever run the problem. MFA_UNSUPPORTED: no kernel has these columns or this scale. After
+ * it
  *   - every enum names something, every size is 0 or more, head_dim and value_dim are 1 to MFA_DIM_MAX,
  *     and kv_heads divides q_heads (it may be 0 if q_heads is);
  *   - batch * q_heads * q_len and batch * kv_heads * kv_len, with 1 in place of 0, are at most 2^43;
@@ -41,7 +43,7 @@ mfa_status mfa_problem_check_signs(const mfa_problem *problem);
  *   - mask_dtype is dtype unless the mask is additive. */
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical);
 
-/* What kernels are told of a canonical problem. Without heads, the group is 1. */
+/* The arguments of the kernels for a canonical problem. Without heads, group is 1. */
 struct mfa_args mfa_problem_args(const mfa_problem *canonical);
 
 #endif

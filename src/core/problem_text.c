@@ -28,10 +28,10 @@ struct writer {
 
 __attribute__((format(printf, 2, 3))) static void put(struct writer *writer, const char *format, ...)
 {
-    const size_t room = writer->length < writer->capacity ? writer->capacity - writer->length : 0;
+    const size_t left = writer->length < writer->capacity ? writer->capacity - writer->length : 0;
     va_list arguments;
     va_start(arguments, format);
-    const int length = vsnprintf(room ? writer->text + writer->length : NULL, room, format, arguments);
+    const int length = vsnprintf(left ? writer->text + writer->length : NULL, left, format, arguments);
     va_end(arguments);
     writer->length += length > 0 ? (size_t)length : 0;
 }
@@ -77,7 +77,7 @@ static void put_line(struct writer *writer, const mfa_problem *problem)
         put(writer, " metal");
 }
 
-/* A host may have set a locale that writes 0,5. */
+/* The host program may have set a locale that writes 0,5. */
 struct plain_locale {
     locale_t plain, before;
 };
@@ -102,7 +102,7 @@ static void leave_plain_locale(struct plain_locale locale)
     freelocale(locale.plain);
 }
 
-/* Refuses what no line says. */
+/* Refuses a problem that no line can describe. */
 static mfa_status check_printable(const mfa_problem *problem)
 {
     if (isnan(problem->scale))
@@ -209,8 +209,8 @@ static int32_t find_name(const char *word, const char *(*name)(int32_t))
     return -1;
 }
 
-/* What stands behind `prefix`, or NULL if the word begins otherwise. */
-static const char *behind(const char *word, const char *prefix)
+/* The rest of the word after `prefix`, or NULL if it does not begin with that. */
+static const char *rest_after(const char *word, const char *prefix)
 {
     const size_t length = strlen(prefix);
     return strncmp(word, prefix, length) == 0 ? word + length : NULL;
@@ -226,7 +226,7 @@ static int read_number(const char *text, double *value)
 
 enum { LOWER = 1, UPPER = 2, SCALE = 4, SOFTCAP = 8, MASK = 16, DEVICE = 32 };
 
-/* Returns which of the above the word has set, or 0 if it is no such word. */
+/* Returns which of the above the word sets, or 0 if it is no option. */
 static int read_option(const char *word, mfa_problem *problem)
 {
     const char *rest;
@@ -234,19 +234,19 @@ static int read_option(const char *word, mfa_problem *problem)
         problem->upper = 0;
         return UPPER;
     }
-    if ((rest = behind(word, "lower")))
+    if ((rest = rest_after(word, "lower")))
         return read_integer(&rest, 1, &problem->lower) && !*rest ? LOWER : 0;
-    if ((rest = behind(word, "upper")))
+    if ((rest = rest_after(word, "upper")))
         return read_integer(&rest, 1, &problem->upper) && !*rest ? UPPER : 0;
-    if ((rest = behind(word, "scale")))
+    if ((rest = rest_after(word, "scale")))
         return read_number(rest, &problem->scale) ? SCALE : 0;
-    if ((rest = behind(word, "softcap")))
+    if ((rest = rest_after(word, "softcap")))
         return read_number(rest, &problem->softcap) ? SOFTCAP : 0;
     if (strcmp(word, "mask_bool") == 0) {
         problem->mask = MFA_MASK_BOOL;
         return MASK;
     }
-    if ((rest = behind(word, "mask_")) && find_name(rest, mfa_dtype_name) >= 0) {
+    if ((rest = rest_after(word, "mask_")) && find_name(rest, mfa_dtype_name) >= 0) {
         problem->mask = MFA_MASK_ADDITIVE;
         problem->mask_dtype = find_name(rest, mfa_dtype_name);
         return MASK;
@@ -269,7 +269,7 @@ static mfa_status read_options(struct reader *reader, mfa_problem *problem)
             return unexpected(reader, "causal, lower<int>, upper<int>, scale<float>, softcap<float>, mask_bool, "
                                       "mask_f32, mask_f16, mask_bf16, mask_f64 or metal");
         if (seen & option)
-            return mfa_fail(MFA_INVALID, "\"%s\" in the problem; the same was said before, and may be said once",
+            return mfa_fail(MFA_INVALID, "\"%s\" in the problem; this option was given before, and may be given once",
                             reader->word);
         seen |= option;
     }
