@@ -1,5 +1,5 @@
-/* The tile registers are 8 KiB of state that Linux saves only for processes that have asked for it, once for all their
- * threads (Linux's Documentation/arch/x86/xstate.rst). Other systems offer no such call that we know. */
+/* The tile registers are 8 KiB of state that Linux saves only for processes that have requested it, once for all their
+ * threads (Linux's Documentation/arch/x86/xstate.rst). No such call is known for other systems. */
 #define _GNU_SOURCE /* for syscall */
 #include "cpu/amx.h"
 

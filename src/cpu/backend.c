@@ -1,4 +1,4 @@
-/* The CPU behind core/backend.h. */
+/* The CPU backend: the functions of core/backend.h. */
 #include "cpu/backend.h"
 
 #include <stdatomic.h>
@@ -14,10 +14,11 @@
 struct cpu {
     mfa_cpu_isa isa;
     mfa_cpu_threads *threads;
-    atomic_int limit; /* most threads of a run */
+    atomic_int limit; /* maximum number of threads of a run */
 };
 
-/* The named instruction set, which must have been built; or the best that was. */
+/* The named instruction set, which must have been built; with NULL, the best that this machine has and that was built.
+ * */
 static mfa_status choose_isa(const char *cap, mfa_cpu_isa *isa)
 {
     mfa_status status = mfa_cpu_isa_choose(cap, isa);
@@ -73,7 +74,7 @@ static void close_cpu(void *state)
     free(cpu);
 }
 
-/* The core has refused what no kernel of ours can do, and the CPU's can do all the rest. */
+/* The core has refused the problems that no kernel can run; the CPU's kernels run all others. */
 static mfa_status supports(void *state, const mfa_problem *problem)
 {
     (void)state, (void)problem;

@@ -1,4 +1,4 @@
-/* The door of the CPU room. */
+/* The CPU backend. */
 #ifndef MFA_CPU_BACKEND_H
 #define MFA_CPU_BACKEND_H
 

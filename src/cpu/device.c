@@ -1,6 +1,5 @@
-/* x86 is asked through cpuid, and its operating system through xgetbv: registers that it does not save
- * may not be used. Every arm64 CPU has NEON; what else it has the operating system says, which also saves the
- * registers. */
+/* On x86, cpuid says what the CPU has, and xgetbv which registers the operating system saves: others must not be used.
+ * Every arm64 CPU has NEON; the operating system, which also saves the registers, says what else it has. */
 #include "cpu/device.h"
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-/* Which instruction sets this CPU and its operating system offer. */
+/* Which instruction sets this CPU and its operating system have. */
 #ifndef MFA_CPU_DEVICE_H
 #define MFA_CPU_DEVICE_H
 

@@ -1,6 +1,7 @@
 /* The floating-point mode of a thread: how it rounds, whether subnormal numbers count as 0, which exceptions trap. The
- * kernels round to nearest (exp2 does so by adding a large number), and compute what traps on purpose. So a run has a
- * mode of its own: that one, with the caller's word on subnormals, which are slow on some CPUs. */
+ * kernels need rounding to nearest (exp2 rounds by adding a large number), and compute infinities and NaNs on purpose.
+ * So a run has a mode of its own: to nearest, no traps, and the caller's setting for subnormals, which are slow on some
+ * CPUs. */
 #ifndef MFA_CPU_FLOAT_MODE_H
 #define MFA_CPU_FLOAT_MODE_H
 
@@ -9,19 +10,19 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 
-typedef uint32_t mfa_cpu_float_mode;   /* MXCSR, but for the flags of what has happened */
+typedef uint32_t mfa_cpu_float_mode;   /* MXCSR without the exception flags */
 #define MFA_CPU_FLOAT_PLAIN 0x1f80u    /* to nearest, nothing traps */
 #define MFA_CPU_FLOAT_FLUSH 0x8040u    /* FTZ, DAZ */
-#define MFA_CPU_FLOAT_HAPPENED 0x003fu
+#define MFA_CPU_FLOAT_FLAGS 0x003fu
 
 static inline mfa_cpu_float_mode mfa_cpu_float_mode_get(void)
 {
-    return _mm_getcsr() & ~MFA_CPU_FLOAT_HAPPENED;
+    return _mm_getcsr() & ~MFA_CPU_FLOAT_FLAGS;
 }
 
 static inline void mfa_cpu_float_mode_set(mfa_cpu_float_mode mode)
 {
-    _mm_setcsr(mode | (_mm_getcsr() & MFA_CPU_FLOAT_HAPPENED));
+    _mm_setcsr(mode | (_mm_getcsr() & MFA_CPU_FLOAT_FLAGS));
 }
 #elif defined(__aarch64__)
 typedef uint64_t mfa_cpu_float_mode; /* FPCR */
@@ -57,7 +58,7 @@ static inline void mfa_cpu_float_mode_set(mfa_cpu_float_mode mode)
 }
 #endif
 
-/* That of a run whose caller has `mode`. */
+/* The mode of a run whose caller has `mode`. */
 static inline mfa_cpu_float_mode mfa_cpu_float_mode_of_run(mfa_cpu_float_mode mode)
 {
     return MFA_CPU_FLOAT_PLAIN | (mode & MFA_CPU_FLOAT_FLUSH);

@@ -13,9 +13,9 @@ _Static_assert((int)CPU_MASK_NONE == MFA_MASK_NONE && (int)CPU_MASK_BOOL == MFA_
                    (int)CPU_MASK_ADDITIVE == MFA_MASK_ADDITIVE,
                "contract.h counts masks as mfa.h does");
 
-/* From one row to the next there is no step where there is one row, but the caller's stride may be any number: kernels
- * that multiply it, or go on by it to where they stop, must not overflow. */
-static void settle_rows(struct mfa_args *a)
+/* The row stride of a single row is never used, but the caller may give any number: set to 0, so that kernels that
+ * multiply it, or advance by it beyond the last row, do not overflow. */
+static void clear_unused_strides(struct mfa_args *a)
 {
     if (a->q_len <= 1)
         a->q.row = a->o.row = a->d_o.row = a->dq.row = 0;
@@ -23,8 +23,8 @@ static void settle_rows(struct mfa_args *a)
         a->k.row = a->v.row = 0;
 }
 
-/* dQ = scale * dS K, and dK likewise: where the scale is far from 1, so may be dS K, and overflow or lose its digits
- * where dQ does not. Then dS has most of the scale. */
+/* dQ = scale * dS K, and dK likewise: where the scale is far from 1, dS K may overflow or underflow although dQ does
+ * not. Then most of the scale is a factor of dS, a power of two. */
 static double dS_factor(double scale)
 {
     int exponent;
@@ -34,21 +34,21 @@ static double dS_factor(double scale)
     return ldexp(1, exponent < -64 ? -64 : exponent > 64 ? 64 : exponent);
 }
 
-/* The call without its pointers. */
-static void describe(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
+/* All members of the call except its pointers. */
+static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
 {
     const struct mfa_cpu_tiling tiling = mfa_cpu_tiling_of(choice);
     memset(call, 0, sizeof *call);
     call->args = mfa_problem_args(p);
-    settle_rows(&call->args);
+    clear_unused_strides(&call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels, call->splits = tiling.splits;
 }
 
-/* The parts of the workspace that a run's threads share: where each begins, and at last where all end. */
-struct shared {
+/* Offsets in bytes of the parts of the workspace that a run's threads share, and where the last one ends. */
+struct offsets {
     uint64_t partials, D, L, dq_sums, dq_semaphore, end;
 };
 
@@ -57,22 +57,22 @@ static uint64_t align(uint64_t bytes)
     return (bytes + 63) / 64 * 64;
 }
 
-static int64_t whole(int64_t n, int64_t unit)
+static int64_t round_up(int64_t n, int64_t unit)
 {
     return mfa_cpu_ceil(n, unit) * unit;
 }
 
-/* dQ is summed in its own memory if that holds whole vectors of reals. */
+/* dQ is accumulated in the caller's tensor if its rows are whole vectors of reals. */
 static int sums_in_place(const struct mfa_cpu_kernels *kernels, const mfa_problem *p)
 {
     return (p->dtype == MFA_F32 || p->dtype == MFA_F64) && p->dq_layout.column == 1 &&
            p->head_dim % kernels->lanes == 0;
 }
 
-static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
+static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
                              const struct mfa_cpu_call *call)
 {
-    struct shared at = {0};
+    struct offsets at = {0};
     uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     if (p->pass == MFA_FORWARD) {
@@ -87,7 +87,8 @@ static struct shared lay_out(const struct mfa_cpu_kernels *kernels, const mfa_pr
     at.dq_semaphore = at.dq_sums;
     if (!sums_in_place(kernels, p))
         at.dq_semaphore +=
-            align((uint64_t)(heads * whole(p->q_len, kernels->panel) * whole(p->head_dim, kernels->lanes)) * real);
+            align((uint64_t)(heads * round_up(p->q_len, kernels->panel) * round_up(p->head_dim, kernels->lanes)) *
+                  real);
     at.end = at.dq_semaphore + align((uint64_t)groups * sizeof *call->dq_semaphore);
     return at;
 }
@@ -96,8 +97,8 @@ void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_pro
                             struct mfa_choice *choice)
 {
     struct mfa_cpu_call call;
-    describe(problem, choice, &call);
-    choice->shared = lay_out(kernels, problem, &call).end;
+    fill_in_call(problem, choice, &call);
+    choice->shared = workspace_offsets(kernels, problem, &call).end;
     uint64_t bytes = problem->pass == MFA_BACKWARD ? kernels->backward_scratch(&call)
                      : call.decode                 ? kernels->decode_scratch(&call)
                                                    : kernels->forward_scratch(&call);
@@ -132,23 +133,27 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
         mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
 }
 
-/* Blocks of one KV head add to the same dQ, one after another; those of others share nothing. So a task is a whole
- * head, as long as each thread has one; the blocks of the last heads are taken one by one, as many heads side by side
- * as there are threads. */
+/* Blocks of one KV head add to the same dQ, one after another; those of different heads are independent. So a task is
+ * an entire head while there is one for each thread; of the last heads each block is a task, with the blocks of as many
+ * heads interleaved as there are threads. */
 struct heads {
     mfa_cpu_task_function *block;
     struct mfa_cpu_call *call;
-    int64_t whole, apart, blocks; /* heads that are one task; heads by blocks; blocks of a head */
+    int64_t entire, by_block; /* heads that are one task; heads of which each block is one */
+    int64_t blocks;           /* of a head */
 };
 
 static void run_head(void *argument, int64_t task, int worker)
 {
     const struct heads *heads = argument;
-    int64_t part = task - heads->whole;
-    if (part >= 0)
-        heads->block(heads->call, (heads->whole + part % heads->apart) * heads->blocks + part / heads->apart, worker);
-    for (int64_t i = 0; part < 0 && i < heads->blocks; i++)
-        heads->block(heads->call, task * heads->blocks + i, worker);
+    const int64_t part = task - heads->entire;
+    if (part >= 0) {
+        const int64_t head = heads->entire + part % heads->by_block, block = part / heads->by_block;
+        heads->block(heads->call, head * heads->blocks + block, worker);
+        return;
+    }
+    for (int64_t block = 0; block < heads->blocks; block++)
+        heads->block(heads->call, task * heads->blocks + block, worker);
 }
 
 static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
@@ -157,12 +162,12 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
-    int64_t all = a->batch * a->kv_heads, apart = all < 2 * workers ? all : workers + all % workers;
-    struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - apart, apart,
+    int64_t all = a->batch * a->kv_heads, by_block = all < 2 * workers ? all : workers + all % workers;
+    struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - by_block, by_block,
                           mfa_cpu_ceil(a->kv_len, call->block_kv)};
     mfa_cpu_threads_run(threads, workers, groups, kernels->backward_preprocess, call);
     if (call->dq || call->dk || call->dv)
-        mfa_cpu_threads_run(threads, workers, heads.whole + heads.apart * heads.blocks, run_head, &heads);
+        mfa_cpu_threads_run(threads, workers, heads.entire + heads.by_block * heads.blocks, run_head, &heads);
     if (call->dbias) {
         struct mfa_cpu_dbias_tiles t = mfa_cpu_dbias_tiles(call, kernels->panel);
         mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->dbias, call);
@@ -174,9 +179,9 @@ void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_
                     void *workspace)
 {
     struct mfa_cpu_call call;
-    describe(problem, choice, &call);
+    fill_in_call(problem, choice, &call);
     bind(&call, buffers);
-    struct shared at = lay_out(kernels, problem, &call);
+    struct offsets at = workspace_offsets(kernels, problem, &call);
     char *memory = workspace;
     call.scratch = memory + at.end, call.scratch_bytes = choice->per_thread;
     if (problem->pass == MFA_FORWARD) {

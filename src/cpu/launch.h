@@ -1,4 +1,4 @@
-/* How a kernel set is run: the call that all tasks share, its workspace, and the phases. */
+/* How a kernel set is run: the call that all tasks share, its workspace, and its phases. */
 #ifndef MFA_CPU_LAUNCH_H
 #define MFA_CPU_LAUNCH_H
 
@@ -11,7 +11,8 @@
 void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
                             struct mfa_choice *choice);
 
-/* On at most `workers` threads, themselves at most choice->threads. */
+/* Runs the problem on at most `workers` threads, themselves at most choice->threads; cannot fail. `workspace` has
+ * choice->shared + choice->threads * choice->per_thread bytes, 64-byte aligned. */
 void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
                     const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
                     void *workspace);

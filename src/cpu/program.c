@@ -14,7 +14,7 @@ static const struct entry {
 
 enum { ENTRIES = sizeof entries / sizeof *entries };
 
-/* That of the dtype itself if there is one, else that of its reals; NULL: neither. */
+/* The kernel set of the dtype; else that of its reals, f32 or f64; NULL: there is neither. */
 static const struct entry *entry_of(mfa_cpu_isa isa, int32_t dtype)
 {
     const int32_t real = dtype == MFA_F64 ? MFA_F64 : MFA_F32;
@@ -25,8 +25,8 @@ static const struct entry *entry_of(mfa_cpu_isa isa, int32_t dtype)
     return found;
 }
 
-/* Dot products of bf16 pairs take Q as it lies, and the scale after them: they would overflow, or lose small numbers,
- * where the scores that such a scale makes of them do not. Other kernels give a part of it to Q. */
+/* Dot products of bf16 pairs take Q unscaled and apply the scale to the result: with a scale far from 1 they might
+ * overflow or underflow although the scores do not. Other kernels apply a part of the scale to Q. */
 static int needs_scaled_queries(const mfa_problem *p)
 {
     const double size = fabs(p->scale);
@@ -37,7 +37,7 @@ mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, const mfa_problem *problem)
 {
     const struct entry *entry = entry_of(isa, problem->dtype);
     while (!entry || (entry->dtype == MFA_BF16 && needs_scaled_queries(problem))) {
-        isa = (mfa_cpu_isa)(isa - 1); /* what an instruction set has nothing new for, those below it have */
+        isa = (mfa_cpu_isa)(isa - 1); /* a lower instruction set has a kernel set for it */
         entry = entry_of(isa, problem->dtype);
     }
     return isa;

@@ -1,4 +1,4 @@
-/* How a kernel comes to be: the CPU's are compiled in, so this is a look into kernels.inc. */
+/* Finds a kernel set: those of the CPU are compiled in, and kernels.inc lists them. */
 #ifndef MFA_CPU_PROGRAM_H
 #define MFA_CPU_PROGRAM_H
 
@@ -9,10 +9,10 @@
 /* 1 if all sets of that instruction set were built. */
 int mfa_cpu_program_has(mfa_cpu_isa isa);
 
-/* The instruction set, that one or one that it includes, whose kernels run this problem. */
+/* The instruction set whose kernels run this problem: `isa`, or one that it includes. */
 mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, const mfa_problem *problem);
 
-/* The kernels of an instruction set that has some for tensors of that dtype. */
+/* The kernel set for tensors of that dtype, of an instruction set that mfa_cpu_program_isa has returned for it. */
 const struct mfa_cpu_kernels *mfa_cpu_program_find(mfa_cpu_isa isa, int32_t dtype);
 
 #endif

@@ -1,7 +1,8 @@
-/* The thread pool. Workers wait at a gate: one word with the number of the run, the seats still free in
- * it and the workers inside. A run opens the gate with a seat for each helper that it can use; the caller
- * works too, and when no task is left closes the gate and waits for those inside, not for those that never
- * came. Nothing is shared between two runs, and a child after fork() starts with a pool of its own. */
+/* The thread pool. Workers wait for a change of the run word, which holds the number of the run, the tickets that are
+ * left and the workers that are active in it. A run publishes a ticket for each worker that it can use; a worker takes
+ * one to join. The caller works too. When no task is left, it withdraws the tickets and waits for the active workers,
+ * not for those that never joined. Nothing is shared between two runs, and a child process after fork() starts with a
+ * pool of its own. */
 #define _GNU_SOURCE
 #include "cpu/threads.h"
 
@@ -26,37 +27,37 @@
 #include <sched.h>
 #endif
 
-#define SPIN_NANOSECONDS 30000 /* a wait of this length costs about as much as going to sleep */
-#define HELPERS_MAX (MFA_CPU_THREADS_MAX - 1)
+#define SPIN_NANOSECONDS 30000 /* a wait of this length costs about as much as sleeping */
+#define MAX_WORKERS (MFA_CPU_THREADS_MAX - 1) /* beside the caller */
 
-/* The gate: 32 bits of run number, 16 of free seats, 16 of workers inside. */
+/* The run word: 32 bits of run number, 16 of tickets left, 16 of active workers. */
 #define RUN_SHIFT 32
-#define SEAT_SHIFT 16
-#define INSIDE UINT64_C(0xffff)
-#define SEATS (INSIDE << SEAT_SHIFT)
+#define TICKET_SHIFT 16
+#define ACTIVE UINT64_C(0xffff)
+#define TICKETS (ACTIVE << TICKET_SHIFT)
 
 struct run {
     mfa_cpu_task task;
     void *call;
     int64_t tasks;
-    mfa_cpu_float_mode mode; /* of all threads in it, so that none computes otherwise than the others */
+    mfa_cpu_float_mode mode; /* of all threads in it, so that all compute alike */
     _Alignas(64) _Atomic int64_t next; /* the lowest task not yet taken */
 };
 
 struct pool {
     uint32_t process;    /* whose threads the workers are */
-    struct pool *before; /* the pool of the parent process: its memory is kept, its threads are not here */
-    atomic_int busy;     /* a caller has it */
+    struct pool *before; /* the parent process's pool: its memory is kept, its threads do not exist here */
+    atomic_int busy;     /* a caller is using it */
 
     struct run *run;
-    _Alignas(64) _Atomic uint64_t gate;
+    _Alignas(64) _Atomic uint64_t run_word;
     _Alignas(64) atomic_int sleepers; /* workers asleep, or about to be */
     atomic_int caller_sleeps, stop;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
 
     pthread_t *workers;
-    int started, capacity;
+    int started, capacity; /* running workers; length of the array */
 };
 
 struct mfa_cpu_threads {
@@ -66,7 +67,7 @@ struct mfa_cpu_threads {
 
 static _Thread_local int within_task;
 
-/* Takes tasks until there are none. The thread, which may be the host's, gets its own mode back. */
+/* Takes tasks until there are none left. Restores the mode of the thread, which may be the host's. */
 static void work(struct run *run, int worker)
 {
     const int nested = within_task;
@@ -92,7 +93,7 @@ static int64_t now(void)
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-/* Waits a little. Returns 0 when it is time to sleep; `*until` is 0 at first. */
+/* Waits a little. Returns 0 when it is time to sleep; `*until` is initially 0. */
 static int spin(int64_t *until)
 {
     if (*until == 0)
@@ -102,49 +103,50 @@ static int spin(int64_t *until)
     return now() < *until;
 }
 
-/* Whether a worker that was last in run `seen` may enter. */
-static int may_enter(uint64_t gate, uint32_t seen)
+/* Whether a worker whose last run was number `seen` may join. */
+static int may_join(uint64_t word, uint32_t seen)
 {
-    return (gate & SEATS) != 0 && (uint32_t)(gate >> RUN_SHIFT) != seen;
+    return (word & TICKETS) != 0 && (uint32_t)(word >> RUN_SHIFT) != seen;
 }
 
-static uint64_t sleep_at_gate(struct pool *pool, uint32_t seen)
+static uint64_t sleep_for_run(struct pool *pool, uint32_t seen)
 {
-    uint64_t gate;
+    uint64_t word;
     pthread_mutex_lock(&pool->mutex);
-    /* Either this is seen by the caller that opens the gate, or the gate is seen open here. */
+    /* Either the caller that publishes a run sees this, or the run is seen here. */
     atomic_fetch_add(&pool->sleepers, 1);
-    while (gate = atomic_load(&pool->gate), !may_enter(gate, seen) && !atomic_load(&pool->stop))
+    while (word = atomic_load(&pool->run_word), !may_join(word, seen) && !atomic_load(&pool->stop))
         pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->sleepers, 1);
     pthread_mutex_unlock(&pool->mutex);
-    return gate;
+    return word;
 }
 
-static uint64_t wait_at_gate(struct pool *pool, uint32_t seen)
+static uint64_t wait_for_run(struct pool *pool, uint32_t seen)
 {
     int64_t until = 0;
     do {
-        const uint64_t gate = atomic_load_explicit(&pool->gate, memory_order_relaxed);
-        if (may_enter(gate, seen) || atomic_load_explicit(&pool->stop, memory_order_relaxed))
-            return gate;
+        const uint64_t word = atomic_load_explicit(&pool->run_word, memory_order_relaxed);
+        if (may_join(word, seen) || atomic_load_explicit(&pool->stop, memory_order_relaxed))
+            return word;
     } while (spin(&until));
-    return sleep_at_gate(pool, seen);
+    return sleep_for_run(pool, seen);
 }
 
 static void *worker_main(void *argument)
 {
     struct pool *pool = argument;
     for (uint32_t seen = 0;;) {
-        uint64_t gate = wait_at_gate(pool, seen);
+        uint64_t word = wait_for_run(pool, seen);
         if (atomic_load(&pool->stop))
             return NULL;
-        const uint64_t entered = gate - (UINT64_C(1) << SEAT_SHIFT) + 1;
-        if (!atomic_compare_exchange_strong(&pool->gate, &gate, entered))
+        const uint64_t joined = word - (UINT64_C(1) << TICKET_SHIFT) + 1;
+        if (!atomic_compare_exchange_strong(&pool->run_word, &word, joined))
             continue;
-        seen = (uint32_t)(gate >> RUN_SHIFT);
-        work(pool->run, (int)((gate & SEATS) >> SEAT_SHIFT)); /* seats are numbered from 1: 0 is the caller's */
-        if ((atomic_fetch_sub(&pool->gate, 1) & INSIDE) == 1 && atomic_load(&pool->caller_sleeps)) {
+        seen = (uint32_t)(word >> RUN_SHIFT);
+        /* tickets are numbered from 1: the caller is worker 0 */
+        work(pool->run, (int)((word & TICKETS) >> TICKET_SHIFT));
+        if ((atomic_fetch_sub(&pool->run_word, 1) & ACTIVE) == 1 && atomic_load(&pool->caller_sleeps)) {
             pthread_mutex_lock(&pool->mutex);
             pthread_cond_signal(&pool->done);
             pthread_mutex_unlock(&pool->mutex);
@@ -182,25 +184,25 @@ static struct pool *find_pool(mfa_cpu_threads *threads)
     if (!made || atomic_compare_exchange_strong(&threads->pool, &pool, made))
         return made;
     free_pool(made);
-    return pool; /* another thread's, made in the meantime */
+    return pool; /* another thread's, made meanwhile */
 }
 
-/* Signals to the process are for its own threads; those that a fault raises stay with the thread. */
-static void hide_from_signals(sigset_t *before)
+/* Signals to the process are handled by its own threads; only those that a fault raises are left to a worker. */
+static void block_signals(sigset_t *before)
 {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT};
-    sigset_t hidden;
-    sigfillset(&hidden);
+    sigset_t blocked;
+    sigfillset(&blocked);
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
-        sigdelset(&hidden, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &hidden, before);
+        sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, before);
 }
 
-/* Sees to it that `wanted` workers run. Returns how many of those do. */
+/* Starts workers until `wanted` are running. Returns how many of these are. */
 static int start_workers(struct pool *pool, int wanted)
 {
-    if (wanted > HELPERS_MAX)
-        wanted = HELPERS_MAX;
+    if (wanted > MAX_WORKERS)
+        wanted = MAX_WORKERS;
     if (pool->started >= wanted)
         return wanted;
     if (pool->capacity < wanted) {
@@ -211,39 +213,39 @@ static int start_workers(struct pool *pool, int wanted)
         pool->capacity = wanted;
     }
     sigset_t before;
-    hide_from_signals(&before);
+    block_signals(&before);
     while (pool->started < wanted && pthread_create(&pool->workers[pool->started], NULL, worker_main, pool) == 0)
         pool->started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return pool->started;
 }
 
-static void open_gate(struct pool *pool, struct run *run, int seats)
+static void publish_run(struct pool *pool, struct run *run, int tickets)
 {
     pool->run = run;
-    const uint64_t number = (atomic_load(&pool->gate) >> RUN_SHIFT) + 1;
-    atomic_store(&pool->gate, number << RUN_SHIFT | (uint64_t)seats << SEAT_SHIFT);
+    const uint64_t number = (atomic_load(&pool->run_word) >> RUN_SHIFT) + 1;
+    atomic_store(&pool->run_word, number << RUN_SHIFT | (uint64_t)tickets << TICKET_SHIFT);
     int asleep = atomic_load(&pool->sleepers);
     if (asleep == 0)
         return;
-    if (asleep > seats)
-        asleep = seats;
+    if (asleep > tickets)
+        asleep = tickets;
     pthread_mutex_lock(&pool->mutex);
     while (asleep-- > 0)
         pthread_cond_signal(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
 }
 
-static void close_gate(struct pool *pool)
+static void finish_run(struct pool *pool)
 {
     int64_t until = 0;
-    atomic_fetch_and(&pool->gate, ~SEATS);
-    while (atomic_load(&pool->gate) & INSIDE) {
+    atomic_fetch_and(&pool->run_word, ~TICKETS);
+    while (atomic_load(&pool->run_word) & ACTIVE) {
         if (spin(&until))
             continue;
         pthread_mutex_lock(&pool->mutex);
         atomic_store(&pool->caller_sleeps, 1);
-        while (atomic_load(&pool->gate) & INSIDE)
+        while (atomic_load(&pool->run_word) & ACTIVE)
             pthread_cond_wait(&pool->done, &pool->mutex);
         atomic_store(&pool->caller_sleeps, 0);
         pthread_mutex_unlock(&pool->mutex);
@@ -259,25 +261,25 @@ static void run_on_pool(mfa_cpu_threads *threads, struct run *run, int workers)
     }
     const int helpers = start_workers(pool, workers - 1);
     if (helpers > 0)
-        open_gate(pool, run, helpers);
+        publish_run(pool, run, helpers);
     work(run, 0);
     if (helpers > 0)
-        close_gate(pool);
+        finish_run(pool);
     atomic_store(&pool->busy, 0);
 }
 
 struct hosted {
     struct run *run;
     int workers;
-    atomic_int seats; /* taken so far */
+    atomic_int joined; /* workers so far */
 };
 
-/* As many of our workers as the host's range is long. */
+/* Each index of the host's range is one of our workers. */
 static void work_on_host(int64_t begin, int64_t end, void *argument)
 {
     struct hosted *hosted = argument;
     for (int64_t i = begin; i < end; i++) {
-        const int worker = atomic_fetch_add(&hosted->seats, 1);
+        const int worker = atomic_fetch_add(&hosted->joined, 1);
         if (worker < hosted->workers)
             work(hosted->run, worker);
     }
@@ -287,7 +289,7 @@ static void run_on_host(mfa_parallel_for host, struct run *run, int workers)
 {
     struct hosted hosted = {run, workers, 0};
     (void)host(0, workers, 1, work_on_host, &hosted);
-    work_on_host(0, 1, &hosted); /* what the host has not done: nothing, unless it failed */
+    work_on_host(0, 1, &hosted); /* what the host has left: nothing, unless it failed */
 }
 
 void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, mfa_cpu_task task, void *call)
@@ -345,7 +347,7 @@ static int count_processors(void)
 {
     int count = 0;
     size_t size = sizeof count;
-    /* The fast cores: the slow ones would hold up the end of each run. */
+    /* The performance cores only: the others would delay the end of each run. */
     if (sysctlbyname("hw.perflevel0.physicalcpu", &count, &size, NULL, 0) == 0 && count > 0)
         return count;
     size = sizeof count;

@@ -8,22 +8,23 @@
 
 typedef struct mfa_cpu_threads mfa_cpu_threads;
 
-#define MFA_CPU_THREADS_MAX 4096 /* of a run, the caller among them */
+#define MFA_CPU_THREADS_MAX 4096 /* of a run, the caller included */
 
-/* One task. `worker` is below the count given to run: it names the scratch memory to use. */
+/* One task. `worker`, from 0 and below the count given to run, selects the scratch memory to use. */
 typedef void (*mfa_cpu_task)(void *call, int64_t task, int worker);
 
-/* `host` may be NULL. Workers are started by the first run that needs them. */
+/* `host` may be NULL: then the pool is the library's own. Workers are started by the first run that needs them.
+ * MFA_OUT_OF_MEMORY. */
 mfa_status mfa_cpu_threads_open(mfa_parallel_for host, mfa_cpu_threads **threads);
 void mfa_cpu_threads_close(mfa_cpu_threads *threads);
 
-/* As many threads as this process may use at once: affinity and cgroup quota counted. At least 1. */
+/* The number of threads that this process may use at once, as affinity and cgroup quota allow; at least 1. */
 int mfa_cpu_threads_available(void);
 
-/* Runs task(call, t, worker) for each t in [0, tasks) on at most `workers` threads, the caller among
- * them, and returns when all are done. Each worker takes the lowest task not yet taken, so a task may
- * wait for a lower-numbered one of the same run. Never fails: with no other thread to be had (pool in use by
- * another caller, called from within a task, thread creation refused) the caller runs all by itself. */
+/* Runs task(call, t, worker) for each t in [0, tasks) on at most `workers` threads, the caller included, and returns
+ * when all are done. Each worker takes the lowest task not yet taken, so a task may wait for a lower-numbered one of
+ * the same run. Never fails: if no other thread is available (the pool is in use by another caller, the call comes from
+ * within a task, no thread can be created) the caller runs all tasks. */
 void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, mfa_cpu_task task, void *call);
 
 #endif

@@ -3,16 +3,16 @@
 #include <math.h>
 #include <string.h>
 
-/* Keys of a block, and panels that share one visit of it, for head dims up to `dim`. Set so that, forward, the
- * scores of one panel and a block of K and V stay in L2 with the sums, and backward, P and dS of a group
- * too (1 MiB on the machines we know). Rows are tried in order. */
+/* Keys of a block, and panels of queries that share one load of it, for head_dim and value_dim up to `dim`. Chosen so
+ * that in forward the scores of one panel, a block of K and V and the sums stay in L2 (1 MiB on the machines that were
+ * measured), and in backward P and dS of a group as well. The first row that fits counts. */
 /* clang-format off */
 static const struct row {
     mfa_cpu_isa isa; /* MFA_CPU_SCALAR: any */
     int32_t dim;
     int32_t forward_kv, forward_panels, backward_kv, backward_panels;
 } rows[] = {
-    {MFA_CPU_AMXBF16, 128, 512, 8, 512, 4}, /* whole strips of 64 keys */
+    {MFA_CPU_AMXBF16, 128, 512, 8, 512, 4}, /* multiples of 64 keys */
     {MFA_CPU_AMXBF16, 256, 128, 8, 128, 2},
     {MFA_CPU_AMXBF16, 512, 64, 8, 64, 2},
     {MFA_CPU_SCALAR, 32, 768, 8, 384, 2},
@@ -23,13 +23,13 @@ static const struct row {
 };
 /* clang-format on */
 
-#define ENOUGH_TASKS 32    /* for any number of threads that we expect to share them well */
-#define VISIT_PANELS 0.125 /* what loading a block costs a chunk, beside the time of a panel */
-#define SPLIT_KEYS 512     /* fewest keys worth a part of their own */
-#define SHARED_BLOCK 256   /* most keys of a block where tasks are few: parts and backward's tasks are whole blocks */
-#define EQUAL_TASKS 8      /* with fewer, a small one leaves threads without work */
+#define ENOUGH_TASKS 32    /* enough to balance any expected number of threads */
+#define LOAD_PANELS 0.125  /* the time to load a block for a chunk, in units of the time of a panel */
+#define SPLIT_KEYS 512     /* minimum number of keys of a split */
+#define SMALL_BLOCK 256    /* maximum number of keys of a block where tasks are few */
+#define EQUAL_TASKS 8      /* with fewer tasks, they should be of equal size, or threads wait for the last one */
 #define BLOCK_UNIT 16      /* keys */
-#define SERIAL_FLOP 2e6    /* less than this takes about as long as waking a thread */
+#define SERIAL_FLOP 2e6    /* less work takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
 {
@@ -40,20 +40,20 @@ static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
     return row;
 }
 
-/* Of all query heads that share a KV head. */
+/* Queries of all heads that share a KV head. */
 static int64_t queries_of(const mfa_problem *p)
 {
     return p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0;
 }
 
-/* A band's upper edge hides keys from some queries, and from each another number of them. */
+/* Whether the band's upper edge masks keys, whose number then differs from query to query. */
 static int hides_later_keys(const mfa_problem *p)
 {
     return p->upper < p->kv_len - 1;
 }
 
-/* Panels of a chunk, for `panels` of them in all: many, so that a block is loaded for many, but such that no thread is
- * left without work for long. Under a band the chunks take unequal times. */
+/* Panels of a chunk, at most `most`: as many as possible, so that a block is loaded for many, but such that no thread
+ * is idle for long. Under a band the chunks take unequal times. */
 static int32_t choose_panels(const mfa_problem *p, int32_t most, int64_t block_q, int64_t threads)
 {
     const int64_t heads = p->batch * p->kv_heads, queries = queries_of(p);
@@ -63,7 +63,7 @@ static int32_t choose_panels(const mfa_problem *p, int32_t most, int64_t block_q
     for (; most >= 1; most /= 2) {
         int64_t tasks = heads * mfa_cpu_ceil(queries, most * block_q);
         double rounds = (double)mfa_cpu_ceil(tasks, threads) + unequal;
-        double time = rounds * (panels / (double)tasks + VISIT_PANELS);
+        double time = rounds * (panels / (double)tasks + LOAD_PANELS);
         if (time < least)
             least = time, best = most;
     }
@@ -83,8 +83,8 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
     if (tasks > 0 && tasks < ENOUGH_TASKS) {
         int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
         tiling->splits = wanted < most ? wanted : most < 1 ? 1 : most;
-        if (tiling->block_kv > SHARED_BLOCK)
-            tiling->block_kv = SHARED_BLOCK;
+        if (tiling->block_kv > SMALL_BLOCK)
+            tiling->block_kv = SMALL_BLOCK;
     } else if (tasks > 0 && choice->key.variant == MFA_VARIANT_TILED) {
         tiling->panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
         tasks = heads * mfa_cpu_ceil(queries, tiling->panels * block_q);
@@ -93,13 +93,13 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
 }
 
 /* Returns the number of tasks. Where blocks are few, they are halved, and where these are very few, there is an even
- * number of blocks of one size, unless a band gives them unequal times. Groups are then twice as large, and take as
+ * number of blocks of one size, unless a band makes their times unequal. Groups are then twice as large, and take as
  * much memory as before. */
 static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_cpu_tiling *tiling)
 {
     int64_t heads = p->batch * p->kv_heads, blocks = mfa_cpu_ceil(p->kv_len, row->backward_kv);
     tiling->panels = row->backward_panels;
-    if (row->backward_kv > SHARED_BLOCK && heads * blocks > 0 && heads * blocks < ENOUGH_TASKS) {
+    if (row->backward_kv > SMALL_BLOCK && heads * blocks > 0 && heads * blocks < ENOUGH_TASKS) {
         tiling->block_kv /= 2;
         tiling->panels *= 2;
         blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);

@@ -1,4 +1,4 @@
-/* Which tile for which problem. */
+/* Which tiles for which problem: a table, and what follows from it. */
 #ifndef MFA_CPU_TILES_H
 #define MFA_CPU_TILES_H
 
