@@ -37,7 +37,7 @@ static void test_long_sentence(void **state)
             assert_in_range(length, CAPACITY - (bytes - 1), CAPACITY);
             assert_int_equal((length - before) % bytes, 0);
             assert_memory_equal(mfa_last_error(), text, length);
-            mfa_fail(MFA_INVALID, "%s", mfa_last_error()); /* which may quote itself */
+            mfa_fail(MFA_INVALID, "%s", mfa_last_error()); /* a sentence may quote itself */
             assert_int_equal(strlen(mfa_last_error()), length);
         }
     char no_text[LENGTH + 1];
@@ -79,7 +79,7 @@ int madvise(void *memory, size_t bytes, int advice)
     return (int)syscall(SYS_madvise, memory, bytes, advice);
 }
 
-/* An emulator that takes any advice does not. */
+/* As an emulator that accepts any advice and ignores it. */
 static int kernel_wipes(void)
 {
     const size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
@@ -89,7 +89,7 @@ static int kernel_wipes(void)
     return wipes;
 }
 
-/* A child that no handler of fork() hears of. */
+/* A child process that is made without running the handlers of fork(). */
 static pid_t fork_without_handlers(void)
 {
     return (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
@@ -114,7 +114,7 @@ static int has_greater_number(uint32_t than)
     return number > than && number == mfa_process_number();
 }
 
-/* So that the parent's is not the first of its line. */
+/* So that the parent's number is not the first one given out. */
 static int has_greater_number_as_its_child_has(uint32_t than)
 {
     const uint32_t number = mfa_process_number();

@@ -1,5 +1,5 @@
-/* The context's way to its kernels, with a backend that compiles: its "compiler" writes the key's text to a file,
- * and its "kernel" is that text. Nothing that can be wrong with the cache folder is an error. */
+/* How a context gets its kernels, with a backend that compiles: its "compiler" writes the key's text to a file, and its
+ * "kernel" is that text. Whatever is wrong with the cache folder, it is no error. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -29,7 +29,7 @@
 static atomic_int compiled, from_library, loaded, unloaded;
 static uint64_t stamp_now = 1, shared = 100;
 static int compile_fails, write_fails, load_fails, attempts;
-static int most_rows; /* of a kernel that the device can run; 0: any */
+static int max_rows; /* of a kernel that the device can run; 0: any */
 
 static mfa_status fake_open(const mfa_context_options *options, void **state)
 {
@@ -69,7 +69,7 @@ static mfa_status fake_compile(void *state, const struct mfa_key *key, const cha
     attempts++;
     if (compile_fails)
         return mfa_fail(MFA_COMPILE_FAILED, "%s: not today", text);
-    if (most_rows && key->block_q > most_rows)
+    if (max_rows && key->block_q > max_rows)
         return mfa_fail(MFA_UNSUPPORTED, "%s is too large", text);
     atomic_fetch_add(&compiled, 1);
     atomic_fetch_add(&from_library, library != NULL);
@@ -176,7 +176,7 @@ static int make_folder(void **state)
     atomic_store(&unloaded, 0);
     atomic_store(&from_library, 0);
     stamp_now = 1;
-    attempts = compile_fails = write_fails = load_fails = most_rows = 0;
+    attempts = compile_fails = write_fails = load_fails = max_rows = 0;
     return mkdtemp(folder) ? 0 : -1;
 }
 
@@ -238,7 +238,7 @@ static void test_compiled_once(void **state)
     assert_int_equal(compiled, 3);
     mfa_context_destroy(context);
 
-    load_fails = 1; /* a good file that the device refuses: compiled again */
+    load_fails = 1; /* a valid file that the device refuses: compiled again */
     context = open_context(folder);
     assert_int_equal(plan_one(context, 64), MFA_OK);
     assert_int_equal(compiled, 4);
@@ -294,11 +294,11 @@ static void test_folders_that_cannot_be_written(void **state)
     }
 }
 
-/* What the device cannot run is followed by the next choice, in this context and in one that finds it on disk. */
+/* If the device cannot run a kernel, the simpler one is used, in this context and in one that finds it on disk. */
 static void test_next_choice(void **state)
 {
     (void)state;
-    most_rows = 16;
+    max_rows = 16;
     for (int i = 0; i < 2; i++) {
         mfa_context *context = open_context(folder);
         const mfa_problem problem = a_problem(64);
@@ -311,7 +311,7 @@ static void test_next_choice(void **state)
         mfa_plan_destroy(plan);
         mfa_context_destroy(context);
     }
-    most_rows = 8; /* nothing is left to choose */
+    max_rows = 8; /* the device cannot run the simpler one either */
     remove_all(folder);
     mfa_context *context = open_context(folder);
     attempts = 0;
@@ -340,7 +340,7 @@ static int32_t join_texts(const char *const *texts, int32_t count, const char *l
     }
     assert_string_equal(all, "firstsecond");
     assert_non_null(strstr(texts[1], "/b.text"));
-    if (compiler_fails < 2) /* 2: it says that it has made a file, and has not */
+    if (compiler_fails < 2) /* 2: it reports success, but has made no file */
         assert_true(mfa_file_write(library, all, strlen(all)));
     return compiler_fails == 1;
 }
@@ -353,7 +353,7 @@ static void test_precompile(void **state)
     mfa_context *context = open_context(folder);
     snprintf(shipped, sizeof shipped, "%s/shipped", folder);
     libraries = compiler_fails = 0;
-    for (int i = 0; i < 2; i++) { /* what is there stays */
+    for (int i = 0; i < 2; i++) { /* files that are there are kept */
         assert_int_equal(mfa_precompile(context, &problem, shipped, join_texts, &libraries), MFA_OK);
         assert_int_equal(compiled, 1);
         assert_int_equal(from_library, 1);
@@ -369,7 +369,7 @@ static void test_precompile(void **state)
     assert_int_equal(compiled, 2);
     mfa_context_destroy(context);
 
-    context = open_context(shipped); /* a new driver: the library is still good */
+    context = open_context(shipped); /* a new driver: the library is still valid */
     stamp_now = 2;
     assert_int_equal(plan_one(context, 64), MFA_OK);
     assert_int_equal(compiled, 3);
@@ -426,7 +426,7 @@ static void test_many_threads(void **state)
     assert_int_equal(unloaded, 4);
 }
 
-/* A child is forked off while its parent loads a kernel. */
+/* fork() while a thread of the parent loads a kernel. */
 static void test_fork_while_loading(void **state)
 {
     (void)state;
@@ -486,14 +486,14 @@ static void test_workspace(void **state)
     mfa_context_destroy(context);
 }
 
-/* A buffer whose length the backend can tell. */
+/* A buffer whose length the backend knows. */
 static uint64_t measure(void *state, const void *base)
 {
     (void)state;
     return *(const uint64_t *)base;
 }
 
-/* Operands must lie within their buffers, whichever way they run. */
+/* Operands must lie within their buffers, whatever the signs of their strides. */
 static void test_extents(void **state)
 {
     (void)state;
@@ -530,7 +530,7 @@ static void test_extents(void **state)
         uint64_t offset, size, length;
         int fits;
     } workspaces[] = {{0, 132, 132, 1}, {64, 132, 196, 1}, {64, 132, 195, 0}, {0, 200, 132, 0}, {192, 132, 132, 0}};
-    static _Alignas(64) uint64_t memory[32]; /* the workspace of a fake run is memory, which this is */
+    static _Alignas(64) uint64_t memory[32]; /* the workspace: its first element is its length */
     for (size_t n = 0; n < sizeof workspaces / sizeof *workspaces; n++) {
         mfa_problem problem;
         mfa_problem_init(&problem, 1, 1, 1, 2, 3, 8, 8);

@@ -229,7 +229,7 @@ struct cancelled {
     atomic_int finished;
 };
 
-/* Is cancelled at the next place where it can be: in no call. */
+/* Is cancelled at the next cancellation point, which no call is. */
 static void *call_cancelled(void *argument)
 {
     struct cancelled *cancelled = argument;
@@ -251,7 +251,7 @@ static void test_cancelled_callers(void **state)
     mfa_context *context = open_context(3, NULL);
     pthread_t threads[CALLERS];
     struct cancelled cancelled[CALLERS];
-    alarm(120); /* a context that waits for who is not there any more hangs */
+    alarm(120); /* a context that waits for a thread that has ended hangs */
     for (int n = 0; n < CALLERS; n++) {
         cancelled[n] = (struct cancelled){{context, jobs[n], n, 1, 0}, 0};
         assert_int_equal(pthread_create(&threads[n], NULL, call_cancelled, &cancelled[n]), 0);
@@ -336,7 +336,7 @@ static void test_host_parallel_for(void **state)
 
 /* --- fork ------------------------------------------------------------------------------------- */
 
-#if !defined(__SANITIZE_THREAD__) /* which does not follow a program with threads through fork */
+#if !defined(__SANITIZE_THREAD__) /* the thread sanitizer does not support fork() in a program with threads */
 
 /* In a PID namespace a child may have the number that its parent has in another. */
 pid_t getpid(void)

@@ -53,7 +53,7 @@ static void test_halves(void **state)
         for (uint32_t bits = 0; bits <= UINT16_MAX; bits++) {
             const uint16_t given = (uint16_t)bits;
             const double expected = element_load(MFA_F16, &given, 0);
-            volatile uint16_t half = given, back; /* volatile: computed where it stands */
+            volatile uint16_t half = given, back; /* volatile: not computed by the compiler */
             volatile float got;
             mfa_cpu_float_mode_set(flush ? plain | MFA_CPU_FLOAT_FLUSH : plain);
             got = f16_to_float(half);
@@ -72,7 +72,7 @@ static void test_halves(void **state)
 
 struct numbers {
     atomic_int arrived;
-    int threads; /* which meet in the first tasks, so that none is left out */
+    int threads; /* each takes one of the first tasks, so that all take part */
     double thirds[64], subnormals[64], infinities[64];
 };
 enum { NUMBERS = sizeof((struct numbers *)0)->thirds / sizeof(double) };
@@ -100,7 +100,7 @@ struct range {
     void *argument;
 };
 
-/* In a thread of a host that computes as it likes. */
+/* In a host's thread that has another mode. */
 static void *run_range(void *argument)
 {
     const struct range *range = argument;
@@ -129,8 +129,8 @@ static int32_t threaded_host(int64_t begin, int64_t end, int64_t grain,
     return 0;
 }
 
-/* A mode that was chosen after the threads were made: they all round to nearest, and take subnormals for 0 if the
- * caller does. */
+/* A mode that is set after the threads were started: they all round to nearest, and treat subnormals as 0 if the caller
+ * does. */
 static void run_in_mode(mfa_cpu_threads *threads, int workers, mfa_cpu_float_mode mode)
 {
     struct numbers numbers = {.threads = workers};

@@ -207,7 +207,7 @@ static void test_empty_problems(void **state)
     print_message("no keys, no queries, no batch\n");
 }
 
-/* Keys cut in two parts: O and L of the parts merged, and backward of each part from the merged ones, give
+/* Keys divided into two parts: O and L of the parts merged, and backward of each part from the merged ones, give
  * what the whole gives. */
 static void test_backward_takes_merged_results(void **state)
 {

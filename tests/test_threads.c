@@ -1,5 +1,5 @@
-/* The thread pool: every task is run once, in ascending order of taking, by workers whose numbers are
- * unique and in range, whatever else goes on at the same time. */
+/* The thread pool: every task is run once, tasks are taken in ascending order, by workers whose numbers are unique and
+ * in range, whatever else happens at the same time. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -106,7 +106,7 @@ static void test_after_sleep(void **state)
 {
     (void)state;
     mfa_cpu_threads *threads = open_threads(NULL);
-    const struct timespec pause = {0, 2000000}; /* far beyond the time that workers spin */
+    const struct timespec pause = {0, 2000000}; /* much longer than workers spin */
     static struct record record;
     for (int repeat = 0; repeat < 20; repeat++) {
         begin(&record, 3);
@@ -131,8 +131,8 @@ static void test_open_and_close(void **state)
     }
 }
 
-/* Each task waits for the one before it: this ends only if tasks are taken in ascending order, and none is
- * held by a worker that does not run it. */
+/* Each task waits for the one before it: this ends only if tasks are taken in ascending order, and every worker runs
+ * the task that it has taken. */
 static void wait_for_lower(void *call, int64_t task, int worker)
 {
     (void)worker;
@@ -161,7 +161,7 @@ static void test_waits_on_lower_tasks(void **state)
     mfa_cpu_threads_close(threads);
 }
 
-/* Two tasks that need each other's thread: passes only if two threads really run at once. */
+/* Two tasks that wait for each other: passes only if two threads run at the same time. */
 static void meet(void *call, int64_t task, int worker)
 {
     (void)task;
@@ -306,7 +306,7 @@ static void release(struct held *held, pthread_t holder)
     pthread_join(holder, NULL);
 }
 
-/* Leaves other threads the time to come, if any were called. */
+/* Gives other threads time to join, if any were woken. */
 static void slow_inner_task(void *call, int64_t task, int worker)
 {
     const struct timespec pause = {0, 500000};
@@ -371,7 +371,7 @@ static void test_forked_child(void **state)
     expect_good_child(threads);
     release(&held, holder);
 #endif
-    run_all(threads); /* the parent goes on as before */
+    run_all(threads); /* the parent's pool still works */
     mfa_cpu_threads_close(threads);
 }
 
