@@ -150,9 +150,9 @@ static void look_at_guards(const struct metalsim_dispatch *d, void *const thread
     }
 }
 
-static struct metalsim_place place_of(uint64_t number, const size_t count[3])
+static struct metalsim_coord grid_coord(uint64_t number, const size_t count[3])
 {
-    return (struct metalsim_place){(unsigned)(number % count[0]), (unsigned)(number / count[0] % count[1]),
+    return (struct metalsim_coord){(unsigned)(number % count[0]), (unsigned)(number / count[0] % count[1]),
                                    (unsigned)(number / count[0] / count[1])};
 }
 
@@ -171,7 +171,7 @@ static void run_threadgroups(struct run *run, struct metalsim_machine *machine, 
     uint64_t i;
     while (!atomic_load(&run->stopped) && (i = atomic_fetch_add(&run->next, 1)) < run->count) {
         uint64_t number = turn(run, i);
-        machine->grid.position = place_of(number, d->threadgroups);
+        machine->grid.position = grid_coord(number, d->threadgroups);
         forget(d, threadgroup);
         if (run->check)
             metalsim_check_threadgroup(run->check, (unsigned)number);
@@ -197,8 +197,8 @@ static void *work(void *argument)
         void *const *threadgroup = run->check ? run->threadgroup : own;
         memset(memory, 0xa5, bytes);
         machine->grid.threads =
-            (struct metalsim_place){(unsigned)d->threads[0], (unsigned)d->threads[1], (unsigned)d->threads[2]};
-        machine->grid.threadgroups = (struct metalsim_place){(unsigned)d->threadgroups[0], (unsigned)d->threadgroups[1],
+            (struct metalsim_coord){(unsigned)d->threads[0], (unsigned)d->threads[1], (unsigned)d->threads[2]};
+        machine->grid.threadgroups = (struct metalsim_coord){(unsigned)d->threadgroups[0], (unsigned)d->threadgroups[1],
                                                              (unsigned)d->threadgroups[2]};
         machine->entry = run->kernel->entry;
         machine->buffers = run->buffers;

@@ -277,24 +277,24 @@ static void arrange(unsigned *order, unsigned count, enum metalsim_schedule sche
     }
 }
 
-static void seat(struct metalsim_machine *machine, struct metalsim_team *team, unsigned index)
+static void start_lane(struct metalsim_machine *machine, struct metalsim_team *team, unsigned index)
 {
     struct metalsim_lane *lane = lane_at(machine, index);
-    const struct metalsim_place *threads = &machine->grid.threads;
+    const struct metalsim_coord *threads = &machine->grid.threads;
     *lane = (struct metalsim_lane){
         .gate = &open_gate,
         .index = index,
         .lane = index % WIDTH,
         .simdgroup = &team->shared,
         .grid = &machine->grid,
-        .place = {index % threads->x, index / threads->x % threads->y, index / threads->x / threads->y},
+        .position = {index % threads->x, index / threads->x % threads->y, index / threads->x / threads->y},
     };
     char *stack_end = (char *)lane - (size_t)(index % 64) * STACK_STAGGER;
     lane->stack_pointer = metalsim_fiber_make(stack_end, begin);
 }
 
-static void seat_team(struct metalsim_machine *machine, struct metalsim_team *team, enum metalsim_schedule schedule,
-                      uint64_t *state)
+static void start_team(struct metalsim_machine *machine, struct metalsim_team *team, enum metalsim_schedule schedule,
+                       uint64_t *state)
 {
     unsigned index = (unsigned)(team - machine->teams), begin_at = index * WIDTH, order[WIDTH];
     unsigned lanes = machine->threads - begin_at < WIDTH ? machine->threads - begin_at : WIDTH;
@@ -306,7 +306,7 @@ static void seat_team(struct metalsim_machine *machine, struct metalsim_team *te
     memset(&team->epochs, 0, sizeof team->epochs);
     arrange(order, lanes, schedule, state);
     for (unsigned i = 0; i < lanes; i++)
-        seat(machine, team, begin_at + order[i]);
+        start_lane(machine, team, begin_at + order[i]);
     for (unsigned i = 0; i < lanes; i++)
         lane_at(machine, begin_at + order[i])->next = lane_at(machine, begin_at + order[(i + 1) % lanes]);
     team->first = lane_at(machine, begin_at + order[0]);
@@ -320,7 +320,7 @@ int metalsim_machine_run(struct metalsim_machine *machine, enum metalsim_schedul
     arrange(order, teams, schedule, &seed);
     for (unsigned i = 0; i < teams; i++) {
         machine->teams[order[i]].next = &machine->teams[order[(i + 1) % teams]];
-        seat_team(machine, &machine->teams[order[i]], schedule, &seed);
+        start_team(machine, &machine->teams[order[i]], schedule, &seed);
     }
     machine->stopped = 0;
     metalsim_fiber_switch(&machine->host, machine->teams[order[0]].first->stack_pointer);

@@ -1,16 +1,16 @@
-/* The Metal kernels against the reference, on what stands in for a GPU (metal/gpu.h).
+/* The Metal kernels against the reference, on a substitute for an Apple GPU (metal/gpu.h).
  *
  *     check_metal [options of check_attention] [PROBLEM ...]     these problems, or the case list
  *     check_metal --tiles         problems for each row of src/metal/tiles.c
  *     check_metal --random N      N problems drawn from the seed
  *     --checked                   look for races and the like
- *     --fast-math                 kernels compiled as Metal does if it is not told otherwise
+ *     --fast-math                 kernels compiled with fast math, which is Metal's default
  *     --shard K/N                 every Nth of these problems from number K on
  *
  * Each line of the case list is taken in f32, f16 and bf16, for one of the GPU families that have tiles of their own (a
  * quarter of them for tiles with half the threads), and run forward and backward through tiles, source and dispatch.
- * Results must be within the tolerance, tiles visited must be those that can be seen, and three schedules of threads
- * must give the same bits. */
+ * Results must be within the tolerance, the blocks visited must be those that are not EMPTY, and three schedules of
+ * threads must give the same bits. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,13 +40,13 @@ static int mine(void)
     return number++ % shards == shard;
 }
 
-struct trial { /* a subject, and the tiles with which it is run */
+struct test_run { /* a problem under test, and the tiles with which it is run */
     struct subject subject;
     struct metal_target target;
     double worst; /* of all variants */
 };
 
-static const char *describe(const struct trial *t, enum arrangement arrangement, int64_t chunk)
+static const char *describe(const struct test_run *t, enum arrangement arrangement, int64_t chunk)
 {
     static const char *const schedules[] = {"natural", "reversed", "shuffled"};
     return subject_describe(&t->subject, "apple%d%s, %s, chunk %lld, %s", t->target.family,
@@ -55,7 +55,8 @@ static const char *describe(const struct trial *t, enum arrangement arrangement,
 }
 
 /* Runs, and reports what goes wrong. */
-static int run(struct trial *t, enum arrangement arrangement, unsigned wanted, int64_t chunk, struct reference *results)
+static int run(struct test_run *t, enum arrangement arrangement, unsigned wanted, int64_t chunk,
+               struct reference *results)
 {
     const char *what = describe(t, arrangement, chunk);
     guarded_testing(what);
@@ -66,7 +67,7 @@ static int run(struct trial *t, enum arrangement arrangement, unsigned wanted, i
 }
 
 /* One run that must be close to the reference. */
-static int check(struct trial *t, enum arrangement arrangement, unsigned wanted, int64_t chunk)
+static int check(struct test_run *t, enum arrangement arrangement, unsigned wanted, int64_t chunk)
 {
     struct reference results;
     int good = run(t, arrangement, wanted, chunk, &results) &&
@@ -77,8 +78,8 @@ static int check(struct trial *t, enum arrangement arrangement, unsigned wanted,
     return good;
 }
 
-/* The same bits on every schedule, however the threadgroups are cut into commands. */
-static int check_same(struct trial *t, int64_t chunk)
+/* The same bits for every schedule and every division of the threadgroups into commands. */
+static int check_same(struct test_run *t, int64_t chunk)
 {
     const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS | OUTPUT(O_LOW);
     const enum gpu_schedule usual = settings.schedule;
@@ -99,8 +100,8 @@ static int check_same(struct trial *t, int64_t chunk)
     return good;
 }
 
-/* f64, and masks of it, are refused with a sentence. */
-static int check_refused(const struct one_case *one)
+/* f64, and masks of it, are unsupported, with a sentence. */
+static int check_unsupported(const struct one_case *one)
 {
     const mfa_problem *problem = &one->problem;
     if (problem->dtype != MFA_F64 && (problem->mask != MFA_MASK_ADDITIVE || problem->mask_dtype != MFA_F64))
@@ -110,14 +111,14 @@ static int check_refused(const struct one_case *one)
         strstr(mfa_last_error(), "f64"))
         report_pass();
     else
-        report_fail("%s: should be refused for its f64, but: %s", one->text, mfa_last_error());
+        report_fail("%s: should be unsupported for its f64, but: %s", one->text, mfa_last_error());
     return 1;
 }
 
 enum thoroughness { ONCE, TWICE, ALL_SCHEDULES };
 
 /* One variant of a problem, in one arrangement and as much more as `thorough` says. */
-static int check_variant(struct trial *t, const struct one_case *one, struct variant variant, uint64_t seed,
+static int check_variant(struct test_run *t, const struct one_case *one, struct variant variant, uint64_t seed,
                          enum arrangement arrangement, enum thoroughness thorough)
 {
     const int number = one->number;
@@ -133,7 +134,7 @@ static int check_variant(struct trial *t, const struct one_case *one, struct var
     return good;
 }
 
-static void print_verdict(const struct trial *t, const struct one_case *one, int good, clock_t begin)
+static void print_verdict(const struct test_run *t, const struct one_case *one, int good, clock_t begin)
 {
     printf("%-6s error %4.0f %% of the tolerance, %6.2f s  apple%d%s %s\n", good ? "ok" : "FAILED", 100 * t->worst,
            (double)(clock() - begin) / CLOCKS_PER_SEC, t->target.family, t->target.halved ? " halved" : "", one->text);
@@ -146,8 +147,8 @@ static void check_case(const struct arguments *arguments, const struct one_case 
     const int small = case_multiplications(&one->problem) <= CASE_SMALL, masked = one->problem.mask != MFA_MASK_NONE;
     const enum thoroughness thorough = arguments->quick ? ONCE : small ? ALL_SCHEDULES : TWICE;
     const clock_t begin = clock();
-    struct trial t = {.target = {number % 2 ? 7 : 9, number % 8 > 5}};
-    if (check_refused(one))
+    struct test_run t = {.target = {number % 2 ? 7 : 9, number % 8 > 5}};
+    if (check_unsupported(one))
         return;
     int good = check_variant(&t, one, (struct variant){.dlse = number % 2}, arguments->seed, DENSE, thorough);
     if (small && !arguments->quick) {
@@ -181,7 +182,7 @@ static void check_generated(const struct arguments *arguments, int count,
 {
     struct generated g;
     for (int n = 0; n < count && make(&g, arguments->seed, n); n++) {
-        struct trial t = {.target = g.target};
+        struct test_run t = {.target = g.target};
         struct one_case one = {.number = n, .passes = CASE_FORWARD | CASE_BACKWARD, .problem = g.problem};
         snprintf(one.text, sizeof one.text, "%s", g.text);
         if ((arguments->filter && !strstr(g.text, arguments->filter)) || !mine())

@@ -388,7 +388,7 @@ METAL_PROBLEMS = (
 
 
 def metal_simulator(run):
-    """metalsim itself: it executes Metal right, refuses what Metal refuses, and finds what is planted."""
+    """metalsim itself: it executes Metal right, refuses what Metal refuses, and finds injected faults."""
     folder = run.metal()
     if not folder:
         return
@@ -404,7 +404,7 @@ def metal_kernels(run):
     if not folder:
         return
     run.step(folder / "test_metal", counts=True)
-    run.step(folder / "test_far", counts=True)
+    run.step(folder / "test_large_strides", counts=True)
     run.step(folder / "metal_table", "docs/metal-kernels.md", counts=True)
     for options in ((), ("--tiles", "--checked")):
         run.shards(folder / "check_metal", *options)

@@ -83,7 +83,7 @@ static const char *arguments_of(const char *function)
         {"attention_decode", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(15), B(18), T(0), T(1), GROUP, "
                              "INDEX, SIMDGROUP, LANE"},
         {"attention_merge", "C, B(5), B(6), B(13), B(15), GROUP, SIMDGROUP, LANE"},
-        {"attention_rows", "C, B(5), B(6), B(7), B(8), B(13), B(16), B(17), GROUP, SIMDGROUP, LANE"},
+        {"backward_preprocess", "C, B(5), B(6), B(7), B(8), B(13), B(16), B(17), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq",
          "C, B(1), B(2), B(3), B(4), B(7), B(9), B(14), B(16), B(17), B(18), T(0), T(1), GROUP, "
          "INDEX, SIMDGROUP, LANE"},
@@ -92,7 +92,7 @@ static const char *arguments_of(const char *function)
         {"attention_dbias",
          "C, B(1), B(2), B(3), B(4), B(7), B(12), B(15), B(16), B(17), T(1), GROUP, SIMDGROUP, LANE"},
         {"attention_dbias_sum", "C, B(12), B(15), GROUP, INDEX"},
-        {"mask_tiles", "C, B(4), B(14), GROUP, SIMDGROUP, LANE"},
+        {"block_mask", "C, B(4), B(14), GROUP, SIMDGROUP, LANE"},
         {"layout_test", "B(15), T(0), LANE"},
         {"narrow_test", "B(1), B(2), B(3), POSITION"},
     };

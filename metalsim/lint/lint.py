@@ -364,7 +364,7 @@ def unmet(text, findings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]")
-    parser.add_argument("--expect", action="store_true", help="the files hold planted errors")
+    parser.add_argument("--expect", action="store_true", help="the files hold injected errors")
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
     passed = failed = 0

@@ -104,7 +104,7 @@ id metalsim_device_new_library(id self, SEL selector, id source, id options, id 
     if (!error)
         metalsim_find("%s: error is NULL, and nobody learns what the compiler says", selector);
     if (metalsim_fails(METALSIM_FAULT_COMPILE_ERROR))
-        why = "program_source:1:1: error: a planted one";
+        why = "program_source:1:1: error: an injected one";
     else if (o && o->language > newest_language())
         why = "the language version is newer than this system's compiler";
     else if ((!o || o->language < LANGUAGE(3, 1)) && strstr(text, "bfloat"))

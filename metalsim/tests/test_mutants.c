@@ -51,7 +51,7 @@ static void test_names(void **state)
     assert_int_equal(metalsim_mutants_count("no barrier"), 0);
 }
 
-/* planted.metal without a plant. The barriers that the plants replace are in the text, too, but not compiled. */
+/* injected_faults.metal without a fault. The barriers that the faults replace are in the text, too, but not compiled. */
 static int is_caught(const char *text)
 {
     float from[100], to[100];
@@ -61,7 +61,7 @@ static int is_caught(const char *text)
         float scale;
     } args = {100, 2};
     metalsim_library *library;
-    if (metalsim_library_create("planted.metal", text, NULL, METALSIM_CACHE, METALSIM_CHECKED, &library))
+    if (metalsim_library_create("injected_faults.metal", text, NULL, METALSIM_CACHE, METALSIM_CHECKED, &library))
         fail_msg("%s", metalsim_last_error());
     for (int i = 0; i < 100; i++)
         from[i] = (float)i;
@@ -84,9 +84,9 @@ static int is_caught(const char *text)
 
 static void test_all_caught(void **state)
 {
-    char *file = kit_read("planted.metal"), *text = malloc(strlen(file) + 32);
+    char *file = kit_read("injected_faults.metal"), *text = malloc(strlen(file) + 32);
     assert_non_null(text);
-    sprintf(text, "#define PLANT 0\n%s", file);
+    sprintf(text, "#define FAULT 0\n%s", file);
     free(file);
     size_t caught = 0, count = metalsim_mutants_count(text);
     (void)state;
@@ -107,12 +107,12 @@ static void test_all_caught(void **state)
 static void test_needless_barrier(void **state)
 {
     static const char *const wait = "threadgroup_barrier(mem_flags::mem_threadgroup); /* as it should be */";
-    char *file = kit_read("planted.metal"), *text = malloc(strlen(file) + 256), *at = strstr(file, wait);
+    char *file = kit_read("injected_faults.metal"), *text = malloc(strlen(file) + 256), *at = strstr(file, wait);
     size_t not_caught = 0;
     (void)state;
     assert_non_null(text);
     assert_non_null(at);
-    sprintf(text, "#define PLANT 0\n%.*s threadgroup_barrier(mem_flags::mem_threadgroup); %s", (int)(at - file), file,
+    sprintf(text, "#define FAULT 0\n%.*s threadgroup_barrier(mem_flags::mem_threadgroup); %s", (int)(at - file), file,
             at);
     assert_false(is_caught(text));
     for (size_t i = 0; i < metalsim_mutants_count(text); i++) {

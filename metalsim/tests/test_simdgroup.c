@@ -75,7 +75,8 @@ struct copy_args {
 
 /* By the documented signature: element (row, column) is at (origin.y + row) * elements_per_row + origin.x +
  * column; if transposed, element (row, column) is what (column, row) would be. */
-static size_t place(uint64_t elements_per_row, uint64_t x, uint64_t y, uint32_t transposed, size_t row, size_t column)
+static size_t matrix_index(uint64_t elements_per_row, uint64_t x, uint64_t y, uint32_t transposed, size_t row,
+                           size_t column)
 {
     size_t down = transposed ? column : row, right = transposed ? row : column;
     return (size_t)((y + down) * elements_per_row + x + right);
@@ -91,8 +92,8 @@ static void check_copy(const metalsim_library *library, enum type type, struct c
     }
     for (size_t row = 0; row < 8; row++)
         for (size_t column = 0; column < 8; column++)
-            expected[place(args.to_row, args.to_x, args.to_y, args.to_transposed, row, column)] =
-                (float)(place(args.from_row, args.from_x, args.from_y, args.from_transposed, row, column) % 251);
+            expected[matrix_index(args.to_row, args.to_x, args.to_y, args.to_transposed, row, column)] =
+                (float)(matrix_index(args.from_row, args.from_x, args.from_y, args.from_transposed, row, column) % 251);
     size_t bytes = SIZE * size_of(type);
     run(library, "copy",
         (struct metalsim_dispatch){

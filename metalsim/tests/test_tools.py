@@ -19,12 +19,12 @@ def run(*words, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_lint_finds_all_that_is_planted_and_nothing_else():
+def test_lint_finds_all_injected_errors_and_nothing_else():
     bad = sorted((METALSIM / "lint").glob("bad*.metal"))
     code, output = run(METALSIM / "lint/lint.py", "--expect", *bad)
-    planted = sum(path.read_text().count("// EXPECT-ERROR: ") for path in bad)
-    assert output == f"{planted} passed, 0 failed\n"
-    assert code == 0 and planted > 50
+    expected = sum(path.read_text().count("// EXPECT-ERROR: ") for path in bad)
+    assert output == f"{expected} passed, 0 failed\n"
+    assert code == 0 and expected > 50
 
 
 def test_lint_expects_neither_too_much_nor_too_little(tmp_path):
@@ -37,8 +37,8 @@ def test_lint_expects_neither_too_much_nor_too_little(tmp_path):
 
 
 def test_lint_is_silent_about_good_files():
-    options = ["-D", "PLANT=0", "-D", "LEFT=half", "-D", "RIGHT=half", "-D", "ADDED=float", "-D", "RESULT=float"]
-    files = [METALSIM / "tests" / name for name in ("planted.metal", "covered.metal")]
+    options = ["-D", "FAULT=0", "-D", "LEFT=half", "-D", "RIGHT=half", "-D", "ADDED=float", "-D", "RESULT=float"]
+    files = [METALSIM / "tests" / name for name in ("injected_faults.metal", "covered.metal")]
     assert run(METALSIM / "lint/lint.py", *options, *files) == (0, "2 passed, 0 failed\n")
 
 

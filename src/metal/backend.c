@@ -15,18 +15,18 @@
 #include "metal/stream.h"
 #include "metal/tiles.h"
 
-/* The device is opened by the first problem for it, not by the context: so who uses the CPU only has no GPU at
- * work, and a child made by fork() can still do that. */
+/* The device is opened by the first problem for it, not by the context: so a process that uses the CPU only starts no
+ * GPU, and a child made by fork() can still use the CPU. */
 struct metal {
     struct mfa_metal_device device;
     struct mfa_metal_scratch scratch;
     struct mfa_metal_torch torch; /* found when it is first asked for, and there */
-    struct mfa_lock changing; /* of what follows and what it guards */
+    struct mfa_lock changing; /* guards the opening of the device and torch_found */
     atomic_int opened; /* the device: 1 yes, -1 there is none */
     atomic_int torch_found;
-    atomic_int tested; /* by layout_test, before the first kernel is trusted: 1 passed, -1 failed */
-    char refusal[256]; /* why the device is not opened */
-    char mistrust[256]; /* why layout_test failed */
+    atomic_int tested; /* by layout_test, before the first kernel is used: 1 passed, -1 failed */
+    char unavailable_reason[256]; /* why the device is not opened */
+    char self_test_error[256]; /* why layout_test failed */
 };
 
 static mfa_status open_metal(const mfa_context_options *options, void **state)
@@ -60,7 +60,7 @@ static void open_device(struct metal *metal)
         mfa_metal_objc_pop(pool);
     }
     if (status != MFA_OK)
-        mfa_error_copy(metal->refusal, sizeof metal->refusal, mfa_last_error());
+        mfa_error_copy(metal->unavailable_reason, sizeof metal->unavailable_reason, mfa_last_error());
     atomic_store_explicit(&metal->opened, status == MFA_OK ? 1 : -1, memory_order_release);
 }
 
@@ -73,7 +73,7 @@ static mfa_status need_device(struct metal *metal)
         mfa_lock_release(&metal->changing);
     }
     if (atomic_load_explicit(&metal->opened, memory_order_acquire) < 0)
-        return mfa_fail(MFA_UNAVAILABLE, "%s", metal->refusal);
+        return mfa_fail(MFA_UNAVAILABLE, "%s", metal->unavailable_reason);
     return mfa_metal_objc_open(); /* which says no in a child */
 }
 
@@ -84,7 +84,7 @@ static mfa_status supports(void *state, const mfa_problem *problem)
     if (status != MFA_OK)
         return status;
     if (atomic_load_explicit(&metal->tested, memory_order_acquire) < 0)
-        return mfa_fail(MFA_UNAVAILABLE, "%s", metal->mistrust);
+        return mfa_fail(MFA_UNAVAILABLE, "%s", metal->self_test_error);
     return mfa_metal_tiles_supports(problem);
 }
 
@@ -116,13 +116,13 @@ static mfa_status text(void *state, const struct mfa_key *key, int n, char **tex
 }
 
 /* The core loads one kernel at a time, so tests do not meet. */
-static mfa_status trust(struct metal *metal, const struct mfa_metal_program *program)
+static mfa_status run_self_test(struct metal *metal, const struct mfa_metal_program *program)
 {
     if (atomic_load(&metal->tested) > 0)
         return MFA_OK;
     const mfa_status status = mfa_metal_launch_test(&metal->device, program);
     if (status == MFA_UNAVAILABLE)
-        mfa_error_copy(metal->mistrust, sizeof metal->mistrust, mfa_last_error());
+        mfa_error_copy(metal->self_test_error, sizeof metal->self_test_error, mfa_last_error());
     if (status == MFA_OK || status == MFA_UNAVAILABLE)
         atomic_store_explicit(&metal->tested, status == MFA_OK ? 1 : -1, memory_order_release);
     return status;
@@ -141,7 +141,7 @@ static mfa_status make(struct metal *metal, make_program *how, const struct mfa_
     void *pool = mfa_metal_objc_push();
     status = how(&metal->device, key, library, path, &program);
     if (status == MFA_OK) {
-        status = trust(metal, program);
+        status = run_self_test(metal, program);
         if (status == MFA_OK)
             *kernel = program;
         else
@@ -175,7 +175,7 @@ static void unload(void *state, const void *kernel)
 
 static uint64_t buffer_length(void *state, const void *base)
 {
-    (void)state; /* in a child, launch refuses */
+    (void)state; /* in a child, launch fails */
     return mfa_metal_objc_is_here() ? SEND(buffer_length, (id)base) : UINT64_MAX;
 }
 

@@ -1,4 +1,4 @@
-/* Which GPU this is, and the objects that live as long as a context: the device, its queue. */
+/* The GPU, and the objects that live as long as a context: the device and its queue. */
 #ifndef MFA_METAL_DEVICE_H
 #define MFA_METAL_DEVICE_H
 

@@ -17,7 +17,7 @@ static int64_t ceil_of(int64_t n, int64_t unit)
     return (n + unit - 1) / unit;
 }
 
-/* Saturating: a workspace that no memory holds is refused by its size. */
+/* Saturating: a workspace larger than any memory fails by its size. */
 static uint64_t times(uint64_t a, uint64_t b)
 {
     uint64_t product;
@@ -30,7 +30,7 @@ static uint64_t plus_aligned(uint64_t at, uint64_t bytes)
     return __builtin_add_overflow(at, bytes, &sum) || sum > UINT64_MAX - 63 ? UINT64_MAX : (sum + 63) / 64 * 64;
 }
 
-static int64_t group_of(const mfa_problem *p)
+static int64_t q_heads_per_kv(const mfa_problem *p)
 {
     return p->kv_heads ? p->q_heads / p->kv_heads : 1;
 }
@@ -42,14 +42,14 @@ static int64_t groups_of(const struct mfa_metal_grid *grid)
     return groups > INT64_MAX ? INT64_MAX : (int64_t)groups;
 }
 
-/* Extents of the table of tile classes for a kernel with this tile, whose rows are folded so: 1 along what the mask
- * does not depend on. */
-static struct mfa_metal_grid table_grid(const mfa_problem *p, const struct mfa_metal_tile *tile, int64_t fold)
+/* Extents of the block mask for a kernel with this tile and this many query heads packed into its rows: 1 along
+ * dimensions on which the mask does not depend. */
+static struct mfa_metal_grid block_mask_grid(const mfa_problem *p, const struct mfa_metal_tile *tile, int64_t pack_gqa)
 {
     const mfa_layout *s = &p->mask_layout;
-    const int one_row = s->row == 0 && (s->head == 0 || fold == 1);
-    return (struct mfa_metal_grid){s->batch ? p->batch : 1, s->head ? p->q_heads / fold : 1,
-                                   one_row ? 1 : ceil_of(p->q_len * fold, tile->block_q),
+    const int one_row = s->row == 0 && (s->head == 0 || pack_gqa == 1);
+    return (struct mfa_metal_grid){s->batch ? p->batch : 1, s->head ? p->q_heads / pack_gqa : 1,
+                                   one_row ? 1 : ceil_of(p->q_len * pack_gqa, tile->block_q),
                                    s->column ? ceil_of(p->kv_len, tile->block_kv) : 1};
 }
 
@@ -65,16 +65,16 @@ static struct mfa_metal_grid bias_grid(const mfa_problem *p)
 
 /* Where its parts begin, and at last where all end. */
 struct regions {
-    uint64_t classes[2]; /* of forward, or of dQ and of dK dV */
+    uint64_t block_mask[2]; /* of forward, or of dQ and of dK dV */
     uint64_t partials, D, L, end;
 };
 
-static uint64_t classes_bytes(const mfa_problem *p, const struct mfa_key *key, enum mfa_metal_kernel kernel)
+static uint64_t block_mask_bytes(const mfa_problem *p, const struct mfa_key *key, enum mfa_metal_kernel kernel)
 {
     if (p->mask == MFA_MASK_NONE)
         return 0;
     const struct mfa_metal_grid t =
-        table_grid(p, mfa_metal_tiles_find(kernel, key), kernel == MFA_METAL_BACKWARD_DKV ? 1 : group_of(p));
+        block_mask_grid(p, mfa_metal_tiles_find(kernel, key), kernel == MFA_METAL_BACKWARD_DKV ? 1 : q_heads_per_kv(p));
     return (uint64_t)groups_of(&t);
 }
 
@@ -99,8 +99,9 @@ static struct regions lay_out(const mfa_problem *p, const struct mfa_choice *cho
     const int forward = p->pass == MFA_FORWARD;
     const enum mfa_metal_kernel first = mfa_metal_tiles_named(&choice->key);
     const uint64_t row_sums = forward ? 0 : (uint64_t)(p->batch * p->q_heads * p->q_len) * sizeof(float);
-    at.classes[1] = plus_aligned(0, classes_bytes(p, &choice->key, first));
-    at.partials = plus_aligned(at.classes[1], forward ? 0 : classes_bytes(p, &choice->key, MFA_METAL_BACKWARD_DKV));
+    at.block_mask[1] = plus_aligned(0, block_mask_bytes(p, &choice->key, first));
+    at.partials =
+        plus_aligned(at.block_mask[1], forward ? 0 : block_mask_bytes(p, &choice->key, MFA_METAL_BACKWARD_DKV));
     at.D = plus_aligned(at.partials, partials_bytes(p, choice));
     at.L = plus_aligned(at.D, row_sums);
     at.end = plus_aligned(at.L, row_sums);
@@ -121,7 +122,7 @@ int32_t mfa_metal_dispatch_threads(enum mfa_metal_kernel kernel, const struct mf
 
 /* --- The call ------------------------------------------------------------------------------------- */
 
-static mfa_int given(const mfa_buffers *buffers)
+static mfa_int present(const mfa_buffers *buffers)
 {
     mfa_int bits = 0;
     for (int n = 0; n < MFA_OPERAND_COUNT; n++)
@@ -130,8 +131,8 @@ static mfa_int given(const mfa_buffers *buffers)
     return bits;
 }
 
-/* Whether runs of four elements of an operand's rows are aligned: then the kernels read them at once. */
-static int is_wide(const mfa_problem *p, const struct mfa_operand *operand, uint64_t offset)
+/* Whether groups of four elements of an operand's rows are aligned, so that kernels can load four at once. */
+static int is_vec4(const mfa_problem *p, const struct mfa_operand *operand, uint64_t offset)
 {
     const mfa_layout *s = (const mfa_layout *)((const char *)p + operand->layout);
     const int64_t stride[3] = {s->batch, s->head, s->row};
@@ -143,11 +144,11 @@ static int is_wide(const mfa_problem *p, const struct mfa_operand *operand, uint
     return s->column == 1 && offset % (4 * mfa_operand_element(operand, p)) == 0;
 }
 
-static mfa_int wide(const mfa_problem *p, const mfa_buffers *buffers)
+static mfa_int vec4(const mfa_problem *p, const mfa_buffers *buffers)
 {
     mfa_int bits = 0;
     for (int n = 0; n < MFA_OPERAND_COUNT; n++)
-        if (is_wide(p, &mfa_operands[n], mfa_operand_buffer(buffers, n)->offset))
+        if (is_vec4(p, &mfa_operands[n], mfa_operand_buffer(buffers, n)->offset))
             bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
     return bits;
 }
@@ -158,10 +159,10 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
     struct mfa_metal_call call;
     memset(&call, 0, sizeof call);
     call.args = mfa_problem_args(p);
-    if (p->lower > p->upper) /* no query sees any key, nor does a block of them */
+    if (p->lower > p->upper) /* no query attends to any key, nor does a block of them */
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
-    call.fold = call.args.group, call.splits = mfa_metal_tiling_of(choice).splits;
-    call.given = given(buffers), call.wide = wide(p, buffers);
+    call.pack_gqa = call.args.group, call.splits = mfa_metal_tiling_of(choice).splits;
+    call.present = present(buffers), call.vec4 = vec4(p, buffers);
     const double unit = p->pass == MFA_FORWARD ? log2e : 1;
     call.score_factor = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale * unit);
     call.cap_factor = (float)(p->softcap * unit);
@@ -180,21 +181,20 @@ struct run {
     int count;
 };
 
-/* The next dispatch of the list, complete for a kernel without tiles. `classes`: which table it makes or reads. */
-static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_kernel kernel, int classes,
-                                        int64_t groups)
+/* The next dispatch of the list, complete for a kernel without tiles. `table`: which block mask it makes or reads. */
+static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_kernel kernel, int table, int64_t groups)
 {
     struct mfa_metal_dispatch *d = &run->list[run->count];
-    const uint64_t offsets[] = {run->at.classes[classes], run->at.partials, run->at.D, run->at.L};
+    const uint64_t offsets[] = {run->at.block_mask[table], run->at.partials, run->at.D, run->at.L};
     memset(d, 0, sizeof *d);
     d->kernel = kernel, d->groups = groups, d->call = run->call;
     d->threads = mfa_metal_dispatch_threads(kernel, &run->choice->key);
     for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFER_VISITED; n++)
         if (mfa_metal_source_buffers(kernel) >> n & 1) {
-            const int in_workspace = n >= MFA_METAL_BUFFER_CLASSES;
+            const int in_workspace = n >= MFA_METAL_BUFFER_BLOCK_MASK;
             d->bindings[d->binding_count++] =
                 (struct mfa_metal_binding){n, in_workspace ? -1 : n - MFA_METAL_BUFFER_OPERAND,
-                                           in_workspace ? offsets[n - MFA_METAL_BUFFER_CLASSES] : 0};
+                                           in_workspace ? offsets[n - MFA_METAL_BUFFER_BLOCK_MASK] : 0};
         }
     return d;
 }
@@ -207,32 +207,32 @@ static void finish(struct run *run, struct mfa_metal_dispatch *d, double flop)
     run->count += d->groups > 0;
 }
 
-/* The table of tile classes, if there is a mask, and then the kernel that reads it. */
-static void add_tiled(struct run *run, enum mfa_metal_kernel kernel, const struct mfa_metal_tile *tile, int classes,
-                      int64_t fold, struct mfa_metal_grid grid, double flop)
+/* The block mask, if the problem has a mask, and then the kernel that reads it. */
+static void add_tiled(struct run *run, enum mfa_metal_kernel kernel, const struct mfa_metal_tile *tile, int table,
+                      int64_t pack_gqa, struct mfa_metal_grid grid, double flop)
 {
     const mfa_problem *p = run->problem;
-    struct mfa_strides table = {0, 0, 0, 0};
+    struct mfa_strides strides = {0, 0, 0, 0};
     struct mfa_metal_dispatch *d;
     if (p->mask != MFA_MASK_NONE) {
-        const struct mfa_metal_grid t = table_grid(p, tile, fold);
-        table.column = t.column > 1;
-        table.row = t.row > 1 ? t.column : 0;
-        table.head = t.head > 1 ? t.row * t.column : 0;
-        table.batch = t.batch > 1 ? t.head * t.row * t.column : 0;
-        d = begin(run, MFA_METAL_MASK_TILES, classes, ceil_of(groups_of(&t), ROWS_OF_GROUP));
-        d->call.grid = t, d->call.fold = fold;
+        const struct mfa_metal_grid t = block_mask_grid(p, tile, pack_gqa);
+        strides.column = t.column > 1;
+        strides.row = t.row > 1 ? t.column : 0;
+        strides.head = t.head > 1 ? t.row * t.column : 0;
+        strides.batch = t.batch > 1 ? t.head * t.row * t.column : 0;
+        d = begin(run, MFA_METAL_BLOCK_MASK, table, ceil_of(groups_of(&t), ROWS_OF_GROUP));
+        d->call.grid = t, d->call.pack_gqa = pack_gqa;
         d->call.block_q = tile->block_q, d->call.block_kv = tile->block_kv;
         finish(run, d, ROWS_OF_GROUP * tile->block_q * tile->block_kv);
     }
-    d = begin(run, kernel, classes, groups_of(&grid));
-    d->call.grid = grid, d->call.fold = fold, d->call.classes = table, d->call.splits = grid.column;
+    d = begin(run, kernel, table, groups_of(&grid));
+    d->call.grid = grid, d->call.pack_gqa = pack_gqa, d->call.block_mask = strides, d->call.splits = grid.column;
     d->call.block_q = tile->block_q, d->call.block_kv = tile->block_kv;
     mfa_metal_tiles_memory(kernel, tile, &run->choice->key, d->threadgroup_bytes);
     finish(run, d, flop);
 }
 
-/* How many of `length` keys, or queries, a block of `block` of the others sees at most. */
+/* The most of `length` keys, or queries, that lie in the band of a block of `block` of the others. */
 static double seen(const mfa_problem *p, int64_t length, int64_t block)
 {
     const double in_band = (double)p->upper - (double)p->lower + (double)block;
@@ -244,10 +244,10 @@ static void list_forward(struct run *run)
     const mfa_problem *p = run->problem;
     const enum mfa_metal_kernel kernel = mfa_metal_tiles_named(&run->choice->key);
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, &run->choice->key);
-    const int64_t rows = group_of(p) * p->q_len, splits = mfa_metal_tiling_of(run->choice).splits;
+    const int64_t rows = q_heads_per_kv(p) * p->q_len, splits = mfa_metal_tiling_of(run->choice).splits;
     const double flop =
         2.0 * tile->block_q * (double)(p->head_dim + p->value_dim) * seen(p, p->kv_len, tile->block_q) / (double)splits;
-    add_tiled(run, kernel, tile, 0, group_of(p),
+    add_tiled(run, kernel, tile, 0, q_heads_per_kv(p),
               (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(rows, tile->block_q), splits}, flop);
     if (splits > 1) {
         struct mfa_metal_dispatch *d =
@@ -282,16 +282,17 @@ static void list_backward(struct run *run, const mfa_buffers *buffers)
     const struct mfa_metal_tile *dkv = mfa_metal_tiles_find(MFA_METAL_BACKWARD_DKV, key);
     const double columns = (double)p->head_dim, values = (double)p->value_dim;
     struct mfa_metal_dispatch *d =
-        begin(run, MFA_METAL_ROWS, 0, ceil_of(p->batch * p->q_heads * p->q_len, ROWS_OF_GROUP));
+        begin(run, MFA_METAL_BACKWARD_PREPROCESS, 0, ceil_of(p->batch * p->q_heads * p->q_len, ROWS_OF_GROUP));
     finish(run, d, 2.0 * ROWS_OF_GROUP * values);
     if (buffers->dq.base)
-        add_tiled(run, MFA_METAL_BACKWARD_DQ, dq, 0, group_of(p),
-                  (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(group_of(p) * p->q_len, dq->block_q), 1},
+        add_tiled(run, MFA_METAL_BACKWARD_DQ, dq, 0, q_heads_per_kv(p),
+                  (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(q_heads_per_kv(p) * p->q_len, dq->block_q), 1},
                   2.0 * dq->block_q * seen(p, p->kv_len, dq->block_q) * (2 * columns + values));
     if (buffers->dk.base || buffers->dv.base)
         add_tiled(run, MFA_METAL_BACKWARD_DKV, dkv, 1, 1,
                   (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(p->kv_len, dkv->block_kv), 1},
-                  4.0 * dkv->block_kv * (double)group_of(p) * seen(p, p->q_len, dkv->block_kv) * (columns + values));
+                  4.0 * dkv->block_kv * (double)q_heads_per_kv(p) * seen(p, p->q_len, dkv->block_kv) *
+                      (columns + values));
     if (buffers->dbias.base)
         list_bias(run);
 }

@@ -1,5 +1,5 @@
-/* What a run does on the GPU, decided without one: which kernels, over how many threadgroups, with what bound where.
- * The host encodes the list as it stands; so do the tests that execute kernels without a GPU. */
+/* The dispatches of a run: which kernels, over how many threadgroups, with which buffers. Making the list needs no GPU;
+ * the host encodes it as it is, and so do the tests that execute kernels without a GPU. */
 #ifndef MFA_METAL_DISPATCH_H
 #define MFA_METAL_DISPATCH_H
 
@@ -11,21 +11,21 @@
 #include "mfa.h"
 
 #define MFA_METAL_DISPATCHES 8 /* most of one run */
-#define MFA_METAL_BINDINGS 12  /* most of one kernel, beside the call */
+#define MFA_METAL_BINDINGS 12 /* most of one kernel, beside the call */
 
 /* Where the memory of one of the kernel's buffers is: an operand, or the workspace. */
 struct mfa_metal_binding {
-    int32_t buffer;  /* the kernel's index */
+    int32_t buffer; /* the kernel's index */
     int32_t operand; /* number in mfa_operands, whose mfa_buffer says where it begins; -1: the workspace */
     uint64_t offset; /* bytes from the workspace's begin */
 };
 
-/* A kernel and all that it is given. Dispatches run one after another: each sees what those before it have written.
- * An operand that a kernel has no use for, or that has no elements, may have no base: then anything may be bound. */
+/* A kernel and its arguments. Dispatches run one after another: each sees what those before it have written. An operand
+ * that a kernel does not use, or that has no elements, may have no base: then any buffer may be bound. */
 struct mfa_metal_dispatch {
     enum mfa_metal_kernel kernel;
-    int64_t groups;               /* threadgroups, 1 or more */
-    int64_t chunk; /* most of them in one command, so that none takes long; call.first is where it begins */
+    int64_t groups; /* threadgroups, 1 or more */
+    int64_t chunk; /* most of them in one command, so that none takes long; call.first_group is where it begins */
     int32_t threads; /* of a threadgroup */
     int32_t threadgroup_bytes[2]; /* at threadgroup indices 0 and 1; 0: none */
     struct mfa_metal_call call; /* for buffer 0, with first = 0 */

@@ -18,7 +18,7 @@ void mfa_metal_scratch_free(struct mfa_metal_scratch *scratch)
     mfa_metal_objc_release(scratch->in_order);
 }
 
-/* `kept`, which is owned, if it is large enough; else in its place a larger one, with room for problems that grow.
+/* `kept`, which is owned, if it is large enough; else in its place a larger one, with spare bytes for problems that grow.
  * Should the GPU still use the old one, its command buffer holds it. */
 static mfa_status enlarge(const struct mfa_metal_device *device, uint64_t bytes, id *kept)
 {
@@ -133,7 +133,7 @@ static mfa_status encode_dispatch(const struct run *run, struct mfa_metal_stream
         id encoder = stream->encoder;
         const int64_t left = d->groups - first;
         const MTLSize groups = {(NSUInteger)(left < d->chunk ? left : d->chunk), 1, 1};
-        call.first = first;
+        call.first_group = first;
         /* The pipeline comes first: with it begins what PyTorch records of its encoder when it captures a graph. */
         SEND_WITH(encoder_set_pipeline, encoder, run->launch->program->pipelines[d->kernel]);
         for (int n = 0; n < d->binding_count; n++)

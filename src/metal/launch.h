@@ -1,4 +1,4 @@
-/* How a kernel is run: the list of dispatch.h becomes commands on a stream. */
+/* Runs kernels: encodes the list of dispatch.h as commands on a stream. */
 #ifndef MFA_METAL_LAUNCH_H
 #define MFA_METAL_LAUNCH_H
 
@@ -14,8 +14,8 @@
 
 /* Scratch memory that is kept from run to run; all zeros at first. */
 struct mfa_metal_scratch {
-    _Atomic(id) alone[MFA_METAL_SCRATCH]; /* for streams that are ALONE: whoever has taken one puts it back */
-    id in_order;                          /* for those IN_ORDER: used within PyTorch's dispatch queue only */
+    _Atomic(id) alone[MFA_METAL_SCRATCH]; /* for runs that are ALONE: each takes one and puts it back */
+    id in_order;                          /* for runs that are IN_ORDER: used within PyTorch's dispatch queue only */
 };
 void mfa_metal_scratch_free(struct mfa_metal_scratch *scratch);
 
@@ -33,7 +33,7 @@ struct mfa_metal_launch {
 mfa_status mfa_metal_launch_run(const struct mfa_metal_launch *launch);
 
 /* Runs layout_test: MFA_UNAVAILABLE if simdgroup matrices lie otherwise in this device's lanes than the kernels
- * think. */
+ * assume. */
 mfa_status mfa_metal_launch_test(const struct mfa_metal_device *device, const struct mfa_metal_program *program);
 
 #endif

@@ -1,5 +1,5 @@
-/* How Metal is spoken to: through the Objective-C runtime, from C. Both are opened by the first problem for a Metal
- * device, so that the library loads where they are not.
+/* Calls Metal from C, through the Objective-C runtime. Both are opened by the first problem for a Metal device, so that
+ * the library loads on systems without them.
  *
  * A message is SEND(name, receiver) or SEND_WITH(name, receiver, ...), name being a row of selectors.inc: that row
  * gives the selector and the types, so no cast is made by hand. On arm64 Macs a call without the right types would
@@ -47,7 +47,7 @@ enum mfa_metal_method {
 #include "metal/selectors.inc"
 #undef METHOD
 
-/* What has been opened. Read only after mfa_metal_objc_open has returned MFA_OK. */
+/* The functions and selectors that were found. Read only after mfa_metal_objc_open has returned MFA_OK. */
 struct mfa_metal_objc {
     uint32_t process; /* that has opened them: Metal does not survive fork() */
     /* sysctlbyname and dispatch_sync_f are C functions of libSystem, which libobjc links with. */
@@ -75,14 +75,14 @@ mfa_status mfa_metal_objc_open(void);
 /* 0 in a child of the process that opened them: there, objects may not even be released. */
 int mfa_metal_objc_is_here(void);
 
-/* Between these two calls, which every entry to this room makes, autoreleased objects live. */
+/* Between these two calls, which every entry point of this backend makes, autoreleased objects live. */
 void *mfa_metal_objc_push(void);
 void mfa_metal_objc_pop(void *pool);
 
 /* An object of the named class, owned. */
 id mfa_metal_objc_new(const char *class_name);
 
-/* Releases what is owned; nil is good. */
+/* Releases an owned object; nil is a no-op. */
 void mfa_metal_objc_release(id object);
 
 /* Whether the object has the method. */

@@ -17,12 +17,12 @@ static int has(const struct mfa_key *key, enum mfa_metal_kernel kernel)
     case MFA_METAL_FORWARD:
     case MFA_METAL_DECODE: return kernel == mfa_metal_tiles_named(key);
     case MFA_METAL_MERGE: return key->pass == MFA_FORWARD;
-    case MFA_METAL_ROWS:
+    case MFA_METAL_BACKWARD_PREPROCESS:
     case MFA_METAL_BACKWARD_DQ:
     case MFA_METAL_BACKWARD_DKV: return key->pass == MFA_BACKWARD;
     case MFA_METAL_DBIAS:
     case MFA_METAL_DBIAS_SUM: return key->pass == MFA_BACKWARD && additive;
-    case MFA_METAL_MASK_TILES: return additive || (key->features & MFA_FEATURE_MASK_BOOL);
+    case MFA_METAL_BLOCK_MASK: return additive || (key->features & MFA_FEATURE_MASK_BOOL);
     case MFA_METAL_LAYOUT_TEST: return 1;
     case MFA_METAL_KERNELS: break;
     }
@@ -95,7 +95,7 @@ static id open_archive(const struct mfa_metal_device *device, const char *path, 
     return archive;
 }
 
-/* Fast math would lose NaNs, and with them what tells a trainer that its numbers have gone. What is to be fast says so:
+/* Fast math would lose NaNs, by which a training run detects that it has diverged. Fast operations are called by name:
  * fast::exp2. */
 static id compile_options(void)
 {

@@ -33,7 +33,8 @@ static const struct entry {
     [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE, ALL(0, 6) | ALL(13, 15)},
     [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE, ALL(0, 6) | ALL(13, 15)},
     [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, ONE(0) | ALL(5, 6) | ONE(13) | ONE(15)},
-    [MFA_METAL_ROWS] = {"attention_rows", "attention_rows", BACKWARD, NONE, ONE(0) | ALL(5, 8) | ONE(13) | ALL(16, 17)},
+    [MFA_METAL_BACKWARD_PREPROCESS] = {"backward_preprocess", "backward_preprocess", BACKWARD, NONE,
+                                       ONE(0) | ALL(5, 8) | ONE(13) | ALL(16, 17)},
     [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NONE,
                                ALL(0, 4) | ONE(7) | ONE(9) | ONE(14) | ALL(16, 17)},
     [MFA_METAL_BACKWARD_DKV] = {"attention_backward_dkv", "attention_backward_dkv", BACKWARD, NONE,
@@ -41,7 +42,7 @@ static const struct entry {
     [MFA_METAL_DBIAS] = {"attention_dbias", "attention_dbias", BACKWARD, ADDITIVE,
                          ALL(0, 4) | ONE(7) | ONE(12) | ALL(15, 17)},
     [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE, ONE(0) | ONE(12) | ONE(15)},
-    [MFA_METAL_MASK_TILES] = {"mask_tiles", "mask_tiles", BOTH, ANY, ONE(0) | ONE(4) | ONE(14)},
+    [MFA_METAL_BLOCK_MASK] = {"block_mask", "block_mask", BOTH, ANY, ONE(0) | ONE(4) | ONE(14)},
     [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, ONE(15)},
 };
 
@@ -106,7 +107,7 @@ static int find_file(const char *name, size_t length)
 }
 
 /* Appends a file with what it includes of ours in place of the lines that say so: each file once, so that guards are
- * not needed. Metal takes one text, without files; #line tells its compiler where each line stands. */
+ * not needed. Metal takes one text, without files; #line tells its compiler where each line is from. */
 static void splice(struct text *text, int file, uint32_t *seen)
 {
     *seen |= ONE(file);
@@ -157,8 +158,7 @@ static void define_tile(struct text *text, const struct mfa_key *key, const stru
     append_line(text, "#define SPLIT %d", tile->split);
     append_line(text, "#define KEY_GROUPS %d", tile->key_groups);
     append_line(text, "#define THREADS %d", mfa_metal_tiles_threads(tile));
-    if (tile->shared)
-        append_line(text, "#define SHARED_TILE");
+    append_line(text, "#define SHARED_TILE %d", tile->shared);
 }
 
 static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)

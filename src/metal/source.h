@@ -1,4 +1,4 @@
-/* How a kernel comes to be: the text of its program, made from kernels/ and a key. */
+/* The text of a kernel's program, made from kernels/ and a key. */
 #ifndef MFA_METAL_SOURCE_H
 #define MFA_METAL_SOURCE_H
 

@@ -1,4 +1,4 @@
-/* Whose commands ours go among: a queue of our own, PyTorch's stream, or a command buffer of the caller. */
+/* Where commands are encoded: on a queue of our own, on PyTorch's stream, or in a command buffer of the caller. */
 #ifndef MFA_METAL_STREAM_H
 #define MFA_METAL_STREAM_H
 
@@ -6,10 +6,10 @@
 #include "metal/objc.h"
 #include "mfa.h"
 
-/* What is known of the runs that went to a stream before. */
+/* How runs on one stream are ordered. */
 enum mfa_metal_order {
-    MFA_METAL_ALONE,    /* this one ends before its call returns; others may run beside it */
-    MFA_METAL_IN_ORDER, /* the GPU runs this one after all those */
+    MFA_METAL_ALONE,    /* a run ends before its call returns; others may run at the same time */
+    MFA_METAL_IN_ORDER, /* the GPU runs it after all earlier runs of the stream */
     MFA_METAL_UNKNOWN
 };
 
@@ -36,7 +36,7 @@ struct mfa_metal_torch {
     void (*end_encoder)(void *stream); /* at::mps::MPSStream::endKernelCoalescing */
 };
 
-/* Looks for them; empty, if they do not suffice. */
+/* Finds them; all NULL if those that are needed are missing. */
 struct mfa_metal_torch mfa_metal_stream_find_torch(void);
 
 /* Encodes a run. */

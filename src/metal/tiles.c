@@ -7,25 +7,27 @@
 #include "base/error.h"
 #include "core/problem.h"
 
-/* The numbers, and where they come from. A row serves head_dim and value_dim up to `dim`; the first that fits counts.
+/* The table, and where its numbers come from. A row is for head_dim and value_dim up to `dim`; the first that fits
+ * is taken.
  *
- * Registers decide. An 8 x 8 fragment of f32 takes 2 registers of a lane, one of f16 or bf16 takes 1; a lane has about
- * 100 before a core runs out of threads (208 KB of registers). What a simdgroup holds, per 8 columns of its slice, is
- * Q and O forward, Q dO dQ for dQ, K V dK dV for dK and dV, beside S (and dP) of a tile. So a slice is at most 128
- * columns forward, 128 (f32: 64) for dQ, 64 for dK and dV; wider heads are split over simdgroups, where others page
- * registers out to memory (metal-flash-attention; its tables cache O to 96 or 128 columns on M1, to 160 on M3).
+ * Registers are the limit. An 8 x 8 fragment of f32 takes 2 registers of a lane, one of f16 or bf16 takes 1; a lane
+ * has about 100 before a core runs out of threads (208 KB of registers). What a simdgroup holds, per 8 columns of
+ * its slice, is Q and O forward, Q dO dQ for dQ, K V dK dV for dK and dV, beside S (and dP) of a tile. So a slice
+ * is at most 128 columns forward, 128 (f32: 64) for dQ, 64 for dK and dV; wider heads are split over simdgroups,
+ * where metal-flash-attention spills registers to memory (its tables cache O to 96 or 128 columns on M1, to 160 on
+ * M3).
  *
- * Rows: 32 to a block, 4 simdgroups of 8, as MLX and vllm-metal have it; 16 where slices make many simdgroups of these,
- * for a threadgroup must find room on one core.
+ * Rows: 32 to a block, 4 simdgroups of 8, as MLX and vllm-metal have it; 16 where slices make many simdgroups of
+ * these, for all simdgroups of a threadgroup run on one core.
  *
  * Tiles of 32 keys up to 64 columns and 16 up to 128 as in MLX (on M3 and later 32, as in mlx-mfa); beyond, as many
  * as fit into 32 KB of threadgroup memory with the exchange of a split. f32 above 256 columns fits only if K and V
- * take turns.
+ * share a tile.
  *
- * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile so that each barrier pays.
+ * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile, so that barriers are few.
  *
- * Beside each tile stands one with half its simdgroups, for a device on which a pipeline of the first has not threads
- * enough: half the rows that are kept, or of decode's keys. */
+ * Each row also has a tile with half the simdgroups, for a device on which a pipeline of the first has too few
+ * threads: half the rows, or half of decode's keys. */
 static const struct row {
     int8_t family; /* and those after it, up to the next that has rows */
     int8_t kernel;
@@ -153,16 +155,16 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
 {
     const int32_t fragment = 32 * 8; /* bytes of a fragment of f32 */
     const int32_t element = (int32_t)mfa_dtype_size(key->dtype), simdgroups = mfa_metal_tiles_threads(tile) / 32;
-    const int32_t staged = kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
+    const int32_t tile_rows = kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
     const int32_t E = mfa_metal_tiles_columns(tile, key->value_dim);
-    const int32_t first = staged * (mfa_metal_tiles_columns(tile, key->head_dim) * element + 16);
-    const int32_t second = staged * (E * element + 16);
+    const int32_t first = tile_rows * (mfa_metal_tiles_columns(tile, key->head_dim) * element + 16);
+    const int32_t second = tile_rows * (E * element + 16);
     bytes[0] = tile->shared ? (int32_t)wider(first, second) : first + second;
-    if (tile->key_groups > 1) { /* attention_decode puts its simdgroups' results there at last */
+    if (tile->key_groups > 1) { /* attention_decode merges its simdgroups' results there at the end */
         const int32_t O = (tile->key_groups - 1) * E / 8;
         bytes[0] = (int32_t)wider(bytes[0], (simdgroups + O) * fragment);
     }
-    const int32_t scores = staged / tile->key_groups / 8 * (kernel >= MFA_METAL_BACKWARD_DQ ? 2 : 1);
+    const int32_t scores = tile_rows / tile->key_groups / 8 * (kernel >= MFA_METAL_BACKWARD_DQ ? 2 : 1);
     bytes[1] = tile->split > 1 ? simdgroups * scores * fragment : 16;
 }
 
@@ -188,14 +190,14 @@ static int is_decode(const mfa_problem *p)
     return p->pass == MFA_FORWARD && p->kv_heads > 0 && p->q_heads / p->kv_heads * p->q_len <= 8;
 }
 
-/* Parts that a sum over `steps` is cut into, so that there are threadgroups enough. */
+/* Parts that a sum over `steps` is split into, so that there are enough threadgroups. */
 static int64_t parts_of(int64_t groups, int64_t steps)
 {
     const int64_t wanted = groups > 0 ? ceil_of(ENOUGH_GROUPS, groups) : 1;
     return wider(1, wanted < steps ? wanted : steps);
 }
 
-/* Parts of each row's keys. */
+/* Splits of each row's keys. */
 static int64_t splits_of_keys(const mfa_problem *p, const struct mfa_key *key)
 {
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(mfa_metal_tiles_named(key), key);
@@ -205,7 +207,7 @@ static int64_t splits_of_keys(const mfa_problem *p, const struct mfa_key *key)
     return parts_of(heads * ceil_of(rows_of_head, tile->block_q), keys / SPLIT_KEYS);
 }
 
-/* Parts of all that is summed into an element of dbias. */
+/* Splits of the sum of an element of dbias. */
 static int64_t splits_of_bias(const mfa_problem *p)
 {
     const mfa_layout *s = &p->dbias_layout;

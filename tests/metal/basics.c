@@ -23,7 +23,7 @@ static char *swap_lanes(enum mfa_metal_kernel kernel, char *text)
     if (at)
         memcpy(at, wrong, sizeof wrong - 1);
     else
-        report_fail("tile.h says no longer \"%s\", which this test changes", right);
+        report_fail("fragment.h says no longer \"%s\", which this test changes", right);
     return text;
 }
 
@@ -33,7 +33,7 @@ void basics_check_layout(void)
         if (metal_run_layout_test(families[f]))
             report_pass();
         else
-            report_fail("layout_test does not find the device's matrices as tile.h says");
+            report_fail("layout_test does not find the device's matrices as fragment.h says");
     }
     metal_rewrite = swap_lanes;
     if (!metal_run_layout_test(7))

@@ -1,4 +1,4 @@
-/* What all kernels stand on: the layout of matrices, and rounding. Reports passes and failures. */
+/* The basics of all kernels: the layout of matrices, and rounding. Reports passes and failures. */
 #ifndef TESTS_METAL_BASICS_H
 #define TESTS_METAL_BASICS_H
 

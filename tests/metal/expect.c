@@ -6,9 +6,9 @@
 #include "metal/run.h"
 #include "reference/attention.h"
 
-/* Rows of queries and keys of a tile: row r is query r / fold of head first_head + r % fold. */
+/* Rows of queries and keys of a tile: row r is query r / pack_gqa of head first_head + r % pack_gqa. */
 struct extent {
-    int64_t batch, first_head, fold, row, rows, key, keys;
+    int64_t batch, first_head, pack_gqa, row, rows, key, keys;
 };
 
 static int mask_shows(const struct inputs *inputs, int64_t batch, int64_t head, int64_t i, int64_t key)
@@ -26,22 +26,22 @@ static int tile_visible(const struct inputs *inputs, const struct extent *e)
     int band = 0, mask = 0;
     for (int64_t r = e->row; r < e->row + e->rows; r++) {
         int64_t first, end;
-        reference_band(&inputs->problem, r / e->fold, &first, &end);
+        reference_band(&inputs->problem, r / e->pack_gqa, &first, &end);
         band |= first < e->key + e->keys && end > e->key && first < end;
         for (int64_t j = e->key; j < e->key + e->keys && !mask; j++)
-            mask = mask_shows(inputs, e->batch, e->first_head + r % e->fold, r / e->fold, j);
+            mask = mask_shows(inputs, e->batch, e->first_head + r % e->pack_gqa, r / e->pack_gqa, j);
     }
     return band && mask;
 }
 
-static int64_t count_tiles(const struct inputs *inputs, const struct mfa_metal_tile *tile, int64_t fold)
+static int64_t count_tiles(const struct inputs *inputs, const struct mfa_metal_tile *tile, int64_t pack_gqa)
 {
     const mfa_problem *p = &inputs->problem;
-    const int64_t rows = p->q_len * fold;
+    const int64_t rows = p->q_len * pack_gqa;
     int64_t count = 0;
-    struct extent e = {.fold = fold};
+    struct extent e = {.pack_gqa = pack_gqa};
     for (e.batch = 0; e.batch < p->batch; e.batch++)
-        for (e.first_head = 0; e.first_head < p->q_heads; e.first_head += fold)
+        for (e.first_head = 0; e.first_head < p->q_heads; e.first_head += pack_gqa)
             for (e.row = 0; e.row < rows; e.row += tile->block_q)
                 for (e.key = 0; e.key < p->kv_len; e.key += tile->block_kv) {
                     e.rows = rows - e.row < tile->block_q ? rows - e.row : tile->block_q;
@@ -63,11 +63,11 @@ void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target
     const int64_t group = p.kv_heads ? p.q_heads / p.kv_heads : 1;
     const struct {
         enum mfa_metal_kernel kernel;
-        int64_t fold;
+        int64_t pack_gqa;
     } of_pass[2][2] = {{{MFA_METAL_FORWARD, group}, {MFA_METAL_DECODE, group}},
                        {{MFA_METAL_BACKWARD_DQ, group}, {MFA_METAL_BACKWARD_DKV, 1}}};
     memset(expected, 0, MFA_METAL_KERNELS * sizeof *expected);
     for (int n = 0; n < 2; n++)
         expected[of_pass[pass][n].kernel] =
-            count_tiles(inputs, mfa_metal_tiles_find(of_pass[pass][n].kernel, &choice.key), of_pass[pass][n].fold);
+            count_tiles(inputs, mfa_metal_tiles_find(of_pass[pass][n].kernel, &choice.key), of_pass[pass][n].pack_gqa);
 }

@@ -1,5 +1,5 @@
-/* What stands in for an Apple GPU: metalsim (simulated.c), or an NVIDIA GPU (metalsim/cuda/gpu.c). A program of tests
- * is linked with one of them. */
+/* What executes kernels in place of an Apple GPU: metalsim (simulated.c), or an NVIDIA GPU (metalsim/cuda/gpu.c). A
+ * test program is linked with one of them. */
 #ifndef TESTS_METAL_GPU_H
 #define TESTS_METAL_GPU_H
 

@@ -20,19 +20,19 @@
 
 /* Has a kernel say, in place of how many tiles it visited, how many barriers and products of matrices thread 0 took
  * part in: so many times 65536, and so many. */
-static char *tell_meetings(enum mfa_metal_kernel kernel, char *text)
+static char *count_operations(enum mfa_metal_kernel kernel, char *text)
 {
     static const char *const changes[][2] = {
         /* found in this order, and what takes its place */
         {"using namespace metal;\n", "using namespace metal;\n"
-                                     "static uint met;\n"
-                                     "#define MEET(weight) (met += metalsim::lane()->index == 0 ? weight : 0)\n"
-                                     "#define threadgroup_barrier(flags) (MEET(65536), threadgroup_barrier(flags))\n"
+                                     "static uint counted;\n"
+                                     "#define COUNT(weight) (counted += metalsim::lane()->index == 0 ? weight : 0)\n"
+                                     "#define threadgroup_barrier(flags) (COUNT(65536), threadgroup_barrier(flags))\n"
                                      "#define simdgroup_multiply_accumulate(...) "
-                                     "(MEET(1), simdgroup_multiply_accumulate(__VA_ARGS__))\n"},
+                                     "(COUNT(1), simdgroup_multiply_accumulate(__VA_ARGS__))\n"},
         {"kernel void", "kernel void"},
-        {"\n{\n", "\n{\n    if (index == 0)\n        met = 0;\n"},
-        {"= uint(count);", "= met + 0 * uint(count);"},
+        {"\n{\n", "\n{\n    if (index == 0)\n        counted = 0;\n"},
+        {"= uint(count);", "= counted + 0 * uint(count);"},
     };
     char *changed = NULL;
     size_t length;
@@ -80,9 +80,9 @@ static struct line line_of(enum mfa_metal_kernel kernel, struct metal_target tar
     return line;
 }
 
-/* What one threadgroup meets when it walks along so many tiles. Of attention_forward there are two if 8 rows would be a
- * decode step; one after another, for they count in one place. */
-static int64_t met_on_walk(const struct line *line, int tiles)
+/* The operations of one threadgroup over so many blocks. attention_forward gets two threadgroups if 8 rows would be a
+ * decode step; they run one after another, since they share the counter. */
+static int64_t count_on_walk(const struct line *line, int tiles)
 {
     const int keys_are_rows = line->kernel == MFA_METAL_BACKWARD_DKV;
     const int groups = line->kernel == MFA_METAL_FORWARD && line->tile->block_q == 8 ? 2 : 1;
@@ -121,12 +121,12 @@ static struct cost cost_of(const struct line *line)
 {
     const struct mfa_metal_tile *tile = line->tile;
     const int dim = line->key.head_dim, element = (int)mfa_dtype_size(line->key.dtype);
-    /* rows that are staged tile by tile */
+    /* rows that are loaded tile by tile */
     const int walked = line->kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
     const int slice = dim / tile->split / 8, scores = walked / tile->key_groups / 8, cached = element == 2 ? 1 : 2;
-    const int64_t met = met_on_walk(line, 3) - met_on_walk(line, 2);
-    struct cost c = {.barriers = met / 65536};
-    c.matrix_operations = met % 65536 * mfa_metal_tiles_threads(tile) / 32;
+    const int64_t counted = count_on_walk(line, 3) - count_on_walk(line, 2);
+    struct cost c = {.barriers = counted / 65536};
+    c.matrix_operations = counted % 65536 * mfa_metal_tiles_threads(tile) / 32;
     switch (line->kernel) {
     case MFA_METAL_BACKWARD_DQ: /* S, dP, dQ; in registers Q dO dQ S dP */
         c.products = 3;
@@ -142,8 +142,8 @@ static struct cost cost_of(const struct line *line)
         break;
     }
     c.registers += FIXED_REGISTERS;
-    const int staged = line->kernel == MFA_METAL_BACKWARD_DKV && tile->shared ? 3 : 2;
-    c.device_bytes = (int64_t)staged * walked * dim * element;
+    const int loads = line->kernel == MFA_METAL_BACKWARD_DKV && tile->shared ? 3 : 2;
+    c.device_bytes = (int64_t)loads * walked * dim * element;
     return c;
 }
 
@@ -218,7 +218,7 @@ int main(int count, char **words)
     size_t length = 0;
     const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
     gpu_set(&settings);
-    metal_rewrite = tell_meetings;
+    metal_rewrite = count_operations;
     FILE *memory = open_memstream(&text, &length);
     if (!memory)
         return 2;

@@ -17,8 +17,8 @@ enum { WORKSPACE = MFA_OPERAND_COUNT, VISITED, FILLER, BUFFERS };
 
 /* The kit's tensors in the order of mfa_operands. */
 static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
-    REFERENCE_Q,  REFERENCE_K,  REFERENCE_V,  REFERENCE_MASK, REFERENCE_O,  REFERENCE_L,
-    REFERENCE_dO, REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK,   REFERENCE_dV, REFERENCE_DBIAS, REFERENCE_O_LOW};
+    REFERENCE_Q,  REFERENCE_K,  REFERENCE_V,  REFERENCE_MASK, REFERENCE_O,     REFERENCE_L,    REFERENCE_dO,
+    REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV,   REFERENCE_DBIAS, REFERENCE_O_LOW};
 
 /* From the first of the 64 bytes that an operand begins in, so that alignment is as the offset says. */
 static void attach(struct operands *operands, const mfa_problem *problem, struct gpu_buffer *buffers,
@@ -66,7 +66,7 @@ static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal
     launch.buffers[MFA_METAL_BUFFER_VISITED] = buffers[VISITED];
     const char *why = NULL;
     for (int64_t first = 0; first < d->groups && !why; first += chunk) {
-        launch.call.first = first;
+        launch.call.first_group = first;
         launch.groups = d->groups - first < chunk ? d->groups - first : chunk;
         why = gpu_run(&launch);
         trace->commands++;

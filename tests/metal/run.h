@@ -15,14 +15,14 @@ struct metal_target {
     int family, halved;
 };
 
-/* What the Metal room chooses for a canonical problem, workspace and all. */
+/* What the Metal backend chooses for a canonical problem, the workspace included. */
 void metal_choose(struct metal_target target, const mfa_problem *problem, struct mfa_choice *choice);
 
 /* As operands_run. `chunk`: threadgroups of a command, 0: as the list has it. A failure that the
  * library has no word for (the device's) is MFA_DEVICE_FAILED, and mfa_last_error has it. */
 mfa_status metal_run(struct operands *operands, struct metal_target target, int64_t chunk, struct metal_trace *trace);
 
-/* Runs layout_test; 1 if it finds all as tile.h says. */
+/* Runs layout_test; 1 if it finds all as fragment.h says. */
 int metal_run_layout_test(int family);
 
 /* If set, gives a kernel's program another text: both are from malloc, and the old one is the callee's to free. */

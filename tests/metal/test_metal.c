@@ -1,5 +1,5 @@
-/* The parts of the Metal room that need no GPU: tiles within Metal's limits for every problem, texts that are whole,
- * keys and problems refused with a sentence, lists of dispatches that make sense. */
+/* The parts of the Metal backend that need no GPU: tiles are within Metal's limits for every problem, texts are
+ * complete, unsupported keys and problems fail with a sentence, and lists of dispatches are as expected. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -153,28 +153,21 @@ static void test_text(void **state)
     key.features = MFA_FEATURE_BAND | MFA_FEATURE_MASK_ADDITIVE | MFA_FEATURE_SOFTCAP, key.mask_dtype = MFA_F16;
     assert_int_equal(mfa_metal_source_write(&key, MFA_METAL_FORWARD, "#define FIRST\n", &text), MFA_OK);
     assert_memory_equal(text, "#define FIRST\n", 14);
-    static const char *const once[] = {"#define DTYPE_BF16\n",
-                                       "#define BF16_NATIVE\n",
-                                       "#define MASK_F16\n",
-                                       "#define BAND\n",
-                                       "#define SOFTCAP\n",
-                                       "#define HEAD_DIM 72\n",
-                                       "#define VALUE_DIM 40\n",
-                                       "#define BLOCK_Q 32\n",
-                                       "#include <metal_stdlib>",
-                                       "struct mfa_args {",
-                                       "struct mfa_metal_call {",
-                                       "#line 1 \"core/args.h\"",
-                                       "#line 1 \"metal/kernels/tile.h\"",
+    static const char *const once[] = {"#define DTYPE_BF16\n",    "#define BF16_NATIVE\n",
+                                       "#define MASK_F16\n",      "#define BAND\n",
+                                       "#define SOFTCAP\n",       "#define HEAD_DIM 72\n",
+                                       "#define VALUE_DIM 40\n",  "#define BLOCK_Q 32\n",
+                                       "#define SHARED_TILE 0\n", "#include <metal_stdlib>",
+                                       "struct mfa_args {",       "struct mfa_metal_call {",
+                                       "#line 1 \"core/args.h\"", "#line 1 \"metal/kernels/fragment.h\"",
                                        "\nattention_forward("};
     for (size_t n = 0; n < sizeof once / sizeof *once; n++)
         assert_int_equal(count(text, once[n]), 1);
     assert_int_equal(count(text, "#include \""), 0);
-    assert_int_equal(count(text, "#define SHARED_TILE"), 0);
     free(text);
 }
 
-static void expect_refusal(const struct mfa_key *key, int kernel, const char *words)
+static void expect_unsupported(const struct mfa_key *key, int kernel, const char *words)
 {
     char *text = NULL;
     assert_int_equal(mfa_metal_source_write(key, (enum mfa_metal_kernel)kernel, NULL, &text), MFA_UNSUPPORTED);
@@ -183,33 +176,33 @@ static void expect_refusal(const struct mfa_key *key, int kernel, const char *wo
         fail_msg("\"%s\" does not say \"%s\"", mfa_last_error(), words);
 }
 
-static void test_refused_keys(void **state)
+static void test_unsupported_keys(void **state)
 {
     const struct mfa_key good = key_of(MFA_FORWARD, MFA_F16, 64, 64, 7);
     struct mfa_key key = good;
     (void)state;
-    expect_refusal(&good, MFA_METAL_KERNELS, "kernel is 10");
-    expect_refusal(&good, -1, "kernel is -1");
-    expect_refusal(&good, MFA_METAL_BACKWARD_DQ, "pass is 0; attention_backward_dq");
-    expect_refusal(&good, MFA_METAL_MASK_TILES, "no mask; mask_tiles");
+    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 10");
+    expect_unsupported(&good, -1, "kernel is -1");
+    expect_unsupported(&good, MFA_METAL_BACKWARD_DQ, "pass is 0; attention_backward_dq");
+    expect_unsupported(&good, MFA_METAL_BLOCK_MASK, "no mask; block_mask");
     key.pass = MFA_BACKWARD, key.features = MFA_FEATURE_MASK_BOOL;
-    expect_refusal(&key, MFA_METAL_DBIAS, "bool mask; attention_dbias is for those with an additive one");
+    expect_unsupported(&key, MFA_METAL_DBIAS, "bool mask; attention_dbias is for those with an additive one");
     key = good, key.pass = 7;
-    expect_refusal(&key, MFA_METAL_FORWARD, "pass is 7");
+    expect_unsupported(&key, MFA_METAL_FORWARD, "pass is 7");
     key = good, key.dtype = MFA_F64;
-    expect_refusal(&key, MFA_METAL_FORWARD, "dtype is 3");
+    expect_unsupported(&key, MFA_METAL_FORWARD, "dtype is 3");
     key = good, key.features = MFA_FEATURE_MASK_ADDITIVE, key.mask_dtype = MFA_F64;
-    expect_refusal(&key, MFA_METAL_FORWARD, "mask_dtype is 3");
+    expect_unsupported(&key, MFA_METAL_FORWARD, "mask_dtype is 3");
     key = good, key.head_dim = 520;
-    expect_refusal(&key, MFA_METAL_FORWARD, "head_dim is 520");
+    expect_unsupported(&key, MFA_METAL_FORWARD, "head_dim is 520");
     key = good, key.value_dim = 0;
-    expect_refusal(&key, MFA_METAL_FORWARD, "value_dim 0");
+    expect_unsupported(&key, MFA_METAL_FORWARD, "value_dim 0");
     key = good, memcpy(key.machine, "apple8", 7);
-    expect_refusal(&key, MFA_METAL_FORWARD, "machine is apple8");
+    expect_unsupported(&key, MFA_METAL_FORWARD, "machine is apple8");
     assert_null(mfa_metal_source_function(MFA_METAL_KERNELS));
 }
 
-static void test_refused_problems(void **state)
+static void test_unsupported_problems(void **state)
 {
     mfa_problem p;
     (void)state;
@@ -257,7 +250,7 @@ static void list(const mfa_problem *problem, struct listed *l)
     l->count = mfa_metal_dispatch_list(&canonical, &l->choice, &buffers, l->list);
     for (int n = 0; n < l->count; n++) {
         const struct mfa_metal_dispatch *d = &l->list[n];
-        assert_true(d->groups > 0 && d->chunk > 0 && d->call.first == 0);
+        assert_true(d->groups > 0 && d->chunk > 0 && d->call.first_group == 0);
         assert_in_range(d->binding_count, 1, MFA_METAL_BINDINGS);
         for (int i = 0; i < d->binding_count; i++)
             assert_true(d->bindings[i].operand >= 0 || d->bindings[i].offset <= l->choice.shared);
@@ -283,10 +276,10 @@ static void test_lists(void **state)
     mfa_problem_init(&p, 4, 32, 32, 512, 512, 64, 64);
     expect_kernels(&p, 1, MFA_METAL_FORWARD);
     p.mask = MFA_MASK_BOOL;
-    expect_kernels(&p, 2, MFA_METAL_MASK_TILES, MFA_METAL_FORWARD);
+    expect_kernels(&p, 2, MFA_METAL_BLOCK_MASK, MFA_METAL_FORWARD);
     p.pass = MFA_BACKWARD;
-    expect_kernels(&p, 6, MFA_METAL_ROWS, MFA_METAL_MASK_TILES, MFA_METAL_BACKWARD_DQ, MFA_METAL_MASK_TILES,
-                   MFA_METAL_BACKWARD_DKV, MFA_METAL_DBIAS);
+    expect_kernels(&p, 6, MFA_METAL_BACKWARD_PREPROCESS, MFA_METAL_BLOCK_MASK, MFA_METAL_BACKWARD_DQ,
+                   MFA_METAL_BLOCK_MASK, MFA_METAL_BACKWARD_DKV, MFA_METAL_DBIAS);
     mfa_problem_init(&p, 1, 8, 2, 2, 4096, 64, 64);
     expect_kernels(&p, 2, MFA_METAL_DECODE, MFA_METAL_MERGE);
     p.q_len = 3; /* 12 rows: more than a block of 8 */
@@ -297,7 +290,7 @@ static void test_lists(void **state)
     expect_kernels(&p, 0);
 }
 
-/* A dbias that is summed is cut into parts, one that is not is not. */
+/* The sum of a broadcast dbias is split; a dbias that is not broadcast is not. */
 static void test_bias_parts(void **state)
 {
     mfa_problem p;
@@ -316,7 +309,7 @@ static void test_bias_parts(void **state)
 }
 
 /* Whether the kernels may load four elements of Q at once, if Q begins at that byte of its buffer. */
-static int is_wide(const mfa_problem *problem, uint64_t offset)
+static int is_vec4(const mfa_problem *problem, uint64_t offset)
 {
     static char memory;
     const mfa_buffer b = {&memory, 0};
@@ -328,11 +321,11 @@ static int is_wide(const mfa_problem *problem, uint64_t offset)
     mfa_metal_tiles_choose(7, &canonical, &choice);
     mfa_metal_dispatch_measure(&canonical, &choice);
     assert_true(mfa_metal_dispatch_list(&canonical, &choice, &buffers, dispatches) > 0);
-    return dispatches[0].call.wide >> MFA_METAL_BUFFER_Q & 1;
+    return dispatches[0].call.vec4 >> MFA_METAL_BUFFER_Q & 1;
 }
 
 /* Four elements are loaded at once only where all such loads are aligned. */
-static void test_wide_loads(void **state)
+static void test_vec4_loads(void **state)
 {
     mfa_problem p;
     (void)state;
@@ -342,24 +335,24 @@ static void test_wide_loads(void **state)
                                                                     {2 * 9 * 64, 9 * 64 + 1, 64, 1},
                                                                     {2 * 9 * 62, 9 * 62, 62, 1},
                                                                     {1, 2, 4, 8 * 9}};
-    assert_false(is_wide(&p, 0)); /* rows of 61 elements */
+    assert_false(is_vec4(&p, 0)); /* rows of 61 elements */
     p.q_layout = padded;
-    assert_true(is_wide(&p, 0));
-    assert_true(is_wide(&p, 8));
+    assert_true(is_vec4(&p, 0));
+    assert_true(is_vec4(&p, 8));
     for (uint64_t offset = 2; offset < 8; offset += 2)
-        assert_false(is_wide(&p, offset));
+        assert_false(is_vec4(&p, offset));
     for (size_t n = 0; n < sizeof odd / sizeof *odd; n++) {
         p.q_layout = odd[n];
-        assert_false(is_wide(&p, 0));
+        assert_false(is_vec4(&p, 0));
     }
     p.batch = 1, p.q_layout = odd[0];
-    assert_true(is_wide(&p, 0)); /* there is one batch: no step */
+    assert_true(is_vec4(&p, 0)); /* there is one batch: no step */
     p.dtype = MFA_F32;
-    assert_false(is_wide(&p, 8));
-    assert_true(is_wide(&p, 16));
+    assert_false(is_vec4(&p, 8));
+    assert_true(is_vec4(&p, 16));
 }
 
-/* Work that would take seconds is cut into commands; all of it is done. */
+/* Work that would take seconds is divided into commands that cover all threadgroups. */
 static void test_chunks(void **state)
 {
     mfa_problem p;
@@ -384,7 +377,7 @@ static void test_huge(void **state)
     mfa_problem_init(&p, 1, 1, 1, INT64_C(1) << 43, INT64_C(1) << 43, 1, 1);
     p.mask = MFA_MASK_BOOL, p.mask_layout = (mfa_layout){1, 1, 1, 1};
     list(&p, &l);
-    assert_true(l.choice.shared > UINT64_C(1) << 62); /* of tile classes: no memory holds them */
+    assert_true(l.choice.shared > UINT64_C(1) << 62); /* of the block mask: no memory holds it */
     p.mask_layout = (mfa_layout){0, 0, 0, 1};
     list(&p, &l);
     assert_true(l.choice.shared > UINT64_C(1) << 37 && l.choice.shared < UINT64_C(1) << 43);
@@ -393,11 +386,18 @@ static void test_huge(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keys),       cmocka_unit_test(test_decode_keys), cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_decode_keys),
+        cmocka_unit_test(test_limits),
         cmocka_unit_test(test_families),
-        cmocka_unit_test(test_text),       cmocka_unit_test(test_refused_keys), cmocka_unit_test(test_refused_problems),
-        cmocka_unit_test(test_lists),      cmocka_unit_test(test_bias_parts),   cmocka_unit_test(test_chunks),
-        cmocka_unit_test(test_wide_loads), cmocka_unit_test(test_huge),
+        cmocka_unit_test(test_text),
+        cmocka_unit_test(test_unsupported_keys),
+        cmocka_unit_test(test_unsupported_problems),
+        cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_bias_parts),
+        cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_vec4_loads),
+        cmocka_unit_test(test_huge),
     };
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
 }

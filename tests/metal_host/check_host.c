@@ -1,4 +1,5 @@
-/* The Metal backend against the reference: problems of the case list through the public door, on metalsim's runtime.
+/* The Metal backend against the reference: problems of the case list through the public interface, on metalsim's
+ * runtime.
  *
  *     check_host [options of check_attention] [--checked] [--every N] [PROBLEM ...]
  *
@@ -38,15 +39,15 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
     struct subject s;
     const int number = one->number;
     const clock_t begin = clock();
-    const struct host_way ways[] = {
+    const struct host_options runs[] = {
         {.own_workspace = number % 2},
         {.arrangement = 1 + number % (ARRANGEMENTS - 1), .outputs = number % 2 ? 0 : OUTPUT(O) | OUTPUT(dV)},
     };
     int good = 1;
-    for (int way = 0; way < (arguments->quick ? 1 : 2); way++) {
-        if (!host_subject_open(&s, one->text, way ? number : 0, arguments->seed))
+    for (int options = 0; options < (arguments->quick ? 1 : 2); options++) {
+        if (!host_subject_open(&s, one->text, options ? number : 0, arguments->seed))
             return;
-        const int right = host_check(context, &s, &ways[way]);
+        const int right = host_check(context, &s, &runs[options]);
         subject_close(&s);
         good = good && right;
         if (right)

@@ -75,14 +75,14 @@ static void release_all(const mfa_buffers *buffers)
         metalsim_runtime_release(reference_buffer(buffers, tensor)->base);
 }
 
-mfa_status host_start(mfa_context *context, const struct host_way *way, struct host_pass *pass)
+mfa_status host_start(mfa_context *context, const struct host_options *options, struct host_pass *pass)
 {
     const mfa_problem *problem = &pass->operands.problem;
-    pass->buffers = wrap_all(&pass->operands, way->outputs_used);
-    if (way->before)
-        way->before(pass);
-    if (!way->own_workspace)
-        return mfa_attention(context, problem, &pass->buffers, way->stream);
+    pass->buffers = wrap_all(&pass->operands, options->outputs_used);
+    if (options->before)
+        options->before(pass);
+    if (!options->own_workspace)
+        return mfa_attention(context, problem, &pass->buffers, options->stream);
     mfa_plan *plan;
     mfa_status status = mfa_plan_create(context, problem, &plan);
     if (status != MFA_OK)
@@ -92,7 +92,7 @@ mfa_status host_start(mfa_context *context, const struct host_way *way, struct h
     pass->buffers.workspace.base = metalsim_runtime_buffer(pass->workspace.bytes, WORKSPACE_OFFSET + bytes, 1);
     pass->buffers.workspace.offset = WORKSPACE_OFFSET;
     pass->buffers.workspace_size = bytes;
-    status = mfa_plan_run(plan, &pass->buffers, way->stream);
+    status = mfa_plan_run(plan, &pass->buffers, options->stream);
     mfa_plan_destroy(plan);
     return status;
 }
@@ -115,44 +115,45 @@ void host_collect(struct host_pass *pass, struct reference *results, const char 
         report_fail("%s: %s is written beside its elements", text, overrun);
 }
 
-void host_pass_open(struct host_pass *pass, const struct subject *s, const struct host_way *way)
+void host_pass_open(struct host_pass *pass, const struct subject *s, const struct host_options *options)
 {
     *pass = (struct host_pass){.workspace.mapping = NULL};
-    operands_open(&pass->operands, &s->inputs, way->arrangement, way->outputs ? way->outputs : ALL_OUTPUTS);
+    operands_open(&pass->operands, &s->inputs, options->arrangement, options->outputs ? options->outputs : ALL_OUTPUTS);
 }
 
-static mfa_status run_pass(mfa_context *context, const struct host_way *way, struct host_pass *pass,
+static mfa_status run_pass(mfa_context *context, const struct host_options *options, struct host_pass *pass,
                            struct reference *results, const char *text)
 {
-    const mfa_status status = host_start(context, way, pass);
-    if (way->after)
-        way->after(pass, way->stream);
+    const mfa_status status = host_start(context, options, pass);
+    if (options->after)
+        options->after(pass, options->stream);
     host_collect(pass, results, text);
     return status;
 }
 
-mfa_status host_run(mfa_context *context, struct subject *s, const struct host_way *way, struct reference *results)
+mfa_status host_run(mfa_context *context, struct subject *s, const struct host_options *options,
+                    struct reference *results)
 {
     mfa_status status = MFA_OK;
     struct host_pass pass;
     memset(results, 0, sizeof *results);
-    host_pass_open(&pass, s, way);
+    host_pass_open(&pass, s, options);
     if (s->passes & CASE_FORWARD)
-        status = run_pass(context, way, &pass, results, s->text);
+        status = run_pass(context, options, &pass, results, s->text);
     if (status == MFA_OK && s->passes & CASE_BACKWARD) {
-        operands_turn(&pass.operands, way->arrangement,
+        operands_turn(&pass.operands, options->arrangement,
                       s->passes & CASE_FORWARD && results->O && results->L ? results : &s->truth);
-        status = run_pass(context, way, &pass, results, s->text);
+        status = run_pass(context, options, &pass, results, s->text);
     }
     operands_close(&pass.operands);
     return status;
 }
 
-int host_check(mfa_context *context, struct subject *s, const struct host_way *way)
+int host_check(mfa_context *context, struct subject *s, const struct host_options *options)
 {
     struct reference results;
     guarded_testing(s->text);
-    const mfa_status status = host_run(context, s, way, &results);
+    const mfa_status status = host_run(context, s, options, &results);
     int good = status == MFA_OK;
     if (good)
         good = subject_is_right(s, s->text, &results);

@@ -1,4 +1,4 @@
-/* The library on metalsim's runtime: problems whose operands are MTLBuffers, run through the public door. */
+/* The library on metalsim's runtime: problems whose operands are MTLBuffers, run through the public interface. */
 #ifndef TESTS_METAL_HOST_HOST_H
 #define TESTS_METAL_HOST_HOST_H
 
@@ -9,11 +9,11 @@
 #include "mfa.h"
 #include "runtime/runtime.h"
 
-/* 0: the text is no problem; it is reported. `number` chooses what is broadcast; 0: nothing is. The text is
+/* 0: the text is not a problem, which is reported. `number` chooses what is broadcast; 0: nothing is. The text is
  * kept, not copied. */
 int host_subject_open(struct subject *subject, const char *text, int number, uint64_t seed);
 
-/* A pass on its way. */
+/* A pass that has been started. */
 struct host_pass {
     struct operands operands;
     mfa_buffers buffers; /* of MTLBuffers over their memory */
@@ -21,27 +21,27 @@ struct host_pass {
 };
 
 /* How a problem is run. All 0: dense, every output, the library's workspace, its own queue. */
-struct host_way {
+struct host_options {
     enum arrangement arrangement;
     unsigned outputs;  /* as operands_open has it; 0: all */
     int own_workspace; /* the caller's, of exactly the size that the plan states */
     void *stream;      /* of mfa_plan_run */
-    int outputs_used;  /* by `before`: what is in them means something */
+    int outputs_used;  /* by `before`: what is in them is valid */
     void (*before)(const struct host_pass *pass);              /* called before each pass, and */
     void (*after)(const struct host_pass *pass, void *stream); /* after it: waits, if the call has not. NULL: nothing */
 };
 
 /* Runs the passes of a subject; the status of the first that fails. `results`: to be closed by the caller. */
-mfa_status host_run(mfa_context *context, struct subject *subject, const struct host_way *way,
+mfa_status host_run(mfa_context *context, struct subject *subject, const struct host_options *options,
                     struct reference *results);
 
-/* The same in steps, for passes that go on at once: begins with forward. */
-void host_pass_open(struct host_pass *pass, const struct subject *subject, const struct host_way *way);
-mfa_status host_start(mfa_context *context, const struct host_way *way, struct host_pass *pass);
+/* The same in steps, for concurrent passes; the first is forward. */
+void host_pass_open(struct host_pass *pass, const struct subject *subject, const struct host_options *options);
+mfa_status host_start(mfa_context *context, const struct host_options *options, struct host_pass *pass);
 void host_collect(struct host_pass *pass, struct reference *results, const char *text);
 
-/* Runs, and judges the results; 0, and a report, if anything is wrong. */
-int host_check(mfa_context *context, struct subject *subject, const struct host_way *way);
+/* Runs a problem and checks the results; 0, and a report, if they are wrong. */
+int host_check(mfa_context *context, struct subject *subject, const struct host_options *options);
 
 /* Whether the outputs of the pass that failed are as they were: NaN. */
 int host_is_untouched(const struct reference *results);
@@ -49,7 +49,7 @@ int host_is_untouched(const struct reference *results);
 /* A context whose files are in `folder`; NULL, and a report, if there is none. */
 mfa_context *host_open(const char *folder);
 
-/* The runtime's settings, changed; back to the defaults. Findings and counts begin anew. */
+/* Changes the runtime's settings; restores the defaults. Both reset findings and counts. */
 void host_set(const struct metalsim_settings *settings);
 void host_reset(void);
 

@@ -35,15 +35,15 @@ mfa_context *steps_open(void)
 mfa_context *steps_open_warm(const char *text)
 {
     mfa_context *context = steps_open();
-    steps_run(context, text, &(struct host_way){0});
+    steps_run(context, text, &(struct host_options){0});
     return context;
 }
 
-void steps_run(mfa_context *context, const char *text, const struct host_way *way)
+void steps_run(mfa_context *context, const char *text, const struct host_options *options)
 {
     struct subject s;
     assert_true(host_subject_open(&s, text, 0, 1));
-    assert_true(host_check(context, &s, way));
+    assert_true(host_check(context, &s, options));
     subject_close(&s);
 }
 

@@ -16,7 +16,7 @@ mfa_context *steps_open(void);
 mfa_context *steps_open_warm(const char *text);
 
 /* A run that must be right. */
-void steps_run(mfa_context *context, const char *text, const struct host_way *way);
+void steps_run(mfa_context *context, const char *text, const struct host_options *options);
 
 /* Prints all counts that are not 0. */
 void steps_print_counts(const char *what, const struct metalsim_counts *counts);

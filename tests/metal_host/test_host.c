@@ -30,7 +30,7 @@ static void test_cold_start(void **state)
     struct metalsim_counts counts = host_counts();
     steps_print_counts("a context", &counts);
     assert_int_equal(counts.sources + counts.buffers + counts.command_buffers, 0); /* a context compiles nothing */
-    steps_run(context, forward, &(struct host_way){0});
+    steps_run(context, forward, &(struct host_options){0});
     counts = host_counts();
     steps_print_counts("and a first forward run", &counts);
     assert_int_equal(counts.devices, 1);
@@ -43,14 +43,14 @@ static void test_cold_start(void **state)
     assert_int_equal(host_counts().objects, 0);
 }
 
-static void expect_steady(mfa_context *context, const char *text, const struct host_way *way, unsigned passes)
+static void expect_steady(mfa_context *context, const char *text, const struct host_options *options, unsigned passes)
 {
     struct subject s;
     struct reference results;
     assert_true(host_subject_open(&s, text, 0, 1));
     const uint64_t objects = host_counts().objects;
     metalsim_runtime_clear();
-    assert_int_equal(host_run(context, &s, way, &results), MFA_OK);
+    assert_int_equal(host_run(context, &s, options, &results), MFA_OK);
     const struct metalsim_counts counts = host_counts();
     steps_print_counts(text, &counts);
     assert_int_equal(counts.sources + counts.functions + counts.metallibs + counts.archives + counts.written, 0);
@@ -70,10 +70,10 @@ static void test_steady_state(void **state)
 {
     (void)state;
     mfa_context *context = steps_open_warm("both f16 b1 h2 q70 kv90 d64 mask_bool");
-    expect_steady(context, "both f16 b1 h2 q70 kv90 d64 mask_bool", &(struct host_way){0}, 2);
-    expect_steady(context, "both f16 b1 h2 q9 kv1 d64 mask_bool", &(struct host_way){0}, 2);
-    expect_steady(context, "both f16 b2 h2 q33 kv40 d61 mask_bool", &(struct host_way){.arrangement = PADDED}, 2);
-    expect_steady(context, "forward f16 b1 h2 q9 kv17 d64 mask_bool", &(struct host_way){.own_workspace = 1}, 1);
+    expect_steady(context, "both f16 b1 h2 q70 kv90 d64 mask_bool", &(struct host_options){0}, 2);
+    expect_steady(context, "both f16 b1 h2 q9 kv1 d64 mask_bool", &(struct host_options){0}, 2);
+    expect_steady(context, "both f16 b2 h2 q33 kv40 d61 mask_bool", &(struct host_options){.arrangement = PADDED}, 2);
+    expect_steady(context, "forward f16 b1 h2 q9 kv17 d64 mask_bool", &(struct host_options){.own_workspace = 1}, 1);
     mfa_context_destroy(context);
 }
 
@@ -86,7 +86,7 @@ static void test_growing(void **state)
     for (int kv_len = 601; kv_len < 2000; kv_len += 100) {
         char text[64];
         snprintf(text, sizeof text, "forward f16 b1 h4/2 q1 kv%d d64", kv_len);
-        steps_run(context, text, &(struct host_way){0});
+        steps_run(context, text, &(struct host_options){0});
     }
     const struct metalsim_counts counts = host_counts();
     steps_print_counts("14 steps with a growing kv_len", &counts);
@@ -140,7 +140,7 @@ static void test_long_run(void **state)
         if (strcmp(d->function, "attention_forward"))
             continue;
         memcpy(&call, d->buffers[MFA_METAL_BUFFER_CALL].bytes, sizeof call);
-        assert_int_equal(call.first, groups); /* goes on where the last one ended */
+        assert_int_equal(call.first_group, groups); /* goes on where the last one ended */
         groups += d->threadgroups[0];
     }
     assert_true(groups > 0);
@@ -164,7 +164,7 @@ static void *run_often(void *argument)
     struct subject s;
     int good = host_subject_open(&s, "both f16 b1 h2 q33 kv40 d64 mask_bool", 0, 1);
     for (int n = 0; n < 5; n++)
-        good = host_check(argument, &s, &(struct host_way){0}) && good;
+        good = host_check(argument, &s, &(struct host_options){0}) && good;
     subject_close(&s);
     return good ? argument : NULL;
 }
@@ -195,7 +195,7 @@ static int is_refused(mfa_context *context)
     struct reference results;
     const uint64_t messages = host_counts().messages;
     host_subject_open(&s, forward, 0, 1);
-    const mfa_status status = host_run(context, &s, &(struct host_way){0}, &results);
+    const mfa_status status = host_run(context, &s, &(struct host_options){0}, &results);
     return status == MFA_UNAVAILABLE && strstr(mfa_last_error(), "fork()") && host_counts().messages == messages;
 }
 
@@ -280,7 +280,7 @@ static void test_empty_sum(void **state)
     mfa_context_destroy(context);
 }
 
-/* A NaN is not lost on the way, and goes no further than the queries that see its key. */
+/* A NaN is kept, and reaches only the queries that attend to its key. */
 static void test_not_a_number(void **state)
 {
     (void)state;
@@ -289,9 +289,9 @@ static void test_not_a_number(void **state)
     struct reference usual, results;
     mfa_context *context = steps_open();
     assert_true(host_subject_open(&s, "both f16 b1 h1 q40 kv40 d64 causal", 0, 1));
-    assert_int_equal(host_run(context, &s, &(struct host_way){0}, &usual), MFA_OK);
+    assert_int_equal(host_run(context, &s, &(struct host_options){0}, &usual), MFA_OK);
     s.inputs.values[REFERENCE_K][KEY * DIM] = NAN;
-    assert_int_equal(host_run(context, &s, &(struct host_way){0}, &results), MFA_OK);
+    assert_int_equal(host_run(context, &s, &(struct host_options){0}, &results), MFA_OK);
     for (int n = 0; n < QUERIES * DIM; n++) {
         const int sees = n / DIM >= KEY;
         assert_true(sees ? isnan(results.O[n]) : results.O[n] == usual.O[n]);
@@ -328,9 +328,9 @@ static void test_command_buffer(void **state)
     test_queue = GET(device, "newCommandQueue");
     for (int kind = 0; kind < 2; kind++) {
         metalsim_runtime_clear();
-        const struct host_way way = {
+        const struct host_options options = {
             .own_workspace = kind, .stream = GET(test_queue, kinds[kind]), .after = commit_and_wait};
-        steps_run(context, forward, &way);
+        steps_run(context, forward, &options);
         const struct metalsim_counts counts = host_counts();
         steps_print_counts(kinds[kind], &counts);
         assert_int_equal(counts.encoders, 1);
@@ -358,12 +358,13 @@ static void test_two_runs_in_one(void **state)
     struct reference none;
     assert_true(host_subject_open(&s, text, 0, 1));
     /* Its buffers are gone when it is executed, but the command buffer holds them. */
-    assert_int_equal(host_run(context, &s, &(struct host_way){.stream = commands}, &none), MFA_OK);
+    assert_int_equal(host_run(context, &s, &(struct host_options){.stream = commands}, &none), MFA_OK);
     assert_true(host_is_untouched(&none)); /* as nothing has been committed */
     reference_close(&none);
     subject_close(&s);
     const uint64_t encoders = host_counts().encoders;
-    steps_run(context, text, &(struct host_way){.stream = GET(test_queue, "commandBuffer"), .after = commit_and_wait});
+    steps_run(context, text,
+              &(struct host_options){.stream = GET(test_queue, "commandBuffer"), .after = commit_and_wait});
     assert_int_equal(host_counts().encoders, encoders + 1);
     DO(test_queue, "release");
     DO(device, "release");
@@ -384,7 +385,7 @@ static void test_careless_command_buffer(void **state)
     test_queue = GET(device, "newCommandQueue");
     id commands = GET(test_queue, "commandBufferWithUnretainedReferences");
     assert_true(host_subject_open(&s, text, 0, 1));
-    assert_int_equal(host_run(context, &s, &(struct host_way){.stream = commands}, &results), MFA_INVALID);
+    assert_int_equal(host_run(context, &s, &(struct host_options){.stream = commands}, &results), MFA_INVALID);
     print_message("%s\n", mfa_last_error());
     assert_non_null(strstr(mfa_last_error(), "workspace"));
     reference_close(&results);
@@ -403,7 +404,8 @@ static void test_no_torch(void **state)
     struct reference results;
     mfa_context *context = steps_open();
     assert_true(host_subject_open(&s, forward, 0, 1));
-    assert_int_equal(host_run(context, &s, &(struct host_way){.stream = MFA_STREAM_TORCH}, &results), MFA_UNAVAILABLE);
+    assert_int_equal(host_run(context, &s, &(struct host_options){.stream = MFA_STREAM_TORCH}, &results),
+                     MFA_UNAVAILABLE);
     print_message("%s\n", mfa_last_error());
     assert_non_null(strstr(mfa_last_error(), "PyTorch"));
     assert_true(host_is_untouched(&results));

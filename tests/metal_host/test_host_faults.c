@@ -24,7 +24,7 @@ static const struct expectation {
     {METALSIM_FAULT_NO_DEFAULT, MFA_OK, NULL, 0},
     {METALSIM_FAULT_NO_QUEUE, MFA_UNAVAILABLE, "no command queue", 1},
     {METALSIM_FAULT_NO_BUFFER, MFA_OUT_OF_MEMORY, "MTLBuffer", 0},
-    {METALSIM_FAULT_COMPILE_ERROR, MFA_COMPILE_FAILED, "a planted one", 1},
+    {METALSIM_FAULT_COMPILE_ERROR, MFA_COMPILE_FAILED, "an injected one", 1},
     {METALSIM_FAULT_NO_FUNCTION, MFA_COMPILE_FAILED, "no such function", 1},
     {METALSIM_FAULT_NO_PIPELINE, MFA_COMPILE_FAILED, "stack space", 1},
     {METALSIM_FAULT_FEW_THREADS, MFA_UNSUPPORTED, "at most 16 threads", 1},
@@ -53,7 +53,7 @@ static mfa_status run_faulty(mfa_context *context, const struct expectation *e, 
     struct subject s;
     struct reference results;
     assert_true(host_subject_open(&s, "both f16 b1 h1 q40 kv600 d64 mask_bool", 0, 1)); /* which has a workspace */
-    const mfa_status status = host_run(context, &s, &(struct host_way){0}, &results);
+    const mfa_status status = host_run(context, &s, &(struct host_options){0}, &results);
     print_message("%s after %u: %s%s%s\n", metalsim_runtime_fault_name(e->fault), after, mfa_status_name(status),
                   status ? ": " : "", status ? mfa_last_error() : "");
     if (status == MFA_OK) {
@@ -87,7 +87,7 @@ static void test_each_fault_once(void **state)
             if (status != MFA_OK && e->is_final)
                 assert_int_equal(run_faulty(context, e, after), status);
             else
-                steps_run(context, "forward f16 b1 h1 q40 kv600 d64 mask_bool", &(struct host_way){0});
+                steps_run(context, "forward f16 b1 h1 q40 kv600 d64 mask_bool", &(struct host_options){0});
             mfa_context_destroy(context);
             assert_true(host_is_clean(1));
             host_remove(steps_folder);
@@ -132,10 +132,10 @@ static void test_simpler_tiles(void **state)
         settings.fault = METALSIM_FAULT_FEW_THREADS, settings.threads = 64, settings.function = cases[n].function;
         host_set(&settings);
         mfa_context *context = steps_open();
-        steps_run(context, cases[n].text, &(struct host_way){0});
+        steps_run(context, cases[n].text, &(struct host_options){0});
         assert_true(host_counts().faults > 0);
         const uint64_t sources = host_counts().sources;
-        steps_run(context, cases[n].text, &(struct host_way){.own_workspace = 1});
+        steps_run(context, cases[n].text, &(struct host_options){.own_workspace = 1});
         assert_int_equal(host_counts().sources, sources); /* what has failed is not tried again */
         mfa_context_destroy(context);
         assert_true(host_is_clean(1));
@@ -167,7 +167,7 @@ static void test_families(void **state)
         settings.family = machines[n][0], settings.macos = machines[n][1];
         host_set(&settings);
         mfa_context *context = steps_open();
-        steps_run(context, "both bf16 b1 h2 q33 kv40 d128 causal", &(struct host_way){0});
+        steps_run(context, "both bf16 b1 h2 q33 kv40 d128 causal", &(struct host_options){0});
         mfa_context_destroy(context);
         assert_true(host_is_clean(1));
     }

@@ -57,7 +57,7 @@ static struct metalsim_counts run_right(const char *cache)
     mfa_context *context = host_open(cache);
     assert_non_null(context);
     assert_true(host_subject_open(&s, text, 0, 1));
-    assert_true(host_check(context, &s, &(struct host_way){0}));
+    assert_true(host_check(context, &s, &(struct host_options){0}));
     subject_close(&s);
     mfa_context_destroy(context);
     assert_true(host_is_clean(1));
@@ -440,7 +440,7 @@ static void test_folders_that_cannot_be_written(void **state)
     }
 }
 
-/* What stands where a file should be, or is there already. */
+/* Something else exists where a file should be written. */
 static void test_strange_folders(void **state)
 {
     (void)state;
@@ -469,7 +469,7 @@ static int run(const char *cache, const char *bytes)
         setrlimit(RLIMIT_FSIZE, &limit);
     }
     mfa_context *context = host_open(cache);
-    good = good && context && host_check(context, &s, &(struct host_way){0});
+    good = good && context && host_check(context, &s, &(struct host_options){0});
     mfa_context_destroy(context);
     subject_close(&s);
     return !(host_is_clean(1) && good);

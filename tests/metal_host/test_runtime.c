@@ -1,5 +1,5 @@
-/* The runtime itself, spoken to by casts of its own: it executes what it is told, and finds what a Mac would end the
- * process for. */
+/* The runtime itself, called through casts of its own: it executes messages, and finds misuse for which a Mac would end
+ * the process. */
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>

@@ -23,7 +23,7 @@ static const struct row {
 };
 #define ROWS (sizeof rows / sizeof *rows)
 
-/* Messages that only tests and the stand-in for PyTorch send. */
+/* Messages that only the tests and the substitute for PyTorch send. */
 static const char *const of_others[] = {
     "newComputePipelineStateWithFunction:error:", "computeCommandEncoderWithDispatchType:",
     "commandBufferWithUnretainedReferences"};
@@ -92,7 +92,7 @@ static void test_conventions(void **state)
     }
 }
 
-/* The runtime understands nothing that nobody says. */
+/* The runtime implements no selector that is never sent. */
 static void test_facts_are_used(void **state)
 {
     (void)state;

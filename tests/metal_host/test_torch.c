@@ -60,7 +60,7 @@ static void use_after(const struct host_pass *pass, void *stream)
     metalsim_torch_synchronize();
 }
 
-static const struct host_way among = {
+static const struct host_options among = {
     .stream = MFA_STREAM_TORCH, .outputs_used = 1, .before = use_before, .after = use_after};
 
 static void restore(const struct subject *s, struct reference *results)
@@ -134,7 +134,7 @@ static void test_backward(void **state)
     (void)state;
     struct subject s;
     assert_true(host_subject_open(&s, "both bf16 b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5", 3, 1));
-    assert_true(host_check(context, &s, &(struct host_way){.stream = MFA_STREAM_TORCH, .after = wait_for_torch}));
+    assert_true(host_check(context, &s, &(struct host_options){.stream = MFA_STREAM_TORCH, .after = wait_for_torch}));
     subject_close(&s);
 }
 
@@ -149,13 +149,13 @@ static void test_leftovers(void **state)
 {
     (void)state;
     struct subject s;
-    const struct host_way way = {.stream = MFA_STREAM_TORCH,
-                                 .outputs = FORWARD_OUTPUTS | OUTPUT(DBIAS),
-                                 .outputs_used = 1,
-                                 .before = use_dbias_before,
-                                 .after = wait_for_torch};
+    const struct host_options options = {.stream = MFA_STREAM_TORCH,
+                                         .outputs = FORWARD_OUTPUTS | OUTPUT(DBIAS),
+                                         .outputs_used = 1,
+                                         .before = use_dbias_before,
+                                         .after = wait_for_torch};
     assert_true(host_subject_open(&s, "both f32 b1 h1 q32 kv32 d8 mask_f32", 0, 1));
-    assert_true(host_check(context, &s, &way));
+    assert_true(host_check(context, &s, &options));
     assert_true(host_is_clean(0));
     subject_close(&s);
 }
@@ -177,12 +177,12 @@ static void test_many_in_flight(void **state)
     struct subject subjects[RUNS];
     struct host_pass passes[RUNS];
     struct reference results[RUNS];
-    const struct host_way way = {.stream = MFA_STREAM_TORCH};
+    const struct host_options options = {.stream = MFA_STREAM_TORCH};
     for (int n = 0; n < RUNS; n++) {
         snprintf(lines[n], sizeof lines[n], "forward f32 b1 h2 q2 kv%d d64 mask_bool", 300 + 400 * n);
         assert_true(host_subject_open(&subjects[n], lines[n], 0, 1));
-        host_pass_open(&passes[n], &subjects[n], &way);
-        assert_int_equal(host_start(context, &way, &passes[n]), MFA_OK);
+        host_pass_open(&passes[n], &subjects[n], &options);
+        assert_int_equal(host_start(context, &options, &passes[n]), MFA_OK);
     }
     metalsim_torch_synchronize();
     for (int n = 0; n < RUNS; n++) {
@@ -199,13 +199,13 @@ static void test_many_in_flight(void **state)
 static void *run_often(void *argument)
 {
     struct subject *s = argument;
-    const struct host_way way = {.stream = MFA_STREAM_TORCH};
+    const struct host_options options = {.stream = MFA_STREAM_TORCH};
     struct host_pass pass;
     struct reference results = {.O = NULL};
     int good = 1;
     for (int n = 0; n < 5; n++) {
-        host_pass_open(&pass, s, &way);
-        good = host_start(context, &way, &pass) == MFA_OK && good;
+        host_pass_open(&pass, s, &options);
+        good = host_start(context, &options, &pass) == MFA_OK && good;
         metalsim_torch_synchronize();
         host_collect(&pass, &results, s->text);
         operands_close(&pass.operands);

@@ -205,7 +205,7 @@ def test_backward_alone_falls_back(tmp_path):
     """The forward pass ran here; its gradients are PyTorch's then, and counted."""
     found = _step(tmp_path, "", METALSIM_FAULT="no_pipeline:4")  # those of the forward pass are good
     kind, sentence = found["error"]
-    assert kind == "Unsupported" and "attention_rows" in sentence
+    assert kind == "Unsupported" and "backward_preprocess" in sentence
     waited, *stats = sorted(found["stats"].items(), reverse=True)
     assert dict(stats) == {"replaced": 1, sentence: 1} and "waited" in waited[0] and "raised" not in found
 

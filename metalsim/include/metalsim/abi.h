@@ -12,15 +12,15 @@ enum metalsim_memory { METALSIM_MEMORY_DEVICE = 1, METALSIM_MEMORY_THREADGROUP =
 
 enum metalsim_parameter_kind { METALSIM_BUFFER, METALSIM_THREADGROUP, METALSIM_POSITION };
 
-struct metalsim_place {
+struct metalsim_coord {
     unsigned x, y, z;
 };
 
 /* What is the same for all threads of a threadgroup. */
 struct metalsim_grid {
-    struct metalsim_place position;     /* threadgroup_position_in_grid */
-    struct metalsim_place threads;      /* threads_per_threadgroup */
-    struct metalsim_place threadgroups; /* threadgroups_per_grid */
+    struct metalsim_coord position;     /* threadgroup_position_in_grid */
+    struct metalsim_coord threads;      /* threads_per_threadgroup */
+    struct metalsim_coord threadgroups; /* threadgroups_per_grid */
 };
 
 /* The lanes of a simdgroup meet for every operation that they do together. Each puts what it gives into
@@ -38,7 +38,7 @@ struct metalsim_lane {
     unsigned ticket;
     unsigned index;              /* thread_index_in_threadgroup */
     unsigned lane;               /* thread_index_in_simdgroup */
-    struct metalsim_place place; /* thread_position_in_threadgroup */
+    struct metalsim_coord position; /* thread_position_in_threadgroup */
     struct metalsim_simdgroup *simdgroup;
     const struct metalsim_grid *grid;
     struct metalsim_lane *next; /* of its simdgroup, in the order in which they take turns */

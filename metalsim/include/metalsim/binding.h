@@ -61,77 +61,77 @@ template <class T> METAL_FUNC decltype(auto) threadgroup_memory(void *p)
 
 /* A position in the type that the parameter has. */
 template <class T> struct position {
-    static METAL_FUNC T from(metalsim_place p)
+    static METAL_FUNC T from(metalsim_coord p)
     {
         return T(p.x);
     }
 };
 template <class T> struct position<metal::vec<T, 2>> {
-    static METAL_FUNC metal::vec<T, 2> from(metalsim_place p)
+    static METAL_FUNC metal::vec<T, 2> from(metalsim_coord p)
     {
         return metal::vec<T, 2>{T(p.x), T(p.y)};
     }
 };
 template <class T> struct position<metal::vec<T, 3>> {
-    static METAL_FUNC metal::vec<T, 3> from(metalsim_place p)
+    static METAL_FUNC metal::vec<T, 3> from(metalsim_coord p)
     {
         return metal::vec<T, 3>{T(p.x), T(p.y), T(p.z)};
     }
 };
 
-METAL_FUNC metalsim_place times(metalsim_place a, metalsim_place b)
+METAL_FUNC metalsim_coord times(metalsim_coord a, metalsim_coord b)
 {
     return {a.x * b.x, a.y * b.y, a.z * b.z};
 }
 
-METAL_FUNC uint simdgroups(metalsim_place threads)
+METAL_FUNC uint simdgroups(metalsim_coord threads)
 {
     return (threads.x * threads.y * threads.z + METALSIM_SIMD_WIDTH - 1) / METALSIM_SIMD_WIDTH;
 }
 
 /* The positions, by the names of their attributes. */
-METALSIM_OURS metalsim_place thread_position_in_threadgroup()
+METALSIM_OURS metalsim_coord thread_position_in_threadgroup()
 {
-    return lane()->place;
+    return lane()->position;
 }
-METALSIM_OURS metalsim_place threadgroup_position_in_grid()
+METALSIM_OURS metalsim_coord threadgroup_position_in_grid()
 {
     return lane()->grid->position;
 }
-METALSIM_OURS metalsim_place threads_per_threadgroup()
+METALSIM_OURS metalsim_coord threads_per_threadgroup()
 {
     return lane()->grid->threads;
 }
-METALSIM_OURS metalsim_place threadgroups_per_grid()
+METALSIM_OURS metalsim_coord threadgroups_per_grid()
 {
     return lane()->grid->threadgroups;
 }
-METALSIM_OURS metalsim_place threads_per_grid()
+METALSIM_OURS metalsim_coord threads_per_grid()
 {
     return times(lane()->grid->threadgroups, lane()->grid->threads);
 }
-METALSIM_OURS metalsim_place thread_position_in_grid()
+METALSIM_OURS metalsim_coord thread_position_in_grid()
 {
-    metalsim_place group = times(lane()->grid->position, lane()->grid->threads), own = lane()->place;
+    metalsim_coord group = times(lane()->grid->position, lane()->grid->threads), own = lane()->position;
     return {group.x + own.x, group.y + own.y, group.z + own.z};
 }
-METALSIM_OURS metalsim_place thread_index_in_threadgroup()
+METALSIM_OURS metalsim_coord thread_index_in_threadgroup()
 {
     return {lane()->index, 0, 0};
 }
-METALSIM_OURS metalsim_place thread_index_in_simdgroup()
+METALSIM_OURS metalsim_coord thread_index_in_simdgroup()
 {
     return {lane()->lane, 0, 0};
 }
-METALSIM_OURS metalsim_place simdgroup_index_in_threadgroup()
+METALSIM_OURS metalsim_coord simdgroup_index_in_threadgroup()
 {
     return {lane()->index / METALSIM_SIMD_WIDTH, 0, 0};
 }
-METALSIM_OURS metalsim_place threads_per_simdgroup()
+METALSIM_OURS metalsim_coord threads_per_simdgroup()
 {
     return {METALSIM_SIMD_WIDTH, 0, 0};
 }
-METALSIM_OURS metalsim_place simdgroups_per_threadgroup()
+METALSIM_OURS metalsim_coord simdgroups_per_threadgroup()
 {
     return {simdgroups(lane()->grid->threads), 0, 0};
 }

@@ -13,12 +13,24 @@
 #include "core/args.h"
 #include "metal/kernels/contract.h"
 using namespace metal;
-#include "metal/kernels/element.h"
-#include "metal/kernels/tile.h"
-#include "metal/kernels/scores.h"
-#include "metal/kernels/backward.h"
 
 #define BLOCK 32
+#define BLOCK_Q BLOCK
+#define BLOCK_KV BLOCK
+#define ROW_GROUPS (BLOCK / 8)
+#define SPLIT 1
+
+#include "metal/kernels/element.h"
+#include "metal/kernels/fragment.h"
+#include "metal/kernels/gemm.h"
+#include "metal/kernels/sequence.h"
+#include "metal/kernels/kv_source.h"
+#include "metal/kernels/simdgroup.h"
+#include "metal/kernels/score.h"
+#include "metal/kernels/softmax.h"
+#include "metal/kernels/block_range.h"
+#include "metal/kernels/backward.h"
+
 #define FRAGMENTS (BLOCK / 8)
 
 /* A tile of scores: of which batch and head, and where its queries and keys begin. */
@@ -50,23 +62,24 @@ METAL_FUNC mfa_metal_grid summed(constant mfa_args &args)
     return n;
 }
 
-/* S += A B^T, with rows of device memory: the lane's own of A, and two of B from `first` on, of `there`. */
-METAL_FUNC void multiply_in_place(thread float2 *S, device const storage *A, bool A_there, long A_step,
-                                  device const storage *B, long B_rows, long B_row_step, long B_step, long columns,
-                                  place at)
+/* S += A B^T, with rows of device memory: the lane's own of A, and 8 * FRAGMENTS rows of B from `first` on. */
+METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, long A_row, bool A_valid,
+                               thread const row_source &B, long first, lane_coord at)
 {
-    for (long d = 0; d < columns; d += 8) {
+    device const storage *B_rows = row_address(B, first);
+    long rows = B.rows - first;
+    for (long d = 0; d < B.columns; d += 8) {
         storage2 a[1];
-        load_row<1>(a, A, A_step, d + at.column, columns, A_there);
-        bool inside = d + at.row < columns;
+        load_row<1>(a, A, A_row, d + at.column, A_valid);
+        bool inside = d + at.row < B.columns;
         UNROLL
         for (int n = 0; n < FRAGMENTS; n++) {
             float2 b = float2{0.0f, 0.0f};
             UNROLL
             for (int e = 0; e < 2; e++) {
                 long row = n * 8 + at.column + e;
-                if (inside && row < B_rows)
-                    b[e] = widen(B[row * B_row_step + (d + at.row) * B_step]);
+                if (inside && row < rows)
+                    b[e] = widen(B_rows[row * B.row_stride + (d + at.row) * B.column_stride]);
             }
             multiply_add(S[n], widen(a[0]), b);
         }
@@ -75,53 +88,42 @@ METAL_FUNC void multiply_in_place(thread float2 *S, device const storage *A, boo
 
 /* Adds P * (dP - D) of a tile of scores. */
 METAL_FUNC void add_tile(thread float2 *sum, corner c, thread const backward_operands &in,
-                         constant mfa_metal_call &call, uint simdgroup, place at)
+                         constant mfa_metal_call &call, uint simdgroup, lane_coord at)
 {
-    constant mfa_args &args = call.args;
-    long i = c.i + simdgroup * 8 + at.row, keys = args.kv_len - c.key, kv_head = c.head / args.group;
-    bool there = i < args.q_len;
-    long low = 0, high = there ? args.kv_len - 1 : -1;
-#if defined(BAND)
-    if (c.key > c.i + BLOCK - 1 + args.upper || c.key + BLOCK - 1 < c.i + args.lower)
+    if (!block_in_band(call, c.i, c.key))
         return;
-    low = i + args.lower;
-    high = min(high, i + args.upper);
-#endif
-    i = there ? i : 0;
-    sight sees;
-    sight_cut(sees, low, high, c.key, BLOCK);
-#if defined(MASKED)
-    sight_of_mask(sees,
-                  in.mask + c.batch * args.mask.batch + c.head * args.mask.head + i * args.mask.row +
-                      c.key * args.mask.column,
-                  args.mask.column, MFA_METAL_TILE_MIXED);
-#endif
-    float2 S[FRAGMENTS], dP[FRAGMENTS], slope[FRAGMENTS];
+    constant mfa_args &args = call.args;
+    sequence seq = sequence_of(call, c.batch);
+    long i = c.i + simdgroup * 8 + at.row, kv_head = c.head / args.group;
+    bool valid = i < seq.q_len;
+    query q = query{c.head, valid ? i : 0, valid};
+    mask_range range;
+    mask_range_of_query(range, call, seq, q, c.key);
+    mask_range_add_mask(range, in.mask.mask + mask_offset(seq, args.mask, q.head, q.i, c.key), args.mask.column,
+                        MFA_METAL_BLOCK_PARTIAL);
+    float2 S[FRAGMENTS], dP[FRAGMENTS], dtanh[FRAGMENTS];
     clear<FRAGMENTS>(S);
     clear<FRAGMENTS>(dP);
-    multiply_in_place(S, in.Q + c.batch * args.q.batch + c.head * args.q.head + i * args.q.row, there, args.q.column,
-                      in.K + c.batch * args.k.batch + kv_head * args.k.head + c.key * args.k.row, keys, args.k.row,
-                      args.k.column, args.head_dim, at);
-    multiply_in_place(dP, in.dO + c.batch * args.d_o.batch + c.head * args.d_o.head + i * args.d_o.row, there,
-                      args.d_o.column, in.V + c.batch * args.v.batch + kv_head * args.v.head + c.key * args.v.row, keys,
-                      args.v.row, args.v.column, args.value_dim, at);
-    score_tile<FRAGMENTS>(S, slope, 0, sees, at, call);
-    long number = (c.batch * args.q_heads + c.head) * args.q_len + i;
-    float L = in.L[number], D = in.D[number];
+    gemm_nt_device(S, q_source(in.Q, call, seq, q.head), q.i, valid, k_source(in.K, call, seq, kv_head), c.key, at);
+    gemm_nt_device(dP, do_source(in.dO, call, seq, q.head), q.i, valid, v_source(in.V, call, seq, kv_head), c.key, at);
+    score_tile<FRAGMENTS>(S, dtanh, 0, range, at, call);
+    long row = row_stats_index(seq, args, q.head, q.i);
+    float L = in.L[row], D = in.D[row];
     UNROLL
     for (int n = 0; n < FRAGMENTS; n++)
-        sum[n] += float2{probability(S[n][0], L), probability(S[n][1], L)} * (dP[n] - D);
+        sum[n] += softmax_probability(S[n], float2{L, L}) * (dP[n] - D);
 }
 
 /* Element (row, column) of a tile of dbias; only the first row or column counts if it is summed along them. */
-METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_args &args, corner c, long row, long column,
+METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &call, corner c, long row, long column,
                            float value)
 {
-    bool in_rows = args.dbias.row == 0 ? row == 0 : c.i + row < args.q_len;
-    bool in_columns = args.dbias.column == 0 ? column == 0 : c.key + column < args.kv_len;
+    sequence seq = sequence_of(call, c.batch);
+    constant mfa_strides &s = call.args.dbias;
+    bool in_rows = s.row == 0 ? row == 0 : c.i + row < seq.q_len;
+    bool in_columns = s.column == 0 ? column == 0 : c.key + column < seq.kv_len;
     if (in_rows && in_columns)
-        dbias[c.batch * args.dbias.batch + c.head * args.dbias.head + (c.i + row) * args.dbias.row +
-              (c.key + column) * args.dbias.column] = mask_narrow(value);
+        dbias[mask_offset(seq, s, c.head, c.i + row, c.key + column)] = mask_narrow(value);
 }
 
 kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
@@ -133,11 +135,11 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
-    long index = call.first + group, part = index % call.splits;
+    long index = call.first_group + group, part = index % call.splits;
     corner own = corner_of(call, index / call.splits);
     mfa_metal_grid n = summed(args);
     long steps = n.batch * n.head * n.row * n.column;
-    place at = place_of(lane);
+    lane_coord at = lane_coord_of(lane);
     float2 sum[FRAGMENTS];
     clear<FRAGMENTS>(sum);
     for (long step = steps * part / call.splits; step < steps * (part + 1) / call.splits; step++) {
@@ -146,7 +148,7 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
         c.i += step / n.column % n.row * BLOCK;
         c.head += step / n.column / n.row % n.head;
         c.batch += step / n.column / n.row / n.head;
-        add_tile(sum, c, backward_operands{Q, K, V, dO, mask, nullptr, D, L}, call, simdgroup, at);
+        add_tile(sum, c, backward_operands{Q, K, V, dO, {mask, nullptr}, D, L}, call, simdgroup, at);
     }
     if (args.dbias.column == 0) {
         float all = 0.0f;
@@ -172,7 +174,7 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
             if (call.splits > 1)
                 partials[(index * BLOCK + row) * BLOCK + column + e] = sum[f][e];
             else
-                store_bias(dbias, args, own, row, column + e, sum[f][e]);
+                store_bias(dbias, call, own, row, column + e, sum[f][e]);
         }
     }
 }
@@ -181,12 +183,12 @@ kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], dev
                                 device const float *partials [[buffer(15)]],
                                 uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]])
 {
-    long number = call.first + group;
+    long number = call.first_group + group;
     corner own = corner_of(call, number);
     for (int element = int(index); element < BLOCK * BLOCK; element += 128) {
         float sum = 0.0f;
         for (long part = 0; part < call.splits; part++)
             sum += partials[(number * call.splits + part) * (BLOCK * BLOCK) + element];
-        store_bias(dbias, call.args, own, element / BLOCK, element % BLOCK, sum);
+        store_bias(dbias, call, own, element / BLOCK, element % BLOCK, sum);
     }
 }

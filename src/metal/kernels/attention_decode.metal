@@ -6,45 +6,49 @@
  *     m = max of the m_g, l = sum of exp2(m_g - m) l_g, O = sum of exp2(m_g - m) O_g
  *     O = O / l, L = ln(2) * (m + log2(l))
  *
- * A call with more than one split cuts the range of keys: then m, l and O themselves are left for attention_merge. */
+ * A call with more than one split cuts the range of keys: then m, l and O themselves are stored for attention_merge. */
 #include <metal_stdlib>
 #include "core/args.h"
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
-#include "metal/kernels/tile.h"
-#include "metal/kernels/scores.h"
-#include "metal/kernels/blocks.h"
+#include "metal/kernels/fragment.h"
+#include "metal/kernels/gemm.h"
+#include "metal/kernels/sequence.h"
+#include "metal/kernels/kv_source.h"
+#include "metal/kernels/simdgroup.h"
+#include "metal/kernels/score.h"
+#include "metal/kernels/softmax.h"
+#include "metal/kernels/block_range.h"
 #include "metal/kernels/forward.h"
 
-/* Makes the sums of the first key group those of all. `memory` is that of the tiles, which nobody reads any more: m
- * and l of every simdgroup's lanes, then O of all but the first group. */
-METAL_FUNC void merge_key_groups(thread sums &s, thread const seat &own, threadgroup float2 *memory)
+/* Merges the sums of all key groups into those of the first. `memory` is that of the tiles, which are not read any
+ * more: m and l of every simdgroup's lanes, then O of all but the first group. */
+METAL_FUNC void merge_key_groups(thread accumulator &acc, thread const simdgroup_coord &sg, threadgroup float2 *memory)
 {
-    int simdgroup = own.key_group * SPLIT + own.slice, first = KEY_GROUPS * SPLIT;
-    memory[simdgroup * 32 + own.lane] = float2{s.m, s.l};
+    int simdgroup = sg.key_group * SPLIT + sg.slice, first = KEY_GROUPS * SPLIT;
+    memory[simdgroup * 32 + sg.lane] = float2{acc.state.m, acc.state.l};
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    float m = NOTHING, l = 0.0f;
+    softmax_state all = softmax_init();
     for (int g = 0; g < KEY_GROUPS; g++)
-        m = max(m, memory[(g * SPLIT + own.slice) * 32 + own.lane][0]);
+        all.m = max(all.m, memory[(g * SPLIT + sg.slice) * 32 + sg.lane][0]);
     for (int g = 0; g < KEY_GROUPS; g++) {
-        float2 other = memory[(g * SPLIT + own.slice) * 32 + own.lane];
-        l += fast::exp2(other[0] - m) * other[1];
+        float2 other = memory[(g * SPLIT + sg.slice) * 32 + sg.lane];
+        all.l += softmax_rescale(other[0], all.m) * other[1];
     }
-    float alpha = fast::exp2(s.m - m);
-    s.m = m;
-    s.l = l;
+    float alpha = softmax_rescale(acc.state.m, all.m);
+    acc.state = all;
     UNROLL
     for (int d = 0; d < E_FRAGMENTS; d++) {
-        s.O[d] *= alpha;
-        if (own.key_group > 0)
-            memory[(first + (simdgroup - SPLIT) * E_FRAGMENTS + d) * 32 + own.lane] = s.O[d];
+        acc.O[d] *= alpha;
+        if (sg.key_group > 0)
+            memory[(first + (simdgroup - SPLIT) * E_FRAGMENTS + d) * 32 + sg.lane] = acc.O[d];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int g = 1; g < KEY_GROUPS && own.key_group == 0; g++) {
+    for (int g = 1; g < KEY_GROUPS && sg.key_group == 0; g++) {
         UNROLL
         for (int d = 0; d < E_FRAGMENTS; d++)
-            s.O[d] += memory[(first + ((g - 1) * SPLIT + own.slice) * E_FRAGMENTS + d) * 32 + own.lane];
+            acc.O[d] += memory[(first + ((g - 1) * SPLIT + sg.slice) * E_FRAGMENTS + d) * 32 + sg.lane];
     }
 }
 
@@ -53,7 +57,7 @@ attention_decode(constant mfa_metal_call &call [[buffer(0)]], device const stora
                  device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
                  device const mask_storage *mask [[buffer(4)]], device storage *O [[buffer(5)]],
                  device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
-                 device const uchar *classes [[buffer(14)]], device float *partials [[buffer(15)]],
+                 device const uchar *block_mask [[buffer(14)]], device float *partials [[buffer(15)]],
 #if defined(COUNT_TILES)
                  device uint *visited [[buffer(18)]],
 #endif
@@ -61,22 +65,23 @@ attention_decode(constant mfa_metal_call &call [[buffer(0)]], device const stora
                  uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                  uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
-    seat own = seat_of(simdgroup, lane);
-    mfa_metal_grid part = part_of(call, group);
-    rows r = rows_of(call, part, own);
-    sums s;
-    int count = attend(s, r, forward_operands{Q, K, V, mask, classes}, call, own, tile, exchange, index);
+    simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
+    mfa_metal_grid coord = threadgroup_coord(call, group);
+    q_block q = q_block_of(call, coord, sg);
+    accumulator acc;
+    int count =
+        attend(acc, q, forward_operands{Q, K, V, {mask, block_mask}}, call, sg, threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)
-        visited[call.first + group] = uint(count);
+        visited[call.first_group + group] = uint(count);
 #else
     (void)count;
 #endif
     if (KEY_GROUPS > 1)
-        merge_key_groups(s, own, (threadgroup float2 *)tile);
-    r.own.there = r.own.there && own.key_group == 0;
+        merge_key_groups(acc, sg, (threadgroup float2 *)tile);
+    q.own.valid = q.own.valid && sg.key_group == 0;
     if (call.splits > 1)
-        store_partial(s, r, part, call, own, partials);
+        store_split(acc, q, coord.column, call, sg, partials);
     else
-        store_rows(s, r, call, own, O, O_low, L);
+        store_rows(acc, q, call, sg, forward_results{O, O_low, L});
 }

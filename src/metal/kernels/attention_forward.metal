@@ -1,18 +1,23 @@
 /* O = softmax(scale * Q K^T) V and L: each threadgroup has BLOCK_Q rows of queries and walks along their keys.
  *
- *     rows of a KV head: its queries, those of all heads of its group next to each other
+ *     rows of a KV head: its queries, those of all heads of its group packed next to each other
  *     m, l, O = what the rows get from their range of keys       (forward.h)
  *     O = O / l, L = ln(2) * (m + log2(l))
  *
- * A call with more than one split cuts the range of keys: then m, l and O themselves are left for attention_merge. */
+ * A call with more than one split cuts the range of keys: then m, l and O themselves are stored for attention_merge. */
 #include <metal_stdlib>
 #include "core/args.h"
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
-#include "metal/kernels/tile.h"
-#include "metal/kernels/scores.h"
-#include "metal/kernels/blocks.h"
+#include "metal/kernels/fragment.h"
+#include "metal/kernels/gemm.h"
+#include "metal/kernels/sequence.h"
+#include "metal/kernels/kv_source.h"
+#include "metal/kernels/simdgroup.h"
+#include "metal/kernels/score.h"
+#include "metal/kernels/softmax.h"
+#include "metal/kernels/block_range.h"
 #include "metal/kernels/forward.h"
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
@@ -20,7 +25,7 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
                   device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
                   device const mask_storage *mask [[buffer(4)]], device storage *O [[buffer(5)]],
                   device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
-                  device const uchar *classes [[buffer(14)]], device float *partials [[buffer(15)]],
+                  device const uchar *block_mask [[buffer(14)]], device float *partials [[buffer(15)]],
 #if defined(COUNT_TILES)
                   device uint *visited [[buffer(18)]],
 #endif
@@ -28,19 +33,20 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
                   uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                   uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
-    seat own = seat_of(simdgroup, lane);
-    mfa_metal_grid part = part_of(call, group);
-    rows r = rows_of(call, part, own);
-    sums s;
-    int count = attend(s, r, forward_operands{Q, K, V, mask, classes}, call, own, tile, exchange, index);
+    simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
+    mfa_metal_grid coord = threadgroup_coord(call, group);
+    q_block q = q_block_of(call, coord, sg);
+    accumulator acc;
+    int count =
+        attend(acc, q, forward_operands{Q, K, V, {mask, block_mask}}, call, sg, threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)
-        visited[call.first + group] = uint(count);
+        visited[call.first_group + group] = uint(count);
 #else
     (void)count;
 #endif
     if (call.splits > 1)
-        store_partial(s, r, part, call, own, partials);
+        store_split(acc, q, coord.column, call, sg, partials);
     else
-        store_rows(s, r, call, own, O, O_low, L);
+        store_rows(acc, q, call, sg, forward_results{O, O_low, L});
 }

@@ -1,4 +1,4 @@
-/* Puts together the partial results that attention_forward and attention_decode leave of each row:
+/* Merges the partial results that attention_forward and attention_decode store for each row:
  *
  *     m = max of the m_p over the parts p
  *     l = sum of exp2(m_p - m) l_p
@@ -10,8 +10,9 @@
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
-#include "metal/kernels/tile.h"
-#include "metal/kernels/scores.h"
+#include "metal/kernels/fragment.h"
+#include "metal/kernels/sequence.h"
+#include "metal/kernels/softmax.h"
 
 kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device storage *O [[buffer(5)]],
                             device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
@@ -19,32 +20,29 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
-    long rows = args.q_len * call.fold, number = (call.first + group) * 4 + simdgroup;
-    bool there = number < args.batch * args.kv_heads * rows;
-    long row = there ? number % rows : 0, kv_head = there ? number / rows % args.kv_heads : 0;
-    long batch = there ? number / rows / args.kv_heads : 0, step = args.value_dim + 2;
-    long head = kv_head * call.fold + row % call.fold, i = row / call.fold;
-    device const float *parts = partials + (there ? number : 0) * call.splits * step;
+    long number = (call.first_group + group) * 4 + simdgroup, step = args.value_dim + 2;
+    numbered_query row = query_of_number(call, number, args.kv_heads, call.pack_gqa);
+    bool valid = row.q.valid;
+    device const float *parts = partials + (valid ? number : 0) * call.splits * step;
 
-    float m = NOTHING;
+    softmax_state s = softmax_init();
     for (long p = lane; p < call.splits; p += 32)
-        m = max(m, parts[p * step]);
-    m = simd_max(m);
-    float l = 0.0f;
+        s.m = max(s.m, parts[p * step]);
+    s.m = simd_max(s.m);
     for (long p = lane; p < call.splits; p += 32)
-        l += fast::exp2(parts[p * step] - m) * parts[p * step + 1];
-    l = simd_sum(l);
-    float inverse = l != 0.0f ? 1.0f / l : 0.0f;
+        s.l += softmax_rescale(parts[p * step], s.m) * parts[p * step + 1];
+    s.l = simd_sum(s.l);
+    float inverse = softmax_inverse(s.l);
 
-    long O_row = batch * args.o.batch + head * args.o.head + i * args.o.row;
-    for (long d = lane; there && d < args.value_dim; d += 32) {
+    long O_row = q_offset(row.seq, args.o, row.q.head, row.q.i);
+    for (long d = lane; valid && d < args.value_dim; d += 32) {
         float sum = 0.0f;
         for (long p = 0; p < call.splits; p++)
-            sum += fast::exp2(parts[p * step] - m) * parts[p * step + 2 + d];
+            sum += softmax_rescale(parts[p * step], s.m) * parts[p * step + 2 + d];
         O[O_row + d * args.o.column] = narrow(sum * inverse);
-        if (call.given >> MFA_METAL_BUFFER_O_LOW & 1)
+        if (call.present >> MFA_METAL_BUFFER_O_LOW & 1)
             O_low[O_row + d * args.o.column] = narrow_rest(sum * inverse);
     }
-    if (there && lane == 0 && (call.given >> MFA_METAL_BUFFER_LSE & 1))
-        L[batch * args.lse.batch + head * args.lse.head + i * args.lse.row] = log_sum_exp(m, l);
+    if (valid && lane == 0 && (call.present >> MFA_METAL_BUFFER_LSE & 1))
+        L[q_offset(row.seq, args.lse, row.q.head, row.q.i)] = log_sum_exp(s.m, s.l);
 }

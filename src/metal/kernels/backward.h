@@ -2,13 +2,6 @@
 
 struct backward_operands {
     device const storage *Q, *K, *V, *dO;
-    device const mask_storage *mask;
-    device const uchar *classes;
+    mask_operands mask;
     device const float *D, *L; /* [batch][q_heads][q_len] */
 };
-
-/* P = exp(S - L) */
-METAL_FUNC float probability(float S, float L)
-{
-    return fast::exp2((S - L) * LOG2E);
-}

@@ -1,8 +1,8 @@
-/* The types in which operands lie in memory, and the way from there to f32 and back.
+/* The types of operands in memory, and their conversion to f32 and back.
  *
  * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a
- * bf16 is the upper half of a float, handled as bits. Rounding is to nearest, ties to even. Metal's
- * default is fast math, under which a float is never infinite: infinities are met and made as bits only. Numbers from
+ * bf16 is handled as bits, the upper half of a float. Rounding is to nearest, ties to even. Metal's
+ * default is fast math, under which a float is never infinite: infinities are read and written as bits only. Numbers from
  * OVERFLOWS on are rounded to infinity. */
 
 #if defined(DTYPE_F32)
@@ -71,7 +71,7 @@ METAL_FUNC storage narrow(float x)
 #endif
 }
 
-/* What narrow(x) takes off x, narrowed; 0 where that is not finite. */
+/* The rounding error x - narrow(x), narrowed; 0 where narrow(x) is not finite. */
 METAL_FUNC storage narrow_rest(float x)
 {
     return fabs(x) < OVERFLOWS ? narrow(x - widen(narrow(x))) : storage(0);
@@ -80,12 +80,12 @@ METAL_FUNC storage narrow_rest(float x)
 #if defined(MASK_BOOL)
 typedef uchar mask_storage;
 
-METAL_FUNC bool mask_hides(mask_storage bits)
+METAL_FUNC bool masks_out(mask_storage bits)
 {
     return bits == 0;
 }
 
-METAL_FUNC bool mask_changes(mask_storage bits)
+METAL_FUNC bool changes_score(mask_storage bits)
 {
     return bits == 0;
 }
@@ -102,7 +102,7 @@ METAL_FUNC mask_storage mask_narrow(float x)
     return as_type<uint>(x);
 }
 
-#define MASK_HIDING NEGATIVE_INFINITY
+#define MASK_MINUS_INFINITY NEGATIVE_INFINITY
 #define MASK_MAGNITUDE 0x7fffffffu /* all bits but the sign */
 #elif defined(MASK_F16)
 typedef ushort mask_storage;
@@ -117,7 +117,7 @@ METAL_FUNC mask_storage mask_narrow(float x)
     return as_type<ushort>(half(x));
 }
 
-#define MASK_HIDING 0xfc00u
+#define MASK_MINUS_INFINITY 0xfc00u
 #define MASK_MAGNITUDE 0x7fffu
 #elif defined(MASK_BF16)
 typedef ushort mask_storage;
@@ -132,21 +132,21 @@ METAL_FUNC mask_storage mask_narrow(float x)
     return bf16_narrow(x);
 }
 
-#define MASK_HIDING 0xff80u
+#define MASK_MINUS_INFINITY 0xff80u
 #define MASK_MAGNITUDE 0x7fffu
 #else
 typedef uchar mask_storage; /* of an argument that is not read */
 #endif
 
-#if defined(MASK_HIDING)
+#if defined(MASK_MINUS_INFINITY)
 #define MASK_ADDITIVE
 
-METAL_FUNC bool mask_hides(mask_storage bits)
+METAL_FUNC bool masks_out(mask_storage bits)
 {
-    return bits == MASK_HIDING;
+    return bits == MASK_MINUS_INFINITY;
 }
 
-METAL_FUNC bool mask_changes(mask_storage bits)
+METAL_FUNC bool changes_score(mask_storage bits)
 {
     return (bits & MASK_MAGNITUDE) != 0;
 }

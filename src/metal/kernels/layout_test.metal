@@ -1,16 +1,16 @@
-/* Whether simdgroup matrices lie in this device's lanes as tile.h says. The host runs one simdgroup of it before it
- * trusts the other kernels. Each lane leaves 0 if all is well, else a bit for each thing that is not:
- *     1 elements lie elsewhere   2 a product is wrong   4 a sum or a maximum over a row   8 a sum over a column
+/* The self-test: whether simdgroup matrices lie in this device's lanes as fragment.h says. The host runs one simdgroup
+ * of it before it uses the other kernels. Each lane stores 0 if all is well, else a bit for each failure:
+ *     1 elements lie elsewhere   2 a product   4 a sum or a maximum over a row   8 a sum over a column
  * All numbers are small integers, so that results are exact. */
 #include <metal_stdlib>
 using namespace metal;
 #include "metal/kernels/element.h"
-#include "metal/kernels/tile.h"
+#include "metal/kernels/fragment.h"
 
 kernel void layout_test(device uint *wrong [[buffer(15)]], threadgroup float *numbers TG_ARG(0),
                         uint lane [[thread_index_in_simdgroup]])
 {
-    place at = place_of(lane);
+    lane_coord at = lane_coord_of(lane);
     int row = at.row, column = at.column;
     numbers[lane] = float(lane);
     numbers[lane + 32] = float(lane + 32);

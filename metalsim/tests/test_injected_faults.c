@@ -1,4 +1,4 @@
-/* The checker finds each planted mistake, whatever the schedule, says where it is, and is silent about the
+/* The checker finds each injected fault, whatever the schedule, says where it is, and is silent about the
  * kernel without one. */
 #include "kit.h"
 
@@ -8,11 +8,11 @@
 
 #define COUNT 100
 
-struct planted {
-    const char *finding, *place; /* words of the report, and of a line of planted.metal that it names */
+struct injected_fault {
+    const char *finding, *line; /* words of the report, and of a line of injected_faults.metal that it names */
 };
 
-static const struct planted planted[] = {
+static const struct injected_fault faults[] = {
     [1] = {"divergence", "as it should be"},
     [2] = {"out of bounds: read", "x = from[i];"},
     [3] = {"out of bounds: write", "shared[index + 1]"},
@@ -22,11 +22,11 @@ static const struct planted planted[] = {
     [7] = {"mem_threadgroup", "shared[63 - index]"},
     [8] = {"mem_threadgroup", "shared[63 - index]"},
     [9] = {"mem_threadgroup", "shared[63 - index]"},
-    [10] = {"divergence", "PLANT == 10"},
+    [10] = {"divergence", "FAULT == 10"},
     [11] = {"mem_threadgroup", "shared[63 - index]"},
     [12] = {"mem_threadgroup", "narrow[index ^ 1]"},
     [13] = {"mem_threadgroup", "narrow[index ^ 1]"},
-    [14] = {"divergence", "PLANT == 14"},
+    [14] = {"divergence", "FAULT == 14"},
     [15] = {"divergence", "lane & 2 ?"},
     [16] = {"different addresses for one matrix", "simdgroup_load(m"},
     [17] = {"overflows", "0x10000000"},
@@ -39,7 +39,7 @@ static const struct planted planted[] = {
     [24] = {"race", "atomic_fetch_add_explicit"},
     [25] = {"an address of no buffer", "<< 40"},
 };
-#define PLANTED (sizeof planted / sizeof *planted)
+#define FAULTS (sizeof faults / sizeof *faults)
 
 static metalsim_status run(const metalsim_library *library, enum metalsim_schedule schedule, float *to)
 {
@@ -67,17 +67,17 @@ static metalsim_status run(const metalsim_library *library, enum metalsim_schedu
 }
 
 /* Does the report name a line of the file that holds these words, or one at most two below? */
-static int names_place(const char *report, const char *text, const char *words)
+static int names_line(const char *report, const char *text, const char *words)
 {
     int line = 1;
     for (const char *at = text; *at; line++) {
         size_t length = strcspn(at, "\n");
         const char *found = strstr(at, words);
         for (int below = 0; found && found < at + length && below < 3; below++) {
-            char place[64];
-            snprintf(place, sizeof place, "planted.metal:%d", line + below);
-            const char *named = strstr(report, place);
-            if (named && (named[strlen(place)] < '0' || named[strlen(place)] > '9'))
+            char line_name[64];
+            snprintf(line_name, sizeof line_name, "injected_faults.metal:%d", line + below);
+            const char *named = strstr(report, line_name);
+            if (named && (named[strlen(line_name)] < '0' || named[strlen(line_name)] > '9'))
                 return 1;
         }
         at += length + (at[length] == '\n');
@@ -85,21 +85,21 @@ static int names_place(const char *report, const char *text, const char *words)
     return 0;
 }
 
-static void test_planted(void **state)
+static void test_injected_faults(void **state)
 {
-    char *text = kit_read("planted.metal");
+    char *text = kit_read("injected_faults.metal");
     (void)state;
-    for (size_t plant = 1; plant < PLANTED; plant++) {
+    for (size_t fault = 1; fault < FAULTS; fault++) {
         char define[32];
-        snprintf(define, sizeof define, "PLANT %zu", plant);
-        metalsim_library *library = kit_load("planted.metal", define, METALSIM_CHECKED);
+        snprintf(define, sizeof define, "FAULT %zu", fault);
+        metalsim_library *library = kit_load("injected_faults.metal", define, METALSIM_CHECKED);
         for (int schedule = METALSIM_NATURAL; schedule <= METALSIM_SHUFFLED; schedule++) {
             float to[COUNT];
             if (run(library, (enum metalsim_schedule)schedule, to) != METALSIM_FAULT)
-                fail_msg("plant %zu is not found with schedule %d", plant, schedule);
-            kit_expect_error(planted[plant].finding);
-            if (!names_place(metalsim_last_error(), text, planted[plant].place))
-                fail_msg("plant %zu: \"%s\" is not named in: %s", plant, planted[plant].place, metalsim_last_error());
+                fail_msg("fault %zu is not found with schedule %d", fault, schedule);
+            kit_expect_error(faults[fault].finding);
+            if (!names_line(metalsim_last_error(), text, faults[fault].line))
+                fail_msg("fault %zu: \"%s\" is not named in: %s", fault, faults[fault].line, metalsim_last_error());
         }
         metalsim_library_destroy(library);
     }
@@ -122,8 +122,8 @@ static void test_widths(void **state)
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         char defines[64], words[64];
         const size_t size = types[i].size, bytes = 32 * size;
-        snprintf(defines, sizeof defines, "PLANT 0\nELEMENT %s", types[i].name);
-        metalsim_library *library = kit_load("planted.metal", defines, METALSIM_CHECKED);
+        snprintf(defines, sizeof defines, "FAULT 0\nELEMENT %s", types[i].name);
+        metalsim_library *library = kit_load("injected_faults.metal", defines, METALSIM_CHECKED);
         const metalsim_kernel *kernel = metalsim_library_find(library, "wide");
         struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1},
@@ -159,7 +159,7 @@ static void test_clean(void **state)
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH, METALSIM_CHECKED | METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = kit_load("planted.metal", "PLANT 0", builds[b]);
+        metalsim_library *library = kit_load("injected_faults.metal", "FAULT 0", builds[b]);
         for (int schedule = METALSIM_NATURAL; schedule <= METALSIM_SHUFFLED; schedule++) {
             float to[COUNT];
             if (run(library, (enum metalsim_schedule)schedule, to) != METALSIM_OK)
@@ -179,7 +179,7 @@ static void test_one_barrier(void **state)
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = kit_load("planted.metal", "PLANT 0", builds[b]);
+        metalsim_library *library = kit_load("injected_faults.metal", "FAULT 0", builds[b]);
         float to[64];
         const struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1},
@@ -195,13 +195,13 @@ static void test_one_barrier(void **state)
     }
 }
 
-/* Nor two barriers one place, where a last call made a jump would return. */
+/* Nor two barriers in one place, where a last call made a jump would return. */
 static void test_two_barriers(void **state)
 {
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = kit_load("planted.metal", "PLANT 26", builds[b]);
+        metalsim_library *library = kit_load("injected_faults.metal", "FAULT 26", builds[b]);
         uint32_t to[65];
         const struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1}, .threads = {64, 1, 1}, .buffers = {kit_output(to, sizeof to)}};
@@ -215,7 +215,7 @@ static void test_two_barriers(void **state)
  * memory show there by themselves. */
 static void test_plain_build_shows_some(void **state)
 {
-    metalsim_library *library = kit_load("planted.metal", "PLANT 5", 0);
+    metalsim_library *library = kit_load("injected_faults.metal", "FAULT 5", 0);
     float natural[COUNT], reversed[COUNT];
     (void)state;
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_OK);
@@ -223,12 +223,12 @@ static void test_plain_build_shows_some(void **state)
     assert_memory_not_equal(natural, reversed, sizeof natural);
     metalsim_library_destroy(library);
 
-    library = kit_load("planted.metal", "PLANT 3", 0);
+    library = kit_load("injected_faults.metal", "FAULT 3", 0);
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_FAULT);
     kit_expect_error("beside threadgroup argument 0");
     metalsim_library_destroy(library);
 
-    library = kit_load("planted.metal", "PLANT 14", 0); /* divergence is found in every build */
+    library = kit_load("injected_faults.metal", "FAULT 14", 0); /* divergence is found in every build */
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_FAULT);
     kit_expect_error("divergence");
     metalsim_library_destroy(library);
@@ -237,9 +237,9 @@ static void test_plain_build_shows_some(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_planted),      cmocka_unit_test(test_widths),
-        cmocka_unit_test(test_clean),        cmocka_unit_test(test_one_barrier),
-        cmocka_unit_test(test_two_barriers), cmocka_unit_test(test_plain_build_shows_some),
+        cmocka_unit_test(test_injected_faults), cmocka_unit_test(test_widths),
+        cmocka_unit_test(test_clean),           cmocka_unit_test(test_one_barrier),
+        cmocka_unit_test(test_two_barriers),    cmocka_unit_test(test_plain_build_shows_some),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

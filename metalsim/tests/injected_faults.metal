@@ -1,4 +1,4 @@
-/* One mistake for each PLANT: what it does is right without it, and must be found with it. A number for
+/* One fault for each value of FAULT: the kernel is right without it, and the checker must find it. A number for
  * every lane of a threadgroup of 64 goes through threadgroup memory, to be read in the opposite order. */
 #include <metal_stdlib>
 using namespace metal;
@@ -7,47 +7,47 @@ using namespace metal;
 #define ELEMENT float
 #endif
 
-struct planted_args {
+struct fault_args {
     uint count;
     float scale;
 };
 
 kernel void turn_round(device const float *from [[buffer(0)]], device float *to [[buffer(1)]],
-                       constant planted_args &args [[buffer(2)]], device atomic_uint *counter [[buffer(3)]],
+                       constant fault_args &args [[buffer(2)]], device atomic_uint *counter [[buffer(3)]],
                        threadgroup float *shared TG_ARG(0), threadgroup ushort *narrow TG_ARG(1),
                        uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                        uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]])
 {
     uint i = group * 64 + index;
     float sum = 0.0f;
-#if PLANT == 1 /* a thread leaves before a barrier */
+#if FAULT == 1 /* a thread leaves before a barrier */
     if (index == 63)
         return;
 #endif
     for (int round = 0; round < 3; round++) {
         float x = i < args.count ? from[i] : 0.0f;
-#if PLANT == 2 /* reads beyond a buffer */
+#if FAULT == 2 /* reads beyond a buffer */
         x = from[i];
 #endif
-#if PLANT == 3 /* writes beyond its threadgroup memory */
+#if FAULT == 3 /* writes beyond its threadgroup memory */
         shared[index + 1] = x;
-#elif PLANT == 4 /* leaves an element unwritten */
+#elif FAULT == 4 /* leaves an element unwritten */
         if (index != 5)
             shared[index] = x;
-#elif PLANT == 5 /* several write one element */
+#elif FAULT == 5 /* several write one element */
         shared[index & ~1u] = x;
         shared[index] = x;
 #else
         shared[index] = x;
 #endif
-#if PLANT == 6 /* no barrier between write and read */
-#elif PLANT == 7 /* a barrier of the simdgroup alone */
+#if FAULT == 6 /* no barrier between write and read */
+#elif FAULT == 7 /* a barrier of the simdgroup alone */
         simdgroup_barrier(mem_flags::mem_threadgroup);
-#elif PLANT == 8 /* a barrier for other memory */
+#elif FAULT == 8 /* a barrier for other memory */
         threadgroup_barrier(mem_flags::mem_device);
-#elif PLANT == 9 /* a barrier for no memory */
+#elif FAULT == 9 /* a barrier for no memory */
         threadgroup_barrier(mem_flags::mem_none);
-#elif PLANT == 10 /* two barriers where one was meant */
+#elif FAULT == 10 /* two barriers where one was meant */
         if (simdgroup == 0)
             threadgroup_barrier(mem_flags::mem_threadgroup);
         else
@@ -56,48 +56,48 @@ kernel void turn_round(device const float *from [[buffer(0)]], device float *to 
         threadgroup_barrier(mem_flags::mem_threadgroup); /* as it should be */
 #endif
         sum += shared[63 - index] * args.scale;
-#if PLANT != 11 /* the next round overwrites what others still read */
+#if FAULT != 11 /* the next round overwrites what others still read */
         threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
     }
 
     narrow[index] = ushort(index); /* within a simdgroup, its own barrier is enough */
-#if PLANT == 12 /* for the wrong memory */
+#if FAULT == 12 /* for the wrong memory */
     simdgroup_barrier(mem_flags::mem_device);
-#elif PLANT != 13 /* a simdgroup does not order memory by itself */
+#elif FAULT != 13 /* a simdgroup does not order memory by itself */
     simdgroup_barrier(mem_flags::mem_threadgroup);
 #endif
     sum += float(narrow[index ^ 1]) - float(index ^ 1);
 
-#if PLANT == 14 /* some lanes do not take part */
+#if FAULT == 14 /* some lanes do not take part */
     if (lane < 16)
         sum = simd_shuffle_xor(sum, 1);
-#elif PLANT == 15 /* lanes differ in what they take part in */
+#elif FAULT == 15 /* lanes differ in what they take part in */
     sum = lane & 2 ? simd_shuffle_xor(sum, 1) : simd_shuffle(sum, ushort(lane ^ 1));
     sum = simd_shuffle_xor(sum, 1);
-#elif PLANT == 16 /* lanes differ in the matrix that they load */
+#elif FAULT == 16 /* lanes differ in the matrix that they load */
     simdgroup_float8x8 m;
     simdgroup_load(m, from + lane, 0);
-#elif PLANT == 17 /* overflow */
+#elif FAULT == 17 /* overflow */
     sum += float(int(args.count) * 0x10000000 * 16) * 0.0f;
-#elif PLANT == 18 /* not aligned */
+#elif FAULT == 18 /* not aligned */
     float2 two = *(device const float2 *)(from + 1);
     sum += two.x * 0.0f;
-#elif PLANT == 19 /* a float that no int holds */
+#elif FAULT == 19 /* a float that no int holds */
     sum += float(int(1e20f * args.scale)) * 0.0f;
-#elif PLANT == 20 /* by a null pointer */
+#elif FAULT == 20 /* by a null pointer */
     device const float *nowhere = args.count ? (device const float *)0 : from;
     sum += nowhere[0];
-#elif PLANT == 25 /* far away */
+#elif FAULT == 25 /* far away */
     sum += from[ulong(args.count) << 40];
 #endif
-#if PLANT == 21 /* an output is read before it was written */
+#if FAULT == 21 /* an output is read before it was written */
     sum += to[i < args.count ? i : 0] * 0.0f;
 #endif
 
-#if PLANT == 22 /* threadgroups write one element */
+#if FAULT == 22 /* threadgroups write one element */
     to[index < args.count ? index : 0] = sum;
-#elif PLANT == 23 /* a threadgroup reads what another writes */
+#elif FAULT == 23 /* a threadgroup reads what another writes */
     if (i < args.count)
         to[i] = sum;
     if (index == 0)
@@ -106,7 +106,7 @@ kernel void turn_round(device const float *from [[buffer(0)]], device float *to 
     if (i < args.count)
         to[i] = sum;
 #endif
-#if PLANT == 24 /* an atomic and a plain access */
+#if FAULT == 24 /* an atomic and a plain access */
     if (index == 0)
         *(device uint *)counter = 1;
 #endif
@@ -142,7 +142,7 @@ kernel void split_in_two(device float *to [[buffer(0)]], threadgroup float *shar
     to[index] = x[0] + x[1] + x[2] + x[3];
 }
 
-#if PLANT == 26 /* each half of the threads ends with a barrier of its own */
+#if FAULT == 26 /* each half of the threads ends with a barrier of its own */
 kernel void end_apart(device uint *to [[buffer(0)]], uint index [[thread_index_in_threadgroup]])
 {
     if (index & 1) {

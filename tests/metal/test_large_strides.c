@@ -1,5 +1,5 @@
-/* Strides beyond 2^31 elements: tensors of a few elements, far apart in memory that is mapped and hardly touched. Every
- * result must be, bit for bit, that of the same tensors close together. */
+/* Strides beyond 2^31 elements: the elements of small tensors are spread over a large mapping, of which few pages are
+ * touched. Every result must be bitwise that of the same tensors with dense strides. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -18,14 +18,14 @@
 #include "mfa.h"
 #include "reference/element.h"
 
-enum { NOWHERE = -1 }; /* in place of a dimension: nothing is far */
+enum { NOWHERE = -1 }; /* in place of a dimension: no stride is large */
 
-static mfa_layout far_layout(const struct tensor *tensor, int dimension, int64_t far)
+static mfa_layout large_stride_layout(const struct tensor *tensor, int dimension, int64_t stride)
 {
     mfa_layout layout = tensor->layout;
     int64_t *const strides[4] = {&layout.batch, &layout.head, &layout.row, &layout.column};
     if (tensor->shape[dimension] > 1)
-        *strides[dimension] = far;
+        *strides[dimension] = stride;
     return layout;
 }
 
@@ -35,22 +35,22 @@ static int64_t span_of(const int64_t shape[4], const mfa_layout *layout)
            (shape[3] - 1) * layout->column + 1;
 }
 
-static int64_t place_of(int64_t index, const int64_t shape[4], const mfa_layout *layout)
+static int64_t element_index(int64_t index, const int64_t shape[4], const mfa_layout *layout)
 {
     return index % shape[3] * layout->column + index / shape[3] % shape[2] * layout->row +
            index / shape[3] / shape[2] % shape[1] * layout->head +
            index / shape[3] / shape[2] / shape[1] * layout->batch;
 }
 
-/* Moves the tensor to memory of its own, which guarded_close() gives back, and tells the problem. */
-static void move(struct operands *operands, enum reference_tensor which, int dimension, int64_t far)
+/* Moves the tensor to memory of its own, which guarded_close() gives back, and updates the problem. */
+static void move(struct operands *operands, enum reference_tensor which, int dimension, int64_t stride)
 {
     struct tensor *tensor = &operands->tensors[which];
     if (dimension == NOWHERE || !tensor->memory.mapping)
         return;
     double *values = tensor_read(tensor);
     tensor_close(tensor);
-    tensor->layout = far_layout(tensor, dimension, far);
+    tensor->layout = large_stride_layout(tensor, dimension, stride);
     struct guarded *memory = &tensor->memory;
     memory->size = (size_t)span_of(tensor->shape, &tensor->layout) * element_size(tensor->dtype);
     memory->mapped = memory->size + 2 * guarded_page();
@@ -59,7 +59,7 @@ static void move(struct operands *operands, enum reference_tensor which, int dim
     assert_ptr_not_equal(memory->mapping, MAP_FAILED);
     memory->bytes = memory->mapping + guarded_page();
     for (int64_t n = 0; n < tensor_count(tensor); n++)
-        element_store(tensor->dtype, memory->bytes, place_of(n, tensor->shape, &tensor->layout), values[n]);
+        element_store(tensor->dtype, memory->bytes, element_index(n, tensor->shape, &tensor->layout), values[n]);
     free(values);
     *(mfa_layout *)reference_layout(&operands->problem, which) = tensor->layout;
     *(mfa_buffer *)reference_buffer(&operands->buffers, which) = tensor_buffer(tensor);
@@ -73,18 +73,18 @@ static void run(struct operands *operands)
 }
 
 /* Both passes; the results are read where they are. */
-static void run_passes(const struct inputs *inputs, int dimension, int64_t far, struct reference *results)
+static void run_passes(const struct inputs *inputs, int dimension, int64_t stride, struct reference *results)
 {
     struct operands operands;
     operands_open(&operands, inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++)
-        move(&operands, tensor, dimension, far);
+        move(&operands, tensor, dimension, stride);
     run(&operands);
     results->O = tensor_read(&operands.tensors[REFERENCE_O]);
     results->L = tensor_read(&operands.tensors[REFERENCE_L]);
     operands_turn(&operands, DENSE, results);
-    move(&operands, REFERENCE_O, dimension, far);
-    move(&operands, REFERENCE_L, dimension, far);
+    move(&operands, REFERENCE_O, dimension, stride);
+    move(&operands, REFERENCE_L, dimension, stride);
     run(&operands);
     for (int tensor = REFERENCE_dQ; tensor < REFERENCE_TENSORS; tensor++)
         if (operands.tensors[tensor].memory.mapping)
@@ -92,21 +92,21 @@ static void run_passes(const struct inputs *inputs, int dimension, int64_t far, 
     operands_close(&operands);
 }
 
-static void check_dimension(const char *text, const struct inputs *inputs, int dimension, struct reference *close)
+static void check_dimension(const char *text, const struct inputs *inputs, int dimension, struct reference *dense)
 {
     /* Past 2^31 and 2^32; one that runs of four elements can be read at, and one that they cannot. */
     static const int64_t strides[] = {(INT64_C(1) << 31) + 4, (INT64_C(1) << 32) + 3};
     for (size_t s = 0; s < sizeof strides / sizeof *strides; s++) {
-        struct reference far = {0};
-        run_passes(inputs, dimension, strides[s], &far);
+        struct reference spread = {0};
+        run_passes(inputs, dimension, strides[s], &spread);
         for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
-            const double *got = *reference_member(&far, tensor), *right = *reference_member(close, tensor);
+            const double *got = *reference_member(&spread, tensor), *right = *reference_member(dense, tensor);
             const size_t bytes = (size_t)reference_count(&inputs->problem, tensor) * sizeof *got;
             if (got && right && memcmp(got, right, bytes))
                 fail_msg("%s: %s differs where dimension %d has stride %lld", text, tensor_name(tensor), dimension,
                          (long long)strides[s]);
         }
-        reference_close(&far);
+        reference_close(&spread);
     }
 }
 
@@ -114,17 +114,17 @@ static void check(const char *text)
 {
     mfa_problem problem;
     struct inputs inputs;
-    struct reference close = {0};
+    struct reference dense = {0};
     assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
     inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, 1, text);
-    run_passes(&inputs, NOWHERE, 0, &close);
+    run_passes(&inputs, NOWHERE, 0, &dense);
     for (int dimension = 0; dimension < 4; dimension++)
-        check_dimension(text, &inputs, dimension, &close);
-    reference_close(&close);
+        check_dimension(text, &inputs, dimension, &dense);
+    reference_close(&dense);
     inputs_close(&inputs);
 }
 
-/* mask_tiles, attention_forward, and all of the backward pass. */
+/* block_mask, attention_forward, and all of the backward pass. */
 static void test_blocks(void **state)
 {
     (void)state;

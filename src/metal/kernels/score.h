@@ -1,0 +1,121 @@
+/* From Q K^T to scores: scale, softcap, additive mask, band and masks, and the derivative of the softcap. In the
+ * forward pass scores are in units of log 2, so that P = exp2(S - m).
+ *
+ * Kernels walk along blocks of keys, for a lane that has a query, or along blocks of queries, for a lane that has a
+ * key. Either way the lane computes the elements t = 0, 1, ... of a block, and a `mask_range` says which of them are
+ * masked out. A masked score is finite, so that no difference of two is NaN:
+ *
+ *     SCORE_MASKED < ROW_MAX_INIT < SCORE_MIN        exp2(SCORE_MASKED - m) is 0 for any m from ROW_MAX_INIT on
+ *
+ * ROW_MAX_INIT (softmax.h) is the m of a row before its first key. A score that is not masked is at least SCORE_MIN: an
+ * additive mask often has -FLT_MAX where it means "almost masked", which in units of log 2 would not be finite. Such a
+ * bias is clamped to a power of two, which L keeps exactly, so a row of nothing else has finite P, too. */
+
+#define SCORE_MASKED (-1.0e38f)
+#define SCORE_MIN (-0.9e38f)
+#define BIAS_MIN (-4.2535296e37f) /* -2^125 */
+
+/* The mask of one batch entry and head, and what is known of its blocks. */
+struct mask_operands {
+    device const mask_storage *mask;
+    device const uchar *block_mask;
+};
+
+struct mask_range {
+    int low, high; /* elements outside [low, high] are masked out */
+#if defined(MASKED)
+    device const mask_storage *mask; /* of element 0 */
+    long step;
+    bool partial; /* the mask must be applied to each element */
+#endif
+};
+
+/* Elements [low, high] as the sequence counts them, relative to a block of `length` that begins at `first`. */
+METAL_FUNC void mask_range_clip(thread mask_range &r, long low, long high, long first, int length)
+{
+    r.low = int(clamp(low - first, long(0), long(length)));
+    r.high = int(clamp(high - first, long(-1), long(length - 1)));
+}
+
+/* The band of a query among the keys from `key` on. */
+METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
+                                    thread const query &q, long key)
+{
+    long low = 0, high = q.valid ? seq.kv_len - 1 : -1;
+#if defined(BAND)
+    low = q.i + call.args.lower;
+    high = min(high, q.i + call.args.upper);
+#endif
+    mask_range_clip(r, low, high, key, BLOCK_KV);
+}
+
+/* The band of a key among the queries from `i` on. */
+METAL_FUNC void mask_range_of_key(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
+                                  long key, long i)
+{
+    long low = 0, high = key < seq.kv_len ? seq.q_len - 1 : -1;
+#if defined(BAND)
+    low = key - call.args.upper;
+    high = min(high, key - call.args.lower);
+#endif
+    mask_range_clip(r, low, high, i, BLOCK_Q);
+}
+
+#if defined(MASKED)
+/* Adds the mask, whose value for element 0 of the block is at `mask`; `state` is one of MFA_METAL_BLOCK_*. */
+METAL_FUNC void mask_range_add_mask(thread mask_range &r, device const mask_storage *mask, long step, uchar state)
+{
+    r.mask = mask;
+    r.step = step;
+    r.partial = state == MFA_METAL_BLOCK_PARTIAL;
+}
+#endif
+
+/* The score of element t; `dtanh` is the derivative of the softcap's tanh, 1 without a softcap. */
+METAL_FUNC float score(float product, int t, thread const mask_range &r, constant mfa_metal_call &call,
+                       thread float &dtanh)
+{
+    float x = product * call.score_factor;
+    dtanh = 1.0f;
+#if defined(SOFTCAP)
+    float tanh_x = precise::tanh(x);
+    x = tanh_x * call.cap_factor;
+    dtanh = 1.0f - tanh_x * tanh_x;
+#endif
+    bool shown = t >= r.low && t <= r.high;
+#if defined(MASKED)
+    if (shown && r.partial) {
+        mask_storage bits = r.mask[t * r.step];
+        shown = !masks_out(bits);
+#if defined(MASK_ADDITIVE)
+        float bias = mask_value(bits);
+        if (shown)
+            x += (bias < BIAS_MIN ? BIAS_MIN : bias) * call.bias_factor;
+#endif
+    }
+#endif
+    x = x < SCORE_MIN ? SCORE_MIN : x; /* unlike max(), keeps a NaN */
+    return shown ? x : SCORE_MASKED;
+}
+
+/* The scores S of a block's elements from `first` on, in place, and their dtanh. */
+template <int FRAGMENTS>
+METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, thread const mask_range &r, lane_coord at,
+                           constant mfa_metal_call &call)
+{
+    UNROLL
+    for (int n = 0; n < FRAGMENTS; n++) {
+        UNROLL
+        for (int e = 0; e < 2; e++) {
+            float derivative;
+            S[n][e] = score(S[n][e], first + n * 8 + at.column + e, r, call, derivative);
+            dtanh[n][e] = derivative;
+        }
+    }
+}
+
+/* dZ, the gradient of Q K^T but for the scale, from that of P. */
+METAL_FUNC float2 score_gradient(float2 P, float2 dP, float2 D, float2 dtanh)
+{
+    return P * (dP - D) * dtanh;
+}
