@@ -18,8 +18,8 @@ void mfa_metal_scratch_free(struct mfa_metal_scratch *scratch)
     mfa_metal_objc_release(scratch->in_order);
 }
 
-/* `kept`, which is owned, if it is large enough; else in its place a larger one, with spare bytes for problems that grow.
- * Should the GPU still use the old one, its command buffer holds it. */
+/* Replaces `kept`, which is owned, by a larger buffer if it is too small, with spare bytes for problems that grow. If
+ * the GPU still uses the old one, its command buffer retains it. */
 static mfa_status enlarge(const struct mfa_metal_device *device, uint64_t bytes, id *kept)
 {
     const uint64_t had = SEND(buffer_length, *kept), more = had + had / 4;

@@ -1,13 +1,13 @@
 /* dbias = dS, summed over the dimensions along which its stride is 0.
  *
- *     each threadgroup has a tile of dbias, 32 x 32, and a part of all (batch, head, queries, keys) summed into it:
+ *     each threadgroup has a tile of dbias, 32 x 32, and a split of all (batch, head, queries, keys) summed into it:
  *         B = 0
- *         for each tile of scores of that part:
+ *         for each tile of scores of that split:
  *             S = scale * Q K^T, softcap, mask, band;   P = exp(S - L)
  *             B = B + P * (dO V^T - D)
  *         B = sum of its rows, of its columns, or both, if dbias has one element along them
  *
- * With more than one part, attention_dbias_sum adds them up, in order. Each simdgroup has 8 queries; operands are read
+ * With more than one split, attention_dbias_sum adds the partial sums, in order. Each simdgroup has 8 queries; operands are read
  * where they lie, so the loop has no barrier. */
 #include <metal_stdlib>
 #include "core/args.h"
@@ -34,14 +34,14 @@ using namespace metal;
 #define FRAGMENTS (BLOCK / 8)
 
 /* A tile of scores: of which batch and head, and where its queries and keys begin. */
-struct corner {
+struct tile_coord {
     long batch, head, i, key;
 };
 
 /* The tile of dbias of this number. */
-METAL_FUNC corner corner_of(constant mfa_metal_call &call, long number)
+METAL_FUNC tile_coord tile_coord_of(constant mfa_metal_call &call, long number)
 {
-    corner c;
+    tile_coord c;
     c.key = number % call.grid.column * BLOCK;
     number /= call.grid.column;
     c.i = number % call.grid.row * BLOCK;
@@ -52,7 +52,7 @@ METAL_FUNC corner corner_of(constant mfa_metal_call &call, long number)
 }
 
 /* How many tiles of scores are summed into a tile of dbias, along each dimension. */
-METAL_FUNC mfa_metal_grid summed(constant mfa_args &args)
+METAL_FUNC mfa_metal_grid summed_tiles(constant mfa_args &args)
 {
     mfa_metal_grid n;
     n.batch = args.dbias.batch == 0 ? args.batch : 1;
@@ -87,7 +87,7 @@ METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, lon
 }
 
 /* Adds P * (dP - D) of a tile of scores. */
-METAL_FUNC void add_tile(thread float2 *sum, corner c, thread const backward_operands &in,
+METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward_operands &in,
                          constant mfa_metal_call &call, uint simdgroup, lane_coord at)
 {
     if (!block_in_band(call, c.i, c.key))
@@ -115,8 +115,8 @@ METAL_FUNC void add_tile(thread float2 *sum, corner c, thread const backward_ope
 }
 
 /* Element (row, column) of a tile of dbias; only the first row or column counts if it is summed along them. */
-METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &call, corner c, long row, long column,
-                           float value)
+METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &call, tile_coord c, long row,
+                           long column, float value)
 {
     sequence seq = sequence_of(call, c.batch);
     constant mfa_strides &s = call.args.dbias;
@@ -126,30 +126,21 @@ METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &
         dbias[mask_offset(seq, s, c.head, c.i + row, c.key + column)] = mask_narrow(value);
 }
 
-kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
-                            device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
-                            device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
-                            device mask_storage *dbias [[buffer(12)]], device float *partials [[buffer(15)]],
-                            device const float *D [[buffer(16)]], device const float *L [[buffer(17)]],
-                            threadgroup float2 *exchange TG_ARG(1), uint group [[threadgroup_position_in_grid]],
-                            uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
+/* The tile of scores of this step, among the n tiles that are summed into `own`. */
+METAL_FUNC tile_coord summed_tile(tile_coord own, mfa_metal_grid n, long step)
 {
-    constant mfa_args &args = call.args;
-    long index = call.first_group + group, part = index % call.splits;
-    corner own = corner_of(call, index / call.splits);
-    mfa_metal_grid n = summed(args);
-    long steps = n.batch * n.head * n.row * n.column;
-    lane_coord at = lane_coord_of(lane);
-    float2 sum[FRAGMENTS];
-    clear<FRAGMENTS>(sum);
-    for (long step = steps * part / call.splits; step < steps * (part + 1) / call.splits; step++) {
-        corner c = own;
-        c.key += step % n.column * BLOCK;
-        c.i += step / n.column % n.row * BLOCK;
-        c.head += step / n.column / n.row % n.head;
-        c.batch += step / n.column / n.row / n.head;
-        add_tile(sum, c, backward_operands{Q, K, V, dO, {mask, nullptr}, D, L}, call, simdgroup, at);
-    }
+    tile_coord c = own;
+    c.key += step % n.column * BLOCK;
+    c.i += step / n.column % n.row * BLOCK;
+    c.head += step / n.column / n.row % n.head;
+    c.batch += step / n.column / n.row / n.head;
+    return c;
+}
+
+/* Sums a tile over its rows, its columns, or both, if dbias has one element along them. */
+METAL_FUNC void reduce_tile(thread float2 *sum, constant mfa_args &args, threadgroup float2 *exchange, uint simdgroup,
+                            uint lane)
+{
     if (args.dbias.column == 0) {
         float all = 0.0f;
         UNROLL
@@ -165,9 +156,33 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL
-    for (int f = 0; f < FRAGMENTS; f++) {
+    for (int f = 0; f < FRAGMENTS; f++)
         for (int s = 1; s < BLOCK / 8 && args.dbias.row == 0; s++)
             sum[f] += exchange[((simdgroup + s) % (BLOCK / 8) * FRAGMENTS + f) * 32 + lane];
+}
+
+kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
+                            device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
+                            device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
+                            device mask_storage *dbias [[buffer(12)]], device float *partials [[buffer(15)]],
+                            device const float *D [[buffer(16)]], device const float *L [[buffer(17)]],
+                            threadgroup float2 *exchange TG_ARG(1), uint group [[threadgroup_position_in_grid]],
+                            uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
+{
+    constant mfa_args &args = call.args;
+    long index = call.first_group + group, part = index % call.splits;
+    tile_coord own = tile_coord_of(call, index / call.splits);
+    mfa_metal_grid n = summed_tiles(args);
+    long steps = n.batch * n.head * n.row * n.column;
+    lane_coord at = lane_coord_of(lane);
+    backward_operands in = backward_operands{Q, K, V, dO, {mask, nullptr}, D, L};
+    float2 sum[FRAGMENTS];
+    clear<FRAGMENTS>(sum);
+    for (long step = steps * part / call.splits; step < steps * (part + 1) / call.splits; step++)
+        add_tile(sum, summed_tile(own, n, step), in, call, simdgroup, at);
+    reduce_tile(sum, args, exchange, simdgroup, lane);
+    UNROLL
+    for (int f = 0; f < FRAGMENTS; f++) {
         long row = simdgroup * 8 + at.row, column = f * 8 + at.column;
         UNROLL
         for (int e = 0; e < 2; e++) {
@@ -184,7 +199,7 @@ kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], dev
                                 uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]])
 {
     long number = call.first_group + group;
-    corner own = corner_of(call, number);
+    tile_coord own = tile_coord_of(call, number);
     for (int element = int(index); element < BLOCK * BLOCK; element += 128) {
         float sum = 0.0f;
         for (long part = 0; part < call.splits; part++)

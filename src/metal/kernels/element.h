@@ -1,9 +1,9 @@
 /* The types of operands in memory, and their conversion to f32 and back.
  *
- * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a
- * bf16 is handled as bits, the upper half of a float. Rounding is to nearest, ties to even. Metal's
- * default is fast math, under which a float is never infinite: infinities are read and written as bits only. Numbers from
- * OVERFLOWS on are rounded to infinity. */
+ * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a bf16 is
+ * handled as bits, the upper half of a float. Rounding is to nearest, ties to even. Metal's default is fast math, under
+ * which a float is never infinite: infinities are read and written as bits only. Numbers from OVERFLOWS on are rounded
+ * to infinity. */
 
 #if defined(DTYPE_F32)
 typedef float storage;
