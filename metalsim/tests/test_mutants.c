@@ -51,7 +51,8 @@ static void test_names(void **state)
     assert_int_equal(metalsim_mutants_count("no barrier"), 0);
 }
 
-/* injected_faults.metal without a fault. The barriers that the faults replace are in the text, too, but not compiled. */
+/* injected_faults.metal without a fault. The text also has the barriers that the faults replace; they are not compiled.
+ */
 static int is_caught(const char *text)
 {
     float from[100], to[100];

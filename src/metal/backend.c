@@ -20,7 +20,7 @@
 struct metal {
     struct mfa_metal_device device;
     struct mfa_metal_scratch scratch;
-    struct mfa_metal_torch torch; /* found when it is first asked for, and there */
+    struct mfa_metal_torch torch; /* found by the first run on PyTorch's stream */
     struct mfa_lock changing; /* guards the opening of the device and torch_found */
     atomic_int opened; /* the device: 1 yes, -1 there is none */
     atomic_int torch_found;
@@ -74,7 +74,7 @@ static mfa_status need_device(struct metal *metal)
     }
     if (atomic_load_explicit(&metal->opened, memory_order_acquire) < 0)
         return mfa_fail(MFA_UNAVAILABLE, "%s", metal->unavailable_reason);
-    return mfa_metal_objc_open(); /* which says no in a child */
+    return mfa_metal_objc_open(); /* fails in a child */
 }
 
 static mfa_status supports(void *state, const mfa_problem *problem)
@@ -115,7 +115,7 @@ static mfa_status text(void *state, const struct mfa_key *key, int n, char **tex
     return mfa_metal_program_text(key, n, text, name);
 }
 
-/* The core loads one kernel at a time, so tests do not meet. */
+/* The core loads one kernel at a time, so no two self-tests run at once. */
 static mfa_status run_self_test(struct metal *metal, const struct mfa_metal_program *program)
 {
     if (atomic_load(&metal->tested) > 0)

@@ -1,4 +1,4 @@
-/* The Metal behind core/backend.h. */
+/* The Metal backend. */
 #ifndef MFA_METAL_BACKEND_H
 #define MFA_METAL_BACKEND_H
 

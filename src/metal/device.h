@@ -12,7 +12,7 @@ struct mfa_metal_device {
     char name[64], build[32]; /* of the GPU, "Apple M1"; of the system, "23A344" */
 };
 
-/* MFA_UNAVAILABLE: there is no device, or none that the kernels can run on. */
+/* MFA_UNAVAILABLE: there is no device, or the kernels cannot run on it. */
 mfa_status mfa_metal_device_open(struct mfa_metal_device *device);
 void mfa_metal_device_close(struct mfa_metal_device *device);
 

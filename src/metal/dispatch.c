@@ -6,7 +6,7 @@
 #include "core/problem.h"
 #include "metal/source.h"
 
-#define ROWS_OF_GROUP 4 /* simdgroups of a threadgroup of the small kernels, each with a row or a tile */
+#define ROWS_OF_GROUP 4 /* simdgroups of a threadgroup of the small kernels, each with a row or a block */
 #define FLOP_OF_COMMAND 1e11 /* a tenth of a second on an M1 */
 #define GROUPS_OF_COMMAND 64 /* at least, to keep cores busy */
 
@@ -63,7 +63,7 @@ static struct mfa_metal_grid bias_grid(const mfa_problem *p)
 
 /* --- The workspace -------------------------------------------------------------------------------- */
 
-/* Where its parts begin, and at last where all end. */
+/* Offsets of its parts, and its size in bytes. */
 struct regions {
     uint64_t block_mask[2]; /* of forward, or of dQ and of dK dV */
     uint64_t partials, D, L, end;
@@ -199,7 +199,7 @@ static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_ke
     return d;
 }
 
-/* Keeps the dispatch if it has anything to do. `flop`: of one threadgroup, about. */
+/* Adds the dispatch to the list unless it has no threadgroups. `flop`: an estimate for one threadgroup. */
 static void finish(struct run *run, struct mfa_metal_dispatch *d, double flop)
 {
     const double most = 1 << 30, chunk = FLOP_OF_COMMAND / flop;

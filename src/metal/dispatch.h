@@ -10,14 +10,14 @@
 #include "metal/tiles.h"
 #include "mfa.h"
 
-#define MFA_METAL_DISPATCHES 8 /* most of one run */
-#define MFA_METAL_BINDINGS 12 /* most of one kernel, beside the call */
+#define MFA_METAL_DISPATCHES 8 /* the most of one run */
+#define MFA_METAL_BINDINGS 12 /* the most of one kernel, without the call */
 
 /* Where the memory of one of the kernel's buffers is: an operand, or the workspace. */
 struct mfa_metal_binding {
     int32_t buffer; /* the kernel's index */
     int32_t operand; /* number in mfa_operands, whose mfa_buffer says where it begins; -1: the workspace */
-    uint64_t offset; /* bytes from the workspace's begin */
+    uint64_t offset; /* bytes from the begin of the workspace */
 };
 
 /* A kernel and its arguments. Dispatches run one after another: each sees what those before it have written. An operand
@@ -25,10 +25,11 @@ struct mfa_metal_binding {
 struct mfa_metal_dispatch {
     enum mfa_metal_kernel kernel;
     int64_t groups; /* threadgroups, 1 or more */
-    int64_t chunk; /* most of them in one command, so that none takes long; call.first_group is where it begins */
+    int64_t
+        chunk; /* the most of them in one command, so that commands are short; call.first_group is where one begins */
     int32_t threads; /* of a threadgroup */
     int32_t threadgroup_bytes[2]; /* at threadgroup indices 0 and 1; 0: none */
-    struct mfa_metal_call call; /* for buffer 0, with first = 0 */
+    struct mfa_metal_call call; /* for buffer 0, with first_group = 0 */
     int32_t binding_count;
     struct mfa_metal_binding bindings[MFA_METAL_BINDINGS];
 };

@@ -57,13 +57,13 @@ struct run {
     const struct mfa_metal_launch *launch;
     int count;
     struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES];
-    id filler; /* bound where nothing has to be */
+    id filler; /* bound where a kernel does not use the buffer */
     id workspace; /* with its offset */
     uint64_t workspace_offset;
-    id lent, made; /* the workspace, if it is to be put back, or was made for this run */
+    id lent, made; /* the workspace, if it is put back after the run, or was made for it */
 };
 
-/* The caller's; or one that no other run uses before the GPU has finished with this. */
+/* Finds the workspace: the caller's, or one that no other run uses before the GPU has finished this run. */
 static mfa_status find_workspace(struct run *run, const struct mfa_metal_stream *stream)
 {
     const struct mfa_metal_launch *launch = run->launch;
@@ -160,7 +160,7 @@ static mfa_status encode(struct mfa_metal_stream *stream, void *argument)
     return status;
 }
 
-/* A buffer of the run that has anything in it. A run with something to do writes one. */
+/* Some operand that is not empty. A run with dispatches has at least one, which it writes. */
 static id find_filler(const mfa_buffers *buffers)
 {
     for (int n = 0; n < MFA_OPERAND_COUNT; n++) {

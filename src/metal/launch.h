@@ -10,7 +10,7 @@
 #include "metal/stream.h"
 #include "mfa.h"
 
-#define MFA_METAL_SCRATCH 16 /* buffers kept for runs that go on at once */
+#define MFA_METAL_SCRATCH 16 /* buffers kept for concurrent runs */
 
 /* Scratch memory that is kept from run to run; all zeros at first. */
 struct mfa_metal_scratch {
@@ -28,7 +28,7 @@ struct mfa_metal_launch {
     const mfa_problem *problem;
     const struct mfa_choice *choice;
     const mfa_buffers *buffers;
-    void *stream; /* as mfa_plan_run has it */
+    void *stream; /* the argument of mfa_plan_run */
 };
 mfa_status mfa_metal_launch_run(const struct mfa_metal_launch *launch);
 

@@ -7,7 +7,7 @@
 #include "base/process.h"
 #include "base/sync.h"
 
-/* A build for tests puts other files in their place. */
+/* Test builds define other files. */
 #if !defined(MFA_METAL_OBJC)
 #define MFA_METAL_OBJC "/usr/lib/libobjc.A.dylib"
 #endif
@@ -37,7 +37,7 @@ static mfa_status open_library(const char *path, void **library)
                     : mfa_fail(MFA_UNAVAILABLE, "the Metal device cannot be used: this machine has no %s", path);
 }
 
-/* The libraries stay open: what they have registered in the process does so too. */
+/* The libraries are never closed: what they register in the process stays, too. */
 static mfa_status open_all(struct mfa_metal_objc *opened)
 {
     SEL (*selector_named)(const char *name);

@@ -12,7 +12,7 @@
 
 #include "mfa.h"
 
-/* Types by the names that Apple's headers give them, which are never included beside this one. */
+/* Types with the names of Apple's headers, which are never included together with this one. */
 typedef struct objc_object *id;
 typedef struct objc_selector *SEL;
 typedef _Bool BOOL;
@@ -22,7 +22,7 @@ typedef struct MTLSize {
     NSUInteger width, height, depth;
 } MTLSize;
 
-enum { /* the numbers of Metal's headers */
+enum { /* constants of Metal's headers */
        MTL_FAMILY_APPLE = 1000,              /* MTLGPUFamilyApple7 is 1007 */
        MTL_STORAGE_SHARED = 0,               /* MTLResourceStorageModeShared */
        MTL_STORAGE_PRIVATE = 2 << 4,         /* MTLResourceStorageModePrivate */
@@ -49,9 +49,9 @@ enum mfa_metal_method {
 
 /* The functions and selectors that were found. Read only after mfa_metal_objc_open has returned MFA_OK. */
 struct mfa_metal_objc {
-    uint32_t process; /* that has opened them: Metal does not survive fork() */
+    uint32_t process; /* the process that opened them: Metal does not survive fork() */
     /* sysctlbyname and dispatch_sync_f are C functions of libSystem, which libobjc links with. */
-    void (*send)(void); /* objc_msgSend, of a type that nobody can call with arguments */
+    void (*send)(void); /* objc_msgSend, with a type that cannot be called with arguments */
     SEL selectors[MFA_METAL_METHODS];
     id (*class_named)(const char *name);
     void *(*push)(void);
@@ -68,11 +68,11 @@ extern struct mfa_metal_objc mfa_metal_objc;
 #define SEND_WITH(name, receiver, ...) \
     SEND_AS(name)((receiver), mfa_metal_objc.selectors[MFA_METAL_METHOD_##name], __VA_ARGS__)
 
-/* Opens both, once in a process. MFA_UNAVAILABLE: this machine does not have them, or a parent of this process has
+/* Opens both, once in a process. MFA_UNAVAILABLE: this machine does not have them, or a parent of this process
  * opened them. */
 mfa_status mfa_metal_objc_open(void);
 
-/* 0 in a child of the process that opened them: there, objects may not even be released. */
+/* 0 in a child of the process that opened them: there, objects must not be released either. */
 int mfa_metal_objc_is_here(void);
 
 /* Between these two calls, which every entry point of this backend makes, autoreleased objects live. */
@@ -93,7 +93,7 @@ id mfa_metal_objc_string(const char *text);
 id mfa_metal_objc_url(const char *path);
 const char *mfa_metal_objc_text(id string);
 
-/* Fails with what could not be done and what Metal says to it: "WHAT: REASON". error: an NSError or nil. */
+/* Fails with what could not be done and the reason that Metal gives: "WHAT: REASON". error: an NSError or nil. */
 mfa_status mfa_metal_objc_fail(mfa_status status, const char *what, id error);
 
 #endif

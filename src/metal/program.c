@@ -77,12 +77,12 @@ mfa_status mfa_metal_program_text(const struct mfa_key *key, int n, char **text,
 
 /* --- From text to pipeline ------------------------------------------------------------------------ */
 
-/* What pipelines are made from and with: owned, nil if there is none. */
+/* Inputs and state of making pipelines. Objects are owned; nil: there is none. */
 struct maker {
     const struct mfa_metal_device *device;
     const struct mfa_key *key;
     id metallib, options, archive;
-    int adds; /* to the archive, which is new. Else it must have all */
+    int adds; /* 1: pipelines are added to the new archive; 0: the archive must have all of them */
 };
 
 static id open_archive(const struct mfa_metal_device *device, const char *path, id *error)
@@ -141,7 +141,7 @@ static mfa_status make_function(const struct maker *maker, enum mfa_metal_kernel
     if (!library)
         return mfa_metal_objc_fail(MFA_COMPILE_FAILED, name, error);
     *function = SEND_WITH(new_function, library, mfa_metal_objc_string(name));
-    mfa_metal_objc_release(library); /* the function holds what it needs */
+    mfa_metal_objc_release(library); /* the function retains what it needs */
     return *function ? MFA_OK : mfa_fail(MFA_COMPILE_FAILED, "%s: Metal finds no such function in its library", name);
 }
 
@@ -158,7 +158,7 @@ static mfa_status check_pipeline(id pipeline, enum mfa_metal_kernel kernel, int3
     return MFA_OK;
 }
 
-/* Describes the pipeline, owned. A new archive that cannot take it is given up: then there will be no file. */
+/* Describes the pipeline, owned. If a new archive cannot add it, the archive is dropped, and no file is written. */
 static id describe(struct maker *maker, id function)
 {
     id description = mfa_metal_objc_new("MTLComputePipelineDescriptor"), error = NULL;
@@ -213,7 +213,7 @@ mfa_status mfa_metal_program_compile(const struct mfa_metal_device *device, cons
         maker.archive = open_archive(device, NULL, &error);
     const mfa_status status = make_program(&maker, program);
     if (status == MFA_OK && maker.archive && !SEND_WITH(archive_write, maker.archive, mfa_metal_objc_url(path), &error))
-        remove(path); /* what there may be of it */
+        remove(path); /* it may be incomplete */
     end(&maker);
     return status;
 }

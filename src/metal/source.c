@@ -56,7 +56,7 @@ uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel)
     return entries[kernel].buffers;
 }
 
-/* --- Text that grows ------------------------------------------------------------------------------ */
+/* --- A growing text ------------------------------------------------------------------------------ */
 
 struct text {
     char *bytes; /* NULL after running out of memory */
@@ -106,8 +106,8 @@ static int find_file(const char *name, size_t length)
     return -1;
 }
 
-/* Appends a file with what it includes of ours in place of the lines that say so: each file once, so that guards are
- * not needed. Metal takes one text, without files; #line tells its compiler where each line is from. */
+/* Appends a file, with the text of our files in place of their #include lines: each file once, so that no guards are
+ * needed. Metal takes one text, without files; #line tells its compiler where each line is from. */
 static void splice(struct text *text, int file, uint32_t *seen)
 {
     *seen |= ONE(file);
@@ -130,7 +130,7 @@ static void splice(struct text *text, int file, uint32_t *seen)
     }
 }
 
-/* --- What the key says ---------------------------------------------------------------------------- */
+/* --- Defines from the key ---------------------------------------------------------------------------- */
 
 static void define_types(struct text *text, const struct mfa_key *key, int family)
 {

@@ -12,7 +12,7 @@ const char *mfa_metal_source_function(enum mfa_metal_kernel kernel);
 /* Bit n: the kernel takes buffer n (kernels/contract.h). */
 uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel);
 
-/* Writes Metal Shading Language with all includes of ours in place, to be freed by the caller. `defines` (may be NULL)
+/* Writes Metal Shading Language with our includes expanded, to be freed by the caller. `defines` (may be NULL)
  * are lines that go before all others. MFA_UNSUPPORTED: the key has no such kernel. MFA_UNAVAILABLE: this library was
  * built without its kernels' text. */
 mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kernel kernel, const char *defines,

@@ -35,7 +35,7 @@ static mfa_status wait_for(id commands)
                                SEND(commands_error, commands));
 }
 
-/* Commits, and then waits for the commands before: so the GPU always has something to do, and all are checked. */
+/* Commits, and then waits for the command buffer before it: so the GPU is never idle, and each status is checked. */
 static mfa_status commit(struct mfa_metal_stream *stream)
 {
     id before = stream->before;
@@ -63,7 +63,8 @@ mfa_status mfa_metal_stream_run_alone(const struct mfa_metal_device *device, mfa
     if (status == MFA_OK)
         status = commit(&stream);
     else if (stream.encoder)
-        SEND(encoder_end, stream.encoder); /* a command buffer may be dropped, an open encoder may not */
+        SEND(encoder_end,
+             stream.encoder); /* a command buffer may be released without a commit, an encoder must be ended */
     if (stream.before) {
         const mfa_status last = wait_for(stream.before); /* even after a failure: the workspace is in use until then */
         status = status == MFA_OK ? last : status;
@@ -112,17 +113,17 @@ struct mfa_metal_torch mfa_metal_stream_find_torch(void)
     return torch;
 }
 
-/* A run on its way through dispatch_sync_f. */
+/* The argument of a run through dispatch_sync_f. */
 struct crossing {
     const struct mfa_metal_torch *torch;
     void *current; /* stream */
     mfa_metal_encode *encode;
     void *argument;
     mfa_status status;
-    char sentence[512]; /* this may run in another thread than the call */
+    char sentence[512]; /* dispatch_sync_f may run the function in another thread */
 };
 
-/* In the encoder that PyTorch keeps open from operation to operation. */
+/* Encodes in the encoder that PyTorch keeps open between operations. */
 static mfa_status encode_in_shared(const struct crossing *crossing)
 {
     struct mfa_metal_stream stream = {.order = MFA_METAL_IN_ORDER, .retains = 1, .shared = 1};
@@ -136,7 +137,7 @@ static mfa_status encode_in_shared(const struct crossing *crossing)
     return status;
 }
 
-/* In one of our own, after PyTorch's has been ended: two that are open would end the process. */
+/* Encodes in an encoder of our own, after ending PyTorch's: two open encoders would abort the process. */
 static mfa_status encode_in_own(const struct crossing *crossing)
 {
     const struct mfa_metal_torch *torch = crossing->torch;

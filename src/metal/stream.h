@@ -13,15 +13,15 @@ enum mfa_metal_order {
     MFA_METAL_UNKNOWN
 };
 
-/* Where a run is encoded, while its call goes on. */
+/* The command buffer and encoder of a run, during its call. */
 struct mfa_metal_stream {
     id commands, encoder; /* borrowed; commands may be nil with PyTorch's encoder */
     enum mfa_metal_order order;
-    int retains;    /* what is bound stays alive until the GPU is done with it */
+    int retains;    /* bound buffers stay alive until the GPU is done with them */
     int shared;     /* the encoder is PyTorch's, which goes on using it */
     int concurrent; /* the encoder's commands may overlap, unless there are barriers */
-    id queue;       /* of our own: commands may be split; else nil */
-    id before;      /* on our queue: what has been committed and not waited for */
+    id queue;       /* our own, where commands may be split; else nil */
+    id before;      /* on our queue: the command buffer that is committed and not yet waited for */
 };
 
 /* Functions of PyTorch that are in this process, if it is: those of torch::mps are documented, those of at::mps
@@ -30,7 +30,7 @@ struct mfa_metal_torch {
     void *(*queue)(void);              /* torch::mps::get_dispatch_queue */
     id (*commands)(void);              /* torch::mps::get_command_buffer */
     void (*commit)(void);              /* torch::mps::commit */
-    void *(*current)(void);            /* at::mps::getCurrentMPSStream: of the calling thread, perhaps */
+    void *(*current)(void);            /* at::mps::getCurrentMPSStream, which may be per thread */
     void *(*standard)(void);           /* at::mps::getDefaultMPSStream: that of the first three */
     id (*encoder)(void *stream);       /* at::mps::MPSStream::commandEncoder */
     void (*end_encoder)(void *stream); /* at::mps::MPSStream::endKernelCoalescing */
@@ -49,10 +49,10 @@ mfa_status mfa_metal_stream_run_alone(const struct mfa_metal_device *device, mfa
 mfa_status mfa_metal_stream_run_torch(const struct mfa_metal_torch *torch, mfa_metal_encode *encode, void *argument);
 mfa_status mfa_metal_stream_run_commands(id commands, mfa_metal_encode *encode, void *argument);
 
-/* What is encoded from now on sees what has been encoded so far. */
+/* Commands encoded after this see the results of those before. */
 void mfa_metal_stream_barrier(struct mfa_metal_stream *stream);
 
-/* Between two commands that take long: hands over what is encoded, where that is ours to do. */
+/* Called between two long commands: commits what is encoded, on our own queue. */
 mfa_status mfa_metal_stream_cut(struct mfa_metal_stream *stream);
 
 #endif

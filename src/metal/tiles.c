@@ -29,7 +29,7 @@
  * Each row also has a tile with half the simdgroups, for a device on which a pipeline of the first has too few
  * threads: half the rows, or half of decode's keys. */
 static const struct row {
-    int8_t family; /* and those after it, up to the next that has rows */
+    int8_t family; /* and later ones, up to the next family that has rows */
     int8_t kernel;
     int8_t element; /* bytes */
     int16_t dim;
@@ -77,7 +77,7 @@ static const struct row {
 static const int8_t families[] = {9, 7}; /* that have rows, newest first */
 
 #define ENOUGH_GROUPS 256 /* threadgroups that keep every core of the largest GPU busy */
-#define SPLIT_KEYS 256    /* fewest keys worth a part of their own */
+#define SPLIT_KEYS 256    /* the fewest keys of a split */
 
 int mfa_metal_tiles_family(int family)
 {
@@ -174,7 +174,7 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
         return mfa_fail(MFA_UNSUPPORTED, "dtype is f64; Metal kernels exist for f32, f16 and bf16");
     if (p->mask == MFA_MASK_ADDITIVE && p->mask_dtype == MFA_F64)
         return mfa_fail(MFA_UNSUPPORTED, "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
-    const double size = fabs(p->scale); /* what the product of Q and K, as they lie, is multiplied by */
+    const double size = fabs(p->scale); /* the factor of the product of Q and K */
     if (size != 0 && !(size >= 0x1p-100 && size <= 0x1p100))
         return mfa_fail(MFA_UNSUPPORTED, "scale is %g; Metal kernels exist for 0 and, of either sign, 2^-100 to 2^100",
                         p->scale);
