@@ -88,11 +88,12 @@ METAL_FUNC kv_block kv_block_of(constant mfa_metal_call &call, mfa_metal_grid co
     return k;
 }
 
-/* Where the block mask has its entry; `head` counts groups of pack_gqa heads. */
-METAL_FUNC long block_mask_index(constant mfa_metal_call &call, long batch, long head, long q_block, long kv_block)
+/* The index in the block mask of a block of queries (row) and of keys (column); `head` counts groups of pack_gqa
+ * heads. */
+METAL_FUNC long block_mask_index(constant mfa_metal_call &call, long batch, long head, long row, long column)
 {
     constant mfa_strides &s = call.block_mask;
-    return batch * s.batch + head * s.head + q_block * s.row + kv_block * s.column;
+    return batch * s.batch + head * s.head + row * s.row + column * s.column;
 }
 
 /* Sets the lane's range for this block of keys. false: the block is EMPTY, and is skipped by the whole threadgroup. */
