@@ -1,7 +1,7 @@
 /* Dispatches and libraries: Metal's limits are refused with sentences, bindings are what they say, many
  * CPU threads do the same as one, and the cache compiles a text once. */
 #define _GNU_SOURCE
-#include "kit.h"
+#include "support.h"
 
 #include <dirent.h>
 #include <pthread.h>
@@ -41,9 +41,9 @@ static struct metalsim_dispatch sound(void)
     return (struct metalsim_dispatch){
         .threadgroups = {(COUNT + 127) / 128, 1, 1},
         .threads = {128, 1, 1},
-        .buffers = {[0] = kit_buffer(from, sizeof from),
-                    [1] = kit_bytes(&sizes, sizeof sizes),
-                    [30] = kit_output(to, sizeof to)},
+        .buffers = {[0] = support_buffer(from, sizeof from),
+                    [1] = support_bytes(&sizes, sizeof sizes),
+                    [30] = support_output(to, sizeof to)},
         .threadgroup_lengths = {128 * sizeof(float)},
     };
 }
@@ -52,13 +52,13 @@ static void expect_refusal(const metalsim_library *library, const char *name, co
                            const char *words)
 {
     assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, name), dispatch), METALSIM_REFUSED);
-    kit_expect_error(words);
+    support_expect_error(words);
 }
 
 static void test_limits(void **state)
 {
     static char large[METALSIM_BYTES_MAX + 1];
-    metalsim_library *library = kit_compile(text, 0);
+    metalsim_library *library = support_compile(text, 0);
     struct metalsim_dispatch d;
     (void)state;
 #define REFUSE(change, words) d = sound(), change, expect_refusal(library, "scale", &d, words)
@@ -75,17 +75,18 @@ static void test_limits(void **state)
     REFUSE(d.buffers[30].base = NULL, "bound at index 30 has a base of NULL");
     REFUSE(d.buffers[0].offset = sizeof from + 1, "has offset 4001; its length is 4000");
     REFUSE(d.buffers[1].length = 8, "8 bytes are bound at index 1; parameter s needs 16");
-    REFUSE(d.buffers[1] = kit_bytes(large, sizeof large), "bytes at index 1 have length 4097; it must be 1 to 4096");
-    REFUSE(d.buffers[1] = kit_bytes(large, 0), "have length 0");
-    REFUSE(d.buffers[0] = kit_bytes(large, 16), "bytes are bound at index 0; parameter from is in device memory");
+    REFUSE(d.buffers[1] = support_bytes(large, sizeof large),
+           "bytes at index 1 have length 4097; it must be 1 to 4096");
+    REFUSE(d.buffers[1] = support_bytes(large, 0), "have length 0");
+    REFUSE(d.buffers[0] = support_bytes(large, 16), "bytes are bound at index 0; parameter from is in device memory");
 #undef REFUSE
     d = sound();
-    d.buffers[0] = kit_output(to, sizeof to);
+    d.buffers[0] = support_output(to, sizeof to);
     expect_refusal(library, "few", &d, "threads are 128 x 1 x 1; a threadgroup has 1 to 64 in all");
     d.threads[0] = 33;
     expect_refusal(library, "fewer", &d, "threads are 33 x 1 x 1; a threadgroup has 1 to 32 in all");
     assert_null(metalsim_library_find(library, "missing"));
-    kit_expect_error("the library has no kernel \"missing\"");
+    support_expect_error("the library has no kernel \"missing\"");
     metalsim_library_destroy(library);
     metalsim_library_destroy(NULL);
 }
@@ -93,20 +94,21 @@ static void test_limits(void **state)
 static void test_partial_simdgroup(void **state)
 {
     uint32_t out[64];
-    struct metalsim_dispatch d = {.threadgroups = {1, 1, 1}, .threads = {33, 1, 1}, .buffers = {kit_output(out, 256)}};
-    metalsim_library *library = kit_compile(text, 0);
+    struct metalsim_dispatch d = {
+        .threadgroups = {1, 1, 1}, .threads = {33, 1, 1}, .buffers = {support_output(out, 256)}};
+    metalsim_library *library = support_compile(text, 0);
     (void)state;
     assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "few"), &d), METALSIM_OK);
     assert_int_equal(out[32], 32);
     assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "sum"), &d), METALSIM_FAULT);
-    kit_expect_error("in a simdgroup of 1 lanes: the threads of a threadgroup must be a multiple of 32");
+    support_expect_error("in a simdgroup of 1 lanes: the threads of a threadgroup must be a multiple of 32");
     metalsim_library_destroy(library);
 }
 
 static void test_kernels(void **state)
 {
     const char *const names[] = {"scale", "few", "fewer", "sum", "nothing"};
-    metalsim_library *library = kit_compile(text, 0);
+    metalsim_library *library = support_compile(text, 0);
     (void)state;
     assert_int_equal(metalsim_library_count(library), 5);
     for (size_t i = 0; i < 5; i++)
@@ -128,7 +130,7 @@ static void fill(void)
 
 static void test_cpus(void **state)
 {
-    metalsim_library *library = kit_compile(text, 0);
+    metalsim_library *library = support_compile(text, 0);
     (void)state;
     for (int cpus = 0; cpus < 100; cpus = cpus * 2 + 1) {
         struct metalsim_dispatch d = sound();
@@ -145,22 +147,22 @@ static void test_cpus(void **state)
 static void test_shared_buffer(void **state)
 {
     static float both[2 * COUNT];
-    metalsim_library *plain = kit_compile(text, 0), *checked = kit_compile(text, METALSIM_CHECKED);
+    metalsim_library *plain = support_compile(text, 0), *checked = support_compile(text, METALSIM_CHECKED);
     const metalsim_library *const libraries[] = {plain, checked};
     (void)state;
     for (int l = 0; l < 2; l++) {
         struct metalsim_dispatch d = sound();
         for (int i = 0; i < COUNT; i++)
             both[i] = (float)i, both[COUNT + i] = -1;
-        d.buffers[0] = d.buffers[30] = kit_buffer(both, sizeof both);
+        d.buffers[0] = d.buffers[30] = support_buffer(both, sizeof both);
         d.buffers[30].offset = COUNT * sizeof(float);
         assert_int_equal(metalsim_dispatch_run(metalsim_library_find(libraries[l], "scale"), &d), METALSIM_OK);
         for (int i = 0; i < COUNT; i++)
             assert_true(both[i] == (float)i && both[COUNT + i] == 3.0f * (float)i);
     }
     struct metalsim_dispatch d = sound();
-    d.buffers[0] = kit_buffer(both, sizeof from);
-    d.buffers[30] = kit_output(both + 10, sizeof from);
+    d.buffers[0] = support_buffer(both, sizeof from);
+    d.buffers[30] = support_output(both + 10, sizeof from);
     expect_refusal(checked, "scale", &d, "the buffers at indices 0 and 30 overlap");
     metalsim_library_destroy(plain);
     metalsim_library_destroy(checked);
@@ -169,18 +171,18 @@ static void test_shared_buffer(void **state)
 /* An access just before an offset's buffer, or past its end, is found. */
 static void test_buffer_ends(void **state)
 {
-    metalsim_library *library = kit_compile(text, METALSIM_CHECKED);
+    metalsim_library *library = support_compile(text, METALSIM_CHECKED);
     const metalsim_kernel *kernel = metalsim_library_find(library, "scale");
     struct metalsim_dispatch d = sound();
     (void)state;
     fill();
     d.buffers[0].length -= 4;
     assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_FAULT);
-    kit_expect_error("out of bounds: read of 4 bytes at byte 3996 of buffer 0, which has 3996");
+    support_expect_error("out of bounds: read of 4 bytes at byte 3996 of buffer 0, which has 3996");
     d = sound();
     d.buffers[30].length -= 2;
     assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_FAULT);
-    kit_expect_error("out of bounds: write of 4 bytes at byte 3996 of buffer 30, which has 3998");
+    support_expect_error("out of bounds: write of 4 bytes at byte 3996 of buffer 30, which has 3998");
     metalsim_library_destroy(library);
 }
 
@@ -191,7 +193,7 @@ static void *run_often(void *argument)
     long wrong = !own;
     for (int round = 0; own && round < 20; round++) {
         struct metalsim_dispatch d = sound();
-        d.buffers[30] = kit_output(own, sizeof to);
+        d.buffers[30] = support_output(own, sizeof to);
         wrong += metalsim_dispatch_run(kernel, &d) != METALSIM_OK;
         for (int i = 0; i < COUNT; i++)
             wrong += own[i] != 3.0f * (float)i;
@@ -202,7 +204,7 @@ static void *run_often(void *argument)
 
 static void test_concurrent_dispatches(void **state)
 {
-    metalsim_library *plain = kit_compile(text, 0), *checked = kit_compile(text, METALSIM_CHECKED);
+    metalsim_library *plain = support_compile(text, 0), *checked = support_compile(text, METALSIM_CHECKED);
     pthread_t threads[4];
     (void)state;
     fill();
@@ -278,7 +280,7 @@ static void test_cache(void **state)
     remove_folder(inner);
     remove_folder(folder);
     assert_int_equal(metalsim_library_create("a.metal", "", NULL, "/dev/null/x", 0, &library), METALSIM_REFUSED);
-    kit_expect_error("cache is \"/dev/null/x\"; it must be a folder that can be written");
+    support_expect_error("cache is \"/dev/null/x\"; it must be a folder that can be written");
 }
 
 int main(void)

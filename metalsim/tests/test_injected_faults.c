@@ -1,6 +1,6 @@
 /* The checker finds each injected fault, whatever the schedule, says where it is, and is silent about the
  * kernel without one. */
-#include "kit.h"
+#include "support.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,8 +54,8 @@ static metalsim_status run(const metalsim_library *library, enum metalsim_schedu
     const struct metalsim_dispatch dispatch = {
         .threadgroups = {2, 1, 1},
         .threads = {64, 1, 1},
-        .buffers = {kit_buffer(from, sizeof from), kit_output(to, sizeof from), kit_bytes(&args, sizeof args),
-                    kit_buffer(&counter, sizeof counter)},
+        .buffers = {support_buffer(from, sizeof from), support_output(to, sizeof from),
+                    support_bytes(&args, sizeof args), support_buffer(&counter, sizeof counter)},
         .threadgroup_lengths = {64 * sizeof(float), 64 * sizeof(uint16_t)},
         .schedule = schedule,
         .seed = 9,
@@ -87,17 +87,17 @@ static int names_line(const char *report, const char *text, const char *words)
 
 static void test_injected_faults(void **state)
 {
-    char *text = kit_read("injected_faults.metal");
+    char *text = support_read("injected_faults.metal");
     (void)state;
     for (size_t fault = 1; fault < FAULTS; fault++) {
         char define[32];
         snprintf(define, sizeof define, "FAULT %zu", fault);
-        metalsim_library *library = kit_load("injected_faults.metal", define, METALSIM_CHECKED);
+        metalsim_library *library = support_load("injected_faults.metal", define, METALSIM_CHECKED);
         for (int schedule = METALSIM_NATURAL; schedule <= METALSIM_SHUFFLED; schedule++) {
             float to[COUNT];
             if (run(library, (enum metalsim_schedule)schedule, to) != METALSIM_FAULT)
                 fail_msg("fault %zu is not found with schedule %d", fault, schedule);
-            kit_expect_error(faults[fault].finding);
+            support_expect_error(faults[fault].finding);
             if (!names_line(metalsim_last_error(), text, faults[fault].line))
                 fail_msg("fault %zu: \"%s\" is not named in: %s", fault, faults[fault].line, metalsim_last_error());
         }
@@ -123,12 +123,12 @@ static void test_widths(void **state)
         char defines[64], words[64];
         const size_t size = types[i].size, bytes = 32 * size;
         snprintf(defines, sizeof defines, "FAULT 0\nELEMENT %s", types[i].name);
-        metalsim_library *library = kit_load("injected_faults.metal", defines, METALSIM_CHECKED);
+        metalsim_library *library = support_load("injected_faults.metal", defines, METALSIM_CHECKED);
         const metalsim_kernel *kernel = metalsim_library_find(library, "wide");
         struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1},
             .threads = {32, 1, 1},
-            .buffers = {kit_buffer(from, bytes), kit_output(to, bytes)},
+            .buffers = {support_buffer(from, bytes), support_output(to, bytes)},
         };
         assert_int_equal(metalsim_dispatch_run(kernel, &dispatch), METALSIM_OK);
         for (int buffer = 0; buffer < 2; buffer++) {
@@ -136,18 +136,18 @@ static void test_widths(void **state)
             assert_int_equal(metalsim_dispatch_run(kernel, &dispatch), METALSIM_FAULT);
             snprintf(words, sizeof words, "%s of %zu bytes at byte %zu of buffer %d, which has",
                      buffer ? "write" : "read", size, bytes - size, buffer);
-            kit_expect_error(words);
+            support_expect_error(words);
             dispatch.buffers[buffer].length = bytes;
         }
         dispatch.threadgroups[0] = 2; /* the second threadgroup has no elements left */
         assert_int_equal(metalsim_dispatch_run(kernel, &dispatch), METALSIM_FAULT);
-        kit_expect_error("threadgroup 1");
+        support_expect_error("threadgroup 1");
         if (size > 1 && strncmp(types[i].name, "packed", 6) != 0) {
             dispatch.threadgroups[0] = 1;
-            dispatch.buffers[0] = kit_buffer(from, sizeof from);
+            dispatch.buffers[0] = support_buffer(from, sizeof from);
             dispatch.buffers[0].offset = size / 2;
             assert_int_equal(metalsim_dispatch_run(kernel, &dispatch), METALSIM_FAULT);
-            kit_expect_error("not aligned");
+            support_expect_error("not aligned");
         }
         metalsim_library_destroy(library);
     }
@@ -159,7 +159,7 @@ static void test_clean(void **state)
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH, METALSIM_CHECKED | METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = kit_load("injected_faults.metal", "FAULT 0", builds[b]);
+        metalsim_library *library = support_load("injected_faults.metal", "FAULT 0", builds[b]);
         for (int schedule = METALSIM_NATURAL; schedule <= METALSIM_SHUFFLED; schedule++) {
             float to[COUNT];
             if (run(library, (enum metalsim_schedule)schedule, to) != METALSIM_OK)
@@ -179,12 +179,12 @@ static void test_one_barrier(void **state)
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = kit_load("injected_faults.metal", "FAULT 0", builds[b]);
+        metalsim_library *library = support_load("injected_faults.metal", "FAULT 0", builds[b]);
         float to[64];
         const struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1},
             .threads = {64, 1, 1},
-            .buffers = {kit_output(to, sizeof to)},
+            .buffers = {support_output(to, sizeof to)},
             .threadgroup_lengths = {128 * sizeof(float)},
         };
         if (metalsim_dispatch_run(metalsim_library_find(library, "split_in_two"), &dispatch) != METALSIM_OK)
@@ -201,12 +201,12 @@ static void test_two_barriers(void **state)
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = kit_load("injected_faults.metal", "FAULT 26", builds[b]);
+        metalsim_library *library = support_load("injected_faults.metal", "FAULT 26", builds[b]);
         uint32_t to[65];
         const struct metalsim_dispatch dispatch = {
-            .threadgroups = {1, 1, 1}, .threads = {64, 1, 1}, .buffers = {kit_output(to, sizeof to)}};
+            .threadgroups = {1, 1, 1}, .threads = {64, 1, 1}, .buffers = {support_output(to, sizeof to)}};
         assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "end_apart"), &dispatch), METALSIM_FAULT);
-        kit_expect_error("divergence");
+        support_expect_error("divergence");
         metalsim_library_destroy(library);
     }
 }
@@ -215,7 +215,7 @@ static void test_two_barriers(void **state)
  * memory show there by themselves. */
 static void test_plain_build_shows_some(void **state)
 {
-    metalsim_library *library = kit_load("injected_faults.metal", "FAULT 5", 0);
+    metalsim_library *library = support_load("injected_faults.metal", "FAULT 5", 0);
     float natural[COUNT], reversed[COUNT];
     (void)state;
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_OK);
@@ -223,14 +223,14 @@ static void test_plain_build_shows_some(void **state)
     assert_memory_not_equal(natural, reversed, sizeof natural);
     metalsim_library_destroy(library);
 
-    library = kit_load("injected_faults.metal", "FAULT 3", 0);
+    library = support_load("injected_faults.metal", "FAULT 3", 0);
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_FAULT);
-    kit_expect_error("beside threadgroup argument 0");
+    support_expect_error("beside threadgroup argument 0");
     metalsim_library_destroy(library);
 
-    library = kit_load("injected_faults.metal", "FAULT 14", 0); /* divergence is found in every build */
+    library = support_load("injected_faults.metal", "FAULT 14", 0); /* divergence is found in every build */
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_FAULT);
-    kit_expect_error("divergence");
+    support_expect_error("divergence");
     metalsim_library_destroy(library);
 }
 

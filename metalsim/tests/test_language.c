@@ -1,6 +1,6 @@
 /* The language: numbers round as IEEE says, positions are what Metal says, what Metal's type system
  * rejects is rejected here, and the compiler's messages name the lines of the text. */
-#include "kit.h"
+#include "support.h"
 
 #include <math.h>
 #include <string.h>
@@ -59,11 +59,11 @@ static void test_conversions(void **state)
     const struct metalsim_dispatch dispatch = {
         .threadgroups = {PATTERNS / 1024, 1, 1},
         .threads = {1024, 1, 1},
-        .buffers = {kit_buffer(floats, sizeof floats), kit_output(halves, sizeof halves),
-                    kit_output(bfloats, sizeof bfloats), kit_output(from_half, sizeof from_half),
-                    kit_output(from_bfloat, sizeof from_bfloat)},
+        .buffers = {support_buffer(floats, sizeof floats), support_output(halves, sizeof halves),
+                    support_output(bfloats, sizeof bfloats), support_output(from_half, sizeof from_half),
+                    support_output(from_bfloat, sizeof from_bfloat)},
     };
-    metalsim_library *library = kit_load("language.metal", NULL, 0);
+    metalsim_library *library = support_load("language.metal", NULL, 0);
     assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "convert"), &dispatch), METALSIM_OK);
     for (uint32_t i = 0; i < PATTERNS; i++) {
         float x;
@@ -89,9 +89,9 @@ static void test_places(void **state)
     const struct metalsim_dispatch dispatch = {
         .threadgroups = {GROUPS_X, GROUPS_Y, GROUPS_Z},
         .threads = {X, Y, Z},
-        .buffers = {kit_output(to, sizeof to)},
+        .buffers = {support_output(to, sizeof to)},
     };
-    metalsim_library *library = kit_load("language.metal", NULL, METALSIM_CHECKED);
+    metalsim_library *library = support_load("language.metal", NULL, METALSIM_CHECKED);
     (void)state;
     if (metalsim_dispatch_run(metalsim_library_find(library, "places"), &dispatch) != METALSIM_OK)
         fail_msg("%s", metalsim_last_error());
@@ -138,12 +138,12 @@ static void test_facts(void **state)
     struct metalsim_dispatch dispatch = {
         .threadgroups = {1, 1, 1},
         .threads = {1, 1, 1},
-        .buffers = {kit_output(to, sizeof to), kit_buffer(unaligned, sizeof unaligned)},
+        .buffers = {support_output(to, sizeof to), support_buffer(unaligned, sizeof unaligned)},
         .threadgroup_lengths = {[0] = 256, [3] = 16},
     };
     dispatch.buffers[1].offset = 4;
     (void)state;
-    metalsim_library *library = kit_load("language.metal", NULL, 0);
+    metalsim_library *library = support_load("language.metal", NULL, 0);
     if (metalsim_dispatch_run(metalsim_library_find(library, "facts"), &dispatch) != METALSIM_OK)
         fail_msg("%s", metalsim_last_error());
     for (int i = 0; i < FACTS; i++)
@@ -196,7 +196,7 @@ static void test_rejections(void **state)
     };
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        if (!strstr(kit_rejection(cases[i].text), cases[i].reason))
+        if (!strstr(support_rejection(cases[i].text), cases[i].reason))
             fail_msg("\"%s\" is not in: %s", cases[i].reason, metalsim_last_error());
 }
 

@@ -1,6 +1,6 @@
 /* Mutants: all barriers of a text are found, wherever they stand and whatever surrounds them; and the
  * checker catches every mutant of a kernel that needs its barriers. */
-#include "kit.h"
+#include "support.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,13 +69,13 @@ static int is_caught(const char *text)
     const struct metalsim_dispatch dispatch = {
         .threadgroups = {2, 1, 1},
         .threads = {64, 1, 1},
-        .buffers = {kit_buffer(from, sizeof from), kit_output(to, sizeof to), kit_bytes(&args, sizeof args),
-                    kit_buffer(&counter, sizeof counter)},
+        .buffers = {support_buffer(from, sizeof from), support_output(to, sizeof to), support_bytes(&args, sizeof args),
+                    support_buffer(&counter, sizeof counter)},
         .threadgroup_lengths = {64 * sizeof(float), 64 * sizeof(uint16_t)},
     };
     struct metalsim_dispatch other = dispatch;
     other.threadgroups[0] = 1;
-    other.buffers[0] = kit_output(to, sizeof to);
+    other.buffers[0] = support_output(to, sizeof to);
     other.threadgroup_lengths[0] = 128 * sizeof(float);
     int caught = metalsim_dispatch_run(metalsim_library_find(library, "turn_round"), &dispatch) != METALSIM_OK ||
                  metalsim_dispatch_run(metalsim_library_find(library, "split_in_two"), &other) != METALSIM_OK;
@@ -85,7 +85,7 @@ static int is_caught(const char *text)
 
 static void test_all_caught(void **state)
 {
-    char *file = kit_read("injected_faults.metal"), *text = malloc(strlen(file) + 32);
+    char *file = support_read("injected_faults.metal"), *text = malloc(strlen(file) + 32);
     assert_non_null(text);
     sprintf(text, "#define FAULT 0\n%s", file);
     free(file);
@@ -108,7 +108,7 @@ static void test_all_caught(void **state)
 static void test_needless_barrier(void **state)
 {
     static const char *const wait = "threadgroup_barrier(mem_flags::mem_threadgroup); /* as it should be */";
-    char *file = kit_read("injected_faults.metal"), *text = malloc(strlen(file) + 256), *at = strstr(file, wait);
+    char *file = support_read("injected_faults.metal"), *text = malloc(strlen(file) + 256), *at = strstr(file, wait);
     size_t not_caught = 0;
     (void)state;
     assert_non_null(text);

@@ -1,6 +1,6 @@
 /* Simdgroups against plain loops: where matrices lie, how they are loaded, stored and multiplied, and
  * every function that lanes call together. In every build, and by every schedule. */
-#include "kit.h"
+#include "support.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -97,7 +97,7 @@ static void check_copy(const metalsim_library *library, enum type type, struct c
     size_t bytes = SIZE * size_of(type);
     run(library, "copy",
         (struct metalsim_dispatch){
-            .buffers = {kit_buffer(from, bytes), kit_buffer(to, bytes), kit_bytes(&args, sizeof args)},
+            .buffers = {support_buffer(from, bytes), support_buffer(to, bytes), support_bytes(&args, sizeof args)},
             .threadgroup_lengths = {local ? bytes : 16},
         });
     for (size_t i = 0; i < SIZE; i++)
@@ -118,7 +118,7 @@ static void test_copy(void **state)
                 char defines[128];
                 snprintf(defines, sizeof defines, "LEFT %s\nRESULT LEFT\nRIGHT LEFT\nADDED LEFT\nSIZE %d\n%s",
                          type_names[type], SIZE, local ? "LOCAL" : "");
-                metalsim_library *library = kit_load("simdgroup.metal", defines, builds[b]);
+                metalsim_library *library = support_load("simdgroup.metal", defines, builds[b]);
                 for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
                     check_copy(library, (enum type)type, cases[i], local);
                 metalsim_library_destroy(library);
@@ -138,9 +138,9 @@ static void check_product(const metalsim_library *library, const enum type types
     }
     run(library, "product",
         (struct metalsim_dispatch){
-            .buffers = {kit_buffer(A, 64 * size_of(types[1])), kit_buffer(B, 64 * size_of(types[2])),
-                        kit_buffer(C, 64 * size_of(types[3])), kit_output(D, 64 * size_of(types[0])),
-                        kit_output(alone, 64 * size_of(types[0]))},
+            .buffers = {support_buffer(A, 64 * size_of(types[1])), support_buffer(B, 64 * size_of(types[2])),
+                        support_buffer(C, 64 * size_of(types[3])), support_output(D, 64 * size_of(types[0])),
+                        support_output(alone, 64 * size_of(types[0]))},
         });
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 8; j++) {
@@ -166,7 +166,7 @@ static void test_product(void **state)
             snprintf(defines, sizeof defines, "RESULT %s\nLEFT %s\nRIGHT %s\nADDED %s\nSIZE 64",
                      type_names[cases[i][0]], type_names[cases[i][1]], type_names[cases[i][2]],
                      type_names[cases[i][3]]);
-            metalsim_library *library = kit_load("simdgroup.metal", defines, builds[b]);
+            metalsim_library *library = support_load("simdgroup.metal", defines, builds[b]);
             check_product(library, cases[i]);
             metalsim_library_destroy(library);
         }
@@ -183,13 +183,14 @@ static void test_elements(void **state)
                                     0, 2, 0, 2, 0, 2, 0, 2, 4, 6, 4, 6, 4, 6, 4, 6};
     (void)state;
     for (size_t b = 0; b < BUILDS; b++) {
-        metalsim_library *library = kit_load("simdgroup.metal", ALL_FLOAT, builds[b]);
+        metalsim_library *library = support_load("simdgroup.metal", ALL_FLOAT, builds[b]);
         float from[64], to[256], back[64];
         for (int i = 0; i < 64; i++)
             from[i] = (float)i;
         run(library, "elements",
             (struct metalsim_dispatch){
-                .buffers = {kit_buffer(from, sizeof from), kit_output(to, sizeof to), kit_output(back, sizeof back)},
+                .buffers = {support_buffer(from, sizeof from), support_output(to, sizeof to),
+                            support_output(back, sizeof back)},
             });
         for (int i = 0; i < 64; i++) {
             int row = row_of_lane[i / 2], column = column_of_lane[i / 2] + i % 2;
@@ -251,7 +252,7 @@ static void test_functions(void **state)
             char defines[64];
             snprintf(defines, sizeof defines, "LEFT %s\nRESULT LEFT\nRIGHT LEFT\nADDED LEFT\nSIZE 64",
                      type_names[type]);
-            metalsim_library *library = kit_load("simdgroup.metal", defines, builds[b]);
+            metalsim_library *library = support_load("simdgroup.metal", defines, builds[b]);
             _Alignas(16) unsigned char from[128], to[FUNCTIONS * 128];
             float x[32], expected[FUNCTIONS][32];
             for (int l = 0; l < 32; l++)
@@ -260,7 +261,7 @@ static void test_functions(void **state)
             size_t bytes = 32 * size_of((enum type)type);
             run(library, "functions",
                 (struct metalsim_dispatch){
-                    .buffers = {kit_buffer(from, bytes), kit_output(to, FUNCTIONS * bytes)},
+                    .buffers = {support_buffer(from, bytes), support_output(to, FUNCTIONS * bytes)},
                 });
             for (int f = 0; f < FUNCTIONS; f++)
                 for (int l = 0; l < 32; l++)
@@ -275,14 +276,14 @@ static void test_bits(void **state)
 {
     uint32_t from[32], to[96], every = ~0u, some = 0, odd = 0;
     (void)state;
-    metalsim_library *library = kit_load("simdgroup.metal", ALL_FLOAT, 0);
+    metalsim_library *library = support_load("simdgroup.metal", ALL_FLOAT, 0);
     for (uint32_t l = 0; l < 32; l++) {
         from[l] = l * 2654435761u | 0x10;
         every &= from[l], some |= from[l], odd ^= from[l];
     }
     run(library, "bits",
         (struct metalsim_dispatch){
-            .buffers = {kit_buffer(from, sizeof from), kit_output(to, sizeof to)},
+            .buffers = {support_buffer(from, sizeof from), support_output(to, sizeof to)},
         });
     for (int l = 0; l < 32; l++) {
         assert_int_equal(to[l], every);

@@ -233,7 +233,7 @@ static void add_tiled(struct run *run, enum mfa_metal_kernel kernel, const struc
 }
 
 /* The most of `length` keys, or queries, that lie in the band of a block of `block` of the others. */
-static double seen(const mfa_problem *p, int64_t length, int64_t block)
+static double max_in_band(const mfa_problem *p, int64_t length, int64_t block)
 {
     const double in_band = (double)p->upper - (double)p->lower + (double)block;
     return in_band < 1 ? 1 : in_band < (double)length ? in_band : (double)length;
@@ -245,8 +245,8 @@ static void list_forward(struct run *run)
     const enum mfa_metal_kernel kernel = mfa_metal_tiles_named(&run->choice->key);
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, &run->choice->key);
     const int64_t rows = q_heads_per_kv(p) * p->q_len, splits = mfa_metal_tiling_of(run->choice).splits;
-    const double flop =
-        2.0 * tile->block_q * (double)(p->head_dim + p->value_dim) * seen(p, p->kv_len, tile->block_q) / (double)splits;
+    const double flop = 2.0 * tile->block_q * (double)(p->head_dim + p->value_dim) *
+                        max_in_band(p, p->kv_len, tile->block_q) / (double)splits;
     add_tiled(run, kernel, tile, 0, q_heads_per_kv(p),
               (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(rows, tile->block_q), splits}, flop);
     if (splits > 1) {
@@ -287,11 +287,11 @@ static void list_backward(struct run *run, const mfa_buffers *buffers)
     if (buffers->dq.base)
         add_tiled(run, MFA_METAL_BACKWARD_DQ, dq, 0, q_heads_per_kv(p),
                   (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(q_heads_per_kv(p) * p->q_len, dq->block_q), 1},
-                  2.0 * dq->block_q * seen(p, p->kv_len, dq->block_q) * (2 * columns + values));
+                  2.0 * dq->block_q * max_in_band(p, p->kv_len, dq->block_q) * (2 * columns + values));
     if (buffers->dk.base || buffers->dv.base)
         add_tiled(run, MFA_METAL_BACKWARD_DKV, dkv, 1, 1,
                   (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(p->kv_len, dkv->block_kv), 1},
-                  4.0 * dkv->block_kv * (double)q_heads_per_kv(p) * seen(p, p->q_len, dkv->block_kv) *
+                  4.0 * dkv->block_kv * (double)q_heads_per_kv(p) * max_in_band(p, p->q_len, dkv->block_kv) *
                       (columns + values));
     if (buffers->dbias.base)
         list_bias(run);

@@ -108,9 +108,9 @@ static int find_file(const char *name, size_t length)
 
 /* Appends a file, with the text of our files in place of their #include lines: each file once, so that no guards are
  * needed. Metal takes one text, without files; #line tells its compiler where each line is from. */
-static void splice(struct text *text, int file, uint32_t *seen)
+static void splice(struct text *text, int file, uint32_t *included)
 {
-    *seen |= ONE(file);
+    *included |= ONE(file);
     append_line(text, "#line 1 \"%s\"", files[file].name);
     int number = 1;
     for (const char *line = files[file].text; *line; number++) {
@@ -119,8 +119,8 @@ static void splice(struct text *text, int file, uint32_t *seen)
         if (!strncmp(line, include, sizeof include - 1)) {
             const char *name = line + sizeof include - 1;
             const int other = find_file(name, strcspn(name, "\""));
-            if (other >= 0 && !(*seen & ONE(other)))
-                splice(text, other, seen);
+            if (other >= 0 && !(*included & ONE(other)))
+                splice(text, other, included);
             append_line(text, "#line %d \"%s\"", number + 1, files[file].name);
         } else {
             append(text, line, length);
@@ -201,14 +201,14 @@ mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kern
     if (file < 0)
         return mfa_fail(MFA_UNAVAILABLE, "this library was built without the text of %s", name);
     struct text text = {.bytes = malloc(1 << 16), .capacity = 1 << 16};
-    uint32_t seen = 0;
+    uint32_t included = 0;
     if (defines)
         append(&text, defines, strlen(defines));
     define_types(&text, key, mfa_metal_tiles_family_of(key));
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, key);
     if (tile)
         define_tile(&text, key, tile);
-    splice(&text, file, &seen);
+    splice(&text, file, &included);
     if (!text.bytes)
         return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for the text of %s", name);
     *result = text.bytes;

@@ -8,7 +8,7 @@ void basics_check_layout(void);
 /* Floats of all kinds, narrowed to f16 and bf16 as operands and as masks, by the kernels' own functions. */
 void basics_check_rounding(void);
 
-/* The lowest finite number as a mask is not -inf: a row of nothing else sees all its keys. */
+/* The lowest finite number as a mask is not -inf: a row of nothing else attends to all its keys. */
 void basics_check_lowest_mask(void);
 
 #endif

@@ -1,4 +1,4 @@
-/* How many tiles there are to visit, counted element by element from the definition. */
+/* The number of blocks that are not EMPTY, counted element by element from the definition. */
 #include <math.h>
 #include <string.h>
 
@@ -6,12 +6,12 @@
 #include "metal/run.h"
 #include "reference/attention.h"
 
-/* Rows of queries and keys of a tile: row r is query r / pack_gqa of head first_head + r % pack_gqa. */
+/* Rows of queries and keys of a block: row r is query r / pack_gqa of head first_head + r % pack_gqa. */
 struct extent {
     int64_t batch, first_head, pack_gqa, row, rows, key, keys;
 };
 
-static int mask_shows(const struct inputs *inputs, int64_t batch, int64_t head, int64_t i, int64_t key)
+static int mask_keeps(const struct inputs *inputs, int64_t batch, int64_t head, int64_t i, int64_t key)
 {
     const mfa_problem *p = &inputs->problem;
     if (p->mask == MFA_MASK_NONE)
@@ -21,7 +21,7 @@ static int mask_shows(const struct inputs *inputs, int64_t batch, int64_t head, 
     return p->mask == MFA_MASK_BOOL ? value != 0 : value != -INFINITY;
 }
 
-static int tile_visible(const struct inputs *inputs, const struct extent *e)
+static int block_is_nonempty(const struct inputs *inputs, const struct extent *e)
 {
     int band = 0, mask = 0;
     for (int64_t r = e->row; r < e->row + e->rows; r++) {
@@ -29,12 +29,12 @@ static int tile_visible(const struct inputs *inputs, const struct extent *e)
         reference_band(&inputs->problem, r / e->pack_gqa, &first, &end);
         band |= first < e->key + e->keys && end > e->key && first < end;
         for (int64_t j = e->key; j < e->key + e->keys && !mask; j++)
-            mask = mask_shows(inputs, e->batch, e->first_head + r % e->pack_gqa, r / e->pack_gqa, j);
+            mask = mask_keeps(inputs, e->batch, e->first_head + r % e->pack_gqa, r / e->pack_gqa, j);
     }
     return band && mask;
 }
 
-static int64_t count_tiles(const struct inputs *inputs, const struct mfa_metal_tile *tile, int64_t pack_gqa)
+static int64_t count_blocks(const struct inputs *inputs, const struct mfa_metal_tile *tile, int64_t pack_gqa)
 {
     const mfa_problem *p = &inputs->problem;
     const int64_t rows = p->q_len * pack_gqa;
@@ -46,7 +46,7 @@ static int64_t count_tiles(const struct inputs *inputs, const struct mfa_metal_t
                 for (e.key = 0; e.key < p->kv_len; e.key += tile->block_kv) {
                     e.rows = rows - e.row < tile->block_q ? rows - e.row : tile->block_q;
                     e.keys = p->kv_len - e.key < tile->block_kv ? p->kv_len - e.key : tile->block_kv;
-                    count += tile_visible(inputs, &e);
+                    count += block_is_nonempty(inputs, &e);
                 }
     return count;
 }
@@ -69,5 +69,5 @@ void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target
     memset(expected, 0, MFA_METAL_KERNELS * sizeof *expected);
     for (int n = 0; n < 2; n++)
         expected[of_pass[pass][n].kernel] =
-            count_tiles(inputs, mfa_metal_tiles_find(of_pass[pass][n].kernel, &choice.key), of_pass[pass][n].pack_gqa);
+            count_blocks(inputs, mfa_metal_tiles_find(of_pass[pass][n].kernel, &choice.key), of_pass[pass][n].pack_gqa);
 }

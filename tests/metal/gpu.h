@@ -8,13 +8,13 @@
 
 #include "metal/kernels/contract.h"
 
-/* A buffer is all of its memory, of which a kernel sees what begins at the offset. */
+/* A buffer is all of its memory; a kernel gets the part from the offset on. */
 struct gpu_buffer {
     void *base; /* NULL: nothing is bound */
     size_t length, offset;
     int written; /* by some kernel of the run */
-    int unwritten; /* what is there now means nothing */
-    int scratch; /* nor what will be there at the end */
+    int unwritten; /* its contents are not valid yet */
+    int scratch; /* its contents are not used after the run */
 };
 
 struct gpu_launch {

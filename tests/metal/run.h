@@ -6,7 +6,7 @@
 #include "metal/tiles.h"
 
 struct metal_trace {
-    int64_t visited[MFA_METAL_KERNELS]; /* tiles; -1: the kernel did not run */
+    int64_t visited[MFA_METAL_KERNELS]; /* blocks; -1: the kernel did not run */
     int dispatches, commands;
 };
 
@@ -28,7 +28,7 @@ int metal_run_layout_test(int family);
 /* If set, gives a kernel's program another text: both are from malloc, and the old one is the callee's to free. */
 extern char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 
-/* How many tiles each kernel of the pass has to visit: those that neither the band nor the mask hides. */
+/* The number of blocks that each kernel of the pass has to visit: those that are not EMPTY by the band or the mask. */
 void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target target,
                   int64_t expected[MFA_METAL_KERNELS]);
 

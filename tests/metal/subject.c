@@ -25,11 +25,11 @@ static const char *run_pass(const struct subject *s, struct metal_target target,
     }
     metal_expect(&s->inputs, operands->problem.pass, target, expected);
     for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++) {
-        const int64_t visited = trace.visited[tiled[n]], visible = expected[tiled[n]];
-        if (visited < 0 || visited == visible)
+        const int64_t visited = trace.visited[tiled[n]], nonempty = expected[tiled[n]];
+        if (visited < 0 || visited == nonempty)
             continue;
-        snprintf(wrong, sizeof wrong, "%s visits %lld tiles, and %lld can be seen", mfa_metal_source_function(tiled[n]),
-                 (long long)visited, (long long)visible);
+        snprintf(wrong, sizeof wrong, "%s visits %lld blocks, and %lld are not EMPTY",
+                 mfa_metal_source_function(tiled[n]), (long long)visited, (long long)nonempty);
         return wrong;
     }
     return NULL;

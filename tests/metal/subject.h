@@ -7,8 +7,8 @@
 #include "kit/subject.h"
 #include "metal/run.h"
 
-/* Runs the passes into `results`, to be closed by the caller. NULL, or what went wrong: a refusal, a fault, a tile
- * visited that should not be, something written beside an output. */
+/* Runs the passes into `results`, to be closed by the caller. NULL, or what went wrong: a failure, a fault, a
+ * wrong number of visited blocks, something written beside an output. */
 const char *metal_subject_run(const struct subject *subject, struct metal_target target, enum arrangement arrangement,
                               unsigned wanted, int64_t chunk, struct reference *results);
 

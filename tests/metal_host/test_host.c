@@ -293,10 +293,10 @@ static void test_not_a_number(void **state)
     s.inputs.values[REFERENCE_K][KEY * DIM] = NAN;
     assert_int_equal(host_run(context, &s, &(struct host_options){0}, &results), MFA_OK);
     for (int n = 0; n < QUERIES * DIM; n++) {
-        const int sees = n / DIM >= KEY;
-        assert_true(sees ? isnan(results.O[n]) : results.O[n] == usual.O[n]);
-        assert_true(sees ? isnan(results.L[n / DIM]) : results.L[n / DIM] == usual.L[n / DIM]);
-        assert_true(!sees || isnan(results.dQ[n]));
+        const int attends = n / DIM >= KEY;
+        assert_true(attends ? isnan(results.O[n]) : results.O[n] == usual.O[n]);
+        assert_true(attends ? isnan(results.L[n / DIM]) : results.L[n / DIM] == usual.L[n / DIM]);
+        assert_true(!attends || isnan(results.dQ[n]));
     }
     for (int j = 0; j < QUERIES * DIM; j++)
         assert_true(isnan(results.dK[j]) && isnan(results.dV[j])); /* sums over all queries: 0 times NaN is NaN */

@@ -1,4 +1,4 @@
-#include "kit.h"
+#include "support.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 
 /* METALSIM_TESTS is this folder, METALSIM_CACHE one for compiled libraries: the build says so. */
 
-char *kit_read(const char *name)
+char *support_read(const char *name)
 {
     char path[MFA_FILE_PATH], *text;
     size_t length;
@@ -26,20 +26,20 @@ static metalsim_library *create(const char *name, const char *text, const char *
     return library;
 }
 
-metalsim_library *kit_load(const char *file, const char *defines, unsigned build)
+metalsim_library *support_load(const char *file, const char *defines, unsigned build)
 {
-    char *text = kit_read(file);
+    char *text = support_read(file);
     metalsim_library *library = create(file, text, defines, build);
     free(text);
     return library;
 }
 
-metalsim_library *kit_compile(const char *text, unsigned build)
+metalsim_library *support_compile(const char *text, unsigned build)
 {
     return create("text.metal", text, NULL, build);
 }
 
-const char *kit_rejection(const char *text)
+const char *support_rejection(const char *text)
 {
     metalsim_library *library = NULL;
     metalsim_status status = metalsim_library_create("text.metal", text, NULL, METALSIM_CACHE, 0, &library);
@@ -47,7 +47,7 @@ const char *kit_rejection(const char *text)
     return metalsim_last_error();
 }
 
-void kit_expect_error(const char *words)
+void support_expect_error(const char *words)
 {
     if (!strstr(metalsim_last_error(), words))
         fail_msg("\"%s\" is not in: %s", words, metalsim_last_error());
