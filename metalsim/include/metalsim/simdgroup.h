@@ -60,7 +60,7 @@ template <class T> METAL_FUNC T exchange_or_keep(T x, int from)
     return from >= 0 && from < 32 ? other : x;
 }
 
-template <class T, class F> METALSIM_OURS T reduce(F f, T first, uint count)
+template <class T, class F> METALSIM_OURS T fold(F f, T first, uint count)
 {
     T x = first;
     for (uint i = 0; i < count; i++)
@@ -235,14 +235,14 @@ template <class T> METAL_FUNC T simd_prefix_exclusive_sum(T x)
 {
     metalsim::give(x);
     metalsim::meet(nullptr);
-    return metalsim::reduce(metalsim::add(), T(0), metalsim::own_lane());
+    return metalsim::fold(metalsim::add(), T(0), metalsim::own_lane());
 }
 
 template <class T> METAL_FUNC T simd_prefix_inclusive_sum(T x)
 {
     metalsim::give(x);
     metalsim::meet(nullptr);
-    return metalsim::reduce(metalsim::add(), T(0), metalsim::own_lane() + 1);
+    return metalsim::fold(metalsim::add(), T(0), metalsim::own_lane() + 1);
 }
 
 METAL_FUNC bool simd_all(bool x)
