@@ -14,7 +14,7 @@ import torch
 
 from . import check, display, precompiling, sdpa
 from .attention import Explanation
-from .library import DEVICES, changed, library, objection, scalars
+from .library import DEVICES, changed, library, scalars, unavailable_reason
 
 _SMALL = "forward f32 b1 h1 q1 kv1 d64"
 
@@ -29,7 +29,7 @@ def _info(_):
         ("instruction set", small.machine),
         ("threads", f"{found.threads}, as PyTorch"),
         ("thread pool", "PyTorch's own" if found.host else "libmfa's own"),
-        ("Metal", objection("mps") or "available"),
+        ("Metal", unavailable_reason("mps") or "available"),
         ("PyTorch", torch.__version__),
         ("SDPA", f"{'replaced' if sdpa.is_in_force() else 'not replaced'} in this process; each calls replace_sdpa()"),
     )
@@ -41,7 +41,7 @@ def _explain(arguments):
     problem = library().parse(line)
     on_metal = scalars(problem).device == DEVICES["mps"]  # else it is explained for every device that is here
     for device, code in DEVICES.items():
-        if device == "cpu" and on_metal or device == "mps" and not on_metal and objection(device):
+        if device == "cpu" and on_metal or device == "mps" and not on_metal and unavailable_reason(device):
             continue
         found = Explanation.of(changed(problem, device=code))
         rows = [("not supported", found.reason)]

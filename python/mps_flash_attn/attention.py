@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.overrides import handle_torch_function
 
-from . import problem, repeat, subclasses, tensors
+from . import dispatch_cache, problem, subclasses, tensors
 from .library import Unsupported, library
 from .operators import EAGER, Attention, Call, attention_forward, is_differentiated, needs_operator
 from .run import forward
@@ -60,10 +60,10 @@ def flash_attention(
     if not by_operator:
         # Floats equal integers, yet as a window they are refused.
         kind = repr(window_size) if type(window_size) is tuple else type(window_size)
-        given = (is_causal, scale, window_size, kind, softcap, enable_gqa, return_lse, bf16_backward)
-        before = repeat.find(query, key, value, attn_mask, given)
-        if before is not None:
-            return before.attend(query, key, value, attn_mask)
+        options_key = (is_causal, scale, window_size, kind, softcap, enable_gqa, return_lse, bf16_backward)
+        cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key)
+        if cached is not None:
+            return cached.attend(query, key, value, attn_mask)
     if bf16_backward:
         raise ValueError(
             f"bf16_backward is {bf16_backward!r}; leave it out: gradients have the precision of the operands, which "
@@ -82,7 +82,8 @@ def flash_attention(
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     options = _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa)
     if not by_operator and not is_cast and bias is None:
-        repeat.keep(query, key, value, mask, given, repeat.Repeat, options, bool(return_lse))
+        state = options, bool(return_lse)
+        dispatch_cache.insert(query, key, value, mask, options_key, dispatch_cache.CachedCall, *state)
     if by_operator:
         out, lse = attention_forward(query, key, value, mask, *options)
     elif is_differentiated(query, key, value, mask):

@@ -18,7 +18,7 @@ import torch
 
 from . import display, reference, tensors
 from .attention import Explanation
-from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, objection, scalars
+from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, scalars, unavailable_reason
 from .operators import EAGER, Attention, Call
 
 SEED = 1
@@ -79,9 +79,9 @@ def examine(line, device):
         out, lse = Attention.apply(*moved, Call(EAGER, tuple(options.values()), True))
         return out.cpu(), lse.cpu()
 
-    verdicts = list(reference.judge(ours, _operands(asked), **options))
-    worst = max(verdicts, key=lambda verdict: verdict.error / (verdict.allowed or 1.0))
-    wrong = "; ".join(verdict.wrong for verdict in verdicts if verdict.wrong)
+    comparisons = list(reference.compare_results(ours, _operands(asked), **options))
+    worst = max(comparisons, key=lambda comparison: comparison.error / (comparison.allowed or 1.0))
+    wrong = "; ".join(comparison.wrong for comparison in comparisons if comparison.wrong)
     return {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
 
 
@@ -126,7 +126,7 @@ def write_rows(device, lines):
 def machines():
     """(name, device, environment) of all that runs here."""
     found = [(f"cpu {isa}", "cpu", {"MFA_ISA": isa}) for isa in library().instruction_sets()]
-    return found + ([] if objection(_GPU) else [("metal", _GPU, {})])
+    return found + ([] if unavailable_reason(_GPU) else [("metal", _GPU, {})])
 
 
 def _rows(machine, lines, begin):
@@ -173,7 +173,7 @@ def _answers(process):
 
 def _about():
     """(what, which) of this machine."""
-    missing = objection(_GPU)
+    missing = unavailable_reason(_GPU)
     gpu = f"not checked: {missing}" if missing else getattr(torch.backends.mps, "get_name", lambda: "checked")()
     return [
         ("libmfa", library().version),
@@ -240,8 +240,8 @@ def run(text, path):
     wrong = [row for row in rows if row.get("wrong")]
     for row in wrong:
         print(f"WRONG {row['machine']}: {row['problem']}: {row['wrong']}")
-    if objection(_GPU):
-        print(f"Metal was not checked: {objection(_GPU)}")
+    if unavailable_reason(_GPU):
+        print(f"Metal was not checked: {unavailable_reason(_GPU)}")
     status, report = 1 if wrong or not rows else 0, f"the report is in {path.resolve()}"
     try:
         path.write_text(report_text(rows), encoding="utf-8", errors="backslashreplace")

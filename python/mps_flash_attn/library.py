@@ -262,7 +262,7 @@ def _after_fork():
 call_in_child(_after_fork)
 
 
-def objection(device):
+def unavailable_reason(device):
     """Why libmfa does not run on this device of this machine; "" if it does."""
     kind = torch.device(device).type
     if kind not in DEVICES:
@@ -280,4 +280,4 @@ def objection(device):
 def is_available(device="cpu"):
     """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. In mps-flash-attn
     on PyPI a function of this name, without an argument, says what is_available("mps") says here."""
-    return not objection(device)
+    return not unavailable_reason(device)

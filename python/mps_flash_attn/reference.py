@@ -16,12 +16,12 @@ ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64
 
 
 def _weights(query, key, mask, lower, upper, scale, softcap):
-    """(P, log-sum-exp, scores, slope of the softcap), with K of as many heads as Q."""
+    """(P, log-sum-exp, scores, dtanh of the softcap), with K of as many heads as Q."""
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    slope = 1.0
+    dtanh = 1.0
     if softcap:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent * bent
+        tanh = torch.tanh(scores / softcap)
+        scores, dtanh = softcap * tanh, 1 - tanh * tanh
     offset = torch.arange(key.shape[2]) - torch.arange(query.shape[2])[:, None]
     visible = torch.ones_like(offset, dtype=torch.bool)
     if lower is not None:
@@ -34,15 +34,15 @@ def _weights(query, key, mask, lower, upper, scale, softcap):
         scores = scores + mask.to(scores.dtype)
         visible = visible & (scores > -torch.inf)
     if key.shape[2] == 0:
-        return scores, scores.sum(-1) - torch.inf, scores, slope
+        return scores, scores.sum(-1) - torch.inf, scores, dtanh
     scores = scores.masked_fill(~visible, -torch.inf)
     largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = torch.exp(scores - largest) * visible
     total = weights.sum(-1, keepdim=True)
-    seen = total > 0
-    total = total.masked_fill(~seen, 1)
-    lse = (largest + total.log()).masked_fill(~seen, -torch.inf)
-    return weights / total, lse.squeeze(-1), scores, slope
+    visible_rows = total > 0
+    total = total.masked_fill(~visible_rows, 1)
+    lse = (largest + total.log()).masked_fill(~visible_rows, -torch.inf)
+    return weights / total, lse.squeeze(-1), scores, dtanh
 
 
 def attention(query, key, value, mask=None, *, lower=None, upper=None, scale=None, softcap=0.0):
@@ -57,11 +57,11 @@ def _magnitudes(tensors, d_out, d_lse, *, lower=None, upper=None, scale=None, so
     query, key, value, mask = tensors
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    P, lse, scores, slope = _weights(query, key, mask, lower, upper, scale, softcap)
+    P, lse, scores, dtanh = _weights(query, key, mask, lower, upper, scale, softcap)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
     D = (dO * (P @ value).abs()).sum(-1) + dL
     dS = P * (dO @ value.abs().transpose(-1, -2) + D[..., None])
-    dX = dS * slope * abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    dX = dS * dtanh * abs(query.shape[-1] ** -0.5 if scale is None else scale)
     largest = scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 0.0
     sizes = {
         "out": P @ value.abs(),
@@ -89,7 +89,7 @@ def _to(dtype, tensors):
     return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-class Verdict(NamedTuple):
+class Comparison(NamedTuple):
     """On one result: its largest error, and what the rule above allows."""
 
     name: str
@@ -98,8 +98,8 @@ class Verdict(NamedTuple):
     wrong: str  # what is wrong with it; "" if nothing is
 
 
-def judge(function, tensors, **options):
-    """A Verdict on each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
+def compare_results(function, tensors, **options):
+    """A Comparison on each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
     query, _, value, _ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
@@ -116,38 +116,38 @@ def judge(function, tensors, **options):
     for name, got in results(function, tensors, d_out, d_lse).items():
         # a gradient is no more exact than the out it comes from, whatever the dtype of the mask
         dtype = got.dtype if name == "lse" else max(got.dtype, query.dtype, key=lambda d: torch.finfo(d).eps)
-        yield _judge(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
+        yield _compare(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
 
 
 def check(function, tensors, **options):
     """Asserts that nothing is wrong with any of them."""
-    for verdict in judge(function, tensors, **options):
-        assert not verdict.wrong, verdict.wrong
+    for comparison in compare_results(function, tensors, **options):
+        assert not comparison.wrong, comparison.wrong
 
 
 def compare(*arguments):
-    """Asserts that one result is as near to the truth as the rule says; the arguments are those of _judge."""
-    verdict = _judge(*arguments)
-    assert not verdict.wrong, verdict.wrong
+    """Asserts that one result is as near to the truth as the rule says; the arguments are those of _compare."""
+    comparison = _compare(*arguments)
+    assert not comparison.wrong, comparison.wrong
 
 
-def _judge(name, got, yardstick, truth, size, largest_score, dtype):
-    """The Verdict on `got`, with the ulp of `dtype`."""
+def _compare(name, got, yardstick, truth, size, largest_score, dtype):
+    """The Comparison on `got`, with the ulp of `dtype`."""
     finite = torch.isfinite(truth)
     if got.shape != truth.shape or got.isnan().any():
         what = "has NaN" if got.shape == truth.shape else f"has the shape {tuple(got.shape)}"
-        return Verdict(name, math.inf, 0.0, f"{name} {what}")
+        return Comparison(name, math.inf, 0.0, f"{name} {what}")
     if not torch.equal(got[~finite].double(), truth[~finite]):
-        return Verdict(name, math.inf, 0.0, f"{name}: infinite in other places")
+        return Comparison(name, math.inf, 0.0, f"{name}: infinite in other places")
     if not finite.any():
-        return Verdict(name, 0.0, 0.0, "")
+        return Comparison(name, 0.0, 0.0, "")
     error = (got - truth)[finite].abs().max().item()
     naive = (yardstick - truth)[finite].abs().nan_to_num(0).max().item()
     sums = torch.promote_types(dtype, torch.float32)
     unit = ULPS[dtype] * torch.finfo(dtype).eps + ULPS[sums] * torch.finfo(sums).eps * largest_score
     allowed = 2 * naive + unit * size[finite].abs().max().item()
     wrong = "" if error <= allowed else f"{name}: error {error:.3g}, allowed {allowed:.3g} (naive {naive:.3g})"
-    return Verdict(name, error, allowed, wrong)
+    return Comparison(name, error, allowed, wrong)
 
 
 def agree(name, ours, theirs, truth, dtype, terms, size=1.0, largest_score=1.0):

@@ -15,8 +15,8 @@ _storage, _offset, _address, _empty_on_cpu = tensors.storage, tensors.offset, te
 
 _OWN_WORKSPACE = (0, 0, 0)  # of libmfa's context
 
-_known = {}  # kind of pass: how it is prepared
-_KNOWN_MOST = 1024  # a growing sequence is a new kind each time: then all is forgotten, and begins anew
+_prepared = {}  # kind of pass: how it is prepared
+_MAX_PREPARED = 1024  # a growing sequence is a new kind each time: then all is forgotten, and begins anew
 
 
 class Forward(NamedTuple):
@@ -62,9 +62,9 @@ def prepare_forward(query, key, value, mask, lower, upper, scale, softcap, alloc
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         *(lower, upper, scale, softcap, allocate),
     )
-    known = _known.get(kind)
-    if known is not None:
-        return known
+    cached = _prepared.get(kind)
+    if cached is not None:
+        return cached
     check(query, key, value, mask)
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
     problem = pack_forward(query, key, value, mask, lower, upper, scale, softcap, out)
@@ -121,9 +121,9 @@ def prepare_backward(query, key, value, mask, out, lse, d_out, d_lse, lower, upp
         None if d_lse is None else (d_lse.shape, d_lse.stride(), d_lse.dtype, d_lse.device),
         *(lower, upper, scale, softcap, *wanted),
     )
-    known = _known.get(kind)
-    if known is not None:
-        return known
+    cached = _prepared.get(kind)
+    if cached is not None:
+        return cached
     check(query, key, value, mask)
     check_saved(query, value, out, lse, d_out, d_lse)
     options = lower, upper, scale, softcap
@@ -159,9 +159,9 @@ def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse, out_
 
 
 def _keep(kind, prepared):
-    if len(_known) >= _KNOWN_MOST:
-        _known.clear()
-    _known[kind] = prepared
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    _prepared[kind] = prepared
     return prepared
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
-from . import checkpointing, fast_path, repeat, shapes, tensors, transforms
+from . import checkpointing, dispatch_cache, native_mha, shapes, tensors, transforms
 from .after_fork import new_lock
 from .checkpointing import top_hooks
 from .library import Unsupported, library
@@ -34,7 +34,7 @@ from .operators import (
     fold_mask,
     is_differentiated,
 )
-from .repeat import Known, Repeat
+from .dispatch_cache import CacheEntry, CachedCall
 from .run import forward, forward_for_backward
 from .stats import REPLACED, SMALL, count, disabled, flash_is_enabled, small
 
@@ -49,7 +49,7 @@ _HAS_GROUPS = any(argument.name == "enable_gqa" for argument in _OPERATOR._schem
 _lock = new_lock(globals(), "_lock")
 _handles = set()
 _registration = None
-_left = deque(maxlen=1024)  # kernels that were taken back, which other threads may yet be on the way into
+_retired_kernels = deque(maxlen=1024)  # kernels that were taken back, which other threads may yet be on the way into
 
 
 # --- On and off ----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def _register():
             warnings.simplefilter("ignore", UserWarning)  # that vmap has a kernel already
             for key, kernel in _KERNELS.items():
                 registration.impl("scaled_dot_product_attention", kernel, key)
-        fast_path.register(registration, is_in_force)
+        native_mha.register(registration, is_in_force)
     except BaseException:
         registration._destroy()
         raise
@@ -139,7 +139,7 @@ def _unregister():
     global _registration
     if _registration is not None:
         if hasattr(torch.library, "get_kernel"):
-            _left.append([*map(partial(torch.library.get_kernel, _OPERATOR), _KERNELS), fast_path.kernel()])
+            _retired_kernels.append([*map(partial(torch.library.get_kernel, _OPERATOR), _KERNELS), native_mha.kernel()])
         registration, _registration = _registration, None
         registration._destroy()
         _forget_kernels()
@@ -154,7 +154,7 @@ def _forget_kernels():
 
 def _tag_compiler_cache(wanted=True):
     """Compiled code is kept on disk under the code that was compiled, in which there is nothing of us: without a tag,
-    processes that know nothing of this package are given code that calls it. The tag is each thread's own, and so is
+    processes that know nothing of this package would get code that calls it. The tag is each thread's own, and so is
     set again where a call is traced, which is before the disk is looked at."""
     config = getattr(torch.compiler, "config", None)
     if hasattr(config, "cache_key_tag"):
@@ -170,23 +170,23 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     if (hooks is not None or not _handles) and not _is_replaced(hooks, query, key, value, attn_mask):
         return _original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
     if not dropout_p:
-        before = repeat.find(query, key, value, attn_mask, _told(is_causal, scale, enable_gqa))
-        if before is not None:
-            out = _again(before, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        cached = dispatch_cache.lookup(query, key, value, attn_mask, _options_key(is_causal, scale, enable_gqa))
+        if cached is not None:
+            out = _run_cached(cached, query, key, value, attn_mask, is_causal, scale, enable_gqa)
             if out is not None:
                 return out
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    within, kind = _kind(given)
-    if kind is _TRACED and any(map(tensors.is_zero, given)):  # whose memory PyTorch's fused kernel would read
-        given = [one.clone() if tensors.is_zero(one) else one for one in (query, key, value, attn_mask)]
-        return _attention(*given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    reason, verdict = _judge(given, within, kind, dropout_p, is_causal, scale, enable_gqa)
+    args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    within, kind = _kind(args)
+    if kind is _TRACED and any(map(tensors.is_zero, args)):  # whose memory PyTorch's fused kernel would read
+        args = [one.clone() if tensors.is_zero(one) else one for one in (query, key, value, attn_mask)]
+        return _attention(*args, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    reason, support = check_support(args, within, kind, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
         if kind is _TRACED:
             _tag_compiler_cache()
         try:
             run = _run if kind is _PLAIN else _run_by_operator
-            out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, verdict)
+            out = run(query, key, value, attn_mask, is_causal, scale, enable_gqa, support)
         except Unsupported as error:
             reason = str(error)
         except ValueError:
@@ -198,8 +198,8 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
             return out
     count(reason)
     if reason == SMALL and kind is _PLAIN:
-        told = _told(is_causal, scale, enable_gqa)
-        repeat.keep(query, key, value, attn_mask, told, _Left, verdict.work)
+        options_key = _options_key(is_causal, scale, enable_gqa)
+        dispatch_cache.insert(query, key, value, attn_mask, options_key, _SmallCall, support.work)
     return _original_for(reason)(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
 
 
@@ -219,8 +219,8 @@ def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, 
     hooks = top_hooks(True)
     if (hooks is not None or not is_in_force()) and not _is_replaced(hooks, query, key, value, attn_mask):
         return _original(query, key, value, attn_mask, dropout_p, is_causal, **_named(scale, enable_gqa))
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    reason, verdict = _judge(given, *_kind(given), dropout_p, is_causal, scale, enable_gqa)
+    args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    reason, support = check_support(args, *_kind(args), dropout_p, is_causal, scale, enable_gqa)
     options = _named(scale, enable_gqa)
     if reason is not None:
         count(reason)
@@ -230,7 +230,7 @@ def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, 
     with vmap.below():
         if all(dimension is None for dimension in dimensions):
             return _OPERATOR(*operands, 0.0, is_causal, **options)
-        if not verdict.fits:
+        if not support.fits:
             operands = shapes.mapped(*operands, dimensions, vmap.size)
             return vmap.join(_OPERATOR(*operands, 0.0, is_causal, **options))
         batch = query.shape[0]
@@ -241,41 +241,41 @@ def _vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, 
         return vmap.join(out.unflatten(0, (vmap.size, batch)))
 
 
-def _kind(given):
+def _kind(args):
     """(the tensors that have the memory, what kind of tensors and call this is)."""
-    within = given
+    within = args
     if transforms.are_active() and transforms.are_supported:
-        within = tuple(map(transforms.unwrapped, given))
+        within = tuple(map(transforms.unwrapped, args))
     if not all(map(tensors.is_plain, within)):
         return within, _TRACED
-    return within, _PLAIN if within is given and not count_of_modes() else _SEEN
+    return within, _PLAIN if within is args and not count_of_modes() else _SEEN
 
 
-def _judge(given, within, kind, dropout_p, is_causal, scale, enable_gqa):
-    """(why a call is left to PyTorch, None if we take it; the Verdict on its shapes, if it got so far)."""
-    reason = _objection(within, kind, dropout_p, scale)
+def check_support(args, within, kind, dropout_p, is_causal, scale, enable_gqa):
+    """(why a call is left to PyTorch, None if we take it; the Support on its shapes, if it got so far)."""
+    reason = fallback_reason(within, kind, dropout_p, scale)
     if reason is not None:
         return reason, None
-    judge = shapes.judge if kind is _TRACED else shapes.judge_sizes
-    mask_shape = given[3].shape if len(given) == 4 else None
-    verdict = judge(*(tensor.shape for tensor in given[:3]), mask_shape, is_causal, enable_gqa)
-    if verdict.objection is not None:
-        return verdict.objection, verdict
-    work = verdict.work
-    if within is not given:  # these are of one sample, if there is a vmap
-        work *= reduce(torch.sym_max, (one.numel() // each.numel() for one, each in zip(within, given)))
-    return small(work, within[0]), verdict
+    check = shapes.check_support if kind is _TRACED else shapes.check_support_cached
+    mask_shape = args[3].shape if len(args) == 4 else None
+    support = check(*(tensor.shape for tensor in args[:3]), mask_shape, is_causal, enable_gqa)
+    if support.reason is not None:
+        return support.reason, support
+    work = support.work
+    if within is not args:  # these are of one sample, if there is a vmap
+        work *= reduce(torch.sym_max, (one.numel() // each.numel() for one, each in zip(within, args)))
+    return small(work, within[0]), support
 
 
-def _objection(given, kind, dropout_p, scale):
+def fallback_reason(args, kind, dropout_p, scale):
     """Why a call is left to PyTorch, whatever its shapes; None if we take it. What is wrong is left to it too: then the
     error is PyTorch's."""
     if transforms.are_active() and not transforms.are_supported:
         return "a functorch transform"
     if kind is _TRACED:
-        for tensor in given:
+        for tensor in args:
             if type(tensor) not in _TRACERS and not tensors.is_plain(tensor):
-                return tensors.peculiarity(tensor)
+                return tensors.describe_unsupported(tensor)
     if kind is not _PLAIN and _is_exporting():
         return "torch.export"  # a program for other places keeps PyTorch's operator
     reason = disabled()
@@ -285,14 +285,14 @@ def _objection(given, kind, dropout_p, scale):
         return "dropout"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    query, key, value = given[:3]
+    query, key, value = args[:3]
     if query.device.type not in tensors.DEVICES:
         return f"no backend for {query.device.type}"
-    if not query.device == key.device == value.device == given[-1].device:
+    if not query.device == key.device == value.device == args[-1].device:
         return "devices"
     if query.dtype not in tensors.DTYPES or not query.dtype == key.dtype == value.dtype:
         return "dtypes"
-    mask_dtype = given[-1].dtype  # if there is one
+    mask_dtype = args[-1].dtype  # if there is one
     if mask_dtype is not torch.bool and mask_dtype is not query.dtype:
         if mask_dtype is not torch.float32 or query.dtype is torch.float64:
             return "attn_mask dtype"
@@ -326,47 +326,47 @@ def _original_for(reason):
 # --- Calls like one before -----------------------------------------------------------------------
 
 
-class _Left(Known):
+class _SmallCall(CacheEntry):
     """One that was too small."""
 
-    is_taken = False
+    is_replaced = False
 
     def __init__(self, is_like, query, key, value, mask, work):
         super().__init__(is_like)
         self.work = work
 
 
-class _Taken(Repeat):
+class _ReplacedCall(CachedCall):
     """One that ran on libmfa."""
 
-    is_taken = True
+    is_replaced = True
 
     def __init__(self, is_like, query, key, value, mask, options, place, work):
         super().__init__(is_like, query, key, value, mask, options, False, _ROUTES[place], _LAYOUTS[place])
         self.place, self.work = place, work
 
 
-def _told(is_causal, scale, enable_gqa):
-    """What repeat.py is told of a call beside its tensors."""
+def _options_key(is_causal, scale, enable_gqa):
+    """The part of the cache key that is not a tensor."""
     return "scaled_dot_product_attention", is_causal, scale, enable_gqa
 
 
-def _again(before, query, key, value, mask, is_causal, scale, enable_gqa):
+def _run_cached(cached, query, key, value, mask, is_causal, scale, enable_gqa):
     """What a call like one before gives; None if what may have changed since has: settings, or where memory lies."""
     if not flash_is_enabled() and disabled():
         return None
-    if (small(before.work, query) is None) is not before.is_taken:
-        before.give_way()
+    if (small(cached.work, query) is None) is not cached.is_replaced:
+        cached.evict()
         return None
-    if not before.is_taken:
+    if not cached.is_replaced:
         count(SMALL)
         if mask is None and not is_causal and scale is None and not enable_gqa:
             return _original(query, key, value)  # arguments take time
         return _original(query, key, value, mask, 0.0, is_causal, **_named(scale, enable_gqa))
-    if before.place != _place(query, key, value, mask, is_causal, scale, enable_gqa):
+    if cached.place != _place(query, key, value, mask, is_causal, scale, enable_gqa):
         return None
     try:
-        out = before.attend(query, key, value, mask)
+        out = cached.attend(query, key, value, mask)
     except (Unsupported, ValueError):
         return None
     count(REPLACED)
@@ -383,30 +383,30 @@ def _place(query, key, value, mask, is_causal, scale, enable_gqa):
     return torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, **_named(scale, enable_gqa))
 
 
-def _run(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
+def _run(query, key, value, mask, is_causal, scale, enable_gqa, support):
     place = _place(query, key, value, mask, is_causal, scale, enable_gqa)
     if place not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")
-    if not verdict.fits:
+    if not support.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     options = (None, 0 if is_causal else None, scale, 0.0)
     if is_differentiated(query, key, value, mask):
         out = Attention.apply(query, key, value, mask, Call(_ROUTES[place], options, False))
     else:
         out, _ = forward(query, key, value, mask, *options, False, _LAYOUTS[place])
-    if not verdict.fits:
+    if not support.fits:
         return out.view(shape)
-    told = _told(is_causal, scale, enable_gqa)
-    repeat.keep(query, key, value, mask, told, _Taken, options, place, verdict.work)
+    options_key = _options_key(is_causal, scale, enable_gqa)
+    dispatch_cache.insert(query, key, value, mask, options_key, _ReplacedCall, options, place, support.work)
     return out
 
 
-def _run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, verdict):
+def _run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, support):
     """The same by way of torch.ops.mfa, which compilers, dispatch modes and tensors without memory are to see."""
     place = _place_by_operator(query, key, value, mask, is_causal, scale, enable_gqa)
     if place not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")
-    if not verdict.fits:
+    if not support.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     with differentiated_by(_BACKWARDS_BY_OPERATOR[place]):
         out, _ = attention_forward(query, key, value, mask, None, 0 if is_causal else None, scale, 0.0)
@@ -414,7 +414,7 @@ def _run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, verd
         out = out.contiguous()
     elif not _HAS_GROUPS:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out if verdict.fits else out.view(shape)
+    return out if support.fits else out.view(shape)
 
 
 def _place_by_operator(query, key, value, *others):
@@ -446,15 +446,15 @@ def _backward(original, backward, d_out, d_lse, query, key, value, mask, out, ls
 def _second(original, incoming, *arguments):
     """The gradients of d_out, query, key, value and mask, from those of their gradients."""
     count("a second derivative")
-    given, options = arguments[:5], arguments[5:]
-    places = [place for place, tensor in enumerate(given) if tensor is not None and tensor.requires_grad]
+    args, options = arguments[:5], arguments[5:]
+    places = [place for place, tensor in enumerate(args) if tensor is not None and tensor.requires_grad]
     present = [place for place, gradient in enumerate(incoming) if gradient is not None]
 
-    def first(*given):
-        gradients = _gradients(original, *given, *options)
+    def first(*args):
+        gradients = _gradients(original, *args, *options)
         return tuple(gradients[place] for place in present)
 
-    return _pulled_back(first, given, places, tuple(incoming[place] for place in present))
+    return _pulled_back(first, args, places, tuple(incoming[place] for place in present))
 
 
 def _gradients(original, d_out, query, key, value, mask, lower, upper, scale, softcap, wanted):
@@ -482,16 +482,16 @@ def _pulled_back(function, operands, places, incoming):
         found = pull(incoming)
     else:
         again = torch.is_grad_enabled()
-        with torch.enable_grad():  # as tensors of their own, so that one that was given twice gets two gradients
+        with torch.enable_grad():  # as tensors of their own, so that one that was passed twice gets two gradients
             asked = [one.view_as(one) if one.requires_grad else one.detach().requires_grad_() for one in asked]
             results = function_of_asked(*asked)
             found = torch.autograd.grad(results, asked, incoming, create_graph=again, allow_unused=True)
     return _replaced((None,) * len(operands), places, found)
 
 
-def _replaced(given, places, others):
-    """The tensors given, with others in these places."""
-    result = list(given)
+def _replaced(args, places, others):
+    """`args`, with others in these places."""
+    result = list(args)
     for place, other in zip(places, others):
         result[place] = other
     return result

@@ -11,47 +11,47 @@ HEAD_DIM_MOST = 512
 LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read beyond the shorter
 
 
-class Verdict(NamedTuple):
+class Support(NamedTuple):
     """On a call with certain shapes."""
 
-    objection: str | None  # why it is left to PyTorch; what is wrong is left to it too
+    reason: str | None  # why it is left to PyTorch; what is wrong is left to it too
     fits: bool = False  # libmfa reads these shapes as they are
     work: int = 0  # multiply-adds of the forward pass
 
 
-def judge(query, key, value, mask, is_causal, enable_gqa):
-    """The Verdict on these shapes; mask is None if there is none."""
+def check_support(query, key, value, mask, is_causal, enable_gqa):
+    """The Support on these shapes; mask is None if there is none."""
     if len(query) < 2 or len(key) < 2 or len(value) < 2 or query[-1] != key[-1]:
-        return Verdict("shapes")
+        return Support("shapes")
     if key[-2] != value[-2]:
-        return Verdict(LENGTHS)
+        return Support(LENGTHS)
     if 0 in query or 0 in key or 0 in value:
-        return Verdict("empty tensors")
+        return Support("empty tensors")
     if query[-1] > HEAD_DIM_MOST or value[-1] > HEAD_DIM_MOST:
-        return Verdict(f"head_dim above {HEAD_DIM_MOST}")
+        return Support(f"head_dim above {HEAD_DIM_MOST}")
     if enable_gqa and (min(map(len, (query, key, value))) < 3 or query[-3] % key[-3] or query[-3] % value[-3]):
-        return Verdict("head counts")
+        return Support("head counts")
     k_lead, v_lead = ((*shape[:-3], 1) if enable_gqa else shape[:-2] for shape in (key, value))
     lead = broadcast(query[:-2], k_lead, v_lead)
     if lead is None:
-        return Verdict("shapes")
+        return Support("shapes")
     if mask is not None:
         if is_causal:
-            return Verdict("attn_mask together with is_causal")
+            return Support("attn_mask together with is_causal")
         scores = (*broadcast(query[:-2], k_lead), query[-2], key[-2])
         if not 2 <= len(mask) <= len(scores):
-            return Verdict("attn_mask dimensions")
+            return Support("attn_mask dimensions")
         if any(size != 1 and size != full for size, full in zip(reversed(mask), reversed(scores))):
-            return Verdict("attn_mask shape")
+            return Support("attn_mask shape")
     fits = len(query) == len(key) == len(value) == 4 and query[0] == key[0] and key[:2] == value[:2]
-    return Verdict(
+    return Support(
         None,
         fits and (enable_gqa or query[1] == key[1]),
         math.prod(lead) * query[-2] * key[-2] * (query[-1] + value[-1]),
     )
 
 
-judge_sizes = functools.lru_cache(maxsize=1024)(judge)  # for shapes that are numbers, not symbols
+check_support_cached = functools.lru_cache(maxsize=1024)(check_support)  # for shapes that are numbers, not symbols
 
 
 def broadcast(*shapes):

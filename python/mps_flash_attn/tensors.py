@@ -33,7 +33,7 @@ def is_aligned(tensor):
     return address(tensor) % tensor.itemsize == 0
 
 
-def peculiarity(tensor):
+def describe_unsupported(tensor):
     """In what way a tensor is not plain."""
     if type(tensor) not in PLAIN:
         return "a tensor subclass"

@@ -50,9 +50,9 @@ def check_models(name):
     @functools.wraps(original)
     def get_correct_attn_implementation(self, requested_attention, *arguments, **options):
         if requested_attention in _names:
-            objection = _objection(type(self))
-            if objection:
-                raise ValueError(_refusal(type(self), objection, requested_attention))
+            reason = _incompatibility(type(self))
+            if reason:
+                raise ValueError(_error_message(type(self), reason, requested_attention))
             if _declares_dispatch(type(self)):
                 _calling.add(type(self.config))
         return original(self, requested_attention, *arguments, **options)
@@ -66,30 +66,30 @@ def check_config(config, name):
     assignment. All that is known of the model is the class of its configuration."""
     kind = type(config)
     if kind not in _calling:
-        refusal = _refusal_of_config(kind, name)
-        if refusal:
-            raise ValueError(refusal)
+        message = _error_of_config(kind, name)
+        if message:
+            raise ValueError(message)
         _calling.add(kind)
 
 
 @torch.compiler.assume_constant_result  # dynamo cannot trace it
-def _refusal_of_config(kind, name):
+def _error_of_config(kind, name):
     """The sentence if no model of this class of configurations calls our function; "" if one does, or none is known."""
     known = _model_classes()
     for base in kind.__mro__:
         models = [model for model in known if getattr(model, "config_class", None) is base]
-        if any(_declares_dispatch(model) and not _objection(model) for model in models):
+        if any(_declares_dispatch(model) and not _incompatibility(model) for model in models):
             return ""
         if models:
             model = min(models, key=lambda model: (len(model.__mro__), model.__name__))
-            return _refusal(model, _objection(model) or _COMPUTES_ITSELF, name)
+            return _error_message(model, _incompatibility(model) or _COMPUTES_ITSELF, name)
     return ""
 
 
-def _refusal(model, objection, name):
+def _error_message(model, reason, name):
     instead = '"sdpa", which runs on libmfa after replace_sdpa(),' if model._supports_sdpa else '"eager"'
     return (
-        f'attn_implementation is "{name}", but {model.__name__} {objection}; use attn_implementation={instead} '
+        f'attn_implementation is "{name}", but {model.__name__} {reason}; use attn_implementation={instead} '
         "for this model"
     )
 
@@ -98,7 +98,7 @@ def _declares_dispatch(model):
     return model._supports_sdpa or getattr(model, "_supports_attention_backend", False)
 
 
-def _objection(model):
+def _incompatibility(model):
     """What keeps a class from calling the function that its configuration names; "" if nothing does, or if it has no
     attention at all."""
     from transformers import PreTrainedModel
@@ -106,12 +106,12 @@ def _objection(model):
     bases = (base for base in model.__mro__ if issubclass(base, PreTrainedModel))
     modules = sorted({base.__module__ for base in bases} - {PreTrainedModel.__module__})
     if _declares_dispatch(model):
-        return next(filter(None, map(_objection_in, modules)), "")
+        return next(filter(None, map(_incompatibility_of_module, modules)), "")
     return _COMPUTES_ITSELF if any(map(_has_attention, modules)) else ""
 
 
 @functools.lru_cache(maxsize=None)
-def _objection_in(module):
+def _incompatibility_of_module(module):
     """The same of the source of a Python module. Without one, as in a notebook, what the class declares is believed."""
     source = _source(module) or ""
     table = _OWN_TABLE.search(source)

@@ -150,7 +150,7 @@ def test_calls_leave_nothing_behind(attention):
     with mps_flash_attn.replaced_sdpa():
         for length in range(1, 1200):
             attention(query, cache[:, :, :length], cache[:, :, :length])
-        assert len(run._known) <= run._KNOWN_MOST
+        assert len(run._prepared) <= run._MAX_PREPARED
         tracemalloc.start()
         try:
             for _ in range(8):

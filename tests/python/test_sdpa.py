@@ -16,7 +16,7 @@ from stand_in import DTYPES, FLOAT64
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 
-from mps_flash_attn import repeat, replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats, sdpa_thresholds
+from mps_flash_attn import dispatch_cache, replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn import sdpa as module
 from mps_flash_attn.library import Unsupported
 from mps_flash_attn.reference import agree
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
 @pytest.fixture(params=["at first", "again"], autouse=True)
 def _like_one_before(request, monkeypatch):
-    """Each test also with calls that come for the third time, and are found by repeat.py."""
-    repeat._known.clear()
+    """Each test also with calls that come for the third time, and are found by dispatch_cache.py."""
+    dispatch_cache._entries.clear()
     if request.param == "at first":
         return
     attention = module._attention

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mps_flash_attn import flash_attention, repeat, replaced_sdpa, sdpa_stats
+from mps_flash_attn import dispatch_cache, flash_attention, replaced_sdpa, sdpa_stats
 
 SHAPE = (2, 2, 9, 8)
 OUT_OF_BOUNDS = r"{}: sizes .* requiring a storage size of \d+ are out of bounds for storage of size {}"
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
 @pytest.fixture(params=["at first", "again"], autouse=True)
 def _like_one_before(request):
-    """Each test also with calls that repeat.py finds."""
-    repeat._known.clear()
+    """Each test also with calls that dispatch_cache.py finds."""
+    dispatch_cache._entries.clear()
     if request.param == "again":
         with replaced_sdpa():
             for _ in range(4):

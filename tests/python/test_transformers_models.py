@@ -372,17 +372,17 @@ THEIRS = {
 @pytest.mark.parametrize("kind", THEIRS)
 def test_code_of_others(kind, transformers, tmp_path, monkeypatch):
     """A model that is not transformers' own is judged by the same rules."""
-    flag, code, objection = THEIRS[kind]
+    flag, code, reason = THEIRS[kind]
     name = f"others_{kind.replace(' ', '_')}"
     imports = "" if kind == "no interface" else INTERFACE
     (tmp_path / f"{name}.py").write_text(OTHERS.format(flag=flag, code=code, imports=imports))
     monkeypatch.syspath_prepend(tmp_path)
     model_class = importlib.import_module(name).OwnModel
     config = small(transformers.LlamaConfig())
-    if objection:
+    if reason:
         with refused("OwnModel") as caught:
             model_class._from_config(config, attn_implementation="mfa")
-        assert objection in str(caught.value)
+        assert reason in str(caught.value)
     else:
         assert model_class._from_config(config, attn_implementation="mfa").config._attn_implementation == "mfa"
 

@@ -15,47 +15,47 @@ from .operators import EAGER, Attention, count_of_modes, is_differentiated, need
 _apply = super(torch.autograd.Function, Attention).apply  # without its care for transforms, which the guards see
 _CONSTANT = (type(None), bool, int, float, str, type)
 
-_known = {}  # what a call is found by: a Known, or None where it came once
-_KNOWN_MOST = 1024
-_MISSES_MOST = 1  # of one that keeps its place
+_entries = {}  # what a call is found by: a CacheEntry, or None where it came once
+_MAX_ENTRIES = 1024
+_MAX_MISSES = 1  # of one that keeps its key_of_call
 
 
-def find(query, key, value, mask, given):
-    """What was kept for arguments like these, or None. `given`: those that are no tensors, and, unless it is
-    flash_attention that they were given to, what was."""
+def lookup(query, key, value, mask, options_key):
+    """The entry of an earlier call with arguments like these, or None. `options_key`: the arguments that are not
+    tensors, after the name of the function unless that is flash_attention."""
     try:
-        found = _known.get(_place(query, key, value, mask, given))
+        found = _entries.get(_key(query, key, value, mask, options_key))
     except (AttributeError, RuntimeError, TypeError):
-        return None  # these are no tensors, or nested ones, which guards do not survive; or a list is given
+        return None  # not tensors, or nested ones, at which guards crash; or an option is a list
     if found is None or forward_ad._current_level >= 0 or count_of_modes():  # not all modes show in the guards
         return None
-    alike = found.is_like(query, key, value) if mask is None else found.is_like(query, key, value, mask)
-    found.misses = 0 if alike else found.misses + 1
-    return found if alike else None
+    is_match = found.matches(query, key, value) if mask is None else found.matches(query, key, value, mask)
+    found.misses = 0 if is_match else found.misses + 1
+    return found if is_match else None
 
 
-def keep(query, key, value, mask, given, kind, *more):
-    """Has find() find a `kind` of Known, made with `more`, when arguments like these come for the second time, if they
-    can be told from others; where they take the place of others, only if those stay away."""
-    if not all(map(_is_constant, given)):
+def insert(query, key, value, mask, options_key, kind, *state):
+    """Makes an entry of class `kind`, with `state`, when arguments like these come for the second time. Nothing is kept
+    where no guard can be made. An entry with the same key is replaced only after it was missed."""
+    if not all(map(_is_constant, options_key)):
         return
-    place = _place(query, key, value, mask, given)
-    if place not in _known:
-        if len(_known) >= _KNOWN_MOST:
-            _known.clear()
-        _known[place] = None
+    key_of_call = _key(query, key, value, mask, options_key)
+    if key_of_call not in _entries:
+        if len(_entries) >= _MAX_ENTRIES:
+            _entries.clear()
+        _entries[key_of_call] = None
         return
-    found = _known.get(place)
-    if found is None or found.misses > _MISSES_MOST:
-        is_like = _guard(query, key, value) if mask is None else _guard(query, key, value, mask)
-        if is_like is not None:
-            _known[place] = kind(is_like, query, key, value, mask, *more)
+    found = _entries.get(key_of_call)
+    if found is None or found.misses > _MAX_MISSES:
+        matches = _guard(query, key, value) if mask is None else _guard(query, key, value, mask)
+        if matches is not None:
+            _entries[key_of_call] = kind(matches, query, key, value, mask, *state)
 
 
-def _place(query, key, value, mask, given):
+def _key(query, key, value, mask, options_key):
     of_mask = None if mask is None else mask.shape
     grad = torch.is_grad_enabled(), query.requires_grad
-    return query.shape, key.shape, value.shape, of_mask, given, grad
+    return query.shape, key.shape, value.shape, of_mask, options_key, grad
 
 
 def _is_constant(one):
@@ -63,8 +63,9 @@ def _is_constant(one):
 
 
 def _guard(*tensors):
-    """The function that tells whether others are like these; None if there is none, as for one that is given twice."""
-    if not _can_tell or len(set(map(id, tensors))) < len(tensors):
+    """The function that checks whether other tensors are like these; None if there is none, as where a tensor is passed
+    twice."""
+    if not _guards_work or len(set(map(id, tensors))) < len(tensors):
         return None
     return _guard_of(*tensors)
 
@@ -75,7 +76,7 @@ def _guard_of(*tensors):
     return guards.check
 
 
-def _guards_tell():
+def _check_guards():
     """Whether PyTorch has these guards, which it promises nobody, and they tell what we rely on."""
     like = {"dtype": torch.float32, "device": "cpu"}
     first, second = torch.empty(2, 3, **like), torch.empty(2, 3, **like)
@@ -90,36 +91,36 @@ def _guards_tell():
         torch.nn.Parameter(second, requires_grad=False),
     )
     try:
-        is_like = _guard_of(first)
-        return is_like(second) and not any(map(is_like, others))
+        matches = _guard_of(first)
+        return matches(second) and not any(map(matches, others))
     except (AttributeError, TypeError):
         return False
 
 
-_can_tell = _guards_tell()  # if not, no call is like another
+_guards_work = _check_guards()  # if not, no call is like another
 
 
-class Known:
+class CacheEntry:
     """A kind of call."""
 
-    def __init__(self, is_like):
-        self.is_like, self.misses = is_like, 0  # whether tensors are like those it came with; how many were not
+    def __init__(self, matches):
+        self.matches, self.misses = matches, 0  # whether tensors are like those it came with; how many were not
 
-    def give_way(self):
-        """To what keep() is given next in its place."""
-        self.misses = _MISSES_MOST + 1
+    def evict(self):
+        """Lets the next insert() with this key replace the entry."""
+        self.misses = _MAX_MISSES + 1
 
 
-class Repeat(Known):
+class CachedCall(CacheEntry):
     """Runs attention on arguments like those it was made for. To `Attention` it is the Call. `options`: lower, upper,
     scale, softcap."""
 
-    def __init__(self, is_like, query, key, value, mask, options, with_lse, route=EAGER, allocate=tensors.like):
-        super().__init__(is_like)
+    def __init__(self, matches, query, key, value, mask, options, with_lse, route=EAGER, allocate=tensors.like):
+        super().__init__(matches)
         self.options, self.with_lse, self.route = options, with_lse, route
         self.is_differentiated = is_differentiated(query, key, value, mask)
         self.prepared = run.prepare_forward(query, key, value, mask, *options, allocate)
-        self.known_backward = None  # (function that tells what is like it, how it is prepared)
+        self.cached_backward = None  # (function that tells what is like it, how it is prepared)
         self.backward_misses = 0
 
     def attend(self, query, key, value, mask):
@@ -135,23 +136,24 @@ class Repeat(Known):
         plain = d_lse is None and saved[3] is None and forward_ad._current_level < 0  # [3]: the mask
         if plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
             query, key, value, _, out, lse, *low = saved
-            known = self.known_backward
-            if known is not None and known[0](query, key, value, out, lse, d_out, *low) and known[1].wanted == wanted:
+            cached = self.cached_backward
+            tensors_of_backward = query, key, value, out, lse, d_out, *low
+            if cached is not None and cached[0](*tensors_of_backward) and cached[1].wanted == wanted:
                 self.backward_misses = 0
                 try:
-                    return run.run_backward(known[1], *saved[:6], d_out, None, *low)
+                    return run.run_backward(cached[1], *saved[:6], d_out, None, *low)
                 except Unsupported:  # a kernel that is looked for when it is first needed, and not there
                     return self.route.backward(d_out, d_lse, *saved[:6], *self.options, wanted, *low)
             self.backward_misses += 1
-            if known is None or self.backward_misses > _MISSES_MOST:
-                self._keep_backward(d_out, saved, wanted)
+            if cached is None or self.backward_misses > _MAX_MISSES:
+                self._cache_backward(d_out, saved, wanted)
         return self.route.backward(d_out, d_lse, *saved[:6], *self.options, wanted, *saved[6:])
 
-    def _keep_backward(self, d_out, saved, wanted):
+    def _cache_backward(self, d_out, saved, wanted):
         query, key, value, _, out, lse, *low = saved
-        given = query, key, value, out, lse, d_out, *low
+        args = query, key, value, out, lse, d_out, *low
         if low and low[0].stride() != out.stride():
             return
-        is_like = None if needs_operator(*given) else _guard(*given)
-        if is_like is not None:
-            self.known_backward = is_like, run.prepare_backward(*saved[:6], d_out, None, *self.options, wanted)
+        matches = None if needs_operator(*args) else _guard(*args)
+        if matches is not None:
+            self.cached_backward = matches, run.prepare_backward(*saved[:6], d_out, None, *self.options, wanted)

@@ -9,13 +9,13 @@ from stand_in import DTYPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mps_flash_attn import flash_attention, repeat, replaced_sdpa, sdpa, sdpa_stats, sdpa_thresholds
+from mps_flash_attn import dispatch_cache, flash_attention, replaced_sdpa, sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.reference import attention
 
 
 @pytest.fixture(autouse=True)
 def _afresh():
-    repeat._known.clear()
+    dispatch_cache._entries.clear()
 
 
 def tensors(*shape, dtype=torch.float32, requires_grad=False):
@@ -24,13 +24,13 @@ def tensors(*shape, dtype=torch.float32, requires_grad=False):
 
 
 def warm(*arguments, times=3, **options):
-    """Calls until the call is known, and its gradients are where there are any. The Repeat that is left."""
+    """Calls until the call is known, and its gradients are where there are any. The CachedCall that is left."""
     for _ in range(times):
         out = flash_attention(*arguments, **options)
         out = out[0] if isinstance(out, tuple) else out
         if out.requires_grad:
             torch.autograd.grad(out, [t for t in arguments[:3] if t.requires_grad], torch.ones_like(out))
-    (found,) = repeat._known.values()
+    (found,) = dispatch_cache._entries.values()
     assert found is not None
     return found
 
@@ -63,7 +63,7 @@ def test_again(dtype, requires_grad, masked):
     found = warm(*tensors(dtype=dtype, requires_grad=requires_grad), attn_mask=mask)
     for _ in range(3):
         assert is_right(*tensors(dtype=dtype, requires_grad=requires_grad), mask)
-    assert found.misses == 0 and found in repeat._known.values()
+    assert found.misses == 0 and found in dispatch_cache._entries.values()
 
 
 def test_takes_the_short_way(monkeypatch):
@@ -91,11 +91,11 @@ def test_another_kind_of_the_same_shape(change):
         other = [torch.nn.Parameter(t) for t in other]
     for _ in range(3):
         assert is_right(*first) and is_right(*other)
-    assert found in repeat._known.values()  # taking turns drives nobody out
+    assert found in dispatch_cache._entries.values()  # taking turns drives nobody out
     for _ in range(4):
         assert is_right(*other)
     has_place = other[0].requires_grad != first[0].requires_grad  # of its own
-    assert (found in repeat._known.values()) is has_place
+    assert (found in dispatch_cache._entries.values()) is has_place
     assert is_right(*first)
 
 
@@ -129,7 +129,7 @@ def test_options_that_are_refused():
         flash_attention(*given, attn_mask="none", window_size=2)
     with pytest.raises(TypeError, match="key is a ndarray"):
         flash_attention(given[0], given[1].numpy(), given[2], window_size=2)
-    repeat._known.clear()
+    dispatch_cache._entries.clear()
     warm(*given, window_size=(2, 1))
     with pytest.raises(ValueError, match=r"window_size is \(2.0, 1.0\)"):
         flash_attention(*given, window_size=(2.0, 1.0))
@@ -308,17 +308,17 @@ def test_many_kinds():
     for length in range(1, 40):
         for _ in range(3):
             assert is_right(*tensors(1, 1, length, 4))
-    repeat._known.update({n: None for n in range(repeat._KNOWN_MOST)})
+    dispatch_cache._entries.update({n: None for n in range(dispatch_cache._MAX_ENTRIES)})
     flash_attention(*tensors(1, 1, 41, 4))
-    assert len(repeat._known) == 1
+    assert len(dispatch_cache._entries) == 1
 
 
 def test_without_guards(monkeypatch):
-    monkeypatch.setattr(repeat, "_can_tell", False)
+    monkeypatch.setattr(dispatch_cache, "_guards_work", False)
     given = tensors(requires_grad=True)
     for _ in range(4):
         assert is_right(*given)
-    assert set(repeat._known.values()) == {None}
+    assert set(dispatch_cache._entries.values()) == {None}
 
 
 # --- scaled_dot_product_attention ----------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_sdpa_that_is_small(monkeypatch, replaced, option):
         assert torch.equal(F.scaled_dot_product_attention(*given, **options), expected)
     sdpa_stats(reset=True)
     with monkeypatch.context() as only_again:
-        only_again.setattr(sdpa, "_objection", None)
+        only_again.setattr(sdpa, "fallback_reason", None)
         assert torch.equal(F.scaled_dot_product_attention(*given, **options), expected)
     with sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(*given, **options)

@@ -54,7 +54,7 @@ def register(registration, is_in_force):
     ):
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
         if is_in_force():
-            reason = _objection(query, key, value, num_head, weights, mask, need_weights, mask_type)
+            reason = fallback_reason(query, key, value, num_head, weights, mask, need_weights, mask_type)
             if reason is None:
                 return _attend(query, num_head, *weights, mask, mask_type), None
             count(reason)
@@ -67,7 +67,7 @@ def register(registration, is_in_force):
         registration.impl(_NAME, attention, _KEY)
 
 
-def _objection(query, key, value, heads, weights, mask, need_weights, mask_type):
+def fallback_reason(query, key, value, heads, weights, mask, need_weights, mask_type):
     """Why the operator keeps this call; None if it goes through scaled_dot_product_attention."""
     if query is not key or key is not value or need_weights:
         return "nn.MultiheadAttention: not self-attention, or its weights are wanted"
