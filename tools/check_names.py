@@ -19,7 +19,7 @@ ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_precompile", "mf
 FOLDERS = set(
     """.ci bench docs include metalsim metalsim/cuda metalsim/cuda/include metalsim/include
     metalsim/include/metalsim metalsim/lint metalsim/macho metalsim/runtime metalsim/tests python
-    python/mps_flash_attn requirements src src/base src/core src/cpu src/cpu/kernels
+    python/mps_flash_attn python/mps_flash_attn/sdpa requirements src src/base src/core src/cpu src/cpu/kernels
     src/cpu/kernels/attention src/cpu/kernels/gemm src/cpu/kernels/simd src/metal src/metal/kernels tests tests/amx
     tests/kit tests/macos tests/metal tests/metal_host tests/python tests/reference tests/tools
     tools tools/macos tools/macos/sdk tools/macos/sdk/usr tools/macos/sdk/usr/include

@@ -7,12 +7,15 @@ import torch
 from torch.overrides import handle_torch_function
 
 from . import dispatch_cache, problem, subclasses, tensors
+from .autograd import EAGER, Attention, CachedCall, Call, is_differentiated
 from .library import Unsupported, library
-from .operators import EAGER, Attention, Call, attention_forward, is_differentiated, needs_operator
+from .operators import attention_forward
+from .options import Options
 from .run import forward
+from .transforms import needs_operator
 
-_is_compiling = torch.compiler.is_compiling  # by a name of our own: each step on the way to one costs in every call
-_FAR = 2**62  # farther than any two keys, yet an int64 after a length is added
+_is_compiling = torch.compiler.is_compiling  # a global name: each attribute lookup costs time in every call
+_MAX_DISTANCE = 2**62  # more than any j - i, and an int64 even after a length is added
 
 
 def flash_attention(
@@ -39,7 +42,7 @@ def flash_attention(
         s = softcap * tanh(s / softcap)          if softcap > 0
         s = s + attn_mask[i, j]                  if the mask is of a float dtype
 
-    and a query that may see no key at all gives zeros.
+    and the result is zero for a query that may see no key.
 
     is_causal     True or "top_left": query i sees keys j <= i, as in scaled_dot_product_attention.
                   "bottom_right": j <= i + S - L, so that the last query sees the last key.
@@ -49,18 +52,19 @@ def flash_attention(
                   too; only is_causal="top_left" changes that. 0: no window.
     attn_mask     bool (True takes part, as in PyTorch; in mps-flash-attn on PyPI True hides) or float (added),
                   broadcastable to (B, H, L, S), and combined with the above.
-                  A float mask that requires a gradient gets it. Or what torch.nn.attention.bias.causal_upper_left(L, S)
-                  and causal_lower_right(L, S) return: then no mask is read or made.
+                  A float mask that requires a gradient gets it. The results of
+                  torch.nn.attention.bias.causal_upper_left(L, S) and causal_lower_right(L, S) are accepted, too; then
+                  no mask is read or made.
     enable_gqa    allows fewer heads in key and value: query head h uses head h // (H // Hkv).
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
-                  (float64 for float64), -inf where no key is seen. It can be differentiated.
-    bf16_backward is of mps-flash-attn on PyPI; ValueError if True.
+                  (float64 for float64), -inf where a query may see no key. It is differentiable.
+    bf16_backward exists for mps-flash-attn on PyPI; ValueError if True.
     """
     by_operator = _is_compiling()
     if not by_operator:
-        # Floats equal integers, yet as a window they are refused.
-        kind = repr(window_size) if type(window_size) is tuple else type(window_size)
-        options_key = (is_causal, scale, window_size, kind, softcap, enable_gqa, return_lse, bf16_backward)
+        # The type is in the key because 2.0 == 2, but a window of 2.0 raises an error.
+        window_type = repr(window_size) if type(window_size) is tuple else type(window_size)
+        options_key = (is_causal, scale, window_size, window_type, softcap, enable_gqa, return_lse, bf16_backward)
         cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key)
         if cached is not None:
             return cached.attend(query, key, value, attn_mask)
@@ -72,37 +76,36 @@ def flash_attention(
     mask, bias = subclasses.split(attn_mask)
     if not by_operator and needs_operator(*((query, key, value) if mask is None else (query, key, value, mask))):
         by_operator = True
-        if subclasses.are_asked(query, key, value, mask):
-            options = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
+        if subclasses.have_torch_function(query, key, value, mask):
+            keywords = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
             arguments = (query, key, value, is_causal, scale, attn_mask, window_size)
-            return handle_torch_function(flash_attention, (query, key, value, mask), *arguments, **options)
-        query, key, value, mask = _readable(query, key, value, mask)
+            return handle_torch_function(flash_attention, (query, key, value, mask), *arguments, **keywords)
+        query, key, value, mask = _check_readable(query, key, value, mask)
     is_cast = not by_operator and tensors.is_autocast(query)
-    if is_cast:  # the operator has a rule for that
+    if is_cast:  # the operators have a rule for autocast of their own
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     options = _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa)
     if not by_operator and not is_cast and bias is None:
-        state = options, bool(return_lse)
-        dispatch_cache.insert(query, key, value, mask, options_key, dispatch_cache.CachedCall, *state)
+        dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, options, bool(return_lse))
     if by_operator:
         out, lse = attention_forward(query, key, value, mask, *options)
     elif is_differentiated(query, key, value, mask):
         return Attention.apply(query, key, value, mask, Call(EAGER, options, return_lse))
     else:
-        out, lse = forward(query, key, value, mask, *options, return_lse)
+        out, lse = forward(query, key, value, mask, options, return_lse)
     return (out, lse) if return_lse else out
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call would run. False in a condition, and with `reason` set, if it would not."""
+    """How a call would run. If it is not supported, `reason` is set, and the object is false."""
 
     backend: str = ""
     kernel: str = ""
     threads: int = 0
     workspace_bytes: int = 0
     reason: str = ""
-    waits: str = ""  # on MPS: why it would wait for PyTorch's stream, which is slow
+    waits: str = ""  # on MPS: why it would have to wait for PyTorch's stream, which is slow
 
     def __bool__(self):
         return not self.reason
@@ -115,20 +118,20 @@ class Explanation:
 
     @property
     def machine(self):
-        """What the kernel is for: the last word of its key, such as avx512."""
+        """The instruction set or GPU family of the kernel: the last word of its key, such as avx512."""
         return self.kernel.rpartition("_")[2]
 
     @classmethod
     def of(cls, problem):
-        """What libmfa says of a packed problem."""
+        """The Explanation of a packed problem, by libmfa."""
         try:
             line, workspace = library().plan(problem)
         except Unsupported as error:
             return cls(reason=str(error))
         backend, kernel, *rest = line.split()
-        named = dict(zip(rest[::2], rest[1::2]))
+        fields = dict(zip(rest[::2], rest[1::2]))
         waits = library().waits(problem) if backend == "metal" else ""
-        return cls(backend, kernel, int(named["threads"]), workspace, waits=waits)
+        return cls(backend, kernel, int(fields["threads"]), workspace, waits=waits)
 
 
 def explain(
@@ -145,9 +148,10 @@ def explain(
     backward=False,
 ):
     """Which backend and kernel flash_attention() would use for these arguments (`backward`: for their gradients), and
-    how many bytes of workspace beside the operands; or why it would not. Arguments that are wrong raise."""
+    how many bytes of workspace it needs beside the operands; or why the call is not supported. Wrong arguments
+    raise."""
     mask, bias = subclasses.split(attn_mask)
-    operands = _readable(query, key, value, mask)
+    operands = _check_readable(query, key, value, mask)
     if tensors.is_autocast(query):
         operands = tuple(tensors.autocast(*operands))
     options = _options(*operands, bias, is_causal, window_size, scale, softcap, enable_gqa)
@@ -158,20 +162,22 @@ def explain(
         if backward:
             wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool)
             gradients = map(tensors.gradient, operands, wanted)
-            return Explanation.of(problem.pack_backward(*operands, *options, out, rows, out, None, *gradients))
-        return Explanation.of(problem.pack_forward(*operands, *options, out))
+            of_backward = problem.Operands(*operands, out, rows, out, None)
+            return Explanation.of(problem.pack_backward(of_backward, options, gradients))
+        return Explanation.of(problem.pack_forward(*operands, options, out))
     except Unsupported as error:
         return Explanation(reason=str(error))
 
 
-def _readable(query, key, value, mask):
-    """The four tensors, if there is memory or an operator's rule for them."""
+def _check_readable(query, key, value, mask):
+    """The four tensors, as plain ones where possible. Raises for one that neither has memory to be read nor a class that
+    handles our operators."""
     query, key, value = (tensors.check(n, t) for n, t in (("query", query), ("key", key), ("value", value)))
     return query, key, value, None if mask is None else tensors.check("attn_mask", mask)
 
 
 def _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa):
-    """(lower, upper, scale, softcap), as everything below this file has them."""
+    """The Options of a call."""
     q_shape, k_shape = query.shape, key.shape
     if not len(q_shape) == len(k_shape) == 4:
         problem.check(query, key, value, mask)  # refuses that
@@ -181,25 +187,25 @@ def _options(query, key, value, mask, bias, is_causal, window_size, scale, softc
     if bias is not None:
         bound = subclasses.upper_bound(bias, q_shape[2], k_shape[2])
         upper = bound if upper is None else min(upper, bound)
-    return lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap)
+    return Options(lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap))
 
 
-def _number(name, given):
-    if getattr(given, "requires_grad", False):
+def _number(name, number):
+    if getattr(number, "requires_grad", False):
         raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
     try:
-        if not isinstance(given, str):
-            return float(given)
+        if not isinstance(number, str):
+            return float(number)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         pass
-    raise TypeError(f"{name} is {given!r}; it must be a number")
+    raise TypeError(f"{name} is {number!r}; it must be a number")
 
 
 def _band(is_causal, window_size, q_len, kv_len):
-    """The (lower, upper) bounds on j - i, None where there is none."""
+    """The bounds (lower, upper) of j - i, None where there is none."""
     try:
         is_known = is_causal in (False, True, "top_left", "bottom_right")
-    except (RuntimeError, ValueError):  # an array, which is not one truth
+    except (RuntimeError, ValueError):  # an array has no single truth value
         is_known = False
     if not is_known:
         raise ValueError(f'is_causal is {is_causal!r}; it must be False, True, "top_left" or "bottom_right"')
@@ -221,4 +227,6 @@ def _band(is_causal, window_size, q_len, kv_len):
         right = 0
     bottom_right = is_causal == "bottom_right" or (pair and is_causal != "top_left")
     diagonal = kv_len - q_len if bottom_right else 0
-    return None if left < 0 else diagonal - min(left, _FAR), None if right < 0 else diagonal + min(right, _FAR)
+    lower = None if left < 0 else diagonal - min(left, _MAX_DISTANCE)
+    upper = None if right < 0 else diagonal + min(right, _MAX_DISTANCE)
+    return lower, upper

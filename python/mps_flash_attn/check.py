@@ -1,7 +1,7 @@
 """python -m mps_flash_attn check: every kernel of every backend of this machine against attention in double precision.
 
-Each backend, and each instruction set of the CPU, is checked in a process of its own, so that one that ends its process
-is a finding, too. A report that can be attached to a bug is written to a file.
+Each backend, and each instruction set of the CPU, is checked in a process of its own, so that a crash is reported, too.
+The report is written to a file that can be attached to a bug.
 """
 
 import datetime
@@ -18,14 +18,15 @@ import torch
 
 from . import display, reference, tensors
 from .attention import Explanation
+from .autograd import EAGER, Attention, Call
 from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, scalars, unavailable_reason
-from .operators import EAGER, Attention, Call
+from .options import Options
 
 SEED = 1
-SILENCE = 600  # seconds after which a process that writes nothing hangs
+SILENCE = 600  # seconds after which a process that writes nothing counts as hanging
 _GPU = "mps"
 
-# What the kernels tell apart: widths of heads, features, few queries, sizes that fill no tile.
+# What selects a kernel: the head dimension, features, few queries, sizes that do not fill a tile.
 _SIZES = "b2 h4/2 q70 kv130"
 _WIDTHS = (1, 24, 40, 64, 80, 96, 128, 160, 192, 256, 320, 512)
 _FEATURES = (
@@ -51,7 +52,7 @@ _SHAPES = (
 
 
 def problems(device):
-    """Lines of the problem grammar, without the pass: forward and backward are checked for each."""
+    """Lines of the problem grammar, without the pass, since forward and backward are checked for each."""
     dtypes = [name for name in ("f32", "f16", "bf16", "f64") if name != "f64" or device != _GPU]
     shapes = [f"{_SIZES} d{width}" for width in _WIDTHS]
     shapes += [f"{_SIZES} d{width} {feature}" for feature in _FEATURES for width in (64, 128)]
@@ -63,8 +64,8 @@ def problems(device):
 
 
 def examine(line, device):
-    """The row of one problem: its kernels, the result that is nearest to what is allowed or the farthest beyond, and
-    what is wrong; or why it is not supported."""
+    """The row of one problem: its kernels, the result whose error is the largest fraction of what is allowed, and what
+    is wrong; or why it is not supported."""
     packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")]
     found = [Explanation.of(changed(problem, device=DEVICES[device])) for problem in packed]
     kernels = [explanation.kernel for explanation in found]
@@ -72,21 +73,21 @@ def examine(line, device):
         if not explanation:
             return {"kernels": kernels, "unsupported": explanation.reason}
     asked = scalars(packed[0])
-    options = {"lower": asked.lower, "upper": asked.upper, "scale": asked.scale, "softcap": asked.softcap}
+    options = Options(asked.lower, asked.upper, asked.scale, asked.softcap)
 
     def ours(*operands):
         moved = [None if operand is None else operand.to(device) for operand in operands]
-        out, lse = Attention.apply(*moved, Call(EAGER, tuple(options.values()), True))
+        out, lse = Attention.apply(*moved, Call(EAGER, options, True))
         return out.cpu(), lse.cpu()
 
-    comparisons = list(reference.compare_results(ours, _operands(asked), **options))
+    comparisons = list(reference.compare_results(ours, _operands(asked), **options._asdict()))
     worst = max(comparisons, key=lambda comparison: comparison.error / (comparison.allowed or 1.0))
     wrong = "; ".join(comparison.wrong for comparison in comparisons if comparison.wrong)
     return {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
 
 
 def _operands(asked):
-    """(query, key, value, mask) in the memory that models have: (batch, length, heads, head_dim)."""
+    """(query, key, value, mask) in the memory order of models: (batch, length, heads, head_dim)."""
     generator = torch.Generator().manual_seed(SEED)
     dtypes = {code: dtype for dtype, code in tensors.DTYPES.items()}
 
@@ -110,12 +111,12 @@ def _operands(asked):
 
 
 def write_rows(device, lines):
-    """Examines each line, and writes a row of JSON for it, and one before it that says so."""
+    """Checks each line, and writes two rows of JSON for it: one before it begins, and its result."""
     for line in lines:
         print(json.dumps({"begun": line}), flush=True)
         try:
             row = examine(line, device)
-        except Exception as error:  # whatever it is, it is this problem's, and the report says it
+        except Exception as error:  # any error is a result of this problem, for the report
             row = {"kernels": [], "wrong": f"{type(error).__name__}: {error}"}
         print(json.dumps({"problem": line} | row), flush=True)
 
@@ -130,17 +131,18 @@ def machines():
 
 
 def _rows(machine, lines, begin):
-    """A row for each line. A process that ends, or hangs, leaves its line as a row that is wrong; another goes on."""
+    """A row for each line. If the process ends or hangs, its line becomes a row that is wrong, and another process checks
+    the rest."""
     name, device, environment = machine
     while lines:
         begun = None
-        with tempfile.TemporaryFile("w+") as said:
+        with tempfile.TemporaryFile("w+") as stderr:
             command = [sys.executable, "-m", __package__, "check", "--rows", device]
             process = subprocess.Popen(
                 [*command, *lines],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=stderr,
                 text=True,
             )
             for row in _answers(process):
@@ -150,8 +152,8 @@ def _rows(machine, lines, begin):
                     continue
                 lines, begun = lines[1:], None
                 yield {"machine": name} | row
-            said.seek(0)
-            last_words = " ".join(said.read()[-1000:].split())
+            stderr.seek(0)
+            last_words = " ".join(stderr.read()[-1000:].split())
         if lines:
             ended = f"the process ended with the status {process.returncode}. {last_words}"
             yield {"machine": name, "problem": begun or lines[0], "kernels": [], "wrong": ended}
@@ -159,7 +161,7 @@ def _rows(machine, lines, begin):
 
 
 def _answers(process):
-    """What the process writes; it is ended if it writes nothing for long."""
+    """The rows that the process writes. It is killed if it writes nothing for SILENCE seconds."""
     while True:
         clock = threading.Timer(SILENCE, process.kill)
         clock.start()
@@ -172,7 +174,7 @@ def _answers(process):
 
 
 def _about():
-    """(what, which) of this machine."""
+    """(name, value) of each property of this machine."""
     missing = unavailable_reason(_GPU)
     gpu = f"not checked: {missing}" if missing else getattr(torch.backends.mps, "get_name", lambda: "checked")()
     return [
@@ -206,7 +208,8 @@ def report_text(rows):
 
 
 def _summary(rows):
-    """A row for each machine and dtype: how many problems, and the result that is nearest to what is allowed."""
+    """A row for each machine and dtype: how many problems, and the result whose error is the largest fraction of what is
+    allowed."""
     groups = {}
     for row in rows:
         groups.setdefault((row["machine"], row["problem"].split()[0]), []).append(row)
@@ -221,7 +224,7 @@ def _summary(rows):
 
 
 def _check_writable(path):
-    """Before minutes of work, of which nothing would be left."""
+    """Raises before the check, which takes minutes, if its report could not be written."""
     try:
         path.open("a").close()
     except OSError as error:

@@ -1,10 +1,10 @@
-"""What is asked: the arguments of a call checked, and packed into the mfa_problem that libmfa reads.
+"""Checks the arguments of a call, and packs them into the mfa_problem that libmfa reads.
 
-Python checks what libmfa cannot see, which gets numbers and strides only: that shapes, dtypes and devices agree.
-All else (head counts, dimensions, scale, softcap) libmfa refuses with a sentence of its own.
-
-Everywhere below, `lower` and `upper` bound j - i, None being an open side; `scale` None is 1/sqrt(head_dim).
+Python checks what libmfa cannot, since libmfa receives numbers and strides only: that shapes, dtypes and devices agree.
+libmfa itself refuses all other errors (head counts, dimensions, scale, softcap), with its own sentences.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,25 @@ _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
 
 
+class Operands(NamedTuple):
+    """The tensors that a backward pass reads, everywhere in this order, which is that of mfa_buffers in include/mfa.h;
+    None where there is none. Those of a forward pass are the first four. Functions that take Operands accept a plain
+    tuple in this order, too, which is faster to make. Only the schema of the public operator attention_backward has
+    another order (operators.py)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    d_out: torch.Tensor
+    d_lse: torch.Tensor | None
+    out_low: torch.Tensor | None = None
+
+
 def check(query, key, value, mask):
-    """Refuses tensors that do not belong together, and devices and dtypes that we do not know."""
+    """Raises for tensors that do not belong together, and for devices and dtypes that are not supported."""
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -46,8 +63,10 @@ def check(query, key, value, mask):
         _check_mask(mask, (batch, q_heads, q_len, kv_len))
 
 
-def check_saved(query, value, out, lse, d_out, d_lse, out_low=None):
-    """Refuses what the forward pass of this problem cannot have given, and gradients that do not fit it."""
+def check_saved(operands):
+    """Raises for results that the forward pass of these operands cannot have given, and for gradients that do not fit
+    those."""
+    query, _, value, _, out, lse, d_out, d_lse, out_low = operands
     rows = query.shape[:3]
     for name, tensor, shape, dtype in (
         ("out", out, (*rows, value.shape[3]), query.dtype),
@@ -71,12 +90,13 @@ def expand_mask(mask, query, key):
     return mask if mask is None else mask.expand(*query.shape[:3], key.shape[2])
 
 
-def pack_forward(query, key, value, mask, lower, upper, scale, softcap, out):
+def pack_forward(query, key, value, mask, options, out):
+    """The mfa_problem of a forward pass, as bytes."""
     layout = tensors.layout
     return PROBLEM.pack(
         PROBLEM.size,
         FORWARD,
-        *_scalars(query, key, value, mask, lower, upper, scale, softcap),
+        *_scalars(query, key, value, mask, options),
         *layout(query),
         *layout(key),
         *layout(value),
@@ -87,12 +107,15 @@ def pack_forward(query, key, value, mask, lower, upper, scale, softcap, out):
     )
 
 
-def pack_backward(query, key, value, mask, lower, upper, scale, softcap, out, lse, d_out, d_lse, dq, dk, dv, dbias):
+def pack_backward(operands, options, gradients):
+    """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV and dbias, None where not wanted."""
+    query, key, value, mask, out, lse, d_out, d_lse, _ = operands
+    dq, dk, dv, dbias = gradients
     layout, rows = tensors.layout, tensors.rows_layout
     return PROBLEM.pack(
         PROBLEM.size,
         BACKWARD,
-        *_scalars(query, key, value, mask, lower, upper, scale, softcap),
+        *_scalars(query, key, value, mask, options),
         *layout(query),
         *layout(key),
         *layout(value),
@@ -108,7 +131,7 @@ def pack_backward(query, key, value, mask, lower, upper, scale, softcap, out, ls
     )
 
 
-def _scalars(query, key, value, mask, lower, upper, scale, softcap):
+def _scalars(query, key, value, mask, options):
     batch, q_heads, q_len, head_dim = query.shape
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
@@ -127,15 +150,15 @@ def _scalars(query, key, value, mask, lower, upper, scale, softcap):
         key.shape[2],
         head_dim,
         value.shape[3],
-        BAND_OPEN_LOWER if lower is None else lower,
-        BAND_OPEN_UPPER if upper is None else upper,
-        max(head_dim, 1) ** -0.5 if scale is None else scale,
-        softcap,
+        BAND_OPEN_LOWER if options.lower is None else options.lower,
+        BAND_OPEN_UPPER if options.upper is None else options.upper,
+        max(head_dim, 1) ** -0.5 if options.scale is None else options.scale,
+        options.softcap,
     )
 
 
 def _dense_rows(query):
-    """The layout that tensors.empty_rows() has."""
+    """The layout of what tensors.empty_rows() returns."""
     _, q_heads, q_len, _ = query.shape
     return q_heads * q_len, q_len, 1, 0
 
@@ -147,7 +170,7 @@ def _check_mask(mask, shape):
             "float32, float16, bfloat16 or float64 (added to the scores)"
         )
     sizes = mask.shape
-    if len(sizes) > 4 or any(given != 1 and given != full for given, full in zip(reversed(sizes), reversed(shape))):
+    if len(sizes) > 4 or any(size != 1 and size != full for size, full in zip(reversed(sizes), reversed(shape))):
         raise ValueError(
             f"attn_mask has the shape {tuple(sizes)}; it must be broadcastable to (batch, heads, L, S) = {shape}"
         )

@@ -1,10 +1,10 @@
-"""Attention as the definition says it, in any dtype: in float64 the truth, in the tested dtype the yardstick.
+"""Attention written as its definition, in any dtype: in float64 it is the exact result, in the tested dtype the baseline.
 
-Tolerance is a rule: our error may be twice that of the naive computation in the same dtype. The naive one is exact by
-luck at times, so a few ulp are always allowed: of the sum of the magnitudes that make up the value, since what cancels
-in the sum does not cancel in its rounding errors, plus what rounding the scores does to exp(scores).
+The tolerance is a rule: an error may be twice that of the naive computation in the same dtype. The naive one may be
+exact by chance, so a few ulp are always allowed: of the sum of the magnitudes of the terms of the value, since
+cancellation in the sum does not cancel the rounding errors, plus the effect of rounded scores on exp(scores).
 
-It is slow and holds all scores: for tests, benchmarks and `python -m mps_flash_attn check`.
+It is slow and holds all scores. It is meant for tests, benchmarks and `python -m mps_flash_attn check`.
 """
 
 import math
@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}  # float64 is also the truth's own
+from .options import Options
+
+ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}  # in float64 the exact result is rounded, too
 
 
-def _weights(query, key, mask, lower, upper, scale, softcap):
-    """(P, log-sum-exp, scores, dtanh of the softcap), with K of as many heads as Q."""
+def _weights(query, key, mask, options):
+    """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
+    lower, upper, scale, softcap = options
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     dtanh = 1.0
     if softcap:
@@ -45,19 +48,20 @@ def _weights(query, key, mask, lower, upper, scale, softcap):
     return weights / total, lse.squeeze(-1), scores, dtanh
 
 
-def attention(query, key, value, mask=None, *, lower=None, upper=None, scale=None, softcap=0.0):
-    """(out, lse) of (B, H, N, D) tensors. The band is lower <= j - i <= upper."""
+def attention(query, key, value, mask=None, **options):
+    """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
     group = query.shape[1] // key.shape[1]
-    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, lower, upper, scale, softcap)
+    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, Options(**options))
     return weights @ value.repeat_interleave(group, 1), lse
 
 
-def _magnitudes(tensors, d_out, d_lse, *, lower=None, upper=None, scale=None, softcap=0.0):
+def _magnitudes(tensors, d_out, d_lse, options):
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
+    scale = options.scale
     query, key, value, mask = tensors
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    P, lse, scores, dtanh = _weights(query, key, mask, lower, upper, scale, softcap)
+    P, lse, scores, dtanh = _weights(query, key, mask, options)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
     D = (dO * (P @ value).abs()).sum(-1) + dL
     dS = P * (dO @ value.abs().transpose(-1, -2) + D[..., None])
@@ -90,7 +94,7 @@ def _to(dtype, tensors):
 
 
 class Comparison(NamedTuple):
-    """On one result: its largest error, and what the rule above allows."""
+    """The largest error of one result, and the error that the rule above allows."""
 
     name: str
     error: float
@@ -99,7 +103,7 @@ class Comparison(NamedTuple):
 
 
 def compare_results(function, tensors, **options):
-    """A Comparison on each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
+    """A Comparison of each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
     query, _, value, _ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
@@ -112,9 +116,9 @@ def compare_results(function, tensors, **options):
     yardstick = results(naive, _to(query.dtype, tensors), d_out, d_lse)
     single = results(naive, _to(torch.promote_types(query.dtype, torch.float32), tensors), d_out, d_lse)
     yardstick["lse"] = single["lse"]  # it is kept in float32 whatever the dtype
-    sizes, largest = _magnitudes([t if t is None else t.detach() for t in exact], d_out, d_lse, **options)
+    sizes, largest = _magnitudes([t if t is None else t.detach() for t in exact], d_out, d_lse, Options(**options))
     for name, got in results(function, tensors, d_out, d_lse).items():
-        # a gradient is no more exact than the out it comes from, whatever the dtype of the mask
+        # a gradient is no more exact than out, whatever the dtype of the mask
         dtype = got.dtype if name == "lse" else max(got.dtype, query.dtype, key=lambda d: torch.finfo(d).eps)
         yield _compare(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
 
@@ -126,13 +130,13 @@ def check(function, tensors, **options):
 
 
 def compare(*arguments):
-    """Asserts that one result is as near to the truth as the rule says; the arguments are those of _compare."""
+    """Asserts that one result is within the tolerance; the arguments are those of _compare."""
     comparison = _compare(*arguments)
     assert not comparison.wrong, comparison.wrong
 
 
 def _compare(name, got, yardstick, truth, size, largest_score, dtype):
-    """The Comparison on `got`, with the ulp of `dtype`."""
+    """The Comparison of `got`, with the ulp of `dtype`."""
     finite = torch.isfinite(truth)
     if got.shape != truth.shape or got.isnan().any():
         what = "has NaN" if got.shape == truth.shape else f"has the shape {tuple(got.shape)}"
@@ -151,8 +155,8 @@ def _compare(name, got, yardstick, truth, size, largest_score, dtype):
 
 
 def agree(name, ours, theirs, truth, dtype, terms, size=1.0, largest_score=1.0):
-    """Asserts that two computations of one thing in `dtype` agree: ours is at most twice as far from the truth as
-    theirs, or a few ulp: of sums of so many `terms` of that `size`, if they are larger than what they come to."""
+    """Asserts that two computations of the same tensor in `dtype` agree: our error is at most twice theirs, or a few
+    ulp of a sum of `terms` numbers of this `size`, or of the largest exact value if that is larger."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
     finite = theirs.isfinite()
     assert torch.equal(ours.isfinite(), finite), f"{name}: not finite in other places"

@@ -1,26 +1,26 @@
-"""Runs one forward or backward pass on libmfa: plain tensors in, new tensors out, nothing of autograd.
+"""Runs one forward or backward pass on libmfa: plain tensors in, new tensors out, without autograd.
 
-A pass is prepared, its operands checked and its problem packed, and then run. One of a kind that was met before (same
-shapes, strides, dtypes and options) finds itself prepared.
+A pass is prepared first, its operands checked and its problem packed, and then run. Prepared passes are cached by the
+shapes, strides, dtypes and devices of their tensors and by their options (dispatch_cache.py).
 """
 
 from typing import NamedTuple
 
-from . import tensors
+from . import dispatch_cache, tensors
 from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
-from .problem import check, check_saved, pack_backward, pack_forward
+from .problem import Operands, check, check_saved, pack_backward, pack_forward
 
-# By names of our own: each step on the way to one costs in every call.
+# Global names: each attribute lookup costs time in every call.
 _storage, _offset, _address, _empty_on_cpu = tensors.storage, tensors.offset, tensors.address, tensors.empty_on_cpu
+_cached, _pack_bases, _BUFFERS_SIZE = dispatch_cache.get, BASES.pack, BUFFERS.size
 
-_OWN_WORKSPACE = (0, 0, 0)  # of libmfa's context
-
-_prepared = {}  # kind of pass: how it is prepared
-_MAX_PREPARED = 1024  # a growing sequence is a new kind each time: then all is forgotten, and begins anew
+_OWN_WORKSPACE = (0, 0, 0)  # that of libmfa's context
+_NO_TENSORS = (None,) * 6  # a forward pass has no d_out, d_lse, dQ, dK, dV and dbias
+_NO_ADDRESSES = (0,) * 6
 
 
 class Forward(NamedTuple):
-    """A forward pass, prepared."""
+    """A prepared forward pass."""
 
     problem: bytes
     device: int
@@ -32,85 +32,105 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """A backward pass, prepared."""
+    """A prepared backward pass."""
 
     problem: bytes
     device: int
-    extents: tuple  # tensors.extent of query, key, value, mask, out, lse, d_out and d_lse
+    extents: tuple  # tensors.extent of the Operands, without out_low
     itemsize: int
     wanted: tuple  # which of dQ, dK, dV, dbias
     gradients: tuple  # shape, strides and dtype of each; None where it is not wanted
 
 
-def forward(query, key, value, mask, lower, upper, scale, softcap, with_lse=True, allocate=tensors.like):
-    """(out, lse), or (out, None). The memory of out is as `allocate` gives it."""
-    prepared = prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate)
+def forward(query, key, value, mask, options, with_lse=True, allocate=tensors.like):
+    """(out, lse), or (out, None). `allocate(query, columns)` makes the memory of out."""
+    prepared = prepare_forward(query, key, value, mask, options, allocate)
     return run_forward(prepared, query, key, value, mask, with_lse)
 
 
-def forward_for_backward(query, key, value, mask, lower, upper, scale, softcap, allocate=tensors.like):
-    """(out, lse), or in f16 and bf16 (out, lse, out_low), where out_low is what rounding took off out."""
-    prepared = prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate)
+def forward_for_backward(query, key, value, mask, options, allocate=tensors.like):
+    """(out, lse), or in f16 and bf16 (out, lse, out_low), where out_low is what out lost by rounding."""
+    prepared = prepare_forward(query, key, value, mask, options, allocate)
     return run_forward(prepared, query, key, value, mask, True, True)
 
 
-def prepare_forward(query, key, value, mask, lower, upper, scale, softcap, allocate=tensors.like):
-    kind = (
+def prepare_forward(query, key, value, mask, options, allocate=tensors.like):
+    """The Forward of these operands. Raises as problem.check() does."""
+    key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
         *(value.shape, value.stride(), value.dtype, value.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
-        *(lower, upper, scale, softcap, allocate),
+        *(options, allocate),
     )
-    cached = _prepared.get(kind)
+    cached = _cached(key_of_pass)
     if cached is not None:
         return cached
     check(query, key, value, mask)
+    tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
-    problem = pack_forward(query, key, value, mask, lower, upper, scale, softcap, out)
+    problem = pack_forward(query, key, value, mask, options, out)
     extents = tuple(map(tensors.extent, (query, key, value, mask)))
     layouts = tensors.empty_layout(out), tensors.empty_layout(rows), None
     if tensors.has_low(query):
         layouts = *layouts[:2], layouts[0]
-    return _keep(kind, Forward(problem, tensors.device(query), extents, query.itemsize, *layouts))
+    prepared = Forward(problem, tensors.device(query), extents, query.itemsize, *layouts)
+    return dispatch_cache.put(key_of_pass, prepared)
 
 
 def run_forward(prepared, query, key, value, mask, with_lse, with_low=False):
+    """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
     problem, device, (q_extent, k_extent, v_extent, mask_extent), size, out_layout, rows_layout, low_layout = prepared
-    if (  # written out: the shortest way
+    if (  # written out for speed
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
         or _storage(value).nbytes() - _offset(value) * size < v_extent
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
     ):
         tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask)
+    out_low = None
     if device == DEVICE_CPU:
         out = _empty_on_cpu(*out_layout)
         lse = _empty_on_cpu(*rows_layout) if with_lse else None
+        if with_low and low_layout is not None:
+            out_low = _empty_on_cpu(*low_layout)
+        buffers = _pack_bases(
+            _BUFFERS_SIZE,
+            _address(query),
+            _address(key),
+            _address(value),
+            0 if mask is None else _address(mask),
+            _address(out),
+            0 if lse is None else _address(lse),
+            *_NO_ADDRESSES,
+            0 if out_low is None else _address(out_low),
+        )
+        library().attention(problem, buffers)
     else:
         out = tensors.empty(query, out_layout)
         lse = tensors.empty(query, rows_layout) if with_lse else None
-    if low_layout is None or not with_low:
-        _run(problem, device, query, key, value, mask, out, lse)
-        return out, lse
-    out_low = _empty_on_cpu(*low_layout) if device == DEVICE_CPU else tensors.empty(query, low_layout)
-    _run(problem, device, query, key, value, mask, out, lse, o_low=out_low)
-    return out, lse, out_low
+        if with_low:
+            out_low = tensors.empty(query, low_layout)
+        _launch_on_metal(problem, (query, key, value, mask, out, lse, *_NO_TENSORS, out_low))
+    return (out, lse) if out_low is None else (out, lse, out_low)
 
 
-def backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted, out_low=None):
-    """(dQ, dK, dV, dbias), each None if not wanted. out_low: as forward_for_backward gave it, or None."""
+def backward(operands, options, wanted):
+    """(dQ, dK, dV, dbias), each None if not `wanted`. `operands`: problem.Operands. d_out is None for zeros."""
+    query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
+    operands = Operands(query, key, value, mask, out, lse, d_out, d_lse, out_low)
     if out_low is not None:
-        check_saved(query, value, out, lse, d_out, d_lse, out_low)
+        check_saved(operands)
         if out_low.stride() != out.stride():  # hooks for saved tensors may have moved either
-            out_low = out.new_empty_strided(out.shape, out.stride()).copy_(out_low)
-    operands = query, key, value, mask, out, lse, d_out, d_lse
-    return run_backward(prepare_backward(*operands, lower, upper, scale, softcap, wanted), *operands, out_low)
+            operands = operands._replace(out_low=out.new_empty_strided(out.shape, out.stride()).copy_(out_low))
+    return run_backward(prepare_backward(operands, options, wanted), operands)
 
 
-def prepare_backward(query, key, value, mask, out, lse, d_out, d_lse, lower, upper, scale, softcap, wanted):
-    kind = (
+def prepare_backward(operands, options, wanted):
+    """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
+    query, key, value, mask, out, lse, d_out, d_lse, _ = operands
+    key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
         *(value.shape, value.stride(), value.dtype, value.device),
@@ -119,23 +139,26 @@ def prepare_backward(query, key, value, mask, out, lse, d_out, d_lse, lower, upp
         *(d_out.shape, d_out.stride(), d_out.dtype, d_out.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         None if d_lse is None else (d_lse.shape, d_lse.stride(), d_lse.dtype, d_lse.device),
-        *(lower, upper, scale, softcap, *wanted),
+        *(options, *wanted),
     )
-    cached = _prepared.get(kind)
+    cached = _cached(key_of_pass)
     if cached is not None:
         return cached
     check(query, key, value, mask)
-    check_saved(query, value, out, lse, d_out, d_lse)
-    options = lower, upper, scale, softcap
+    check_saved(operands)
+    tensors.refuse_short_storage(attn_mask=mask)
     gradients = tuple(map(tensors.gradient, (query, key, value, mask), wanted))
-    problem = pack_backward(query, key, value, mask, *options, out, lse, d_out, d_lse, *gradients)
-    extents = tuple(map(tensors.extent, (query, key, value, mask, out, lse, d_out, d_lse)))
+    problem = pack_backward(operands, options, gradients)
+    extents = tuple(map(tensors.extent, operands[:8]))
     layouts = tuple(map(tensors.empty_layout, gradients))
-    return _keep(kind, Backward(problem, tensors.device(query), extents, query.itemsize, tuple(wanted), layouts))
+    prepared = Backward(problem, tensors.device(query), extents, query.itemsize, tuple(wanted), layouts)
+    return dispatch_cache.put(key_of_pass, prepared)
 
 
-def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse, out_low=None):
+def run_backward(prepared, operands):
+    """(dQ, dK, dV, dbias), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
+    query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
     q_extent, k_extent, v_extent, mask_extent, out_extent, lse_extent, d_out_extent, d_lse_extent = extents
     if (
         _storage(query).nbytes() - _offset(query) * size < q_extent
@@ -151,44 +174,33 @@ def run_backward(prepared, query, key, value, mask, out, lse, d_out, d_lse, out_
         saved = {"query": query, "key": key, "value": value, "attn_mask": mask, "out": out, "lse": lse}
         tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse, out_low=out_low)
     if device == DEVICE_CPU:
-        gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
-    else:
-        gradients = [tensors.empty(query, layout) for layout in layouts]
-    _run(problem, device, query, key, value, mask, out, lse, d_out, d_lse, *gradients, out_low)
-    return tuple(gradients)
-
-
-def _keep(kind, prepared):
-    if len(_prepared) >= _MAX_PREPARED:
-        _prepared.clear()
-    _prepared[kind] = prepared
-    return prepared
-
-
-def _run(
-    problem, device, q, k, v, mask, o, lse, d_o=None, dlse=None, dq=None, dk=None, dv=None, dbias=None, o_low=None
-):
-    """The operands in the order of mfa_buffers, None where there is none."""
-    if device == DEVICE_CPU:
-        buffers = BASES.pack(
-            BUFFERS.size,
-            _address(q),
-            _address(k),
-            _address(v),
+        dq, dk, dv, dbias = gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
+        buffers = _pack_bases(
+            _BUFFERS_SIZE,
+            _address(query),
+            _address(key),
+            _address(value),
             0 if mask is None else _address(mask),
-            _address(o),
-            0 if lse is None else _address(lse),
-            0 if d_o is None else _address(d_o),
-            0 if dlse is None else _address(dlse),
+            _address(out),
+            _address(lse),
+            _address(d_out),
+            0 if d_lse is None else _address(d_lse),
             0 if dq is None else _address(dq),
             0 if dk is None else _address(dk),
             0 if dv is None else _address(dv),
             0 if dbias is None else _address(dbias),
-            0 if o_low is None else _address(o_low),
+            0 if out_low is None else _address(out_low),
         )
         library().attention(problem, buffers)
     else:
-        operands = q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias
-        places = [number for operand in operands for number in tensors.place_on_metal(operand)]
-        low = tensors.place_on_metal(o_low)
-        library().attention(problem, BUFFERS.pack(BUFFERS.size, *places, *_OWN_WORKSPACE, *low), STREAM_TORCH)
+        gradients = [tensors.empty(query, layout) for layout in layouts]
+        _launch_on_metal(problem, (*operands[:8], *gradients, out_low))
+    return tuple(gradients)
+
+
+def _launch_on_metal(problem, buffers):
+    """Calls libmfa. `buffers`: a tensor for each of those of mfa_buffers, in its order and without the workspace; None
+    where there is none."""
+    *places, low = map(tensors.place_on_metal, buffers)
+    numbers = [number for place in places for number in place]
+    library().attention(problem, BUFFERS.pack(_BUFFERS_SIZE, *numbers, *_OWN_WORKSPACE, *low), STREAM_TORCH)

@@ -1,13 +1,13 @@
-"""Tensor subclasses: which of them may be read as the memory they have, and which masks are read by their meaning.
+"""Tensor subclasses: for which of them the memory holds the values, and which masks stand for a band.
 
-The rule is PyTorch's own. A class that overrides __torch_dispatch__ is asked by the dispatcher, which calls it with our
-operators. One that overrides __torch_function__ is asked before that, as by every function of PyTorch; where it lets
-the function run, its memory holds its values, as it does for PyTorch's operators. Every other class only adds
-attributes and methods to ordinary memory.
+The rule is PyTorch's own. For a class that overrides __torch_dispatch__, the dispatcher calls that with our operators.
+One that overrides __torch_function__ is called before that, as by every function of PyTorch; where it lets the function
+run, its memory holds its values, as it does for PyTorch's operators. Every other class only adds attributes and methods
+to ordinary memory.
 
-Masks are the exception. A class of biases gives its meaning to scaled_dot_product_attention, in its
-__torch_function__, and its memory may hold anything. So a mask whose class overrides that is refused, except
-torch.nn.attention.bias.CausalBias, whose meaning is a band.
+Masks are the exception. A class of biases implements scaled_dot_product_attention in its __torch_function__, and its
+memory may hold anything. So a mask whose class overrides that is refused, except torch.nn.attention.bias.CausalBias,
+which stands for a band.
 """
 
 import sys
@@ -20,8 +20,8 @@ _DEFAULT_RULE = torch.Tensor.__torch_function__.__func__
 
 
 def as_plain(**operands):
-    """The tensors, those that can be as tensors of an ordinary class; refuses one whose values are not in its memory.
-    They have the names of arguments, of which attn_mask has its own rule; None stays None."""
+    """The tensors as a list, converted to plain tensors where possible. Raises for one whose values are not in its
+    memory. The keywords are the names for errors; attn_mask has a rule of its own; None stays None."""
     return [one if one is None or type(one) in PLAIN else _as_plain(name, one) for name, one in operands.items()]
 
 
@@ -37,18 +37,18 @@ def _as_plain(name, tensor):
         return tensor.as_subclass(torch.Tensor)
 
 
-def are_asked(*operands):
-    """Whether the class of one of them has a __torch_function__ to be asked."""
+def have_torch_function(*operands):
+    """Whether the class of one of them has a __torch_function__ that must be called."""
     return any(type(one) not in PLAIN for one in operands) and has_torch_function(operands)
 
 
 def split(mask):
-    """(mask, None); for what causal_upper_left and causal_lower_right of torch.nn.attention.bias return, (None, it)."""
+    """(mask, None), or (None, bias) if the mask is a CausalBias of torch.nn.attention.bias."""
     return (None, mask) if _is_causal_bias(mask) else (mask, None)
 
 
 def upper_bound(bias, q_len, kv_len):
-    """The bound on j - i that a CausalBias stands for."""
+    """The upper bound of j - i that a CausalBias stands for."""
     module = sys.modules["torch.nn.attention.bias"]
     variant = getattr(bias, "variant", None)
     if type(bias) is not module.CausalBias or variant not in list(module.CausalVariant):
@@ -65,7 +65,7 @@ def upper_bound(bias, q_len, kv_len):
 
 
 def _is_causal_bias(tensor):
-    module = sys.modules.get("torch.nn.attention.bias")  # importing it takes seconds; no such bias exists before
+    module = sys.modules.get("torch.nn.attention.bias")  # importing it takes seconds; without it no such bias exists
     return module is not None and isinstance(tensor, module.CausalBias)
 
 

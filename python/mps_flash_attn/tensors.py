@@ -1,5 +1,5 @@
-"""The only file that knows the memory of a PyTorch tensor: which tensors libmfa may read, and in which layout it
-writes."""
+"""The only file that accesses the memory of PyTorch's tensors: which tensors libmfa may read, and the layouts of its
+results."""
 
 import torch
 
@@ -9,40 +9,39 @@ from .subclasses import PLAIN, as_plain
 DTYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16, torch.float64: F64}
 
 _HALVES = (torch.float16, torch.bfloat16)
-_has_storage = torch._C._has_storage  # by names of our own: each step on the way to one costs in every call
+_has_storage = torch._C._has_storage  # a global name: each attribute lookup costs time in every call
 
 _ABSENT = (1, 1, 1, 1)
 
 
 def is_plain(tensor):
-    """Whether this is a tensor with dense memory of its own, read as it lies. Not so are subclasses, which may only
-    stand for one, those that vmap makes, sparse and nested ones, zero tensors, which have no memory, and views with a
-    negation still to be carried out."""
+    """Whether this is a tensor with dense memory that holds its values. It is not for subclasses, tensors of a vmap, sparse
+    and nested tensors, zero tensors, which have no memory, and views with a pending negation."""
     if type(tensor) not in PLAIN or not _has_storage(tensor) or tensor.is_nested:
         return False
     return not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def is_zero(tensor):
-    """Whether this is a zero tensor, as PyTorch's own rules for gradients make them: it stands for zeros."""
+    """Whether this is a zero tensor, which PyTorch's own rules for gradients make: it has no memory."""
     return type(tensor) in PLAIN and tensor._is_zerotensor()
 
 
 def is_aligned(tensor):
-    """Whether its memory is aligned to its elements: libmfa takes no other, PyTorch does."""
+    """Whether its memory is aligned to its elements, which libmfa requires and PyTorch does not."""
     return address(tensor) % tensor.itemsize == 0
 
 
 def describe_unsupported(tensor):
-    """In what way a tensor is not plain."""
+    """Why a tensor is not plain."""
     if type(tensor) not in PLAIN:
         return "a tensor subclass"
     return "a negation still to be carried out" if tensor.is_neg() else "a tensor without dense memory"
 
 
 def check(name, tensor):
-    """Refuses what neither memory nor an operator could be found for; returns the tensor, as a plain one where that
-    can be done (subclasses.py)."""
+    """Raises for what can neither be read nor be passed to the operators. Returns the tensor, as a plain one where
+    possible (subclasses.py)."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -64,7 +63,7 @@ def dtype_name(tensor):
 
 
 def is_autocast(tensor):
-    """Whether PyTorch's autocast is on, for a device that we run on."""
+    """Whether PyTorch's autocast is on for the device of the tensor, and that is one that libmfa supports."""
     if not torch._C._is_any_autocast_enabled():
         return False
     kind = tensor.device.type
@@ -72,7 +71,7 @@ def is_autocast(tensor):
 
 
 def autocast(query, *others):
-    """What PyTorch's autocast does to the tensors of scaled_dot_product_attention."""
+    """The tensors cast as PyTorch's autocast casts those of scaled_dot_product_attention."""
     dtype = torch.get_autocast_dtype(query.device.type)
 
     def cast(tensor):
@@ -83,8 +82,8 @@ def autocast(query, *others):
 
 
 def like(query, columns):
-    """An output for each row of `query`: `columns` next to each other, the other dimensions in the order of the query's
-    memory, as PyTorch's own operator does it. So (B, N, H, D) memory seen as (B, H, N, D) comes back as such."""
+    """Memory for an output: `columns` are contiguous, and the other dimensions have the order of the query's memory, as in
+    PyTorch's own operator. So (B, N, H, D) memory viewed as (B, H, N, D) gives an output of the same order."""
     batch, heads, rows, head_dim = query.shape
     if columns == head_dim and query.stride(3) == 1:
         return torch.empty_like(query)
@@ -109,7 +108,7 @@ def rows_dtype(query):
 
 
 def has_low(query):
-    """Whether out is rounded to fewer digits than it is computed with, so that there is an out_low."""
+    """Whether out is rounded to a narrower dtype than it is computed in, so that there is an out_low."""
     return query.dtype in _HALVES
 
 
@@ -123,47 +122,47 @@ def gradient(tensor, wanted):
     return torch.empty_like(tensor) if wanted else None
 
 
-def _quickest_empty():
-    """(shape, strides, dtype) -> a new tensor on the CPU: the function of compiled code, which PyTorch promises nobody,
-    takes half the time of the public one."""
+def _fastest_empty():
+    """(shape, strides, dtype) -> a new tensor on the CPU. The function of compiled code, which is not public, takes half
+    the time of the public one."""
 
     def empty(shape, strides, dtype):
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
-    quick = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty)
+    fast = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty)
     try:
-        made = quick((2, 3), (1, 2), torch.float64)
+        result = fast((2, 3), (1, 2), torch.float64)
     except (RuntimeError, TypeError):
         return empty
-    right = made.shape == (2, 3) and made.stride() == (1, 2) and made.dtype is torch.float64
-    return quick if right and made.device.type == "cpu" else empty
+    works = result.shape == (2, 3) and result.stride() == (1, 2) and result.dtype is torch.float64
+    return fast if works and result.device.type == "cpu" else empty
 
 
-empty_on_cpu = _quickest_empty()
+empty_on_cpu = _fastest_empty()
 
 
 def empty_layout(tensor):
-    """What `empty` makes another one of: shape, strides and dtype; None for None."""
+    """(shape, strides, dtype), from which empty() makes a tensor of the same layout; None for None."""
     return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def empty(query, layout):
-    """A new tensor where `query` is; None for None."""
+    """A new tensor of this layout on the device of `query`; None for None."""
     return None if layout is None else query.new_empty_strided(layout[0], layout[1], dtype=layout[2])
 
 
 def incoming(gradient, out):
-    """The gradient that reaches `out`, as it can be read; zeros where nothing did."""
+    """The incoming gradient of `out`, without a pending negation; zeros for None."""
     return out.new_zeros(1).expand(out.shape) if gradient is None else resolved(gradient)
 
 
 def resolved(gradient):
-    """The tensor, with a pending negation carried out; None stays None."""
+    """The tensor with any pending negation applied; None for None."""
     return gradient.resolve_neg() if gradient is not None and gradient.is_neg() else gradient
 
 
-# Of the first element, on the CPU. data_ptr() copies a tensor that shares its memory until either is written
-# (torch._lazy_clone), and a PyTorch that has no other function does so.
+# The address of the first element, on the CPU. data_ptr() copies a tensor that shares its memory copy-on-write
+# (torch._lazy_clone); it is used only where PyTorch has no const_data_ptr().
 address = getattr(torch.Tensor, "const_data_ptr", torch.Tensor.data_ptr)
 
 _storage_address = getattr(torch._C, "_data_address", None)  # of the whole storage, likewise
@@ -172,7 +171,7 @@ offset = torch.Tensor.storage_offset
 
 
 def extent(tensor):
-    """The bytes from the first element of a tensor to the end of its last one; 0 for None. Below any number for one
+    """The bytes from the first element of a tensor to the end of its last one; 0 for None; a negative number for a tensor
     without elements, of which no memory is read."""
     if tensor is None:
         return 0
@@ -198,18 +197,18 @@ def refuse_short_storage(**operands):
 
 
 def place_on_metal(tensor):
-    """Where the first element is: (base, offset in bytes), as in mfa_buffer; zeros for None. An MTLBuffer holds the
+    """(base, offset in bytes) of the first element, as in mfa_buffer; zeros for None. The base is the MTLBuffer of the
     storage."""
     return (0, 0) if tensor is None else (metal_buffer(tensor), offset(tensor) * tensor.itemsize)
 
 
 def metal_buffer(tensor):
-    """The MTLBuffer, which PyTorch gives as the data pointer of the whole storage."""
+    """The MTLBuffer, which PyTorch returns as the data pointer of the whole storage."""
     return _storage_address(tensor) if _storage_address else storage(tensor).data_ptr()
 
 
 def layout(tensor):
-    """The (batch, head, row, column) strides; for None, any that are sound: nobody goes by them."""
+    """The (batch, head, row, column) strides; for None, valid ones that are not used."""
     return _ABSENT if tensor is None else tensor.stride()
 
 

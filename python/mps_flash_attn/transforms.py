@@ -1,5 +1,7 @@
-"""torch.func: what its transforms (grad, vjp, jacrev, vmap, ...) need beside the rules of operators.py. The only file
-that knows functorch, in which each transform is a level, with tensors of its own that wrap those of the level below.
+"""Rules of the operators for autocast, vmap and the other transforms of torch.func (grad, vjp, jacrev, ...).
+
+This is the only file that uses functorch, in which each transform is a level, with tensors that wrap those of the level
+below.
 """
 
 from functools import partial
@@ -7,7 +9,10 @@ from functools import partial
 import torch
 from torch.autograd import forward_ad
 
-try:  # PyTorch promises these to nobody
+from . import tensors
+from .operators import attention_backward, attention_forward, registration
+
+try:  # not public in PyTorch
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_functorch_wrapped_tensor
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
     from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -15,17 +20,31 @@ try:  # PyTorch promises these to nobody
 except ImportError:
     enable_single_level_autograd_function, unwrap_dead_wrappers = None, tuple
 
-VMAP_KEY = "FuncTorchVmapMode"  # the first that an operator meets in a vmap
+VMAP_KEY = "FuncTorchVmapMode"  # the first dispatch key that an operator meets in a vmap
 _VMAP_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
 _VMAP_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
+count_of_modes = torch._C._len_torch_dispatch_stack
 are_active = torch._C._are_functorch_transforms_active
 are_supported = enable_single_level_autograd_function is not None
 
 
+def needs_operator(*operands):
+    """Whether the dispatcher has to see this call: for vmap, for modes, or for the tensors' own class."""
+    if are_active() or count_of_modes():
+        return True
+    for tensor in operands:
+        if not tensors.is_plain(tensor):
+            return True
+    return False
+
+
+# --- Levels of torch.func ------------------------------------------------------------------------
+
+
 def apply(function, *arguments):
-    """function.apply, `function` being a torch.autograd.Function whose forward calls what below() gave. In a rule for
-    autograd of an operator, and so at one level, where PyTorch's own apply would begin again at the topmost."""
+    """function.apply, for a torch.autograd.Function whose forward calls what below() returned. It is for an operator's
+    rule for autograd, which runs at one level; PyTorch's own apply would start at the topmost level again."""
     if not are_active():
         return function.apply(*arguments)
     if not are_supported:
@@ -38,7 +57,7 @@ def apply(function, *arguments):
 
 def below(operator):
     """The operator without its rule for autograd, as a function for the forward of a torch.autograd.Function. Gradients
-    are off in there, but to the levels below they are as they are now."""
+    are off inside that forward; the function sets them for the levels below to what they are now."""
     if not are_active():
         return partial(beneath_autograd, operator)
     grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
@@ -51,27 +70,27 @@ def below(operator):
 
 
 def beneath_autograd(operator, *arguments):
-    """What the operator gives without its rule for autograd."""
+    """The result of the operator without its rule for autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
 def unwrapped(tensor):
-    """The tensor that has the memory."""
+    """The tensor that holds the memory, below all levels."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 
 
 class Vmap:
-    """The vmap in which an operator's rule for it is called."""
+    """The vmap whose rule of an operator is running."""
 
     def __init__(self):
         interpreter = retrieve_current_functorch_interpreter()
         self._level, self.size = interpreter.level(), interpreter.batch_size()
 
     def split(self, operands):
-        """(the tensors as the level below has them, the dimension of each that is mapped, None for none)."""
+        """(the tensors of the level below, the mapped dimension of each, None where there is none)."""
         return unwrap_batched(operands, self._level)
 
     def below(self):
@@ -79,5 +98,83 @@ class Vmap:
         return torch._C._ExcludeDispatchKeyGuard(_VMAP_KEYS)
 
     def join(self, result):
-        """A result of the level below, mapped along its first dimension, as one of this level."""
+        """Wraps a result of the level below, whose first dimension is mapped, for this level."""
         return _add_batch_dim(result, 0, self._level)
+
+
+# --- Autocast ------------------------------------------------------------------------------------
+
+
+def _register_autocast(key):
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_run(query, key, value, mask, *options):
+        operands = tensors.autocast(query, key, value, mask)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return attention_forward(*operands, *options)
+
+    registration.impl("attention_forward", cast_and_run, key)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
+    if hasattr(torch._C.DispatchKey, _key):
+        _register_autocast(_key)
+
+
+# --- vmap: the mapped dimension becomes a part of the batch --------------------------------------
+
+
+def merge_into_batch(tensor, dimension, size):
+    """The tensor with its mapped dimension merged into the batch: (size * batch, ...). None stays None."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dimension is None else tensor.movedim(dimension, 0)
+    return tensor.flatten(0, 1)
+
+
+def merge_mask_into_batch(mask, dimension, size, batch):
+    """The same for a mask, which may lack leading dimensions, and may have a batch of 1."""
+    if mask is None:
+        return None
+    mask = mask.expand(size, *mask.shape) if dimension is None else mask.movedim(dimension, 0)
+    mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
+    return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
+
+
+def _vmap_forward(info, dimensions, query, key, value, mask, *options):
+    size = info.batch_size
+    query, key, value = (merge_into_batch(t, d, size) for t, d in zip((query, key, value), dimensions))
+    batch = query.shape[0] // size
+    mask = merge_mask_into_batch(mask, dimensions[3], size, batch)
+    results = attention_forward(query, key, value, mask, *options)
+    return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
+
+
+def _vmap_backward(info, dimensions, d_out, d_lse, query, key, value, mask, out, lse, *options):
+    size, wanted = info.batch_size, options[-1]
+    mask_shape = _shape_of_sample(mask, dimensions[5])
+    operands = [merge_into_batch(t, d, size) for t, d in zip((d_out, d_lse, query, key, value), dimensions)]
+    batch = operands[0].shape[0] // size
+    operands.append(merge_mask_into_batch(mask, dimensions[5], size, batch))
+    operands += [merge_into_batch(t, d, size) for t, d in zip((out, lse), dimensions[6:])]
+    *gradients, dbias = (
+        gradient.unflatten(0, (size, batch)) if is_wanted else gradient
+        for gradient, is_wanted in zip(attention_backward(*operands, *options), wanted)
+    )
+    if wanted[3]:
+        while dbias.dim() > 1 + len(mask_shape):
+            dbias = dbias.sum(1)
+        dbias = dbias.sum_to_size(size, *mask_shape)
+    return (*gradients, dbias), tuple(0 if is_wanted else None for is_wanted in wanted)
+
+
+def _shape_of_sample(tensor, dimension):
+    """The shape of one sample of a vmap; None for None."""
+    if tensor is None or dimension is None:
+        return None if tensor is None else tuple(tensor.shape)
+    return tuple(size for place, size in enumerate(tensor.shape) if place != dimension)
+
+
+if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5 or later; an earlier one runs the operator in a loop
+    torch.library.register_vmap("mfa::attention_forward", _vmap_forward, lib=registration)
+    torch.library.register_vmap("mfa::attention_backward", _vmap_backward, lib=registration)

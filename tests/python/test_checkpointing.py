@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from calls import problem
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from mps_flash_attn import checkpointing, replace_sdpa, replaced_sdpa, restore_sdpa, sdpa, sdpa_stats
+from mps_flash_attn import replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats
+from mps_flash_attn.sdpa import checkpointing, replace
 
 SHOWS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 pytestmark = [
@@ -24,7 +25,7 @@ def _is_gone():
     """In the end nothing of ours is left at PyTorch's operator."""
     yield
     restore_sdpa()
-    assert not checkpointing.is_pending() and sdpa._registration is None
+    assert not checkpointing.is_pending() and replace._registration is None
 
 
 def attention(*tensors, **options):
@@ -156,23 +157,23 @@ def test_other_calls_meanwhile():
     with torch.no_grad():
         assert torch.equal(F.scaled_dot_product_attention(*tensors), expected)
         layer(tensors[0][0], tensors[0][0], tensors[0][0], need_weights=False)
-    assert sdpa_stats() == {} and sdpa._registration is not None
+    assert sdpa_stats() == {} and replace._registration is not None
     with replaced_sdpa():
         F.scaled_dot_product_attention(*tensors)
     assert sdpa_stats(reset=True) == {"replaced": 1}
     torch.autograd.grad(out.sum(), tensors)
     assert sdpa_stats() == {"replaced": 1}
     del out
-    assert sdpa._registration is None
+    assert replace._registration is None
 
 
 def test_graph_that_is_dropped():
     tensors = [t.requires_grad_() for t in problem(1, 2, 9, 8)]
     with replaced_sdpa():
         out = checkpoint(attention, *tensors, use_reentrant=False)
-    assert sdpa._registration is not None
+    assert replace._registration is not None
     del out
-    assert sdpa._registration is None
+    assert replace._registration is None
 
 
 def test_other_hooks():

@@ -1,5 +1,7 @@
-"""Calls that are, and that only seem to be, like one before: what was found out for that one must not be taken for
-granted where anything differs. Of flash_attention; at the end, of scaled_dot_product_attention when it is replaced."""
+"""The dispatch cache: calls that are like an earlier one, and calls that only seem to be.
+
+An entry must not be used where anything differs. The calls are of flash_attention, and at the end of
+scaled_dot_product_attention when it is replaced."""
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ from stand_in import DTYPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mps_flash_attn import dispatch_cache, flash_attention, replaced_sdpa, sdpa, sdpa_stats, sdpa_thresholds
+from mps_flash_attn import dispatch_cache, flash_attention, replaced_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.reference import attention
+from mps_flash_attn.sdpa import dispatch, original, run
 
 
 @pytest.fixture(autouse=True)
 def _afresh():
-    dispatch_cache._entries.clear()
+    dispatch_cache.clear()
 
 
 def tensors(*shape, dtype=torch.float32, requires_grad=False):
@@ -23,14 +26,20 @@ def tensors(*shape, dtype=torch.float32, requires_grad=False):
     return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for _ in range(3)]
 
 
+def cached_calls():
+    """The entries of calls, without those of passes and shapes. None stands for a call that came once."""
+    entries = dispatch_cache._entries.values()
+    return [entry for entry in entries if entry is None or isinstance(entry, dispatch_cache.CacheEntry)]
+
+
 def warm(*arguments, times=3, **options):
-    """Calls until the call is known, and its gradients are where there are any. The CachedCall that is left."""
+    """Repeats a call until it has an entry, and its gradients have one where there are any. Returns the CachedCall."""
     for _ in range(times):
         out = flash_attention(*arguments, **options)
         out = out[0] if isinstance(out, tuple) else out
         if out.requires_grad:
             torch.autograd.grad(out, [t for t in arguments[:3] if t.requires_grad], torch.ones_like(out))
-    (found,) = dispatch_cache._entries.values()
+    (found,) = cached_calls()
     assert found is not None
     return found
 
@@ -57,17 +66,17 @@ def is_right(query, key, value, mask=None, d_out=None, result=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("masked", [None, "bool", "float"])
-def test_again(dtype, requires_grad, masked):
+def test_repeated(dtype, requires_grad, masked):
     """The same call with other numbers, and its gradients."""
     mask = {None: None, "bool": torch.rand(9, 9) < 0.8, "float": torch.randn(9, 9, dtype=dtype)}[masked]
     found = warm(*tensors(dtype=dtype, requires_grad=requires_grad), attn_mask=mask)
     for _ in range(3):
         assert is_right(*tensors(dtype=dtype, requires_grad=requires_grad), mask)
-    assert found.misses == 0 and found in dispatch_cache._entries.values()
+    assert found.misses == 0 and found in cached_calls()
 
 
-def test_takes_the_short_way(monkeypatch):
-    """A third call asks nothing again, forward and backward."""
+def test_repeated_call_is_not_prepared_again(monkeypatch):
+    """A third call prepares no pass, forward and backward."""
     given = tensors(requires_grad=True)
     warm(*given, times=4)
     monkeypatch.setattr("mps_flash_attn.run.prepare_forward", None)
@@ -91,11 +100,11 @@ def test_another_kind_of_the_same_shape(change):
         other = [torch.nn.Parameter(t) for t in other]
     for _ in range(3):
         assert is_right(*first) and is_right(*other)
-    assert found in dispatch_cache._entries.values()  # taking turns drives nobody out
+    assert found in cached_calls()  # calls that alternate do not replace each other
     for _ in range(4):
         assert is_right(*other)
-    has_place = other[0].requires_grad != first[0].requires_grad  # of its own
-    assert (found in dispatch_cache._entries.values()) is has_place
+    has_key = other[0].requires_grad != first[0].requires_grad  # of its own
+    assert (found in cached_calls()) is has_key
     assert is_right(*first)
 
 
@@ -120,7 +129,7 @@ def test_another_option(option):
 
 
 def test_options_that_are_refused():
-    """Equal to one that is known, and yet wrong, as it is when nothing is known."""
+    """Options that equal cached ones and yet are wrong raise as without a cache."""
     given = tensors()
     warm(*given, window_size=2)
     with pytest.raises(ValueError, match="window_size is 2.0"):
@@ -129,7 +138,7 @@ def test_options_that_are_refused():
         flash_attention(*given, attn_mask="none", window_size=2)
     with pytest.raises(TypeError, match="key is a ndarray"):
         flash_attention(given[0], given[1].numpy(), given[2], window_size=2)
-    dispatch_cache._entries.clear()
+    dispatch_cache.clear()
     warm(*given, window_size=(2, 1))
     with pytest.raises(ValueError, match=r"window_size is \(2.0, 1.0\)"):
         flash_attention(*given, window_size=(2.0, 1.0))
@@ -310,7 +319,7 @@ def test_many_kinds():
             assert is_right(*tensors(1, 1, length, 4))
     dispatch_cache._entries.update({n: None for n in range(dispatch_cache._MAX_ENTRIES)})
     flash_attention(*tensors(1, 1, 41, 4))
-    assert len(dispatch_cache._entries) == 1
+    assert len(dispatch_cache._entries) == 2  # the call, and its pass
 
 
 def test_without_guards(monkeypatch):
@@ -318,7 +327,7 @@ def test_without_guards(monkeypatch):
     given = tensors(requires_grad=True)
     for _ in range(4):
         assert is_right(*given)
-    assert set(dispatch_cache._entries.values()) == {None}
+    assert set(cached_calls()) == {None}
 
 
 # --- scaled_dot_product_attention ----------------------------------------------------------------
@@ -330,21 +339,21 @@ def replaced(monkeypatch, everything):
         yield
 
 
-def sdpa_like_one_before(monkeypatch, *given, **options):
-    """Its result, which _run has not made, and how it was counted."""
+def repeated_sdpa(monkeypatch, *given, **options):
+    """Its result, which run_eager has not computed, and how it was counted."""
     for _ in range(3):
         F.scaled_dot_product_attention(*given, **options)
     sdpa_stats(reset=True)
     with monkeypatch.context() as only_again:
-        only_again.setattr(sdpa, "_run", None)
+        only_again.setattr(run, "run_eager", None)
         return F.scaled_dot_product_attention(*given, **options), sdpa_stats()
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
-def test_sdpa_takes_the_short_way(monkeypatch, replaced, requires_grad, options):
+def test_sdpa_repeated(monkeypatch, replaced, requires_grad, options):
     given = tensors(requires_grad=requires_grad)
-    result, counted = sdpa_like_one_before(monkeypatch, *given, **options)
+    result, counted = repeated_sdpa(monkeypatch, *given, **options)
     assert counted == {"replaced": 1} and torch.equal(result, flash_attention(*given, **options))
 
 
@@ -352,7 +361,7 @@ def test_sdpa_after_flash_attention(monkeypatch, replaced):
     """Those gradients are differentiated again by PyTorch's own operator, these not at all."""
     given = tensors(requires_grad=True)
     warm(*given, times=4)
-    sdpa_like_one_before(monkeypatch, *given)
+    repeated_sdpa(monkeypatch, *given)
     out = F.scaled_dot_product_attention(*given)
     (first,) = torch.autograd.grad(out, given[0], torch.ones_like(out), create_graph=True)
     assert "a second derivative" not in sdpa_stats()
@@ -368,13 +377,13 @@ def test_sdpa_after_flash_attention(monkeypatch, replaced):
 def test_sdpa_settings_change(monkeypatch, replaced):
     """What PyTorch and the package were told in the meantime."""
     given = [t.transpose(1, 2) for t in tensors(2, 9, 3, 8)]
-    result, _ = sdpa_like_one_before(monkeypatch, *given)
+    result, _ = repeated_sdpa(monkeypatch, *given)
     sdpa_stats(reset=True)
     with sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(*given)
     assert sdpa_stats(reset=True) == {"flash attention is disabled": 1}
     assert F.scaled_dot_product_attention(*given).stride() == result.stride()
-    monkeypatch.setattr(sdpa, "_place", lambda *_: sdpa._MATH)  # as it would be for other kernels of PyTorch's
+    monkeypatch.setattr(run, "torch_backend", lambda *_: run.MATH)  # as it would be for other kernels of PyTorch's
     assert F.scaled_dot_product_attention(*given).is_contiguous()
     assert sdpa_stats(reset=True) == {"replaced": 2}
 
@@ -385,23 +394,23 @@ NO_THRESHOLDS = pytest.mark.cpu("on MPS there are no thresholds")
 @NO_THRESHOLDS
 @pytest.mark.parametrize("option", ["none", "is_causal", "scale", "attn_mask"])
 def test_sdpa_that_is_small(monkeypatch, replaced, option):
-    """Nothing of it is judged again, until it is small no more."""
+    """Its support is not checked again, until the threshold changes."""
     given = tensors()
     options = {"is_causal": True, "scale": 0.3, "attn_mask": torch.rand(9, 9)}
     options = {name: value for name, value in options.items() if name == option}
-    expected = sdpa._original(*given, **options)
+    expected = original.original(*given, **options)
     monkeypatch.setitem(sdpa_thresholds, torch.float32, float("inf"))
     for _ in range(3):
         assert torch.equal(F.scaled_dot_product_attention(*given, **options), expected)
     sdpa_stats(reset=True)
     with monkeypatch.context() as only_again:
-        only_again.setattr(sdpa, "fallback_reason", None)
+        only_again.setattr(dispatch, "fallback_reason", None)
         assert torch.equal(F.scaled_dot_product_attention(*given, **options), expected)
     with sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(*given, **options)
     assert sdpa_stats(reset=True) == {"small": 1, "flash attention is disabled": 1}
     monkeypatch.setitem(sdpa_thresholds, torch.float32, 0)
-    result, counted = sdpa_like_one_before(monkeypatch, *given, **options)
+    result, counted = repeated_sdpa(monkeypatch, *given, **options)
     torch.testing.assert_close(result, expected)
     assert counted == {"replaced": 1}
 
@@ -409,7 +418,7 @@ def test_sdpa_that_is_small(monkeypatch, replaced, option):
 @NO_THRESHOLDS
 def test_sdpa_threshold_changes(monkeypatch, replaced):
     given = tensors()
-    sdpa_like_one_before(monkeypatch, *given)
+    repeated_sdpa(monkeypatch, *given)
     monkeypatch.setitem(sdpa_thresholds, torch.float32, float("inf"))
     sdpa_stats(reset=True)
     F.scaled_dot_product_attention(*given)
@@ -420,7 +429,7 @@ def test_sdpa_threshold_changes(monkeypatch, replaced):
 def test_sdpa_memory_that_is_not_aligned(monkeypatch, replaced):
     """PyTorch takes it, so its own operator does."""
     query, key, value = tensors()
-    expected, _ = sdpa_like_one_before(monkeypatch, query, key, value)
+    expected, _ = repeated_sdpa(monkeypatch, query, key, value)
     memory = torch.frombuffer(bytearray(query.nbytes + 1), dtype=query.dtype, offset=1)
     sdpa_stats(reset=True)
     result = F.scaled_dot_product_attention(memory.view(query.shape).copy_(query), key, value)
@@ -430,7 +439,7 @@ def test_sdpa_memory_that_is_not_aligned(monkeypatch, replaced):
 
 def test_sdpa_dropout(monkeypatch, replaced):
     given = tensors()
-    sdpa_like_one_before(monkeypatch, *given)
+    repeated_sdpa(monkeypatch, *given)
     sdpa_stats(reset=True)
     F.scaled_dot_product_attention(*given, dropout_p=0.5)
     assert sdpa_stats() == {"dropout": 1}

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention, replaced_sdpa, run, sdpa_stats
-from mps_flash_attn.sdpa import _HAS_GROUPS
+from mps_flash_attn.sdpa.original import HAS_GROUPS
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 FORWARD, BACKWARD = "mfa::attention_forward", "mfa::attention_backward"
@@ -32,7 +32,7 @@ CALLS = {
     "three dimensions": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
     "broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]),
 }
-if _HAS_GROUPS:
+if HAS_GROUPS:
     CALLS["grouped"] = lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
 
 

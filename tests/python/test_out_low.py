@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention, replaced_sdpa, run
+from mps_flash_attn.options import Options
+from mps_flash_attn.problem import Operands
 
 HALVES = [torch.float16, torch.bfloat16]
 QUERIES, KEYS, DIM, WINDOW = 799, 3, 64, 2
@@ -119,9 +121,9 @@ def test_out_is_not_changed_in_place(dtype):
 def test_refused(dtype):
     inputs, d_out = operands(dtype, queries=8)
     q, k, v = (t.detach() for t in inputs)
-    options = None, None, None, 0.0
-    out, lse, out_low = run.forward_for_backward(q, k, v, None, *options)
+    options, wanted = Options(), (True, True, True, False)
+    out, lse, out_low = run.forward_for_backward(q, k, v, None, options)
     assert out_low.stride() == out.stride() and (out_low.abs() <= out.abs() * torch.finfo(dtype).eps).all()
     for wrong, error in ((out_low.float(), TypeError), (out_low[:, :, :4], ValueError)):
         with pytest.raises(error, match="out_low"):
-            run.backward(d_out, None, q, k, v, None, out, lse, *options, (True, True, True, False), wrong)
+            run.backward(Operands(q, k, v, None, out, lse, d_out, None, wrong), options, wanted)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import mps_flash_attn
-from mps_flash_attn import flash_attention, run
+from mps_flash_attn import dispatch_cache, flash_attention
 
 
 def _training_step(tensors, **options):
@@ -150,7 +150,7 @@ def test_calls_leave_nothing_behind(attention):
     with mps_flash_attn.replaced_sdpa():
         for length in range(1, 1200):
             attention(query, cache[:, :, :length], cache[:, :, :length])
-        assert len(run._prepared) <= run._MAX_PREPARED
+        assert len(dispatch_cache._entries) <= dispatch_cache._MAX_ENTRIES
         tracemalloc.start()
         try:
             for _ in range(8):

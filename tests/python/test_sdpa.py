@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 
 from mps_flash_attn import dispatch_cache, replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats, sdpa_thresholds
-from mps_flash_attn import sdpa as module
 from mps_flash_attn.library import Unsupported
 from mps_flash_attn.reference import agree
+from mps_flash_attn.sdpa import dispatch, replace, run
 from mps_flash_attn.stats import _outcomes
 from mps_flash_attn.tensors import is_plain
 
@@ -29,15 +29,15 @@ pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
 @pytest.fixture(params=["at first", "again"], autouse=True)
 def _like_one_before(request, monkeypatch):
-    """Each test also with calls that come for the third time, and are found by dispatch_cache.py."""
-    dispatch_cache._entries.clear()
+    """Runs each test also with calls that come for the third time, which have an entry in the dispatch cache."""
+    dispatch_cache.clear()
     if request.param == "at first":
         return
-    attention = module._attention
+    attention = dispatch.attention
 
     def thrice(*arguments, **options):
-        given = [one for one in arguments if isinstance(one, torch.Tensor)]
-        if all(map(is_plain, given)) and not torch._C._len_torch_dispatch_stack():
+        tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+        if all(map(is_plain, tensors)) and not torch._C._len_torch_dispatch_stack():
             before = _outcomes.copy()
             with torch.random.fork_rng():
                 attention(*arguments, **options)
@@ -46,7 +46,8 @@ def _like_one_before(request, monkeypatch):
             _outcomes.update(before)
         return attention(*arguments, **options)
 
-    monkeypatch.setattr(module, "_attention", thrice)
+    for key in ("CPU", "AutogradCPU", "MPS", "AutogradMPS"):
+        monkeypatch.setitem(replace._KERNELS, key, thrice)
 
 
 # --- on and off ----------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_silent():
         "F.scaled_dot_product_attention(q, q, q, dropout_p=0.5); handle.remove()\n"
         "assert sdpa_stats() == {'replaced': 1, 'dropout': 1}"
     )
-    path = os.pathsep.join([str(Path(module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(dispatch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
     )
@@ -118,7 +119,7 @@ def test_device_without_a_backend():
     tensors = [t.to("meta") for t in problem()]
     sdpa_stats(reset=True)
     with replaced_sdpa():
-        out = module._attention(*tensors)
+        out = dispatch.attention(*tensors)
     assert out.device.type == "meta" and sdpa_stats() == {"no backend for meta": 1}
 
 
@@ -201,7 +202,7 @@ def test_counted_by_the_garbage_collector():
                 Last()
                 sdpa_stats()
     """
-    path = os.pathsep.join([str(Path(module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(dispatch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, timeout=120, check=True)
 
 
@@ -557,10 +558,10 @@ def test_only_unsupported_falls_back(monkeypatch):
     expected = F.scaled_dot_product_attention(*tensors)
 
     def refuse(error):
-        def run(*_):
+        def raise_error(*_):
             raise error
 
-        monkeypatch.setattr(module, "_run", run)
+        monkeypatch.setattr(run, "run_eager", raise_error)
 
     refuse(Unsupported("no backend has this"))
     out, stats = calls(F.scaled_dot_product_attention, *tensors)

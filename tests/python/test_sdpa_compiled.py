@@ -116,7 +116,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"])
 @pytest.mark.cpu("its processes have no stand-in")
 def test_compiled_code_on_disk_is_kept_apart(tmp_path):
     """Processes that know nothing of this package are not given code that calls it, nor we code that does not."""
-    path = os.pathsep.join([str(Path(module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(module.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     hits = []
     for who in ("thread", "theirs", "ours"):
         done = subprocess.run(

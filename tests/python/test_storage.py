@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
 @pytest.fixture(params=["at first", "again"], autouse=True)
 def _like_one_before(request):
-    """Each test also with calls that dispatch_cache.py finds."""
-    dispatch_cache._entries.clear()
+    """Runs each test also with calls that have an entry in the dispatch cache."""
+    dispatch_cache.clear()
     if request.param == "again":
         with replaced_sdpa():
             for _ in range(4):

@@ -32,7 +32,7 @@ PLANTED = (
     ("check_includes.py", PLAN_H, "#include <immintrin.h>\n", "which this room has no use for"),
     ("check_includes.py", "include/mfa.h", '#include "core/plan.h"\n', "it may include nothing of ours"),
     ("check_includes.py", "src/other.c", "int one;\n", "no rule says"),
-    ("check_includes.py", "python/mps_flash_attn/sdpa.py", "import ctypes\n", "that is the work of library.py"),
+    ("check_includes.py", "python/mps_flash_attn/run.py", "import ctypes\n", "that is the work of library.py"),
     ("check_names.py", "include/mfa.h", "MFA_API int mfa_run(void);\n", "mfa_run: a public function is"),
     ("check_names.py", "include/mfa.h", "#define ONE 1\n", "ONE: a constant is MFA_"),
     ("check_names.py", "include/mfa.h", "typedef struct plan {\n    int a;\n} plan;\n", "plan: a type is mfa_"),

@@ -1,11 +1,11 @@
-"""nn.MultiheadAttention and nn.TransformerEncoderLayer, where they do not come by scaled_dot_product_attention.
+"""nn.MultiheadAttention and nn.TransformerEncoderLayer in evaluation, which do not call scaled_dot_product_attention.
 
-In evaluation, without gradients, they take a way of their own, an operator that projects, attends and projects again,
-and holds all scores meanwhile. After replace_sdpa() its self-attention goes through scaled_dot_product_attention, if
-that is ours to run. TransformerEncoder with padding makes nested tensors first: those stay PyTorch's. Dispatch modes
-see the operator, and, as without us, nothing of what is in it.
+Without gradients they call one operator that projects, attends and projects again, and holds all scores meanwhile.
+After replace_sdpa() its self-attention goes through scaled_dot_product_attention, if libmfa runs the call.
+TransformerEncoder with padding makes nested tensors first, which PyTorch keeps. Dispatch modes see this operator and
+nothing of what runs in it, as in PyTorch itself.
 
-Where a query may see no key the operator gives NaN; scaled_dot_product_attention, and so this, gives zeros.
+For a query that may see no key, PyTorch's operator returns NaN; scaled_dot_product_attention, and so this, zeros.
 """
 
 import warnings
@@ -13,12 +13,13 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from . import tensors
-from .stats import count, disabled, flash_is_enabled, small
+from .. import tensors
+from ..stats import count, disabled, flash_is_enabled, small
+from .checkpointing import handles
 
 _NAME = "_native_multi_head_attention"
 _KEY = "CPU"
-_MASK_SHAPES = {  # mask_type: what its mask, in which True hides, covers
+_MASK_SHAPES = {  # mask_type: the shape of its mask, in which True hides
     0: lambda batch, heads, length: (1, 1, length, length),
     1: lambda batch, heads, length: (batch, 1, 1, length),
     2: lambda batch, heads, length: (batch, heads, length, length),
@@ -26,13 +27,13 @@ _MASK_SHAPES = {  # mask_type: what its mask, in which True hides, covers
 
 
 def kernel():
-    """The one in force, for PyTorch from get_kernel on."""
+    """The kernel that is registered now. It needs a PyTorch with get_kernel."""
     return torch.library.get_kernel(f"aten::{_NAME}", _KEY)
 
 
-def register(registration, is_in_force):
-    """Adds the override to the others, which leads to the original while it is not in force. A PyTorch without
-    get_kernel has no way to the original: then it is let be."""
+def register(registration):
+    """Registers the override, which calls the original while SDPA is not replaced. Without get_kernel the original
+    cannot be called, so nothing is registered."""
     if not hasattr(torch.library, "get_kernel"):
         return
     original = kernel()
@@ -53,7 +54,7 @@ def register(registration, is_in_force):
         mask_type=None,
     ):
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-        if is_in_force():
+        if handles:
             reason = fallback_reason(query, key, value, num_head, weights, mask, need_weights, mask_type)
             if reason is None:
                 return _attend(query, num_head, *weights, mask, mask_type), None
@@ -63,16 +64,16 @@ def register(registration, is_in_force):
         return original.call_boxed(keys, query, key, value, embed_dim, num_head, *weights, *options)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is a kernel already is why we are here
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that there is a kernel already
         registration.impl(_NAME, attention, _KEY)
 
 
 def fallback_reason(query, key, value, heads, weights, mask, need_weights, mask_type):
-    """Why the operator keeps this call; None if it goes through scaled_dot_product_attention."""
+    """Why PyTorch's operator runs the call; None if it goes through scaled_dot_product_attention."""
     if query is not key or key is not value or need_weights:
         return "nn.MultiheadAttention: not self-attention, or its weights are wanted"
-    given = (query, *weights) if mask is None else (query, *weights, mask)
-    if not all(map(tensors.is_plain, given)):
+    args = (query, *weights) if mask is None else (query, *weights, mask)
+    if not all(map(tensors.is_plain, args)):
         return "nn.MultiheadAttention: not plain tensors"
     if query.dtype not in tensors.DTYPES or query.dim() != 3 or query.shape[2] % heads:
         return "nn.MultiheadAttention: shapes or dtypes"

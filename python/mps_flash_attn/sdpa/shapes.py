@@ -1,26 +1,27 @@
 """The shapes that scaled_dot_product_attention takes: 2 dimensions or more, leading ones broadcast, heads grouped.
 
-Here they are told from those that it refuses, and brought to the (batch, head, row, column) that libmfa reads.
+This file checks them, and converts tensors to the (batch, head, row, column) that libmfa reads.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
+from .. import dispatch_cache
+
 HEAD_DIM_MOST = 512
-LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read beyond the shorter
+LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read past the end of the shorter one
 
 
 class Support(NamedTuple):
-    """On a call with certain shapes."""
+    """Whether a call with certain shapes is supported."""
 
-    reason: str | None  # why it is left to PyTorch; what is wrong is left to it too
-    fits: bool = False  # libmfa reads these shapes as they are
+    reason: str | None  # why PyTorch runs the call, which also raises the errors for wrong shapes; None if libmfa does
+    fits: bool = False  # libmfa reads these shapes without conversion
     work: int = 0  # multiply-adds of the forward pass
 
 
 def check_support(query, key, value, mask, is_causal, enable_gqa):
-    """The Support on these shapes; mask is None if there is none."""
+    """The Support of these shapes; `mask` is None if there is none."""
     if len(query) < 2 or len(key) < 2 or len(value) < 2 or query[-1] != key[-1]:
         return Support("shapes")
     if key[-2] != value[-2]:
@@ -51,7 +52,10 @@ def check_support(query, key, value, mask, is_causal, enable_gqa):
     )
 
 
-check_support_cached = functools.lru_cache(maxsize=1024)(check_support)  # for shapes that are numbers, not symbols
+def check_support_cached(*arguments):
+    """The same for shapes that are numbers, not symbols."""
+    support = dispatch_cache.get(arguments)
+    return dispatch_cache.put(arguments, check_support(*arguments)) if support is None else support
 
 
 def broadcast(*shapes):
@@ -68,7 +72,7 @@ def broadcast(*shapes):
 
 
 def four_dimensions(query, key, value, mask, enable_gqa):
-    """The four tensors as libmfa reads them, and the shape that the result is then to get."""
+    """The four tensors as libmfa reads them, and the shape of the result of SDPA."""
     rank = max(query.dim(), key.dim(), value.dim())
     most = max(rank, 4)
     query, key, value = (_pad(tensor, most) for tensor in (query, key, value))
@@ -92,8 +96,8 @@ def four_dimensions(query, key, value, mask, enable_gqa):
 
 
 def mapped(query, key, value, mask, dimensions, size):
-    """The four tensors as vmap maps them over `dimensions`, each of this size, None being none: as one call, with that
-    dimension in front of the others."""
+    """The four tensors of one call in place of a vmap over `dimensions` of this size, None where a tensor is not mapped:
+    the mapped dimension is put in front of the others."""
     operands = (query, key, value, mask)
     ranks = [tensor.dim() - (place is not None) for tensor, place in zip(operands[:3], dimensions)]
     query, key, value, mask = (
@@ -110,7 +114,8 @@ def _in_front(tensor, place, rank):
 
 
 def is_fused(query, key, value, mask):
-    """Whether PyTorch's fused CPU kernel takes such tensors; its result is laid out like the query, else contiguous."""
+    """Whether PyTorch's fused CPU kernel accepts such tensors. Its result has the layout of the query; that of the
+    unfused path is contiguous."""
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
         return False
     if query.device.type != "cpu" or key.shape[:2] != value.shape[:2] or query.shape[3] != value.shape[3]:
@@ -125,7 +130,7 @@ def _pad(tensor, rank):
 
 
 def _same_groups(key, value):
-    """Key and value of as many heads: query head h uses head h // (query heads // heads) of each, before and after."""
+    """Key and value with equally many heads. Query head h still uses head h // (query heads // heads) of each."""
     heads = math.lcm(key.shape[-3], value.shape[-3])
     return tuple(
         tensor if tensor.shape[-3] == heads else tensor.repeat_interleave(heads // tensor.shape[-3], -3)

@@ -1,0 +1,253 @@
+"""The autograd function of attention, the rules of the operators for autograd, and cached calls.
+
+Eager calls do not go through the dispatcher, which costs more time than a small problem takes. They and the operators
+share one autograd function, `Attention`, and differ in the Route that it gets.
+"""
+
+import contextlib
+import threading
+from functools import partial
+from typing import Callable, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from . import dispatch_cache, run, tensors, transforms
+from .dispatch_cache import CacheEntry
+from .library import Unsupported
+from .operators import attention_backward, attention_forward, registration, run_backward_operator
+from .options import Options
+from .transforms import below, beneath_autograd, count_of_modes, needs_operator
+
+# --- The function --------------------------------------------------------------------------------
+
+
+class Route(NamedTuple):
+    """How a Call reaches libmfa."""
+
+    forward: Callable  # (query, key, value, mask, options) -> (out, lse) or (out, lse, out_low)
+    backward: Callable  # (Operands, options, wanted) -> gradients of query, key, value and mask, None where not wanted
+
+
+class Call(NamedTuple):
+    """The parameters of `Attention` that are not tensors."""
+
+    route: Route
+    options: Options
+    with_lse: bool
+
+    def forward(self, query, key, value, mask):
+        return self.route.forward(query, key, value, mask, self.options)
+
+    def backward(self, operands, wanted):
+        return self.route.backward(operands, self.options, wanted)
+
+
+class Attention(torch.autograd.Function):
+    """out, or (out, lse), differentiable once. It has few arguments and results, since each costs time. `call` is a
+    Call or a CachedCall."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, call):
+        out, lse, *low = call.forward(query, key, value, mask)
+        ctx.save_for_backward(query, key, value, mask, out, lse, *low)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        return (out, lse) if call.with_lse else out
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse=None):
+        query, key, value, mask, out, lse, *low = ctx.saved_tensors
+        if d_out is None:
+            d_out = tensors.incoming(None, out)
+        operands = query, key, value, mask, out, lse, d_out, d_lse, low[0] if low else None  # as in Operands
+        dq, dk, dv, dbias = ctx.call.backward(operands, ctx.needs_input_grad[:4])
+        return dq, dk, dv, dbias, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        _refuse_tangents()
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients as a differentiable function, its arguments those of attention_backward. Without it autograd would
+    take the gradients for constants, and a second derivative would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx, operator, second, d_out, d_lse, query, key, value, mask, out, lse, *options):
+        ctx.save_for_backward(d_out, query, key, value, mask)
+        ctx.set_materialize_grads(False)
+        ctx.second, ctx.options = second, options
+        return operator(d_out, d_lse, query, key, value, mask, out, lse, *options)
+
+    @staticmethod
+    def backward(ctx, *incoming):
+        d_out, *operands = [None] * 5
+        if any(gradient is not None for gradient in incoming):
+            *options, wanted = ctx.options
+            d_out, *operands = ctx.second(incoming, ctx.saved_tensors, Options(*options), wanted)
+        return None, None, d_out, None, *operands, None, None, *(None for _ in ctx.options)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        _refuse_tangents()
+
+
+def _refuse_second(*_):
+    raise NotImplementedError(
+        "flash_attention has no second derivative; for that use scaled_dot_product_attention with "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+def _refuse_tangents():
+    raise NotImplementedError(
+        "flash_attention has no forward-mode differentiation (jvp, jacfwd, hessian); use reverse mode (grad, vjp, "
+        "jacrev), or scaled_dot_product_attention with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+def is_differentiated(*operands):
+    """Whether autograd has to record the call. In forward mode it always has to: `Attention` then raises for a tangent,
+    which would be lost otherwise."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in operands:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _eager_backward(operands, options, wanted):
+    _, _, _, _, _, _, d_out, d_lse, _ = operands
+    incoming = (d_out,) if d_lse is None else (d_out, d_lse)
+    # The operator is needed under a tracer, for a second derivative, for a tangent and for a batch of gradients.
+    is_recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or is_recorded or needs_operator(*incoming):
+        return run_backward_operator(operands, options, wanted)
+    return run.backward(operands, options, wanted)
+
+
+EAGER = Route(run.forward_for_backward, _eager_backward)
+
+
+# --- Rules of the operators ----------------------------------------------------------------------
+
+
+class _Rules(threading.local):
+    """How the operators are differentiated in calls made by this thread."""
+
+    def __init__(self):
+        self.backward = run_backward_operator  # of attention_forward, see Route
+        self.second = _refuse_second  # of attention_backward, see differentiated_by()
+
+
+_rules = _Rules()
+_NO_CHANGE = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def differentiated_by(backward=run_backward_operator, second=_refuse_second):
+    """In the block attention_forward is differentiated by `backward`, as in a Route, and the gradients that
+    attention_backward returns by `second`: (incoming, (d_out, query, key, value, mask), options, wanted) -> gradients
+    of those five. `incoming` are the gradients of dQ, dK, dV and dbias, None where there is none."""
+    outer = _rules.backward, _rules.second
+    _rules.backward, _rules.second = backward, second
+    try:
+        yield
+    finally:
+        _rules.backward, _rules.second = outer
+
+
+def _last_level():
+    """A context that resets the rules in the last level that they are meant for: hooks and modes may make other calls
+    of attention from there."""
+    if transforms.are_active() or (_rules.backward is run_backward_operator and _rules.second is _refuse_second):
+        return _NO_CHANGE
+    return differentiated_by()
+
+
+def _visible_forward(operator, query, key, value, mask, options):
+    """Route.forward through the dispatcher, by an operator that below() returned while gradients were still on. Under
+    modes it returns zeros for out_low, to save as many tensors as EAGER does: a checkpoint may have run forward by one
+    of the two routes and recompute it by the other."""
+    out, lse = operator(query, key, value, mask, *options)
+    if tensors.has_low(out) and tensors.is_plain(out) and not torch.compiler.is_compiling():
+        return out, lse, torch.zeros_like(out)
+    return out, lse
+
+
+def _forward_with_autograd(query, key, value, mask, *options):
+    backward = _rules.backward
+    with _last_level():
+        if is_differentiated(query, key, value, mask):
+            route = Route(partial(_visible_forward, below(attention_forward)), backward)
+            return transforms.apply(Attention, query, key, value, mask, Call(route, Options(*options), True))
+        return beneath_autograd(attention_forward, query, key, value, mask, *options)
+
+
+def _backward_with_autograd(*arguments):
+    second = _rules.second
+    with _last_level():
+        if is_differentiated(*arguments[:8]):  # d_out, d_lse, query, key, value, mask, out, lse
+            return transforms.apply(_Gradients, below(attention_backward), second, *arguments)
+        return beneath_autograd(attention_backward, *arguments)
+
+
+registration.impl("attention_forward", _forward_with_autograd, "Autograd")
+registration.impl("attention_backward", _backward_with_autograd, "Autograd")
+
+
+# --- Cached calls --------------------------------------------------------------------------------
+
+_apply = super(torch.autograd.Function, Attention).apply  # skips the handling of transforms, which the guards cover
+
+
+class CachedCall(CacheEntry):
+    """Runs attention on tensors like those of an earlier call. It is the `call` of Attention, too."""
+
+    def __init__(self, matches, query, key, value, mask, options, with_lse, route=EAGER, allocate=tensors.like):
+        super().__init__(matches)
+        self.options, self.with_lse, self.route = options, with_lse, route
+        self.is_differentiated = is_differentiated(query, key, value, mask)
+        self.prepared = run.prepare_forward(query, key, value, mask, options, allocate)
+        self.cached_backward = None  # (guard of its tensors, run.Backward)
+        self.backward_misses = 0
+
+    def attend(self, query, key, value, mask):
+        """out, or (out, lse)."""
+        if self.is_differentiated:
+            return _apply(query, key, value, mask, self)
+        out, lse = run.run_forward(self.prepared, query, key, value, mask, self.with_lse)
+        return (out, lse) if self.with_lse else out
+
+    def forward(self, query, key, value, mask):
+        return run.run_forward(self.prepared, query, key, value, mask, True, True)
+
+    def backward(self, operands, wanted):
+        query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
+        is_plain = d_lse is None and mask is None and forward_ad._current_level < 0
+        if is_plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
+            present = (query, key, value, out, lse, d_out)
+            if out_low is not None:
+                present += (out_low,)
+            cached = self.cached_backward
+            if cached is not None and cached[0](*present) and cached[1].wanted == wanted:
+                self.backward_misses = 0
+                try:
+                    return run.run_backward(cached[1], operands)
+                except Unsupported:  # a kernel is looked up when it is first needed, and may not be found
+                    return self.route.backward(operands, self.options, wanted)
+            self.backward_misses += 1
+            if cached is None or self.backward_misses > dispatch_cache.MAX_MISSES:
+                self._cache_backward(present, operands, wanted)
+        return self.route.backward(operands, self.options, wanted)
+
+    def _cache_backward(self, present, operands, wanted):
+        _, _, _, _, out, _, _, _, out_low = operands
+        if out_low is not None and out_low.stride() != out.stride():
+            return
+        matches = None if needs_operator(*present) else dispatch_cache.guard(*present)
+        if matches is not None:
+            self.cached_backward = matches, run.prepare_backward(operands, self.options, wanted)

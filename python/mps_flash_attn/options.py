@@ -1,0 +1,14 @@
+"""The options of attention: all that defines the result beside the tensors, as one immutable object."""
+
+from typing import NamedTuple
+
+
+class Options(NamedTuple):
+    """Passed as a whole through every layer. The fields are read in three places: where a problem is packed
+    (problem.py), in the reference (reference.py), and in the schemas of the operators (operators.py), which list them
+    in this order."""
+
+    lower: int | None = None  # the smallest j - i that takes part; None: no bound
+    upper: int | None = None  # the largest
+    scale: float | None = None  # None: 1 / sqrt(head_dim)
+    softcap: float = 0.0  # 0: none

@@ -1,0 +1,84 @@
+"""The backward pass of the replaced scaled_dot_product_attention. libmfa computes the gradients; PyTorch's own operator
+computes their derivatives, and the gradients where libmfa cannot."""
+
+from functools import partial
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import transforms
+from ..autograd import differentiated_by
+from ..library import Unsupported
+from ..stats import count
+from .original import keyword_options
+
+
+def backward(original, run_backward, operands, options, wanted):
+    """Route.backward, after `original` and `run_backward` are bound: by run_backward, or by PyTorch's `original` if there
+    are tangents, or if there is no kernel, which is found out when the kernel is first needed."""
+    reason = "forward-mode differentiation"
+    if forward_ad._current_level < 0:
+        try:
+            if not torch.is_grad_enabled():
+                return run_backward(operands, options, wanted)
+            with differentiated_by(second=partial(_second, original)):
+                return run_backward(operands, options, wanted)
+        except Unsupported as error:
+            reason = str(error)
+    count(reason)
+    query, key, value, mask, _, _, d_out, _, _ = operands
+    return _gradients(original, (d_out, query, key, value, mask), options, wanted)
+
+
+def _second(original, incoming, operands, options, wanted):
+    """As differentiated_by() describes it. `operands`: d_out, query, key, value and mask."""
+    count("a second derivative")
+    places = [place for place, tensor in enumerate(operands) if tensor is not None and tensor.requires_grad]
+    present = [place for place, gradient in enumerate(incoming) if gradient is not None]
+
+    def first(*operands):
+        gradients = _gradients(original, operands, options, wanted)
+        return tuple(gradients[place] for place in present)
+
+    return _vjp(first, operands, places, tuple(incoming[place] for place in present))
+
+
+def _gradients(original, operands, options, wanted):
+    """The gradients of query, key, value and mask by PyTorch's operator; None where not wanted."""
+    d_out, query, key, value, mask = operands
+    keywords = keyword_options(options.scale, query.shape[1] != key.shape[1])
+    places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
+
+    def attend(*operands):
+        return original(*operands, 0.0, options.upper is not None, **keywords)
+
+    return _vjp(attend, (query, key, value, mask), places, d_out)
+
+
+def _vjp(function, operands, places, incoming):
+    """The gradients of the operands in these places, None for the others, from `incoming`, those of the results. Within
+    transforms of torch.func it uses torch.func.vjp, which handles their levels but not saved_tensors_hooks."""
+    operands = transforms.unwrap_dead_wrappers(operands)
+    inputs = [operands[place] for place in places]
+
+    def function_of_inputs(*inputs):
+        return function(*_with(operands, places, inputs))
+
+    if transforms.are_active():
+        _, pull_back = torch.func.vjp(function_of_inputs, *inputs)
+        found = pull_back(incoming)
+    else:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():  # views, so that a tensor that was passed twice gets two gradients
+            inputs = [one.view_as(one) if one.requires_grad else one.detach().requires_grad_() for one in inputs]
+            results = function_of_inputs(*inputs)
+            found = torch.autograd.grad(results, inputs, incoming, create_graph=again, allow_unused=True)
+    return _with((None,) * len(operands), places, found)
+
+
+def _with(operands, places, others):
+    """The operands as a list, with `others` in these places."""
+    result = list(operands)
+    for place, other in zip(places, others):
+        result[place] = other
+    return result

@@ -1,0 +1,142 @@
+"""Runs a call of scaled_dot_product_attention on libmfa: cached, eager, or through the operators."""
+
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from .. import dispatch_cache, tensors
+from ..autograd import EAGER, Attention, CachedCall, Call, Route, differentiated_by, is_differentiated
+from ..dispatch_cache import CacheEntry
+from ..library import Unsupported
+from ..operators import attention_forward, run_backward_operator
+from ..options import Options
+from ..run import forward, forward_for_backward
+from ..stats import REPLACED, SMALL, count, disabled, flash_is_enabled, small
+from . import shapes
+from .gradients import backward
+from .original import HAS_GROUPS, keyword_options, math_attention, original
+
+FUSED, MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
+
+# By the backend that PyTorch would have used: it decides the layout of the result, and whether there is a second
+# derivative.
+_ORIGINALS = {FUSED: original, MATH: math_attention}
+_LAYOUTS = {FUSED: tensors.like if HAS_GROUPS else tensors.heads_within_rows, MATH: tensors.dense}
+_ROUTES = {
+    backend: Route(
+        partial(forward_for_backward, allocate=_LAYOUTS[backend]), partial(backward, function, EAGER.backward)
+    )
+    for backend, function in _ORIGINALS.items()
+}
+_BACKWARDS_BY_OPERATOR = {
+    backend: partial(backward, function, run_backward_operator) for backend, function in _ORIGINALS.items()
+}
+
+
+def torch_backend(query, key, value, mask, is_causal, scale, enable_gqa):
+    """The code of the backend that PyTorch would use."""
+    if query.device.type == "mps":  # it has only one there, and no _fused_sdp_choice
+        return MATH
+    return torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, **keyword_options(scale, enable_gqa))
+
+
+# --- Cached calls --------------------------------------------------------------------------------
+
+
+class SmallCall(CacheEntry):
+    """A call that is too small to replace."""
+
+    is_replaced = False
+
+    def __init__(self, matches, query, key, value, mask, work):
+        super().__init__(matches)
+        self.work = work
+
+
+class ReplacedCall(CachedCall):
+    """A call that ran on libmfa."""
+
+    is_replaced = True
+
+    def __init__(self, matches, query, key, value, mask, options, backend, work):
+        super().__init__(matches, query, key, value, mask, options, False, _ROUTES[backend], _LAYOUTS[backend])
+        self.backend, self.work = backend, work
+
+
+def options_key(is_causal, scale, enable_gqa):
+    """The part of the cache's key that is not tensors."""
+    return "scaled_dot_product_attention", is_causal, scale, enable_gqa
+
+
+def run_cached(cached, query, key, value, mask, is_causal, scale, enable_gqa):
+    """The result of a call that has an entry; None if the entry does not hold any more, because settings or the
+    alignment of memory changed."""
+    if not flash_is_enabled() and disabled():
+        return None
+    if (small(cached.work, query) is None) is not cached.is_replaced:
+        cached.evict()
+        return None
+    if not cached.is_replaced:
+        count(SMALL)
+        if mask is None and not is_causal and scale is None and not enable_gqa:
+            return original(query, key, value)  # each further argument costs time
+        return original(query, key, value, mask, 0.0, is_causal, **keyword_options(scale, enable_gqa))
+    if cached.backend != torch_backend(query, key, value, mask, is_causal, scale, enable_gqa):
+        return None
+    try:
+        out = cached.attend(query, key, value, mask)
+    except (Unsupported, ValueError):
+        return None
+    count(REPLACED)
+    return out
+
+
+# --- Other calls ---------------------------------------------------------------------------------
+
+
+def run_eager(query, key, value, mask, is_causal, scale, enable_gqa, support):
+    """The result by libmfa. `support`: the shapes.Support of the call. Raises Unsupported, or ValueError for memory that
+    is not aligned."""
+    backend = torch_backend(query, key, value, mask, is_causal, scale, enable_gqa)
+    if backend not in _ROUTES:
+        raise Unsupported("PyTorch has no backend for it")
+    if not support.fits:
+        query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
+    options = Options(upper=0 if is_causal else None, scale=scale)
+    if is_differentiated(query, key, value, mask):
+        out = Attention.apply(query, key, value, mask, Call(_ROUTES[backend], options, False))
+    else:
+        out, _ = forward(query, key, value, mask, options, False, _LAYOUTS[backend])
+    if not support.fits:
+        return out.view(shape)
+    call_key = options_key(is_causal, scale, enable_gqa)
+    dispatch_cache.insert(query, key, value, mask, call_key, ReplacedCall, options, backend, support.work)
+    return out
+
+
+def run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, support):
+    """The same through torch.ops.mfa, which compilers, dispatch modes and transforms see."""
+    backend = _torch_backend_by_operator(query, key, value, mask, is_causal, scale, enable_gqa)
+    if backend not in _ROUTES:
+        raise Unsupported("PyTorch has no backend for it")
+    if not support.fits:
+        query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
+    options = Options(upper=0 if is_causal else None, scale=scale)
+    with differentiated_by(_BACKWARDS_BY_OPERATOR[backend]):
+        out, _ = attention_forward(query, key, value, mask, *options)
+    if backend == MATH:
+        out = out.contiguous()
+    elif not HAS_GROUPS:
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out if support.fits else out.view(shape)
+
+
+def _torch_backend_by_operator(query, key, value, *others):
+    """torch_backend(), without an operator that modes would see."""
+    if all(map(tensors.is_plain, (query, key, value))):
+        with torch._C._DisableTorchDispatch():
+            return torch_backend(query, key, value, *others)
+    if flash_is_enabled() and shapes.is_fused(query, key, value, others[0]):
+        return FUSED
+    return MATH if torch._C._get_math_sdp_enabled() or query.device.type == "mps" else None
