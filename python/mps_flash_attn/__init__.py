@@ -8,7 +8,7 @@ from .frameworks import comfyui_attention, register_transformers
 from .library import Unsupported, is_available
 from .library import library as _library
 from .migration import convert_mask
-from .migration import instead_of as _instead_of
+from .migration import replacement_hint as _replacement_hint
 from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
 from .stats import sdpa_stats, sdpa_thresholds
 
@@ -30,11 +30,11 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name == "__version__":  # that of include/mfa.h
+    if name == "__version__":  # the version of include/mfa.h
         try:
             return _library().version
         except (ImportError, OSError) as error:
             raise AttributeError(f"module {__name__!r} has no version without its library: {error}") from error
     sentence = f"module {__name__!r} has no attribute {name!r}"
-    instead = _instead_of(name)
-    raise AttributeError(f"{sentence}: that is of another package, mps-flash-attn; {instead}" if instead else sentence)
+    hint = _replacement_hint(name)
+    raise AttributeError(f"{sentence}: that is of another package, mps-flash-attn; {hint}" if hint else sentence)

@@ -1,4 +1,4 @@
-"""The command line: what libmfa is on this machine, what a problem would run on, and whether it is right.
+"""The command line: shows libmfa and the kernel of a problem on this machine, checks results, and compiles kernels.
 
 python -m mps_flash_attn info
 python -m mps_flash_attn explain forward f16 b2 h8/2 q512 kv512 d64 causal
@@ -39,7 +39,7 @@ def _info(_):
 def _explain(arguments):
     line = " ".join(arguments.problem)
     problem = library().parse(line)
-    on_metal = scalars(problem).device == DEVICES["mps"]  # else it is explained for every device that is here
+    on_metal = scalars(problem).device == DEVICES["mps"]  # else it is explained for every available device
     for device, code in DEVICES.items():
         if device == "cpu" and on_metal or device == "mps" and not on_metal and unavailable_reason(device):
             continue
@@ -102,7 +102,7 @@ def _parser():
 
 def main():
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold characters that the encoding lacks
     parser = _parser()
     arguments = parser.parse_args()
     try:

@@ -1,19 +1,19 @@
-"""What is made anew in a child after fork(). There the forking thread is alone: another that was inside a lock will
-never leave it."""
+"""Resets state in a child after fork(), where only the forking thread exists: a lock that another thread held would
+never be released."""
 
 import os
 import threading
 
 
 def call_in_child(function):
-    """Has each child call `function` before anything else runs in it."""
+    """Calls `function` in each child before anything else runs there."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
 
 
 def new_lock(module, name):
-    """A lock to be kept as `name` in the globals of a module, where each child has one that is free. A thread may take
-    it again while it holds it, since the end of an object, which may call anything, comes at any time."""
+    """A lock for the global `name` of `module`, the globals of a module. Each child gets a new one. It is reentrant,
+    since a finalizer may run at any time in a thread that holds the lock, and take it again."""
 
     def renew():
         module[name] = threading.RLock()

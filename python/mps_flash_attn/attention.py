@@ -170,8 +170,8 @@ def explain(
 
 
 def _check_readable(query, key, value, mask):
-    """The four tensors, as plain ones where possible. Raises for one that neither has memory to be read nor a class that
-    handles our operators."""
+    """The four tensors, as plain ones where possible. Raises for one that neither has memory to be read nor a class
+    that handles our operators."""
     query, key, value = (tensors.check(n, t) for n, t in (("query", query), ("key", key), ("value", value)))
     return query, key, value, None if mask is None else tensors.check("attn_mask", mask)
 

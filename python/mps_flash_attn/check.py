@@ -72,21 +72,21 @@ def examine(line, device):
     for explanation in found:
         if not explanation:
             return {"kernels": kernels, "unsupported": explanation.reason}
-    asked = scalars(packed[0])
-    options = Options(asked.lower, asked.upper, asked.scale, asked.softcap)
+    sizes = scalars(packed[0])
+    options = Options(sizes.lower, sizes.upper, sizes.scale, sizes.softcap)
 
     def ours(*operands):
         moved = [None if operand is None else operand.to(device) for operand in operands]
         out, lse = Attention.apply(*moved, Call(EAGER, options, True))
         return out.cpu(), lse.cpu()
 
-    comparisons = list(reference.compare_results(ours, _operands(asked), **options._asdict()))
+    comparisons = list(reference.compare_results(ours, _operands(sizes), **options._asdict()))
     worst = max(comparisons, key=lambda comparison: comparison.error / (comparison.allowed or 1.0))
     wrong = "; ".join(comparison.wrong for comparison in comparisons if comparison.wrong)
     return {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
 
 
-def _operands(asked):
+def _operands(sizes):
     """(query, key, value, mask) in the memory order of models: (batch, length, heads, head_dim)."""
     generator = torch.Generator().manual_seed(SEED)
     dtypes = {code: dtype for dtype, code in tensors.DTYPES.items()}
@@ -95,18 +95,18 @@ def _operands(asked):
         return torch.randn(shape, generator=generator)
 
     query, key, value = (
-        tensor(asked.batch, length, heads, columns).to(dtypes[asked.dtype]).transpose(1, 2)
+        tensor(sizes.batch, length, heads, columns).to(dtypes[sizes.dtype]).transpose(1, 2)
         for length, heads, columns in (
-            (asked.q_len, asked.q_heads, asked.head_dim),
-            (asked.kv_len, asked.kv_heads, asked.head_dim),
-            (asked.kv_len, asked.kv_heads, asked.value_dim),
+            (sizes.q_len, sizes.q_heads, sizes.head_dim),
+            (sizes.kv_len, sizes.kv_heads, sizes.head_dim),
+            (sizes.kv_len, sizes.kv_heads, sizes.value_dim),
         )
     )
     mask = None
-    if asked.mask == MASK_BOOL:
-        mask = tensor(asked.batch, 1, asked.q_len, asked.kv_len) < 0.5
-    elif asked.mask == MASK_ADDITIVE:
-        mask = tensor(asked.q_heads, asked.q_len, asked.kv_len).to(dtypes[asked.mask_dtype])
+    if sizes.mask == MASK_BOOL:
+        mask = tensor(sizes.batch, 1, sizes.q_len, sizes.kv_len) < 0.5
+    elif sizes.mask == MASK_ADDITIVE:
+        mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
     return query, key, value, mask
 
 
@@ -131,8 +131,8 @@ def machines():
 
 
 def _rows(machine, lines, begin):
-    """A row for each line. If the process ends or hangs, its line becomes a row that is wrong, and another process checks
-    the rest."""
+    """A row for each line. If the process ends or hangs, its line becomes a row that is wrong, and another process
+    checks the rest."""
     name, device, environment = machine
     while lines:
         begun = None
@@ -208,8 +208,8 @@ def report_text(rows):
 
 
 def _summary(rows):
-    """A row for each machine and dtype: how many problems, and the result whose error is the largest fraction of what is
-    allowed."""
+    """A row for each machine and dtype: how many problems, and the result whose error is the largest fraction of what
+    is allowed."""
     groups = {}
     for row in rows:
         groups.setdefault((row["machine"], row["problem"].split()[0]), []).append(row)

@@ -1,4 +1,4 @@
-"""Tables and progress on a terminal: by rich, and in plain lines where rich is not installed."""
+"""Prints tables and progress: with rich, or as plain lines where rich is not installed."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ except ImportError:
 
 
 def table(title, rows, header=None):
-    """Prints rows of words under a title."""
+    """Prints a table. `rows`: sequences of cells."""
     rows = [[str(word) for word in row] for row in rows]
     if Console is None:
         lines = [header, *rows] if header else rows
@@ -26,13 +26,13 @@ def table(title, rows, header=None):
         drawn.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:
-        console.width = 150  # a file has room
+        console.width = 150  # a file has no width
     console.print(drawn)
 
 
 @contextlib.contextmanager
 def progress(total):
-    """Gives a function to be called with a few words before each of `total` steps."""
+    """Yields a function that is called with a description before each of `total` steps."""
     if Console is None:
         count = iter(range(1, total + 1))
         yield lambda words: print(f"{next(count)}/{total} {words}", flush=True)

@@ -1,5 +1,5 @@
-"""The doors of frameworks that let attention be chosen: transformers and ComfyUI. Neither is imported before it is
-asked for. diffusers calls scaled_dot_product_attention, so replace_sdpa() is its door."""
+"""Attention functions for frameworks that let users choose one: transformers and ComfyUI. Neither is imported before it
+is needed. diffusers calls scaled_dot_product_attention, for which there is replace_sdpa()."""
 
 import torch
 
@@ -12,11 +12,12 @@ from .transformers_check import check_config, check_models
 
 
 def register_transformers(name="mfa"):
-    """Makes attn_implementation=`name` known to transformers: flash_attention, with softcap, with the masks that its
-    "sdpa" gets, and with K and V never repeated. What we do not run goes to that "sdpa", counted in sdpa_stats().
+    """Registers attn_implementation=`name` with transformers. It is flash_attention, with softcap, with the masks of
+    transformers' "sdpa", and without repeating K and V. Calls that libmfa does not run go to that "sdpa", and are
+    counted in sdpa_stats().
 
-    A model whose code does not call the function of that name is refused with a ValueError that names its class: when
-    it is made, when it is switched by set_attn_implementation(), or else when it asks for its first mask."""
+    A model whose code does not call the registered function raises a ValueError that names its class: when it is made,
+    when it is switched by set_attn_implementation(), or else when it requests its first mask."""
     if "flash" in name:
         raise ValueError(
             f'name is "{name}"; it may not have "flash" in it: transformers takes that for a flash-attn, '
@@ -49,8 +50,8 @@ def transformers_attention(
     s_aux=None,
     **options,
 ):
-    """What transformers calls, with (B, H, L, E) tensors; returns (out as (B, L, H, Ev), None). The mask is None where
-    is_causal says all; a sliding window is in it."""
+    """The attention function that transformers calls with (B, H, L, E) tensors; returns (out as (B, L, H, Ev), None).
+    The mask is None where is_causal is sufficient; a sliding window is in the mask."""
     if s_aux is not None:
         raise ValueError(
             f"s_aux is given by {type(module).__name__}: attention sinks, which are not supported; choose "
@@ -82,12 +83,13 @@ def transformers_attention(
         return out.transpose(1, 2).contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-    return sdpa_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **given, **options)
+    keywords = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **keywords, **options)
 
 
 def _with_bias(mask, bias):
-    """One mask for both, hiding as theirs does: by the lowest number, so a row that sees nothing sees all alike."""
+    """One mask for both. It hides keys by the lowest finite number, as transformers does, so that a row that may see no
+    key attends to all keys equally."""
     if bias is None or mask is None:
         return mask if bias is None else bias
     return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype is torch.bool else mask + bias
@@ -108,8 +110,8 @@ def comfyui_attention(
     skip_output_reshape=False,
     **options,
 ):
-    """For model_options["transformer_options"]["optimized_attention_override"] of a ComfyUI model. What we do not run
-    goes to the attention that ComfyUI would have used."""
+    """For model_options["transformer_options"]["optimized_attention_override"] of a ComfyUI model. Calls that
+    libmfa does not run go to the attention that ComfyUI would have used."""
     try:
         operands = (q, k, v)
         if not skip_reshape:

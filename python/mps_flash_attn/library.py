@@ -1,7 +1,7 @@
-"""Finds libmfa, declares its ABI (include/mfa.h), and keeps the one context of this process.
+"""Finds libmfa, declares its ABI (include/mfa.h), and holds the one context of this process.
 
-A call is one packed problem, one packed set of buffers and one ctypes call: filling a ctypes.Structure field by field,
-or passing the numbers as arguments, costs several times what a small problem takes to compute.
+A call takes one packed problem, one packed set of buffers and one ctypes call. To fill a ctypes.Structure field by
+field, or to pass the numbers as arguments, would take several times as long as a small problem.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ PATH_VARIABLE = "MFA_LIBRARY"
 
 FORWARD, BACKWARD = 0, 1
 DEVICE_CPU, DEVICE_METAL = range(2)
-DEVICES = {"cpu": DEVICE_CPU, "mps": DEVICE_METAL}  # PyTorch's name of them: our code
+DEVICES = {"cpu": DEVICE_CPU, "mps": DEVICE_METAL}  # PyTorch's name: the code of mfa.h
 F32, F16, BF16, F64 = range(4)
 MASK_NONE, MASK_BOOL, MASK_ADDITIVE = range(3)
 BAND_OPEN_LOWER, BAND_OPEN_UPPER = -(2**63), 2**63 - 1
@@ -55,19 +55,19 @@ def _struct(fields):
 
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
-# The buffers of the CPU, which need no offsets: the size, the bases of q k v mask o lse d_o dlse dq dk dv dbias o_low,
-# and zeros between them.
+# mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
+# dbias o_low, with zeros between them.
 BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x")
 
-_number_of_threads = torch.get_num_threads  # by a name of our own: each step on the way to one costs in every call
+_number_of_threads = torch.get_num_threads  # a global name: each attribute lookup costs time in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
 
-# mfa_compiler: (paths of the texts, how many, path of the library, argument) -> 0 if it was made.
+# mfa_compiler: (paths of the texts, how many, path of the library, argument) -> 0 on success.
 COMPILER = ctypes.CFUNCTYPE(
     ctypes.c_int32, ctypes.POINTER(ctypes.c_char_p), ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p
 )
 
-# What of a problem is the same in forward and backward: all between `pass` and the layouts.
+# The fields of a problem that are the same in forward and backward: all between `pass` and the layouts.
 Scalars = namedtuple("Scalars", [name for name, form in PROBLEM_FIELDS[2:] if form != _LAYOUT])
 
 
@@ -77,14 +77,14 @@ def scalars(problem):
 
 
 def changed(problem, **numbers):
-    """A packed problem with other scalars."""
+    """A packed problem with some scalars replaced."""
     fields = PROBLEM.unpack(problem)
-    behind = 2 + len(Scalars._fields)
-    return PROBLEM.pack(*fields[:2], *scalars(problem)._replace(**numbers), *fields[behind:])
+    layouts = fields[2 + len(Scalars._fields) :]
+    return PROBLEM.pack(*fields[:2], *scalars(problem)._replace(**numbers), *layouts)
 
 
 class Unsupported(NotImplementedError):
-    """A sound problem that this library is not able to run, here or anywhere; another implementation may be."""
+    """The problem is valid, but this library cannot run it, on this machine or at all. Another implementation may."""
 
 
 _INVALID, _UNSUPPORTED, _UNAVAILABLE, _OUT_OF_MEMORY, _COMPILE_FAILED = range(1, 6)  # mfa_status
@@ -98,11 +98,14 @@ _EXCEPTIONS = {
 
 
 def library_path():
-    """Where libmfa is: the file that MFA_LIBRARY names, else the one beside this package."""
-    given = os.environ.get(PATH_VARIABLE)
-    path = Path(given or Path(__file__).with_name("libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"))
+    """The path of libmfa: the file that MFA_LIBRARY names, else the one in this package."""
+    from_environment = os.environ.get(PATH_VARIABLE)
+    name = "libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"
+    path = Path(from_environment or Path(__file__).with_name(name))
     if not os.path.isfile(path):
-        hint = f"{PATH_VARIABLE} must name the file libmfa" if given else f"install it there or set {PATH_VARIABLE}"
+        hint = f"install it there or set {PATH_VARIABLE}"
+        if from_environment:
+            hint = f"{PATH_VARIABLE} must name the file libmfa"
         raise ImportError(f"libmfa is not at {path}; {hint}")
     return path
 
@@ -110,7 +113,7 @@ def library_path():
 def _load(path):
     try:
         return ctypes.CDLL(os.fspath(path))
-    except OSError as error:  # no library, one for another machine, or a file that may not be read
+    except OSError as error:  # not a library, one for another machine, or an unreadable file
         raise ImportError(f"{path} cannot be loaded as libmfa: {error}") from None
 
 
@@ -121,7 +124,7 @@ def torch_parallel_for():
 
 
 class Library:
-    """libmfa, loaded, with its context."""
+    """The loaded libmfa, with its context."""
 
     def __init__(self, host):
         self.path = library_path()
@@ -161,17 +164,17 @@ class Library:
         self.check(self.mfa_context_create(options, ctypes.addressof(self.context)))
 
     def check(self, status):
-        """Raises what a status other than MFA_OK means."""
+        """Raises the exception of a status other than MFA_OK."""
         if status:
             sentence = self.last_error() or self.mfa_status_name(status).decode()
             raise _EXCEPTIONS.get(status, RuntimeError)(sentence)
 
     def last_error(self):
-        """The sentence of the last call that failed. What it quotes, such as a path, may be no UTF-8."""
+        """The error sentence of the last call that failed. A path in it may not be UTF-8."""
         return self.mfa_last_error().decode(errors="replace")
 
-    def follow(self, threads):
-        """Uses as many threads as PyTorch does."""
+    def set_threads(self, threads):
+        """Sets the number of threads, to that of PyTorch."""
         self.check(self.mfa_context_set_threads(self.context, threads))
         self.threads = threads
 
@@ -179,19 +182,20 @@ class Library:
         """Runs a packed problem on packed buffers; on Metal `stream` is STREAM_TORCH."""
         threads = _number_of_threads()
         if threads != self.threads:
-            self.follow(threads)
+            self.set_threads(threads)
         status = self.mfa_attention(self.context, problem, buffers, stream)
         if status:
             if status == _UNAVAILABLE and stream:
-                status = self._attention_alone(problem, buffers)
+                status = self._attention_synchronized(problem, buffers)
             self.check(status)
 
-    def _attention_alone(self, problem, buffers):
-        """For where PyTorch's stream cannot be used: waits for it, and for the results. Returns the status."""
+    def _attention_synchronized(self, problem, buffers):
+        """Runs where PyTorch's stream cannot be used: waits for that stream, and for the results. Returns the
+        status."""
         reason = self.last_error()
         status = self.mfa_problem_supported(self.context, problem)
         if status:
-            return status  # it is the device that is not available
+            return status  # the device itself is not available
         count(WAITED + reason)
         torch.mps.synchronize()
         return self.mfa_attention(self.context, problem, buffers, None)
@@ -201,30 +205,30 @@ class Library:
         self.check(self.mfa_problem_supported(self.context, problem))
 
     def waits(self, problem):
-        """Why runs of a packed problem for Metal have to wait for PyTorch; "" if they do not."""
-        empty = changed(problem, batch=0, mask=MASK_NONE)  # nothing will run, nor look at a mask that is broadcast
+        """Why a packed problem for Metal has to wait for PyTorch's stream; "" if it does not."""
+        empty = changed(problem, batch=0, mask=MASK_NONE)  # nothing runs, and no mask is read
         status = self.mfa_attention(self.context, empty, _NO_BUFFERS, STREAM_TORCH)
         return self.last_error() if status == _UNAVAILABLE else ""
 
     def precompile(self, problem, folder, compiler):
         """Compiles the kernel of a packed problem into `folder` (None: the cache). `compiler`: a COMPILER, or None."""
-        place = None if folder is None else os.fsencode(folder)
-        self.check(self.mfa_precompile(self.context, problem, place, compiler or COMPILER(), None))
+        path = None if folder is None else os.fsencode(folder)
+        self.check(self.mfa_precompile(self.context, problem, path, compiler or COMPILER(), None))
 
     def instruction_sets(self):
-        """Those of the CPU that libmfa has kernels for and this machine has, the plainest first."""
+        """The instruction sets of this CPU for which libmfa has kernels, the most basic first."""
         names = itertools.takewhile(bool, map(self.mfa_isa_name, itertools.count()))
         return [name.decode() for name in names if self.mfa_isa_supported(name) == 0]
 
     def parse(self, line):
-        """The packed problem that a line such as "forward f32 b1 h8 q512 kv512 d64" says."""
+        """The packed problem of a line such as "forward f32 b1 h8 q512 kv512 d64"."""
         problem = ctypes.create_string_buffer(PROBLEM.size)
         self.check(self.mfa_problem_parse(line.encode(errors="replace"), problem))
         return problem.raw
 
     def plan(self, problem):
-        """What a packed problem would run on: (one line of text, workspace bytes)."""
-        self.follow(torch.get_num_threads())
+        """The plan of a packed problem: (one line of text, workspace bytes)."""
+        self.set_threads(torch.get_num_threads())
         plan, line = ctypes.c_void_p(), ctypes.create_string_buffer(512)
         self.check(self.mfa_plan_create(self.context, problem, ctypes.addressof(plan)))
         try:
@@ -240,7 +244,7 @@ _forked = False
 
 
 def library():
-    """The Library of this process; made by the first call."""
+    """The Library of this process, which the first call opens."""
     return _library or _open()
 
 
@@ -253,8 +257,9 @@ def _open():
 
 
 def _after_fork():
-    # The parent's threads are not in the child, and OpenMP, on which PyTorch's pool stands, waits for them for ever.
-    # So the child makes a context of its own, on the library's own pool. The parent's may be in use: it is let be.
+    # The parent's threads do not exist in the child, and OpenMP, on which PyTorch's pool is built, waits for them
+    # forever. So the child makes a context of its own, with the library's own pool. The parent's context may have been
+    # in use, so it is not destroyed.
     global _library, _forked
     _library, _forked = None, True
 
@@ -278,6 +283,6 @@ def unavailable_reason(device):
 
 
 def is_available(device="cpu"):
-    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. In mps-flash-attn
-    on PyPI a function of this name, without an argument, says what is_available("mps") says here."""
+    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. The function of
+    this name in mps-flash-attn on PyPI, which has no argument, corresponds to is_available("mps")."""
     return not unavailable_reason(device)

@@ -1,10 +1,10 @@
-"""For code written for mps-flash-attn 0.2 to 0.6.3 on PyPI, which has the import name of this package: what of it can
-be given the right meaning here, and what to use in place of the rest (docs/migration.md)."""
+"""Helps code written for mps-flash-attn 0.2 to 0.6.3 on PyPI, which has the import name of this package: one function
+that converts masks, and hints for the names that do not exist here (docs/migration.md)."""
 
 import torch
 
-_FLOAT_TENSORS = "keys and values are not quantized here; give flash_attention those that quantize_kv_* was given"
-_INSTEAD = {
+_NOT_QUANTIZED = "keys and values are not quantized here; give flash_attention those that quantize_kv_* was given"
+_HINTS = {
     "flash_attn_func": "use flash_attention, whose tensors are (batch, heads, length, head_dim)",
     "flash_attention_with_bias": "use flash_attention with attn_mask=bias / sqrt(head_dim): scores are scaled before a "
     "mask is added",
@@ -18,11 +18,11 @@ _INSTEAD = {
 _QUANTIZED = ("quantize_kv_", "QUANT_", "flash_attention_fp8", "flash_attention_int8", "flash_attention_nf4")
 
 
-def instead_of(name):
-    """What to use in place of a name of that package; None if it is no such name."""
+def replacement_hint(name):
+    """What to use in place of a name of that package; None for any other name."""
     if name.startswith(_QUANTIZED) or name == "flash_attention_quantized":
-        return _FLOAT_TENSORS
-    return _INSTEAD.get(name)
+        return _NOT_QUANTIZED
+    return _HINTS.get(name)
 
 
 def convert_mask(attn_mask):

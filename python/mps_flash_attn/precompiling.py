@@ -1,7 +1,8 @@
 """python -m mps_flash_attn precompile: compiles Metal kernels ahead of time, into the cache or a folder to be shipped.
 
-A kernel's GPU code serves this GPU and this build of macOS; libmfa makes it. A metallib serves any, and spares each
-process the translation of the text; it is made by Apple's compiler, where the developer tools are installed.
+libmfa makes the GPU code of a kernel, which is valid for this GPU and this build of macOS. Apple's compiler, where the
+developer tools are installed, makes a metallib, which is valid for any, and from which no process has to compile the
+source again.
 """
 
 import itertools
@@ -11,7 +12,7 @@ import subprocess
 from . import display
 from .library import COMPILER, library
 
-_WORDS = {"band": "causal", "softcap": "softcap1"}  # features of kernel keys that the problem grammar says otherwise
+_WORDS = {"band": "causal", "softcap": "softcap1"}  # a feature in kernel keys: its name in the problem grammar
 
 
 def problems(dtypes, head_dims, features, backward):
@@ -25,8 +26,8 @@ def problems(dtypes, head_dims, features, backward):
 
 
 def metal_compiler(errors):
-    """A COMPILER that calls Apple's, whose complaints go into the list; None if it is not installed."""
-    # Asked for first: without developer tools xcrun may open a window that offers to install them.
+    """A COMPILER that calls Apple's, and appends its errors to the list; None if it is not installed."""
+    # xcode-select comes first: without developer tools xcrun may open a window that offers to install them.
     for command in (["xcode-select", "-p"], ["xcrun", "--find", "metal"]):
         if _call(command).returncode:
             return None
@@ -53,7 +54,7 @@ def run(dtypes, head_dims, features, backward, folder):
     found, errors = library(), []
     lines = list(problems(dtypes, head_dims, features, backward))
     packed = list(map(found.parse, lines))
-    found.check_supported(packed[0])  # refuses a machine without Metal at once
+    found.check_supported(packed[0])  # raises at once on a machine without Metal
     compiler = metal_compiler(errors)
     rows = []
     with display.progress(len(lines)) as begin:

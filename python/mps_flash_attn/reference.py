@@ -1,4 +1,4 @@
-"""Attention written as its definition, in any dtype: in float64 it is the exact result, in the tested dtype the baseline.
+"""Attention written as its definition, in any dtype: the exact result in float64, the baseline in the tested dtype.
 
 The tolerance is a rule: an error may be twice that of the naive computation in the same dtype. The naive one may be
 exact by chance, so a few ulp are always allowed: of the sum of the magnitudes of the terms of the value, since
@@ -14,7 +14,8 @@ import torch
 
 from .options import Options
 
-ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}  # in float64 the exact result is rounded, too
+# The exact result, in float64, is rounded as well: hence the number of float64.
+ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}
 
 
 def _weights(query, key, mask, options):

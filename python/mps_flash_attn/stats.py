@@ -1,5 +1,5 @@
-"""What came by after replace_sdpa(), and which calls are to be taken over: those that PyTorch's settings allow a kernel
-like ours to run, from the size on from which that is worth it."""
+"""Counts the calls of the replaced scaled_dot_product_attention, and holds two of its criteria: PyTorch's settings, and
+the least size that is worth replacing."""
 
 from collections import Counter
 
@@ -7,45 +7,46 @@ import torch
 
 from .after_fork import new_lock
 
-# The least work, in multiply-adds of the forward pass (B * H * L * S * (E + Ev)), that is worth taking over from
-# PyTorch: below it the call costs more than the kernel saves, in the forward pass or with backward. As measured by
-# bench/overhead.py --thresholds, on the CPU; on MPS all calls are taken over. May be set: 0 takes over all,
-# float("inf") leaves a dtype to PyTorch altogether.
+# The least work, in multiply-adds of the forward pass (B * H * L * S * (E + Ev)), for which libmfa replaces PyTorch:
+# for less, the call costs more than the kernel saves, in the forward pass or with backward. The values were measured on
+# the CPU by bench/overhead.py --thresholds; on MPS all calls are replaced. Users may set them: 0 replaces all calls of
+# a dtype, float("inf") none.
 sdpa_thresholds = {torch.float32: 1 << 19, torch.float16: 1 << 13, torch.bfloat16: 1 << 17, torch.float64: 1 << 17}
 
 REPLACED, SMALL = "replaced", "small"
 DISABLED = "flash attention is disabled"
-WAITED = "waited for PyTorch's stream: "  # counted beside what it led to
+WAITED = "waited for PyTorch's stream: "  # counted in addition to the outcome
 _lock = new_lock(globals(), "_lock")
 _outcomes = Counter()
 flash_is_enabled, _efficient_is_enabled = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
 
 
-def disabled():
-    """Why no call is to be taken over while PyTorch's settings are as they are; None if they allow it. Ours is none of
-    PyTorch's kernels: it is allowed where one is that holds no scores. cuDNN's does not count: it stays allowed where
-    all others are switched off to have the unfused path."""
+def disabled_reason():
+    """Why PyTorch's settings allow no replacement; None if they allow it. libmfa is none of PyTorch's backends: it is
+    allowed where a backend is that does not hold the scores. cuDNN is ignored, since it stays allowed where users
+    disable all other backends to get the unfused one."""
     return None if flash_is_enabled() or _efficient_is_enabled() else DISABLED
 
 
-def small(work, tensor):
-    """Why a call of so many multiply-adds is left to PyTorch; None if we take it, or if its lengths may yet change."""
+def small_reason(work, tensor):
+    """SMALL if PyTorch runs a call of `work` multiply-adds, because it is too small; else None. Symbolic lengths are
+    never too small."""
     if tensor.device.type != "cpu" or not isinstance(work, int):
         return None
     return SMALL if work < sdpa_thresholds[tensor.dtype] else None
 
 
 def count(outcome):
-    if torch.compiler.is_dynamo_compiling():  # a graph counts nothing
+    if torch.compiler.is_dynamo_compiling():  # a compiled graph does not count
         return
     with _lock:
         _outcomes[outcome] += 1
 
 
 def sdpa_stats(reset=False):
-    """How many calls came by since the start (or since the last reset): under "replaced" those that ran on libmfa, and
-    under each reason those that PyTorch's own operator was given. A call in compiled code comes by when it is traced,
-    not when it runs."""
+    """The number of calls by outcome since the start, or since the last reset: "replaced" for those that ran on libmfa,
+    and the reason for those that PyTorch's own operator ran. A call in compiled code is counted when it is traced, not
+    when it runs."""
     with _lock:
         outcomes = dict(_outcomes)
         if reset:

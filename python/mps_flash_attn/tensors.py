@@ -15,8 +15,8 @@ _ABSENT = (1, 1, 1, 1)
 
 
 def is_plain(tensor):
-    """Whether this is a tensor with dense memory that holds its values. It is not for subclasses, tensors of a vmap, sparse
-    and nested tensors, zero tensors, which have no memory, and views with a pending negation."""
+    """Whether this is a tensor with dense memory that holds its values. It is not for subclasses, tensors of a vmap,
+    sparse and nested tensors, zero tensors, which have no memory, and views with a pending negation."""
     if type(tensor) not in PLAIN or not _has_storage(tensor) or tensor.is_nested:
         return False
     return not tensor.is_neg() and not tensor._is_zerotensor()
@@ -82,8 +82,8 @@ def autocast(query, *others):
 
 
 def like(query, columns):
-    """Memory for an output: `columns` are contiguous, and the other dimensions have the order of the query's memory, as in
-    PyTorch's own operator. So (B, N, H, D) memory viewed as (B, H, N, D) gives an output of the same order."""
+    """Memory for an output: `columns` are contiguous, and the other dimensions have the order of the query's memory, as
+    in PyTorch's own operator. So (B, N, H, D) memory viewed as (B, H, N, D) gives an output of the same order."""
     batch, heads, rows, head_dim = query.shape
     if columns == head_dim and query.stride(3) == 1:
         return torch.empty_like(query)
@@ -123,8 +123,8 @@ def gradient(tensor, wanted):
 
 
 def _fastest_empty():
-    """(shape, strides, dtype) -> a new tensor on the CPU. The function of compiled code, which is not public, takes half
-    the time of the public one."""
+    """(shape, strides, dtype) -> a new tensor on the CPU. The function that compiled code uses is not public, and takes
+    half the time of the public one."""
 
     def empty(shape, strides, dtype):
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
@@ -171,8 +171,8 @@ offset = torch.Tensor.storage_offset
 
 
 def extent(tensor):
-    """The bytes from the first element of a tensor to the end of its last one; 0 for None; a negative number for a tensor
-    without elements, of which no memory is read."""
+    """The bytes from the first element of a tensor to the end of its last one; 0 for None; a negative number for a
+    tensor without elements, of which no memory is read."""
     if tensor is None:
         return 0
     if not tensor.numel():

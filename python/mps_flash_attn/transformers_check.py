@@ -1,11 +1,11 @@
-"""Which models of transformers call the attention function that their configuration names.
+"""Checks that a model of transformers calls the attention function that its configuration names.
 
-A model that does not call it computes attention with code of its own, and gets masks that were made for our function:
-boolean, or None where the function is to apply causality. Its results would be wrong, with no error. So each model is
-checked when it is made or switched to ours, and each class of configuration when it first asks for a mask.
+A model that does not call it computes attention with its own code, and gets masks that were made for our function:
+boolean, or None where the function applies causality. Its results would be wrong, without an error. So each model is
+checked when it is made or switched to our function, and each class of configuration when it first requests a mask.
 
-What transformers runs with "sdpa" is right with ours, because it gets the same masks and the same arguments. That holds
-unless the code of the model looks at the name itself: in a table of its own classes, or in a comparison with "sdpa".
+Models that run correctly with "sdpa" do so with our function, because it gets the same masks and arguments, unless the
+code of the model depends on the name itself: in a table of its own classes, or in a comparison with "sdpa".
 """
 
 import functools
@@ -24,17 +24,17 @@ _OWN_TABLE = re.compile(r"\b(?!ALL_)(\w+)\[[^\[\]]*_attn_implementation\b[^\[\]]
 _COMPARISON = re.compile(r"""attn_impl\w*\s*(?:==|!=|(?:not\s+)?in\b)[^\n)\]}]*["']sdpa["']""")
 _COMPUTES_ITSELF = "computes attention itself and would never call it"
 
-_names = set()  # those that are registered as ours
-_calling = set()  # the classes of configurations whose models are known to call our function
+_names = set()  # the names under which our function is registered
+_checked_configs = set()  # the classes of configurations whose models are known to call our function
 
 
 def check_models(name):
-    """From now on a model that is made with, or switched to, attn_implementation=`name` is checked.
+    """Checks from now on each model that is made with, or switched to, attn_implementation=`name`.
 
-    transformers' registration has no place for that. A registered attention function is told of the layer, a registered
-    mask function of the configuration, and both are called in the forward pass only, where a model with a table of its
-    own never arrives: it ends in a KeyError when it is made. So transformers' own check of the name is extended, which
-    is a method of the model."""
+    transformers' registration has no hook for that. A registered attention function gets the layer, and a registered
+    mask function the configuration, but both are called in the forward pass only. A model with a table of its own
+    raises a KeyError before, when it is made. So this extends transformers' own check of the name, a method of the
+    model."""
     import transformers
 
     original = getattr(transformers.PreTrainedModel, "get_correct_attn_implementation", None)
@@ -54,7 +54,7 @@ def check_models(name):
             if reason:
                 raise ValueError(_error_message(type(self), reason, requested_attention))
             if _declares_dispatch(type(self)):
-                _calling.add(type(self.config))
+                _checked_configs.add(type(self.config))
         return original(self, requested_attention, *arguments, **options)
 
     get_correct_attn_implementation.checks_ours = True
@@ -62,19 +62,20 @@ def check_models(name):
 
 
 def check_config(config, name):
-    """For a mask that is asked for by a model which was not checked, such as one whose configuration was changed by
-    assignment. All that is known of the model is the class of its configuration."""
+    """Checks the model that requests a mask, unless it was checked before: its configuration may have been changed by
+    assignment. Only the class of the configuration is known here."""
     kind = type(config)
-    if kind not in _calling:
+    if kind not in _checked_configs:
         message = _error_of_config(kind, name)
         if message:
             raise ValueError(message)
-        _calling.add(kind)
+        _checked_configs.add(kind)
 
 
 @torch.compiler.assume_constant_result  # dynamo cannot trace it
 def _error_of_config(kind, name):
-    """The sentence if no model of this class of configurations calls our function; "" if one does, or none is known."""
+    """The error message if no model of this class of configurations calls our function; "" if one does, or if no model
+    is known."""
     known = _model_classes()
     for base in kind.__mro__:
         models = [model for model in known if getattr(model, "config_class", None) is base]
@@ -87,9 +88,9 @@ def _error_of_config(kind, name):
 
 
 def _error_message(model, reason, name):
-    instead = '"sdpa", which runs on libmfa after replace_sdpa(),' if model._supports_sdpa else '"eager"'
+    alternative = '"sdpa", which runs on libmfa after replace_sdpa(),' if model._supports_sdpa else '"eager"'
     return (
-        f'attn_implementation is "{name}", but {model.__name__} {reason}; use attn_implementation={instead} '
+        f'attn_implementation is "{name}", but {model.__name__} {reason}; use attn_implementation={alternative} '
         "for this model"
     )
 
@@ -99,8 +100,7 @@ def _declares_dispatch(model):
 
 
 def _incompatibility(model):
-    """What keeps a class from calling the function that its configuration names; "" if nothing does, or if it has no
-    attention at all."""
+    """Why a class does not call the function that its configuration names; "" if it does, or if it has no attention."""
     from transformers import PreTrainedModel
 
     bases = (base for base in model.__mro__ if issubclass(base, PreTrainedModel))
@@ -112,7 +112,8 @@ def _incompatibility(model):
 
 @functools.lru_cache(maxsize=None)
 def _incompatibility_of_module(module):
-    """The same of the source of a Python module. Without one, as in a notebook, what the class declares is believed."""
+    """The same for the source of a Python module. Without a source, as in a notebook, the declaration of the class is
+    trusted."""
     source = _source(module) or ""
     table = _OWN_TABLE.search(source)
     if table:
@@ -124,8 +125,9 @@ def _incompatibility_of_module(module):
 
 @functools.lru_cache(maxsize=None)
 def _has_attention(module):
-    """False for a convolutional network, say, which may be a part of a model that calls our function. If the attention
-    is in another module after all, check_config() finds it, since no such network asks for a mask."""
+    """False for a convolutional network, for example, which may be a part of a model that calls our function. If there
+    is attention in another module after all, check_config() finds it, since networks without attention request no
+    mask."""
     source = _source(module)
     return source is None or bool(_ATTENTION_CLASS.search(source) or _ATTENTION_CODE.search(source))
 

@@ -13,7 +13,7 @@ from .. import dispatch_cache, tensors, transforms
 from ..autograd import is_differentiated
 from .compiler_cache import tag_compiler_cache
 from ..library import Unsupported
-from ..stats import REPLACED, SMALL, count, disabled, small
+from ..stats import REPLACED, SMALL, count, disabled_reason, small_reason
 from ..transforms import count_of_modes, merge_into_batch, merge_mask_into_batch
 from . import run, shapes
 from .checkpointing import handles, is_replaced, top_hooks
@@ -131,7 +131,7 @@ def check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa
     work = support.work
     if unwrapped is not args:  # under a vmap the shapes are those of one sample
         work *= reduce(torch.sym_max, (one.numel() // each.numel() for one, each in zip(unwrapped, args)))
-    return small(work, unwrapped[0]), support
+    return small_reason(work, unwrapped[0]), support
 
 
 def fallback_reason(args, kind, dropout_p, scale):
@@ -145,7 +145,7 @@ def fallback_reason(args, kind, dropout_p, scale):
                 return tensors.describe_unsupported(tensor)
     if kind is not _EAGER and _is_exporting():
         return "torch.export"  # an exported program may run without this package
-    reason = disabled()
+    reason = disabled_reason()
     if reason is not None:
         return reason
     if dropout_p:

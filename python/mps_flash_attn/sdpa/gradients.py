@@ -14,8 +14,8 @@ from .original import keyword_options
 
 
 def backward(original, run_backward, operands, options, wanted):
-    """Route.backward, after `original` and `run_backward` are bound: by run_backward, or by PyTorch's `original` if there
-    are tangents, or if there is no kernel, which is found out when the kernel is first needed."""
+    """Route.backward, after `original` and `run_backward` are bound: by run_backward, or by PyTorch's `original` if
+    there are tangents, or if there is no kernel, which is found out when the kernel is first needed."""
     reason = "forward-mode differentiation"
     if forward_ad._current_level < 0:
         try:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import tensors
-from ..stats import count, disabled, flash_is_enabled, small
+from ..stats import count, disabled_reason, flash_is_enabled, small_reason
 from .checkpointing import handles
 
 _NAME = "_native_multi_head_attention"
@@ -82,7 +82,7 @@ def fallback_reason(query, key, value, heads, weights, mask, need_weights, mask_
     if not (flash_is_enabled() or torch._C._get_math_sdp_enabled()):
         return "nn.MultiheadAttention: PyTorch has no backend for scaled_dot_product_attention"
     batch, length, width = query.shape
-    return disabled() or small(2 * batch * length * length * width, query)
+    return disabled_reason() or small_reason(2 * batch * length * length * width, query)
 
 
 def _attend(query, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type):

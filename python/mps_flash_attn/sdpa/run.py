@@ -12,7 +12,7 @@ from ..library import Unsupported
 from ..operators import attention_forward, run_backward_operator
 from ..options import Options
 from ..run import forward, forward_for_backward
-from ..stats import REPLACED, SMALL, count, disabled, flash_is_enabled, small
+from ..stats import REPLACED, SMALL, count, disabled_reason, flash_is_enabled, small_reason
 from . import shapes
 from .gradients import backward
 from .original import HAS_GROUPS, keyword_options, math_attention, original
@@ -72,9 +72,9 @@ def options_key(is_causal, scale, enable_gqa):
 def run_cached(cached, query, key, value, mask, is_causal, scale, enable_gqa):
     """The result of a call that has an entry; None if the entry does not hold any more, because settings or the
     alignment of memory changed."""
-    if not flash_is_enabled() and disabled():
+    if not flash_is_enabled() and disabled_reason():
         return None
-    if (small(cached.work, query) is None) is not cached.is_replaced:
+    if (small_reason(cached.work, query) is None) is not cached.is_replaced:
         cached.evict()
         return None
     if not cached.is_replaced:
@@ -96,8 +96,8 @@ def run_cached(cached, query, key, value, mask, is_causal, scale, enable_gqa):
 
 
 def run_eager(query, key, value, mask, is_causal, scale, enable_gqa, support):
-    """The result by libmfa. `support`: the shapes.Support of the call. Raises Unsupported, or ValueError for memory that
-    is not aligned."""
+    """The result by libmfa. `support`: the shapes.Support of the call. Raises Unsupported, or ValueError for memory
+    that is not aligned."""
     backend = torch_backend(query, key, value, mask, is_causal, scale, enable_gqa)
     if backend not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")

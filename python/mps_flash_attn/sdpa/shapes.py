@@ -96,8 +96,8 @@ def four_dimensions(query, key, value, mask, enable_gqa):
 
 
 def mapped(query, key, value, mask, dimensions, size):
-    """The four tensors of one call in place of a vmap over `dimensions` of this size, None where a tensor is not mapped:
-    the mapped dimension is put in front of the others."""
+    """The four tensors of one call in place of a vmap over `dimensions` of this size, None where a tensor is not
+    mapped: the mapped dimension is put in front of the others."""
     operands = (query, key, value, mask)
     ranks = [tensor.dim() - (place is not None) for tensor, place in zip(operands[:3], dimensions)]
     query, key, value, mask = (
