@@ -67,7 +67,7 @@ def insert(query, key, value, mask, options_key, entry_class, *state):
     if call_key not in _entries:
         put(call_key, None)
         return
-    entry = get(call_key)
+    entry = _entries[call_key]
     if entry is None or entry.misses > MAX_MISSES:
         matches = guard(query, key, value) if mask is None else guard(query, key, value, mask)
         if matches is not None:

@@ -133,6 +133,7 @@ def pack_backward(operands, options, gradients):
 
 def _scalars(query, key, value, mask, options):
     batch, q_heads, q_len, head_dim = query.shape
+    lower, upper, scale, softcap = options
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
         is_bool = mask.dtype is torch.bool
@@ -150,10 +151,10 @@ def _scalars(query, key, value, mask, options):
         key.shape[2],
         head_dim,
         value.shape[3],
-        BAND_OPEN_LOWER if options.lower is None else options.lower,
-        BAND_OPEN_UPPER if options.upper is None else options.upper,
-        max(head_dim, 1) ** -0.5 if options.scale is None else options.scale,
-        options.softcap,
+        BAND_OPEN_LOWER if lower is None else lower,
+        BAND_OPEN_UPPER if upper is None else upper,
+        max(head_dim, 1) ** -0.5 if scale is None else scale,
+        softcap,
     )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from . import dispatch_cache, tensors
 from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
-from .problem import Operands, check, check_saved, pack_backward, pack_forward
+from .problem import check, check_saved, pack_backward, pack_forward
 
 # Global names: each attribute lookup costs time in every call.
 _storage, _offset, _address, _empty_on_cpu = tensors.storage, tensors.offset, tensors.address, tensors.empty_on_cpu
@@ -67,7 +67,8 @@ def prepare_forward(query, key, value, mask, options, allocate=tensors.like):
     if cached is not None:
         return cached
     check(query, key, value, mask)
-    tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
+    if mask is not None:
+        tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
     problem = pack_forward(query, key, value, mask, options, out)
     extents = tuple(map(tensors.extent, (query, key, value, mask)))
@@ -116,14 +117,15 @@ def run_forward(prepared, query, key, value, mask, with_lse, with_low=False):
 
 
 def backward(operands, options, wanted):
-    """(dQ, dK, dV, dbias), each None if not `wanted`. `operands`: problem.Operands. d_out is None for zeros."""
+    """(dQ, dK, dV, dbias), each None if not `wanted`. `operands`: problem.Operands, where d_out may be None
+    for zeros."""
     query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
-    operands = Operands(query, key, value, mask, out, lse, d_out, d_lse, out_low)
+    operands = query, key, value, mask, out, lse, d_out, d_lse, out_low
     if out_low is not None:
         check_saved(operands)
         if out_low.stride() != out.stride():  # hooks for saved tensors may have moved either
-            operands = operands._replace(out_low=out.new_empty_strided(out.shape, out.stride()).copy_(out_low))
+            operands = *operands[:8], out.new_empty_strided(out.shape, out.stride()).copy_(out_low)
     return run_backward(prepare_backward(operands, options, wanted), operands)
 
 
@@ -146,7 +148,8 @@ def prepare_backward(operands, options, wanted):
         return cached
     check(query, key, value, mask)
     check_saved(operands)
-    tensors.refuse_short_storage(attn_mask=mask)
+    if mask is not None:
+        tensors.refuse_short_storage(attn_mask=mask)
     gradients = tuple(map(tensors.gradient, (query, key, value, mask), wanted))
     problem = pack_backward(operands, options, gradients)
     extents = tuple(map(tensors.extent, operands[:8]))
