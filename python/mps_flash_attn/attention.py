@@ -84,15 +84,17 @@ def flash_attention(
     is_cast = not by_operator and tensors.is_autocast(query)
     if is_cast:  # the operators have a rule for autocast of their own
         query, key, value, mask = tensors.autocast(query, key, value, mask)
-    options = _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa)
-    if not by_operator and not is_cast and bias is None:
-        dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, options, bool(return_lse))
+    _check_heads(query, key, value, mask, enable_gqa)
+    options = _options(query, key, bias, is_causal, window_size, scale, softcap)
     if by_operator:
         out, lse = attention_forward(query, key, value, mask, *options)
-    elif is_differentiated(query, key, value, mask):
-        return Attention.apply(query, key, value, mask, Call(EAGER, options, return_lse))
-    else:
-        out, lse = forward(query, key, value, mask, options, return_lse)
+        return (out, lse) if return_lse else out
+    call = Call(EAGER, options, bool(return_lse))
+    if not is_cast and bias is None:
+        dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, call)
+    if is_differentiated(query, key, value, mask):
+        return Attention.apply(query, key, value, mask, call)
+    out, lse = forward(query, key, value, mask, options, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -154,9 +156,10 @@ def explain(
     operands = _check_readable(query, key, value, mask)
     if tensors.is_autocast(query):
         operands = tuple(tensors.autocast(*operands))
-    options = _options(*operands, bias, is_causal, window_size, scale, softcap, enable_gqa)
-    problem.check(*operands)
     query, key, value, mask = operands
+    _check_heads(query, key, value, mask, enable_gqa)
+    options = _options(query, key, bias, is_causal, window_size, scale, softcap)
+    problem.check(query, key, value, mask)
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
         if backward:
@@ -176,16 +179,21 @@ def _check_readable(query, key, value, mask):
     return query, key, value, None if mask is None else tensors.check("attn_mask", mask)
 
 
-def _options(query, key, value, mask, bias, is_causal, window_size, scale, softcap, enable_gqa):
-    """The Options of a call."""
-    q_shape, k_shape = query.shape, key.shape
-    if not len(q_shape) == len(k_shape) == 4:
-        problem.check(query, key, value, mask)  # refuses that
-    if q_shape[1] != k_shape[1] and not enable_gqa:
-        raise ValueError(f"query has {q_shape[1]} heads and key has {k_shape[1]}; enable_gqa=True allows that")
-    lower, upper = _band(is_causal, window_size, q_shape[2], k_shape[2])
+def _check_heads(query, key, value, mask, enable_gqa):
+    """Raises if the number of heads differs without enable_gqa."""
+    if not query.dim() == key.dim() == 4:
+        problem.check(query, key, value, mask)  # raises
+    q_heads, kv_heads = query.shape[1], key.shape[1]
+    if q_heads != kv_heads and not enable_gqa:
+        raise ValueError(f"query has {q_heads} heads and key has {kv_heads}; enable_gqa=True allows that")
+
+
+def _options(query, key, bias, is_causal, window_size, scale, softcap):
+    """The Options of a call. `bias`: a CausalBias, or None."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    lower, upper = _band(is_causal, window_size, q_len, kv_len)
     if bias is not None:
-        bound = subclasses.upper_bound(bias, q_shape[2], k_shape[2])
+        bound = subclasses.upper_bound(bias, q_len, kv_len)
         upper = bound if upper is None else min(upper, bound)
     return Options(lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap))
 

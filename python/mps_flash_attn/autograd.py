@@ -207,11 +207,11 @@ _apply = super(torch.autograd.Function, Attention).apply  # skips the handling o
 class CachedCall(CacheEntry):
     """Runs attention on tensors like those of an earlier call. It is the `call` of Attention, too."""
 
-    def __init__(self, matches, query, key, value, mask, options, with_lse, route=EAGER, allocate=tensors.like):
+    def __init__(self, matches, query, key, value, mask, call, allocate=tensors.like):
         super().__init__(matches)
-        self.options, self.with_lse, self.route = options, with_lse, route
+        self.call, self.with_lse = call, call.with_lse
         self.is_differentiated = is_differentiated(query, key, value, mask)
-        self.prepared = run.prepare_forward(query, key, value, mask, options, allocate)
+        self.prepared = run.prepare_forward(query, key, value, mask, call.options, allocate)
         self.cached_backward = None  # (guard of its tensors, run.Backward)
         self.backward_misses = 0
 
@@ -238,11 +238,11 @@ class CachedCall(CacheEntry):
                 try:
                     return run.run_backward(cached[1], operands)
                 except Unsupported:  # a kernel is looked up when it is first needed, and may not be found
-                    return self.route.backward(operands, self.options, wanted)
+                    return self.call.backward(operands, wanted)
             self.backward_misses += 1
             if cached is None or self.backward_misses > dispatch_cache.MAX_MISSES:
                 self._cache_backward(present, operands, wanted)
-        return self.route.backward(operands, self.options, wanted)
+        return self.call.backward(operands, wanted)
 
     def _cache_backward(self, present, operands, wanted):
         _, _, _, _, out, _, _, _, out_low = operands
@@ -250,4 +250,4 @@ class CachedCall(CacheEntry):
             return
         matches = None if needs_operator(*present) else dispatch_cache.guard(*present)
         if matches is not None:
-            self.cached_backward = matches, run.prepare_backward(operands, self.options, wanted)
+            self.cached_backward = matches, run.prepare_backward(operands, self.call.options, wanted)

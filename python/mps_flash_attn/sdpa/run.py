@@ -60,7 +60,7 @@ class ReplacedCall(CachedCall):
     is_replaced = True
 
     def __init__(self, matches, query, key, value, mask, options, backend, work):
-        super().__init__(matches, query, key, value, mask, options, False, _ROUTES[backend], _LAYOUTS[backend])
+        super().__init__(matches, query, key, value, mask, Call(_ROUTES[backend], options, False), _LAYOUTS[backend])
         self.backend, self.work = backend, work
 
 
