@@ -375,7 +375,7 @@ def test_sdpa_after_flash_attention(monkeypatch, replaced):
 
 
 def test_sdpa_settings_change(monkeypatch, replaced):
-    """What PyTorch and the package were told in the meantime."""
+    """Settings of PyTorch and of the package that change between calls."""
     given = [t.transpose(1, 2) for t in tensors(2, 9, 3, 8)]
     result, _ = repeated_sdpa(monkeypatch, *given)
     sdpa_stats(reset=True)

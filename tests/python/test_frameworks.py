@@ -111,7 +111,7 @@ def test_comfyui_unsupported_goes_to_its_own(options):
 
 
 class Module(torch.nn.Module):
-    """What transformers' attention is told of its layer."""
+    """What transformers' attention gets from its layer."""
 
     is_causal = True
     num_key_value_groups = 2

@@ -1,4 +1,4 @@
-"""Whole models with replace_sdpa, and by transformers' own door: what they compute, learn and say is what they did."""
+"""Whole models with replace_sdpa, and by transformers' interface: their results and gradients do not change."""
 
 import copy
 

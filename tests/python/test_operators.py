@@ -260,7 +260,7 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "other width"])
 def test_tensors_without_memory(layout):
-    """Shapes, strides and dtypes of results and gradients are told without computing them."""
+    """The fake rules return the shapes, strides and dtypes of results and gradients."""
     query, key, value = problem(value_dim=5 if layout == "other width" else 8)
     if layout == "transposed":
         query = query.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()

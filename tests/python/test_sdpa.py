@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
 
 @pytest.fixture(params=["at first", "again"], autouse=True)
-def _like_one_before(request, monkeypatch):
+def _first_or_cached(request, monkeypatch):
     """Runs each test also with calls that come for the third time, which have an entry in the dispatch cache."""
     dispatch_cache.clear()
     if request.param == "at first":

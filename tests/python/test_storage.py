@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
 
 @pytest.fixture(params=["at first", "again"], autouse=True)
-def _like_one_before(request):
+def _first_or_cached(request):
     """Runs each test also with calls that have an entry in the dispatch cache."""
     dispatch_cache.clear()
     if request.param == "again":

@@ -371,7 +371,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_code_of_others(kind, transformers, tmp_path, monkeypatch):
-    """A model that is not transformers' own is judged by the same rules."""
+    """A model that is not transformers' own is checked by the same rules."""
     flag, code, reason = THEIRS[kind]
     name = f"others_{kind.replace(' ', '_')}"
     imports = "" if kind == "no interface" else INTERFACE
