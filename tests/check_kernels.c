@@ -193,7 +193,7 @@ static void run_forward(struct trial *t)
     const struct mfa_cpu_kernels *k = t->set->kernels;
     const struct mfa_args *a = &t->call.args;
     const int64_t rows = (int64_t)t->way.panels * k->panel;
-    const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
+    const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, rows);
     const uint64_t scratch = t->way.decode ? k->decode_scratch(&t->call) : k->forward_scratch(&t->call);
     struct guarded partials = {.mapping = NULL};
     if (t->way.splits > 1) {

@@ -15,7 +15,7 @@ struct mfa_strides { /* in elements */
 };
 
 struct mfa_args {
-    mfa_int batch, q_heads, kv_heads, group; /* group = q_heads / kv_heads */
+    mfa_int batch, q_heads, kv_heads, q_heads_per_kv;
     mfa_int q_len, kv_len, head_dim, value_dim;
     mfa_int lower, upper; /* the band, brought within [-q_len, kv_len] */
     struct mfa_strides q, k, v, o, lse, mask;

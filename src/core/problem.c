@@ -265,7 +265,7 @@ struct mfa_args mfa_problem_args(const mfa_problem *p)
         .batch = p->batch,
         .q_heads = p->q_heads,
         .kv_heads = p->kv_heads,
-        .group = p->kv_heads ? p->q_heads / p->kv_heads : 1,
+        .q_heads_per_kv = p->kv_heads ? p->q_heads / p->kv_heads : 1,
         .q_len = p->q_len,
         .kv_len = p->kv_len,
         .head_dim = p->head_dim,

@@ -76,7 +76,7 @@ static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, c
     uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     if (p->pass == MFA_FORWARD) {
-        int64_t chunks = p->batch * p->kv_heads * mfa_cpu_ceil(call->args.group * p->q_len, rows);
+        int64_t chunks = p->batch * p->kv_heads * mfa_cpu_ceil(call->args.q_heads_per_kv * p->q_len, rows);
         if (call->splits > 1)
             at.end = align((uint64_t)(chunks * call->splits) * kernels->partial_bytes(call));
         return at;
@@ -126,7 +126,7 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
 {
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
-    int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->group * a->q_len, rows);
+    int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, rows);
     mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->decode ? kernels->decode : kernels->forward,
                         call);
     if (call->splits > 1)

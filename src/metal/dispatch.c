@@ -161,7 +161,7 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
     call.args = mfa_problem_args(p);
     if (p->lower > p->upper) /* no query attends to any key, nor does a block of them */
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
-    call.pack_gqa = call.args.group, call.splits = mfa_metal_tiling_of(choice).splits;
+    call.pack_gqa = call.args.q_heads_per_kv, call.splits = mfa_metal_tiling_of(choice).splits;
     call.present = present(buffers), call.vec4 = vec4(p, buffers);
     const double unit = p->pass == MFA_FORWARD ? log2e : 1;
     call.score_factor = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale * unit);

@@ -127,7 +127,7 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
     load_row<E_FRAGMENTS>(row.V, v_source(V, call, k.seq, k.kv_head), key, E_COLUMN(sg), k.valid);
     clear<D_FRAGMENTS>(row.dK);
     clear<E_FRAGMENTS>(row.dV);
-    for (long head = k.kv_head * args.group; head < (k.kv_head + 1) * args.group; head++)
+    for (long head = k.kv_head * args.q_heads_per_kv; head < (k.kv_head + 1) * args.q_heads_per_kv; head++)
         count += walk_queries(row, k, head, backward_operands{Q, K, V, dO, {mask, block_mask}, D, L}, call, sg,
                               threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)

@@ -94,7 +94,7 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
         return;
     constant mfa_args &args = call.args;
     sequence seq = sequence_of(call, c.batch);
-    long i = c.i + simdgroup * 8 + at.row, kv_head = c.head / args.group;
+    long i = c.i + simdgroup * 8 + at.row, kv_head = c.head / args.q_heads_per_kv;
     bool valid = i < seq.q_len;
     query q = query{c.head, valid ? i : 0, valid};
     mask_range range;

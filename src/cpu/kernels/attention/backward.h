@@ -420,9 +420,9 @@ static void backward(void *data, int64_t task, int worker)
     gemm_begin();
     fill(s.dK, padded(keys.n) * padded(a->head_dim), 0);
     fill(s.dV, padded(keys.n) * padded(a->value_dim), 0);
-    for (int64_t h = 0; h < a->group; h++)
+    for (int64_t h = 0; h < a->q_heads_per_kv; h++)
         for (int64_t i = 0; i < q_blocks(call); i++) {
-            const struct q_block q = q_block_of(call, &keys.seq, keys.kv_head * a->group + h, i);
+            const struct q_block q = q_block_of(call, &keys.seq, keys.kv_head * a->q_heads_per_kv + h, i);
             if (q.from <= block && block <= q.to)
                 visit_q_block(call, &s, &q, &keys, block);
         }

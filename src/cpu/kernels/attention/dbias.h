@@ -61,7 +61,7 @@ static void dbias(void *data, int64_t task, int worker)
     for (int64_t b = batch; b < batch + batches; b++)
         for (int64_t h = head; h < head + heads; h++)
             for (int64_t j = column; j < column + columns; j++) {
-                keys = keys_of(call, b, h / a->group, j);
+                keys = keys_of(call, b, h / a->q_heads_per_kv, j);
                 const struct range see = panels_of_keys(&keys.seq, keys.first, keys.n, (struct range){row, row + rows});
                 for (int64_t p = see.from; p < see.to; p++) {
                     const struct q_block q = q_block_of(call, &keys.seq, h, p / call->panels);

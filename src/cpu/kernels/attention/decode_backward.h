@@ -184,7 +184,7 @@ static void decode_backward(void *data, int64_t task, int worker)
     int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = blocks - 1 - task % blocks, head = task / blocks;
     const struct keys keys = keys_of(call, head / a->kv_heads, head % a->kv_heads, block);
     struct panel panel;
-    panel_init(&panel, &keys.seq, a, keys.kv_head, 0, a->group * keys.seq.q_len);
+    panel_init(&panel, &keys.seq, a, keys.kv_head, 0, a->q_heads_per_kv * keys.seq.q_len);
     const int R = decode_width(panel.lanes);
     const int64_t d = row_packs(a->head_dim), e = row_packs(a->value_dim);
     load_reals(call, &panel, call->q, &a->q, a->head_dim, s.Q);

@@ -57,7 +57,8 @@ struct chunk {
 static struct chunk chunk_of(const struct mfa_cpu_call *call, int64_t task)
 {
     const struct mfa_args *a = &call->args;
-    int64_t rows = a->group * a->q_len, size = (int64_t)call->panels * PANEL, chunks = mfa_cpu_ceil(rows, size);
+    int64_t rows = a->q_heads_per_kv * a->q_len, size = (int64_t)call->panels * PANEL;
+    int64_t chunks = mfa_cpu_ceil(rows, size);
     int64_t index = chunks - 1 - task % chunks; /* last first: under a causal band it has the most to do */
     struct chunk c = {.seq = sequence_of(call, task / chunks / a->kv_heads), .kv_head = task / chunks % a->kv_heads};
     c.first = index * size;

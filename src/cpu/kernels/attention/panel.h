@@ -57,7 +57,7 @@ static void panel_init(struct panel *panel, const struct sequence *seq, const st
         panel->vector_low[v] = seq->kv_len, panel->vector_high[v] = -1;
     int64_t head = first / seq->q_len, row = first % seq->q_len;
     for (int64_t i = 0; i < PANEL; i++) {
-        panel->head[i] = kv_head * a->group + head;
+        panel->head[i] = kv_head * a->q_heads_per_kv + head;
         panel->row[i] = row;
         panel_add_band(panel, i);
         if (i + 1 < lanes && ++row == seq->q_len)
@@ -73,7 +73,8 @@ static void panel_of_head(struct panel *panel, const struct sequence *seq, const
                           int64_t first)
 {
     const int64_t rest = seq->q_len - first;
-    panel_init(panel, seq, a, head / a->group, head % a->group * seq->q_len + first, rest < PANEL ? rest : PANEL);
+    panel_init(panel, seq, a, head / a->q_heads_per_kv, head % a->q_heads_per_kv * seq->q_len + first,
+               rest < PANEL ? rest : PANEL);
 }
 
 /* Where the row of a lane begins in a tensor of queries. */
