@@ -11,9 +11,9 @@ struct LOCAL(head) {
     struct position at;
     REAL *K, *V, *dK, *dV;                 /* of all keys */
     REAL *P, *slope, *Q, *dO, *O, *dQ;     /* of query i */
-    REAL *rounding;                        /* of O, by that of P */
     double Q_norm, *K_norm, *V_norm;       /* of query i, and of each key */
     double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
+    double *rounding;                      /* of O, by that of P */
     double *off, L_off;                    /* errors of S_ij, of L_i */
 };
 
@@ -99,18 +99,14 @@ static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
 static double LOCAL(rounded_P_off)(const struct naive *n, struct LOCAL(head) *head, double unit)
 {
     const mfa_problem *p = n->problem;
-    double off = 0;
     for (int64_t c = 0; c < p->value_dim; c++)
         head->rounding[c] = 0;
     for (int64_t j = head->at.first; j < head->at.end; j++) {
-        const double P = (double)head->P[j];
-        const REAL rest = (REAL)(element_round(p->dtype, P / unit) * unit - P);
-        for (int64_t c = 0; c < p->value_dim && rest != 0; c++)
-            head->rounding[c] += rest * head->V[j * p->value_dim + c];
+        const double P = (double)head->P[j], rest = element_round(p->dtype, P / unit) * unit - P;
+        for (int64_t c = 0; c < p->value_dim; c++)
+            head->rounding[c] += rest * (double)head->V[j * p->value_dim + c];
     }
-    for (int64_t c = 0; c < p->value_dim; c++)
-        off = fmax(off, fabs((double)head->rounding[c]));
-    return off;
+    return largest(head->rounding, p->value_dim);
 }
 
 static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
@@ -213,11 +209,11 @@ static void NAIVE(struct naive *n)
         struct LOCAL(head) h = {0};
         struct { REAL **row; int64_t count; } reals[] = {
             {&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
-            {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns},
-            {&h.rounding, values}};
+            {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
         struct { double **row; int64_t count; } doubles[] = {
             {&h.K_norm, keys}, {&h.V_norm, keys}, {&h.off, keys}, {&h.O_squares, values}, {&h.dQ_squares, columns},
-            {&h.dK_squares, keys * columns}, {&h.dV_squares, keys * values}};
+            {&h.dK_squares, keys * columns}, {&h.dV_squares, keys * values},
+            {&h.rounding, values}};
         const size_t count = sizeof reals / sizeof *reals, double_count = sizeof doubles / sizeof *doubles;
         for (size_t at = 0; at < count; at++)
             *reals[at].row = (REAL *)reference_allocate(reals[at].count);
