@@ -1,7 +1,7 @@
-/* The bias tile: what a mask adds to the scores of a panel and a block of keys, turned like the scores, [key][PANEL]. A
+/* The bias tile: what a mask adds to the scores of a panel and a block of keys, transposed like the scores, [key][PANEL]. A
  * new additive term of the score, one that is known for each query and key, enters here, and reaches every kernel.
  *
- * A bool mask is turned before it is widened: as many keys as a real has bytes move together. */
+ * A bool mask is transposed before it is widened: as many keys as a real has bytes move together. */
 
 /* Finite masks are often the lowest number of their type: beside a score that, or log2(e) times it, would be -inf, and
  * hide. A power of two survives the way into L and back. */

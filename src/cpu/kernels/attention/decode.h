@@ -47,8 +47,7 @@ static void decode_scores(const struct decode_walk *w, const packed *Q, real fac
     for (int64_t k = 0; k < w->block; k += DECODE_ACCUMULATORS) {
         const int64_t rest = w->block - k, n = rest < DECODE_ACCUMULATORS ? rest : DECODE_ACCUMULATORS;
         struct prefetch_cursor next = decode_cursor(w, k, DECODE_ACCUMULATORS);
-        const struct kv_rows rows =
-            kv_load_rows(K, w->key + k, (struct range){n, DECODE_ACCUMULATORS}, must_copy, copy);
+        const struct kv_rows rows = kv_load_rows(K, w->key + k, n, DECODE_ACCUMULATORS, must_copy, copy);
         gemm_qk_decode(w->R, Q, rows, row_packs(K->columns), factor, S + k * w->R, &next);
     }
 }
@@ -61,7 +60,7 @@ static void decode_outputs(const struct decode_walk *w, const packed *P, packed 
     for (int64_t k = 0; k < w->block; k += chunk) {
         const int64_t n = w->block - k < chunk ? w->block - k : chunk, whole = decode_pv_keys(n, w->R);
         struct prefetch_cursor next = decode_cursor(w, k, chunk);
-        const struct kv_rows rows = kv_load_rows(V, w->key + k, (struct range){n, whole}, 0, copy);
+        const struct kv_rows rows = kv_load_rows(V, w->key + k, n, whole, 0, copy);
         gemm_pv_decode(w->R, P + k_packs(k * w->R), rows, whole, interleaved_columns(V->columns), O, &next);
     }
 }
@@ -88,7 +87,9 @@ static void decode_attend(const struct mfa_cpu_call *call, const struct chunk *c
             continue;
         const struct decode_walk of_K = {&K, &V, key, n, key, R}, of_V = {&V, &K, key, n, key + n, R};
         decode_scores(&of_K, s->Q, (real)score_factor(call), s->K, s->S);
-        decode_score(call, panel, R, seen, key, (struct range){n, whole}, s->S, s->bias_rows, s->bias, NULL);
+        decode_score(call, panel, seen,
+                     (struct decode_tile){R, key, n, whole, s->S, NULL, s->bias_rows,
+                                          seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL});
         decode_softmax_step(R, s->S, vectors, acc, e);
         decode_outputs(&of_V, decode_pack(s->S, vectors, s->S), s->V, acc.O);
     }

@@ -148,7 +148,9 @@ static int decode_backward_keys(const struct mfa_cpu_call *call, const struct de
     const struct decode_walk of_K = {&K, &V, key, n, key, R}, of_V = {&V, &K, key, n, key + n, R};
     decode_scores(&of_K, s->Q_pack, (real)score_factor(call), s->K, s->S);
     decode_scores(&of_V, s->dO_pack, 1, s->K, s->dP);
-    decode_score(call, step->panel, R, seen, key, (struct range){n, whole}, s->S, s->bias_rows, s->bias, dtanh);
+    decode_score(
+        call, step->panel, seen,
+        (struct decode_tile){R, key, n, whole, s->S, dtanh, s->bias_rows, seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL});
     decode_gradients(vectors, s->S, s->dP, dtanh, vec_load(L), vec_load(D));
     decode_outputs(&of_K, decode_pack(s->dP, vectors, s->dS_pack), s->K_rows, s->dQ);
     return 1;

@@ -49,11 +49,10 @@ static struct kv_block kv_load(const struct kv_source *source, int64_t key, int6
 
 /* Rows [key, key + n) for decode, read where they lie if they are whole vectors, else copied; those from n up to
  * `whole` are zeros. */
-static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, struct range rows, int must_copy,
+static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, int64_t n, int64_t whole, int must_copy,
                                    packed *copy)
 {
     const struct mfa_strides *s = source->strides;
-    const int64_t n = rows.from, whole = rows.to;
     const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
     const char *from = kv_row(source, key);
     if (!must_copy && !source->shrinks && s->column == 1 && columns == interleaved_columns(columns) && n == whole)

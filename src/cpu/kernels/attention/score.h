@@ -1,6 +1,6 @@
 /* From S = K Q^T to the scores: scale, softcap, bias, band; and what the softcap's derivative is. Forward, decode,
- * backward and dbias all take them from here. A bias is what a mask adds: it comes as a tile turned like the scores
- * (mask.h makes it). */
+ * backward and dbias all take them from here. A bias is what a mask adds: it comes as a tile transposed like the
+ * scores (bias.h makes it). */
 
 /* --- Scale ------------------------------------------------------------------------------------ */
 
@@ -104,26 +104,37 @@ static void panel_score(const struct mfa_cpu_call *call, const struct panel *pan
     }
 }
 
-/* The same in decode: S and dtanh are [key][R], n keys of R queries, and there is room for `whole`, those beyond n get
- * -inf. bias_rows is room for as many; bias is [key][PANEL]. */
-static void decode_score(const struct mfa_cpu_call *call, const struct panel *panel, int R, enum block_mask seen,
-                         int64_t key, struct range keys, real *S, real *bias_rows, const real *bias, real *dtanh)
+/* The scores of n keys from `key` on in decode, [key][R], with room for `whole` of them; what belongs to them lies
+ * likewise. */
+struct decode_tile {
+    int R;
+    int64_t key, n, whole;
+    real *S;
+    real *dtanh;     /* for 1 - tanh^2; or NULL */
+    real *bias_rows; /* room for the biases */
+    const real *bias; /* [key][PANEL]; or NULL */
+};
+
+/* The same for a decode tile; keys from n on get -inf. */
+static void decode_score(const struct mfa_cpu_call *call, const struct panel *panel, enum block_mask seen,
+                         struct decode_tile t)
 {
-    const int64_t n = keys.from, whole = keys.to;
+    const int64_t n = t.n, whole = t.whole;
+    const int R = t.R;
     if (call->softcap > 0)
-        softcap_scores(S, LANES, whole * R / LANES, call->softcap, dtanh, LANES);
-    if (seen == BLOCK_PARTIAL_BIAS) {
+        softcap_scores(t.S, LANES, whole * R / LANES, call->softcap, t.dtanh, LANES);
+    if (t.bias) {
         for (int64_t k = 0; k < n; k++)
-            memcpy(bias_rows + k * R, bias + k * PANEL, (size_t)R * sizeof(real));
-        fill(bias_rows + n * R, (whole - n) * R, 0);
+            memcpy(t.bias_rows + k * R, t.bias + k * PANEL, (size_t)R * sizeof(real));
+        fill(t.bias_rows + n * R, (whole - n) * R, 0);
         for (int64_t i = 0; i < whole * R; i += LANES)
-            vec_store(S + i, score_plus(vec_load(S + i), bias_rows + i));
+            vec_store(t.S + i, score_plus(vec_load(t.S + i), t.bias_rows + i));
     }
     for (int r = 0; r < R && seen != BLOCK_FULL; r++)
         for (int64_t k = 0; k < n; k++)
-            if (key + k < panel->low[r] || key + k > panel->high[r])
-                S[k * R + r] = -(real)INFINITY;
-    fill(S + n * R, (whole - n) * R, -(real)INFINITY);
+            if (t.key + k < panel->low[r] || t.key + k > panel->high[r])
+                t.S[k * R + r] = -(real)INFINITY;
+    fill(t.S + n * R, (whole - n) * R, -(real)INFINITY);
 }
 
 /* --- Their gradients -------------------------------------------------------------------------- */
