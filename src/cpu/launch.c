@@ -81,15 +81,15 @@ static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, c
             at.end = align((uint64_t)(chunks * call->splits) * kernels->partial_bytes(call));
         return at;
     }
-    int64_t heads = p->batch * p->q_heads, groups = heads * mfa_cpu_ceil(p->q_len, rows);
-    at.L = at.D + align((uint64_t)(groups * rows) * real);
-    at.dq_sums = at.L + align((uint64_t)(groups * rows) * real);
+    int64_t heads = p->batch * p->q_heads, q_blocks = heads * mfa_cpu_ceil(p->q_len, rows);
+    at.L = at.D + align((uint64_t)(q_blocks * rows) * real);
+    at.dq_sums = at.L + align((uint64_t)(q_blocks * rows) * real);
     at.dq_semaphore = at.dq_sums;
     if (!sums_in_place(kernels, p))
         at.dq_semaphore +=
             align((uint64_t)(heads * round_up(p->q_len, kernels->panel) * round_up(p->head_dim, kernels->lanes)) *
                   real);
-    at.end = at.dq_semaphore + align((uint64_t)groups * sizeof *call->dq_semaphore);
+    at.end = at.dq_semaphore + align((uint64_t)q_blocks * sizeof *call->dq_semaphore);
     return at;
 }
 
@@ -161,11 +161,11 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
 {
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
-    int64_t groups = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
+    int64_t q_blocks = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
     int64_t all = a->batch * a->kv_heads, by_block = all < 2 * workers ? all : workers + all % workers;
     struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - by_block, by_block,
                           mfa_cpu_ceil(a->kv_len, call->block_kv)};
-    mfa_cpu_threads_run(threads, workers, groups, kernels->backward_preprocess, call);
+    mfa_cpu_threads_run(threads, workers, q_blocks, kernels->backward_preprocess, call);
     if (call->dq || call->dk || call->dv)
         mfa_cpu_threads_run(threads, workers, heads.entire + heads.by_block * heads.blocks, run_head, &heads);
     if (call->dbias) {

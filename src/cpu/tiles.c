@@ -5,7 +5,7 @@
 
 /* Keys of a block, and panels of queries that share one load of it, for head_dim and value_dim up to `dim`. Chosen so
  * that in forward the scores of one panel, a block of K and V and the sums stay in L2 (1 MiB on the machines that were
- * measured), and in backward P and dS of a group as well. The first row that fits counts. */
+ * measured), and in backward P and dS of a block of queries as well. The first row that fits counts. */
 /* clang-format off */
 static const struct row {
     mfa_cpu_isa isa; /* MFA_CPU_SCALAR: any */

@@ -11,7 +11,7 @@
 
 #include "core/args.h"
 
-#define MFA_CPU_PANELS_MAX 8 /* of a chunk or a group */
+#define MFA_CPU_PANELS_MAX 8 /* of a chunk or a block of queries */
 
 enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 };                /* values as in mfa_dtype */
 enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values as in mfa_mask */
@@ -23,7 +23,7 @@ struct mfa_cpu_call {
     double dS_factor; /* backward: a power of two that dS is multiplied by, near the scale where that is far from 1 */
     int32_t dtype, mask_kind, mask_dtype;
     int32_t block_kv; /* keys of a block */
-    int32_t panels; /* forward: panels of a chunk of queries; backward: of a group */
+    int32_t panels; /* forward: panels of a chunk of queries; backward: of a block of queries */
     int32_t decode; /* 1: by the decode kernels */
     int64_t splits; /* forward: parts of a chunk's kv range */
 
@@ -33,12 +33,13 @@ struct mfa_cpu_call {
     void *o, *o_low, *lse, *dq, *dk, *dv, *dbias;
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
-    void *D; /* backward: real [batch][q_heads][groups * rows of a group] */
+    void *D; /* backward: real [batch][q_heads][blocks of queries * rows of one] */
     void *L; /* the same of L, in the unit of the set's scores */
     /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
      * itself, if rows there are whole vectors of reals */
     void *dq_sums;
-    _Atomic int64_t *dq_semaphore; /* backward: [batch][q_heads][groups], the kv block that may add to dQ next */
+    _Atomic int64_t
+        *dq_semaphore; /* backward: [batch][q_heads][blocks of queries], the kv block that may add to dQ next */
 
     char *scratch; /* of worker w: scratch + w * scratch_bytes, 64-byte aligned */
     uint64_t scratch_bytes;

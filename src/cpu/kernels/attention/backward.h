@@ -4,9 +4,11 @@
  *         for each panel of the block of queries:
  *             P = exp(S - L), S = score(K Q^T)
  *             dS = P * (dP - D), dP = V dO^T              (times 1 - tanh^2 with softcap)
- *         dV += P dO, dK += dS Q
- *         when the block of keys after this one has added its part: dQ += dS^T K
+ *         dV += P^T dO, dK += dS^T Q
+ *         when the block of keys after this one has added its part: dQ += dS K
  *     dK *= scale; and the last block of keys to add to a dQ: dQ *= scale
+ *
+ * Like S^T, P^T and dS^T are what is stored, [key][query]; the code calls them P and dS.
  *
  * A dQ is added to in one order of the blocks of keys, so sums do not depend on who computes them. Tasks are numbered
  * in that order and each waits only for a lower one. It is from the last block to the first: under a causal band, the
@@ -22,7 +24,7 @@ struct backward_scratch {
     packed *Qt, *dOt; /* their transposes, right operands: [packs of dim][PANEL] */
     packed *Q, *dO;   /* of the block of queries, right operands: [packs of query][dim] */
     packed *K, *V;    /* left operands */
-    packed *packed_K; /* K as the left operand of K^T dS */
+    packed *packed_K; /* K as the left operand of K^T dS^T */
     real *dK, *dV;
     real *S, *dP;     /* [key][PANEL]; or they lie in the places of P and dS */
     packed *P, *dS;   /* of the block of queries, left operands: [key][packs of query] */
@@ -46,7 +48,7 @@ static uint64_t backward_arena(const struct mfa_cpu_call *call, char *base, stru
     int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = round_up_keys(call->block_kv);
     int64_t q_block = call->panels * PANEL;
     int64_t d_packs = row_packs(a->head_dim), e_packs = row_packs(a->value_dim);
-    int has_mask = call->mask_kind != CPU_MASK_NONE;
+    const int biased = has_bias(call);
     uint64_t used = 0;
     s->rows = arena_alloc(base, &used, INTERLEAVED_IN_PLACE ? 0 : PANEL * (d_packs > e_packs ? d_packs : e_packs));
     s->Qt = arena_alloc(base, &used, d_packs * PANEL);
@@ -64,8 +66,8 @@ static uint64_t backward_arena(const struct mfa_cpu_call *call, char *base, stru
     s->dS = arena_alloc(base, &used, n * k_packs(q_block_stride(call)));
     s->dS_b = GRADIENTS_IN_PLACE ? s->dS : arena_alloc(base, &used, n * k_packs(q_block_stride(call)));
     s->dtanh = arena_alloc(base, &used, call->softcap > 0 ? n * PANEL : 0);
-    s->mask_rows = arena_alloc(base, &used, has_mask ? n * PANEL : 0);
-    s->bias = arena_alloc(base, &used, has_mask ? n * PANEL : 0);
+    s->mask_rows = arena_alloc(base, &used, biased ? n * PANEL : 0);
+    s->bias = arena_alloc(base, &used, biased ? n * PANEL : 0);
     s->row = arena_alloc(base, &used, 2 * e + 2 * LANES * LANES);
     s->dQ = arena_alloc(base, &used, LANES * d);
     s->dbias = arena_alloc(base, &used, call->mask_kind == CPU_MASK_ADDITIVE ? n * PANEL : 0);
@@ -115,7 +117,7 @@ static void load_keys(const struct mfa_cpu_call *call, const struct backward_scr
     keys->packed_K = pack_at(keys->K, keys->n, K.columns, s->packed_K);
 }
 
-/* Q or dO of the block of queries as a right operand of dK += dS Q, dV += P dO; rows of the block. */
+/* Q or dO of the block of queries as a right operand of dK += dS^T Q, dV += P^T dO; rows of the block. */
 static inline struct packed_b rows_b(const struct mfa_cpu_call *call, packed *rows, int64_t columns)
 {
     return (struct packed_b){rows,
@@ -315,7 +317,7 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
     _Atomic int64_t *semaphore = &call->dq_semaphore[q_block_index(call, q)];
     dq_wait_order(semaphore, block);
     const struct matrix dQ = q_block_dQ(call, q);
-    if (block == q->to)
+    if (block == q->kv_blocks.last)
         clear_dQ(call, q);
     for (int64_t p = 0, next; p < panels; p = next) {
         const struct range r = visible->panels[p];
@@ -333,12 +335,12 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
             gemm_tn_acc(rows, (int)(padded(d) / LANES), at_of_b(dS), b_of_at(K), matrix_from(dQ, first, 0),
                         k_packs(r.to - r.from));
     }
-    if (block == q->from)
+    if (block == q->kv_blocks.first)
         dQ_epilogue(call, q, s->dQ);
     dq_pass_order(semaphore, block);
 }
 
-/* dV += P dO and dK += dS Q; granules that are seen by the same vectors are taken together. */
+/* dV += P^T dO and dK += dS^T Q; granules that are seen by the same vectors are taken together. */
 static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
                       const struct keys *keys, const struct visible *visible)
 {
@@ -423,7 +425,7 @@ static void backward(void *data, int64_t task, int worker)
     for (int64_t h = 0; h < a->q_heads_per_kv; h++)
         for (int64_t i = 0; i < q_blocks(call); i++) {
             const struct q_block q = q_block_of(call, &keys.seq, keys.kv_head * a->q_heads_per_kv + h, i);
-            if (q.from <= block && block <= q.to)
+            if (q.kv_blocks.first <= block && block <= q.kv_blocks.last)
                 visit_q_block(call, &s, &q, &keys, block);
         }
     scale_vectors(s.dK, keys.n * padded(a->head_dim), call->scale / call->dS_factor);

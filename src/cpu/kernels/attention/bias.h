@@ -1,5 +1,6 @@
-/* The bias tile: what a mask adds to the scores of a panel and a block of keys, transposed like the scores, [key][PANEL]. A
- * new additive term of the score, one that is known for each query and key, enters here, and reaches every kernel.
+/* The bias tile: what a mask adds to the scores of a panel and a block of keys, transposed like the scores,
+ * [key][PANEL]. A new additive term of the score, one that is known for each query and key, enters here (has_bias,
+ * panel_bias), and reaches every kernel.
  *
  * A bool mask is transposed before it is widened: as many keys as a real has bytes move together. */
 
@@ -9,6 +10,12 @@
 
 /* As many bits as a real. */
 typedef __typeof__(_Generic((real)0, double: (uint64_t)0, float: (uint32_t)0)) word;
+
+/* Whether scores may need a bias tile, and so the scratch memory for it. */
+static inline int has_bias(const struct mfa_cpu_call *call)
+{
+    return call->mask_kind != CPU_MASK_NONE;
+}
 
 /* Reals that a row of the mask takes up for n keys. */
 static inline int64_t mask_stride(const struct mfa_cpu_call *call, int64_t n)

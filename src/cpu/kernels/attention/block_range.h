@@ -13,6 +13,11 @@ struct range {
     int64_t from, to;
 };
 
+/* The first and the last of something, both included; none if first > last. */
+struct bounds {
+    int64_t first, last;
+};
+
 static enum block_mask band_block_mask(const struct panel *panel, int64_t key, int64_t n)
 {
     if (key > panel->any_high || key + n - 1 < panel->any_low)
@@ -77,37 +82,35 @@ static struct range full_range(const struct mfa_cpu_call *call, const struct pan
     return (struct range){from, to};
 }
 
-/* Blocks [from, to) of `size` keys: a split's share of those that hold keys low..high. */
-static struct range split_blocks(const struct mfa_cpu_call *call, int64_t split, int64_t low, int64_t high,
-                                 int64_t size)
+/* A split's share [from, to) of the blocks of `size` keys that hold some of `keys`. */
+static struct range split_blocks(const struct mfa_cpu_call *call, int64_t split, struct bounds keys, int64_t size)
 {
-    int64_t first = low / size, blocks = high < low ? 0 : high / size - first + 1;
+    const int64_t first = keys.first / size, blocks = keys.last < keys.first ? 0 : keys.last / size - first + 1;
     return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
 }
 
-/* The keys of block j among low..high, in whole units: a chunk of queries loads no others. */
-static struct range block_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t j, int64_t low,
-                               int64_t high)
+/* The keys of block j among `seen`, in whole units: a chunk of queries loads no others. */
+static struct range block_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t j,
+                               struct bounds seen)
 {
     struct range keys = {j * call->block_kv, (j + 1) * call->block_kv};
-    int64_t end = mfa_cpu_ceil(high + 1, KEY_UNIT) * KEY_UNIT;
+    int64_t end = mfa_cpu_ceil(seen.last + 1, KEY_UNIT) * KEY_UNIT;
     if (end > seq->kv_len)
         end = seq->kv_len;
-    keys.from = low > keys.from ? low / KEY_UNIT * KEY_UNIT : keys.from;
+    keys.from = seen.first > keys.from ? seen.first / KEY_UNIT * KEY_UNIT : keys.from;
     keys.to = end < keys.to ? end : keys.to;
     return keys;
 }
 
-/* The first and the last block of keys that queries [first, first + rows) see, for a step of block_kv; first > last:
- * none. `to` is included. */
-static struct range blocks_of_queries(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t first,
-                                      int64_t rows)
+/* The blocks of block_kv keys that queries [first, first + rows) see. */
+static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t first,
+                                       int64_t rows)
 {
     int64_t low = first + seq->lower, high = first + rows - 1 + seq->upper;
     low = low < 0 ? 0 : low;
     high = high < seq->kv_len - 1 ? high : seq->kv_len - 1;
     const int64_t from = low / call->block_kv;
-    return (struct range){from, high < low ? from - 1 : high / call->block_kv};
+    return (struct bounds){from, high < low ? from - 1 : high / call->block_kv};
 }
 
 /* The panels among [from, to) with a query that sees one of the n keys from `key` on. */

@@ -18,7 +18,7 @@ static uint64_t decode_arena(const struct mfa_cpu_call *call, char *base, struct
     const struct mfa_args *a = &call->args;
     int64_t d = row_packs(a->head_dim), e = row_packs(a->value_dim);
     int64_t wide = padded(a->head_dim > a->value_dim ? a->head_dim : a->value_dim);
-    int has_mask = call->mask_kind != CPU_MASK_NONE;
+    const int biased = has_bias(call);
     uint64_t used = 0;
     s->Q = arena_alloc(base, &used, PANEL * d); /* this and the next as in forward_arena, for merge */
     s->rows = arena_alloc(base, &used, PANEL * wide);
@@ -27,9 +27,9 @@ static uint64_t decode_arena(const struct mfa_cpu_call *call, char *base, struct
     s->S = arena_alloc(base, &used, DECODE_KEYS * LANES);
     s->O = arena_alloc(base, &used, LANES * interleaved_columns(a->value_dim));
     s->acc = arena_alloc(base, &used, accumulator_reals(a));
-    s->bias_rows = arena_alloc(base, &used, has_mask ? DECODE_KEYS * LANES : 0);
-    s->mask_rows = arena_alloc(base, &used, has_mask ? PANEL * DECODE_KEYS : 0);
-    s->bias = arena_alloc(base, &used, has_mask ? PANEL * DECODE_KEYS : 0);
+    s->bias_rows = arena_alloc(base, &used, biased ? DECODE_KEYS * LANES : 0);
+    s->mask_rows = arena_alloc(base, &used, biased ? PANEL * DECODE_KEYS : 0);
+    s->bias = arena_alloc(base, &used, biased ? PANEL * DECODE_KEYS : 0);
     return used;
 }
 
@@ -56,7 +56,7 @@ static void decode_scores(const struct decode_walk *w, const packed *Q, real fac
 static void decode_outputs(const struct decode_walk *w, const packed *P, packed *copy, real *O)
 {
     const struct kv_source *V = w->source;
-    const int64_t chunk = decode_chunk_keys(V, w->R);
+    const int64_t chunk = kv_chunk_keys(V, w->R);
     for (int64_t k = 0; k < w->block; k += chunk) {
         const int64_t n = w->block - k < chunk ? w->block - k : chunk, whole = decode_pv_keys(n, w->R);
         struct prefetch_cursor next = decode_cursor(w, k, chunk);
@@ -78,7 +78,8 @@ static void decode_attend(const struct mfa_cpu_call *call, const struct chunk *c
 
     const struct kv_source K = k_source(call, &c->seq, c->kv_head);
     const struct kv_source V = v_source(call, &c->seq, c->kv_head, c->shrinks_V);
-    const struct range blocks = split_blocks(call, split, panel->any_low, panel->any_high, DECODE_KEYS);
+    const struct range blocks =
+        split_blocks(call, split, (struct bounds){panel->any_low, panel->any_high}, DECODE_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         const int64_t key = j * DECODE_KEYS, rest = c->seq.kv_len - key, n = rest < DECODE_KEYS ? rest : DECODE_KEYS;
         const int64_t whole = round_up_decode_keys(n, R), vectors = whole * R / LANES;

@@ -20,7 +20,7 @@ static uint64_t decode_backward_arena(const struct mfa_cpu_call *call, char *bas
 {
     const struct mfa_args *a = &call->args;
     int64_t d = row_packs(a->head_dim), e = row_packs(a->value_dim), wide = d > e ? d : e;
-    int has_mask = call->mask_kind != CPU_MASK_NONE;
+    const int biased = has_bias(call);
     uint64_t used = 0;
     s->Q = arena_alloc(base, &used, DECODE_ROWS * padded(a->head_dim));
     s->dO = arena_alloc(base, &used, DECODE_ROWS * padded(a->value_dim));
@@ -35,9 +35,9 @@ static uint64_t decode_backward_arena(const struct mfa_cpu_call *call, char *bas
     s->K = arena_alloc(base, &used, DECODE_ACCUMULATORS * wide);
     s->K_rows = arena_alloc(base, &used, DECODE_KEYS * d);
     s->row = arena_alloc(base, &used, wide * PACK_ELEMENTS);
-    s->bias_rows = arena_alloc(base, &used, has_mask ? DECODE_KEYS * LANES : 0);
-    s->mask_rows = arena_alloc(base, &used, has_mask ? PANEL * DECODE_KEYS : 0);
-    s->bias = arena_alloc(base, &used, has_mask ? PANEL * DECODE_KEYS : 0);
+    s->bias_rows = arena_alloc(base, &used, biased ? DECODE_KEYS * LANES : 0);
+    s->mask_rows = arena_alloc(base, &used, biased ? PANEL * DECODE_KEYS : 0);
+    s->bias = arena_alloc(base, &used, biased ? PANEL * DECODE_KEYS : 0);
     return used;
 }
 
@@ -166,12 +166,12 @@ static void decode_add_dQ(const struct mfa_cpu_call *call, const struct decode_b
     dq_wait_order(semaphore, block);
     for (int64_t i = 0; i < panel->lanes; i++) {
         q = q_block_of(call, &panel->seq, panel->head[i], 0);
-        if (block == q.to && panel->row[i] == 0)
+        if (block == q.kv_blocks.last && panel->row[i] == 0)
             clear_dQ(call, &q);
         real *dQ = matrix_from(q_block_dQ(call, &q), panel->row[i], 0).data;
         for (int64_t c = 0; c < columns; c += LANES)
             vec_store(dQ + c, vec_add(vec_load(dQ + c), vec_load(s->dQ + i * width + c)));
-        if (block == q.from && panel->row[i] + 1 == q.rows)
+        if (block == q.kv_blocks.first && panel->row[i] + 1 == q.rows)
             dQ_epilogue(call, &q, NULL);
     }
     dq_pass_order(semaphore, block);
@@ -212,6 +212,6 @@ static void decode_backward(void *data, int64_t task, int worker)
         store_dK_dV(call, &s, &step, decode_backward_keys(call, &s, &step, L, D));
     }
     const struct q_block q = q_block_of(call, &keys.seq, panel.head[0], 0);
-    if (call->dq && q.from <= block && block <= q.to)
+    if (call->dq && q.kv_blocks.first <= block && block <= q.kv_blocks.last)
         decode_add_dQ(call, &s, &panel, block);
 }

@@ -4,7 +4,7 @@
  *         for each panel of the chunk that sees it:
  *             S = score(K Q^T)
  *             m, l, O, P = softmax_step(S)
- *             O^T += V^T P
+ *             O^T += V^T P^T
  *     O, L = softmax_epilogue(m, l, O)
  *
  * Scores to which at most a bias is added become P as they are computed (gemm_exp2), as long as m holds. O before it is
@@ -21,7 +21,7 @@ static uint64_t forward_arena(const struct mfa_cpu_call *call, char *base, struc
     const struct mfa_args *a = &call->args;
     int64_t d = row_packs(a->head_dim), e = row_packs(a->value_dim), n = round_up_keys(call->block_kv);
     int64_t wide = padded(a->head_dim > a->value_dim ? a->head_dim : a->value_dim);
-    int has_mask = call->mask_kind != CPU_MASK_NONE;
+    const int biased = has_bias(call);
     uint64_t used = 0;
     s->Q = arena_alloc(base, &used, call->panels * d * PANEL);
     s->rows = arena_alloc(base, &used, PANEL * wide);
@@ -31,8 +31,8 @@ static uint64_t forward_arena(const struct mfa_cpu_call *call, char *base, struc
     s->packed_V = arena_alloc(base, &used, INTERLEAVED_IN_PLACE ? 0 : n * e);
     s->P = P_IN_PLACE ? s->S : arena_alloc(base, &used, k_packs(n) * PANEL);
     s->acc = arena_alloc(base, &used, call->panels * accumulator_reals(a));
-    s->mask_rows = arena_alloc(base, &used, has_mask ? n * PANEL : 0);
-    s->bias = arena_alloc(base, &used, has_mask ? n * PANEL : 0);
+    s->mask_rows = arena_alloc(base, &used, biased ? n * PANEL : 0);
+    s->bias = arena_alloc(base, &used, biased ? n * PANEL : 0);
     return used;
 }
 
@@ -117,7 +117,7 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct forward_
     }
 }
 
-/* O^T += V^T P, likewise; P begins with key r.from. */
+/* O^T += V^T P^T, likewise; P begins with key r.from. */
 static void add_values(const struct mfa_cpu_call *call, const struct forward_step *step, struct range r,
                        struct packed_b P)
 {
@@ -180,16 +180,16 @@ static void attend(const struct mfa_cpu_call *call, const struct forward_scratch
 }
 
 /* The keys that some panel of the chunk sees, and the start of its softmax. */
-static struct range chunk_start(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
-                                struct panel *panels)
+static struct bounds chunk_start(const struct mfa_cpu_call *call, const struct chunk *c,
+                                 const struct forward_scratch *s, struct panel *panels)
 {
     const struct mfa_args *a = &call->args;
-    struct range seen = {c->seq.kv_len, -1};
+    struct bounds seen = {c->seq.kv_len, -1};
     for (int64_t p = 0; p < c->panels; p++) {
         chunk_panel(c, a, p, &panels[p]);
         softmax_start(a, accumulators_at(s->acc, a, p), c->shrinks_V);
-        seen.from = panels[p].any_low < seen.from ? panels[p].any_low : seen.from;
-        seen.to = panels[p].any_high > seen.to ? panels[p].any_high : seen.to;
+        seen.first = panels[p].any_low < seen.first ? panels[p].any_low : seen.first;
+        seen.last = panels[p].any_high > seen.last ? panels[p].any_high : seen.last;
     }
     return seen;
 }
@@ -201,11 +201,11 @@ static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, 
     const struct mfa_args *a = &call->args;
     const struct kv_source sources[2] = {k_source(call, &c->seq, c->kv_head),
                                          v_source(call, &c->seq, c->kv_head, c->shrinks_V)};
-    const struct range seen_keys = chunk_start(call, c, s, panels);
-    const struct range blocks = split_blocks(call, split, seen_keys.from, seen_keys.to, call->block_kv);
+    const struct bounds seen_keys = chunk_start(call, c, s, panels);
+    const struct range blocks = split_blocks(call, split, seen_keys, call->block_kv);
     int64_t packed_panels = 0;
     for (int64_t j = blocks.from; j < blocks.to; j++) {
-        const struct range keys = block_keys(call, &c->seq, j, seen_keys.from, seen_keys.to);
+        const struct range keys = block_keys(call, &c->seq, j, seen_keys);
         const int64_t key = keys.from, n = keys.to - key;
         struct kv_block K = {0};
         struct packed_at V = {0};

@@ -87,13 +87,13 @@ static struct prefetch_cursor kv_cursor_share(const struct kv_source *source, in
     return cursor;
 }
 
-/* Keys of a chunk, a part of a decode block: about DECODE_CHUNK_BYTES; or all, where tiles take packs from many rows in
+/* Keys of a chunk, a part of a decode block: about KV_CHUNK_BYTES; or all, where tiles take packs from many rows in
  * turn. */
-static int64_t decode_chunk_keys(const struct kv_source *source, int R)
+static int64_t kv_chunk_keys(const struct kv_source *source, int R)
 {
     int64_t n = DECODE_KEYS;
     while (decode_has_whole_vectors(R) && n > decode_key_unit(R) &&
-           n * source->columns * bytes_of(source->dtype) > DECODE_CHUNK_BYTES)
+           n * source->columns * bytes_of(source->dtype) > KV_CHUNK_BYTES)
         n /= 2;
     return n;
 }
@@ -109,7 +109,7 @@ struct decode_walk {
  * those of what is read after it. If nothing follows, a row that there is, again and again. */
 static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t k, int64_t n)
 {
-    k += decode_chunk_keys(w->source, w->R);
+    k += kv_chunk_keys(w->source, w->R);
     const struct kv_source *next = k < w->block ? w->source : w->after;
     const int64_t from = k < w->block ? w->key + k : w->then + k - w->block;
     const int last =

@@ -5,7 +5,7 @@
 struct q_block {
     struct sequence seq;
     int64_t head, index, first, rows;
-    int64_t from, to;
+    struct bounds kv_blocks;
 };
 
 static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
@@ -14,8 +14,7 @@ static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct s
     const int64_t size = (int64_t)call->panels * PANEL;
     struct q_block q = {.seq = *seq, .head = head, .index = index, .first = index * size};
     q.rows = seq->q_len - q.first < size ? seq->q_len - q.first : size;
-    const struct range blocks = blocks_of_queries(call, seq, q.first, q.rows);
-    q.from = blocks.from, q.to = blocks.to;
+    q.kv_blocks = blocks_of_queries(call, seq, q.first, q.rows);
     return q;
 }
 
@@ -168,8 +167,8 @@ static void preprocess_q_block(const struct mfa_cpu_call *call, const struct q_b
     scale_gradients(call, D, lanes);
     quiet_nans(D, lanes);
     quiet_nans(L, lanes);
-    atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], q->to, memory_order_relaxed);
-    if (call->dq && q->from > q->to) {
+    atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], q->kv_blocks.last, memory_order_relaxed);
+    if (call->dq && q->kv_blocks.first > q->kv_blocks.last) {
         clear_dQ(call, q);
         dQ_epilogue(call, q, dQ_rows);
     }

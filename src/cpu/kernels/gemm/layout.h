@@ -5,9 +5,11 @@
  * product multiplies and adds in one step. The two numbers of a pack follow each other along k, the dimension that is
  * summed over:
  *
- *     row-major packs     [row][k / K_PACK]      left operands: K in K Q^T, V in V dO^T, P in P dO, dS in dS Q
- *     k-interleaved packs [k / K_PACK][column]   right operands: Q^T, dO^T, P^T, Q, dO, dS; V and K in V^T P^T, dS^T K.
- *                                                Intel's name for it is VNNI
+ *     row-major packs     [row][k / K_PACK]      left operands: K in K Q^T, V in V dO^T, P^T in P^T dO,
+ *                                                dS^T in dS^T Q
+ *     k-interleaved packs [k / K_PACK][column]   right operands: Q^T, dO^T, P^T, Q, dO, dS^T; V in V^T P^T,
+ *                                                K in dS K.
+ *                                                Intel's name for this layout is VNNI
  *
  * With K_PACK = 1 either is the matrix itself. Rows are padded with zeros to whole vectors.
  *
@@ -59,7 +61,7 @@ enum {
     PREFETCH_BY_PACK = !USE_AMX, /* products take a cursor and prefetch evenly; else only gemm_exp2 does */
     PREFETCH_O = K_PACK == 1, /* fetching O before it is written pays */
     FACTOR_AFTER_GEMM = USE_AMX, /* gemm_dS leaves the factor of S to the exponentials */
-    TRANSPOSED_DQ = USE_AMX, /* dS^T K is made as its transpose */
+    TRANSPOSED_DQ = USE_AMX, /* dS K is made as its transpose */
     RESCALE_KEYS = USE_AMX ? KEY_UNIT : 48, /* keys from which m is estimated anew where it is stale */
 };
 
