@@ -1,35 +1,35 @@
-/* Every case of the case list, against the reference, through the public door.
+/* Every case of the case list, against the reference, through the public interface.
  *
  * A line of the list is a problem in the library's own syntax, whose pass may be "both" (forward, and
- * backward from what forward gave) and whose dtype may be "any". Each is crossed with the dtypes; each of
+ * backward from the outputs of forward) and whose dtype may be "any". Each is crossed with the dtypes; each of
  * these with variants (what is broadcast, whether dL is given), which have a reference of their own; the
  * first variant with the arrangements of memory, with thread counts, repeats and partial sets of outputs,
- * the others with one arrangement each. --random draws problems instead (kit/random.h). */
+ * the others with one arrangement each. --random draws problems from the seed instead (support/random.h). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "kit/arguments.h"
-#include "kit/cases.h"
-#include "kit/operands.h"
-#include "kit/random.h"
-#include "kit/report.h"
-#include "kit/subject.h"
 #include "mfa.h"
+#include "support/arguments.h"
+#include "support/cases.h"
+#include "support/operands.h"
+#include "support/random.h"
+#include "support/report.h"
+#include "support/test_case.h"
 
-enum { MOST_VARIANTS = 24 };
+enum { MAX_VARIANTS = 24 };
 
-struct trial { /* a subject, and with what it is run */
-    struct subject subject;
+struct test_run { /* a test case, and the context and arguments of its runs */
+    struct test_case test_case;
     mfa_context *context;
     const struct arguments *arguments;
 };
 
-static const char *describe(const struct trial *trial, enum arrangement arrangement, int threads)
+static const char *describe(const struct test_run *t, enum arrangement arrangement, int threads)
 {
-    return subject_describe(&trial->subject, "%s, threads %d", arrangement_name(arrangement), threads);
+    return test_case_describe(&t->test_case, "%s, threads %d", arrangement_name(arrangement), threads);
 }
 
 static int succeeded(mfa_status status, const char *what)
@@ -47,24 +47,24 @@ static int intact(const char *overrun, const char *what)
 }
 
 /* Runs the passes into `results`; 0 if something failed and was reported. */
-static int run(struct trial *trial, enum arrangement arrangement, unsigned wanted, int threads,
+static int run(struct test_run *t, enum arrangement arrangement, unsigned wanted, int threads,
                struct reference *results)
 {
-    const char *what = describe(trial, arrangement, threads);
+    const char *what = describe(t, arrangement, threads);
     int planned = arrangement != DENSE, good = 1;
     struct operands operands;
     guarded_testing(what);
     memset(results, 0, sizeof *results);
-    if (!succeeded(mfa_context_set_threads(trial->context, threads), what))
+    if (!succeeded(mfa_context_set_threads(t->context, threads), what))
         return 0;
-    operands_open(&operands, &trial->subject.inputs, arrangement, wanted);
-    if (trial->subject.passes & CASE_FORWARD) {
-        good = succeeded(operands_run(&operands, trial->context, planned), what);
+    operands_open(&operands, &t->test_case.inputs, arrangement, wanted);
+    if (t->test_case.passes & CASE_FORWARD) {
+        good = succeeded(operands_run(&operands, t->context, planned), what);
         good = intact(operands_collect(&operands, results), what) && good;
     }
-    if (good && (trial->subject.passes & CASE_BACKWARD)) {
-        operands_turn(&operands, arrangement, trial->subject.passes & CASE_FORWARD ? results : &trial->subject.truth);
-        good = succeeded(operands_run(&operands, trial->context, planned), what);
+    if (good && (t->test_case.passes & CASE_BACKWARD)) {
+        operands_turn(&operands, arrangement, t->test_case.passes & CASE_FORWARD ? results : &t->test_case.truth);
+        good = succeeded(operands_run(&operands, t->context, planned), what);
         good = intact(operands_collect(&operands, results), what) && good;
     }
     operands_close(&operands);
@@ -72,11 +72,11 @@ static int run(struct trial *trial, enum arrangement arrangement, unsigned wante
 }
 
 /* One run that must be close to the reference. */
-static int check(struct trial *trial, enum arrangement arrangement, unsigned wanted, int threads)
+static int check(struct test_run *t, enum arrangement arrangement, unsigned wanted, int threads)
 {
     struct reference results;
-    int good = run(trial, arrangement, wanted, threads, &results) &&
-               subject_is_right(&trial->subject, describe(trial, arrangement, threads), &results);
+    int good = run(t, arrangement, wanted, threads, &results) &&
+               test_case_is_right(&t->test_case, describe(t, arrangement, threads), &results);
     reference_close(&results);
     if (good)
         report_pass();
@@ -84,18 +84,18 @@ static int check(struct trial *trial, enum arrangement arrangement, unsigned wan
 }
 
 /* Runs that must be the same bit for bit: `repeats` of them, and one with each number of threads. */
-static int check_same(struct trial *trial, int repeats)
+static int check_same(struct test_run *t, int repeats)
 {
     static const int threads[] = {1, 2, 3, 7};
-    const int counts = trial->arguments->threads ? 0 : sizeof threads / sizeof *threads, first = 7;
+    const int counts = t->arguments->threads ? 0 : sizeof threads / sizeof *threads, first = 7;
     struct reference expected, results;
     const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS | OUTPUT(O_LOW);
-    int usual = trial->arguments->threads ? trial->arguments->threads : first;
-    int good = run(trial, DENSE, all, usual, &expected);
+    int usual = t->arguments->threads ? t->arguments->threads : first;
+    int good = run(t, DENSE, all, usual, &expected);
     for (int at = 0; good && at < counts + repeats; at++) {
         int with = at < counts ? threads[at] : usual;
-        good = run(trial, DENSE, all, with, &results) &&
-               subject_is_same(&trial->subject, describe(trial, DENSE, with), &results, &expected);
+        good = run(t, DENSE, all, with, &results) &&
+               test_case_is_same(&t->test_case, describe(t, DENSE, with), &results, &expected);
         reference_close(&results);
     }
     reference_close(&expected);
@@ -105,27 +105,27 @@ static int check_same(struct trial *trial, int repeats)
 }
 
 /* Forward without L, backward with each of its outputs alone. */
-static int check_partial(struct trial *trial, int threads)
+static int check_partial(struct test_run *t, int threads)
 {
     static const unsigned alone[] = {OUTPUT(dQ), OUTPUT(dK), OUTPUT(dV), OUTPUT(DBIAS), OUTPUT(dQ) | OUTPUT(dV)};
-    const int passes = trial->subject.passes;
+    const int passes = t->test_case.passes;
     int good = 1;
     if (passes & CASE_FORWARD) {
-        trial->subject.passes = CASE_FORWARD;
-        good = check(trial, ROWS_FIRST, OUTPUT(O), threads);
-        good = check(trial, ROWS_FIRST, OUTPUT(O) | OUTPUT(O_LOW), threads) && good;
-        trial->subject.passes = passes;
+        t->test_case.passes = CASE_FORWARD;
+        good = check(t, ROWS_FIRST, OUTPUT(O), threads);
+        good = check(t, ROWS_FIRST, OUTPUT(O) | OUTPUT(O_LOW), threads) && good;
+        t->test_case.passes = passes;
     }
     for (size_t n = 0; n < sizeof alone / sizeof *alone && (passes & CASE_BACKWARD); n++)
-        if (trial->subject.inputs.problem.mask == MFA_MASK_ADDITIVE || alone[n] != OUTPUT(DBIAS))
-            good = check(trial, DENSE, FORWARD_OUTPUTS | alone[n], threads) && good;
+        if (t->test_case.inputs.problem.mask == MFA_MASK_ADDITIVE || alone[n] != OUTPUT(DBIAS))
+            good = check(t, DENSE, FORWARD_OUTPUTS | alone[n], threads) && good;
     return good;
 }
 
 /* --- Variants --------------------------------------------------------------------------------- */
 
-/* The first broadcasts nothing. `line` makes cases differ in what they choose where not all is done. */
-static int list_variants(const mfa_problem *p, int quick, int line, struct variant variants[MOST_VARIANTS])
+/* The first variant broadcasts nothing. Where not all variants are run, `line` selects different ones for each case. */
+static int list_variants(const mfa_problem *p, int quick, int line, struct variant variants[MAX_VARIANTS])
 {
     int count = 0, small = case_multiplications(p) <= CASE_SMALL;
     variants[count++] = (struct variant){.dlse = line % 2};
@@ -148,21 +148,21 @@ static unsigned outputs(int number)
     return FORWARD_OUTPUTS | BACKWARD_OUTPUTS | (number % 2 ? OUTPUT(O_LOW) : 0);
 }
 
-static int check_variant(struct trial *trial, int number, int line)
+static int check_variant(struct test_run *t, int number, int line)
 {
-    const struct arguments *arguments = trial->arguments;
+    const struct arguments *arguments = t->arguments;
     const int threads = arguments->threads ? arguments->threads : 1 + line % 3;
     int good = 1;
     if (number > 0) {
-        good = check(trial, (number + line) % ARRANGEMENTS, outputs(number), threads);
+        good = check(t, (number + line) % ARRANGEMENTS, outputs(number), threads);
     } else {
-        int small = case_multiplications(&trial->subject.inputs.problem) <= CASE_SMALL;
+        int small = case_multiplications(&t->test_case.inputs.problem) <= CASE_SMALL;
         for (int arrangement = DENSE; arrangement < ARRANGEMENTS; arrangement++)
             if (arrangement == DENSE || arrangement == 1 + line % (ARRANGEMENTS - 1) || (small && !arguments->quick))
-                good = check(trial, arrangement, outputs(arrangement + line), threads) && good;
+                good = check(t, arrangement, outputs(arrangement + line), threads) && good;
         int repeats = arguments->repeat ? arguments->repeat : small && line % 4 == 0 && !arguments->quick ? 20 : 1;
-        good = good && check_same(trial, repeats);
-        good = good && check_partial(trial, threads);
+        good = good && check_same(t, repeats);
+        good = good && check_partial(t, threads);
     }
     return good;
 }
@@ -182,8 +182,8 @@ static int ascending(const void *a, const void *b)
     return difference < 0 ? -1 : difference > 0;
 }
 
-/* Prints the median time of the operands' pass. Operations: what the band leaves, no more. */
-static void time_pass(struct trial *trial, struct operands *operands)
+/* Prints the median time of the operands' pass. Only pairs within the band count as operations. */
+static void time_pass(struct test_run *t, struct operands *operands)
 {
     enum { MOST = 101 };
     const mfa_problem *p = &operands->problem;
@@ -198,7 +198,7 @@ static void time_pass(struct trial *trial, struct operands *operands)
     double each = p->pass == MFA_FORWARD ? 2 * (columns + values) : 2 * (3 * columns + 2 * values);
     while (count < 5 || (count < MOST && seconds() - begin < 1)) {
         double start = seconds();
-        if (!succeeded(operands_run(operands, trial->context, 0), trial->subject.text))
+        if (!succeeded(operands_run(operands, t->context, 0), t->test_case.text))
             return;
         times[count++] = seconds() - start;
     }
@@ -206,22 +206,22 @@ static void time_pass(struct trial *trial, struct operands *operands)
     double median = times[count / 2];
     printf("%10.3f ms %8.1f GFLOP/s  %-8s %s\n", median * 1e3,
            pairs * each * (double)(p->batch * p->q_heads) / median * 1e-9,
-           p->pass == MFA_FORWARD ? "forward" : "backward", strchr(trial->subject.text, ' ') + 1);
+           p->pass == MFA_FORWARD ? "forward" : "backward", strchr(t->test_case.text, ' ') + 1);
     fflush(stdout);
 }
 
-static void bench(struct trial *trial)
+static void bench(struct test_run *t)
 {
     struct operands operands;
     struct reference forward = {0};
-    if (!succeeded(mfa_context_set_threads(trial->context, trial->arguments->threads), trial->subject.text))
+    if (!succeeded(mfa_context_set_threads(t->context, t->arguments->threads), t->test_case.text))
         return;
-    operands_open(&operands, &trial->subject.inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
-    time_pass(trial, &operands);
+    operands_open(&operands, &t->test_case.inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    time_pass(t, &operands);
     operands_collect(&operands, &forward);
-    if (trial->subject.passes & CASE_BACKWARD) {
+    if (t->test_case.passes & CASE_BACKWARD) {
         operands_turn(&operands, DENSE, &forward);
-        time_pass(trial, &operands);
+        time_pass(t, &operands);
     }
     reference_close(&forward);
     operands_close(&operands);
@@ -236,7 +236,7 @@ static void print_verdict(int good, long long checks, double worst, double time,
     fflush(stdout);
 }
 
-/* Whether the kernel multiplies bf16, and so rounds P: its machine says so. */
+/* Whether the kernel multiplies bf16, and so rounds P: the machine in its key ends with bf16. */
 static int rounds_P(mfa_context *context, const mfa_problem *problem)
 {
     char line[256] = "";
@@ -250,30 +250,30 @@ static int rounds_P(mfa_context *context, const mfa_problem *problem)
 /* All variants of a problem in one dtype. */
 static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)
 {
-    struct trial trial = {.context = context, .arguments = arguments};
-    struct variant variants[MOST_VARIANTS];
+    struct test_run t = {.context = context, .arguments = arguments};
+    struct variant variants[MAX_VARIANTS];
     long long before = report_passed();
     double begin = seconds(), worst = 0;
     int count = list_variants(&one->problem, arguments->quick, one->number, variants), good = 1;
     for (int number = 0; number < count; number++) {
-        subject_open(&trial.subject, one, variants[number], arguments->seed);
-        trial.subject.rounds_P = rounds_P(context, &one->problem);
-        int right = check_variant(&trial, number, one->number);
+        test_case_open(&t.test_case, one, variants[number], arguments->seed);
+        t.test_case.rounds_P = rounds_P(context, &one->problem);
+        int right = check_variant(&t, number, one->number);
         if (right && number == 0 && arguments->bench)
-            bench(&trial);
+            bench(&t);
         good = good && right;
-        worst = fmax(worst, trial.subject.worst);
-        subject_close(&trial.subject);
+        worst = fmax(worst, t.test_case.worst);
+        test_case_close(&t.test_case);
     }
     if (arguments->verbose)
         print_verdict(good, report_passed() - before, worst, seconds() - begin, one->text);
 }
 
-/* Problems that are drawn, in one variant, arrangement and number of threads each. */
+/* Random problems, each in one variant and arrangement and with one number of threads. */
 static void check_random(mfa_context *context, const struct arguments *arguments)
 {
     for (int n = 0; n < arguments->random; n++) {
-        struct trial trial = {.context = context, .arguments = arguments};
+        struct test_run t = {.context = context, .arguments = arguments};
         struct random_problem drawn;
         random_problem_draw(&drawn, arguments->seed, n);
         struct one_case one = {.number = n, .passes = CASE_FORWARD | CASE_BACKWARD, .problem = drawn.problem};
@@ -286,12 +286,12 @@ static void check_random(mfa_context *context, const struct arguments *arguments
         }
         const double begin = seconds();
         const int threads = arguments->threads ? arguments->threads : 1 + n % 3;
-        subject_open(&trial.subject, &one, drawn.variant, arguments->seed);
-        trial.subject.rounds_P = rounds_P(context, &one.problem);
-        int good = check(&trial, drawn.arrangement, outputs(n), threads);
+        test_case_open(&t.test_case, &one, drawn.variant, arguments->seed);
+        t.test_case.rounds_P = rounds_P(context, &one.problem);
+        int good = check(&t, drawn.arrangement, outputs(n), threads);
         if (arguments->verbose)
-            print_verdict(good, 1, trial.subject.worst, seconds() - begin, one.text);
-        subject_close(&trial.subject);
+            print_verdict(good, 1, t.test_case.worst, seconds() - begin, one.text);
+        test_case_close(&t.test_case);
     }
 }
 

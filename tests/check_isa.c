@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kit/report.h"
 #include "mfa.h"
+#include "support/report.h"
 
 enum { LINE = 256 };
 

@@ -3,10 +3,11 @@
  *     check_kernels [options of check_attention] [PROBLEM ...]
  *
  * Problems are made so that all pairs of a number of queries, keys, columns of K and columns of V meet, or are those of
- * the command line. Each is run by every set that this machine has for its dtype and cut in every way that the contract
- * allows, of which src/cpu/tiles.c chooses one: splits, panels, keys of a block, few queries or not. Each worker's
- * scratch is of the promised size between guard pages, and holds NaN before each task; so do all outputs and what
- * phases hand on. Whoever takes the tasks, in any order that the contract allows, results are the same bit for bit. */
+ * the command line. Each is run by every set that this machine has for its dtype, with every tiling that the contract
+ * allows, of which src/cpu/tiles.c chooses one: splits, panels, keys of a block, tiled or decode kernels. Each worker's
+ * scratch lies between guard pages, has exactly the promised size, and holds NaN before each task; so do all outputs
+ * and the memory that phases share. Results must be the same bit for bit, whichever worker runs a task and in any order
+ * that the contract allows. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,18 +17,18 @@
 #include "cpu/device.h"
 #include "cpu/kernels/contract.h"
 #include "cpu/tiles.h"
-#include "kit/arguments.h"
-#include "kit/cases.h"
-#include "kit/operands.h"
-#include "kit/report.h"
-#include "kit/subject.h"
 #include "reference/element.h"
+#include "support/arguments.h"
+#include "support/cases.h"
+#include "support/operands.h"
+#include "support/report.h"
+#include "support/test_case.h"
 
-enum { WORKERS = 3, MOST_SPLITS = 4, MOST_WAYS = 256, MOST_BLOCKS = 8, ANYTHING = 0xff };
+enum { WORKERS = 3, MAX_SPLITS = 4, MAX_TILINGS = 256, MAX_BLOCKS = 8, ANYTHING = 0xff };
 
-/* Multiplications that one set may spend on a case, in all ways together; but it is run in FEWEST ways. */
+/* Multiplications that one set may spend on a case, with all tilings together; MIN_TILINGS are run in any case. */
 static const double BUDGET = 3e6;
-enum { FEWEST = 3 };
+enum { MIN_TILINGS = 3 };
 
 static const struct kernel_set {
     const char *name;
@@ -40,46 +41,46 @@ static const struct kernel_set {
 #undef KERNELS
 };
 
-/* Who takes the tasks of a phase, and when. */
+/* Which workers run the tasks of a phase, and when. */
 enum order {
     ALONE,   /* one worker */
-    IN_TURN, /* two, hand in hand */
-    APART,   /* the second takes all of its tasks before the first begins; where tasks wait for none */
+    IN_TURN, /* two, which alternate */
+    APART,   /* two: the second runs all of its tasks before the first begins; only where no task waits for another */
     THREADS, /* three at once */
     ORDERS
 };
 static const char *const orders[ORDERS] = {"alone", "two in turn", "two apart", "three threads"};
 
 /* How a pass is cut into tasks. */
-struct way {
+struct tiling {
     int decode, panels, block_kv;
     int splits;  /* forward */
     int own_dQ; /* backward: dQ is summed in itself */
 };
 
-struct trial { /* one subject by one set */
-    struct subject *subject;
+struct test_run { /* one test_case by one set */
+    struct test_case *test_case;
     const struct kernel_set *set;
     struct operands operands;
     enum arrangement arrangement;
-    struct way way;
+    struct tiling tiling;
     enum order order;
     struct guarded scratch[WORKERS];
     struct mfa_cpu_call call;
 };
 
-static const char *describe(const struct trial *t)
+static const char *describe(const struct test_run *t)
 {
-    const struct way *w = &t->way;
-    return subject_describe(t->subject, "%s, %s, %d keys a block, %d panels, %d splits%s%s, %s", t->set->name,
-                            arrangement_name(t->arrangement), w->block_kv, w->panels, w->splits,
-                            w->decode ? ", decode" : "", w->own_dQ ? ", own dQ" : "", orders[t->order]);
+    const struct tiling *tiling = &t->tiling;
+    return test_case_describe(t->test_case, "%s, %s, %d keys a block, %d panels, %d splits%s%s, %s", t->set->name,
+                              arrangement_name(t->arrangement), tiling->block_kv, tiling->panels, tiling->splits,
+                              tiling->decode ? ", decode" : "", tiling->own_dQ ? ", own dQ" : "", orders[t->order]);
 }
 
 /* --- Phases ----------------------------------------------------------------------------------- */
 
 struct phase {
-    struct trial *trial;
+    struct test_run *run;
     mfa_cpu_task_function *task;
     int64_t tasks;
     uint64_t scratch_bytes;
@@ -88,8 +89,8 @@ struct phase {
 /* One task of a worker, whose scratch is the end of a memory of its own. */
 static void run_task(const struct phase *phase, int64_t task, int worker)
 {
-    struct mfa_cpu_call call = phase->trial->call;
-    const struct guarded *memory = &phase->trial->scratch[worker];
+    struct mfa_cpu_call call = phase->run->call;
+    const struct guarded *memory = &phase->run->scratch[worker];
     unsigned char *scratch = memory->bytes + memory->size - phase->scratch_bytes;
     memset(scratch, ANYTHING, phase->scratch_bytes);
     call.scratch_bytes = phase->scratch_bytes;
@@ -125,7 +126,7 @@ static void run_threads(const struct phase *phase)
         pthread_join(workers[n].thread, NULL);
 }
 
-static void run_phase(struct trial *t, mfa_cpu_task_function *task, int64_t tasks, uint64_t scratch_bytes, int waits)
+static void run_phase(struct test_run *t, mfa_cpu_task_function *task, int64_t tasks, uint64_t scratch_bytes, int waits)
 {
     const struct phase phase = {t, task, tasks, scratch_bytes};
     for (int n = 0; n < WORKERS; n++)
@@ -152,14 +153,14 @@ static void *address(const mfa_buffer *buffer)
     return buffer->base ? (char *)buffer->base + buffer->offset : NULL;
 }
 
-/* What every task is told; the memory that phases share is up to the pass. */
-static void make_call(struct trial *t)
+/* The arguments of every task; the pass adds the memory that its phases share. */
+static void make_call(struct test_run *t)
 {
     const struct operands *operands = &t->operands;
     const mfa_buffers *b = &operands->buffers;
     mfa_problem p;
     if (mfa_problem_check(&operands->problem, &p) != MFA_OK) {
-        fprintf(stderr, "%s: %s\n", t->subject->text, mfa_last_error());
+        fprintf(stderr, "%s: %s\n", t->test_case->text, mfa_last_error());
         exit(2);
     }
     t->call = (struct mfa_cpu_call){.args = mfa_problem_args(&p),
@@ -169,10 +170,10 @@ static void make_call(struct trial *t)
                                     .dtype = p.dtype,
                                     .mask_kind = p.mask,
                                     .mask_dtype = p.mask_dtype,
-                                    .block_kv = t->way.block_kv,
-                                    .panels = t->way.panels,
-                                    .decode = t->way.decode,
-                                    .splits = t->way.splits,
+                                    .block_kv = t->tiling.block_kv,
+                                    .panels = t->tiling.panels,
+                                    .decode = t->tiling.decode,
+                                    .splits = t->tiling.splits,
                                     .q = address(&b->q),
                                     .k = address(&b->k),
                                     .v = address(&b->v),
@@ -188,31 +189,31 @@ static void make_call(struct trial *t)
                                     .dbias = address(&b->dbias)};
 }
 
-static void run_forward(struct trial *t)
+static void run_forward(struct test_run *t)
 {
     const struct mfa_cpu_kernels *k = t->set->kernels;
     const struct mfa_args *a = &t->call.args;
-    const int64_t rows = (int64_t)t->way.panels * k->panel;
+    const int64_t rows = (int64_t)t->tiling.panels * k->panel;
     const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, rows);
-    const uint64_t scratch = t->way.decode ? k->decode_scratch(&t->call) : k->forward_scratch(&t->call);
+    const uint64_t scratch = t->tiling.decode ? k->decode_scratch(&t->call) : k->forward_scratch(&t->call);
     struct guarded partials = {.mapping = NULL};
-    if (t->way.splits > 1) {
-        guarded_open(&partials, "partials", (size_t)(chunks * t->way.splits) * k->partial_bytes(&t->call), 64,
+    if (t->tiling.splits > 1) {
+        guarded_open(&partials, "partials", (size_t)(chunks * t->tiling.splits) * k->partial_bytes(&t->call), 64,
                      GUARDED_END, ANYTHING);
         t->call.partials = partials.bytes;
     }
-    run_phase(t, t->way.decode ? k->decode : k->forward, chunks * t->way.splits, scratch, 0);
-    if (t->way.splits > 1)
+    run_phase(t, t->tiling.decode ? k->decode : k->forward, chunks * t->tiling.splits, scratch, 0);
+    if (t->tiling.splits > 1)
         run_phase(t, k->merge, chunks, scratch, 0);
     guarded_close(&partials);
 }
 
-static void run_backward(struct trial *t)
+static void run_backward(struct test_run *t)
 {
     const struct mfa_cpu_kernels *k = t->set->kernels;
     struct mfa_cpu_call *call = &t->call;
     const struct mfa_args *a = &call->args;
-    const int64_t rows = (int64_t)t->way.panels * k->panel, heads = a->batch * a->q_heads;
+    const int64_t rows = (int64_t)t->tiling.panels * k->panel, heads = a->batch * a->q_heads;
     const int64_t groups = heads * mfa_cpu_ceil(a->q_len, rows);
     const int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
     const size_t real = call->dtype == CPU_F64 ? 8 : 4;
@@ -224,10 +225,10 @@ static void run_backward(struct trial *t)
                   {"L of rows", &call->L, (size_t)(groups * rows) * real},
                   {"dq_semaphore", (void **)&call->dq_semaphore, (size_t)groups * sizeof *call->dq_semaphore},
                   {"sums of dQ", &call->dq_sums,
-                   t->way.own_dQ ? 0
-                                 : (size_t)(heads * mfa_cpu_ceil(a->q_len, k->panel) * k->panel *
-                                            mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) *
-                                       real}};
+                   t->tiling.own_dQ ? 0
+                                    : (size_t)(heads * mfa_cpu_ceil(a->q_len, k->panel) * k->panel *
+                                               mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) *
+                                          real}};
     enum { SHARED = sizeof shared / sizeof *shared };
     struct guarded memory[SHARED] = {{.mapping = NULL}};
     for (int n = 0; n < SHARED; n++)
@@ -237,7 +238,7 @@ static void run_backward(struct trial *t)
         }
     const uint64_t scratch = k->backward_scratch(call);
     run_phase(t, k->backward_preprocess, groups, scratch, 0);
-    if (t->way.decode)
+    if (t->tiling.decode)
         run_phase(t, k->decode_backward, blocks, k->decode_backward_scratch(call), 1);
     else
         run_phase(t, k->backward, blocks, scratch, 1);
@@ -249,8 +250,8 @@ static void run_backward(struct trial *t)
         guarded_close(&memory[n]);
 }
 
-/* The pass that the operands are in, once; 0 if it wrote where it should not. */
-static int run(struct trial *t, struct reference *results)
+/* Runs the pass of the operands once; 0 if it wrote outside an output. */
+static int run(struct test_run *t, struct reference *results)
 {
     const int forward = t->operands.problem.pass == MFA_FORWARD;
     const char *what = describe(t);
@@ -268,15 +269,15 @@ static int run(struct trial *t, struct reference *results)
     return !overrun;
 }
 
-/* The pass in one way: alone, and in one of the other orders, whose number is `order`. */
-static void check_way(struct trial *t, int order)
+/* Runs the pass with one tiling: on one worker, and in one of the other orders, which `order` selects. */
+static void check_tiling(struct test_run *t, int order)
 {
     struct reference expected, results;
     t->order = ALONE;
-    int good = run(t, &expected) && subject_is_right(t->subject, describe(t), &expected);
+    int good = run(t, &expected) && test_case_is_right(t->test_case, describe(t), &expected);
     if (good) {
         t->order = (enum order)(1 + order % (ORDERS - 1));
-        good = run(t, &results) && subject_is_same(t->subject, describe(t), &results, &expected);
+        good = run(t, &results) && test_case_is_same(t->test_case, describe(t), &results, &expected);
         reference_close(&results);
     }
     reference_close(&expected);
@@ -284,10 +285,10 @@ static void check_way(struct trial *t, int order)
         report_pass();
 }
 
-/* --- Ways ------------------------------------------------------------------------------------- */
+/* --- Tilings ---------------------------------------------------------------------------------- */
 
 /* The different keys of a block that tiles.c has for a pass, whatever the columns, for one head and for many. */
-static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[MOST_BLOCKS])
+static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[MAX_BLOCKS])
 {
     int count = 0;
     for (int dim = 16; dim <= 512; dim += 16)
@@ -301,73 +302,73 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
             const int block_kv = mfa_cpu_tiling_of(&choice).block_kv;
             while (known < count && blocks[known] != block_kv)
                 known++;
-            if (known == count && count < MOST_BLOCKS)
+            if (known == count && count < MAX_BLOCKS)
                 blocks[count++] = block_kv;
         }
     return count;
 }
 
-static int is_few(const struct trial *t)
+static int may_decode(const struct test_run *t)
 {
     const mfa_problem *p = &t->operands.problem;
     return p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->decode_rows;
 }
 
-static int list_forward(const struct trial *t, struct way ways[MOST_WAYS])
+static int list_forward(const struct test_run *t, struct tiling tilings[MAX_TILINGS])
 {
-    int blocks[MOST_BLOCKS], count = 0;
+    int blocks[MAX_BLOCKS], count = 0;
     const int kinds = list_blocks(t->set, MFA_FORWARD, blocks);
-    for (int splits = 1; splits <= MOST_SPLITS; splits++) {
+    for (int splits = 1; splits <= MAX_SPLITS; splits++) {
         for (int panels = 1; panels <= MFA_CPU_PANELS_MAX; panels++)
             for (int n = 0; n < kinds; n++)
-                ways[count++] = (struct way){.panels = panels, .block_kv = blocks[n], .splits = splits};
-        if (is_few(t))
-            ways[count++] =
-                (struct way){.decode = 1, .panels = 1, .block_kv = t->set->kernels->decode_keys, .splits = splits};
+                tilings[count++] = (struct tiling){.panels = panels, .block_kv = blocks[n], .splits = splits};
+        if (may_decode(t))
+            tilings[count++] =
+                (struct tiling){.decode = 1, .panels = 1, .block_kv = t->set->kernels->decode_keys, .splits = splits};
     }
     return count;
 }
 
-static int list_backward(const struct trial *t, struct way ways[MOST_WAYS])
+static int list_backward(const struct test_run *t, struct tiling tilings[MAX_TILINGS])
 {
     const mfa_problem *p = &t->operands.problem;
     const struct tensor *dQ = &t->operands.tensors[REFERENCE_dQ];
     const int reals = p->dtype == MFA_F32 || p->dtype == MFA_F64;
     const int may_own = reals && dQ->layout.column == 1 && p->head_dim % t->set->kernels->lanes == 0;
-    int blocks[MOST_BLOCKS], count = 0;
+    int blocks[MAX_BLOCKS], count = 0;
     const int kinds = list_blocks(t->set, MFA_BACKWARD, blocks);
-    for (int decode = 0; decode <= is_few(t); decode++)
+    for (int decode = 0; decode <= may_decode(t); decode++)
         for (int own_dQ = 0; own_dQ <= may_own; own_dQ++)
             for (int panels = 1; panels <= MFA_CPU_PANELS_MAX; panels++)
                 for (int n = 0; n < kinds; n++)
-                    ways[count++] = (struct way){
+                    tilings[count++] = (struct tiling){
                         .decode = decode, .panels = panels, .block_kv = blocks[n], .own_dQ = own_dQ, .splits = 1};
     return count;
 }
 
-/* As many ways as the budget allows, which ones depends on `number`. */
-static void check_pass(struct trial *t, int number, int quick)
+/* Runs as many tilings as the budget allows; `number` selects which. */
+static void check_pass(struct test_run *t, int number, int quick)
 {
-    struct way ways[MOST_WAYS];
+    struct tiling tilings[MAX_TILINGS];
     const int forward = t->operands.problem.pass == MFA_FORWARD;
-    const int count = forward ? list_forward(t, ways) : list_backward(t, ways);
+    const int count = forward ? list_forward(t, tilings) : list_backward(t, tilings);
     const double most =
         BUDGET / (quick ? 10 : 1) / (1 + (forward ? 1 : 3) * case_multiplications(&t->operands.problem));
-    const int taken = most < FEWEST ? FEWEST : most < count ? (int)most : count;
+    const int taken = most < MIN_TILINGS ? MIN_TILINGS : most < count ? (int)most : count;
     for (int n = 0; n < taken; n++) {
-        t->way = ways[(n * count / taken + number) % count];
-        check_way(t, number + n);
+        t->tiling = tilings[(n * count / taken + number) % count];
+        check_tiling(t, number + n);
     }
 }
 
-static void check_set(struct subject *subject, const struct kernel_set *set, int number, int quick)
+static void check_set(struct test_case *test_case, const struct kernel_set *set, int number, int quick)
 {
-    struct trial t = {.subject = subject, .set = set, .scratch = {{.mapping = NULL}}};
+    struct test_run t = {.test_case = test_case, .set = set, .scratch = {{.mapping = NULL}}};
     t.arrangement = number % 2 ? DENSE : number / 2 % ARRANGEMENTS;
-    subject->rounds_P = set->dtype == MFA_BF16;
-    operands_open(&t.operands, &subject->inputs, t.arrangement, 0);
+    test_case->rounds_P = set->dtype == MFA_BF16;
+    operands_open(&t.operands, &test_case->inputs, t.arrangement, 0);
     check_pass(&t, number, quick);
-    operands_turn(&t.operands, t.arrangement, &subject->truth);
+    operands_turn(&t.operands, t.arrangement, &test_case->truth);
     check_pass(&t, number, quick);
     operands_close(&t.operands);
     for (int n = 0; n < WORKERS; n++)
@@ -387,18 +388,18 @@ static void check_case(const struct arguments *arguments, const struct one_case 
     const struct variant variant = {along, one->number % 3 ? along : along ^ 15, along ? 0 : one->number % 4,
                                     one->number % 2};
     const long long before = report_failed();
-    struct subject subject;
-    subject_open(&subject, one, variant, arguments->seed);
+    struct test_case test_case;
+    test_case_open(&test_case, one, variant, arguments->seed);
     for (size_t n = 0; n < sizeof sets / sizeof *sets; n++) {
         const char *isa = mfa_cpu_isa_name(sets[n].isa);
         if (sets[n].kernels->lanes && mfa_cpu_isa_present(sets[n].isa) && serves(&sets[n], one->problem.dtype) &&
             (!arguments->isa || !strcmp(arguments->isa, isa)))
-            check_set(&subject, &sets[n], one->number + (int)n, arguments->quick);
+            check_set(&test_case, &sets[n], one->number + (int)n, arguments->quick);
     }
     if (arguments->verbose)
         printf("%-6s error %4.0f %% of the tolerance  %s\n", report_failed() > before ? "FAILED" : "ok",
-               100 * subject.worst, one->text);
-    subject_close(&subject);
+               100 * test_case.worst, one->text);
+    test_case_close(&test_case);
 }
 
 /* Heads such that the case stays small, by number; bands, softcaps and masks in turn. */
@@ -418,8 +419,9 @@ static void write_case(char text[CASE_TEXT], int q_len, int kv_len, int head_dim
              n % 4 == 3 ? " softcap3" : "", masks[n % 7]);
 }
 
-/* Few queries, up to as many as any set calls so and one more, and blocks enough for what is asked for in advance. */
-static const char *const few_queries[] = {
+/* Problems for the decode kernels: up to the most query rows that any set takes, and one more; with enough blocks of
+ * keys for the prefetch to run ahead. */
+static const char *const decode_cases[] = {
     "both any b1 h2/1 q1 kv300 d64",
     "both any b2 h2 q3 kv193 d128 softcap3",
     "both any b1 h4/1 q1 kv500 d64v16",
@@ -436,9 +438,9 @@ static const char *const few_queries[] = {
     "both any b1 h17/1 q1 kv193 d64",
 };
 
-enum { SIZES = 9, FEW_CASES = sizeof few_queries / sizeof *few_queries, CASES = SIZES * SIZES + FEW_CASES };
+enum { SIZES = 9, DECODE_CASES = sizeof decode_cases / sizeof *decode_cases, CASES = SIZES * SIZES + DECODE_CASES };
 
-/* Any two of the four sizes meet in every combination: in a Latin square of two digits, i + j and i + 2 j. */
+/* Every pair of values of any two of the four sizes occurs: a Latin square design, i + j and i + 2 j. */
 static const char **make_cases(void)
 {
     static const int lengths[SIZES] = {1, 15, 16, 17, 47, 48, 49, 95, 193};
@@ -450,7 +452,7 @@ static const char **make_cases(void)
         write_case(texts[n], lengths[i], lengths[j], dims[(i + j) % SIZES], dims[(i + 2 * j) % SIZES], n);
         cases[n] = texts[n];
     }
-    memcpy(cases + SIZES * SIZES, few_queries, sizeof few_queries);
+    memcpy(cases + SIZES * SIZES, decode_cases, sizeof decode_cases);
     return cases;
 }
 

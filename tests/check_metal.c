@@ -18,16 +18,16 @@
 #include <time.h>
 
 #include "core/problem.h"
-#include "kit/arguments.h"
-#include "kit/cases.h"
-#include "kit/report.h"
-#include "kit/subject.h"
 #include "metal/basics.h"
 #include "metal/gpu.h"
 #include "metal/problems.h"
-#include "metal/subject.h"
+#include "metal/test_case.h"
 #include "metal/tiles.h"
 #include "mfa.h"
+#include "support/arguments.h"
+#include "support/cases.h"
+#include "support/report.h"
+#include "support/test_case.h"
 
 static struct gpu_settings settings;
 
@@ -41,7 +41,7 @@ static int mine(void)
 }
 
 struct test_run { /* a problem under test, and the tiles with which it is run */
-    struct subject subject;
+    struct test_case test_case;
     struct metal_target target;
     double worst; /* of all variants */
 };
@@ -49,9 +49,9 @@ struct test_run { /* a problem under test, and the tiles with which it is run */
 static const char *describe(const struct test_run *t, enum arrangement arrangement, int64_t chunk)
 {
     static const char *const schedules[] = {"natural", "reversed", "shuffled"};
-    return subject_describe(&t->subject, "apple%d%s, %s, chunk %lld, %s", t->target.family,
-                            t->target.halved ? " halved" : "", arrangement_name(arrangement), (long long)chunk,
-                            schedules[settings.schedule]);
+    return test_case_describe(&t->test_case, "apple%d%s, %s, chunk %lld, %s", t->target.family,
+                              t->target.halved ? " halved" : "", arrangement_name(arrangement), (long long)chunk,
+                              schedules[settings.schedule]);
 }
 
 /* Runs, and reports what goes wrong. */
@@ -60,7 +60,7 @@ static int run(struct test_run *t, enum arrangement arrangement, unsigned wanted
 {
     const char *what = describe(t, arrangement, chunk);
     guarded_testing(what);
-    const char *wrong = metal_subject_run(&t->subject, t->target, arrangement, wanted, chunk, results);
+    const char *wrong = metal_test_case_run(&t->test_case, t->target, arrangement, wanted, chunk, results);
     if (wrong)
         report_fail("%s\n        %s", what, wrong);
     return !wrong;
@@ -71,7 +71,7 @@ static int check(struct test_run *t, enum arrangement arrangement, unsigned want
 {
     struct reference results;
     int good = run(t, arrangement, wanted, chunk, &results) &&
-               subject_is_right(&t->subject, describe(t, arrangement, chunk), &results);
+               test_case_is_right(&t->test_case, describe(t, arrangement, chunk), &results);
     reference_close(&results);
     if (good)
         report_pass();
@@ -89,7 +89,7 @@ static int check_same(struct test_run *t, int64_t chunk)
         settings.schedule = schedule;
         gpu_set(&settings);
         good = run(t, DENSE, all, chunk, &results) &&
-               subject_is_same(&t->subject, describe(t, DENSE, chunk), &results, &expected);
+               test_case_is_same(&t->test_case, describe(t, DENSE, chunk), &results, &expected);
         reference_close(&results);
     }
     settings.schedule = usual;
@@ -123,14 +123,14 @@ static int check_variant(struct test_run *t, const struct one_case *one, struct 
 {
     const int number = one->number;
     const unsigned all = FORWARD_OUTPUTS | BACKWARD_OUTPUTS | (number % 4 ? OUTPUT(O_LOW) : 0);
-    subject_open(&t->subject, one, variant, seed);
+    test_case_open(&t->test_case, one, variant, seed);
     int good = check(t, arrangement, all, 0);
     if (thorough >= TWICE)
         good = check(t, 1 + number % (ARRANGEMENTS - 1), number % 2 ? all : FORWARD_OUTPUTS | OUTPUT(dK), 7) && good;
     if (thorough == ALL_SCHEDULES)
         good = good && check_same(t, 1 + number % 5);
-    t->worst = fmax(t->worst, t->subject.worst);
-    subject_close(&t->subject);
+    t->worst = fmax(t->worst, t->test_case.worst);
+    test_case_close(&t->test_case);
     return good;
 }
 

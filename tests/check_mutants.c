@@ -7,13 +7,13 @@
 #include <string.h>
 
 #include "base/file.h"
-#include "kit/arguments.h"
-#include "kit/report.h"
 #include "metal/gpu.h"
 #include "metal/run.h"
-#include "metal/subject.h"
+#include "metal/test_case.h"
 #include "metalsim/metalsim.h"
 #include "metalsim/mutants.h"
+#include "support/arguments.h"
+#include "support/report.h"
 
 /* Between them they compile every barrier: split and shared tiles, key groups, dbias summed over rows. Each kernel
  * visits several tiles, or a barrier at the end of a tile would have nothing to guard. */
@@ -86,22 +86,22 @@ static enum verdict judge(const char *why)
 }
 
 struct attempt {
-    struct subject subject;
+    struct test_case test_case;
     struct metal_target target;
 };
 
 static enum verdict run_problem(void *argument, const char **why)
 {
     const struct attempt *attempt = argument;
-    const struct subject *s = &attempt->subject;
+    const struct test_case *s = &attempt->test_case;
     struct reference results, truth = s->truth;
-    *why = metal_subject_run(s, attempt->target, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, 0, &results);
+    *why = metal_test_case_run(s, attempt->target, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, 0, &results);
     enum verdict verdict = judge(*why);
     for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
         const double *got = *reference_member(&results, tensor), *right = *reference_member(&truth, tensor);
         const int64_t count = reference_count(&s->inputs.problem, tensor);
         for (int64_t n = 0; got && right && n < count && verdict == GOOD; n++)
-            if (got[n] != right[n] && !(fabs(got[n] - right[n]) <= subject_tolerance(s, tensor)))
+            if (got[n] != right[n] && !(fabs(got[n] - right[n]) <= test_case_tolerance(s, tensor)))
                 verdict = CAUGHT, *why = "wrong results";
     }
     reference_close(&results);
@@ -165,9 +165,9 @@ static void try_problem(const char *text, int family, struct variant variant, ui
         report_fail("%s: %s", text, mfa_last_error());
         return;
     }
-    subject_open(&attempt.subject, &one, variant, seed);
+    test_case_open(&attempt.test_case, &one, variant, seed);
     try_kernels(run_problem, &attempt, text, verbose);
-    subject_close(&attempt.subject);
+    test_case_close(&attempt.test_case);
 }
 
 static void report_mutants(void)

@@ -248,7 +248,7 @@ def header(run):
 def plain(run):
     """One command of a plain C compiler, no options: a scalar library that is right."""
     program = run.build / "test-plain"
-    patterns = ("src/*.c", "src/*/*.c", "src/cpu/kernels/*.c", "tests/kit/*.c", "tests/reference/*.c")
+    patterns = ("src/*.c", "src/*/*.c", "src/cpu/kernels/*.c", "tests/support/*.c", "tests/reference/*.c")
     sources = [path.relative_to(ROOT) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     includes = ("-Iinclude", "-Isrc", "-Itests")
     if run.step("cc", *includes, "tests/check_attention.c", *sources, "-o", program, "-lm", "-lpthread"):
@@ -299,7 +299,7 @@ def amx(run):
         print("\n--- not run: the emulation needs a CPU with AVX512_BF16, for all but the tile registers", flush=True)
         return
     kernels = ("--isa", "amxbf16", "--filter", " bf16 ")
-    run.programs(folder, "test_hostile", MFA_ISA="amxbf16")
+    run.programs(folder, "test_edge_cases", MFA_ISA="amxbf16")
     run.step(folder / "check_attention", *kernels, counts=True)
     folder = run.cmake(
         "test-amx-memory", emulated, "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=address,undefined"

@@ -13,8 +13,8 @@
 
 #include <cmocka.h>
 
-#include "kit/operands.h"
-#include "kit/report.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { SEED = 1, CALLERS = 6, ROUNDS = 10 };
 

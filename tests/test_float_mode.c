@@ -19,8 +19,8 @@
 #include "cpu/float_mode.h"
 #include "cpu/kernels/simd/half.h"
 #include "cpu/threads.h"
-#include "kit/operands.h"
 #include "reference/element.h"
+#include "support/operands.h"
 
 enum { SEED = 1, THREADS = 3 };
 

@@ -9,48 +9,34 @@
 
 #include <cmocka.h>
 
-#include "kit/cases.h"
-#include "kit/report.h"
-#include "kit/subject.h"
 #include "reference/element.h"
+#include "support/cases.h"
+#include "support/context.h"
+#include "support/report.h"
+#include "support/test_case.h"
 
 enum { SEED = 1 };
 
 static const char *const dtypes[] = {"f16", "bf16"};
 
-static mfa_context *context;
-
-static int open_context(void **state)
-{
-    (void)state;
-    return mfa_context_create(NULL, &context) != MFA_OK;
-}
-
-static int close_context(void **state)
-{
-    (void)state;
-    mfa_context_destroy(context);
-    return 0;
-}
-
-static void open_subject(struct subject *subject, struct one_case *one, const char *dtype, const char *rest,
+static void open_test_case(struct test_case *test_case, struct one_case *one, const char *dtype, const char *rest,
                          uint64_t seed)
 {
     char text[CASE_TEXT];
     snprintf(text, sizeof text, "both %s %s", dtype, rest);
     if (!case_parse(text, one))
         fail_msg("%s: %s", text, mfa_last_error());
-    subject_open(subject, one, (struct variant){.dlse = 1}, seed);
+    test_case_open(test_case, one, (struct variant){.dlse = 1}, seed);
 }
 
-static void run(const struct subject *subject, unsigned wanted, struct reference *results)
+static void run(const struct test_case *test_case, unsigned wanted, struct reference *results)
 {
     struct operands operands;
     memset(results, 0, sizeof *results);
-    operands_open(&operands, &subject->inputs, DENSE, wanted);
+    operands_open(&operands, &test_case->inputs, DENSE, wanted);
     for (int pass = 0; pass < 2; pass++) {
-        if (operands_run(&operands, context, 0) != MFA_OK)
-            fail_msg("%s: %s", subject->text, mfa_last_error());
+        if (operands_run(&operands, test_context, 0) != MFA_OK)
+            fail_msg("%s: %s", test_case->text, mfa_last_error());
         assert_null(operands_collect(&operands, results));
         if (pass == 0)
             operands_turn(&operands, DENSE, results);
@@ -58,7 +44,7 @@ static void run(const struct subject *subject, unsigned wanted, struct reference
     operands_close(&operands);
 }
 
-static double mean_square(const struct subject *s, enum reference_tensor tensor, struct reference *results)
+static double mean_square(const struct test_case *s, enum reference_tensor tensor, struct reference *results)
 {
     struct reference truth = s->truth;
     const double *got = *reference_member(results, tensor), *right = *reference_member(&truth, tensor);
@@ -79,21 +65,21 @@ static void test_gradients_are_more_exact(void **state)
         double without = 0, with = 0;
         for (uint64_t seed = 1; seed <= 8; seed++) {
             struct one_case one;
-            struct subject subject;
+            struct test_case test_case;
             struct reference plain, exact;
-            open_subject(&subject, &one, dtypes[n], "b1 h2/1 q300 kv3 d64", seed);
-            run(&subject, all, &plain);
-            run(&subject, all | OUTPUT(O_LOW), &exact);
-            assert_true(subject_is_right(&subject, one.text, &plain));
+            open_test_case(&test_case, &one, dtypes[n], "b1 h2/1 q300 kv3 d64", seed);
+            run(&test_case, all, &plain);
+            run(&test_case, all | OUTPUT(O_LOW), &exact);
+            assert_true(test_case_is_right(&test_case, one.text, &plain));
             for (int tensor = REFERENCE_O; tensor <= REFERENCE_dV; tensor++)
                 if (tensor != REFERENCE_O_LOW && tensor != REFERENCE_dQ && tensor != REFERENCE_dK)
                     assert_memory_equal(*reference_member(&plain, tensor), *reference_member(&exact, tensor),
                                         (size_t)reference_count(&one.problem, tensor) * sizeof(double));
-            without += mean_square(&subject, REFERENCE_dK, &plain);
-            with += mean_square(&subject, REFERENCE_dK, &exact);
+            without += mean_square(&test_case, REFERENCE_dK, &plain);
+            with += mean_square(&test_case, REFERENCE_dK, &exact);
             reference_close(&plain);
             reference_close(&exact);
-            subject_close(&subject);
+            test_case_close(&test_case);
         }
         print_message("%s: dK is off by %.3g without o_low and by %.3g with it\n", dtypes[n], sqrt(without),
                       sqrt(with));
@@ -115,10 +101,10 @@ static void test_older_struct(void **state)
     for (int n = 0; n < ROWS * DIM; n++)
         element_store(MFA_F16, in, n, 0.1 + 0.01 * n), low[n] = untouched[n] = 0xa5a5;
     assert_int_equal(buffers.size, 224);
-    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     assert_memory_equal(low, untouched, sizeof low);
     buffers.size = sizeof buffers;
-    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     assert_memory_not_equal(low, untouched, sizeof low);
     for (int n = 0; n < ROWS * DIM; n++)
         assert_true(element_load(MFA_F16, low, n) * 2 <= 0x1p-11);
@@ -142,7 +128,7 @@ static void test_overflow(void **state)
                 element_store(dtype, v, j * COLUMNS + c, c % 3 == 0 ? INFINITY : c % 3 == 1 ? largest : 1 + j * 0.25);
         const mfa_buffers buffers = {.size = sizeof buffers, .q = {&q, 0}, .k = {&q, 0}, .v = {v, 0}, .o = {o, 0},
                                      .o_low = {low, 0}};
-        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
         for (int c = 0; c < COLUMNS; c++) {
             const double O = element_load(dtype, o, c), rest = element_load(dtype, low, c);
             if (isfinite(O))
@@ -161,5 +147,6 @@ int main(void)
         cmocka_unit_test(test_overflow),
     };
     report_begin("test_o_low", SEED);
-    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, open_context, close_context));
+    return report_group(sizeof tests / sizeof *tests,
+                        cmocka_run_group_tests(tests, test_context_open, test_context_close));
 }

@@ -14,25 +14,11 @@
 
 #include <cmocka.h>
 
-#include "kit/operands.h"
-#include "kit/report.h"
+#include "support/context.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { SEED = 1 };
-
-static mfa_context *context;
-
-static int set_up(void **state)
-{
-    (void)state;
-    return mfa_context_create(NULL, &context) != MFA_OK;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    mfa_context_destroy(context);
-    return 0;
-}
 
 /* `status`, and a sentence with `words` in it. */
 static void assert_refused(mfa_status got, mfa_status status, const char *words)
@@ -59,7 +45,7 @@ static void test_describe(void **state)
     mfa_problem problem = parsed("forward f32 b1 h2 q100 kv200 d64 causal");
     mfa_plan *plan;
     char text[256], small[256];
-    assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+    assert_int_equal(mfa_plan_create(test_context, &problem, &plan), MFA_OK);
     assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
     print_message("%s\n", text);
     int block_q = 0, block_kv = 0, threads = 0, words;
@@ -98,7 +84,7 @@ static void test_growing_lengths(void **state)
             problem.upper = model.upper;
             problem.mask = model.mask;
             mfa_plan *plan;
-            assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+            assert_int_equal(mfa_plan_create(test_context, &problem, &plan), MFA_OK);
             assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
             print_message("length %7lld: %s\n", (long long)length, text);
             *strstr(text, " threads") = 0;
@@ -145,14 +131,14 @@ static void test_plan_and_one_call_are_the_same(void **state)
             for (int pass = 0; pass < 2; pass++) {
                 mfa_problem given = operands.problem;
                 mfa_plan *plan;
-                assert_int_equal(mfa_plan_create(context, &given, &plan), MFA_OK);
+                assert_int_equal(mfa_plan_create(test_context, &given, &plan), MFA_OK);
                 memset(&given, 0xff, sizeof given);
                 mfa_buffers buffers = operands.buffers;
                 if (pass == 0)
                     buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias =
                         (mfa_buffer){NULL, 0};
                 assert_int_equal(way == 2 ? mfa_plan_run(plan, &buffers, NULL)
-                                          : operands_run(&operands, context, way), MFA_OK);
+                                          : operands_run(&operands, test_context, way), MFA_OK);
                 mfa_plan_destroy(plan);
                 assert_null(operands_collect(&operands, &results[way]));
                 if (pass == 0)
@@ -179,7 +165,7 @@ static void test_empty_problems(void **state)
     mfa_buffers buffers = {.size = sizeof buffers, .q = {row, 0}, .k = {row, 0}, .v = {row, 0},
                            .o = {o, 0}, .lse = {lse, 0}};
     memset(o, 0xff, sizeof o);
-    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     for (int at = 0; at < 8; at++)
         assert_true(o[at] == 0);
     assert_true(lse[0] == -INFINITY && lse[1] == -INFINITY);
@@ -188,7 +174,7 @@ static void test_empty_problems(void **state)
     memset(dq, 0xff, sizeof dq);
     buffers.d_o.base = row;
     buffers.dq.base = dq;
-    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     for (int at = 0; at < 8; at++)
         assert_true(dq[at] == 0);
 
@@ -197,13 +183,13 @@ static void test_empty_problems(void **state)
     memset(dk, 0xff, sizeof dk);
     memset(dv, 0xff, sizeof dv);
     buffers = (mfa_buffers){.size = sizeof buffers, .k = {row, 0}, .v = {row, 0}, .dk = {dk, 0}, .dv = {dv, 0}};
-    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     for (int at = 0; at < 8; at++)
         assert_true(dk[at] == 0 && dv[at] == 0);
 
     mfa_problem_init(&problem, 0, 2, 2, 5, 5, 4, 4); /* nothing at all, and no buffers either */
     buffers = (mfa_buffers){.size = sizeof buffers};
-    assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     print_message("no keys, no queries, no batch\n");
 }
 
@@ -226,7 +212,7 @@ static void test_backward_takes_merged_results(void **state)
         problem.dtype = MFA_F64;
         mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {kv[0] + first * D, 0},
                                .v = {kv[1] + first * D, 0}, .o = {o[part], 0}, .lse = {lse[part], 0}};
-        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     }
     for (int i = 0; i < Q; i++) { /* into part 1 */
         double L = log(exp(lse[1][i]) + exp(lse[2][i]));
@@ -248,7 +234,7 @@ static void test_backward_takes_merged_results(void **state)
                                .v = {kv[1] + first * D, 0}, .o = {o[part > 0], 0}, .lse = {lse[part > 0], 0},
                                .d_o = {d_o, 0}, .dq = {dq[part], 0}, .dk = {dk[part > 0] + first * D, 0},
                                .dv = {dv[part > 0] + first * D, 0}};
-        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     }
     for (int at = 0; at < Q * D; at++)
         assert_true(fabs(dq[0][at] - dq[1][at] - dq[2][at]) < 1e-12);
@@ -274,13 +260,13 @@ static void test_lowest_finite_mask(void **state)
         problem.mask = MFA_MASK_ADDITIVE;
         mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {q, 0}, .v = {q, 0}, .mask = {mask, 0},
                                .o = {o[way], 0}, .lse = {lse[way], 0}};
-        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
         problem.pass = MFA_BACKWARD;
         buffers.d_o.base = q;
         buffers.dq.base = dq[way];
         buffers.dk.base = dk[way];
         buffers.dv.base = dv[way];
-        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), MFA_OK);
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     }
     for (int at = 0; at < (Q - 1) * D; at++)
         assert_true(fabsf(o[0][at] - o[1][at]) < 1e-6F && fabsf(dq[0][at] - dq[1][at]) < 1e-6F);
@@ -367,11 +353,11 @@ static void test_refused_problems(void **state)
         mfa_buffers buffers = {.size = sizeof buffers, .q = {memory, 0}, .k = {memory, 0}, .v = {memory, 0},
                                .o = {o, 0}, .mask = {memory, 0}};
         refusals[n].spoil(&problem);
-        assert_refused(mfa_problem_supported(context, &problem), refusals[n].status, refusals[n].words);
-        assert_int_equal(mfa_plan_create(context, &problem, &plan), refusals[n].status);
+        assert_refused(mfa_problem_supported(test_context, &problem), refusals[n].status, refusals[n].words);
+        assert_int_equal(mfa_plan_create(test_context, &problem, &plan), refusals[n].status);
         assert_non_null(strstr(mfa_last_error(), refusals[n].words));
         assert_ptr_equal(plan, nowhere);
-        assert_int_equal(mfa_attention(context, &problem, &buffers, NULL), refusals[n].status);
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), refusals[n].status);
         assert_non_null(strstr(mfa_last_error(), refusals[n].words));
         assert_memory_equal(o, untouched, sizeof o);
     }
@@ -438,8 +424,8 @@ static void test_refused_buffers(void **state)
             buffers.dv.base = output[4];
         }
         faults[n].spoil(&buffers);
-        assert_refused(mfa_attention(context, &problem, &buffers, NULL), MFA_INVALID, faults[n].words);
-        assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+        assert_refused(mfa_attention(test_context, &problem, &buffers, NULL), MFA_INVALID, faults[n].words);
+        assert_int_equal(mfa_plan_create(test_context, &problem, &plan), MFA_OK);
         assert_true(mfa_plan_workspace(plan) <= sizeof workspace);
         assert_int_equal(mfa_plan_run(plan, &buffers, NULL), MFA_INVALID);
         assert_non_null(strstr(mfa_last_error(), faults[n].words));
@@ -462,16 +448,16 @@ static void test_null_arguments(void **state)
     assert_refused(mfa_problem_parse(NULL, &problem), MFA_INVALID, "text is NULL");
     assert_refused(mfa_problem_parse("forward", NULL), MFA_INVALID, "problem is NULL");
     assert_refused(mfa_problem_supported(NULL, &problem), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_problem_supported(context, NULL), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_problem_supported(test_context, NULL), MFA_INVALID, "problem is NULL");
     assert_refused(mfa_plan_create(NULL, &problem, &plan), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_plan_create(context, NULL, &plan), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_plan_create(context, &problem, NULL), MFA_INVALID, "plan is NULL");
+    assert_refused(mfa_plan_create(test_context, NULL, &plan), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_plan_create(test_context, &problem, NULL), MFA_INVALID, "plan is NULL");
     assert_refused(mfa_plan_describe(NULL, text, sizeof text), MFA_INVALID, "plan is NULL");
     assert_refused(mfa_plan_run(NULL, &buffers, NULL), MFA_INVALID, "plan is NULL");
     assert_refused(mfa_attention(NULL, &problem, &buffers, NULL), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_attention(context, NULL, &buffers, NULL), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_attention(context, &problem, NULL, NULL), MFA_INVALID, "buffers is NULL");
-    assert_int_equal(mfa_plan_create(context, &problem, &plan), MFA_OK);
+    assert_refused(mfa_attention(test_context, NULL, &buffers, NULL), MFA_INVALID, "problem is NULL");
+    assert_refused(mfa_attention(test_context, &problem, NULL, NULL), MFA_INVALID, "buffers is NULL");
+    assert_int_equal(mfa_plan_create(test_context, &problem, &plan), MFA_OK);
     assert_refused(mfa_plan_describe(plan, NULL, 10), MFA_INVALID, "text is NULL");
     assert_refused(mfa_plan_run(plan, NULL, NULL), MFA_INVALID, "buffers is NULL");
     mfa_plan_destroy(plan);
@@ -499,7 +485,7 @@ static void test_context_options(void **state)
         assert_refused(mfa_context_create(&wrong[n].options, &made), wrong[n].status, wrong[n].words);
         assert_ptr_equal(made, nowhere);
     }
-    assert_refused(mfa_context_set_threads(context, -2), MFA_INVALID, "threads is -2");
+    assert_refused(mfa_context_set_threads(test_context, -2), MFA_INVALID, "threads is -2");
 
     mfa_context_options scalar = {.size = sizeof scalar, .isa = "scalar", .threads = 2};
     mfa_problem problem = parsed("forward f32 b1 h1 q4 kv4 d4");
@@ -538,7 +524,7 @@ static void test_out_of_memory(void **state)
     problem.dtype = MFA_F64;
     mfa_buffers buffers = {.size = sizeof buffers, .q = {&element, 0}, .k = {&element, 0}, .v = {&element, 0},
                            .o = {&element, 0}, .lse = {&element, 0}, .d_o = {&element, 0}, .dq = {&element, 0}};
-    assert_refused(mfa_attention(context, &problem, &buffers, NULL), MFA_OUT_OF_MEMORY, "workspace");
+    assert_refused(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OUT_OF_MEMORY, "workspace");
     assert_true(element == untouched);
 }
 
@@ -555,7 +541,7 @@ static void test_last_error_is_of_its_thread(void **state)
     (void)state;
     pthread_t thread;
     int empty = 0;
-    assert_refused(mfa_context_set_threads(context, -3), MFA_INVALID, "-3");
+    assert_refused(mfa_context_set_threads(test_context, -3), MFA_INVALID, "-3");
     assert_int_equal(pthread_create(&thread, NULL, ask_elsewhere, &empty), 0);
     assert_int_equal(pthread_join(thread, NULL), 0);
     assert_true(empty);
@@ -591,5 +577,6 @@ int main(void)
         cmocka_unit_test(test_status_names),
     };
     report_begin("test_plan", SEED);
-    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, set_up, tear_down));
+    return report_group(sizeof tests / sizeof *tests,
+                        cmocka_run_group_tests(tests, test_context_open, test_context_close));
 }

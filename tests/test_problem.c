@@ -14,8 +14,8 @@
 #include "core/key.h"
 #include "core/operand.h"
 #include "core/problem.h"
-#include "kit/random.h"
 #include "mfa.h"
+#include "support/random.h"
 
 static mfa_problem sound(void)
 {

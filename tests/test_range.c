@@ -12,25 +12,11 @@
 
 #include <cmocka.h>
 
-#include "kit/operands.h"
-#include "kit/report.h"
+#include "support/context.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { SEED = 1 };
-
-static mfa_context *context;
-
-static int open_context(void **state)
-{
-    (void)state;
-    return mfa_context_create(NULL, &context) != MFA_OK;
-}
-
-static int close_context(void **state)
-{
-    (void)state;
-    mfa_context_destroy(context);
-    return 0;
-}
 
 struct shifts { /* exponents of the powers of two */
     int q, k, v, d_o;
@@ -59,12 +45,12 @@ static void run(const char *text, struct shifts by, int backward, struct referen
     shift(&inputs, REFERENCE_dO, by.d_o);
     memset(results, 0, sizeof *results);
     operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | (backward ? BACKWARD_OUTPUTS : 0));
-    if (operands_run(&operands, context, 0) != MFA_OK)
+    if (operands_run(&operands, test_context, 0) != MFA_OK)
         fail_msg("%s, scale %g: %s", text, problem.scale, mfa_last_error());
     assert_null(operands_collect(&operands, results));
     if (backward) {
         operands_turn(&operands, DENSE, results);
-        assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+        assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
         assert_null(operands_collect(&operands, results));
     }
     operands_close(&operands);
@@ -183,7 +169,7 @@ static void test_values_that_are_not_finite(void **state)
         inputs.values[REFERENCE_V][1] = NAN;
         memset(&results, 0, sizeof results);
         operands_open(&operands, &inputs, DENSE, OUTPUT(O));
-        assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+        assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
         assert_null(operands_collect(&operands, &results));
         int infinite = 0, nan = 0;
         for (int64_t row = 0; row < problem.q_len; row++) { /* of head 0 */
@@ -226,11 +212,11 @@ static void test_caps(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_scales, open_context, close_context),
-        cmocka_unit_test_setup_teardown(test_scales_of_bf16, open_context, close_context),
-        cmocka_unit_test_setup_teardown(test_large_values, open_context, close_context),
-        cmocka_unit_test_setup_teardown(test_values_that_are_not_finite, open_context, close_context),
-        cmocka_unit_test_setup_teardown(test_caps, open_context, close_context),
+        cmocka_unit_test_setup_teardown(test_scales, test_context_open, test_context_close),
+        cmocka_unit_test_setup_teardown(test_scales_of_bf16, test_context_open, test_context_close),
+        cmocka_unit_test_setup_teardown(test_large_values, test_context_open, test_context_close),
+        cmocka_unit_test_setup_teardown(test_values_that_are_not_finite, test_context_open, test_context_close),
+        cmocka_unit_test_setup_teardown(test_caps, test_context_open, test_context_close),
     };
     report_begin("test_range", SEED);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));

@@ -11,10 +11,10 @@
 
 #include <cmocka.h>
 
-#include "kit/operands.h"
-#include "kit/report.h"
 #include "reference/element.h"
 #include "reference/tolerance.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { SEED = 1 };
 
@@ -52,7 +52,7 @@ static double loss(const struct inputs *inputs)
 }
 
 /* (f(x + h) - f(x - h)) / 2h, twice as often, extrapolated: the error is of the order of h^4. */
-static double slope(struct inputs *inputs, double *x)
+static double central_difference(struct inputs *inputs, double *x)
 {
     const double h = 1e-3, kept = *x;
     double difference[2];
@@ -84,7 +84,7 @@ static void differentiate(const char *text, struct variant variant)
         double *values = inputs.values[pairs[pair][0]];
         int64_t count = gradient ? reference_count(&inputs.problem, pairs[pair][1]) : 0;
         for (int64_t at = 0; at < count; at += count > 60 ? 3 : 1, compared++) {
-            double expected = isfinite(values[at]) ? slope(&inputs, &values[at]) : 0;
+            double expected = isfinite(values[at]) ? central_difference(&inputs, &values[at]) : 0;
             if (!(fabs(gradient[at] - expected) <= 1e-8 * (1 + fabs(expected)))) {
                 print_error("%s: %s[%lld] is %.12g, by differences %.12g\n", text, tensor_name(pairs[pair][1]),
                             (long long)at, gradient[at], expected);

@@ -10,25 +10,11 @@
 
 #include <cmocka.h>
 
-#include "kit/operands.h"
-#include "kit/report.h"
+#include "support/context.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { SEED = 1 };
-
-static mfa_context *context;
-
-static int open_context(void **state)
-{
-    (void)state;
-    return mfa_context_create(NULL, &context) != MFA_OK;
-}
-
-static int close_context(void **state)
-{
-    (void)state;
-    mfa_context_destroy(context);
-    return 0;
-}
 
 /* dO is the unit matrix over all rows that share a KV head, so that dV = P^T dO is P^T. */
 static void make_unit(const struct inputs *inputs)
@@ -46,10 +32,10 @@ static void run(const struct inputs *inputs, struct reference *results)
     struct operands operands;
     memset(results, 0, sizeof *results);
     operands_open(&operands, inputs, DENSE, FORWARD_OUTPUTS | OUTPUT(dV));
-    assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+    assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
     assert_null(operands_collect(&operands, results));
     operands_turn(&operands, DENSE, results);
-    assert_int_equal(operands_run(&operands, context, 0), MFA_OK);
+    assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
     assert_null(operands_collect(&operands, results));
     operands_close(&operands);
 }
@@ -113,7 +99,8 @@ static void test_sums_of_P(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(test_sums_of_P, open_context, close_context)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_sums_of_P, test_context_open, test_context_close)};
     report_begin("test_scores", SEED);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
 }

@@ -25,9 +25,9 @@ RULES = (
     ("src/mfa.c", ("mfa.h", "base/*", "core/*"), (*MACHINE, "pthread.h", "stdio.h", "errno.h")),
     ("src/backends.c", ("core/backend.h", "*/backend.h"), MACHINE + SYSTEM),
     ("src/*/*", ("mfa.h", "base/*", "core/*", "{folder}/*"), ()),
-    ("tests/reference/*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
-    ("tests/kit/*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
-    ("tests/check_[ai]*", ("mfa.h", "reference/*", "kit/*"), MACHINE),
+    ("tests/reference/*", ("mfa.h", "reference/*", "support/*"), MACHINE),
+    ("tests/support/*", ("mfa.h", "reference/*", "support/*"), MACHINE),
+    ("tests/check_[ai]*", ("mfa.h", "reference/*", "support/*"), MACHINE),
     ("tests/*", ("*",), ()),
     # The software Metal: a program of its own beside the library, of which it knows base only. Its include folder is
     # what kernels are compiled with; its tests and its CUDA leg are tests.

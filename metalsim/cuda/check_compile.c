@@ -3,10 +3,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "kit/report.h"
 #include "metal/gpu.h"
 #include "metal/source.h"
 #include "mfa.h"
+#include "support/report.h"
 
 static const struct {
     int dtype, dim, features, mask_dtype, family;

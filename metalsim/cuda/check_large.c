@@ -7,14 +7,14 @@
 #include <string.h>
 #include <time.h>
 
-#include "kit/arguments.h"
-#include "kit/compare.h"
-#include "kit/operands.h"
-#include "kit/report.h"
 #include "metal/gpu.h"
 #include "metal/run.h"
 #include "mfa.h"
 #include "reference/element.h"
+#include "support/arguments.h"
+#include "support/compare.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 static const char *const problems[] = {
     "forward f16 b1 h1 q32768 kv32768 d64",

@@ -7,13 +7,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kit/compare.h"
-#include "kit/operands.h"
-#include "kit/report.h"
 #include "metalsim/macho/macho.h"
 #include "metalsim/runtime/runtime.h"
 #include "mfa.h"
 #include "reference/tolerance.h"
+#include "support/compare.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 static const char *const problems[] = {
     "forward f16 b1 h2 q40 kv72 d64 causal", "both f32 b1 h2/1 q19 kv33 d40 mask_f16",

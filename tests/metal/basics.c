@@ -6,11 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kit/report.h"
 #include "metal/gpu.h"
 #include "metal/run.h"
 #include "metal/source.h"
 #include "reference/element.h"
+#include "support/report.h"
 
 static const int families[] = {7, 9};
 

@@ -8,11 +8,11 @@
 #include <string.h>
 
 #include "core/problem.h"
-#include "kit/operands.h"
 #include "metal/gpu.h"
 #include "metal/run.h"
 #include "metal/source.h"
 #include "metal/tiles.h"
+#include "support/operands.h"
 
 #define FIXED_REGISTERS 24 /* addresses, strides, row sums, temporaries: a guess */
 

@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "core/problem.h"
-#include "kit/random.h"
+#include "support/random.h"
 
 #define SHARING 20 /* random problems share programs */
 

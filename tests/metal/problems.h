@@ -4,8 +4,8 @@
 
 #include <stdint.h>
 
-#include "kit/operands.h"
 #include "metal/run.h"
+#include "support/operands.h"
 
 struct generated {
     mfa_problem problem;

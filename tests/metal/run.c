@@ -15,7 +15,7 @@ char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 
 enum { WORKSPACE = MFA_OPERAND_COUNT, VISITED, FILLER, BUFFERS };
 
-/* The kit's tensors in the order of mfa_operands. */
+/* The tensors of reference/attention.h in the order of mfa_operands. */
 static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
     REFERENCE_Q,  REFERENCE_K,  REFERENCE_V,  REFERENCE_MASK, REFERENCE_O,     REFERENCE_L,    REFERENCE_dO,
     REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV,   REFERENCE_DBIAS, REFERENCE_O_LOW};

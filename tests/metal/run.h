@@ -2,8 +2,8 @@
 #ifndef TESTS_METAL_RUN_H
 #define TESTS_METAL_RUN_H
 
-#include "kit/operands.h"
 #include "metal/tiles.h"
+#include "support/operands.h"
 
 struct metal_trace {
     int64_t visited[MFA_METAL_KERNELS]; /* blocks; -1: the kernel did not run */

@@ -11,12 +11,12 @@
 
 #include <cmocka.h>
 
-#include "kit/operands.h"
-#include "kit/report.h"
 #include "metal/gpu.h"
 #include "metal/run.h"
 #include "mfa.h"
 #include "reference/element.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { NOWHERE = -1 }; /* in place of a dimension: no stride is large */
 

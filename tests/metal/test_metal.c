@@ -11,11 +11,11 @@
 #include <cmocka.h>
 
 #include "core/problem.h"
-#include "kit/report.h"
 #include "metal/dispatch.h"
 #include "metal/source.h"
 #include "metal/tiles.h"
 #include "mfa.h"
+#include "support/report.h"
 
 static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
                                               MFA_METAL_BACKWARD_DKV};

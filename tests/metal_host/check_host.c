@@ -11,10 +11,10 @@
 #include <string.h>
 #include <time.h>
 
-#include "kit/arguments.h"
-#include "kit/cases.h"
-#include "kit/report.h"
 #include "metal_host/host.h"
+#include "support/arguments.h"
+#include "support/cases.h"
+#include "support/report.h"
 
 /* pass, dtype ("any": the three that Metal has), and so on */
 static const char *problems[] = {
@@ -36,7 +36,7 @@ static const char *problems[] = {
 
 static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)
 {
-    struct subject s;
+    struct test_case s;
     const int number = one->number;
     const clock_t begin = clock();
     const struct host_options runs[] = {
@@ -45,10 +45,10 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
     };
     int good = 1;
     for (int options = 0; options < (arguments->quick ? 1 : 2); options++) {
-        if (!host_subject_open(&s, one->text, options ? number : 0, arguments->seed))
+        if (!host_test_case_open(&s, one->text, options ? number : 0, arguments->seed))
             return;
         const int right = host_check(context, &s, &runs[options]);
-        subject_close(&s);
+        test_case_close(&s);
         good = good && right;
         if (right)
             report_pass();

@@ -9,16 +9,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "kit/cases.h"
-#include "kit/report.h"
 #include "metal_host/objc.h"
+#include "support/cases.h"
+#include "support/report.h"
 
 void (*const metal_host_send)(void) = objc_msgSend;
 
 #define ALL_OUTPUTS (FORWARD_OUTPUTS | BACKWARD_OUTPUTS | OUTPUT(O_LOW))
 #define WORKSPACE_OFFSET 64 /* of the caller's workspace in its buffer */
 
-/* --- Subjects ------------------------------------------------------------------------------------- */
+/* --- Test cases ------------------------------------------------------------------------------------- */
 
 static struct variant variant_of(const mfa_problem *problem, int number)
 {
@@ -29,7 +29,7 @@ static struct variant variant_of(const mfa_problem *problem, int number)
                             .dlse = number % 2};
 }
 
-int host_subject_open(struct subject *s, const char *text, int number, uint64_t seed)
+int host_test_case_open(struct test_case *s, const char *text, int number, uint64_t seed)
 {
     struct one_case one;
     if (!case_parse(text, &one)) {
@@ -37,7 +37,7 @@ int host_subject_open(struct subject *s, const char *text, int number, uint64_t 
         return 0;
     }
     one.problem.device = MFA_DEVICE_METAL;
-    subject_open(s, &one, variant_of(&one.problem, number), seed);
+    test_case_open(s, &one, variant_of(&one.problem, number), seed);
     s->text = text;
     return 1;
 }
@@ -115,7 +115,7 @@ void host_collect(struct host_pass *pass, struct reference *results, const char 
         report_fail("%s: %s is written beside its elements", text, overrun);
 }
 
-void host_pass_open(struct host_pass *pass, const struct subject *s, const struct host_options *options)
+void host_pass_open(struct host_pass *pass, const struct test_case *s, const struct host_options *options)
 {
     *pass = (struct host_pass){.workspace.mapping = NULL};
     operands_open(&pass->operands, &s->inputs, options->arrangement, options->outputs ? options->outputs : ALL_OUTPUTS);
@@ -131,7 +131,7 @@ static mfa_status run_pass(mfa_context *context, const struct host_options *opti
     return status;
 }
 
-mfa_status host_run(mfa_context *context, struct subject *s, const struct host_options *options,
+mfa_status host_run(mfa_context *context, struct test_case *s, const struct host_options *options,
                     struct reference *results)
 {
     mfa_status status = MFA_OK;
@@ -149,14 +149,14 @@ mfa_status host_run(mfa_context *context, struct subject *s, const struct host_o
     return status;
 }
 
-int host_check(mfa_context *context, struct subject *s, const struct host_options *options)
+int host_check(mfa_context *context, struct test_case *s, const struct host_options *options)
 {
     struct reference results;
     guarded_testing(s->text);
     const mfa_status status = host_run(context, s, options, &results);
     int good = status == MFA_OK;
     if (good)
-        good = subject_is_right(s, s->text, &results);
+        good = test_case_is_right(s, s->text, &results);
     else
         report_fail("%s: %s: %s", s->text, mfa_status_name(status), mfa_last_error());
     reference_close(&results);

@@ -5,13 +5,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "kit/subject.h"
 #include "mfa.h"
 #include "runtime/runtime.h"
+#include "support/test_case.h"
 
 /* 0: the text is not a problem, which is reported. `number` chooses what is broadcast; 0: nothing is. The text is
  * kept, not copied. */
-int host_subject_open(struct subject *subject, const char *text, int number, uint64_t seed);
+int host_test_case_open(struct test_case *test_case, const char *text, int number, uint64_t seed);
 
 /* A pass that has been started. */
 struct host_pass {
@@ -31,17 +31,17 @@ struct host_options {
     void (*after)(const struct host_pass *pass, void *stream); /* after it: waits, if the call has not. NULL: nothing */
 };
 
-/* Runs the passes of a subject; the status of the first that fails. `results`: to be closed by the caller. */
-mfa_status host_run(mfa_context *context, struct subject *subject, const struct host_options *options,
+/* Runs the passes of a test_case; the status of the first that fails. `results`: to be closed by the caller. */
+mfa_status host_run(mfa_context *context, struct test_case *test_case, const struct host_options *options,
                     struct reference *results);
 
 /* The same in steps, for concurrent passes; the first is forward. */
-void host_pass_open(struct host_pass *pass, const struct subject *subject, const struct host_options *options);
+void host_pass_open(struct host_pass *pass, const struct test_case *test_case, const struct host_options *options);
 mfa_status host_start(mfa_context *context, const struct host_options *options, struct host_pass *pass);
 void host_collect(struct host_pass *pass, struct reference *results, const char *text);
 
 /* Runs a problem and checks the results; 0, and a report, if they are wrong. */
-int host_check(mfa_context *context, struct subject *subject, const struct host_options *options);
+int host_check(mfa_context *context, struct test_case *test_case, const struct host_options *options);
 
 /* Whether the outputs of the pass that failed are as they were: NaN. */
 int host_is_untouched(const struct reference *results);

@@ -41,10 +41,10 @@ mfa_context *steps_open_warm(const char *text)
 
 void steps_run(mfa_context *context, const char *text, const struct host_options *options)
 {
-    struct subject s;
-    assert_true(host_subject_open(&s, text, 0, 1));
+    struct test_case s;
+    assert_true(host_test_case_open(&s, text, 0, 1));
     assert_true(host_check(context, &s, options));
-    subject_close(&s);
+    test_case_close(&s);
 }
 
 void steps_print_counts(const char *what, const struct metalsim_counts *counts)

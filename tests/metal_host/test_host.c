@@ -13,11 +13,11 @@
 
 #include <cmocka.h>
 
-#include "kit/report.h"
 #include "metal/kernels/contract.h"
 #include "metal_host/host.h"
 #include "metal_host/objc.h"
 #include "metal_host/steps.h"
+#include "support/report.h"
 
 static const char forward[] = "forward f16 b1 h2 q33 kv40 d64";
 
@@ -45,9 +45,9 @@ static void test_cold_start(void **state)
 
 static void expect_steady(mfa_context *context, const char *text, const struct host_options *options, unsigned passes)
 {
-    struct subject s;
+    struct test_case s;
     struct reference results;
-    assert_true(host_subject_open(&s, text, 0, 1));
+    assert_true(host_test_case_open(&s, text, 0, 1));
     const uint64_t objects = host_counts().objects;
     metalsim_runtime_clear();
     assert_int_equal(host_run(context, &s, options, &results), MFA_OK);
@@ -61,9 +61,9 @@ static void expect_steady(mfa_context *context, const char *text, const struct h
     assert_int_equal(counts.waits, passes);
     assert_int_equal(counts.barriers, 0); /* of a serial encoder */
     assert_int_equal(counts.objects, objects);
-    assert_true(subject_is_right(&s, s.text, &results));
+    assert_true(test_case_is_right(&s, s.text, &results));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
 }
 
 static void test_steady_state(void **state)
@@ -161,11 +161,11 @@ static void test_long_run(void **state)
 /* Threads with a queue in common, each waiting for its own commands. */
 static void *run_often(void *argument)
 {
-    struct subject s;
-    int good = host_subject_open(&s, "both f16 b1 h2 q33 kv40 d64 mask_bool", 0, 1);
+    struct test_case s;
+    int good = host_test_case_open(&s, "both f16 b1 h2 q33 kv40 d64 mask_bool", 0, 1);
     for (int n = 0; n < 5; n++)
         good = host_check(argument, &s, &(struct host_options){0}) && good;
-    subject_close(&s);
+    test_case_close(&s);
     return good ? argument : NULL;
 }
 
@@ -191,10 +191,10 @@ static void test_threads(void **state)
 /* Whether a run in a child of the process that opened the device is refused, without a message to Metal. */
 static int is_refused(mfa_context *context)
 {
-    struct subject s;
+    struct test_case s;
     struct reference results;
     const uint64_t messages = host_counts().messages;
-    host_subject_open(&s, forward, 0, 1);
+    host_test_case_open(&s, forward, 0, 1);
     const mfa_status status = host_run(context, &s, &(struct host_options){0}, &results);
     return status == MFA_UNAVAILABLE && strstr(mfa_last_error(), "fork()") && host_counts().messages == messages;
 }
@@ -285,10 +285,10 @@ static void test_not_a_number(void **state)
 {
     (void)state;
     enum { QUERIES = 40, DIM = 64, KEY = 20 };
-    struct subject s;
+    struct test_case s;
     struct reference usual, results;
     mfa_context *context = steps_open();
-    assert_true(host_subject_open(&s, "both f16 b1 h1 q40 kv40 d64 causal", 0, 1));
+    assert_true(host_test_case_open(&s, "both f16 b1 h1 q40 kv40 d64 causal", 0, 1));
     assert_int_equal(host_run(context, &s, &(struct host_options){0}, &usual), MFA_OK);
     s.inputs.values[REFERENCE_K][KEY * DIM] = NAN;
     assert_int_equal(host_run(context, &s, &(struct host_options){0}, &results), MFA_OK);
@@ -302,7 +302,7 @@ static void test_not_a_number(void **state)
         assert_true(isnan(results.dK[j]) && isnan(results.dV[j])); /* sums over all queries: 0 times NaN is NaN */
     reference_close(&usual);
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     mfa_context_destroy(context);
 }
 
@@ -354,14 +354,14 @@ static void test_two_runs_in_one(void **state)
     id device = MTLCreateSystemDefaultDevice();
     test_queue = GET(device, "newCommandQueue");
     id commands = GET(test_queue, "commandBuffer");
-    struct subject s;
+    struct test_case s;
     struct reference none;
-    assert_true(host_subject_open(&s, text, 0, 1));
+    assert_true(host_test_case_open(&s, text, 0, 1));
     /* Its buffers are gone when it is executed, but the command buffer holds them. */
     assert_int_equal(host_run(context, &s, &(struct host_options){.stream = commands}, &none), MFA_OK);
     assert_true(host_is_untouched(&none)); /* as nothing has been committed */
     reference_close(&none);
-    subject_close(&s);
+    test_case_close(&s);
     const uint64_t encoders = host_counts().encoders;
     steps_run(context, text,
               &(struct host_options){.stream = GET(test_queue, "commandBuffer"), .after = commit_and_wait});
@@ -378,18 +378,18 @@ static void test_careless_command_buffer(void **state)
     (void)state;
     static const char text[] = "forward f16 b1 h1 q40 kv600 d64 mask_bool";
     mfa_context *context = steps_open_warm(text);
-    struct subject s;
+    struct test_case s;
     struct reference results;
     void *pool = objc_autoreleasePoolPush();
     id device = MTLCreateSystemDefaultDevice();
     test_queue = GET(device, "newCommandQueue");
     id commands = GET(test_queue, "commandBufferWithUnretainedReferences");
-    assert_true(host_subject_open(&s, text, 0, 1));
+    assert_true(host_test_case_open(&s, text, 0, 1));
     assert_int_equal(host_run(context, &s, &(struct host_options){.stream = commands}, &results), MFA_INVALID);
     print_message("%s\n", mfa_last_error());
     assert_non_null(strstr(mfa_last_error(), "workspace"));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     DO(test_queue, "release");
     DO(device, "release");
     objc_autoreleasePoolPop(pool);
@@ -400,17 +400,17 @@ static void test_careless_command_buffer(void **state)
 static void test_no_torch(void **state)
 {
     (void)state;
-    struct subject s;
+    struct test_case s;
     struct reference results;
     mfa_context *context = steps_open();
-    assert_true(host_subject_open(&s, forward, 0, 1));
+    assert_true(host_test_case_open(&s, forward, 0, 1));
     assert_int_equal(host_run(context, &s, &(struct host_options){.stream = MFA_STREAM_TORCH}, &results),
                      MFA_UNAVAILABLE);
     print_message("%s\n", mfa_last_error());
     assert_non_null(strstr(mfa_last_error(), "PyTorch"));
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     mfa_context_destroy(context);
 }
 

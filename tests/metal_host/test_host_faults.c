@@ -9,9 +9,9 @@
 
 #include <cmocka.h>
 
-#include "kit/report.h"
 #include "metal_host/host.h"
 #include "metal_host/steps.h"
+#include "support/report.h"
 
 /* What each fault may come to; a run that goes well all the same is right. */
 static const struct expectation {
@@ -50,21 +50,21 @@ static void fail_with(enum metalsim_fault fault, unsigned after, unsigned times)
 /* Runs forward and backward; what fails does so as expected. Returns the status. */
 static mfa_status run_faulty(mfa_context *context, const struct expectation *e, unsigned after)
 {
-    struct subject s;
+    struct test_case s;
     struct reference results;
-    assert_true(host_subject_open(&s, "both f16 b1 h1 q40 kv600 d64 mask_bool", 0, 1)); /* which has a workspace */
+    assert_true(host_test_case_open(&s, "both f16 b1 h1 q40 kv600 d64 mask_bool", 0, 1)); /* which has a workspace */
     const mfa_status status = host_run(context, &s, &(struct host_options){0}, &results);
     print_message("%s after %u: %s%s%s\n", metalsim_runtime_fault_name(e->fault), after, mfa_status_name(status),
                   status ? ": " : "", status ? mfa_last_error() : "");
     if (status == MFA_OK) {
-        assert_true(subject_is_right(&s, s.text, &results));
+        assert_true(test_case_is_right(&s, s.text, &results));
     } else {
         assert_int_equal(status, e->status);
         assert_non_null(strstr(mfa_last_error(), e->words));
         assert_true(host_is_untouched(&results));
     }
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     return status;
 }
 

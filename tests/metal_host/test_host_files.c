@@ -25,9 +25,9 @@
 #include <cmocka.h>
 
 #include "base/file.h"
-#include "kit/report.h"
 #include "metal_host/host.h"
 #include "metal_host/steps.h"
+#include "support/report.h"
 
 extern char **environ;
 
@@ -52,13 +52,13 @@ static int end(void **state)
 /* A context with that folder runs the problem right; what it has cost. */
 static struct metalsim_counts run_right(const char *cache)
 {
-    struct subject s;
+    struct test_case s;
     metalsim_runtime_clear();
     mfa_context *context = host_open(cache);
     assert_non_null(context);
-    assert_true(host_subject_open(&s, text, 0, 1));
+    assert_true(host_test_case_open(&s, text, 0, 1));
     assert_true(host_check(context, &s, &(struct host_options){0}));
-    subject_close(&s);
+    test_case_close(&s);
     mfa_context_destroy(context);
     assert_true(host_is_clean(1));
     return host_counts();
@@ -461,8 +461,8 @@ static void test_strange_folders(void **state)
 
 static int run(const char *cache, const char *bytes)
 {
-    struct subject s;
-    int good = host_subject_open(&s, text, 0, 1);
+    struct test_case s;
+    int good = host_test_case_open(&s, text, 0, 1);
     if (bytes) {
         const struct rlimit limit = {(rlim_t)atoi(bytes), (rlim_t)atoi(bytes)};
         signal(SIGXFSZ, SIG_IGN);
@@ -471,7 +471,7 @@ static int run(const char *cache, const char *bytes)
     mfa_context *context = host_open(cache);
     good = good && context && host_check(context, &s, &(struct host_options){0});
     mfa_context_destroy(context);
-    subject_close(&s);
+    test_case_close(&s);
     return !(host_is_clean(1) && good);
 }
 

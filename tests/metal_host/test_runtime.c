@@ -12,9 +12,9 @@
 
 #include <cmocka.h>
 
-#include "kit/report.h"
 #include "metal_host/objc.h"
 #include "runtime/runtime.h"
+#include "support/report.h"
 
 /* --- A program, from text to results -------------------------------------------------------------- */
 

@@ -10,8 +10,8 @@
 
 #include <cmocka.h>
 
-#include "kit/report.h"
 #include "runtime/runtime.h"
+#include "support/report.h"
 
 static const struct row {
     const char *receiver, *selector, *ownership, *since, *result, *types;

@@ -11,10 +11,10 @@
 
 #include <cmocka.h>
 
-#include "kit/report.h"
 #include "metal_host/host.h"
 #include "metal_host/steps.h"
 #include "runtime/torch.h"
+#include "support/report.h"
 
 static mfa_context *context;
 
@@ -63,7 +63,7 @@ static void use_after(const struct host_pass *pass, void *stream)
 static const struct host_options among = {
     .stream = MFA_STREAM_TORCH, .outputs_used = 1, .before = use_before, .after = use_after};
 
-static void restore(const struct subject *s, struct reference *results)
+static void restore(const struct test_case *s, struct reference *results)
 {
     for (int64_t i = 0; i < reference_count(&s->inputs.problem, REFERENCE_O); i++)
         results->O[i] *= 2;
@@ -71,17 +71,17 @@ static void restore(const struct subject *s, struct reference *results)
 
 static void run_right(const char *text)
 {
-    struct subject s;
+    struct test_case s;
     struct reference results;
-    assert_true(host_subject_open(&s, text, 0, 1));
+    assert_true(host_test_case_open(&s, text, 0, 1));
     const mfa_status status = host_run(context, &s, &among, &results);
     if (status != MFA_OK)
         print_error("%s: %s\n", text, mfa_last_error());
     assert_int_equal(status, MFA_OK);
     restore(&s, &results);
-    assert_true(subject_is_right(&s, s.text, &results));
+    assert_true(test_case_is_right(&s, s.text, &results));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
 }
 
 static const char *const texts[] = {
@@ -132,10 +132,10 @@ static void wait_for_torch(const struct host_pass *pass, void *stream)
 static void test_backward(void **state)
 {
     (void)state;
-    struct subject s;
-    assert_true(host_subject_open(&s, "both bf16 b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5", 3, 1));
+    struct test_case s;
+    assert_true(host_test_case_open(&s, "both bf16 b1 h4/2 q33 kv70 d64 causal mask_f32 softcap5", 3, 1));
     assert_true(host_check(context, &s, &(struct host_options){.stream = MFA_STREAM_TORCH, .after = wait_for_torch}));
-    subject_close(&s);
+    test_case_close(&s);
 }
 
 static void use_dbias_before(const struct host_pass *pass)
@@ -148,16 +148,16 @@ static void use_dbias_before(const struct host_pass *pass)
 static void test_leftovers(void **state)
 {
     (void)state;
-    struct subject s;
+    struct test_case s;
     const struct host_options options = {.stream = MFA_STREAM_TORCH,
                                          .outputs = FORWARD_OUTPUTS | OUTPUT(DBIAS),
                                          .outputs_used = 1,
                                          .before = use_dbias_before,
                                          .after = wait_for_torch};
-    assert_true(host_subject_open(&s, "both f32 b1 h1 q32 kv32 d8 mask_f32", 0, 1));
+    assert_true(host_test_case_open(&s, "both f32 b1 h1 q32 kv32 d8 mask_f32", 0, 1));
     assert_true(host_check(context, &s, &options));
     assert_true(host_is_clean(0));
-    subject_close(&s);
+    test_case_close(&s);
 }
 
 /* An encoder whose dispatches may overlap. */
@@ -174,31 +174,31 @@ static void test_many_in_flight(void **state)
     (void)state;
     enum { RUNS = 8 };
     static char lines[RUNS][64];
-    struct subject subjects[RUNS];
+    struct test_case test_cases[RUNS];
     struct host_pass passes[RUNS];
     struct reference results[RUNS];
     const struct host_options options = {.stream = MFA_STREAM_TORCH};
     for (int n = 0; n < RUNS; n++) {
         snprintf(lines[n], sizeof lines[n], "forward f32 b1 h2 q2 kv%d d64 mask_bool", 300 + 400 * n);
-        assert_true(host_subject_open(&subjects[n], lines[n], 0, 1));
-        host_pass_open(&passes[n], &subjects[n], &options);
+        assert_true(host_test_case_open(&test_cases[n], lines[n], 0, 1));
+        host_pass_open(&passes[n], &test_cases[n], &options);
         assert_int_equal(host_start(context, &options, &passes[n]), MFA_OK);
     }
     metalsim_torch_synchronize();
     for (int n = 0; n < RUNS; n++) {
         memset(&results[n], 0, sizeof results[n]);
         host_collect(&passes[n], &results[n], lines[n]);
-        assert_true(subject_is_right(&subjects[n], subjects[n].text, &results[n]));
+        assert_true(test_case_is_right(&test_cases[n], test_cases[n].text, &results[n]));
         reference_close(&results[n]);
         operands_close(&passes[n].operands);
-        subject_close(&subjects[n]);
+        test_case_close(&test_cases[n]);
     }
 }
 
 /* Several threads meet in PyTorch's stream. */
 static void *run_often(void *argument)
 {
-    struct subject *s = argument;
+    struct test_case *s = argument;
     const struct host_options options = {.stream = MFA_STREAM_TORCH};
     struct host_pass pass;
     struct reference results = {.O = NULL};
@@ -209,7 +209,7 @@ static void *run_often(void *argument)
         metalsim_torch_synchronize();
         host_collect(&pass, &results, s->text);
         operands_close(&pass.operands);
-        good = subject_is_right(s, s->text, &results) && good;
+        good = test_case_is_right(s, s->text, &results) && good;
         reference_close(&results);
     }
     return good ? argument : NULL;
@@ -219,17 +219,17 @@ static void test_threads(void **state)
 {
     (void)state;
     enum { THREADS = 3 };
-    struct subject subjects[THREADS];
+    struct test_case test_cases[THREADS];
     pthread_t threads[THREADS];
     for (int n = 0; n < THREADS; n++)
-        assert_true(host_subject_open(&subjects[n], texts[1], 0, (uint64_t)n));
+        assert_true(host_test_case_open(&test_cases[n], texts[1], 0, (uint64_t)n));
     for (int n = 0; n < THREADS; n++)
-        assert_int_equal(pthread_create(&threads[n], NULL, run_often, &subjects[n]), 0);
+        assert_int_equal(pthread_create(&threads[n], NULL, run_often, &test_cases[n]), 0);
     for (int n = 0; n < THREADS; n++) {
         void *good = NULL;
         pthread_join(threads[n], &good);
-        assert_ptr_equal(good, &subjects[n]);
-        subject_close(&subjects[n]);
+        assert_ptr_equal(good, &test_cases[n]);
+        test_case_close(&test_cases[n]);
     }
 }
 
@@ -237,11 +237,11 @@ static void test_threads(void **state)
 static void test_failure(void **state)
 {
     (void)state;
-    struct subject s;
+    struct test_case s;
     struct reference results;
     struct metalsim_settings settings;
     run_right(texts[0]);
-    assert_true(host_subject_open(&s, texts[1], 0, 1));
+    assert_true(host_test_case_open(&s, texts[1], 0, 1));
     metalsim_runtime_defaults(&settings);
     settings.fault = METALSIM_FAULT_NO_BUFFER, settings.after = 0;
     host_set(&settings);
@@ -249,7 +249,7 @@ static void test_failure(void **state)
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     assert_true(host_is_clean(0));
     host_reset();
     run_right(texts[1]);
@@ -259,16 +259,16 @@ static void test_failure(void **state)
 static void test_without_mps(void **state)
 {
     (void)state;
-    struct subject s;
+    struct test_case s;
     struct reference results;
-    assert_true(host_subject_open(&s, texts[0], 0, 1));
+    assert_true(host_test_case_open(&s, texts[0], 0, 1));
     metalsim_torch_set_available(0);
     assert_int_equal(host_run(context, &s, &among, &results), MFA_UNAVAILABLE);
     metalsim_torch_set_available(1);
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     run_right(texts[0]);
 }
 
@@ -277,16 +277,16 @@ static void test_without_mps(void **state)
 static void test_another_stream(void **state)
 {
     (void)state;
-    struct subject s;
+    struct test_case s;
     struct reference results;
-    assert_true(host_subject_open(&s, texts[0], 0, 1));
+    assert_true(host_test_case_open(&s, texts[0], 0, 1));
     metalsim_torch_leave(1);
     assert_int_equal(host_run(context, &s, &among, &results), MFA_UNAVAILABLE);
     metalsim_torch_leave(0);
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
     reference_close(&results);
-    subject_close(&s);
+    test_case_close(&s);
     run_right(texts[0]);
 }
 #endif

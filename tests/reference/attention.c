@@ -16,7 +16,7 @@ struct head { /* of one batch and KV head: keys and values, and sums for their g
 };
 
 struct row {
-    double *S, *P, *dP, *dS, *slope;      /* along keys; slope = dS after / dS before softcap */
+    double *S, *P, *dP, *dS, *dtanh;      /* along keys; dtanh = dS after / dS before softcap */
     double *Q, *dO, *O, *dQ;              /* along columns */
     int64_t first, end;                   /* of the keys in the band; nothing else is touched */
     double L;
@@ -41,12 +41,12 @@ static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
         for (int64_t j = row->first; j < row->end; j++)
             row->S[j] += row->Q[c] * w->head.K_transposed[c * p->kv_len + j];
     for (int64_t j = row->first; j < row->end; j++) {
-        double s = p->scale * row->S[j], bent = 0;
+        double s = p->scale * row->S[j], tanh_x = 0;
         if (p->softcap > 0) {
-            bent = tanh(s / p->softcap);
-            s = p->softcap * bent;
+            tanh_x = tanh(s / p->softcap);
+            s = p->softcap * tanh_x;
         }
-        row->slope[j] = 1 - bent * bent;
+        row->dtanh[j] = 1 - tanh_x * tanh_x;
         if (p->mask != MFA_MASK_NONE) {
             double mask = w->mask.values[b * w->mask.batch + h * w->mask.head + i * w->mask.row + j * w->mask.column];
             if (p->mask == MFA_MASK_ADDITIVE)
@@ -97,7 +97,7 @@ static void backward_row(struct work *w, double dL)
         row->dQ[c] = 0;
     for (int64_t j = row->first; j < row->end; j++) {
         row->dS[j] = row->P[j] * (row->dP[j] - D);
-        double dQK = p->scale * row->slope[j] * row->dS[j];
+        double dQK = p->scale * row->dtanh[j] * row->dS[j];
         for (int64_t c = 0; c < p->head_dim; c++) {
             row->dQ[c] += dQK * head->K[j * p->head_dim + c];
             head->dK[j * p->head_dim + c] += dQK * row->Q[c];
@@ -181,7 +181,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         for (int64_t at = 0; at < reference_count(p, REFERENCE_DBIAS); at++)
             results->dbias[at] = 0;
     }
-    double **along_keys[] = {&w.row.S, &w.row.P, &w.row.dP, &w.row.dS, &w.row.slope};
+    double **along_keys[] = {&w.row.S, &w.row.P, &w.row.dP, &w.row.dS, &w.row.dtanh};
     double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ};
     double **of_head[] = {&w.head.K, &w.head.V, &w.head.K_transposed, &w.head.V_transposed, &w.head.dK, &w.head.dV};
     int64_t widest = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;

@@ -10,7 +10,7 @@
 struct LOCAL(head) {
     struct position at;
     REAL *K, *V, *dK, *dV;                 /* of all keys */
-    REAL *P, *slope, *Q, *dO, *O, *dQ;     /* of query i */
+    REAL *P, *dtanh, *Q, *dO, *O, *dQ;     /* of query i */
     double Q_norm, *K_norm, *V_norm;       /* of query i, and of each key */
     double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
     double *rounding;                      /* of O, by that of P */
@@ -66,17 +66,17 @@ static double LOCAL(score_off)(const struct naive *n, const struct LOCAL(head) *
     return n->unit * (1 + fabs(n->problem->scale) * sum_off + fabs(s) + (isfinite(mask) ? fabs(mask) : 0));
 }
 
-/* P and the softcap's slope; returns L. */
+/* P and the softcap's derivative; returns L. */
 static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
 {
     const mfa_problem *p = n->problem;
     REAL largest = (REAL)-INFINITY, sum = 0, *P = head->P;
     for (int64_t j = head->at.first; j < head->at.end; j++) {
         REAL z = LOCAL(dot)(head->Q, head->K + j * p->head_dim, p->head_dim), s = (REAL)p->scale * z;
-        REAL bent = p->softcap > 0 ? (REAL)tanh(s / (REAL)p->softcap) : 0;
+        REAL tanh_x = p->softcap > 0 ? (REAL)tanh(s / (REAL)p->softcap) : 0;
         if (p->softcap > 0)
-            s = (REAL)p->softcap * bent;
-        head->slope[j] = 1 - bent * bent;
+            s = (REAL)p->softcap * tanh_x;
+        head->dtanh[j] = 1 - tanh_x * tanh_x;
         double mask = p->mask == MFA_MASK_NONE ? 1 : naive_mask(n, &head->at, j);
         head->off[j] = LOCAL(score_off)(n, head, j, (double)z, (double)s, mask);
         if (p->mask == MFA_MASK_ADDITIVE)
@@ -155,12 +155,12 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         REAL dP = LOCAL(dot)(dO, head->V + j * values, values);
         REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(p->dtype, head->P[j]);
-        REAL dQK = (REAL)element_round(p->dtype, dS * head->slope[j]);
+        REAL dQK = (REAL)element_round(p->dtype, dS * head->dtanh[j]);
 
-        double slope = head->slope[j], P_off = (head->off[j] + head->L_off) * head->P[j];
+        double dtanh = head->dtanh[j], P_off = (head->off[j] + head->L_off) * head->P[j];
         double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * dO_norm * head->V_norm[j];
-        double slope_off = p->softcap > 0 ? n->unit + 2 * slope * head->off[j] / p->softcap : 0;
-        double dQK_off = (own_off + head->P[j] * D_off) * slope + fabs((double)dS) * slope_off;
+        double dtanh_off = p->softcap > 0 ? n->unit + 2 * dtanh * head->off[j] / p->softcap : 0;
+        double dQK_off = (own_off + head->P[j] * D_off) * dtanh + fabs((double)dS) * dtanh_off;
         LOCAL(add)(dQ, head->dQ_squares, dQK, dQK_off, head->K + j * columns, columns, n->unit);
         LOCAL(add)(head->dK + j * columns, head->dK_squares + j * columns, dQK, dQK_off, head->Q, columns, n->unit);
         LOCAL(add)(head->dV + j * values, head->dV_squares + j * values, P, P_off, dO, values, n->unit);
@@ -209,7 +209,7 @@ static void NAIVE(struct naive *n)
         struct LOCAL(head) h = {0};
         struct { REAL **row; int64_t count; } reals[] = {
             {&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
-            {&h.P, keys}, {&h.slope, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
+            {&h.P, keys}, {&h.dtanh, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
         struct { double **row; int64_t count; } doubles[] = {
             {&h.K_norm, keys}, {&h.V_norm, keys}, {&h.off, keys}, {&h.O_squares, values}, {&h.dQ_squares, columns},
             {&h.dK_squares, keys * columns}, {&h.dV_squares, keys * values},

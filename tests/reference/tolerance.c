@@ -8,10 +8,10 @@
 
 enum { LANES = 8 };
 
-/* How many u the floor grants for each u of an error: what is rounded to u is off by 0.43 u as a root mean square, and
- * the largest of a million sums of such errors by about five times that. In f64 the reference is off by as much as what
- * it judges. */
-static double few(int32_t dtype)
+/* The floor is this multiple of a predicted error, which is a root mean square: rounding to u is off by 0.43 u in that
+ * measure, and the largest of a million sums of such errors by about five times as much. In f64 the reference itself is
+ * off by as much as the results under test. */
+static double floor_factor(int32_t dtype)
 {
     return dtype == MFA_F64 ? 3 : 2;
 }
@@ -134,14 +134,14 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
         n.results.dbias[at] = element_round(p->mask_dtype, n.results.dbias[at]);
 
     double scale = fabs(p->scale);
-    tolerance->O = allow(p, REFERENCE_O, truth->O, n.results.O, few(p->dtype) * n.O_off);
-    tolerance->O_low = allow_low(p, truth->O, few(p->dtype) * n.O_off);
+    tolerance->O = allow(p, REFERENCE_O, truth->O, n.results.O, floor_factor(p->dtype) * n.O_off);
+    tolerance->O_low = allow_low(p, truth->O, floor_factor(p->dtype) * n.O_off);
     tolerance->O_low_of_rounded_P = fmax(2 * n.rounded_P_off, tolerance->O_low);
-    tolerance->L = allow(p, REFERENCE_L, truth->L, n.results.L, few(p->dtype) * n.L_off);
-    tolerance->dQ = allow(p, REFERENCE_dQ, truth->dQ, n.results.dQ, few(p->dtype) * n.dQ_off * scale);
-    tolerance->dK = allow(p, REFERENCE_dK, truth->dK, n.results.dK, few(p->dtype) * n.dK_off * scale);
-    tolerance->dV = allow(p, REFERENCE_dV, truth->dV, n.results.dV, few(p->dtype) * n.dV_off);
-    tolerance->dbias = allow(p, REFERENCE_DBIAS, truth->dbias, n.results.dbias, few(p->dtype) * n.dbias_off);
+    tolerance->L = allow(p, REFERENCE_L, truth->L, n.results.L, floor_factor(p->dtype) * n.L_off);
+    tolerance->dQ = allow(p, REFERENCE_dQ, truth->dQ, n.results.dQ, floor_factor(p->dtype) * n.dQ_off * scale);
+    tolerance->dK = allow(p, REFERENCE_dK, truth->dK, n.results.dK, floor_factor(p->dtype) * n.dK_off * scale);
+    tolerance->dV = allow(p, REFERENCE_dV, truth->dV, n.results.dV, floor_factor(p->dtype) * n.dV_off);
+    tolerance->dbias = allow(p, REFERENCE_DBIAS, truth->dbias, n.results.dbias, floor_factor(p->dtype) * n.dbias_off);
 
     for (size_t at = 0; at < input_count; at++)
         free(inputs[at].view->values);

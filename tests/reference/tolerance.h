@@ -26,7 +26,7 @@
  *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what the error and the rounding
  *     of the O that backward is given do to it; dS_ij by P_ij times these, and as P_ij by that times |dP_ij - D_i|
  *     of O, dV, dbias, dQ and dK each term is off by this times the element of V, dO, 1, K or Q (and scale) beside it,
- *     and each sum by its own roundings; for the last two a softcap's slope is off as well
+ *     and each sum by its own roundings; for the last two a softcap's derivative is off as well
  * |x| being the length of a row.
  *
  * o + o_low is O before it was rounded. It may be off by the floor alone, where the rounding of o_low takes the

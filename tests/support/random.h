@@ -1,11 +1,11 @@
 /* Problems that are drawn, not listed, each by its number in a series that a seed begins. */
-#ifndef KIT_RANDOM_H
-#define KIT_RANDOM_H
+#ifndef SUPPORT_RANDOM_H
+#define SUPPORT_RANDOM_H
 
 #include <stdint.h>
 
-#include "kit/generator.h"
-#include "kit/operands.h"
+#include "support/generator.h"
+#include "support/operands.h"
 
 struct random_problem {
     mfa_problem problem; /* forward */

@@ -1,6 +1,6 @@
 /* Comparing a result with what it should be, and saying where they part. */
-#ifndef KIT_COMPARE_H
-#define KIT_COMPARE_H
+#ifndef SUPPORT_COMPARE_H
+#define SUPPORT_COMPARE_H
 
 #include <stdint.h>
 

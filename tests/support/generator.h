@@ -1,6 +1,6 @@
 /* Seeded random numbers (xoshiro256**, seeded through splitmix64): the same everywhere for the same seed. */
-#ifndef KIT_GENERATOR_H
-#define KIT_GENERATOR_H
+#ifndef SUPPORT_GENERATOR_H
+#define SUPPORT_GENERATOR_H
 
 #include <stdint.h>
 

@@ -1,13 +1,13 @@
 /* A (batch, head, row, column) tensor in guarded memory, arranged in one of several ways. What lies
  * between its elements is NaN for an input, so that reading it shows, and a canary for an output, so that
  * writing it shows; the elements of an output are NaN at first. */
-#ifndef KIT_TENSOR_H
-#define KIT_TENSOR_H
+#ifndef SUPPORT_TENSOR_H
+#define SUPPORT_TENSOR_H
 
 #include <stdint.h>
 
-#include "kit/guarded.h"
 #include "mfa.h"
+#include "support/guarded.h"
 
 enum arrangement {
     DENSE,      /* (batch, head, row, column) */

@@ -1,6 +1,6 @@
 /* What every test program prints: the seed first, a line for what it ran, the counts at the end. */
-#ifndef KIT_REPORT_H
-#define KIT_REPORT_H
+#ifndef SUPPORT_REPORT_H
+#define SUPPORT_REPORT_H
 
 #include <stdint.h>
 

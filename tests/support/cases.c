@@ -1,10 +1,10 @@
 /* Reading lines, and making cases of them. */
-#include "kit/cases.h"
+#include "support/cases.h"
 
 #include <errno.h>
 #include <string.h>
 
-#include "kit/report.h"
+#include "support/report.h"
 
 static const char *const dtypes[] = {"f32", "f16", "bf16", "f64"};
 enum { DTYPES = sizeof dtypes / sizeof *dtypes };

@@ -1,5 +1,5 @@
 /* Arranging, filling and checking tensors. */
-#include "kit/tensor.h"
+#include "support/tensor.h"
 
 #include <stdlib.h>
 #include <string.h>

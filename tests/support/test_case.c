@@ -1,16 +1,16 @@
-/* Solving a subject, and judging results. */
-#include "kit/subject.h"
+/* Solves a test case with the reference, and compares results with that. */
+#include "support/test_case.h"
 
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kit/compare.h"
-#include "kit/report.h"
 #include "reference/element.h"
+#include "support/compare.h"
+#include "support/report.h"
 
-void subject_open(struct subject *s, const struct one_case *one, struct variant variant, uint64_t seed)
+void test_case_open(struct test_case *s, const struct one_case *one, struct variant variant, uint64_t seed)
 {
     struct operands operands;
     memset(s, 0, sizeof *s);
@@ -31,13 +31,13 @@ void subject_open(struct subject *s, const struct one_case *one, struct variant 
         s->truth.O_low[n] = s->truth.O[n] - element_round(p->dtype, s->truth.O[n]);
 }
 
-void subject_close(struct subject *s)
+void test_case_close(struct test_case *s)
 {
     reference_close(&s->truth);
     inputs_close(&s->inputs);
 }
 
-const char *subject_describe(const struct subject *s, const char *format, ...)
+const char *test_case_describe(const struct test_case *s, const char *format, ...)
 {
     static char what[CASE_TEXT + 256];
     const struct variant *variant = &s->inputs.variant;
@@ -61,7 +61,7 @@ const char *subject_describe(const struct subject *s, const char *format, ...)
     return what;
 }
 
-double subject_tolerance(const struct subject *s, enum reference_tensor tensor)
+double test_case_tolerance(const struct test_case *s, enum reference_tensor tensor)
 {
     const struct tolerance *t = &s->tolerance;
     const double tolerances[REFERENCE_TENSORS] = {
@@ -72,20 +72,20 @@ double subject_tolerance(const struct subject *s, enum reference_tensor tensor)
 }
 
 /* Whether o + o_low is O to more digits than o has. */
-static int compare_low(struct subject *s, const char *what, const int64_t shape[4], const struct reference *results)
+static int compare_low(struct test_case *s, const char *what, const int64_t shape[4], const struct reference *results)
 {
     const int64_t count = reference_count(&s->inputs.problem, REFERENCE_O);
     double *sums = reference_allocate(count);
     for (int64_t n = 0; n < count; n++)
         sums[n] = results->O[n] + results->O_low[n];
-    int good = compare_close(what, "o + o_low", shape, sums, s->truth.O, subject_tolerance(s, REFERENCE_O_LOW),
+    int good = compare_close(what, "o + o_low", shape, sums, s->truth.O, test_case_tolerance(s, REFERENCE_O_LOW),
                              &s->worst);
     free(sums);
     return good;
 }
 
-/* Bit for bit if there is no `subject` to judge. */
-static int compare(const mfa_problem *problem, struct subject *subject, const char *what, struct reference *results,
+/* Within the tolerance of `test_case`; bit for bit if that is NULL. */
+static int compare(const mfa_problem *problem, struct test_case *test_case, const char *what, struct reference *results,
                    struct reference *expected)
 {
     int good = 1;
@@ -96,10 +96,11 @@ static int compare(const mfa_problem *problem, struct subject *subject, const ch
         reference_shape(problem, tensor, shape);
         if (!got || !right)
             continue;
-        if (subject && tensor == REFERENCE_O_LOW)
-            good = compare_low(subject, what, shape, results) && good;
-        else if (subject)
-            good = compare_close(what, name, shape, got, right, subject_tolerance(subject, tensor), &subject->worst) &&
+        if (test_case && tensor == REFERENCE_O_LOW)
+            good = compare_low(test_case, what, shape, results) && good;
+        else if (test_case)
+            good = compare_close(what, name, shape, got, right, test_case_tolerance(test_case, tensor),
+                                 &test_case->worst) &&
                    good;
         else
             good = compare_same(what, name, shape, got, right) && good;
@@ -122,14 +123,15 @@ static uint64_t hash_of(const mfa_problem *problem, struct reference *results)
     return hash;
 }
 
-int subject_is_right(struct subject *s, const char *what, struct reference *results)
+int test_case_is_right(struct test_case *s, const char *what, struct reference *results)
 {
     if (report_wants_bits())
         report_bits(what, hash_of(&s->inputs.problem, results));
     return compare(&s->inputs.problem, s, what, results, &s->truth);
 }
 
-int subject_is_same(const struct subject *s, const char *what, struct reference *results, struct reference *expected)
+int test_case_is_same(const struct test_case *s, const char *what, struct reference *results,
+                      struct reference *expected)
 {
     return compare(&s->inputs.problem, NULL, what, results, expected);
 }

@@ -1,5 +1,5 @@
 /* Reading the command line of a check program. */
-#include "kit/arguments.h"
+#include "support/arguments.h"
 
 #include <errno.h>
 #include <stdio.h>

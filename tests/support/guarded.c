@@ -1,5 +1,5 @@
 /* Guarded memory by mmap and mprotect, and the handler that tells which of it was hit. */
-#include "kit/guarded.h"
+#include "support/guarded.h"
 
 #include <signal.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "kit/report.h"
+#include "support/report.h"
 
 enum { MOST_KNOWN = 64 };
 

@@ -1,6 +1,6 @@
 /* The command line of a check program. */
-#ifndef KIT_ARGUMENTS_H
-#define KIT_ARGUMENTS_H
+#ifndef SUPPORT_ARGUMENTS_H
+#define SUPPORT_ARGUMENTS_H
 
 #include <stdint.h>
 

@@ -2,13 +2,13 @@
  *
  * A line is a problem in the library's own syntax, whose pass may be "both" (forward, and backward from what forward
  * gave) and whose dtype may be "any", which makes it a case in each. */
-#ifndef KIT_CASES_H
-#define KIT_CASES_H
+#ifndef SUPPORT_CASES_H
+#define SUPPORT_CASES_H
 
 #include <stdio.h>
 
-#include "kit/arguments.h"
 #include "mfa.h"
+#include "support/arguments.h"
 
 enum { CASE_TEXT = 512 };
 enum { CASE_FORWARD = 1, CASE_BACKWARD = 2 };

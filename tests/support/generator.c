@@ -1,5 +1,5 @@
 /* xoshiro256** by Blackman and Vigna, and the two distributions that tensors are filled from. */
-#include "kit/generator.h"
+#include "support/generator.h"
 
 #include <math.h>
 #include <stddef.h>

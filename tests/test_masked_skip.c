@@ -14,10 +14,10 @@
 
 #include <cmocka.h>
 
-#include "kit/compare.h"
-#include "kit/operands.h"
-#include "kit/report.h"
 #include "reference/element.h"
+#include "support/compare.h"
+#include "support/operands.h"
+#include "support/report.h"
 
 enum { SEED = 1, NEAR = 256 };
 enum rows { ORDINARY, FORBIDDEN, NANS };
@@ -204,6 +204,6 @@ int main(void)
         cmocka_unit_test(test_bool_mask),
         cmocka_unit_test(test_additive_mask),
     };
-    report_begin("test_hidden", SEED);
+    report_begin("test_masked_skip", SEED);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
 }

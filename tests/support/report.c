@@ -1,5 +1,5 @@
 /* The counts of one test program, and the lines that print them. */
-#include "kit/report.h"
+#include "support/report.h"
 
 #include <stdarg.h>
 #include <stdio.h>

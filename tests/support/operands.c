@@ -1,12 +1,12 @@
 /* Inputs from a seed, tensors around them, results out of them. */
-#include "kit/operands.h"
+#include "support/operands.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kit/generator.h"
 #include "reference/element.h"
+#include "support/generator.h"
 
 const char *tensor_name(enum reference_tensor tensor)
 {

@@ -12,30 +12,22 @@
 #include <cmocka.h>
 
 #include "mfa.h"
+#include "support/context.h"
 
 enum { Q_LEN = 5, KV_LEN = 40, DIM = 8, MANY = 1024 };
 
 static float q[MANY], k[MANY], v[MANY], o[MANY], lse[MANY], mask[MANY], d_o[MANY], dq[MANY], dk[MANY], dv[MANY];
 static float dbias[MANY];
 static uint8_t allowed[MANY];
-static mfa_context *context;
 
-static int open_context(void **state)
+static int set_up(void **state)
 {
-    (void)state;
     for (int i = 0; i < MANY; i++) {
         q[i] = sinf((float)i), k[i] = cosf(1.7f * (float)i), v[i] = sinf(0.3f * (float)i + 1), d_o[i] = cosf((float)i);
         mask[i] = 0, allowed[i] = 1;
         o[i] = lse[i] = dq[i] = dk[i] = dv[i] = dbias[i] = NAN;
     }
-    return mfa_context_create(NULL, &context) != MFA_OK;
-}
-
-static int close_context(void **state)
-{
-    (void)state;
-    mfa_context_destroy(context);
-    return 0;
+    return test_context_open(state);
 }
 
 static mfa_problem problem_of(mfa_pass pass, mfa_mask kind, int64_t q_len)
@@ -59,7 +51,7 @@ static mfa_buffers buffers_of(const mfa_problem *p)
 static void run(const mfa_problem *p)
 {
     const mfa_buffers b = buffers_of(p);
-    const mfa_status status = mfa_attention(context, p, &b, NULL);
+    const mfa_status status = mfa_attention(test_context, p, &b, NULL);
     if (status != MFA_OK)
         fail_msg("%s: %s", mfa_status_name(status), mfa_last_error());
 }
@@ -102,7 +94,7 @@ static void test_nan_beside_bf16(void **state)
             in[j][i] = (uint16_t)(0x3f00 + (7 * i + j) % 64);
     memset(bias, 0, sizeof bias);
     memset(dL, 0, sizeof dL);
-    assert_int_equal(mfa_attention(context, &p, &b, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
 
     p.pass = MFA_BACKWARD;
     b.d_o.base = in[3], b.dlse.base = dL, b.dq.base = out[1], b.dk.base = out[2], b.dv.base = out[3];
@@ -117,7 +109,7 @@ static void test_nan_beside_bf16(void **state)
             memcpy(kept, places[i].at, (size_t)places[i].n * sizeof *kept);
             for (int n = 0; n < places[i].n; n++)
                 memcpy(places[i].at + n, &payloads[j], sizeof *payloads);
-            assert_int_equal(mfa_attention(context, &p, &b, NULL), MFA_OK);
+            assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
             memcpy(places[i].at, kept, (size_t)places[i].n * sizeof *kept);
             for (int of = 1; of <= places[i].last; of++) {
                 const uint16_t bits = out[of][KEY * DIM];
@@ -183,7 +175,7 @@ static void test_no_query_heads(void **state)
     p.mask_layout = p.dbias_layout = (mfa_layout){0, 0, KV_LEN, 1};
     mfa_buffers b = buffers_of(&p);
     b.dbias.base = dbias;
-    assert_int_equal(mfa_attention(context, &p, &b, NULL), MFA_OK);
+    assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
     for (int n = 0; n < Q_LEN * KV_LEN; n++)
         assert_true(dbias[n] == 0);
     for (int n = 0; n < 2 * KV_LEN * DIM; n++)
@@ -195,7 +187,7 @@ static void test_workspace_too_small(void **state)
     const mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, Q_LEN);
     mfa_plan *plan = NULL;
     (void)state;
-    assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_OK);
+    assert_int_equal(mfa_plan_create(test_context, &p, &plan), MFA_OK);
     const size_t bytes = mfa_plan_workspace(plan);
     mfa_buffers b = buffers_of(&p);
     b.workspace.base = aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -217,7 +209,7 @@ static void test_strange_caps(void **state)
     (void)state;
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         p.softcap = refused[i];
-        assert_int_equal(mfa_problem_supported(context, &p), MFA_UNSUPPORTED);
+        assert_int_equal(mfa_problem_supported(test_context, &p), MFA_UNSUPPORTED);
         assert_non_null(strstr(mfa_last_error(), "softcap"));
     }
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
@@ -259,13 +251,13 @@ static void test_workspace_of_many_heads(void **state)
         for (int log = 30; log <= 43; log++) {
             mfa_problem_init(&p, 1, INT64_C(1) << log, 1, 1, 3, 500, 512);
             p.pass = MFA_BACKWARD, p.dtype = dtype;
-            assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_OK);
+            assert_int_equal(mfa_plan_create(test_context, &p, &plan), MFA_OK);
             assert_true(mfa_plan_workspace(plan) > before + before / 2);
             before = mfa_plan_workspace(plan);
             mfa_plan_destroy(plan);
         }
         mfa_problem_init(&p, 1, INT64_C(1) << 44, 1, 1, 3, 500, 512);
-        assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_INVALID);
+        assert_int_equal(mfa_plan_create(test_context, &p, &plan), MFA_INVALID);
         assert_non_null(strstr(mfa_last_error(), "at most 2^43"));
     }
 }
@@ -279,8 +271,8 @@ static void test_too_many_threads(void **state)
     int threads;
     (void)state;
     mfa_problem_init(&p, 64, 64, 64, 1024, 1024, DIM, DIM);
-    assert_int_equal(mfa_context_set_threads(context, INT32_MAX), MFA_OK);
-    assert_int_equal(mfa_plan_create(context, &p, &plan), MFA_OK);
+    assert_int_equal(mfa_context_set_threads(test_context, INT32_MAX), MFA_OK);
+    assert_int_equal(mfa_plan_create(test_context, &p, &plan), MFA_OK);
     assert_int_equal(mfa_plan_describe(plan, text, sizeof text), MFA_OK);
     assert_int_equal(sscanf(strstr(text, "threads"), "threads %d", &threads), 1);
     assert_true(threads <= 4096);
@@ -289,7 +281,7 @@ static void test_too_many_threads(void **state)
 
 int main(void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, open_context, close_context)
+#define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, test_context_close)
     const struct CMUnitTest tests[] = {
         TEST(test_nan_of_any_payload_stays),
         TEST(test_nan_beside_bf16),

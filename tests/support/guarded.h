@@ -1,7 +1,7 @@
 /* Memory between guard pages: one byte too far faults, and the fault is reported with the name of the
  * memory and of what was being tested. */
-#ifndef KIT_GUARDED_H
-#define KIT_GUARDED_H
+#ifndef SUPPORT_GUARDED_H
+#define SUPPORT_GUARDED_H
 
 #include <stddef.h>
 

@@ -1,8 +1,8 @@
-#include "kit/random.h"
+#include "support/random.h"
 
 #include <string.h>
 
-#include "kit/cases.h"
+#include "support/cases.h"
 
 #define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
 #define MOST_MULTIPLICATIONS 2e7 /* the reference takes some 0.1 s for them */

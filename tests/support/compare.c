@@ -1,10 +1,10 @@
 /* The two comparisons and the sentence of a failure. */
-#include "kit/compare.h"
+#include "support/compare.h"
 
 #include <math.h>
 #include <string.h>
 
-#include "kit/report.h"
+#include "support/report.h"
 
 static void fail(const char *what, const char *tensor, const int64_t shape[4], int64_t at, double got, double expected,
                  double tolerance)

@@ -1,11 +1,11 @@
-#include "metal/subject.h"
+#include "metal/test_case.h"
 
 #include <stdio.h>
 #include <string.h>
 
 #include "metal/source.h"
 
-static const char *run_pass(const struct subject *s, struct metal_target target, struct operands *operands,
+static const char *run_pass(const struct test_case *s, struct metal_target target, struct operands *operands,
                             int64_t chunk, struct reference *results)
 {
     static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
@@ -35,8 +35,8 @@ static const char *run_pass(const struct subject *s, struct metal_target target,
     return NULL;
 }
 
-const char *metal_subject_run(const struct subject *s, struct metal_target target, enum arrangement arrangement,
-                              unsigned wanted, int64_t chunk, struct reference *results)
+const char *metal_test_case_run(const struct test_case *s, struct metal_target target, enum arrangement arrangement,
+                                unsigned wanted, int64_t chunk, struct reference *results)
 {
     const char *wrong = NULL;
     struct operands operands;

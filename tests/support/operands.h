@@ -1,11 +1,11 @@
 /* The operands of one problem: inputs from a seed, outputs to be checked, in any arrangement. */
-#ifndef KIT_OPERANDS_H
-#define KIT_OPERANDS_H
+#ifndef SUPPORT_OPERANDS_H
+#define SUPPORT_OPERANDS_H
 
 #include <stdint.h>
 
-#include "kit/tensor.h"
 #include "reference/attention.h"
+#include "support/tensor.h"
 
 /* Dimensions as bits, for what is broadcast. */
 enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };

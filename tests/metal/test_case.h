@@ -1,0 +1,16 @@
+/* Runs of the Metal kernels on a problem under test, by the tiles of one target. */
+#ifndef TESTS_METAL_TEST_CASE_H
+#define TESTS_METAL_TEST_CASE_H
+
+#include <stdint.h>
+
+#include "metal/run.h"
+#include "support/test_case.h"
+
+/* Runs the passes into `results`, to be closed by the caller. NULL, or what went wrong: a failure, a fault, a
+ * wrong number of visited blocks, something written beside an output. */
+const char *metal_test_case_run(const struct test_case *test_case, struct metal_target target,
+                                enum arrangement arrangement, unsigned wanted, int64_t chunk,
+                                struct reference *results);
+
+#endif
