@@ -185,9 +185,9 @@ static int ascending(const void *a, const void *b)
 /* Prints the median time of the operands' pass. Only pairs within the band count as operations. */
 static void time_pass(struct test_run *t, struct operands *operands)
 {
-    enum { MOST = 101 };
+    enum { MAX_RUNS = 101 };
     const mfa_problem *p = &operands->problem;
-    double times[MOST], begin = seconds(), pairs = 0;
+    double times[MAX_RUNS], begin = seconds(), pairs = 0;
     int count = 0;
     for (int64_t i = 0; i < p->q_len; i++) {
         int64_t first, end;
@@ -196,7 +196,7 @@ static void time_pass(struct test_run *t, struct operands *operands)
     }
     double columns = (double)p->head_dim, values = (double)p->value_dim;
     double each = p->pass == MFA_FORWARD ? 2 * (columns + values) : 2 * (3 * columns + 2 * values);
-    while (count < 5 || (count < MOST && seconds() - begin < 1)) {
+    while (count < 5 || (count < MAX_RUNS && seconds() - begin < 1)) {
         double start = seconds();
         if (!succeeded(operands_run(operands, t->context, 0), t->test_case.text))
             return;

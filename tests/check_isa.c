@@ -2,8 +2,8 @@
  *
  *     check_isa "scalar, neon, neonbf16"
  *
- * The argument is what this machine has: each of these is taken, by isa and by MFA_ISA, and unasked the last one, whose
- * name a plan for bf16 ends with. The others that the library knows are refused, with a sentence. */
+ * The argument lists the sets that this machine has: a context accepts each of these, as isa or MFA_ISA, and uses the
+ * last one by default; the key of a bf16 kernel ends with its name. The library's other sets fail with a message. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -160,7 +160,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
         print_verdict(&t, one, good, begin);
 }
 
-/* Those of the command line or of the case list. */
+/* Checks the cases of the command line or of the case list. */
 static void check_cases(const struct arguments *arguments)
 {
     struct cases cases;
@@ -176,7 +176,7 @@ static void check_cases(const struct arguments *arguments)
         }
 }
 
-/* Problems of problems.h. */
+/* Checks a series of problems.h. */
 static void check_generated(const struct arguments *arguments, int count,
                             int (*make)(struct generated *, uint64_t seed, int n))
 {
@@ -194,7 +194,7 @@ static void check_generated(const struct arguments *arguments, int count,
     }
 }
 
-/* Takes what is ours out of the command line. */
+/* Removes this program's own options from the command line. */
 static int take_options(int count, char **words, int *tiles)
 {
     int kept = 0;
@@ -233,7 +233,7 @@ int main(int count, char **words)
     if (!arguments.problem_count && shard == 0) {
         basics_check_layout();
         basics_check_lowest_mask();
-        if (!settings.fast_math) /* which takes liberties with NaN */
+        if (!settings.fast_math) /* fast math assumes that there are no NaN */
             basics_check_rounding();
     }
     if (arguments.problem_count || (!tiles && !arguments.random))

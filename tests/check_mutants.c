@@ -1,6 +1,6 @@
-/* Whether each barrier of the kernels is needed, and its absence found: every barrier is deleted or weakened, one at a
- * time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker or
- * by wrong results. A mutant that is never caught means a barrier too many, or a problem too few. */
+/* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
+ * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
+ * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,7 +30,7 @@ static const struct {
     {"both f16 b1 h1 q3 kv150 d256", 7, {0, 0, 0, 0}},
 };
 
-enum { FEWEST = 79 }; /* mutants, as long as no barrier is taken out of the kernels */
+enum { MIN_MUTANTS = 79 }; /* mutants, as long as no barrier is taken out of the kernels */
 
 struct mutant {
     struct mutant *next;
@@ -75,8 +75,8 @@ static struct mutant *find(const char *name)
 enum verdict { GOOD, CAUGHT, BROKEN };
 typedef enum verdict run_function(void *argument, const char **why);
 
-/* A fault of the kernel is what the checker says; all else that can go wrong is no work of a mutant. */
-static enum verdict judge(const char *why)
+/* The checker's messages mean that the mutant is caught; any other failure is a fault of the test. */
+static enum verdict verdict_of(const char *why)
 {
     static const char *const faults[] = {": race at", ": unwritten: ", ": divergence: ", ": out of bounds: "};
     for (size_t n = 0; n < sizeof faults / sizeof *faults && why; n++)
@@ -96,7 +96,7 @@ static enum verdict run_problem(void *argument, const char **why)
     const struct test_case *s = &attempt->test_case;
     struct reference results, truth = s->truth;
     *why = metal_test_case_run(s, attempt->target, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS, 0, &results);
-    enum verdict verdict = judge(*why);
+    enum verdict verdict = verdict_of(*why);
     for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
         const double *got = *reference_member(&results, tensor), *right = *reference_member(&truth, tensor);
         const int64_t count = reference_count(&s->inputs.problem, tensor);
@@ -108,12 +108,12 @@ static enum verdict run_problem(void *argument, const char **why)
     return verdict;
 }
 
-/* The start-up test of the device's matrices belongs to no problem. */
+/* The start-up test of the device's matrices is not part of a problem. */
 static enum verdict run_layout_test(void *argument, const char **why)
 {
     (void)argument;
     *why = metal_run_layout_test(7) ? NULL : metalsim_last_error();
-    return judge(*why);
+    return verdict_of(*why);
 }
 
 static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_function *run, void *argument, int verbose)
@@ -139,7 +139,7 @@ static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_func
     }
 }
 
-/* All mutants of all kernels that `run` runs; it must be good without. */
+/* Tries all mutants of all kernels that `run` runs; without a mutant it must pass. */
 static void try_kernels(run_function *run, void *argument, const char *what, int verbose)
 {
     const char *why = NULL;
@@ -184,8 +184,8 @@ static void report_mutants(void)
             report_fail("%s: no problem of the list compiles it", m->name);
         free(m);
     }
-    if (count < FEWEST)
-        report_fail("%d mutants; there were %d, and a kernel or a pass may be left out", count, FEWEST);
+    if (count < MIN_MUTANTS)
+        report_fail("%d mutants; there were %d, and a kernel or a pass may be left out", count, MIN_MUTANTS);
 }
 
 int main(int count, char **words)

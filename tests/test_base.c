@@ -114,7 +114,7 @@ static int has_greater_number(uint32_t than)
     return number > than && number == mfa_process_number();
 }
 
-/* So that the parent's number is not the first one given out. */
+/* Ensures that the parent's number is not the first one. */
 static int has_greater_number_as_its_child_has(uint32_t than)
 {
     const uint32_t number = mfa_process_number();

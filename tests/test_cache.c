@@ -1,5 +1,5 @@
 /* How a context gets its kernels, with a backend that compiles: its "compiler" writes the key's text to a file, and its
- * "kernel" is that text. Whatever is wrong with the cache folder, it is no error. */
+ * "kernel" is that text. No state of the cache folder is an error. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -238,7 +238,7 @@ static void test_compiled_once(void **state)
     assert_int_equal(compiled, 3);
     mfa_context_destroy(context);
 
-    load_fails = 1; /* a valid file that the device refuses: compiled again */
+    load_fails = 1; /* a valid file that the device rejects: compiled again */
     context = open_context(folder);
     assert_int_equal(plan_one(context, 64), MFA_OK);
     assert_int_equal(compiled, 4);

@@ -28,7 +28,7 @@ static const char *const problems[] = {
 };
 enum { PROBLEMS = sizeof problems / sizeof *problems };
 
-/* A problem's two passes, ready to run again and again, and what they must give. */
+/* A problem's two passes, which can be run repeatedly, and the expected results. */
 struct job {
     struct operands passes[2];
     struct reference expected;
@@ -41,7 +41,7 @@ static size_t bytes_of(const struct operands *operands, enum reference_tensor te
     return (size_t)tensor_count(&operands->tensors[tensor]) * sizeof(double);
 }
 
-/* Runs both passes; 1 if they give what they must. */
+/* Runs both passes; 1 if the results are the expected ones. */
 static int right(mfa_context *context, struct job *job)
 {
     for (int pass = 0; pass < 2; pass++) {
@@ -296,12 +296,12 @@ static void *run_range(void *argument)
 static int32_t thread_host(int64_t begin, int64_t end, int64_t grain, void (*worker)(int64_t, int64_t, void *),
                            void *argument)
 {
-    enum { MOST = 16 };
-    struct range ranges[MOST];
-    pthread_t threads[MOST];
+    enum { MAX_RANGES = 16 };
+    struct range ranges[MAX_RANGES];
+    pthread_t threads[MAX_RANGES];
     int count = 0;
     host_calls++;
-    while (begin < end && count < MOST - 1) {
+    while (begin < end && count < MAX_RANGES - 1) {
         int64_t next = begin + grain < end ? begin + grain : end;
         ranges[count] = (struct range){begin, next, worker, argument};
         if (pthread_create(&threads[count], NULL, run_range, &ranges[count]))

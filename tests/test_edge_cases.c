@@ -1,5 +1,5 @@
-/* Inputs that no model means and some caller will pass: NaN of every kind, masks of the lowest finite number, no heads
- * or very many, workspaces that are too small, strange caps. Through the public door, on every instruction set. */
+/* Unusual inputs through the public interface: NaN with every payload, masks of the lowest finite number, no heads or
+ * very many, workspaces that are too small, extreme softcaps. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -56,7 +56,7 @@ static void run(const mfa_problem *p)
         fail_msg("%s: %s", mfa_status_name(status), mfa_last_error());
 }
 
-/* Whatever its bits are, a NaN in a key must be seen: integer tricks in exp2 can lose it. */
+/* A NaN of any payload in a key makes O NaN: integer arithmetic in exp2 could lose it. */
 static void test_nan_of_any_payload_stays(void **state)
 {
     static const uint32_t payloads[] = {0x7fc00000, 0x7fc00001, 0x7fffffff, 0xffffffff, 0xffc12345, 0x7fc001ff};
@@ -77,7 +77,7 @@ static void test_nan_of_any_payload_stays(void **state)
         }
 }
 
-/* The same where f32 stands beside operands in bf16: P and dS become bf16, and rounding may be integer arithmetic. */
+/* The same for f32 operands of a bf16 problem: P and dS are rounded to bf16, perhaps by integer arithmetic. */
 static void test_nan_beside_bf16(void **state)
 {
     static const uint32_t payloads[] = {0x7fc00000, 0x7fffffff, 0xffffffff, 0x7fff8000};
@@ -138,7 +138,7 @@ static void test_mask_hides_nan_scores(void **state)
         }
 }
 
-/* The lowest finite number hides nothing: a row of it is the mean of V, as in PyTorch. */
+/* The lowest finite number does not mask a key: a row of it gives the mean of V, as in PyTorch. */
 static void test_lowest_finite_mask(void **state)
 {
     static const float lowest[] = {-3.40282347e38f, -3.3895314e38f, -2e38f, -1e38f};
@@ -220,7 +220,7 @@ static void test_strange_caps(void **state)
     }
 }
 
-/* Where there is one row, its stride means nothing and may be any number, beyond what can be multiplied. */
+/* The stride of a single row has no effect, and may be any number, even one whose products would overflow. */
 static void test_stride_of_one_row(void **state)
 {
     (void)state;
@@ -262,7 +262,7 @@ static void test_workspace_of_many_heads(void **state)
     }
 }
 
-/* As many threads as an int holds: the plan keeps to what there can be. */
+/* INT32_MAX threads: the plan clamps them to the largest number that the library supports. */
 static void test_too_many_threads(void **state)
 {
     mfa_problem p;

@@ -1,4 +1,4 @@
-/* Files, and those of the kernel cache: whatever is wrong with one is a miss. */
+/* Files, and those of the kernel cache: an invalid one is a cache miss. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -207,7 +207,7 @@ static void replace_by_folder(const char *path)
     assert_int_equal(mkdir(path, 0700), 0);
 }
 
-/* Who opens it waits for a writer. */
+/* A reader that opens it waits for a writer. */
 static void replace_by_fifo(const char *path)
 {
     remove_one(path);
@@ -231,13 +231,13 @@ static void replace_by_socket(const char *path)
     close(opened);
 }
 
-static const char *wanted_end; /* NULL: the kernel; else the line beside it */
+static const char *expected_end; /* NULL: the kernel; else the line beside it */
 static void (*wanted_damage)(const char *path);
 
 static void damage(const char *path)
 {
     const int is_check = strstr(path, ".check") != NULL;
-    if (is_check == (wanted_end != NULL))
+    if (is_check == (expected_end != NULL))
         wanted_damage(path);
 }
 
@@ -247,13 +247,13 @@ static void test_damage_is_a_miss(void **state)
     static void (*const damages[])(const char *) = {truncate_last,   flip_first,        append_one,
                                                     make_empty,      remove_one,        replace_by_folder,
                                                     replace_by_fifo, replace_by_device, replace_by_socket};
-    alarm(30); /* what waits for ever ends here */
+    alarm(30); /* a deadlock ends here */
     for (size_t i = 0; i < sizeof damages / sizeof *damages; i++)
         for (int check = 0; check < 2; check++) {
             keep_contents(1, "kernel");
             assert_true(hit(1));
             wanted_damage = damages[i];
-            wanted_end = check ? ".check" : NULL;
+            expected_end = check ? ".check" : NULL;
             each_file(folder, damage);
             assert_false(hit(1));
             remove_all(folder);

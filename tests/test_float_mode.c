@@ -27,7 +27,7 @@ enum { SEED = 1, THREADS = 3 };
 static mfa_cpu_float_mode plain;    /* of this program */
 static mfa_cpu_float_mode trapping; /* where the CPU can */
 
-/* Modes to call in: the plain one, the ways to round, subnormals as 0, and exceptions that trap. */
+/* The caller's modes: the default, the other roundings, subnormals as 0, and exceptions that trap. */
 enum { ROUNDINGS = 3, MODES = ROUNDINGS + 3 };
 
 static mfa_cpu_float_mode mode_number(int n)
@@ -100,7 +100,7 @@ struct range {
     void *argument;
 };
 
-/* In a host's thread that has another mode. */
+/* Runs in a host's thread that has another mode. */
 static void *run_range(void *argument)
 {
     const struct range *range = argument;
@@ -111,7 +111,7 @@ static void *run_range(void *argument)
     return NULL;
 }
 
-/* A thread for each number of the range. */
+/* Starts a thread for each number of the range. */
 static int32_t threaded_host(int64_t begin, int64_t end, int64_t grain,
                              void (*worker)(int64_t begin, int64_t end, void *argument), void *argument)
 {

@@ -1,7 +1,7 @@
-/* Keys that the band or the mask hides from every query are not visited, forward or backward: their rows
- * of K and V lie on pages that may not be read, and, in another run, hold NaN. Results must be the same bit
- * for bit as with ordinary rows. A key counts as hidden if no visible one is within NEAR of it, which
- * leaves a kernel its tiles. Each run is in a child, so that a fault is a failure and not the end. */
+/* Kernels skip the tiles of keys that the band or the mask excludes for every query, forward and backward. The
+ * rows of such keys in K and V lie on pages that must not be read, or, in another run, hold NaN. Results must be
+ * the same bit for bit as with ordinary rows. Since kernels skip whole tiles, only keys with no visible key within
+ * NEAR of them count. Each run has a child process, so that a fault fails its test alone. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -22,7 +22,7 @@
 enum { SEED = 1, NEAR = 256 };
 enum rows { ORDINARY, FORBIDDEN, NANS };
 
-/* The mask hides the second and third quarter of the keys from all queries. */
+/* The mask excludes the second and third quarter of the keys for all queries. */
 static void mask_quarters(struct inputs *inputs)
 {
     int64_t shape[4];
@@ -30,51 +30,51 @@ static void mask_quarters(struct inputs *inputs)
     reference_shape(&inputs->problem, REFERENCE_MASK, shape);
     for (int64_t at = 0; mask && at < reference_count(&inputs->problem, REFERENCE_MASK); at++) {
         int64_t j = at % shape[3];
-        int hidden = j >= shape[3] / 4 && j < shape[3] * 3 / 4;
-        mask[at] = inputs->problem.mask == MFA_MASK_BOOL ? !hidden : hidden ? -INFINITY : 0;
+        int excluded = j >= shape[3] / 4 && j < shape[3] * 3 / 4;
+        mask[at] = inputs->problem.mask == MFA_MASK_BOOL ? !excluded : excluded ? -INFINITY : 0;
     }
 }
 
-/* 1 for each key that is far from all visible ones; how many. */
-static int64_t find_hidden(const struct inputs *inputs, char *hidden)
+/* Sets `skipped` to 1 for each key that is further than NEAR from all visible ones; returns their number. */
+static int64_t find_skipped(const struct inputs *inputs, char *skipped)
 {
     const mfa_problem *p = &inputs->problem;
     const double *mask = inputs->values[REFERENCE_MASK];
     int64_t count = 0;
-    memset(hidden, 1, (size_t)p->kv_len);
+    memset(skipped, 1, (size_t)p->kv_len);
     for (int64_t i = 0; i < p->q_len; i++) {
         int64_t first, end;
         reference_band(p, i, &first, &end);
         for (int64_t j = first; j < end; j++)
             if (!mask || mask[j] != (p->mask == MFA_MASK_BOOL ? 0 : -INFINITY))
                 for (int64_t at = j > NEAR ? j - NEAR : 0; at < p->kv_len && at <= j + NEAR; at++)
-                    hidden[at] = 0;
+                    skipped[at] = 0;
     }
     for (int64_t j = 0; j < p->kv_len; j++)
-        count += hidden[j];
+        count += skipped[j];
     return count;
 }
 
-static size_t forbid(struct tensor *tensor, const char *hidden)
+static size_t forbid(struct tensor *tensor, const char *skipped)
 {
     size_t row = (size_t)tensor->shape[3] * element_size(tensor->dtype), pages = 0;
     for (int64_t head = 0; head < tensor->shape[0] * tensor->shape[1]; head++)
         for (int64_t first = 0, end; first < tensor->shape[2]; first = end) {
-            for (end = first + 1; end < tensor->shape[2] && hidden[end] == hidden[first];)
+            for (end = first + 1; end < tensor->shape[2] && skipped[end] == skipped[first];)
                 end++;
             size_t before = (size_t)(head * tensor->shape[2]);
-            if (hidden[first])
+            if (skipped[first])
                 pages += guarded_forbid(&tensor->memory, (before + (size_t)first) * row, (before + (size_t)end) * row);
         }
     return pages;
 }
 
-static void put_nans(struct inputs *inputs, enum reference_tensor tensor, const char *hidden)
+static void put_nans(struct inputs *inputs, enum reference_tensor tensor, const char *skipped)
 {
     int64_t shape[4], count = reference_count(&inputs->problem, tensor);
     reference_shape(&inputs->problem, tensor, shape);
     for (int64_t at = 0; at < count; at++)
-        if (hidden[at / shape[3] % shape[2]])
+        if (skipped[at / shape[3] % shape[2]])
             inputs->values[tensor][at] = NAN;
 }
 
@@ -84,23 +84,24 @@ static int run(mfa_context *context, const char *text, const mfa_problem *proble
 {
     struct inputs inputs;
     struct operands operands;
-    char *hidden = malloc((size_t)problem->kv_len);
+    char *skipped = malloc((size_t)problem->kv_len);
     static char testing[256];
     guarded_testing(text);
     inputs_open(&inputs, problem, (struct variant){broadcast, broadcast, 0, 1}, SEED, text);
     mask_quarters(&inputs);
-    int64_t count = find_hidden(&inputs, hidden);
+    int64_t count = find_skipped(&inputs, skipped);
     if (rows == NANS) {
-        put_nans(&inputs, REFERENCE_K, hidden);
-        put_nans(&inputs, REFERENCE_V, hidden);
+        put_nans(&inputs, REFERENCE_K, skipped);
+        put_nans(&inputs, REFERENCE_V, skipped);
     }
     operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     if (rows == FORBIDDEN) {
-        size_t pages = forbid(&operands.tensors[REFERENCE_K], hidden) + forbid(&operands.tensors[REFERENCE_V], hidden);
-        printf("%5lld keys hidden, %3zu pages forbidden  %s\n", (long long)count, pages, text);
+        size_t pages =
+            forbid(&operands.tensors[REFERENCE_K], skipped) + forbid(&operands.tensors[REFERENCE_V], skipped);
+        printf("%5lld keys skipped, %3zu pages forbidden  %s\n", (long long)count, pages, text);
         fflush(stdout);
         if (!pages) {
-            report_fail("%s\n        hides too few keys to test anything", text);
+            report_fail("%s\n        excludes too few keys to test anything", text);
             return 0;
         }
     }
@@ -113,11 +114,11 @@ static int run(mfa_context *context, const char *text, const mfa_problem *proble
         report_fail("%s\n        %s", text, mfa_last_error());
     operands_close(&operands);
     inputs_close(&inputs);
-    free(hidden);
+    free(skipped);
     return good;
 }
 
-/* What the child does; its exit status. */
+/* The work of the child; returns its exit status. */
 static int compare_rows(const char *text, int broadcast)
 {
     mfa_context *context;

@@ -1,5 +1,5 @@
-/* o_low, what rounding took off O in f16 and bf16: who does without it gets what he got before, and with it D, and so
- * dQ and dK, are those of the O that was not rounded. */
+/* o_low, the rounding error of O in f16 and bf16. Without it, results do not change; with it, D, and so dQ and dK, are
+ * computed from the O before rounding. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -55,8 +55,8 @@ static double mean_square(const struct test_case *s, enum reference_tensor tenso
     return sum / (double)count;
 }
 
-/* Few keys: each takes the D of hundreds of queries, so what rounding does to O, always the same for a query, adds up.
- * O, L and dV do not depend on D. */
+/* With few keys, dK sums the D of hundreds of queries, so the errors that rounding O causes in D add up. O, L and dV do
+ * not depend on D. */
 static void test_gradients_are_more_exact(void **state)
 {
     (void)state;
@@ -87,7 +87,7 @@ static void test_gradients_are_more_exact(void **state)
     }
 }
 
-/* Of a caller who was compiled before there was an o_low: what lies behind his struct is none of it. */
+/* A caller that was compiled before o_low existed: the library must not read memory beyond its shorter struct. */
 static void test_older_struct(void **state)
 {
     (void)state;
@@ -110,7 +110,7 @@ static void test_older_struct(void **state)
         assert_true(element_load(MFA_F16, low, n) * 2 <= 0x1p-11);
 }
 
-/* Where O is rounded to infinity there is nothing to be added to it: infinity less infinity would be NaN. */
+/* Where O is rounded to infinity, o_low is 0: infinity less infinity would be NaN. */
 static void test_overflow(void **state)
 {
     (void)state;

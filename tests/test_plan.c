@@ -1,6 +1,5 @@
-/* Plans and calls through the public ABI: what a plan describes and keeps, that one call is the same as a plan,
- * empty problems, merged results, and that whatever is wrong gets its status and a sentence that names the
- * field, while nothing is written. */
+/* Plans and calls through the public ABI: the description of a plan, one call against a plan, empty problems,
+ * merged results; and errors: each has its status and a message that names the field, and nothing is written. */
 #include <float.h>
 #include <math.h>
 #include <setjmp.h>
@@ -20,8 +19,8 @@
 
 enum { SEED = 1 };
 
-/* `status`, and a sentence with `words` in it. */
-static void assert_refused(mfa_status got, mfa_status status, const char *words)
+/* The call returned `status`, and the message of the error is one line that has `words`. */
+static void assert_fails(mfa_status got, mfa_status status, const char *words)
 {
     const char *sentence = mfa_last_error();
     print_message("%-15s %s\n", mfa_status_name(got), sentence);
@@ -37,7 +36,7 @@ static mfa_problem parsed(const char *text)
     return problem;
 }
 
-/* --- What a plan says ------------------------------------------------------------------------- */
+/* --- Descriptions ----------------------------------------------------------------------------- */
 
 static void test_describe(void **state)
 {
@@ -59,7 +58,7 @@ static void test_describe(void **state)
     assert_true(workspace == mfa_plan_workspace(plan));
 
     memset(small, 'x', sizeof small);
-    assert_refused(mfa_plan_describe(plan, small, strlen(text)), MFA_INVALID, "capacity");
+    assert_fails(mfa_plan_describe(plan, small, strlen(text)), MFA_INVALID, "capacity");
     assert_int_equal(small[0], 'x');
     assert_int_equal(mfa_plan_describe(plan, small, strlen(text) + 1), MFA_OK);
     assert_string_equal(small, text);
@@ -91,7 +90,7 @@ static void test_growing_lengths(void **state)
             if (*key)
                 assert_string_equal(text, key);
             strcpy(key, text);
-            /* a few rows of f32 for each query and key, and a fixed amount: far from length squared */
+            /* a fixed amount, and a few rows of f32 for each query and key: much less than length squared */
             double rows = (double)(problem.batch * problem.q_heads * length) * (double)problem.head_dim * 4;
             assert_true((double)mfa_plan_workspace(plan) <= 16 * rows + 0x1p26);
             mfa_plan_destroy(plan);
@@ -112,21 +111,22 @@ static void assert_same(const struct operands *operands, struct reference *a, st
     }
 }
 
-/* A plan with its own workspace or the context's, and the one-call form, are the same bit for bit; the plan
- * keeps nothing of the problem it was made from. */
+/* A plan with its own workspace or the context's, and the one-call form, give the same bits; the plan keeps no
+ * pointer to its problem. */
 static void test_plan_and_one_call_are_the_same(void **state)
 {
     (void)state;
+    enum { FORMS = 3 }; /* one call; a plan with a workspace of its own; a plan with the context's */
     static const char *const problems[] = {"forward f32 b2 h4/2 q33 kv70 d32 causal", "forward f16 b1 h2 q5 kv1500 d64",
                                            "forward f64 b1 h1 q70 kv30 d16v8 softcap2 mask_f32"};
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++) {
         struct inputs inputs;
         struct operands operands;
-        struct reference results[3];
+        struct reference results[FORMS];
         mfa_problem problem = parsed(problems[n]);
         inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, SEED, problems[n]);
-        for (int way = 0; way < 3; way++) {
-            memset(&results[way], 0, sizeof results[way]);
+        for (int form = 0; form < FORMS; form++) {
+            memset(&results[form], 0, sizeof results[form]);
             operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
             for (int pass = 0; pass < 2; pass++) {
                 mfa_problem given = operands.problem;
@@ -137,25 +137,25 @@ static void test_plan_and_one_call_are_the_same(void **state)
                 if (pass == 0)
                     buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias =
                         (mfa_buffer){NULL, 0};
-                assert_int_equal(way == 2 ? mfa_plan_run(plan, &buffers, NULL)
-                                          : operands_run(&operands, test_context, way), MFA_OK);
+                assert_int_equal(form == FORMS - 1 ? mfa_plan_run(plan, &buffers, NULL)
+                                          : operands_run(&operands, test_context, form), MFA_OK);
                 mfa_plan_destroy(plan);
-                assert_null(operands_collect(&operands, &results[way]));
+                assert_null(operands_collect(&operands, &results[form]));
                 if (pass == 0)
-                    operands_turn(&operands, DENSE, &results[way]);
+                    operands_turn(&operands, DENSE, &results[form]);
             }
             operands_close(&operands);
         }
         assert_same(&operands, &results[0], &results[1]);
         assert_same(&operands, &results[0], &results[2]);
-        print_message("three ways: %s\n", problems[n]);
-        for (int way = 0; way < 3; way++)
-            reference_close(&results[way]);
+        print_message("all forms: %s\n", problems[n]);
+        for (int form = 0; form < FORMS; form++)
+            reference_close(&results[form]);
         inputs_close(&inputs);
     }
 }
 
-/* With the layouts that mfa_problem_init gives: those of an empty tensor have stride 0. */
+/* With the layouts of mfa_problem_init, in which an empty tensor has strides 0. */
 static void test_empty_problems(void **state)
 {
     (void)state;
@@ -193,8 +193,8 @@ static void test_empty_problems(void **state)
     print_message("no keys, no queries, no batch\n");
 }
 
-/* Keys divided into two parts: O and L of the parts merged, and backward of each part from the merged ones, give
- * what the whole gives. */
+/* Keys divided into two parts: merging O and L of the parts, and running backward of each part with the merged
+ * ones, gives the results of the whole. */
 static void test_backward_takes_merged_results(void **state)
 {
     (void)state;
@@ -243,8 +243,8 @@ static void test_backward_takes_merged_results(void **state)
     print_message("%d keys in parts of %d and %d\n", KV, CUT, KV - CUT);
 }
 
-/* Models hide keys by the lowest finite number as well as by -inf. Where a query sees another key that is
- * the same; where it does not, there must be no NaN. */
+/* Models mask keys with the lowest finite number as well as with -inf. If a query attends to another key, results are
+ * the same; if not, there must be no NaN. */
 static void test_lowest_finite_mask(void **state)
 {
     (void)state;
@@ -253,19 +253,19 @@ static void test_lowest_finite_mask(void **state)
     mfa_problem problem;
     for (int at = 0; at < KV * D; at++)
         q[at] = (float)sin(1.7 * at);
-    for (int way = 0; way < 2; way++) { /* the last query sees nothing */
+    for (int lowest = 0; lowest < 2; lowest++) { /* the last query sees nothing */
         for (int at = 0; at < Q * KV; at++)
-            mask[at] = at % KV % 7 == 0 && at % KV > 140 && at < (Q - 1) * KV ? 0.5F : way ? -FLT_MAX : -INFINITY;
+            mask[at] = at % KV % 7 == 0 && at % KV > 140 && at < (Q - 1) * KV ? 0.5F : lowest ? -FLT_MAX : -INFINITY;
         mfa_problem_init(&problem, 1, 1, 1, Q, KV, D, D);
         problem.mask = MFA_MASK_ADDITIVE;
         mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {q, 0}, .v = {q, 0}, .mask = {mask, 0},
-                               .o = {o[way], 0}, .lse = {lse[way], 0}};
+                               .o = {o[lowest], 0}, .lse = {lse[lowest], 0}};
         assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
         problem.pass = MFA_BACKWARD;
         buffers.d_o.base = q;
-        buffers.dq.base = dq[way];
-        buffers.dk.base = dk[way];
-        buffers.dv.base = dv[way];
+        buffers.dq.base = dq[lowest];
+        buffers.dk.base = dk[lowest];
+        buffers.dv.base = dv[lowest];
         assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     }
     for (int at = 0; at < (Q - 1) * D; at++)
@@ -278,7 +278,7 @@ static void test_lowest_finite_mask(void **state)
     print_message("%d queries, %d keys\n", Q, KV);
 }
 
-/* --- What is refused -------------------------------------------------------------------------- */
+/* --- What is rejected -------------------------------------------------------------------------- */
 
 static void not_a_pass(mfa_problem *p) { p->pass = 2; }
 static void not_a_device(mfa_problem *p) { p->device = 9; }
@@ -309,7 +309,7 @@ static void lse_lies_over_itself(mfa_problem *p) { p->lse_layout.head = 0; }
 static void no_backend(mfa_problem *p) { p->device = MFA_DEVICE_METAL; }
 static void dq_lies_over_itself(mfa_problem *p) { p->pass = MFA_BACKWARD; p->dq_layout.column = 0; }
 
-static const struct { void (*spoil)(mfa_problem *problem); mfa_status status; const char *words; } refusals[] = {
+static const struct { void (*spoil)(mfa_problem *problem); mfa_status status; const char *words; } rejected[] = {
     {not_a_pass, MFA_INVALID, "pass is 2"},
     {not_a_device, MFA_INVALID, "device is 9"},
     {not_a_dtype, MFA_INVALID, "dtype is 4"},
@@ -340,25 +340,25 @@ static const struct { void (*spoil)(mfa_problem *problem); mfa_status status; co
     {no_backend, MFA_UNAVAILABLE, "device"},
 };
 
-static void test_refused_problems(void **state)
+static void test_rejected_problems(void **state)
 {
     (void)state;
     static float memory[4 * 8 * 16];
     static unsigned char o[sizeof memory], untouched[sizeof memory];
     memset(untouched, 0xa5, sizeof untouched);
     memcpy(o, untouched, sizeof o);
-    for (size_t n = 0; n < sizeof refusals / sizeof *refusals; n++) {
+    for (size_t n = 0; n < sizeof rejected / sizeof *rejected; n++) {
         mfa_problem problem = parsed("forward f32 b1 h4/2 q8 kv8 d16");
         mfa_plan *const nowhere = (mfa_plan *)untouched, *plan = nowhere;
         mfa_buffers buffers = {.size = sizeof buffers, .q = {memory, 0}, .k = {memory, 0}, .v = {memory, 0},
                                .o = {o, 0}, .mask = {memory, 0}};
-        refusals[n].spoil(&problem);
-        assert_refused(mfa_problem_supported(test_context, &problem), refusals[n].status, refusals[n].words);
-        assert_int_equal(mfa_plan_create(test_context, &problem, &plan), refusals[n].status);
-        assert_non_null(strstr(mfa_last_error(), refusals[n].words));
+        rejected[n].spoil(&problem);
+        assert_fails(mfa_problem_supported(test_context, &problem), rejected[n].status, rejected[n].words);
+        assert_int_equal(mfa_plan_create(test_context, &problem, &plan), rejected[n].status);
+        assert_non_null(strstr(mfa_last_error(), rejected[n].words));
         assert_ptr_equal(plan, nowhere);
-        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), refusals[n].status);
-        assert_non_null(strstr(mfa_last_error(), refusals[n].words));
+        assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), rejected[n].status);
+        assert_non_null(strstr(mfa_last_error(), rejected[n].words));
         assert_memory_equal(o, untouched, sizeof o);
     }
 }
@@ -402,7 +402,7 @@ static const struct { const char *problem; void (*spoil)(mfa_buffers *buffers); 
     {"backward bf16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
 };
 
-static void test_refused_buffers(void **state)
+static void test_rejected_buffers(void **state)
 {
     (void)state;
     static _Alignas(64) unsigned char input[4096], output[6][4096], untouched[sizeof output], workspace[1 << 22];
@@ -424,7 +424,7 @@ static void test_refused_buffers(void **state)
             buffers.dv.base = output[4];
         }
         faults[n].spoil(&buffers);
-        assert_refused(mfa_attention(test_context, &problem, &buffers, NULL), MFA_INVALID, faults[n].words);
+        assert_fails(mfa_attention(test_context, &problem, &buffers, NULL), MFA_INVALID, faults[n].words);
         assert_int_equal(mfa_plan_create(test_context, &problem, &plan), MFA_OK);
         assert_true(mfa_plan_workspace(plan) <= sizeof workspace);
         assert_int_equal(mfa_plan_run(plan, &buffers, NULL), MFA_INVALID);
@@ -441,25 +441,25 @@ static void test_null_arguments(void **state)
     mfa_buffers buffers = {.size = sizeof buffers};
     mfa_plan *plan;
     char text[256];
-    assert_refused(mfa_context_create(NULL, NULL), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_context_set_threads(NULL, 1), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_problem_print(NULL, text, sizeof text), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_problem_print(&problem, NULL, 10), MFA_INVALID, "text is NULL");
-    assert_refused(mfa_problem_parse(NULL, &problem), MFA_INVALID, "text is NULL");
-    assert_refused(mfa_problem_parse("forward", NULL), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_problem_supported(NULL, &problem), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_problem_supported(test_context, NULL), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_plan_create(NULL, &problem, &plan), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_plan_create(test_context, NULL, &plan), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_plan_create(test_context, &problem, NULL), MFA_INVALID, "plan is NULL");
-    assert_refused(mfa_plan_describe(NULL, text, sizeof text), MFA_INVALID, "plan is NULL");
-    assert_refused(mfa_plan_run(NULL, &buffers, NULL), MFA_INVALID, "plan is NULL");
-    assert_refused(mfa_attention(NULL, &problem, &buffers, NULL), MFA_INVALID, "context is NULL");
-    assert_refused(mfa_attention(test_context, NULL, &buffers, NULL), MFA_INVALID, "problem is NULL");
-    assert_refused(mfa_attention(test_context, &problem, NULL, NULL), MFA_INVALID, "buffers is NULL");
+    assert_fails(mfa_context_create(NULL, NULL), MFA_INVALID, "context is NULL");
+    assert_fails(mfa_context_set_threads(NULL, 1), MFA_INVALID, "context is NULL");
+    assert_fails(mfa_problem_print(NULL, text, sizeof text), MFA_INVALID, "problem is NULL");
+    assert_fails(mfa_problem_print(&problem, NULL, 10), MFA_INVALID, "text is NULL");
+    assert_fails(mfa_problem_parse(NULL, &problem), MFA_INVALID, "text is NULL");
+    assert_fails(mfa_problem_parse("forward", NULL), MFA_INVALID, "problem is NULL");
+    assert_fails(mfa_problem_supported(NULL, &problem), MFA_INVALID, "context is NULL");
+    assert_fails(mfa_problem_supported(test_context, NULL), MFA_INVALID, "problem is NULL");
+    assert_fails(mfa_plan_create(NULL, &problem, &plan), MFA_INVALID, "context is NULL");
+    assert_fails(mfa_plan_create(test_context, NULL, &plan), MFA_INVALID, "problem is NULL");
+    assert_fails(mfa_plan_create(test_context, &problem, NULL), MFA_INVALID, "plan is NULL");
+    assert_fails(mfa_plan_describe(NULL, text, sizeof text), MFA_INVALID, "plan is NULL");
+    assert_fails(mfa_plan_run(NULL, &buffers, NULL), MFA_INVALID, "plan is NULL");
+    assert_fails(mfa_attention(NULL, &problem, &buffers, NULL), MFA_INVALID, "context is NULL");
+    assert_fails(mfa_attention(test_context, NULL, &buffers, NULL), MFA_INVALID, "problem is NULL");
+    assert_fails(mfa_attention(test_context, &problem, NULL, NULL), MFA_INVALID, "buffers is NULL");
     assert_int_equal(mfa_plan_create(test_context, &problem, &plan), MFA_OK);
-    assert_refused(mfa_plan_describe(plan, NULL, 10), MFA_INVALID, "text is NULL");
-    assert_refused(mfa_plan_run(plan, NULL, NULL), MFA_INVALID, "buffers is NULL");
+    assert_fails(mfa_plan_describe(plan, NULL, 10), MFA_INVALID, "text is NULL");
+    assert_fails(mfa_plan_run(plan, NULL, NULL), MFA_INVALID, "buffers is NULL");
     mfa_plan_destroy(plan);
     mfa_context_destroy(NULL);
     mfa_problem_init(NULL, 1, 1, 1, 1, 1, 1, 1);
@@ -468,7 +468,7 @@ static void test_null_arguments(void **state)
 static void test_context_options(void **state)
 {
     (void)state;
-    mfa_context *const nowhere = (mfa_context *)refusals, *made = nowhere;
+    mfa_context *const nowhere = (mfa_context *)rejected, *made = nowhere;
 #if defined(__aarch64__)
     const char *elsewhere = "avx2";
 #else
@@ -482,10 +482,10 @@ static void test_context_options(void **state)
         {{.size = sizeof(mfa_context_options), .isa = elsewhere}, MFA_UNAVAILABLE, elsewhere},
     };
     for (size_t n = 0; n < sizeof wrong / sizeof *wrong; n++) {
-        assert_refused(mfa_context_create(&wrong[n].options, &made), wrong[n].status, wrong[n].words);
+        assert_fails(mfa_context_create(&wrong[n].options, &made), wrong[n].status, wrong[n].words);
         assert_ptr_equal(made, nowhere);
     }
-    assert_refused(mfa_context_set_threads(test_context, -2), MFA_INVALID, "threads is -2");
+    assert_fails(mfa_context_set_threads(test_context, -2), MFA_INVALID, "threads is -2");
 
     mfa_context_options scalar = {.size = sizeof scalar, .isa = "scalar", .threads = 2};
     mfa_problem problem = parsed("forward f32 b1 h1 q4 kv4 d4");
@@ -500,7 +500,7 @@ static void test_context_options(void **state)
 }
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-/* Sanitizers end the program at such a request unless told otherwise. */
+/* Sanitizers abort at such a request unless an option disables that. */
 const char *__asan_default_options(void);
 const char *__tsan_default_options(void);
 const char *__asan_default_options(void)
@@ -513,7 +513,7 @@ const char *__tsan_default_options(void)
 }
 #endif
 
-/* A workspace beyond any address space. The buffers are never looked at. */
+/* A workspace that exceeds any address space. The buffers are not read. */
 static void test_out_of_memory(void **state)
 {
     (void)state;
@@ -524,7 +524,7 @@ static void test_out_of_memory(void **state)
     problem.dtype = MFA_F64;
     mfa_buffers buffers = {.size = sizeof buffers, .q = {&element, 0}, .k = {&element, 0}, .v = {&element, 0},
                            .o = {&element, 0}, .lse = {&element, 0}, .d_o = {&element, 0}, .dq = {&element, 0}};
-    assert_refused(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OUT_OF_MEMORY, "workspace");
+    assert_fails(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OUT_OF_MEMORY, "workspace");
     assert_true(element == untouched);
 }
 
@@ -541,7 +541,7 @@ static void test_last_error_is_of_its_thread(void **state)
     (void)state;
     pthread_t thread;
     int empty = 0;
-    assert_refused(mfa_context_set_threads(test_context, -3), MFA_INVALID, "-3");
+    assert_fails(mfa_context_set_threads(test_context, -3), MFA_INVALID, "-3");
     assert_int_equal(pthread_create(&thread, NULL, ask_elsewhere, &empty), 0);
     assert_int_equal(pthread_join(thread, NULL), 0);
     assert_true(empty);
@@ -568,8 +568,8 @@ int main(void)
         cmocka_unit_test(test_empty_problems),
         cmocka_unit_test(test_backward_takes_merged_results),
         cmocka_unit_test(test_lowest_finite_mask),
-        cmocka_unit_test(test_refused_problems),
-        cmocka_unit_test(test_refused_buffers),
+        cmocka_unit_test(test_rejected_problems),
+        cmocka_unit_test(test_rejected_buffers),
         cmocka_unit_test(test_null_arguments),
         cmocka_unit_test(test_context_options),
         cmocka_unit_test(test_out_of_memory),

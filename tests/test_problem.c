@@ -1,4 +1,4 @@
-/* Problems: what is refused and with which sentence, the canonical form, and the line of text. */
+/* Problems: invalid ones and their messages, the canonical form, and the line of text. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -119,7 +119,7 @@ static void test_overflow(void **state)
     EXPECT(MFA_OK, lse_layout.column, INT64_MAX, ""); /* it has no columns */
     EXPECT(MFA_OK, mask_layout.row, INT64_MAX, "");   /* there is no mask */
 
-    mfa_problem problem = sound(); /* each side alone would do, not both together */
+    mfa_problem problem = sound(); /* each side alone is valid, both together are not */
     problem.k_layout.head = INT64_MAX / 8;
     problem.k_layout.batch = -(INT64_MAX / 8) - 1;
     expect(MFA_INVALID, &problem, "k_layout is");
@@ -170,7 +170,7 @@ static void test_layouts_of_the_pass(void **state)
     problem = sound();
     problem.pass = MFA_BACKWARD;
     problem.mask = MFA_MASK_ADDITIVE;
-    problem.dbias_layout = (mfa_layout){0, 0, 0, 1}; /* asks for a sum */
+    problem.dbias_layout = (mfa_layout){0, 0, 0, 1}; /* the gradient is summed */
     expect(MFA_OK, &problem, "");
     problem.dbias_layout.row = INT64_MAX;
     expect(MFA_INVALID, &problem, "dbias_layout is");
@@ -227,7 +227,7 @@ static void test_roles(void **state)
     assert_int_equal(with_mask, 12);
 }
 
-/* Lines that print gives back as they are. */
+/* Lines that parsing and printing leave unchanged. */
 static const char *const lines[] = {
     "forward f32 b1 h1 q1 kv1 d1",
     "forward f16 b2 h8/2 q512 kv512 d64 causal",
@@ -265,7 +265,7 @@ static void test_lines(void **state)
     }
 }
 
-/* Numbers at the ends of what they may be, and any bits. */
+/* Numbers at the limits of their range, and any bits. */
 static double draw_number(struct generator *r)
 {
     static const double numbers[] = {0, -0.0, 1, -1, 0.1, 30, 1e-30, 1e300, -5e-324, INFINITY, -INFINITY, NAN};
@@ -279,7 +279,7 @@ static double draw_number(struct generator *r)
 static int64_t draw_size(struct generator *r)
 {
     static const int64_t sizes[] = {0, 0, 1, 2, 17, 64, INT64_MAX, -1, INT64_MIN};
-    const int64_t n = random_between(r, 0, 99); /* few are negative, so that all seldom are sound */
+    const int64_t n = random_between(r, 0, 99); /* few are negative, or most problems would be invalid */
     return n < 9 ? sizes[n] : random_between(r, 0, 1000);
 }
 

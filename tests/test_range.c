@@ -1,6 +1,6 @@
 /* Numbers at the ends of their range. Q, K, V and dO are multiplied by powers of two, and the scale by those that leave
  * the scores as they are. No rounding changes then, so results are those of the plain problem bit for bit, each times a
- * power of two: whatever overflows or becomes subnormal on the way shows. */
+ * power of two, unless an intermediate result overflows or becomes subnormal. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -83,7 +83,7 @@ static void check(const char *text, struct shifts by, int backward)
     reference_close(&got);
 }
 
-/* A panel and more, a row as in a decode step, many keys for it, and what else is done to scores. */
+/* More than a panel, a decode step, one with many keys, and the options that change scores. */
 static const char *const shapes[] = {
     "b1 h2 q100 kv131 d40",
     "b1 h2 q1 kv131 d40",
@@ -101,8 +101,8 @@ static void check_shapes(const char *dtype, struct shifts by, int backward)
     }
 }
 
-/* Scores are ordinary; the scale, or Q or K times it, is not. Backward multiplies dO and V, so one makes up for the
- * other where the shift of Q or K would take a gradient out of range. */
+/* Scores are ordinary; the scale, or Q or K times it, is not. A shift of dO compensates for a shift of Q or K that
+ * would take a gradient out of range. */
 static void test_scales(void **state)
 {
     static const struct shifts all[] = {
@@ -116,7 +116,7 @@ static void test_scales(void **state)
     }
 }
 
-/* bf16 has the range of f32. A shifted scale may be that of other kernels, so the plain one is, too. */
+/* bf16 has the range of f32. A shifted scale may select other kernels, so the plain problem is shifted as well. */
 static void test_scales_of_bf16(void **state)
 {
     static const struct shifts shifted[] = {{63, 63, 0, 0}, {-66, -63, 0, 0}, {-60, -100, 0, 0}};
@@ -127,7 +127,7 @@ static void test_scales_of_bf16(void **state)
             char text[96];
             snprintf(text, sizeof text, "forward bf16 %s", shapes[n]);
             const struct shifts by = shifted[i];
-            const int half = by.q + by.k > 0 ? 25 : -25; /* 2^50 is beyond what takes pairs */
+            const int half = by.q + by.k > 0 ? 25 : -25; /* 2^50 exceeds what bf16 products take */
             run(text, (struct shifts){half, half, 0, 0}, 1, &plain);
             run(text, by, 1, &got);
             expect_shifted(text, by, REFERENCE_O, &plain, &got, 0);
@@ -140,7 +140,7 @@ static void test_scales_of_bf16(void **state)
         }
 }
 
-/* O before it is divided is larger than the largest number. */
+/* O before the division by l exceeds the largest number. */
 static void test_large_values(void **state)
 {
     (void)state;
@@ -151,7 +151,7 @@ static void test_large_values(void **state)
     check_shapes("f32", (struct shifts){0, 0, -90, 100}, 1);
 }
 
-/* An infinite V or a NaN stays what it is. */
+/* An infinite or NaN element of V reaches O unchanged. */
 static void test_values_that_are_not_finite(void **state)
 {
     (void)state;

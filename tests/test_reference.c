@@ -1,4 +1,4 @@
-/* The reference against what it is the reference of: its gradients against central finite differences of
+/* Checks the reference itself: its gradients against central finite differences of
  * its own forward, for every option; its forward and band against cases that can be counted by hand; the
  * 16-bit conversions against all their values; and that tolerances are as small as they should be. */
 #include <math.h>
@@ -34,7 +34,7 @@ static void solve(const struct inputs *inputs, struct reference *results)
     operands_close(&operands);
 }
 
-/* A number whose gradients are those that backward gives: sum of dO * O and of dL * L. */
+/* The scalar whose gradients backward computes: the sum of dO * O and of dL * L. */
 static double loss(const struct inputs *inputs)
 {
     struct reference results;
@@ -51,7 +51,7 @@ static double loss(const struct inputs *inputs)
     return sum;
 }
 
-/* (f(x + h) - f(x - h)) / 2h, twice as often, extrapolated: the error is of the order of h^4. */
+/* (f(x + h) - f(x - h)) / 2h for two steps, extrapolated: the error is of the order of h^4. */
 static double central_difference(struct inputs *inputs, double *x)
 {
     const double h = 1e-3, kept = *x;
@@ -166,23 +166,24 @@ static void test_grouped_heads_are_repeated_ones(void **state)
 {
     (void)state;
     mfa_problem grouped, repeated;
-    struct inputs few, many;
+    struct inputs grouped_inputs, repeated_inputs;
     struct reference shared, alone;
     assert_int_equal(mfa_problem_parse("forward f64 b2 h6/2 q5 kv7 d3v4 causal", &grouped), MFA_OK);
     assert_int_equal(mfa_problem_parse("forward f64 b2 h6 q5 kv7 d3v4 causal", &repeated), MFA_OK);
-    inputs_open(&few, &grouped, (struct variant){.dlse = 1}, SEED, NULL);
-    inputs_open(&many, &repeated, (struct variant){.dlse = 1}, SEED, NULL);
+    inputs_open(&grouped_inputs, &grouped, (struct variant){.dlse = 1}, SEED, NULL);
+    inputs_open(&repeated_inputs, &repeated, (struct variant){.dlse = 1}, SEED, NULL);
     for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++) {
-        int64_t count = few.values[tensor] ? reference_count(&repeated, tensor) : 0;
+        int64_t count = grouped_inputs.values[tensor] ? reference_count(&repeated, tensor) : 0;
         int64_t head = tensor == REFERENCE_K ? 7 * 3 : 7 * 4;
         int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V;
         for (int64_t at = 0; at < count; at++) /* head h of 12 in both batches reads h / 3 */
-            many.values[tensor][at] = few.values[tensor][of_keys ? at / head / 3 * head + at % head : at];
+            repeated_inputs.values[tensor][at] =
+                grouped_inputs.values[tensor][of_keys ? at / head / 3 * head + at % head : at];
     }
     allocate(&grouped, &shared, 1);
     allocate(&repeated, &alone, 1);
-    solve(&few, &shared);
-    solve(&many, &alone);
+    solve(&grouped_inputs, &shared);
+    solve(&repeated_inputs, &alone);
     for (int64_t at = 0; at < reference_count(&grouped, REFERENCE_dQ); at++)
         assert_true(fabs(shared.dQ[at] - alone.dQ[at]) < 1e-14);
     for (int64_t at = 0; at < reference_count(&grouped, REFERENCE_dV); at++) {
@@ -191,11 +192,11 @@ static void test_grouped_heads_are_repeated_ones(void **state)
     }
     reference_close(&shared);
     reference_close(&alone);
-    inputs_close(&few);
-    inputs_close(&many);
+    inputs_close(&grouped_inputs);
+    inputs_close(&repeated_inputs);
 }
 
-/* Every 16-bit number comes back; what lies between two goes to the nearer, halfway to the even one. */
+/* Every 16-bit number survives a round trip; numbers between two round to the nearer, halfway to the even one. */
 static void test_conversions(void **state)
 {
     (void)state;
@@ -230,7 +231,7 @@ static void test_conversions(void **state)
 static void test_tolerances_are_a_few_ulp(void **state)
 {
     (void)state;
-    static const struct { const char *text; double most; } problems[] = {
+    static const struct { const char *text; double max_ulps; } problems[] = {
         {"forward f32 b1 h1 q64 kv64 d64", 40},  {"forward f16 b1 h1 q64 kv64 d64", 4},
         {"forward bf16 b1 h1 q64 kv64 d64", 4},  {"forward f64 b1 h1 q64 kv64 d64", 64},
         {"forward f32 b1 h1 q64 kv512 d64", 64}};
@@ -247,7 +248,7 @@ static void test_tolerances_are_a_few_ulp(void **state)
         reference_attention(&operands.problem, &operands.buffers, &truth);
         reference_tolerance(&operands.problem, &operands.buffers, &truth, &tolerance);
         const double tolerances[] = {tolerance.O, tolerance.L, 0, tolerance.dQ, tolerance.dK, tolerance.dV};
-        int few = 1;
+        int is_tight = 1;
         print_message("%s:", problems[n].text);
         for (int tensor = REFERENCE_O; tensor < REFERENCE_DBIAS; tensor++) {
             const double *values = *reference_member(&truth, tensor);
@@ -259,10 +260,10 @@ static void test_tolerances_are_a_few_ulp(void **state)
             double ulps = tolerances[tensor - REFERENCE_O] / largest /
                           element_ulp(reference_dtype(&problem, tensor));
             print_message(" %s %.1f", tensor_name(tensor), ulps);
-            few = few && ulps >= 1 && ulps <= (tensor == REFERENCE_L ? 8 : problems[n].most);
+            is_tight = is_tight && ulps >= 1 && ulps <= (tensor == REFERENCE_L ? 8 : problems[n].max_ulps);
         }
         print_message(" ulp\n");
-        assert_true(few);
+        assert_true(is_tight);
         operands_close(&operands);
         reference_close(&truth);
         inputs_close(&inputs);

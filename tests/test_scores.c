@@ -1,6 +1,6 @@
-/* P of backward is that of forward, however large the scores: both passes round them alike, and meet through L. So what
- * is left of a row's sum of P beside 1 is the rounding of L, and little more. With scores of hundreds, as here, P made
- * from scores that were rounded in another way would miss by ten times as much where one key outweighs the others. */
+/* Backward recomputes the P of forward, however large the scores are: both passes round scores alike. So a row's sum of
+ * P differs from 1 by little more than the rounding of L. With scores of hundreds, as here, scores that were rounded
+ * differently would make that difference ten times as large where one key outweighs the others. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -77,8 +77,8 @@ static void check_sums(const char *text)
 
 static void test_sums_of_P(void **state)
 {
-    /* Rows that share a KV head are so few, or so many, that every instruction set takes both passes the same way: the
-     * kernels for few queries add up the terms of a score in another order. */
+    /* Rows that share a KV head are so few, or so many, that every instruction set uses decode kernels for both passes
+     * or for none: these sum up a score in another order. */
     static const char *const texts[] = {
         "forward f32 b1 h3 q100 kv310 d64v100 scale8",
         "forward f32 b1 h3 q100 kv310 d64v100 scale8 causal",

@@ -48,8 +48,8 @@ static struct metalsim_dispatch sound(void)
     };
 }
 
-static void expect_refusal(const metalsim_library *library, const char *name, const struct metalsim_dispatch *dispatch,
-                           const char *words)
+static void expect_error(const metalsim_library *library, const char *name, const struct metalsim_dispatch *dispatch,
+                         const char *words)
 {
     assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, name), dispatch), METALSIM_REFUSED);
     support_expect_error(words);
@@ -61,30 +61,31 @@ static void test_limits(void **state)
     metalsim_library *library = support_compile(text, 0);
     struct metalsim_dispatch d;
     (void)state;
-#define REFUSE(change, words) d = sound(), change, expect_refusal(library, "scale", &d, words)
-    REFUSE(d.threads[0] = 0, "scale: threads are 0 x 1 x 1; a threadgroup has 1 to 1024 in all");
-    REFUSE(d.threads[1] = 9, "threads are 128 x 9 x 1");
-    REFUSE(d.threads[2] = SIZE_MAX / 2, "1 to 1024");
-    REFUSE(d.threadgroups[0] = (size_t)1 << 33, "threads along a dimension");
-    REFUSE(d.threadgroup_lengths[0] = 24, "threadgroup length 0 is 24; it must be a multiple of 16");
-    REFUSE(d.threadgroup_lengths[0] = 32784, "all lengths together may be 32768");
-    REFUSE((d.threadgroup_lengths[1] = 16384, d.threadgroup_lengths[30] = 16384),
-           "threadgroup length 30 is 16384, after");
-    REFUSE(d.threadgroup_lengths[0] = 0, "threadgroup length 0 is 0; parameter memory needs 4");
-    REFUSE(d.buffers[0].binding = METALSIM_NONE, "nothing is bound at index 0, where parameter from reads");
-    REFUSE(d.buffers[30].base = NULL, "bound at index 30 has a base of NULL");
-    REFUSE(d.buffers[0].offset = sizeof from + 1, "has offset 4001; its length is 4000");
-    REFUSE(d.buffers[1].length = 8, "8 bytes are bound at index 1; parameter s needs 16");
-    REFUSE(d.buffers[1] = support_bytes(large, sizeof large),
-           "bytes at index 1 have length 4097; it must be 1 to 4096");
-    REFUSE(d.buffers[1] = support_bytes(large, 0), "have length 0");
-    REFUSE(d.buffers[0] = support_bytes(large, 16), "bytes are bound at index 0; parameter from is in device memory");
+#define EXPECT_ERROR(change, words) d = sound(), change, expect_error(library, "scale", &d, words)
+    EXPECT_ERROR(d.threads[0] = 0, "scale: threads are 0 x 1 x 1; a threadgroup has 1 to 1024 in all");
+    EXPECT_ERROR(d.threads[1] = 9, "threads are 128 x 9 x 1");
+    EXPECT_ERROR(d.threads[2] = SIZE_MAX / 2, "1 to 1024");
+    EXPECT_ERROR(d.threadgroups[0] = (size_t)1 << 33, "threads along a dimension");
+    EXPECT_ERROR(d.threadgroup_lengths[0] = 24, "threadgroup length 0 is 24; it must be a multiple of 16");
+    EXPECT_ERROR(d.threadgroup_lengths[0] = 32784, "all lengths together may be 32768");
+    EXPECT_ERROR((d.threadgroup_lengths[1] = 16384, d.threadgroup_lengths[30] = 16384),
+                 "threadgroup length 30 is 16384, after");
+    EXPECT_ERROR(d.threadgroup_lengths[0] = 0, "threadgroup length 0 is 0; parameter memory needs 4");
+    EXPECT_ERROR(d.buffers[0].binding = METALSIM_NONE, "nothing is bound at index 0, where parameter from reads");
+    EXPECT_ERROR(d.buffers[30].base = NULL, "bound at index 30 has a base of NULL");
+    EXPECT_ERROR(d.buffers[0].offset = sizeof from + 1, "has offset 4001; its length is 4000");
+    EXPECT_ERROR(d.buffers[1].length = 8, "8 bytes are bound at index 1; parameter s needs 16");
+    EXPECT_ERROR(d.buffers[1] = support_bytes(large, sizeof large),
+                 "bytes at index 1 have length 4097; it must be 1 to 4096");
+    EXPECT_ERROR(d.buffers[1] = support_bytes(large, 0), "have length 0");
+    EXPECT_ERROR(d.buffers[0] = support_bytes(large, 16),
+                 "bytes are bound at index 0; parameter from is in device memory");
 #undef REFUSE
     d = sound();
     d.buffers[0] = support_output(to, sizeof to);
-    expect_refusal(library, "few", &d, "threads are 128 x 1 x 1; a threadgroup has 1 to 64 in all");
+    expect_error(library, "few", &d, "threads are 128 x 1 x 1; a threadgroup has 1 to 64 in all");
     d.threads[0] = 33;
-    expect_refusal(library, "fewer", &d, "threads are 33 x 1 x 1; a threadgroup has 1 to 32 in all");
+    expect_error(library, "fewer", &d, "threads are 33 x 1 x 1; a threadgroup has 1 to 32 in all");
     assert_null(metalsim_library_find(library, "missing"));
     support_expect_error("the library has no kernel \"missing\"");
     metalsim_library_destroy(library);
@@ -163,7 +164,7 @@ static void test_shared_buffer(void **state)
     struct metalsim_dispatch d = sound();
     d.buffers[0] = support_buffer(both, sizeof from);
     d.buffers[30] = support_output(both + 10, sizeof from);
-    expect_refusal(checked, "scale", &d, "the buffers at indices 0 and 30 overlap");
+    expect_error(checked, "scale", &d, "the buffers at indices 0 and 30 overlap");
     metalsim_library_destroy(plain);
     metalsim_library_destroy(checked);
 }

@@ -2,7 +2,7 @@
 #ifndef TESTS_METAL_BASICS_H
 #define TESTS_METAL_BASICS_H
 
-/* layout_test finds the device's layout right, and a wrong one wrong. */
+/* layout_test accepts the device's layout, and rejects a wrong one. */
 void basics_check_layout(void);
 
 /* Floats of all kinds, narrowed to f16 and bf16 as operands and as masks, by the kernels' own functions. */

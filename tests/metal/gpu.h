@@ -1,5 +1,5 @@
-/* What executes kernels in place of an Apple GPU: metalsim (simulated.c), or an NVIDIA GPU (metalsim/cuda/gpu.c). A
- * test program is linked with one of them. */
+/* The substitute for an Apple GPU that executes kernels: metalsim (simulated.c) or an NVIDIA GPU (metalsim/cuda/gpu.c).
+ * A test program is linked with one of them. */
 #ifndef TESTS_METAL_GPU_H
 #define TESTS_METAL_GPU_H
 
@@ -27,7 +27,7 @@ struct gpu_launch {
 
 enum gpu_schedule { GPU_NATURAL, GPU_REVERSED, GPU_SHUFFLED };
 
-/* How kernels run from now on; a GPU knows no schedules. */
+/* Settings of the kernels that run next; an NVIDIA GPU ignores the schedule. */
 struct gpu_settings {
     const char *cache; /* a folder for compiled programs */
     int checked, fast_math;
@@ -37,11 +37,11 @@ struct gpu_settings {
 
 void gpu_set(const struct gpu_settings *settings);
 
-/* Begins and ends the kernels of one run: between them, memory is the GPU's. */
+/* Begins and ends the kernels of one run; in between, the host must not touch the memory. */
 void gpu_begin(struct gpu_buffer *buffers, int count);
 void gpu_end(struct gpu_buffer *buffers, int count);
 
-/* Runs one kernel and waits. NULL, or why it could not. */
+/* Runs one kernel and waits. NULL, or an error message. */
 const char *gpu_run(const struct gpu_launch *launch);
 
 #endif

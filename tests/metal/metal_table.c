@@ -18,12 +18,12 @@
 
 /* --- Counting ------------------------------------------------------------------------------------- */
 
-/* Has a kernel say, in place of how many tiles it visited, how many barriers and products of matrices thread 0 took
- * part in: so many times 65536, and so many. */
+/* Makes a kernel report, in place of the number of visited tiles, 65536 times the number of barriers plus the number
+ * of matrix products of thread 0. */
 static char *count_operations(enum mfa_metal_kernel kernel, char *text)
 {
     static const char *const changes[][2] = {
-        /* found in this order, and what takes its place */
+        /* the texts, in their order, and their replacements */
         {"using namespace metal;\n", "using namespace metal;\n"
                                      "static uint counted;\n"
                                      "#define COUNT(weight) (counted += metalsim::lane()->index == 0 ? weight : 0)\n"
@@ -58,7 +58,7 @@ static char *count_operations(enum mfa_metal_kernel kernel, char *text)
     return changed;
 }
 
-/* A row of the tiles, as a kernel has it: for the widest columns, all of them in use. */
+/* A row of the tiles for its widest columns, all of them in use. */
 struct line {
     enum mfa_metal_kernel kernel;
     struct metal_target target;
@@ -80,7 +80,7 @@ static struct line line_of(enum mfa_metal_kernel kernel, struct metal_target tar
     return line;
 }
 
-/* The operations of one threadgroup over so many blocks. attention_forward gets two threadgroups if 8 rows would be a
+/* The operations of one threadgroup over this many blocks. attention_forward gets two threadgroups if 8 rows would be a
  * decode step; they run one after another, since they share the counter. */
 static int64_t count_on_walk(const struct line *line, int tiles)
 {

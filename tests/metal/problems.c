@@ -71,7 +71,7 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     static const int64_t groups[] = {1, 2, 3, 4, 7};
     const int64_t kv_heads = random_between(&r, 1, 3), q_len = random_length(&r, 150);
     const int64_t kv_len = random_length(&r, wide ? 150 : 700);
-    /* Columns that need the same padding: up to 7 fewer. */
+    /* Up to 7 fewer columns, which are padded to the same number. */
     mfa_problem_init(&g->problem, random_between(&r, 1, 2), kv_heads * groups[random_between(&r, 0, 4)], kv_heads,
                      q_len, kv_len, program.problem.head_dim - random_between(&r, 0, 7),
                      program.problem.value_dim - random_between(&r, 0, 7));

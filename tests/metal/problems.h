@@ -1,4 +1,4 @@
-/* Problems that are made, not listed. */
+/* Generated problems. */
 #ifndef TESTS_METAL_PROBLEMS_H
 #define TESTS_METAL_PROBLEMS_H
 
@@ -18,13 +18,13 @@ struct generated {
 /* Problem n of a series; 0: there are no more. */
 
 /* For each row of the tiles, in each dtype, the smallest and the largest columns that it serves, with several tiles of
- * queries and of keys; and few queries of many keys, for the kernel of decode steps and the merge of split ranges. The
- * usual tiles first, then those with half the threads. */
+ * queries and of keys; and decode steps, for the decode kernel and the merge of splits. The usual tiles come first,
+ * then those with half the threads. */
 #define PROBLEMS_OF_TILES 192
 int problems_of_tiles(struct generated *g, uint64_t seed, int n);
 
-/* Random ones, without end. Twenty in a row share types, columns and features, and so programs, for these take the time
- * to compile; they differ in lengths, strides, bands and broadcasts. */
+/* Random problems, without end. Groups of twenty share types, columns and features, and so programs, because compiling
+ * takes most of the time; they differ in lengths, strides, bands and broadcasts. */
 int problems_random(struct generated *g, uint64_t seed, int n);
 
 #endif

@@ -20,7 +20,7 @@ static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
     REFERENCE_Q,  REFERENCE_K,  REFERENCE_V,  REFERENCE_MASK, REFERENCE_O,     REFERENCE_L,    REFERENCE_dO,
     REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV,   REFERENCE_DBIAS, REFERENCE_O_LOW};
 
-/* From the first of the 64 bytes that an operand begins in, so that alignment is as the offset says. */
+/* A buffer begins at a multiple of 64 bytes, so that the offset alone determines an operand's alignment. */
 static void attach(struct operands *operands, const mfa_problem *problem, struct gpu_buffer *buffers,
                    mfa_buffers *given)
 {
@@ -96,7 +96,7 @@ static mfa_status run_list(const mfa_problem *problem, const struct mfa_choice *
         for (size_t g = 0; tiled && g < groups; g++)
             trace->visited[list[n].kernel] += visited[g];
         free(visited);
-        /* What a dispatch has written, those after it may read. */
+        /* Later dispatches may read the outputs of this one. */
         for (int b = 0; b < BUFFERS; b++)
             buffers[b].unwritten = 0;
     }

@@ -1,4 +1,4 @@
-/* One run of a problem's pass by the Metal kernels, on whatever gpu.h is: through the same code that a host uses. */
+/* Runs a problem's pass by the Metal kernels on the GPU of gpu.h, through the same code that a host uses. */
 #ifndef TESTS_METAL_RUN_H
 #define TESTS_METAL_RUN_H
 
@@ -10,7 +10,7 @@ struct metal_trace {
     int dispatches, commands;
 };
 
-/* Which tiles: those of a GPU family, and of these the ones with half the threads or not. */
+/* The tiles: those of a GPU family, with all or half of the threads. */
 struct metal_target {
     int family, halved;
 };
@@ -18,14 +18,14 @@ struct metal_target {
 /* What the Metal backend chooses for a canonical problem, the workspace included. */
 void metal_choose(struct metal_target target, const mfa_problem *problem, struct mfa_choice *choice);
 
-/* As operands_run. `chunk`: threadgroups of a command, 0: as the list has it. A failure that the
- * library has no word for (the device's) is MFA_DEVICE_FAILED, and mfa_last_error has it. */
+/* As operands_run. `chunk`: threadgroups of a command, 0: as the list has it. A failure of the device is
+ * MFA_DEVICE_FAILED, and mfa_last_error() has its message. */
 mfa_status metal_run(struct operands *operands, struct metal_target target, int64_t chunk, struct metal_trace *trace);
 
-/* Runs layout_test; 1 if it finds all as fragment.h says. */
+/* Runs layout_test; 1 if the layout of matrices is that of fragment.h. */
 int metal_run_layout_test(int family);
 
-/* If set, gives a kernel's program another text: both are from malloc, and the old one is the callee's to free. */
+/* If set, replaces the text of a kernel's program. Both texts are from malloc; the callee frees the old one. */
 extern char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 
 /* The number of blocks that each kernel of the pass has to visit: those that are not EMPTY by the band or the mask. */

@@ -46,7 +46,7 @@ static void check_tile(enum mfa_metal_kernel kernel, const struct mfa_key *key)
     assert_int_equal(walked % (8 * tile->key_groups), 0);
     assert_true(mfa_metal_tiles_columns(tile, key->head_dim) >= key->head_dim);
     assert_int_equal(mfa_metal_tiles_columns(tile, key->head_dim) % (8 * tile->split), 0);
-    assert_true(!tile->shared || tile->split > 1); /* the kernels' barriers count on it */
+    assert_true(!tile->shared || tile->split > 1); /* the kernels' barriers depend on it */
     assert_true(tile->key_groups == 1 || (kernel == MFA_METAL_DECODE && tile->row_groups == 1));
 }
 
@@ -62,7 +62,7 @@ static void check_tiles(struct mfa_key key)
     }
 }
 
-/* Every head_dim with every value_dim: threadgroup memory is the sum of theirs, so multiples of 8 show all. */
+/* Every head_dim with every value_dim: threadgroup memory is the sum of theirs, so multiples of 8 cover all. */
 static void test_limits(void **state)
 {
     (void)state;
@@ -97,7 +97,7 @@ static struct mfa_key chosen(const mfa_problem *problem)
     return choice.key;
 }
 
-/* No length, stride, count of heads, band or number makes another program. */
+/* Lengths, strides, numbers of heads, bands and scalars do not change the key. */
 static void test_keys(void **state)
 {
     mfa_problem p;
@@ -113,7 +113,7 @@ static void test_keys(void **state)
     assert_memory_equal(&key, &first, sizeof key);
 }
 
-/* A decode step has a program of its own, and so has its halved tile; backward has none. */
+/* A decode step has a key of its own, and so has its halved tile; its backward has not. */
 static void test_decode_keys(void **state)
 {
     struct mfa_choice choice;
@@ -308,7 +308,7 @@ static void test_bias_parts(void **state)
     assert_int_equal(l.list[l.count - 1].groups, 1);
 }
 
-/* Whether the kernels may load four elements of Q at once, if Q begins at that byte of its buffer. */
+/* Whether the kernels may load vectors of four elements of Q, if Q begins at this byte of its buffer. */
 static int is_vec4(const mfa_problem *problem, uint64_t offset)
 {
     static char memory;
@@ -368,7 +368,7 @@ static void test_chunks(void **state)
     assert_true(window.list[0].chunk > 100 * l.list[0].chunk);
 }
 
-/* A problem as large as they get: nothing overflows. */
+/* The largest problem: nothing overflows. */
 static void test_huge(void **state)
 {
     mfa_problem p;

@@ -3,9 +3,9 @@
  *
  *     check_host [options of check_attention] [--checked] [--every N] [PROBLEM ...]
  *
- * Without problems: those below, which between them take every kernel, dtype, kind of mask, split of columns and way
- * of the workspace; or one in N of the case list. --checked: kernels are checked for races, bounds and memory never
- * written. The cache folder is a new one, so that every kernel comes to be. */
+ * Without problems: those below, which together cover every kernel, dtype, kind of mask, split of columns and use of
+ * the workspace; or one in N of the case list. --checked: kernels are checked for races, bounds and memory never
+ * written. The cache folder is a new one, so that every kernel is compiled. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,7 +59,7 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
     fflush(stdout);
 }
 
-/* Cases with f64, which Metal has not, are left out. `every`: of the case list, those of one line in so many. */
+/* Skips cases with f64, which Metal does not have. `every`: of the case list, only one line in this many. */
 static void check_cases(mfa_context *context, struct arguments *arguments, int every)
 {
     struct cases cases;
@@ -80,7 +80,7 @@ static void check_cases(mfa_context *context, struct arguments *arguments, int e
         }
 }
 
-/* Takes what is ours out of the command line. */
+/* Removes this program's own options from the command line. */
 static int take_options(int count, char **words, struct metalsim_settings *settings, int *every)
 {
     int kept = 0;

@@ -9,8 +9,8 @@
 #include "runtime/runtime.h"
 #include "support/test_case.h"
 
-/* 0: the text is not a problem, which is reported. `number` chooses what is broadcast; 0: nothing is. The text is
- * kept, not copied. */
+/* 0: the text is not a problem, which is reported. `number` selects what is broadcast; 0: nothing. Keeps a pointer to
+ * the text. */
 int host_test_case_open(struct test_case *test_case, const char *text, int number, uint64_t seed);
 
 /* A pass that has been started. */
@@ -26,12 +26,12 @@ struct host_options {
     unsigned outputs;  /* as operands_open has it; 0: all */
     int own_workspace; /* the caller's, of exactly the size that the plan states */
     void *stream;      /* of mfa_plan_run */
-    int outputs_used;  /* by `before`: what is in them is valid */
+    int outputs_used;  /* `before` has written the outputs: their contents are valid */
     void (*before)(const struct host_pass *pass);              /* called before each pass, and */
     void (*after)(const struct host_pass *pass, void *stream); /* after it: waits, if the call has not. NULL: nothing */
 };
 
-/* Runs the passes of a test_case; the status of the first that fails. `results`: to be closed by the caller. */
+/* Runs the passes of a test case; the status of the first that fails. `results`: to be closed by the caller. */
 mfa_status host_run(mfa_context *context, struct test_case *test_case, const struct host_options *options,
                     struct reference *results);
 
@@ -43,7 +43,7 @@ void host_collect(struct host_pass *pass, struct reference *results, const char 
 /* Runs a problem and checks the results; 0, and a report, if they are wrong. */
 int host_check(mfa_context *context, struct test_case *test_case, const struct host_options *options);
 
-/* Whether the outputs of the pass that failed are as they were: NaN. */
+/* Whether the outputs of the pass that failed are unchanged: NaN. */
 int host_is_untouched(const struct reference *results);
 
 /* A context whose files are in `folder`; NULL, and a report, if there is none. */
@@ -53,13 +53,13 @@ mfa_context *host_open(const char *folder);
 void host_set(const struct metalsim_settings *settings);
 void host_reset(void);
 
-/* Counts since then. */
+/* The counts since that reset. */
 struct metalsim_counts host_counts(void);
 
-/* Whether the runtime has found nothing, and, once `closed`, nothing is alive; else all is reported. */
+/* Whether the runtime has no findings and, if `closed`, no live objects; else all are reported. */
 int host_is_clean(int closed);
 
-/* A folder of this test's own, made anew; its path is kept until the next. Removes a folder and what is in it. */
+/* Makes a new folder for this test; its path is valid until the next call. Removes a folder and its files. */
 const char *host_folder(void);
 void host_remove(const char *folder);
 

@@ -1,4 +1,4 @@
-/* What the tests of the host have in common: a folder for each, and nothing found or alive at its end. */
+/* Shared by the tests of the host: each has a folder, and ends with no findings and no live objects. */
 #ifndef TESTS_METAL_HOST_STEPS_H
 #define TESTS_METAL_HOST_STEPS_H
 
@@ -11,11 +11,11 @@ int steps_begin(void **state);
 int steps_end(void **state);
 #define TEST(name) cmocka_unit_test_setup_teardown(name, steps_begin, steps_end)
 
-/* A context with that folder; one that has run a problem. */
+/* Opens a context with that folder; and one that has run a problem. */
 mfa_context *steps_open(void);
 mfa_context *steps_open_warm(const char *text);
 
-/* A run that must be right. */
+/* Runs a problem, and asserts that the results are right. */
 void steps_run(mfa_context *context, const char *text, const struct host_options *options);
 
 /* Prints all counts that are not 0. */

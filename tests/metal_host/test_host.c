@@ -188,8 +188,8 @@ static void test_threads(void **state)
     mfa_context_destroy(context);
 }
 
-/* Whether a run in a child of the process that opened the device is refused, without a message to Metal. */
-static int is_refused(mfa_context *context)
+/* Whether a run in a child of the process that opened the device fails, without a message to Metal. */
+static int fails_without_metal(mfa_context *context)
 {
     struct test_case s;
     struct reference results;
@@ -199,7 +199,7 @@ static int is_refused(mfa_context *context)
     return status == MFA_UNAVAILABLE && strstr(mfa_last_error(), "fork()") && host_counts().messages == messages;
 }
 
-/* Metal does not survive fork(), be the context the parent's or a new one. */
+/* Metal does not work after fork(), neither in the parent's context nor in a new one. */
 static void test_fork(void **state)
 {
     (void)state;
@@ -208,10 +208,10 @@ static void test_fork(void **state)
     assert_true(process >= 0);
     if (process == 0) {
         alarm(30);
-        const int refused = is_refused(context) && is_refused(host_open(steps_folder));
+        const int failed = fails_without_metal(context) && fails_without_metal(host_open(steps_folder));
         const uint64_t messages = host_counts().messages;
         mfa_context_destroy(context);
-        _exit(!refused || host_counts().messages != messages);
+        _exit(!failed || host_counts().messages != messages);
     }
     int status = -1;
     assert_int_equal(waitpid(process, &status, 0), process);
@@ -220,8 +220,8 @@ static void test_fork(void **state)
     mfa_context_destroy(context);
 }
 
-/* What the kernels cannot do, and buffers that are too short, are refused before anything is encoded. */
-static void test_refusals(void **state)
+/* Unsupported problems and buffers that are too short are rejected before anything is encoded. */
+static void test_rejected_calls(void **state)
 {
     (void)state;
     mfa_context *context = steps_open_warm(forward);
@@ -247,7 +247,7 @@ static void test_refusals(void **state)
     mfa_context_destroy(context);
 }
 
-/* A gradient that is summed over no keys is zero, and written: its buffer has to hold it. */
+/* A gradient that is summed over no keys is zero, and is written: its buffer has to hold it. */
 static void test_empty_sum(void **state)
 {
     (void)state;
@@ -418,7 +418,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_cold_start), TEST(test_steady_state), TEST(test_growing),         TEST(test_long_run),
-        TEST(test_threads),    TEST(test_fork),         TEST(test_refusals),        TEST(test_command_buffer),
+        TEST(test_threads),    TEST(test_fork),         TEST(test_rejected_calls),  TEST(test_command_buffer),
         TEST(test_empty_sum),  TEST(test_not_a_number), TEST(test_two_runs_in_one), TEST(test_careless_command_buffer),
         TEST(test_no_torch),
     };

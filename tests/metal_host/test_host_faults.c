@@ -1,5 +1,5 @@
-/* What the Metal backend makes of every failure of Metal, at every place where it may come: a sentence and nothing
- * written, or a right result by another way. */
+/* Every failure of Metal, at every call where it can occur: the Metal backend fails with a message and writes nothing,
+ * or falls back and gives right results. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,12 +13,12 @@
 #include "metal_host/steps.h"
 #include "support/report.h"
 
-/* What each fault may come to; a run that goes well all the same is right. */
+/* The expected status and message of each fault. A run that succeeds all the same must be right. */
 static const struct expectation {
     enum metalsim_fault fault;
-    mfa_status status; /* MFA_OK: nothing but that */
-    const char *words; /* of the sentence */
-    int is_final; /* the context does not try again: that takes long, and comes to the same */
+    mfa_status status; /* MFA_OK: no run may fail */
+    const char *words; /* in the message */
+    int is_final; /* the context does not try again, because that takes long and gives the same result */
 } expectations[] = {
     {METALSIM_FAULT_NO_DEVICE, MFA_UNAVAILABLE, "none on this machine", 1},
     {METALSIM_FAULT_NO_DEFAULT, MFA_OK, NULL, 0},
@@ -47,7 +47,7 @@ static void fail_with(enum metalsim_fault fault, unsigned after, unsigned times)
     host_set(&settings);
 }
 
-/* Runs forward and backward; what fails does so as expected. Returns the status. */
+/* Runs forward and backward; a failure must be the expected one. Returns the status. */
 static mfa_status run_faulty(mfa_context *context, const struct expectation *e, unsigned after)
 {
     struct test_case s;
@@ -68,8 +68,8 @@ static mfa_status run_faulty(mfa_context *context, const struct expectation *e, 
     return status;
 }
 
-/* Each fault at each occasion, once: the call fails with a sentence and writes nothing, or is right; then the fault is
- * over, and the context works, or goes on saying why it does not. Nothing leaks. */
+/* Each fault once, at each call where it can occur: the run fails with a message and writes nothing, or is right. After
+ * the fault, the context works, or keeps reporting the failure. Nothing leaks. */
 static void test_each_fault_once(void **state)
 {
     (void)state;
@@ -96,7 +96,7 @@ static void test_each_fault_once(void **state)
     }
 }
 
-/* Each fault for good. */
+/* Each fault, permanently. */
 static void test_each_fault_forever(void **state)
 {
     (void)state;
@@ -136,7 +136,7 @@ static void test_simpler_tiles(void **state)
         assert_true(host_counts().faults > 0);
         const uint64_t sources = host_counts().sources;
         steps_run(context, cases[n].text, &(struct host_options){.own_workspace = 1});
-        assert_int_equal(host_counts().sources, sources); /* what has failed is not tried again */
+        assert_int_equal(host_counts().sources, sources); /* a source that failed is not compiled again */
         mfa_context_destroy(context);
         assert_true(host_is_clean(1));
         print_message("%s: 64 threads are enough, after %d texts\n", cases[n].text, (int)sources);

@@ -1,5 +1,5 @@
-/* Files of compiled kernels: what a later process is spared, and that no state of a disk leads to a wrong result or to
- * an error. Processes are this program again:
+/* Files of compiled kernels: a later process compiles less, and no state of a disk leads to a wrong result or to an
+ * error. Processes are this program again:
  *
  *     test_host_files --run FOLDER [BYTES]
  *
@@ -49,7 +49,7 @@ static int end(void **state)
 
 /* --- In this process ------------------------------------------------------------------------------ */
 
-/* A context with that folder runs the problem right; what it has cost. */
+/* Asserts that a context with this folder runs the problem right; returns the counts. */
 static struct metalsim_counts run_right(const char *cache)
 {
     struct test_case s;
@@ -75,7 +75,7 @@ static mfa_status precompile(const char *to, mfa_compiler compiler)
     return status;
 }
 
-/* Calls `visit` with each file of the folder whose name has these words; returns how many there are. */
+/* Calls `visit` with each file of the folder whose name has these words; returns their number. */
 static int each_file(const char *of, const char *words, void (*visit)(const char *path))
 {
     DIR *listing = opendir(of);
@@ -197,7 +197,7 @@ static void write_back(const char *path, const char *bytes, size_t length)
     assert_int_equal(fclose(file), 0);
 }
 
-/* With one file harmed, results are right, the runtime sees no damaged file, and something is compiled anew. */
+/* With one damaged file, results are right, the runtime does not read it, and kernels are compiled again. */
 static void run_harmed(const char *path, const char *bytes, size_t length)
 {
     write_back(path, bytes, length);
@@ -248,7 +248,7 @@ static void test_damaged_library(void **state)
     assert_int_equal(hits, 0);
 }
 
-/* Files that are good, and that Metal does not take. */
+/* Valid files that Metal rejects. */
 static void test_refused(void **state)
 {
     (void)state;
@@ -263,7 +263,7 @@ static void test_refused(void **state)
         steps_print_counts(metalsim_runtime_fault_name(faults[n]), &counts);
         assert_true(counts.faults > 0);
         assert_true(counts.functions > 0);
-        assert_int_equal(counts.written, 1); /* what is of no use is made anew */
+        assert_int_equal(counts.written, 1); /* the useless file is replaced */
         assert_int_equal(counts.sources > 0, faults[n] == METALSIM_FAULT_LIBRARY_REFUSED);
     }
 }
@@ -299,7 +299,7 @@ static int wait_for(pid_t process)
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-/* What a process counted, from the report that it left. */
+/* The counts of a process, from the report that it wrote. */
 static uint64_t reported(const char *path, const char *name)
 {
     char *bytes, *found;
@@ -335,7 +335,7 @@ static void test_second_process(void **state)
     assert_int_equal(third, 0);
 }
 
-/* Settings of another process. */
+/* The settings that a process takes from its environment. */
 static void test_environment(void **state)
 {
     (void)state;
@@ -393,7 +393,7 @@ static void test_several_at_once(void **state)
     }
 }
 
-/* A process that is killed at any moment leaves nothing that hurts. */
+/* A process that is killed at any moment leaves no files that later processes misread. */
 static void test_killed_writer(void **state)
 {
     (void)state;
@@ -433,7 +433,7 @@ static void test_folders_that_cannot_be_written(void **state)
     for (size_t n = 0; n < sizeof folders / sizeof *folders; n++)
         for (int again = 0; again < 2; again++)
             assert_true(run_right(folders[n]).functions > 0);
-    if (geteuid() != 0) { /* whom no mode stops */
+    if (geteuid() != 0) { /* root may write to any folder */
         assert_int_equal(chmod(steps_folder, 0500), 0);
         assert_true(run_right(steps_folder).functions > 0);
         assert_int_equal(chmod(steps_folder, 0700), 0);
@@ -448,7 +448,7 @@ static void test_strange_folders(void **state)
     snprintf(path, sizeof path, "%s/file", outside);
     assert_true(mfa_file_write(path, "a file, no folder", 17));
     assert_true(run_right(path).functions > 0);
-    snprintf(path, sizeof path, "%s/libmfa-draft-000000", steps_folder); /* somebody's who died */
+    snprintf(path, sizeof path, "%s/libmfa-draft-000000", steps_folder); /* the draft of a process that was killed */
     assert_int_equal(mkdir(path, 0700), 0);
     assert_true(run_right(steps_folder).functions > 0);
     assert_int_equal(run_right(steps_folder).functions, 0);

@@ -83,7 +83,7 @@ static int close_all(void **state)
     return counts.objects || counts.pools;
 }
 
-/* How many findings have these words; those that have not are printed. */
+/* The number of findings that have these words; the others are printed. */
 static int found(const char *words)
 {
     int count = 0;

@@ -1,5 +1,5 @@
-/* Runs among PyTorch's own operations, in its command buffer and in their order: with the stand-in for one of its
- * versions, which this program is linked with (TORCH_... say what it exports). */
+/* Runs among PyTorch's own operations, in its command buffer and in their order. This program is linked with the
+ * substitute for one of PyTorch's versions (TORCH_... tell which functions it exports). */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <setjmp.h>
@@ -40,8 +40,8 @@ static size_t count_of_O(const struct host_pass *pass)
     return (size_t)(p->batch * p->q_heads * p->q_len * p->value_dim);
 }
 
-/* PyTorch uses O before and after: nothing that was there may come through, and all that is there afterwards must have
- * been there in time. In the end it is half of what it is. */
+/* PyTorch writes O before the run and halves it afterwards: the run must overwrite all of O, and must finish before
+ * PyTorch reads it. The expected O is half of the true one. */
 static struct metalsim_counts at_start, at_end;
 
 static void use_before(const struct host_pass *pass)
@@ -90,7 +90,7 @@ static const char *const texts[] = {
     "forward f32 b1 h1 q16 kv40 d136", /* whose simdgroups exchange, in threadgroup memory of index 1 */
 };
 
-/* What one call does while it is among PyTorch's operations: nothing is committed, nothing is waited for. */
+/* A call among PyTorch's operations commits nothing and waits for nothing. */
 static void check_counts(void)
 {
     const uint64_t buffers = at_end.command_buffers - at_start.command_buffers;

@@ -11,22 +11,22 @@ from mps_flash_attn import register_transformers, replaced_sdpa, sdpa_stats
 
 pytestmark = [pytest.mark.usefixtures("everything", "one_thread"), pytest.mark.filterwarnings("ignore")]
 STEPS = 50
-DOORS = [(name, "replaced") for name in KINDS if name != "gemma"]  # for softcap there is the other door only
-DOORS += [(name, "registered") for name, kind in KINDS.items() if kind.attention]
+ENTRIES = [(name, "replaced") for name in KINDS if name != "gemma"]  # for softcap there is only the other one
+ENTRIES += [(name, "registered") for name, kind in KINDS.items() if kind.attention]
 
 
-def each(doors):
+def each(entries):
     """A test for each of them, left out with the library that it needs."""
-    marked = (pytest.param(name, door, marks=pytest.mark.needs(KINDS[name].library)) for name, door in doors)
-    return pytest.mark.parametrize("name, door", list(marked))
+    marked = (pytest.param(name, entry, marks=pytest.mark.needs(KINDS[name].library)) for name, entry in entries)
+    return pytest.mark.parametrize("name, entry", list(marked))
 
 
-def pair(name, door):
+def pair(name, entry):
     """The same model twice: on PyTorch's attention and on ours."""
     kind = KINDS[name]
     theirs = seeded(lambda: kind.make(kind.attention))
     ours = copy.deepcopy(theirs)
-    if door == "registered":
+    if entry == "registered":
         register_transformers()
         ours = seeded(lambda: kind.make("mfa"))
         assert ours.config._attn_implementation == "mfa"
@@ -34,10 +34,10 @@ def pair(name, door):
     return theirs, ours
 
 
-def on_ours(door, function, *arguments, **options):
+def on_ours(entry, function, *arguments, **options):
     """The function's result; not one call of attention went elsewhere."""
     sdpa_stats(reset=True)
-    if door == "registered":
+    if entry == "registered":
         done = function(*arguments, **options)
     else:
         with replaced_sdpa():
@@ -56,13 +56,13 @@ def step(model, kind, inputs):
     return result(output, **inputs).detach(), loss.detach(), gradients
 
 
-@each(DOORS)
-def test_output_loss_and_gradients(name, door):
+@each(ENTRIES)
+def test_output_loss_and_gradients(name, entry):
     kind = KINDS[name]
-    theirs, ours = pair(name, door)
+    theirs, ours = pair(name, entry)
     inputs = seeded(kind.inputs)
     wanted = step(theirs, kind, inputs)
-    found = on_ours(door, step, ours, kind, inputs)
+    found = on_ours(entry, step, ours, kind, inputs)
     torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
     for gradient in found[2].values():
         assert gradient.isfinite().all()
@@ -71,29 +71,29 @@ def test_output_loss_and_gradients(name, door):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@each(DOORS)
-def test_evaluation(name, door, mode):
+@each(ENTRIES)
+def test_evaluation(name, entry, mode):
     """Also where torch.nn takes a shortcut of its own."""
-    theirs, ours = pair(name, door)
+    theirs, ours = pair(name, entry)
     inputs = seeded(KINDS[name].inputs)
     with mode():
         wanted = result(theirs.eval()(**inputs), **inputs)
-        found = on_ours(door, lambda: result(ours.eval()(**inputs), **inputs))
+        found = on_ours(entry, lambda: result(ours.eval()(**inputs), **inputs))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@each((name, door) for name, door in DOORS if door == "replaced" or name == "gemma")
-def test_autocast(name, door):
-    theirs, ours = pair(name, door)
+@each((name, entry) for name, entry in ENTRIES if entry == "replaced" or name == "gemma")
+def test_autocast(name, entry):
+    theirs, ours = pair(name, entry)
     inputs = seeded(KINDS[name].inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = step(theirs, KINDS[name], inputs)
-        found = on_ours(door, step, ours, KINDS[name], inputs)
+        found = on_ours(entry, step, ours, KINDS[name], inputs)
     torch.testing.assert_close(found[:2], wanted[:2], rtol=3e-2, atol=3e-2)
 
 
-@each(DOORS)
-def test_fifty_steps_of_training(name, door):
+@each(ENTRIES)
+def test_fifty_steps_of_training(name, entry):
     """The same loss curve; what two roundings drift apart while learning is far less than what is learnt."""
     kind = KINDS[name]
 
@@ -110,9 +110,9 @@ def test_fifty_steps_of_training(name, door):
         return losses
 
     seed = torch.initial_seed()
-    theirs, ours = pair(name, door)
+    theirs, ours = pair(name, entry)
     wanted = train(theirs)
-    found = on_ours(door, train, ours)
+    found = on_ours(entry, train, ours)
     learnt = max(wanted) - min(wanted)
     apart = max(abs(a - b) for a, b in zip(found, wanted))
     assert learnt > 0 and apart <= 0.02 * learnt, (apart, learnt)
@@ -120,10 +120,10 @@ def test_fifty_steps_of_training(name, door):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@each((name, door) for name, door in DOORS if KINDS[name].generates)
-def test_greedy_generation(name, door, cached):
+@each((name, entry) for name, entry in ENTRIES if KINDS[name].generates)
+def test_greedy_generation(name, entry, cached):
     """The same words: with a cache, where keys grow by one at a time, and without."""
-    theirs, ours = (model.eval() for model in pair(name, door))
+    theirs, ours = (model.eval() for model in pair(name, entry))
     prompt = seeded(lambda: torch.randint(2, VOCABULARY, (2, 6)))
     mask = torch.ones_like(prompt)
     mask[1, :2] = 0
@@ -133,14 +133,14 @@ def test_greedy_generation(name, door, cached):
         return model.generate(prompt, attention_mask=mask, **options)
 
     wanted = speak(theirs)
-    found = on_ours(door, speak, ours)
+    found = on_ours(entry, speak, ours)
     assert torch.equal(found, wanted) and found.shape[1] >= 20
 
 
 @each([("llama", "replaced"), ("llama", "registered"), ("gemma", "registered")])
-def test_compiled(name, door):
+def test_compiled(name, entry):
     """One graph, in which attention is ours."""
-    theirs, ours = pair(name, door)
+    theirs, ours = pair(name, entry)
     inputs = seeded(KINDS[name].inputs)
     graphs = []
 

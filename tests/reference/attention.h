@@ -1,5 +1,5 @@
-/* Naive attention in double, forward and backward: the one truth that tests and benches compare with. It
- * materialises what flash attention does not, and knows of the library only mfa.h.
+/* Naive attention in double, forward and backward: the reference that tests compare with. It materialises
+ * all scores of a row, and includes nothing of the library but mfa.h.
  *
  * Results are dense doubles, (batch, head, row, column). Wherever this folder has an array of a problem's
  * tensor, reference_shape says its extents. */
@@ -17,7 +17,7 @@ enum reference_tensor {
 };
 
 struct reference {
-    double *O, *L, *O_low, *dQ, *dK, *dV, *dbias; /* NULL: not wanted. O_low is never solved for */
+    double *O, *L, *O_low, *dQ, *dK, *dV, *dbias; /* NULL: not computed. O_low is never computed here */
 };
 
 /* Extents of a tensor. One whose layout has stride 0 along a dimension has one element along it: for an
@@ -27,7 +27,7 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
 /* Elements of that shape. */
 int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
 
-/* Reads q, k, v, mask, and for gradients d_o, and dlse if given. O and L it computes itself. */
+/* Reads q, k, v, mask, and for gradients d_o, and dlse if given. It computes O and L itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */

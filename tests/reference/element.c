@@ -1,5 +1,5 @@
 /* Conversions between double and the element types of tensors. The 16-bit formats share one encoder and
- * one decoder, told how many bits the exponent and the fraction have. */
+ * one decoder, whose arguments are the numbers of exponent and fraction bits. */
 #include "reference/element.h"
 
 #include <math.h>

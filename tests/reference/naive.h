@@ -1,6 +1,6 @@
 /* The naive computation in a working precision: included by tolerance.c once for each REAL, with NAIVE the
- * prefix of its functions. Beside each result it gathers the squares that the floor of the tolerance is
- * made of. Dot products run in LANES partial sums and sums over keys descend, so that they differ from the
+ * prefix of its functions. With each result it sums up the squared errors from which the floor of the tolerance
+ * is computed. Dot products run in LANES partial sums and sums over keys descend, so that they differ from the
  * reference's order (and the compiler may use vectors). */
 
 #define JOIN_NAMES(a, b) a##_##b
@@ -45,7 +45,7 @@ static void LOCAL(gather)(struct reference_view view, int64_t b, int64_t h, int6
             out[r * columns + c] = (REAL)from[r * view.row + c * view.column];
 }
 
-/* sum += factor * row. What is added is off by `off` times the row, and the sum is rounded. */
+/* sum += factor * row. The error of a term is `off` times the row; the sum adds its own rounding. */
 static void LOCAL(add)(REAL *sum, double *squares, REAL factor, double off, const REAL *row, int64_t length,
                        double unit)
 {
@@ -56,8 +56,8 @@ static void LOCAL(add)(REAL *sum, double *squares, REAL factor, double off, cons
     }
 }
 
-/* The error of a score, from the sum that it is made of, what that came to, and what the mask adds. The sum is rounded
- * after each term: it has come to a part of it then, and beside that wanders as random terms do. */
+/* The error of a score, from its dot product `sum`, its value `s` and the mask. The dot product is rounded after each
+ * term: the partial sum there is a part of the whole, plus a random walk of the terms. */
 static double LOCAL(score_off)(const struct naive *n, const struct LOCAL(head) *head, int64_t j, double sum, double s,
                                double mask)
 {

@@ -1,4 +1,4 @@
-/* Which layout, operand, dtype and extents each tensor of a problem has, and reading one into doubles. */
+/* The layout, operand, dtype and extents of each tensor of a problem, and its elements as doubles. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -124,7 +124,7 @@ void reference_gather_transposed(struct reference_view view, int64_t b, int64_t 
 
 void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end)
 {
-    /* lower and upper may be as large as integers get: brought near the keys before they are added to. */
+    /* lower and upper may be any int64_t: they are clamped to the keys first, so that no sum overflows. */
     int64_t kv = problem->kv_len, lower = problem->lower, upper = problem->upper;
     *first = lower <= -i ? 0 : lower >= kv - i ? kv : i + lower;
     *end = upper < -i ? 0 : upper >= kv - 1 - i ? kv : i + upper + 1;

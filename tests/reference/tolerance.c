@@ -93,7 +93,7 @@ static double allow(const mfa_problem *p, enum reference_tensor tensor, const do
     return fmax(2 * error, floor + element_ulp(reference_dtype(p, tensor)) * largest(truth, count));
 }
 
-/* Of o + o_low: `floor` and what rounds o_low, which may be subnormal. */
+/* Of o + o_low: `floor` and the rounding of o_low, which may be subnormal. */
 static double allow_low(const mfa_problem *p, const double *truth, double floor)
 {
     const double ulp = element_ulp(p->dtype), least = p->dtype == MFA_F16 ? 0x1p-25 : 0;
@@ -106,11 +106,11 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     const mfa_problem *p = problem;
     struct naive n = {.problem = p, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
     n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias;
-    struct { struct reference_view *view; enum reference_tensor tensor; int wanted; } inputs[] = {
+    struct { struct reference_view *view; enum reference_tensor tensor; int needed; } inputs[] = {
         {&n.Q, REFERENCE_Q, 1}, {&n.K, REFERENCE_K, 1}, {&n.V, REFERENCE_V, 1},
         {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE}, {&n.dO, REFERENCE_dO, n.backward},
         {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
-    struct { double **values; enum reference_tensor tensor; int wanted; } outputs[] = {
+    struct { double **values; enum reference_tensor tensor; int needed; } outputs[] = {
         {&n.results.O, REFERENCE_O, 1},
         {&n.results.L, REFERENCE_L, 1}, {&n.results.dQ, REFERENCE_dQ, n.backward},
         {&n.results.dK, REFERENCE_dK, n.backward}, {&n.results.dV, REFERENCE_dV, n.backward},
@@ -118,10 +118,10 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
         {&n.dbias_squares, REFERENCE_DBIAS, truth->dbias != NULL}};
     const size_t input_count = sizeof inputs / sizeof *inputs, output_count = sizeof outputs / sizeof *outputs;
     for (size_t at = 0; at < input_count; at++)
-        if (inputs[at].wanted)
+        if (inputs[at].needed)
             *inputs[at].view = reference_load(p, inputs[at].tensor, buffers);
     for (size_t at = 0; at < output_count; at++)
-        if (outputs[at].wanted)
+        if (outputs[at].needed)
             *outputs[at].values = reference_allocate(reference_count(p, outputs[at].tensor));
     if (truth->dbias)
         n.dbias = reference_view(p, REFERENCE_DBIAS, n.results.dbias);

@@ -1,4 +1,4 @@
-/* How far from the reference a result may be: a rule, not a number. */
+/* The tolerance of results: computed for each problem by one rule. */
 #ifndef REFERENCE_TOLERANCE_H
 #define REFERENCE_TOLERANCE_H
 
@@ -8,19 +8,19 @@
  *
  * The rule: at most twice the error of the naive computation in the same dtype, with a floor of a few ulp.
  *
- * Naive is what one writes without thinking of memory: all of S, sums in f32, P and dS rounded to the
- * dtype where they enter a product, results rounded once (naive.h; f64: everything in double, in another
- * order than the reference). Its error is the largest of any element, as ours is: errors are measured
- * against the largest element of the tensor, for a sum of large terms may happen to be small.
+ * Naive attention materialises all of S, sums in f32, rounds P and dS to the dtype where they enter a
+ * product, and rounds results once (naive.h; f64: everything in double, in another order than the
+ * reference). Its error is the largest of any element, as ours is: errors are measured against the
+ * largest element of the tensor, for a sum of large terms may happen to be small.
  *
- * The floor is needed where naive is right by luck: one key gives P = 1 exactly, and so does any key that outweighs the
- * others, as naive takes P from the very scores that it has summed up, where backward computes them anew, rounded
- * otherwise in some kernels, and meets those of forward through L, which is rounded; and a dS may be the difference of
- * equal numbers. The floor is an ulp
- * of the dtype at the tensor's largest element, plus twice what roundings to u of the working precision do to the
- * element that they do most to, if they fall at random, and so add as the root of the sum of squares:
- *     a sum is off by u times what it has come to, at each of its terms. That of the n products of z = Q_i K_j has come
- *     to a part of z, and beside that wanders: sqrt(n z^2 / 3 + |Q_i|^2 |K_j|^2 / 6) in all
+ * The floor is needed where naive attention happens to be exact. One key gives P = 1 exactly, and so does any key that
+ * outweighs the others: naive attention takes P from the scores that it has summed up, while backward recomputes them,
+ * in some kernels with other roundings, and combines them with a rounded L. And a dS may be the difference of equal
+ * numbers. The floor is an ulp of the dtype at the tensor's largest element, plus twice the error that roundings to u
+ * of the working precision cause in the element that they change most. Roundings count as random, so errors add as the
+ * root of the sum of squares:
+ *     a sum is off by u times its partial sum, at each of its terms. A partial sum of the n products of z = Q_i K_j is
+ *     a part of z plus a random walk: sqrt(n z^2 / 3 + |Q_i|^2 |K_j|^2 / 6) in all
  *     S_ij is off by s_ij = u (1 + |scale| times that + |S_ij| + |mask_ij|); P_ij by P_ij s_ij
  *     L_i by l_i, the root of sum_j (P_ij s_ij)^2, and u |L_i|; in backward, which has P from L, P_ij by P_ij l_i more
  *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what the error and the rounding
@@ -29,17 +29,16 @@
  *     and each sum by its own roundings; for the last two a softcap's derivative is off as well
  * |x| being the length of a row.
  *
- * o + o_low is O before it was rounded. It may be off by the floor alone, where the rounding of o_low takes the
- * place of an ulp. Kernels that multiply bf16 round P to the dtype: they may also be off by twice what that does to O.
- * P of a row is a multiple of a number that differs from kernel to kernel, 1 / l or exp(m - L), and where many P are
- * nearly the same, all of them are rounded up with one such number and down with another: so the largest error with
- * four of them counts. */
+ * o + o_low is O before it was rounded. Its tolerance is the floor alone, with the rounding of o_low in place of an
+ * ulp. Kernels that multiply bf16 round P to the dtype: they may also be off by twice the change that this makes to O.
+ * The P of a row have a factor that differs between kernels, 1 / l or exp(m - L). Where many P are nearly equal, all of
+ * them are rounded up with one such factor and down with another: so the largest error with four factors counts. */
 struct tolerance {
     double O, L, dQ, dK, dV, dbias;
     double O_low, O_low_of_rounded_P; /* of o + o_low */
 };
 
-/* `truth`: what reference_attention gave for this problem; members not wanted are NULL. */
+/* `truth`: the results of reference_attention for this problem; members that are not needed are NULL. */
 void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *truth,
                          struct tolerance *tolerance);
 

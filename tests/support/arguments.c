@@ -1,4 +1,4 @@
-/* Reading the command line of a check program. */
+/* Reads the command line of a check program. */
 #include "support/arguments.h"
 
 #include <errno.h>

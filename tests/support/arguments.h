@@ -12,13 +12,13 @@ struct arguments {
     const char *bits;   /* a file for the hashes of results (report_bits_to); NULL: none */
     int threads;        /* 0: 1, 2, 3 and 7 */
     int repeat;         /* runs that must be the same bit for bit; 0: 20 for small cases */
-    int random;         /* so many problems that are drawn, in place of the file */
+    int random;         /* number of random problems, in place of the file */
     int bench, list, quick, verbose;
-    const char **problems; /* given on the command line: likewise */
+    const char **problems; /* given on the command line, in place of the file */
     int problem_count;
 };
 
-/* Prints what is wrong, or the usage for --help, and returns 0: the program should end. */
+/* 0: the program should end, and an error, or the usage for --help, has been printed. */
 int arguments_parse(struct arguments *arguments, int count, char **words);
 
 #endif

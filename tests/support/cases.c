@@ -1,4 +1,4 @@
-/* Reading lines, and making cases of them. */
+/* Reads lines, and makes cases of them. */
 #include "support/cases.h"
 
 #include <errno.h>
@@ -70,7 +70,7 @@ static int read_line(struct cases *cases)
     return 1;
 }
 
-/* The next line that says something, without its comment and the spaces at its end; 0: there is none. */
+/* The next line that is not empty, without its comment and trailing spaces; 0: there is none. */
 static int next_line(struct cases *cases)
 {
     const struct arguments *arguments = cases->arguments;

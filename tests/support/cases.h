@@ -1,7 +1,7 @@
 /* The cases of a check program: the problems of its command line, or else those of the case list.
  *
- * A line is a problem in the library's own syntax, whose pass may be "both" (forward, and backward from what forward
- * gave) and whose dtype may be "any", which makes it a case in each. */
+ * A line is a problem in the library's own syntax, whose pass may be "both" (forward, and backward from the outputs of
+ * forward) and whose dtype may be "any", which makes it one case for each dtype. */
 #ifndef SUPPORT_CASES_H
 #define SUPPORT_CASES_H
 
@@ -16,15 +16,15 @@ enum { CASE_FORWARD = 1, CASE_BACKWARD = 2 };
 struct one_case {
     char text[CASE_TEXT]; /* the line, in one dtype */
     int line;             /* counted from 0 */
-    int number;           /* makes cases differ in what they choose where not all is done */
+    int number;           /* where not all variants are run, it selects different ones for each case */
     int passes;
     mfa_problem problem; /* forward */
 };
 
-/* A case from its text; 0: that is no problem, and mfa_last_error() says why. */
+/* Makes a case from its text; 0: the text is not a problem, and mfa_last_error() says why. */
 int case_parse(const char *text, struct one_case *one);
 
-/* Multiplications of forward, and up to how many of them a case is small, so that more is done with it. */
+/* Multiplications of the forward pass; a case with at most CASE_SMALL of them gets more runs. */
 double case_multiplications(const mfa_problem *problem);
 #define CASE_SMALL 3e5
 
@@ -32,13 +32,13 @@ struct cases {
     const struct arguments *arguments;
     FILE *file; /* NULL: none, or at its end */
     char line[CASE_TEXT];
-    int number, dtype; /* of the line; of those that "any" stands for, the next */
+    int number, dtype; /* of the line; the next of the dtypes that "any" stands for */
 };
 
 /* 0: the case list cannot be opened, which is reported. */
 int cases_open(struct cases *cases, const struct arguments *arguments);
 
-/* The next case that the filter takes; 0: there are no more. What is no problem is reported, with its line. */
+/* The next case that the filter accepts; 0: there are no more. A line that is not a problem is reported. */
 int cases_next(struct cases *cases, struct one_case *one);
 
 #endif

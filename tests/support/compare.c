@@ -1,4 +1,4 @@
-/* The two comparisons and the sentence of a failure. */
+/* The two comparisons, and the message of a failure. */
 #include "support/compare.h"
 
 #include <math.h>

@@ -1,4 +1,4 @@
-/* Comparing a result with what it should be, and saying where they part. */
+/* Compares a result with the expected one, and reports where they differ. */
 #ifndef SUPPORT_COMPARE_H
 #define SUPPORT_COMPARE_H
 

@@ -1,4 +1,4 @@
-/* Guarded memory by mmap and mprotect, and the handler that tells which of it was hit. */
+/* Guarded memory by mmap and mprotect, and a signal handler that reports which memory an access hit. */
 #include "support/guarded.h"
 
 #include <signal.h>
@@ -11,9 +11,9 @@
 
 #include "support/report.h"
 
-enum { MOST_KNOWN = 64 };
+enum { MAX_MEMORIES = 64 };
 
-static struct guarded known[MOST_KNOWN]; /* a fault is looked up here; the handler only reads */
+static struct guarded known[MAX_MEMORIES]; /* a fault is looked up here; the handler only reads */
 static const char *testing = "nothing yet";
 
 size_t guarded_page(void)
@@ -46,7 +46,7 @@ void guarded_open(struct guarded *memory, const char *name, size_t size, size_t 
     memset(memory->mapping + page, filler, inside);
     protect(memory->mapping, page, PROT_NONE);
     protect(memory->mapping + page + inside, page, PROT_NONE);
-    for (int slot = 0; slot < MOST_KNOWN; slot++)
+    for (int slot = 0; slot < MAX_MEMORIES; slot++)
         if (!known[slot].mapping) {
             known[slot] = *memory;
             break;
@@ -55,7 +55,7 @@ void guarded_open(struct guarded *memory, const char *name, size_t size, size_t 
 
 void guarded_close(struct guarded *memory)
 {
-    for (int slot = 0; slot < MOST_KNOWN; slot++)
+    for (int slot = 0; slot < MAX_MEMORIES; slot++)
         if (memory->mapping && known[slot].mapping == memory->mapping)
             known[slot].mapping = NULL;
     if (memory->mapping)
@@ -89,7 +89,7 @@ static void fault(int signal, siginfo_t *information, void *context)
     const unsigned char *address = information->si_addr;
     const char *hit = "memory of no tensor";
     long long offset = 0;
-    for (int slot = 0; slot < MOST_KNOWN; slot++)
+    for (int slot = 0; slot < MAX_MEMORIES; slot++)
         if (known[slot].mapping && address >= known[slot].mapping &&
             address < known[slot].mapping + known[slot].mapped) {
             hit = known[slot].name;
@@ -98,7 +98,7 @@ static void fault(int signal, siginfo_t *information, void *context)
     /* snprintf of these is safe enough for a program that is about to end. */
     char text[512];
     int length = snprintf(text, sizeof text,
-                          "FAILED  %s\n        signal %d at byte %lld of %s (beyond its end, read-only or hidden), "
+                          "FAILED  %s\n        signal %d at byte %lld of %s (beyond its end, read-only or forbidden), "
                           "seed %llu\n%lld passed, %lld failed\n",
                           testing, signal, offset, hit, (unsigned long long)report_seed(), report_passed(),
                           report_failed() + 1);

@@ -1,5 +1,5 @@
-/* Memory between guard pages: one byte too far faults, and the fault is reported with the name of the
- * memory and of what was being tested. */
+/* Memory between guard pages: an access one byte out of bounds faults, and the fault is reported with the name of
+ * the memory and of the test. */
 #ifndef SUPPORT_GUARDED_H
 #define SUPPORT_GUARDED_H
 
@@ -18,16 +18,16 @@ struct guarded {
 };
 
 /* Ends the program if there is no memory. `alignment` is a power of two, at most a page; `filler` is in
- * every byte, those of the slack as well. */
+ * every byte, including those between `size` and the guard page. */
 void guarded_open(struct guarded *memory, const char *name, size_t size, size_t alignment,
                   enum guarded_placement placement, unsigned char filler);
 void guarded_close(struct guarded *memory);
 
-/* From now on the pages may only be read; or written again. */
+/* Makes the pages read-only; or writable again. */
 void guarded_seal(struct guarded *memory);
 void guarded_unseal(struct guarded *memory);
 
-/* Forbids the whole pages that lie within [begin, end) of the bytes, to reading too; how many. */
+/* Forbids all access to the whole pages that lie within [begin, end) of the bytes; returns their number. */
 size_t guarded_forbid(struct guarded *memory, size_t begin, size_t end);
 
 /* A fault from now on prints what was being tested (guarded_testing), the memory it hit, the counts, and

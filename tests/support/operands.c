@@ -1,4 +1,4 @@
-/* Inputs from a seed, tensors around them, results out of them. */
+/* Makes inputs from a seed, tensors that hold them, and results from the outputs. */
 #include "support/operands.h"
 
 #include <math.h>
@@ -36,7 +36,7 @@ void reference_close(struct reference *results)
     }
 }
 
-static int mask_hides(struct generator *generator, const int64_t shape[4], int64_t row, int64_t column)
+static int is_masked(struct generator *generator, const int64_t shape[4], int64_t row, int64_t column)
 {
     int one_in_four = generator_next(generator) % 4 == 0;
     int whole_row = row % 5 == 3;
@@ -52,12 +52,12 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
     reference_shape(p, tensor, shape);
     double *values = inputs->values[tensor] = reference_allocate(count);
     for (int64_t at = 0; at < count; at++) {
-        int hidden = tensor == REFERENCE_MASK &&
-                     mask_hides(generator, shape, at / shape[3] % shape[2], at % shape[3]);
+        int masked = tensor == REFERENCE_MASK &&
+                     is_masked(generator, shape, at / shape[3] % shape[2], at % shape[3]);
         if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
-            values[at] = hidden ? 0 : (double)(1 + generator_next(generator) % 255);
+            values[at] = masked ? 0 : (double)(1 + generator_next(generator) % 255);
         else
-            values[at] = hidden ? -INFINITY : element_round(dtype, generator_normal(generator));
+            values[at] = masked ? -INFINITY : element_round(dtype, generator_normal(generator));
     }
 }
 
@@ -97,7 +97,7 @@ void inputs_close(struct inputs *inputs)
     memset(inputs, 0, sizeof *inputs);
 }
 
-/* Tells problem and buffers where the tensor lies. */
+/* Sets the tensor's layout in the problem, and its address in the buffers. */
 static void attach(struct operands *operands, enum reference_tensor tensor)
 {
     *(mfa_layout *)reference_layout(&operands->problem, tensor) = operands->tensors[tensor].layout;
@@ -105,7 +105,7 @@ static void attach(struct operands *operands, enum reference_tensor tensor)
 }
 
 void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
-                   unsigned wanted)
+                   unsigned outputs)
 {
     memset(operands, 0, sizeof *operands);
     operands->problem = inputs->problem;
@@ -118,7 +118,7 @@ void operands_open(struct operands *operands, const struct inputs *inputs, enum 
                               reference_dtype(&inputs->problem, tensor), shape, arrangement, inputs->values[tensor]);
             attach(operands, tensor);
         }
-    operands_open_outputs(operands, arrangement, wanted);
+    operands_open_outputs(operands, arrangement, outputs);
 }
 
 static int has(const mfa_problem *problem, enum reference_tensor tensor)
@@ -129,10 +129,10 @@ static int has(const mfa_problem *problem, enum reference_tensor tensor)
                                        : 1;
 }
 
-void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned wanted)
+void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned outputs)
 {
     for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++)
-        if ((wanted & 1U << tensor) && has(&operands->problem, tensor)) {
+        if ((outputs & 1U << tensor) && has(&operands->problem, tensor)) {
             int64_t shape[4];
             reference_shape(&operands->problem, tensor, shape);
             tensor_open_output(&operands->tensors[tensor], tensor_name(tensor),

@@ -10,7 +10,7 @@
 /* Dimensions as bits, for what is broadcast. */
 enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };
 
-/* What the problem's text does not say. */
+/* Properties of a run that the problem's text does not state. */
 struct variant {
     int mask_broadcast, dbias_broadcast, kv_broadcast; /* stride 0 along these */
     int dlse;                                          /* given to backward */
@@ -20,10 +20,10 @@ struct variant {
 struct inputs {
     mfa_problem problem; /* forward; its layouts have stride 0 where the variant broadcasts */
     struct variant variant;
-    double *values[REFERENCE_TENSORS]; /* of Q K V mask dO dL; NULL: not there */
+    double *values[REFERENCE_TENSORS]; /* of Q K V mask dO dL; NULL: the problem has none */
 };
 
-/* Masks hide about one key in four, some whole rows, and a third of the keys from half of the rows. */
+/* Masks exclude about one key in four, some whole rows, and a third of the keys for half of the rows. */
 void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
                  const char *text);
 void inputs_close(struct inputs *inputs);
@@ -39,12 +39,12 @@ struct operands {
 #define FORWARD_OUTPUTS (OUTPUT(O) | OUTPUT(L))
 #define BACKWARD_OUTPUTS (OUTPUT(dQ) | OUTPUT(dK) | OUTPUT(dV) | OUTPUT(DBIAS))
 
-/* `wanted` says which outputs exist; dbias only exists for an additive mask, o_low for f16 and bf16. */
+/* `outputs` says which outputs exist; dbias only exists for an additive mask, o_low for f16 and bf16. */
 void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
-                   unsigned wanted);
+                   unsigned outputs);
 
-/* Those of the outputs that are wanted, anew: operands_collect closes them. */
-void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned wanted);
+/* Opens these outputs anew after operands_collect has closed them. */
+void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned outputs);
 
 /* Runs the problem's pass, in one call or (`planned`) by a plan with a workspace of exactly the stated size. */
 mfa_status operands_run(struct operands *operands, mfa_context *context, int planned);
@@ -53,7 +53,7 @@ mfa_status operands_run(struct operands *operands, mfa_context *context, int pla
  * written beyond its elements, or NULL. */
 const char *operands_collect(struct operands *operands, struct reference *results);
 
-/* From forward to backward: O and L, and o_low if it is given, are inputs now, and hold what is given. */
+/* Turns a forward problem into its backward: O, L and, unless NULL, o_low become inputs that hold the given values. */
 void operands_turn(struct operands *operands, enum arrangement arrangement, const struct reference *given);
 void operands_close(struct operands *operands);
 

@@ -5,17 +5,17 @@
 #include "support/cases.h"
 
 #define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
-#define MOST_MULTIPLICATIONS 2e7 /* the reference takes some 0.1 s for them */
+#define MAX_MULTIPLICATIONS 2e7 /* the reference takes some 0.1 s for them */
 
 int64_t random_between(struct generator *generator, int64_t low, int64_t high)
 {
     return low + (int64_t)(generator_next(generator) % (uint64_t)(high - low + 1));
 }
 
-int64_t random_length(struct generator *generator, int64_t most)
+int64_t random_length(struct generator *generator, int64_t max)
 {
     const int64_t kinds[] = {random_between(generator, 0, 3), random_between(generator, 1, 20),
-                             random_between(generator, 20, 70), random_between(generator, 1, most)};
+                             random_between(generator, 20, 70), random_between(generator, 1, max)};
     return kinds[random_between(generator, 0, COUNT(kinds) - 1)];
 }
 
@@ -44,7 +44,7 @@ void random_memory(struct generator *generator, const mfa_problem *problem, stru
     *arrangement = (enum arrangement)random_between(generator, 0, ARRANGEMENTS - 1);
 }
 
-/* Sizes: one in four as in a decode step. */
+/* Sizes; one problem in four is a decode step. */
 static void draw_sizes(struct generator *r, mfa_problem *p)
 {
     static const int64_t columns[] = {1, 2, 8, 16, 24, 32, 40, 64, 64, 80, 96, 111, 128, 136, 192, 256, 320, 512};
@@ -57,7 +57,7 @@ static void draw_sizes(struct generator *r, mfa_problem *p)
     if (!random_between(r, 0, 3))
         q_len = random_between(r, 1, 8), kv_len = random_between(r, 1, 3000);
     mfa_problem_init(p, random_between(r, 1, 2), kv_heads * group, kv_heads, q_len, kv_len, head_dim, value_dim);
-    while (case_multiplications(p) > MOST_MULTIPLICATIONS) {
+    while (case_multiplications(p) > MAX_MULTIPLICATIONS) {
         int64_t *longer = q_len > kv_len ? &q_len : &kv_len;
         *longer /= 2;
         mfa_problem_init(p, p->batch, p->q_heads, p->kv_heads, q_len, kv_len, head_dim, value_dim);

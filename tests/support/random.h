@@ -1,4 +1,4 @@
-/* Problems that are drawn, not listed, each by its number in a series that a seed begins. */
+/* Random problems: each is determined by a seed and its number. */
 #ifndef SUPPORT_RANDOM_H
 #define SUPPORT_RANDOM_H
 
@@ -13,13 +13,13 @@ struct random_problem {
     enum arrangement arrangement;
 };
 
-/* Problem n, of all that the CPU runs, with every option: small enough that hundreds take a minute. */
+/* Draws problem n from all that the CPU runs, with every option; small enough for hundreds in a minute. */
 void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n);
 
-/* What it is made of, for other series. A number from low to high; a length, often short, sometimes beyond a tile or
- * several, now and then 0; a band; what is broadcast, whether dL is given, and the arrangement. */
+/* The parts of that draw, for other series: a number from low to high; a length, often short, sometimes longer than
+ * one tile or several, rarely 0; a band; what is broadcast, whether dL is given, and the arrangement. */
 int64_t random_between(struct generator *generator, int64_t low, int64_t high);
-int64_t random_length(struct generator *generator, int64_t most);
+int64_t random_length(struct generator *generator, int64_t max);
 void random_band(struct generator *generator, mfa_problem *problem);
 void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
                    enum arrangement *arrangement);

@@ -1,4 +1,4 @@
-/* What every test program prints: the seed first, a line for what it ran, the counts at the end. */
+/* The output of every test program: the seed first, a line for each thing that it ran, the counts at the end. */
 #ifndef SUPPORT_REPORT_H
 #define SUPPORT_REPORT_H
 
@@ -17,13 +17,13 @@ void report_fail(const char *format, ...);
 long long report_passed(void);
 long long report_failed(void);
 
-/* From now on report_bits writes lines to this file, which it empties; 0 if it cannot, with a line that says so. */
+/* Empties the file, to which report_bits then writes lines; 0 if that fails, which is printed. */
 int report_bits_to(const char *path);
 
-/* Whether it does. */
+/* Whether there is such a file. */
 int report_wants_bits(void);
 
-/* A result of what `what` names has this hash. */
+/* Writes the hash of a result of the run that `what` names. */
 void report_bits(const char *what, uint64_t hash);
 
 /* Prints "N passed, N failed"; what main returns. */

@@ -1,4 +1,4 @@
-/* Arranging, filling and checking tensors. */
+/* Arranges, fills and checks tensors. */
 #include "support/tensor.h"
 
 #include <stdlib.h>

@@ -1,6 +1,6 @@
-/* A (batch, head, row, column) tensor in guarded memory, arranged in one of several ways. What lies
- * between its elements is NaN for an input, so that reading it shows, and a canary for an output, so that
- * writing it shows; the elements of an output are NaN at first. */
+/* A (batch, head, row, column) tensor in guarded memory, in one of several arrangements. The gaps between its
+ * elements hold NaN in an input, which exposes reads of them, and a canary in an output, which exposes writes;
+ * the elements of an output are NaN at first. */
 #ifndef SUPPORT_TENSOR_H
 #define SUPPORT_TENSOR_H
 
@@ -41,7 +41,7 @@ void tensor_close(struct tensor *tensor);
 /* Its elements as dense doubles, which the caller frees. */
 double *tensor_read(const struct tensor *tensor);
 
-/* 1 if the canary is as it was. Overwrites the elements: read them before. */
+/* 1 if the canary is unchanged. Overwrites the elements: read them before. */
 int tensor_gaps_intact(struct tensor *tensor);
 
 int64_t tensor_count(const struct tensor *tensor);

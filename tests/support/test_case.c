@@ -23,7 +23,7 @@ void test_case_open(struct test_case *s, const struct one_case *one, struct vari
         if (!none && (!backward || (s->passes & CASE_BACKWARD)))
             *reference_member(&s->truth, tensor) = reference_allocate(reference_count(p, tensor));
     }
-    operands_open(&operands, &s->inputs, DENSE, 0); /* of these, only the inputs matter */
+    operands_open(&operands, &s->inputs, DENSE, 0); /* for the inputs alone */
     reference_attention(&operands.problem, &operands.buffers, &s->truth);
     reference_tolerance(&operands.problem, &operands.buffers, &s->truth, &s->tolerance);
     operands_close(&operands);
