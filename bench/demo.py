@@ -1,6 +1,6 @@
-"""What libmfa does, in a few minutes: `make demo`.
+"""Demonstrates libmfa in a few minutes: `make demo`.
 
-First the table that users of attention know: time and peak memory beside PyTorch, at B=4 H=8 N=2048 D=64. Then a small
+First comes the usual table: time and peak memory of ours and of PyTorch, at B=4 H=8 N=2048 D=64. Then a small
 GPT learns English from the documentation that every Python carries, once on PyTorch's attention and once on ours, from
 the same start. Last an encoder of torch.nn reads longer and longer sequences, before and after replace_sdpa(). All end
 up in demo.png. The exit status is 1 if anything that we computed was wrong. On a Mac all of it runs on the GPU.
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """An ordinary GPT. It knows nothing of libmfa."""
+    """An ordinary GPT, without any code of libmfa."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class GPT(nn.Module):
 
 
 class Training:
-    """One model on its way: its losses and the seconds of its steps."""
+    """The training of one model: its losses and the seconds of its steps."""
 
     def __init__(self, model, text):
         self.model, self.text = model, text

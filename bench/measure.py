@@ -1,8 +1,9 @@
-"""How one attention problem is measured: ours, PyTorch's as it comes, its unfused math path, and other libraries.
+"""Measures one attention problem: ours, PyTorch's default, its unfused math path, and other libraries.
 
-Each problem has a fresh process of its own. There each contender runs once, for its peak memory; what ours and other
-libraries gave is compared with a reference in double; and only what is right is timed, all in turn, a probe of the
-machine's peak before and after each run of ours. Used by versus_torch.py, versus_peers.py, relative.py and demo.py.
+Each problem has a fresh process of its own. There each contender runs once, for its peak memory; the results of ours
+and of other libraries are compared with a reference in double; and only contenders with right results are timed, in
+turn, with a probe of the machine's peak before and after each run of ours. Used by versus_torch.py, versus_peers.py,
+relative.py and demo.py.
 """
 
 import ctypes
@@ -22,19 +23,19 @@ import torch
 import torch.nn.functional as F
 from mps_flash_attn import explain, flash_attention, reference
 from mps_flash_attn.library import library, torch_parallel_for
-from peers import PEERS, Refused, fastest, versions_of_peers
+from peers import PEERS, Unsupported, fastest, versions_of_peers
 from problems import DTYPES, Operands, Problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CONTENDERS = ("ours", "torch", "math")
 PROBE_MS = 4.0
 READ_BYTES = 1 << 28  # far more than the caches hold
-MOST_ROUNDS = 25
-SETTLE_SECONDS = 0.003  # the pool of the last contender still spins a little; let it go to sleep
-CHECK_FLOP = 4e9  # as many heads are checked as this pays for, at least one
+MAX_ROUNDS = 25
+SETTLE_SECONDS = 0.003  # the threads of the last contender still spin for a moment before they sleep
+CHECK_FLOP = 4e9  # the budget for checking heads; at least one is checked
 CANCELLED_UNITS = 8
-PEER_SLACK = 8  # other libraries may be as many times less exact than ours must be: this finds what is no attention
-MATH_SCORES_BYTES = 1 << 30  # the math path holds all scores, several times over: beyond this it is left out
+PEER_SLACK = 8  # a factor on the tolerance of other libraries, which still detects wrong results
+MATH_SCORES_BYTES = 1 << 30  # the math path materialises all scores several times: it is skipped beyond this
 
 
 # --- Ours and PyTorch's --------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def our_options(problem):
 
 
 def kernel(problem, operands):
-    """The key of our kernel: of the backward pass, where there is one."""
+    """The key of our kernel: of the backward pass, if there is one."""
     return explain(
         operands.q,
         operands.k,
@@ -58,7 +59,7 @@ def kernel(problem, operands):
 
 
 def attend(contender, problem, operands):
-    """O, by ours or one of PyTorch's."""
+    """Computes O by ours or one of PyTorch's."""
     q, k, v = operands.q, operands.k, operands.v
     if contender == "ours":
         return flash_attention(q, k, v, attn_mask=operands.mask, **our_options(problem))
@@ -72,16 +73,16 @@ def attend(contender, problem, operands):
 
 
 class Call:
-    """One contender at one problem: prepare() what is not measured, run() what is."""
+    """One contender at one problem: run() is measured, prepare() is not."""
 
     def __init__(self, contender, problem, operands):
         self.contender, self.problem, self.operands = contender, problem, operands
         self.o = None
 
     def prepare(self):
-        wanted = self.problem.passes != "forward"
+        needs_grad = self.problem.passes != "forward"
         for tensor in (self.operands.q, self.operands.k, self.operands.v):
-            tensor.requires_grad_(wanted)
+            tensor.requires_grad_(needs_grad)
         if self.problem.passes == "backward" and self.o is None:
             self.o = attend(self.contender, self.problem, self.operands)
 
@@ -98,8 +99,8 @@ class Call:
     def results(self, ran):
         return ran
 
-    def forget(self):
-        """What backward goes back through; prepare() makes it anew."""
+    def drop_graph(self):
+        """Frees the graph of backward; prepare() makes a new one."""
         self.o = None
 
 
@@ -135,10 +136,10 @@ def error(given, true):
 
 
 def check(problem, operands, given):
-    """{contender: what is wrong} for {contender: its results}. Allowed, relative to the largest element: twice the
-    error of the naive computation in the same dtype; two units in the last place; and what the roundings of a sum of n
-    terms in f32 come to, about sqrt(n) units, and some more for what cancels in a gradient. The tests know better how
-    much; this finds what is plainly wrong."""
+    """{contender: an error message} for {contender: its results}. The tolerance, relative to the largest element, is
+    twice the error of the naive computation in the same dtype, plus two units in the last place, plus the rounding
+    error of a sum of n terms in f32, about sqrt(n) units, and some more for cancellation in gradients. It is coarser
+    than that of the tests, and detects plainly wrong results."""
     group = problem.q_heads // problem.kv_heads
     heads = problem.batch * problem.kv_heads
     affordable = int(CHECK_FLOP // max(1, problem.flop() // heads))
@@ -171,7 +172,7 @@ def check(problem, operands, given):
 
 
 def peak_library():
-    """bench/peak.c, built: at MFA_PEAK_LIBRARY, or beside the libmfa that MFA_LIBRARY names."""
+    """The library of bench/peak.c: at MFA_PEAK_LIBRARY, or beside the libmfa that MFA_LIBRARY names."""
     place = os.environ.get("MFA_PEAK_LIBRARY")
     if not place:
         folder = pathlib.Path(os.environ.get("MFA_LIBRARY", "")).parent
@@ -214,14 +215,14 @@ def versions():
 
 
 def settle(device):
-    """Waits until all that was asked of a GPU is done."""
+    """Waits until a GPU has finished all commands."""
     if device == "mps":
         torch.mps.synchronize()
 
 
 class DeviceMemory:
-    """The most memory that a GPU had lent to this process since begin(), beyond what it had then: PyTorch keeps what
-    was freed, so it is what there is at the end."""
+    """Peak GPU memory of this process since begin(), beyond what it had then. PyTorch caches what was freed, so the
+    amount at the end is the peak."""
 
     def begin(self):
         settle("mps")
@@ -234,7 +235,7 @@ class DeviceMemory:
 
 
 class Memory:
-    """The most memory that this process had resident since begin(), beyond what it had then. Linux counts it."""
+    """Peak resident memory of this process since begin(), beyond what it had then; counted by Linux only."""
 
     def __init__(self):
         self.known = os.access("/proc/self/clear_refs", os.W_OK)
@@ -248,12 +249,12 @@ class Memory:
     def begin(self):
         if self.known:
             if self.trim:
-                self.trim(0)  # freed but resident pages would hide as much of what comes
+                self.trim(0)  # pages that are free but resident would be reused without being counted
             pathlib.Path("/proc/self/clear_refs").write_text("5")
             self.before = self.status("VmRSS")
 
     def extra(self, results):
-        """Less the results themselves, which are operands too; None where the system does not count."""
+        """Without the results themselves, which count as operands; None where the system does not count."""
         if not self.known:
             return None
         return max(0, self.status("VmHWM") - self.before - sum(t.nbytes for t in results))
@@ -283,7 +284,7 @@ class Entry:
 
 
 def first_run(contender, problem, operands, memory):
-    """The entry of ours or one of PyTorch's. Ours has to be the first of all, so that what it keeps for later calls
+    """The entry of ours or one of PyTorch's. Ours has to be the first contender, so that what it keeps for later calls
     (workspace, threads) is counted."""
     warm = Problem.parse(f"{problem.passes} {problem.dtype} b1 h1 q16 kv16 d{problem.head_dim}v{problem.value_dim}")
     device = operands.q.device.type
@@ -298,7 +299,7 @@ def first_run(contender, problem, operands, memory):
     settle(device)
     seconds = time.perf_counter() - begin
     entry = Entry(call, seconds, memory.extra(results), results if contender == "ours" else ())
-    call.forget()
+    call.drop_graph()
     return entry
 
 
@@ -313,15 +314,15 @@ def enter(problem, operands, contenders):
                 entries[contender] = Entry(call, seconds, results=results)
             else:
                 entries[contender] = first_run(contender, problem, operands, memory)
-        except Refused as refused:
-            absent[contender] = str(refused)
+        except Unsupported as error:
+            absent[contender] = str(error)
     return entries, absent
 
 
 @dataclasses.dataclass
 class Bound:
-    """What may bound a problem: its work, 10^9 operations or bytes, and a probe of how much of that the machine does
-    in a second."""
+    """A possible bound of a problem: its work in 10^9 operations or bytes, and a probe of how much of that the machine
+    does in a second."""
 
     field: str
     work: float
@@ -329,7 +330,7 @@ class Bound:
 
 
 def bounds_of(problem, kernel):
-    """Arithmetic, of the kind that the kernel is made of; and for few queries, which read K and V but once, memory."""
+    """The arithmetic that the kernel uses; and memory bandwidth for decode steps, which read K and V only once."""
     library, threads = peak_library(), torch.get_num_threads()
     if kernel.endswith("amxbf16"):
         arithmetic = functools.partial(library.mfa_peak_tiles_gflops, threads, PROBE_MS)
@@ -355,12 +356,12 @@ def probe(bounds):
 
 
 def rounds(entries, bounds, budget, device):
-    """Times the contenders in turn: {contender: [seconds]}; beside those of ours [(probe before, probe after)]. One
-    that has used its share of the budget sits out; if it never had a turn, its first run counts."""
+    """Times the contenders in turn: {contender: [seconds]}; and for runs of ours [(probe before, probe after)]. A
+    contender that has used its share of the budget is skipped; if it never had a turn, its first run counts."""
     share = budget / len(entries)
     for entry in entries.values():
         entry.call.prepare()
-    # What a run costs: the first of something small was mostly starting up.
+    # The cost of a run. The first run of a small problem was mostly start-up, so it is repeated.
     cost = {c: timed(e.call, 1, device) if e.seconds <= share else e.seconds for c, e in entries.items()}
     repeats = {contender: max(1, math.ceil(0.01 / cost[contender])) for contender in entries}
     taken, peaks = {contender: [] for contender in entries}, []
@@ -368,7 +369,7 @@ def rounds(entries, bounds, budget, device):
 
     def playing(contender):
         within = used[contender] + cost[contender] * repeats[contender] <= share
-        return len(taken[contender]) < MOST_ROUNDS and (within or (contender == "ours" and not taken["ours"]))
+        return len(taken[contender]) < MAX_ROUNDS and (within or (contender == "ours" and not taken["ours"]))
 
     while players := [contender for contender in entries if playing(contender)]:
         for contender in players:
@@ -382,7 +383,7 @@ def rounds(entries, bounds, budget, device):
 
 
 def shares(bounds, seconds, peaks):
-    """Of each bound: the share that ours reached, the rate of the probe, and how far its two readings were apart."""
+    """For each bound: the share that ours reached, the rate of the probe, and the difference of its two readings."""
     row = {}
     for bound in bounds:
         rates = [(before[bound.field], after[bound.field]) for before, after in peaks]
@@ -417,7 +418,8 @@ def measure_here(problem, budget, seed, device, contenders):
         row[f"{contender}_runs"] = len(taken[contender])
         row[f"ratio_{contender}"] = seconds / median["ours"]
     row["absent"] = absent
-    row["ways"] = {contender: type(entries[contender].call).__name__ for contender in entries if contender in PEERS}
+    peers = [contender for contender in entries if contender in PEERS]
+    row["implementations"] = {peer: type(entries[peer].call).__name__ for peer in peers}
     row["gflops"] = 1e-9 * problem.flop() / median["ours"]
     return row | shares(bounds, taken["ours"], peaks)
 
@@ -429,7 +431,7 @@ def serve(pipe, threads, function, arguments):
     torch.set_num_threads(threads)
     try:
         if torch_parallel_for() and not library().host:
-            raise RuntimeError("ours runs on threads of its own, beside those of PyTorch: that is no usual process")
+            raise RuntimeError("libmfa does not use PyTorch's threads in this process, as it does in usual ones")
         pipe.send(function(*arguments))
     except Exception as exception:  # the parent goes on with the next problem
         pipe.send({"failed": f"{type(exception).__name__}: {exception}"})
@@ -439,7 +441,7 @@ def in_process(function, *arguments, threads=None, device="cpu"):
     """The dictionary that the function returns in a fresh process; one with "failed" says what went wrong."""
     processes = multiprocessing.get_context("spawn" if device == "mps" else "forkserver")  # Metal does not outlive fork
     if device == "cpu":
-        processes.set_forkserver_preload(["torch"])  # takes long; ours, after a fork, would keep off its threads
+        processes.set_forkserver_preload(["torch"])  # slow to import; ours would not use PyTorch's threads after a fork
     ours, theirs = processes.Pipe(duplex=False)
     threads = threads or torch.get_num_threads()
     process = processes.Process(target=serve, args=(theirs, threads, function, arguments))
@@ -455,7 +457,7 @@ def in_process(function, *arguments, threads=None, device="cpu"):
 
 
 def circumstances(seed, device="cpu", threads=None):
-    """What a row says of the run that it is from."""
+    """The circumstances of a run that its rows name."""
     return {
         "threads": threads or torch.get_num_threads(),
         "seed": seed,

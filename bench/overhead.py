@@ -1,11 +1,11 @@
-"""What a call costs beside the computation, and from which size on replace_sdpa() pays.
+"""The overhead of a call, and the size from which on replace_sdpa() pays.
 
-    python bench/overhead.py                 the layers of a call, on a problem that is hardly one
+    python bench/overhead.py                 the layers of a call, on a tiny problem
     python bench/overhead.py --thresholds    ours beside PyTorch's over sizes: where sdpa_thresholds come from
 
-All ways take turns in one process, and the difference of two is the median over their turns: what slows the machine
-slows both. Times are those of the processor, so that other programs on the machine do not count, and of one thread. The
-exit status of the first is 1 if a difference is over its limit.
+All functions take turns in one process, and the difference of two is the median over their turns: a slower machine
+slows both. Times are CPU times of one thread, so that other programs on the machine do not count. The exit status of
+the first form is 1 if a difference exceeds its limit.
 """
 
 import argparse
@@ -43,15 +43,15 @@ def turn(function, repeats):
     return 1e6 * (time.process_time() - begin) / repeats
 
 
-def alternate(ways, rounds):
+def alternate(functions, rounds):
     """{name: microseconds of each round}, for {name: (function, the context to call it in)}."""
-    repeats, taken = {}, {name: [] for name in ways}
-    for name, (function, context) in ways.items():
+    repeats, taken = {}, {name: [] for name in functions}
+    for name, (function, context) in functions.items():
         with context():
             turn(function, 3)
             repeats[name] = max(1, round(1e6 * TURN_SECONDS / turn(function, 10)))
     for _ in range(rounds):
-        for name, (function, context) in ways.items():
+        for name, (function, context) in functions.items():
             with context():
                 taken[name].append(turn(function, repeats[name]))
     return taken
@@ -63,7 +63,7 @@ def difference(taken, one, other):
 
 @contextlib.contextmanager
 def replaced(threshold=0):
-    """replace_sdpa(), which takes over what is at least so much work."""
+    """replace_sdpa() with the threshold, in multiply-adds, from which on it replaces calls."""
     before = dict(sdpa_thresholds)
     sdpa_thresholds.update(dict.fromkeys(before, threshold))
     with replaced_sdpa():
@@ -157,8 +157,8 @@ def show_thresholds(console, rounds):
 
             cells, ratios = [], []
             for function in (forward, both):
-                ways = {REPLACED: (function, replaced), SDPA: (function, contextlib.nullcontext)}
-                ours, theirs = (statistics.median(times) for times in alternate(ways, rounds).values())
+                functions = {REPLACED: (function, replaced), SDPA: (function, contextlib.nullcontext)}
+                ours, theirs = (statistics.median(times) for times in alternate(functions, rounds).values())
                 ratios.append(theirs / ours)
                 cells += [f"{ours:.1f}", f"{theirs:.1f}", f"{ratios[-1]:.2f}"]
             paying = (paying or work) if min(ratios) >= 1 else None

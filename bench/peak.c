@@ -1,7 +1,7 @@
-/* What this machine does at best, to set a measured speed beside: multiply-adds in f32, dot products of bf16, and
+/* The peak of this machine, with which a measured speed is compared: multiply-adds in f32, dot products of bf16, and
  * bytes read from memory, on all threads at once. A probe takes a few milliseconds, so that one can be run just
- * before and one just after each measurement: the clock of a shared machine moves, the share of the peak
- * of the same moment much less. Loaded by bench/measure.py through ctypes; no part of libmfa. */
+ * before and one just after each measurement: on a shared machine the clock frequency varies, and the share of the
+ * peak at the same moment varies much less. Loaded by bench/measure.py through ctypes; not part of libmfa. */
 #define _GNU_SOURCE /* clock_gettime and syscall under a strict -std=c11 */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -28,7 +28,7 @@
 EXPORT int mfa_peak_vector_bits(void);
 
 /* 10^9 multiplications and additions a second, with vectors of 512, 256 or 128 bits; 0 if this machine has
- * no such vectors, or the threads cannot be had. */
+ * no such vectors, or threads cannot be started. */
 EXPORT double mfa_peak_gflops(int threads, int vector_bits, double milliseconds);
 
 /* The same by dot products of pairs of bf16 (vdpbf16ps, bfdot), and by the tile registers of AMX; 0 if this machine has
@@ -39,14 +39,14 @@ EXPORT double mfa_peak_tiles_gflops(int threads, double milliseconds);
 /* 10^9 bytes a second, read once through from a buffer that should be larger than the caches; 0 as above. */
 EXPORT double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds);
 
-enum { MOST_THREADS = 1024, STEPS = 4096, CHUNK = 1 << 18 };
+enum { MAX_THREADS = 1024, STEPS = 4096, CHUNK = 1 << 18 };
 
 struct probe {
     /* Does a piece of work, the `turn`-th of its thread, and returns its size in operations or bytes. */
     double (*piece)(const struct probe *probe, int thread, size_t turn);
     double seconds;
     int threads;
-    atomic_int arrived; /* all begin together, else the first ones would run alone */
+    atomic_int arrived; /* all threads begin together, else the first ones would run alone */
     const char *buffer;
     size_t share; /* bytes of the buffer for each thread */
 };
@@ -84,7 +84,7 @@ DEFINE_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_set1_
 /* 24 sums: an instruction takes 6 cycles, and two begin in each. */
 DEFINE_PIECE(dots, __attribute__((target("avx512f,avx512bf16"))), __m512, 24, _mm512_set1_ps, DOT, 2)
 
-/* The products of AMX: squares of 16 x 16 sums, 32 numbers deep. */
+/* The products of AMX: tiles of 16 x 16 sums, with 32 terms each. */
 __attribute__((target("amx-tile,amx-bf16"))) static double tiles(const struct probe *probe, int thread, size_t turn)
 {
     static const struct {
@@ -196,26 +196,26 @@ static void *work(void *argument)
 /* The sum of what the threads do a second; the caller is one of them. */
 static double run(struct probe *probe)
 {
-    struct worker workers[MOST_THREADS];
-    pthread_t threads[MOST_THREADS];
+    struct worker workers[MAX_THREADS];
+    pthread_t threads[MAX_THREADS];
     int started = 0;
-    if (!probe->piece || probe->threads < 1 || probe->threads > MOST_THREADS)
+    if (!probe->piece || probe->threads < 1 || probe->threads > MAX_THREADS)
         return 0;
-    const int wanted = probe->threads;
-    for (int n = 0; n < wanted; n++)
+    const int count = probe->threads;
+    for (int n = 0; n < count; n++)
         workers[n] = (struct worker){.probe = probe, .index = n};
-    while (started < wanted - 1 && !pthread_create(&threads[started], NULL, work, &workers[started + 1]))
+    while (started < count - 1 && !pthread_create(&threads[started], NULL, work, &workers[started + 1]))
         started++;
-    /* A thread too few: those that wait would wait for ever. */
-    if (started < wanted - 1)
-        atomic_fetch_add(&probe->arrived, wanted - 1 - started);
+    /* Not all threads could be started: counts the missing ones, for which the others would wait forever. */
+    if (started < count - 1)
+        atomic_fetch_add(&probe->arrived, count - 1 - started);
     work(&workers[0]);
     double rate = 0;
     for (int n = 0; n < started; n++)
         pthread_join(threads[n], NULL);
-    for (int n = 0; n < wanted; n++)
+    for (int n = 0; n < count; n++)
         rate += workers[n].rate;
-    return started == wanted - 1 ? 1e-9 * rate : 0;
+    return started == count - 1 ? 1e-9 * rate : 0;
 }
 
 int mfa_peak_vector_bits(void)

@@ -1,9 +1,10 @@
 """Attention by other libraries on the same CPU: ONNX Runtime, OpenVINO, JAX and ggml.
 
-A library may have several ways to a problem. Each is a class below: it holds the operands in the library's own tensors
-and layout, so that nothing is copied while it is timed, and uses as many threads as it is told. What a library cannot
-do is refused with a sentence. fastest() takes the best of a library's ways. Used by measure.py, which compares what
-they compute with the reference before it times them. The packages are those of requirements/peers.txt.
+A library may have several implementations of attention. Each is a class below: it holds the operands in the library's
+own tensors and layout, so that nothing is copied while it is timed, and uses the given number of threads. A problem
+that it does not support raises Unsupported with a reason. fastest() takes the best implementation of a library. Used by
+measure.py, which compares results with the reference before it times them. The packages are those of
+requirements/peers.txt.
 """
 
 import ctypes
@@ -20,20 +21,20 @@ PACKAGES = ("onnxruntime", "openvino", "jax", "ggml-python")
 ROWS_OF_MASK = 64  # ggml reads its mask by blocks of so many queries
 
 
-class Refused(Exception):
-    """Why a library does not compute a problem."""
+class Unsupported(Exception):
+    """The reason why a library does not compute a problem."""
 
 
 def need(condition, sentence):
     if not condition:
-        raise Refused(sentence)
+        raise Unsupported(sentence)
 
 
 def load(module):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise Refused("not installed") from None
+        raise Unsupported("not installed") from None
 
 
 def versions_of_peers():
@@ -58,8 +59,8 @@ def array(tensor):
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-class Way:
-    """One way through one library. run() is what is timed; results() makes our results of what it returned."""
+class Implementation:
+    """One implementation in one library. Only run() is timed; results() converts what it returned to our results."""
 
     def __init__(self, problem, operands, threads):
         plain = problem.mask is None and not problem.window and not problem.softcap
@@ -69,16 +70,16 @@ class Way:
         self.build(operands.q.detach(), operands.k.detach(), operands.v.detach(), operands.d_o)
 
     def prepare(self):
-        """Nothing: all is built."""
+        """Nothing to do: the constructor has built all."""
 
-    def fold(self, q):
-        """Q with the queries of a group as rows of one head, for a library that wants as many heads in K and V as in
-        Q. Without a causal band it makes no difference to a query which head it is of."""
+    def pack_gqa(self, q):
+        """Q with the queries of a group as rows of one head, for a library that needs as many heads in K and V as in
+        Q. Without a causal band the result of a query does not depend on its head."""
         grouped = self.problem.q_heads != self.problem.kv_heads
         need(not (grouped and self.problem.causal), "it has no causal attention with grouped queries")
         return q.reshape(self.problem.batch, self.problem.kv_heads, -1, self.problem.head_dim)
 
-    def unfold(self, o):
+    def unpack_gqa(self, o):
         problem = self.problem
         return o.reshape(problem.batch, problem.q_heads, problem.q_len, problem.value_dim)
 
@@ -86,7 +87,7 @@ class Way:
 # --- ONNX Runtime --------------------------------------------------------------------------------
 
 
-class OnnxRuntime(Way):
+class OnnxRuntime(Implementation):
     """A model of one node. All that it reads and writes is bound beforehand; `shared` names outputs that live in the
     memory of an input."""
 
@@ -142,14 +143,14 @@ class MultiHeadAttention(OnnxRuntime):
     """The operator with a flash kernel, for f32 and no band."""
 
     def build(self, q, k, v, _d_o):
-        problem, q = self.problem, merged(self.fold(q))
+        problem, q = self.problem, merged(self.pack_gqa(q))
         shape = problem.batch, q.shape[1], problem.kv_heads * problem.value_dim
         options = {"num_heads": problem.kv_heads, "unidirectional": int(problem.causal)}
         self.bind("MultiHeadAttention", {"Q": q, "K": merged(k), "V": merged(v)}, {"O": shape}, **options)
 
     def results(self, _ran):
         o = self.output()
-        return (self.unfold(rows_first(o.unflatten(2, (self.problem.kv_heads, -1)))),)
+        return (self.unpack_gqa(rows_first(o.unflatten(2, (self.problem.kv_heads, -1)))),)
 
 
 class GroupQueryAttention(OnnxRuntime):
@@ -188,14 +189,14 @@ class OnnxAttention(OnnxRuntime):
 # --- OpenVINO ------------------------------------------------------------------------------------
 
 
-class OpenVino(Way):
+class OpenVino(Implementation):
     """ScaledDotProductAttention in a compiled model. Its CPU plugin computes f16 in f32."""
 
     def build(self, q, k, v, _d_o):
         openvino, operators = load("openvino"), load("openvino.opset13")
         problem = self.problem
         kind = {"f32": openvino.Type.f32, "f16": openvino.Type.f16, "bf16": openvino.Type.bf16}[problem.dtype]
-        given = [self.fold(q), k, v]
+        given = [self.pack_gqa(q), k, v]
         parameters = [operators.parameter(list(tensor.shape), kind) for tensor in given]
         node = operators.scaled_dot_product_attention(*parameters, causal=problem.causal)
         settings = {
@@ -218,13 +219,13 @@ class OpenVino(Way):
         data = self.request.get_output_tensor(0).data
         is_bf16 = self.problem.dtype == "bf16"
         out = torch.from_numpy(numpy.array(data.view(numpy.uint16) if is_bf16 else data))
-        return (self.unfold(out.view(torch.bfloat16) if is_bf16 else out),)
+        return (self.unpack_gqa(out.view(torch.bfloat16) if is_bf16 else out),)
 
 
 # --- JAX -----------------------------------------------------------------------------------------
 
 
-class Jax(Way):
+class Jax(Implementation):
     """jax.nn.dot_product_attention, compiled; with gradients, its vector-Jacobian product."""
 
     def build(self, q, k, v, d_o):
@@ -257,7 +258,7 @@ class Jax(Way):
 # --- ggml ----------------------------------------------------------------------------------------
 
 
-class Ggml(Way):
+class Ggml(Implementation):
     """ggml_flash_attn_ext as a graph of its own. Q is f32 there, and a causal band a mask."""
 
     def build(self, q, k, v, _d_o):
@@ -304,23 +305,23 @@ class Ggml(Way):
 
 # --- All -----------------------------------------------------------------------------------------
 
-WAYS = {
+IMPLEMENTATIONS = {
     "onnxruntime": (MultiHeadAttention, GroupQueryAttention, OnnxAttention),
     "openvino": (OpenVino,),
     "jax": (Jax,),
     "ggml": (Ggml,),
 }
-PEERS = tuple(WAYS)
+PEERS = tuple(IMPLEMENTATIONS)
 
 
 def fastest(library, problem, operands, threads):
-    """(the way of this library that takes least, its seconds, its results). Raises Refused if there is none."""
+    """(the fastest implementation of this library, its seconds, its results). Raises Unsupported if there is none."""
     found, reasons = [], []
-    for way in WAYS[library]:
+    for implementation in IMPLEMENTATIONS[library]:
         try:
-            one = way(problem, operands, threads)
-        except Refused as refused:
-            reasons.append(str(refused))
+            one = implementation(problem, operands, threads)
+        except Unsupported as error:
+            reasons.append(str(error))
             continue
         one.run()
         begin = time.perf_counter()

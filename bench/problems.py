@@ -1,4 +1,4 @@
-"""Problems as the benchmarks write them, and operands for them. Used by measure.py and all that measures."""
+"""The problems of the benchmarks, and operands for them."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ import torch
 
 PASSES = ("forward", "backward", "forward+backward")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
-FEW_QUERIES = 16  # so few may be bounded by reading K and V,
-FAR_BYTES = 1 << 24  # where the caches do not hold these
+DECODE_QUERIES = 16  # with at most as many, reading K and V from memory may be the bound,
+CACHE_BYTES = 1 << 24  # if they have at least as many bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Problem:
 
     @property
     def keys(self):
-        """How many keys a bool mask leaves: all but the padding."""
+        """The number of keys that a bool mask leaves: all but the padding."""
         return self.kv_len - self.kv_len // 4 if self.mask == "bool" else self.kv_len
 
     def pairs(self):
@@ -102,7 +102,7 @@ class Problem:
         return int((last - first).clamp(min=0).sum())
 
     def flop(self):
-        """Useful operations: what is hidden counts for nothing, what is computed again neither."""
+        """Useful operations: neither masked pairs nor recomputation count."""
         forward, backward = 2 * (self.head_dim + self.value_dim), 6 * self.head_dim + 4 * self.value_dim
         per_pair = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[self.passes]
         return self.batch * self.q_heads * self.pairs() * per_pair
@@ -114,8 +114,8 @@ class Problem:
 
     @property
     def reads_memory(self):
-        """Whether the bandwidth of memory may be what bounds it."""
-        return self.q_len <= FEW_QUERIES and self.bytes_read() >= FAR_BYTES
+        """Whether memory bandwidth may be the bound."""
+        return self.q_len <= DECODE_QUERIES and self.bytes_read() >= CACHE_BYTES
 
 
 @dataclasses.dataclass

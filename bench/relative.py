@@ -1,10 +1,10 @@
-"""What an option, a head size or a thread costs: ours beside ours, in turn in one process, each with a goal.
+"""The cost of an option, a head size or a thread: ours against ours, in turn in one process, each with a goal.
 
     python bench/relative.py --json relative.json
 
-The cost of a run is its time for a unit of useful work, in units of what the machine could do just before and after
-with as many threads. Printed is the cost of one problem as a multiple of the cost of another. Each is compared with the
-reference in double before it is timed; the exit status is 1 if a result was wrong.
+The cost of a run is its time for a unit of useful work, relative to the peak of the machine with as many threads,
+measured just before and after. The program prints the cost of one problem as a multiple of the cost of another. Each
+result is compared with the reference in double before it is timed; the exit status is 1 if one was wrong.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import report
 import torch
 import torch.nn.functional as F
 from measure import (
-    MOST_ROUNDS,
+    MAX_ROUNDS,
     SETTLE_SECONDS,
     Call,
     bounds_of,
@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.markup import escape
 
 TURN_SECONDS = 0.02
-OTHER_SIZE = 1024  # of the product that stands for the rest of a model
+OTHER_SIZE = 1024  # of the matrix product that stands for the rest of a model
 PLAIN = "f32 b1 h8 q2048 kv2048 d64"
-SHOWN = 0.9  # of a mask without order, which leaves no tile of the scores unseen
+VISIBLE = 0.9  # of a random mask, which excludes no whole tile of the scores
 OPTION, MASK, WINDOW, HEAD_SIZE, THREADS = 1.3, 1.2, 1.3, 1 / 0.9, 1 / 0.97
 
 
@@ -46,8 +46,8 @@ OPTION, MASK, WINDOW, HEAD_SIZE, THREADS = 1.3, 1.2, 1.3, 1 / 0.9, 1 / 0.97
 class Side:
     text: str
     threads: int | None = None  # None: as many as the run has
-    scattered: bool = False  # with a bool mask without order; hidden scores count as useful
-    after_other: bool = False  # each run just after another operation of PyTorch's
+    scattered: bool = False  # with a random bool mask; masked scores count as useful
+    after_other: bool = False  # each run follows another operation of PyTorch's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Runner:
         operands = Operands.make(problem, seed)
         if side.scattered:
             generator = torch.Generator().manual_seed(seed)
-            shown = torch.rand(1, 1, problem.q_len, problem.kv_len, generator=generator) < SHOWN
-            operands = dataclasses.replace(operands, mask=shown)
+            visible = torch.rand(1, 1, problem.q_len, problem.kv_len, generator=generator) < VISIBLE
+            operands = dataclasses.replace(operands, mask=visible)
         self.call = Call("ours", problem, operands)
         self.call.prepare()
         wrong = check(problem, operands, {"ours": self.call.results(self.call.run())})
@@ -111,7 +111,7 @@ class Runner:
         self.repeats = max(1, round(TURN_SECONDS / self.seconds(1)))
 
     def begin(self):
-        """Sets the number of threads, and runs once to have them."""
+        """Sets the number of threads, and runs once to start them."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         self.call.run()
@@ -127,7 +127,7 @@ class Runner:
         return total / repeats
 
     def share(self):
-        """Of the machine, in one turn."""
+        """The share of the machine's peak, in one turn."""
         self.begin()
         before = probe([self.bound])
         taken = self.seconds(self.repeats)
@@ -138,7 +138,7 @@ class Runner:
 def compare_here(relation, budget, seed):
     runners = [Runner(side, seed) for side in (relation.one, relation.other)]
     shares, end = [], time.perf_counter() + budget
-    while not shares or (len(shares) < MOST_ROUNDS and time.perf_counter() < end):
+    while not shares or (len(shares) < MAX_ROUNDS and time.perf_counter() < end):
         shares.append([runner.share() for runner in runners])
     one, other = (statistics.median(column) for column in zip(*shares))
     value = statistics.median(other / one for one, other in shares)

@@ -1,12 +1,12 @@
-"""What versus_torch.py, versus_peers.py and relative.py measured, as tables and pictures.
+"""Makes tables and pictures of the rows of versus_torch.py, versus_peers.py and relative.py.
 
     python bench/report.py bench.json peers.json relative.json              tables in markdown, on the terminal
-    python bench/report.py bench.json --png rows.png                        a picture of all rows beside PyTorch
+    python bench/report.py bench.json --png rows.png                        a picture of all rows with PyTorch
     python bench/report.py peers.json --svg peers.svg                       a picture of libmfa among its peers
     python bench/report.py *.json --svg peers.svg --readme README.md --record docs/measure.md
 
-The last puts the picture and the rows that users ask for first between README.md's markers, and all rows between those
-of docs/measure.md. Rows of different machines may be given: each machine has a table of its own.
+The last puts the picture and the rows of the README between its markers, and all rows between those of
+docs/measure.md. Rows of different machines may be given: each machine has a table of its own.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def mebibytes(value):
 
 
 def share_of_bound(row):
-    """(what bounds the row: the peak, or for few queries perhaps the reading of memory, the share of it)"""
+    """(the bound with the larger share: the peak, or for decode steps memory bandwidth; the share of it)"""
     known = {bound: row.get(f"share_of_{bound}") for bound in ("peak", "read")}
     return max(((bound, share) for bound, share in known.items() if share is not None), key=lambda one: one[1])
 
@@ -151,7 +151,7 @@ def table_of_relations(rows):
 
 
 def kind(row):
-    """What a mean is taken over."""
+    """The kind of problem over which a mean is taken."""
     causal = " causal" if " causal" in row["problem"] else ""
     return f"{row['pass']} {row['dtype']}{causal}"
 
@@ -193,7 +193,7 @@ def markdown_table(heading, names, columns, rows):
 
 
 def reasons(rows):
-    """Why cells are empty, each reason once."""
+    """The reasons of empty cells, each once."""
     found = {(PEERS[name], reason): None for row in rows for name, reason in row["absent"].items()}
     return "".join(f"\n- {name}: {reason}" for name, reason in found)
 
@@ -293,7 +293,7 @@ def draw_rows(rows, path):
         panel(time, labels, "milliseconds")
         time.set_xscale("log")
         dots(time, group, CONTENDERS, lambda row, who: row.get(f"{who}_ms"))
-        panel(peak, labels, "libmfa, % of peak (few queries: or of read bandwidth)")
+        panel(peak, labels, "libmfa, % of peak (decode: or of read bandwidth)")
         peak.barh(range(len(group)), [100 * share_of_bound(row)[1] for row in group], height=0.5, color=COLOURS["ours"])
         peak.set_xlim(0, 100)
         panel(memory, labels, "peak extra memory, MiB")

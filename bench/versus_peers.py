@@ -3,8 +3,8 @@
     python bench/versus_peers.py --json peers.json
     python bench/versus_peers.py --threads 1 "forward f32 b1 h8 q1024 kv1024 d64"
 
-Needs the packages of requirements/peers.txt; a library that is not installed, or cannot compute a problem, has no
-figure there, and the reason is printed. How it is measured stands in docs/measure.md.
+Needs the packages of requirements/peers.txt. A library that is not installed, or does not support a problem, has no
+figure there, and the reason is printed. docs/measure.md describes the method.
 """
 
 import sys
@@ -15,27 +15,27 @@ from versus_torch import BANDS, measure_all, options_of, parser_of
 
 
 def rows():
-    """[(problem, threads)], None being as many as PyTorch takes."""
+    """[(problem, threads)]; None stands for as many threads as PyTorch uses."""
     long = [f"f32 b1 h8 q2048 kv2048 d{d}{band}" for d in (64, 128) for band in BANDS]
-    wanted = [f"forward {problem}" for problem in long]
-    wanted += [f"forward bf16{problem.removeprefix('f32')}" for problem in long]
-    wanted += [f"forward f16 b1 h8 q2048 kv2048 d64{band}" for band in BANDS]
-    wanted += [f"forward+backward f32 b1 h8 q2048 kv2048 d64{band}" for band in BANDS]
-    wanted += [f"forward f32 b1 h8 q{n} kv{n} d64{band}" for n in (128, 512) for band in BANDS]
-    wanted += ["forward f32 b1 h32/8 q1024 kv1024 d128 causal"]
-    wanted += [f"forward {dtype} b1 h32/8 q1 kv16384 d128" for dtype in ("f32", "f16", "bf16")]
-    alone = [*wanted[:2], *wanted[4:6], wanted[-3]]
-    return [(problem, None) for problem in wanted] + [(problem, 1) for problem in alone]
+    problems = [f"forward {problem}" for problem in long]
+    problems += [f"forward bf16{problem.removeprefix('f32')}" for problem in long]
+    problems += [f"forward f16 b1 h8 q2048 kv2048 d64{band}" for band in BANDS]
+    problems += [f"forward+backward f32 b1 h8 q2048 kv2048 d64{band}" for band in BANDS]
+    problems += [f"forward f32 b1 h8 q{n} kv{n} d64{band}" for n in (128, 512) for band in BANDS]
+    problems += ["forward f32 b1 h32/8 q1024 kv1024 d128 causal"]
+    problems += [f"forward {dtype} b1 h32/8 q1 kv16384 d128" for dtype in ("f32", "f16", "bf16")]
+    alone = [*problems[:2], *problems[4:6], problems[-3]]
+    return [(problem, None) for problem in problems] + [(problem, 1) for problem in alone]
 
 
 def main():
     parser = parser_of(__doc__, seconds=2.0)
     parser.add_argument("--threads", type=int, help="for the given problems; default: as PyTorch")
     options = options_of(parser)
-    wanted = [("peers", problem, options.threads) for problem in options.problems]
-    wanted = wanted or [("peers", *row) for row in rows()]
+    to_measure = [("peers", problem, options.threads) for problem in options.problems]
+    to_measure = to_measure or [("peers", *row) for row in rows()]
     contenders = ("ours", "torch", *PEERS)
-    return measure_all(wanted, options, "milliseconds", report.PEER_COLUMNS, contenders=contenders)
+    return measure_all(to_measure, options, "milliseconds", report.PEER_COLUMNS, contenders=contenders)
 
 
 if __name__ == "__main__":

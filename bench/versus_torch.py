@@ -5,7 +5,7 @@
     python bench/versus_torch.py --group decode                 some
     python bench/versus_torch.py "forward bf16 b1 h32/8 q4096 kv4096 d128 causal"
 
-How it is measured stands in docs/measure.md. The exit status is 1 if a result was wrong: such a one is not timed.
+docs/measure.md describes the method. The exit status is 1 if a result was wrong; a wrong result is not timed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ DTYPES = ("f32", "f16", "bf16")
 
 
 def users_table():
-    """The size at which users compare."""
+    """The size of most published comparisons."""
     return [
         f"{passes} {dtype} b4 h8 q2048 kv2048 d64{band}"
         for passes in ("forward", "forward+backward")
@@ -70,14 +70,14 @@ def masks():
 
 
 def decode():
-    """Few queries, long K and V."""
+    """Decode steps: 1 to 16 queries, long K and V."""
     shapes = itertools.product(DTYPES, ("8", "32/8", "64/8"), (1, 4, 16))
     rows = [f"forward {dtype} b1 h{heads} q{n} kv16384 d128" for dtype, heads, n in shapes]
     return rows + ["forward f32 b1 h1 q1 kv16384 d128", "forward f32 b8 h32 q1 kv2048 d128"]
 
 
 def small():
-    """Where what a call costs beside the computation counts."""
+    """Sizes at which the overhead of a call matters."""
     sizes = (16, 32, 64, 128, 256)
     passes = ("forward", "forward+backward")
     kinds = [f"f32 {shape}" for shape in ("b1 h1", "b1 h8", "b4 h8")] + ["f16 b1 h8", "bf16 b1 h8"]
@@ -99,7 +99,7 @@ QUICK = ("users", "speed")
 
 
 def parser_of(description, seconds):
-    """For what every program that measures rows can be told."""
+    """A parser with the options of every program that measures rows."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", help="problems to measure, instead of the list")
     parser.add_argument("--filter", default="", help="only rows that contain this text")
@@ -119,19 +119,19 @@ def options_of(parser):
     return options
 
 
-def measure_all(wanted, options, title, columns, **how):
+def measure_all(problems, options, title, columns, **how):
     """Measures [(group, problem, threads or None)], shows and writes the rows, and returns the exit status."""
-    wanted = [one for one in wanted if options.filter in one[1]]
+    problems = [one for one in problems if options.filter in one[1]]
     console = Console()
     if not console.is_terminal:
-        console.width = 150  # a log file has room
+        console.width = 150  # a log file is not limited to 80 columns
     console.print(f"{machine()}; {versions()}; seed {options.seed}")
     bars = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     rows = []
     try:
         with Progress(*bars, console=console) as progress:
-            task = progress.add_task("", total=len(wanted))
-            for group, problem, threads in wanted:
+            task = progress.add_task("", total=len(problems))
+            for group, problem, threads in problems:
                 progress.update(task, description=problem)
                 row = measure(problem, options.seconds, options.seed, threads=threads, **how)
                 rows.append({"group": group} | row)
@@ -155,10 +155,10 @@ def main():
     parser.add_argument("--group", choices=GROUPS, action="append", help="only the rows of this group")
     options = options_of(parser)
     chosen = options.group or (QUICK if options.quick else GROUPS)
-    wanted = [("given", problem, None) for problem in options.problems]
-    wanted = wanted or [(group, problem, None) for group in chosen for problem in GROUPS[group]()]
+    problems = [("given", problem, None) for problem in options.problems]
+    problems = problems or [(group, problem, None) for group in chosen for problem in GROUPS[group]()]
     title = "ours, PyTorch's attention as it comes (torch) and its unfused math path (math)"
-    return measure_all(wanted, options, title, report.COLUMNS)
+    return measure_all(problems, options, title, report.COLUMNS)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     tests/run.py [--build FOLDER] [--list] [SUITE ...]
 
-Run it through `make test`, which sees to what it needs. A suite is a function below: it builds something
+Run it through `make test`, which installs what it needs. A suite is a function below: it builds something
 and runs programs. A program's own count is taken from its output (cmocka's, pytest's, or a last line
-"N passed, N failed"); a step without a count counts as one test. A program that dies, hangs or says
-nothing of its tests is a failure, whatever it had counted.
+"N passed, N failed"); a step without a count counts as one test. A program that crashes, hangs or prints
+no count is a failure, whatever it had counted.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")  # where Debian has the libraries of arm64
-EMULATED = {"max": ("scalar", "neon", "neonbf16"), "cortex-a76": ("scalar", "neon")}  # CPUs, and what they have
+EMULATED = {"max": ("scalar", "neon", "neonbf16"), "cortex-a76": ("scalar", "neon")}  # CPUs, and their sets
 LIMIT = 1800  # seconds that one program may run
 
 
@@ -127,11 +127,11 @@ class Run:
         return self.packed
 
     def isas(self, *program, has, **environment):
-        """The instruction sets that a machine has are taken, the best one unasked, and all others refused."""
+        """A machine's instruction sets are accepted, the best one by default, and all others are rejected."""
         self.step(*program, ", ".join(has), counts=True, **environment)
 
     def registers(self, folder, *options):
-        """The CPU kernels' inner loops, as compiled: their sums stay in registers."""
+        """Checks the compiled inner loops of the CPU kernels: their sums stay in registers."""
         self.step(sys.executable, ROOT / "tools/check_registers.py", *options, folder, counts=True)
 
     def programs(self, folder, pattern="test_*", **environment):
@@ -207,7 +207,7 @@ def machine_isas(library):
 
 
 def checks(run):
-    """Who includes whom, names, documents, style; and that these checks catch what they should."""
+    """Includes, names, documents, style; and the tests of these checks."""
     for check in ("check_includes.py", "check_names.py", "check_docs.py"):
         run.step(sys.executable, ROOT / "tools" / check, counts=True)
     run.step("sh", ROOT / "tools/check_style.sh", counts=True)
@@ -279,7 +279,7 @@ def memory(run):
 
 
 def threads(run):
-    """Thread sanitizer, over the tests in which threads meet."""
+    """Thread sanitizer, over the tests with threads."""
     folder = run.cmake("test-threads", "-DCMAKE_C_COMPILER=clang-19", "-DMFA_SANITIZE=thread")
     if folder:
         # A child of fork() starts threads of its own: that is one of the tests.
@@ -290,7 +290,7 @@ def threads(run):
 
 
 def amx(run):
-    """The kernels for AMX on emulated tile registers; and what memory these touch, by the sanitizers."""
+    """The kernels for AMX on emulated tile registers; and their memory accesses under the sanitizers."""
     emulated = "-DMFA_EMULATE_AMX=ON"
     folder = run.cmake("test-amx", emulated)
     if not folder:
@@ -346,7 +346,7 @@ def wheels(run):
         run.step(sys.executable, "-c", program, PYTHONPATH=str(site))
 
 
-# One problem of each kind that the CPU's kernels tell apart.
+# One problem for each kind of CPU kernel.
 MACOS_PROBLEMS = (
     "both any b2 h4/2 q70 kv130 d64 causal",
     "both any b1 h3 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -356,7 +356,7 @@ MACOS_PROBLEMS = (
 
 
 def macos(run):
-    """The library of the macOS wheel: what it is, and executed by a loader of Mach-O on an arm64 emulator."""
+    """The library of the macOS wheel: its format, and its execution by a loader of Mach-O on an arm64 emulator."""
     folder, programs = run.wheels(), run.arm64()
     if not (folder and programs):
         return
@@ -388,7 +388,7 @@ METAL_PROBLEMS = (
 
 
 def metal_simulator(run):
-    """metalsim itself: it executes Metal right, refuses what Metal refuses, and finds injected faults."""
+    """metalsim itself: it executes Metal right, rejects what Metal rejects, and finds injected faults."""
     folder = run.metal()
     if not folder:
         return
@@ -420,7 +420,7 @@ def metal_mutants(run):
 
 
 def metal_lint(run):
-    """The texts of the Metal kernels hold nothing that Apple's compiler is known to reject."""
+    """The texts of the Metal kernels contain nothing that Apple's compiler is known to reject."""
     folder = run.metal()
     cache = run.build / "test-metal-lint"
     shutil.rmtree(cache, ignore_errors=True)
@@ -521,7 +521,7 @@ def main():
         print(f"\n=== {run.suite}: {suite.__doc__}", flush=True)
         try:
             suite(run)
-        except Exception as error:  # the other suites still have their say
+        except Exception as error:  # the other suites still run
             run.count(f"{type(error).__name__}: {error}", 0, 1)
         times.append((run.suite, run.passed - passed, run.failed - failed, time.monotonic() - began))
 

@@ -1,8 +1,8 @@
-"""Checks who includes whom: base <- core <- backends <- mfa.c and backends.c; never upward, never sideways.
+"""Checks the direction of includes: base <- core <- backends <- mfa.c and backends.c; never upward, never sideways.
 
     tools/check_includes.py [ROOT]
 
-Includes are written from src/ (tests: from tests/), so that a line tells the room it reaches into.
+Includes are written from src/ (tests: from tests/), so that each names the module of the file.
 """
 
 import fnmatch
@@ -12,7 +12,7 @@ import sys
 
 import tree
 
-# File pattern, what it may include of ours, system headers that it may not. The first row that fits counts.
+# File pattern, headers of ours that it may include, system headers that it may not. The first row that matches counts.
 # {folder} is the file's own, as it is written in an include.
 MACHINE = ("immintrin.h", "arm_neon.h", "cpuid.h")
 SYSTEM = ("pthread.h", "stdio.h", "stdlib.h", "errno.h", "unistd.h")
@@ -29,8 +29,8 @@ RULES = (
     ("tests/support/*", ("mfa.h", "reference/*", "support/*"), MACHINE),
     ("tests/check_[ai]*", ("mfa.h", "reference/*", "support/*"), MACHINE),
     ("tests/*", ("*",), ()),
-    # The software Metal: a program of its own beside the library, of which it knows base only. Its include folder is
-    # what kernels are compiled with; its tests and its CUDA leg are tests.
+    # The software Metal is a program of its own, which uses only base of the library. Kernels are compiled with its
+    # include folder; its tests and its CUDA part count as tests.
     ("metalsim/include/*", ("metalsim/*",), SYSTEM),
     ("metalsim/tests/*", ("*",), ()),
     ("metalsim/cuda/*", ("*",), ()),
@@ -65,7 +65,7 @@ def check_file(root, path, report):
         where = f"{path}:{number}: includes {name}"
         if quote == "<":
             if name in not_system:
-                problems.append(f"{where}, which this room has no use for")
+                problems.append(f"{where}, which is not for this module")
         elif not any(fnmatch.fnmatch(name, allowed) for allowed in ours):
             problems.append(f"{where}; it may include {', '.join(ours) or 'nothing of ours'}")
         elif not any((root / top / name).is_file() for top in TOPS) and not (root / path.parent / name).is_file():
@@ -78,7 +78,7 @@ def main():
     report = tree.Report()
     for path in tree.files(root, ".c", ".h", ".inc"):
         check_file(root, path, report)
-    # The package meets the library in one file, and torch's memory in one.
+    # One file of the package loads the library, and one accesses torch's memory.
     for path in tree.files(root / "python", ".py"):
         text = (root / "python" / path).read_text()
         for word, owner in (("import ctypes", "library.py"), ("data_ptr(", "tensors.py")):

@@ -4,7 +4,7 @@
     tools/check_names.py --library FILE [ROOT]      the symbols that a built library exports
 
 Public functions are mfa_<noun>_<verb>, constants MFA_..., functions across files mfa_<noun>_<verb> in base and
-core and mfa_<room>_<verb> in a backend, and no type of ours ends in _t (POSIX keeps those for itself).
+core and mfa_<folder>_<verb> in a backend, and no type of ours ends in _t (POSIX keeps those for itself).
 """
 
 import pathlib
@@ -74,8 +74,8 @@ def check_sources(root, report):
             report.check(False, f"{path}: {''.join(filter(None, match.groups()))}: no type of ours ends in _t")
         if path.suffix != ".c" or path.parts[0] != "src":
             continue
-        room = path.parts[1] if len(path.parts) > 2 else "core"
-        prefix = "mfa_[a-z]+_" if room in ("base", "core") else f"mfa_{room}_"
+        folder = path.parts[1] if len(path.parts) > 2 else "core"
+        prefix = "mfa_[a-z]+_" if folder in ("base", "core") else f"mfa_{folder}_"
         for name in DEFINITION.findall(code):
             fine = name in ALONE or re.fullmatch(prefix + r"\w+", name)
             report.check(fine, f"{path}: {name}: a function across files begins with {prefix}, else it is static")

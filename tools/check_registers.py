@@ -13,8 +13,8 @@ import subprocess
 import sys
 
 SUMS = {"avx2": 12, "avx512": 24, "neon": 24}  # rows * vectors of the tile (src/cpu/kernels/simd/*.h)
-FEWEST = 6  # sums of a product; a polynomial has one for each vector that it is worked out for
-SHARE = 0.3  # of the loop that are multiply-adds
+MIN_SUMS = 6  # sums of a product; a polynomial has one for each vector
+MIN_SHARE = 0.3  # of the loop that are multiply-adds
 
 X86 = {
     "multiply": re.compile(r"(?:vfn?m(?:add|sub)\d+p[sd]|vdpbf16ps)\b.*?%(\w+)$"),
@@ -72,7 +72,7 @@ def products(text, isa):
         framed = any(isa["framed"].match(code) for _, code in body[:12])
         for address, loop in loops(body, isa):
             sums = [found.group(1) for found in map(isa["multiply"].match, loop) if found]
-            if len(set(sums)) < FEWEST or len(sums) < SHARE * len(loop):
+            if len(set(sums)) < MIN_SUMS or len(sums) < MIN_SHARE * len(loop):
                 continue
             spilled = set()
             for code in filter(isa["vector"].search, loop):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks what an eye should not have to: tools/check_style.sh [ROOT]
+# Checks the style of files and commits: tools/check_style.sh [ROOT]
 # Tabs, trailing blanks, line ends, long lines, foreign characters, long files, left-overs, commit subjects.
 # One test per rule; prints a line per problem, and at last N passed, N failed.
 set -u
@@ -21,7 +21,7 @@ code() {
     files '*.c' '*.h' '*.inc' '*.py' '*.sh' run '*.toml' CMakeLists.txt
 }
 
-# rule SENTENCE: what stands on standard input are the problems, a line each
+# rule SENTENCE: standard input lists the problems, a line each
 rule() {
     problems=$(cat)
     if [ -z "$problems" ]; then
@@ -33,7 +33,7 @@ rule() {
     echo "$problems"
 }
 
-# lines AWK_CONDITION: the places where it holds, in the files named on standard input
+# lines AWK_CONDITION: the places where it holds, in the files that standard input lists
 lines() {
     while IFS= read -r file; do
         awk -v file="${file#./}" "$1"' { print file ":" FNR }' "$file"
@@ -67,7 +67,7 @@ rule "a left-over" <<END
 $(code | grep -v check_style.sh | lines '/(^|[^A-Za-z_])(TODO|FIXME|XXX|HACK)([^A-Za-z_]|$)|^ *# *if +0 *$/')
 END
 if [ -d .git ]; then
-    rule 'a commit whose subject is not "room: what"' <<END
+    rule 'a commit whose subject is not "area: what"' <<END
 $(git log --no-merges -20 --format=%s 2>/dev/null | grep -v -E '^[a-z0-9_./, -]+: [^ ]' | head)
 END
 fi

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sees to the system packages that a goal needs: tools/packages.sh build|bench|wheels|test
+# Installs the system packages that a goal needs: tools/packages.sh build|bench|wheels|test
 # As root on Debian and its kin it installs what is missing; otherwise it names what is missing and fails.
 set -eu
 goal=$1

@@ -1,4 +1,4 @@
-"""What the checks share: the files of the project, and how a check reports.
+"""Shared by the checks: the files of the project, and the report of a check.
 
 A check is a script: tools/check_X.py [ROOT]. It prints a line per problem, and at last N passed, N failed.
 """
@@ -10,7 +10,7 @@ OUTSIDE = {"build", "dist", "__pycache__"}  # never part of the project
 
 
 class Report:
-    """Counts what was checked, and prints what is wrong."""
+    """Counts checks, and prints those that fail."""
 
     def __init__(self):
         self.passed = self.failed = 0
@@ -32,7 +32,7 @@ def default_root():
 
 
 def files(root, *suffixes):
-    """The project's files that end so, as paths from the root, sorted."""
+    """The project's files with these suffixes, as paths from the root, sorted."""
     found = []
     for path in root.rglob("*"):
         parts = path.relative_to(root).parts

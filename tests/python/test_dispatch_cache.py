@@ -166,17 +166,17 @@ def test_one_tensor_given_twice():
             assert torch.equal(flash_attention(given, given, given), expected)
 
 
-@pytest.mark.parametrize("peculiar", ["neg", "nested", "sparse", "subclass"])
-def test_peculiar_tensors(peculiar):
+@pytest.mark.parametrize("kind", ["neg", "nested", "sparse", "subclass"])
+def test_unusual_tensors(kind):
     query, key, value = tensors()
     warm(query, key, value)
-    if peculiar == "neg":
+    if kind == "neg":
         assert torch.equal(flash_attention(torch._neg_view(-query), key, value), flash_attention(query, key, value))
-    elif peculiar == "subclass":
+    elif kind == "subclass":
         odd = value.as_subclass(type("Odd", (torch.Tensor,), {}))
         assert torch.equal(torch.Tensor(flash_attention(query, key, odd)), flash_attention(query, key, value))
     else:
-        odd = value.to_sparse() if peculiar == "sparse" else torch.nested.nested_tensor([value[0], value[1]])
+        odd = value.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([value[0], value[1]])
         with pytest.raises(TypeError, match="has the layout"):
             flash_attention(query, key, odd)
 

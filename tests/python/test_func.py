@@ -298,7 +298,7 @@ def test_forward_mode(mode, case):
     assert "forward-mode differentiation" in stats
 
 
-# --- what is left to PyTorch, modes, the other doors ---------------------------------------------
+# --- what is left to PyTorch, modes, the other entries ---------------------------------------------
 
 
 LEFT = {
@@ -401,15 +401,15 @@ def of_transformers(query, key, value):
     return transformers_attention(None, query, key, value, None, is_causal=False)[0].transpose(1, 2)
 
 
-@pytest.mark.parametrize("door", [operator, of_comfyui, of_transformers])
+@pytest.mark.parametrize("entry", [operator, of_comfyui, of_transformers])
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad", "grad of vmap", "jacrev"])
-def test_other_doors(passes, door, transform):
+def test_other_entry_points(passes, entry, transform):
     tensors, _ = operands("plain")
     expected = TRANSFORMS[transform](unfused, [t.double() for t in tensors])
-    torch.testing.assert_close(TRANSFORMS[transform](door, tensors), expected, **CLOSE)
+    torch.testing.assert_close(TRANSFORMS[transform](entry, tensors), expected, **CLOSE)
     assert passes
     with Seen() as mode:
-        TRANSFORMS[transform](door, tensors)
+        TRANSFORMS[transform](entry, tensors)
     assert set(mode.attention()) <= {"mfa::attention_forward", "mfa::attention_backward"}
 
 

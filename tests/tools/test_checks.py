@@ -1,4 +1,4 @@
-"""The checks of tools/ catch what they are for: each row plants one error in a small sound project."""
+"""The checks of tools/ find errors: each row adds one to a small valid project."""
 
 import pathlib
 import subprocess
@@ -22,14 +22,14 @@ SOUND = {
     "python/mps_flash_attn/tensors.py": "def pointer(tensor):\n    return tensor.data_ptr()\n",
 }
 
-# Check, file, what is added at its end (a new file: all of it), and what the check must say.
+# Check, file, the text added at its end (a new file: all of it), and the expected message.
 PLAN_H = "src/core/plan.h"
-PLANTED = (
+ERRORS = (
     ("check_includes.py", PLAN_H, '#include "cpu/tiles.h"\n', "src/core/plan.h:4: includes cpu/tiles.h"),
     ("check_includes.py", "src/cpu/kernels/scalar.c", '#include "core/plan.h"\n', "core/plan.h; it may include"),
     ("check_includes.py", "src/cpu/tiles.c", '#include "metal/tiles.h"\n', "includes metal/tiles.h"),
     ("check_includes.py", "src/cpu/tiles.c", '#include "cpu/gone.h"\n', "cpu/gone.h, which is not there"),
-    ("check_includes.py", PLAN_H, "#include <immintrin.h>\n", "which this room has no use for"),
+    ("check_includes.py", PLAN_H, "#include <immintrin.h>\n", "which is not for this module"),
     ("check_includes.py", "include/mfa.h", '#include "core/plan.h"\n', "it may include nothing of ours"),
     ("check_includes.py", "src/other.c", "int one;\n", "no rule says"),
     ("check_includes.py", "python/mps_flash_attn/run.py", "import ctypes\n", "that is the work of library.py"),
@@ -63,7 +63,7 @@ PLANTED = (
 
 
 def check(name, root):
-    """Runs a check on a project: whether it was content, and what it said."""
+    """Runs a check on a project; returns whether it passed, and its output."""
     interpreter = "sh" if name.endswith(".sh") else sys.executable
     done = subprocess.run([interpreter, ROOT / "tools" / name, root], capture_output=True, text=True)
     passed, failed = parse_counts(done.stdout)
@@ -85,8 +85,8 @@ def test_sound_project_passes(name, tmp_path):
     assert content, said
 
 
-@pytest.mark.parametrize("name, file, added, sentence", PLANTED)
-def test_planted_error_is_found(name, file, added, sentence, tmp_path):
+@pytest.mark.parametrize("name, file, added, sentence", ERRORS)
+def test_error_is_found(name, file, added, sentence, tmp_path):
     write(tmp_path, {**SOUND, file: SOUND.get(file, "") + added})
     content, said = check(name, tmp_path)
     assert not content
