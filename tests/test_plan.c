@@ -528,7 +528,7 @@ static void test_out_of_memory(void **state)
     assert_true(element == untouched);
 }
 
-static void *ask_elsewhere(void *sentence)
+static void *error_of_another_thread(void *sentence)
 {
     mfa_problem problem;
     *(int *)sentence = *mfa_last_error() == 0; /* nothing has failed in this thread */
@@ -542,7 +542,7 @@ static void test_last_error_is_of_its_thread(void **state)
     pthread_t thread;
     int empty = 0;
     assert_fails(mfa_context_set_threads(test_context, -3), MFA_INVALID, "-3");
-    assert_int_equal(pthread_create(&thread, NULL, ask_elsewhere, &empty), 0);
+    assert_int_equal(pthread_create(&thread, NULL, error_of_another_thread, &empty), 0);
     assert_int_equal(pthread_join(thread, NULL), 0);
     assert_true(empty);
     assert_non_null(strstr(mfa_last_error(), "-3"));

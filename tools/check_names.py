@@ -1,10 +1,11 @@
-"""Checks names: public and internal functions, types, constants, folders, kernel keys; and exported symbols.
+"""Checks names: public and internal functions, types, constants, folders, kernel keys, words; and exported symbols.
 
     tools/check_names.py [ROOT]                     the sources
     tools/check_names.py --library FILE [ROOT]      the symbols that a built library exports
 
 Public functions are mfa_<noun>_<verb>, constants MFA_..., functions across files mfa_<noun>_<verb> in base and
 core and mfa_<folder>_<verb> in a backend, and no type of ours ends in _t (POSIX keeps those for itself).
+Names and prose use the field's words: WORDS lists private ones that the project used once, with the standard terms.
 """
 
 import pathlib
@@ -26,6 +27,8 @@ FOLDERS = set(
     tools/macos/sdk/usr/include/sys""".split()
 )  # closed: what a folder is called is decided here, and none is called util, common, misc, old or new
 
+TEXT = (".c", ".h", ".inc", ".py", ".sh", ".md", ".txt", ".metal", ".cu", ".cmake", ".toml", ".yml", "")
+
 DTYPE = "(?:f32|f16|bf16|f64)"
 KEY = re.compile(
     rf"(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
@@ -33,6 +36,43 @@ KEY = re.compile(
     r"_(?:scalar|avx2|avx512bf16|avx512|amxbf16|neonbf16|neon|apple\d+|sm\d+)"
 )
 LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d\w*_\w+")
+
+# (words, as a regular expression; the field's term). A word ends where letters and digits end, so that these are also
+# found within identifiers and file names; \b before one restricts it to the beginning of an identifier.
+WORDS = (
+    (r"\bfew_\w+|\bFEW_\w+", "decode"),
+    (r"upcoming|\bask_\w+", "prefetch_cursor, prefetch_..."),
+    (r"terms\.h|TERM", "packing.h, K_PACK"),
+    (r"turn_down|turn_left|left_place", "pack_vnni, pack_a, packed_a_index"),
+    (r"squares of (?:sums|\d+)|AMX squares?", "AMX tiles"),
+    (r"(?:vector|simd) dialects?|dialects? (?:of (?:a dozen )?vectors?|with|per)", "SIMD backend, vector API"),
+    (r"vector vocabulary|vocabulary of vectors", "vector API"),
+    (r"EXP2_TILES", "fused gemm_exp2"),
+    (r"RAISE_KEYS", "rescale_max"),
+    (r"dq_progress|progress->\w+|wait_for_turn", "dq_semaphore, dq_wait_order"),
+    (r"attention_rows|prepare_rows", "backward_preprocess"),
+    (r"finish_panel", "epilogue"),
+    (r"make_roundable", "quiet_nans"),
+    (r"hand_in|handed in|shelf|shelves", "store_partial, exchange_slot"),
+    (r"seats?|sight", "simdgroup_coord, tickets; block_range"),
+    (r"folds?|folded", "pack_gqa, q_heads_per_kv, reduce"),
+    (r"bent", "tanh_x"),
+    (r"carves?|carved|carving", "arena_alloc"),
+    (r"\w*_MOST|MOST_\w+", "..._MAX or MAX_..."),
+    (r"mistrusts?|mistrusted", "self_test_error"),
+    (r"refusals?", "unavailable_reason, error"),
+    (r"judges?|judged|judging", "check_support, verdict"),
+    (r"objections?", "fallback_reason"),
+    (r"peculiar|peculiarity|peculiarities", "describe_unsupported, unusual"),
+    (r"told", "is given, has as an argument"),
+    (r"give_way|gives_way|repeat\.py|fast_path", "evict, dispatch_cache.py, native_mha.py"),
+    (r"rooms|<room>|(?:cpu|metal|stub|this|one|backend)(?:'s)? room", "backend, module, folder"),
+    (r"doors?|houses?|stairs", "entry point, interface; backend; layers"),
+    (r"kits?", "tests/support"),
+    (r"\bsubject_\w+|struct subject|trials?", "test_case, test_run"),
+    (r"hostile|planted", "edge_cases; injected, added"),
+)
+UNCHECKED = re.compile(r"CHANGELOG\.md|docs/.*|README\.md|tools/check_names\.py|tests/tools/.*")  # history; these words
 
 DEFINITION = re.compile(r"^(?!static\b|typedef\b)[A-Za-z_][\w \*]*?\b(\w+)\([^;{]*\)\s*\{", re.MULTILINE)
 TYPE_WITH_T = re.compile(
@@ -82,18 +122,34 @@ def check_sources(root, report):
 
 
 def check_folders(root, report):
-    text = (".c", ".h", ".inc", ".py", ".sh", ".md", ".txt", ".metal", ".cu", "")
-    folders = {str(parent) for path in tree.files(root, *text) for parent in path.parents} - {"."}
+    folders = {str(parent) for path in tree.files(root, *TEXT) for parent in path.parents} - {"."}
     for folder in sorted(folders):
         report.check(folder in FOLDERS, f"{folder}: not in the list of folders (tools/check_names.py)")
 
 
 def check_keys(root, report):
     for path in tree.files(root, ".c", ".h", ".inc", ".py", ".md", ".txt"):
-        if path.parts[:2] == ("tests", "tools"):  # plants wrong ones
+        if path.parts[:2] == ("tests", "tools"):  # adds wrong ones
             continue
         for key in LOOKS_LIKE_KEY.findall((root / path).read_text()):
             report.check(KEY.fullmatch(key), f"{path}: {key}: not a kernel key (src/core/key.h)")
+
+
+def check_words(root, report):
+    table = []
+    for words, term in WORDS:
+        flags = re.IGNORECASE if words == words.lower() else 0
+        table.append((re.compile(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])", flags), term))
+    for path in tree.files(root, *TEXT):
+        if UNCHECKED.fullmatch(str(path)):
+            continue
+        text = f"{path}\n{(root / path).read_text()}"
+        problems = []
+        for pattern, term in table:
+            for found in pattern.finditer(text):
+                line = text.count("\n", 0, found.start())  # 0: the path
+                problems.append(f"{path}:{line}: {found.group()} is a private word; standard terms: {term}")
+        report.check(not problems, "\n".join(problems))
 
 
 def check_library(root, library, report):
@@ -122,6 +178,7 @@ def main():
         check_sources(root, report)
         check_folders(root, report)
         check_keys(root, report)
+        check_words(root, report)
     report.finish()
 
 

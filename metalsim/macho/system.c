@@ -85,24 +85,24 @@ struct apple_stat {
     int64_t spares[2];
 };
 
-static int tell(int status, const struct stat *found, struct apple_stat *told)
+static int tell(int status, const struct stat *found, struct apple_stat *filled)
 {
-    memset(told, 0xa5, sizeof *told); /* who reads what is not set below shall notice */
-    told->mode = (uint16_t)found->st_mode; /* the bits are the same */
-    told->size = found->st_size;
+    memset(filled, 0xa5, sizeof *filled); /* who reads what is not set below shall notice */
+    filled->mode = (uint16_t)found->st_mode; /* the bits are the same */
+    filled->size = found->st_size;
     return status;
 }
 
-static int stat_path(const char *path, struct apple_stat *told)
+static int stat_path(const char *path, struct apple_stat *filled)
 {
     struct stat found = {0};
-    return tell(stat(path, &found), &found, told);
+    return tell(stat(path, &found), &found, filled);
 }
 
-static int stat_file(int file, struct apple_stat *told)
+static int stat_file(int file, struct apple_stat *filled)
 {
     struct stat found = {0};
-    return tell(fstat(file, &found), &found, told);
+    return tell(fstat(file, &found), &found, filled);
 }
 
 static int make_folder(const char *path, uint16_t mode)

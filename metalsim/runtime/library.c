@@ -274,7 +274,7 @@ static id make_pipeline(struct function *function, int archived, id *error)
     metalsim_retain(&function->object);
     pipeline->function = &function->object;
     pipeline->threads = metalsim_program_threads(function->program, function->name);
-    if (pipeline->threads > metalsim_now.threads && metalsim_fails_for(METALSIM_FAULT_FEW_THREADS, function->name))
+    if (pipeline->threads > metalsim_now.threads && metalsim_fails_for(METALSIM_FAULT_LIMITED_THREADS, function->name))
         pipeline->threads = metalsim_now.threads;
     return &pipeline->object;
 }

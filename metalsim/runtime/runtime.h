@@ -1,7 +1,7 @@
 /* metalsim's runtime: an Objective-C runtime and a Metal in one shared library, for tests of a host that drives Metal
  * through objc_msgSend. The host opens it in place of libobjc and Metal.framework; kernels run on metalsim. What a Mac
- * would end the process for is a finding here. This header is the tests' door: what the machine is like, what goes
- * wrong on purpose, what was counted, what was found. All functions may be called from any thread. */
+ * would end the process for is a finding here. This header is the interface for tests: properties of the
+ * machine, injected faults, counts, findings. All functions may be called from any thread. */
 #ifndef METALSIM_RUNTIME_H
 #define METALSIM_RUNTIME_H
 
@@ -25,7 +25,7 @@ struct metalsim_settings {
     const char *name; /* of the device */
     const char *build;    /* of the system, as sysctl's kern.osversion; METALSIM_BUILD */
     const char *function; /* only this function's pipelines are faulty; NULL: any */
-    uint64_t threads;     /* of FEW_THREADS */
+    uint64_t threads;     /* of LIMITED_THREADS */
     uint64_t memory;      /* bytes: maxBufferLength */
     const char *cache;    /* folder of metalsim's own for compiled kernels; METALSIM_CACHE. It stands for no cache of
                              Metal's: what is counted as compiled is so even if it lies here */

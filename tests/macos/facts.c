@@ -1,5 +1,5 @@
-/* What tools/macos/sdk says of macOS, told to the compiler: compiles with that, and on a Mac with Apple's own SDK. If
- * one of the two does not compile, ours is wrong. */
+/* The facts about macOS in tools/macos/sdk, as static assertions: this file compiles with that SDK, and on a Mac with
+ * Apple's own. If one of the two does not compile, ours is wrong. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -27,7 +27,7 @@ static const struct expectation {
     {METALSIM_FAULT_COMPILE_ERROR, MFA_COMPILE_FAILED, "an injected one", 1},
     {METALSIM_FAULT_NO_FUNCTION, MFA_COMPILE_FAILED, "no such function", 1},
     {METALSIM_FAULT_NO_PIPELINE, MFA_COMPILE_FAILED, "stack space", 1},
-    {METALSIM_FAULT_FEW_THREADS, MFA_UNSUPPORTED, "at most 16 threads", 1},
+    {METALSIM_FAULT_LIMITED_THREADS, MFA_UNSUPPORTED, "at most 16 threads", 1},
     {METALSIM_FAULT_NARROW, MFA_UNSUPPORTED, "16 threads", 1},
     {METALSIM_FAULT_ARCHIVE_REFUSED, MFA_OK, NULL, 0},
     {METALSIM_FAULT_ARCHIVE_UNMADE, MFA_OK, NULL, 0},
@@ -129,7 +129,7 @@ static void test_simpler_tiles(void **state)
     for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
         struct metalsim_settings settings;
         metalsim_runtime_defaults(&settings);
-        settings.fault = METALSIM_FAULT_FEW_THREADS, settings.threads = 64, settings.function = cases[n].function;
+        settings.fault = METALSIM_FAULT_LIMITED_THREADS, settings.threads = 64, settings.function = cases[n].function;
         host_set(&settings);
         mfa_context *context = steps_open();
         steps_run(context, cases[n].text, &(struct host_options){0});

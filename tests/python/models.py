@@ -1,5 +1,5 @@
 """Small models of the kinds that people run, from the libraries that they run them with, with random weights: nothing
-is downloaded. Each knows nothing of libmfa; transformers' are told by name which attention to use."""
+is downloaded. Each knows nothing of libmfa; those of transformers get the name of the attention function."""
 
 import importlib
 from dataclasses import dataclass

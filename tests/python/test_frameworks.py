@@ -1,4 +1,4 @@
-"""The doors of transformers and ComfyUI by themselves: their arguments, and what is handed back to their own attention.
+"""The functions for transformers and ComfyUI: their arguments, and the calls that are left to the original attention.
 Whole models are in test_models.py."""
 
 import pytest

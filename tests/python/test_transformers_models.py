@@ -20,7 +20,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("everything", "one_thread"),
 ]
-REFUSAL = re.compile(r'^attn_implementation is "mfa", but \w+ .*; use attn_implementation="(sdpa|eager)".* this model$')
+UNSUPPORTED = re.compile(
+    r'^attn_implementation is "mfa", but \w+ .*; use attn_implementation="(sdpa|eager)".* this model$'
+)
 SINKS = re.compile(r"^s_aux is given by \w+: attention sinks")
 TOLERANCE = 1e-4  # of the largest number of a tensor
 
@@ -137,7 +139,7 @@ def try_class(model_class, sweep):
     try:
         model = made(model_class, config, "mfa")
     except Exception as error:
-        if REFUSAL.match(str(error)):
+        if UNSUPPORTED.match(str(error)):
             sweep.refused.append(name)
             return try_refused(model_class, config, sweep)
         try:

@@ -20,6 +20,6 @@ set(CMAKE_SHARED_LINKER_FLAGS_INIT "-fuse-ld=lld-19 -mlinker-version=907 -Wl,-x"
 set(CMAKE_SKIP_RPATH ON)
 set(CMAKE_STRIP "" CACHE FILEPATH "None: see above.")
 
-# There is no program to be linked, so CMake's trials stop at compiling.
+# There is no program to be linked, so CMake's compiler checks stop at compiling.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
 set(CMAKE_HAVE_LIBC_PTHREAD ON)

@@ -60,7 +60,7 @@ template <class T> METAL_FUNC T exchange_or_keep(T x, int from)
     return from >= 0 && from < 32 ? other : x;
 }
 
-template <class T, class F> METALSIM_OURS T fold(F f, T first, uint count)
+template <class T, class F> METALSIM_OURS T reduce_lanes(F f, T first, uint count)
 {
     T x = first;
     for (uint i = 0; i < count; i++)
@@ -111,8 +111,8 @@ struct differ {
     }
 };
 
-/* Folds by halves, as the GPU does: (0 16) (1 17) ..., then (0 8) ... */
-template <class T, class F> METALSIM_OURS T fold_halves(F f)
+/* Reduces by halves, as the GPU does: (0 16) (1 17) ..., then (0 8) ... */
+template <class T, class F> METALSIM_OURS T reduce_halves(F f)
 {
     T x[32];
     for (uint i = 0; i < 32; i++)
@@ -128,7 +128,7 @@ template <class T, class F> METAL_FUNC T reduce(T x, F f)
     static_assert(may_shuffle<T>::value, "simdgroup functions take scalars and vectors of at most 32 bits an element");
     give(x);
     meet(nullptr);
-    return fold_halves<T>(f);
+    return reduce_halves<T>(f);
 }
 
 METALSIM_OURS uint vote()
@@ -235,14 +235,14 @@ template <class T> METAL_FUNC T simd_prefix_exclusive_sum(T x)
 {
     metalsim::give(x);
     metalsim::meet(nullptr);
-    return metalsim::fold(metalsim::add(), T(0), metalsim::own_lane());
+    return metalsim::reduce_lanes(metalsim::add(), T(0), metalsim::own_lane());
 }
 
 template <class T> METAL_FUNC T simd_prefix_inclusive_sum(T x)
 {
     metalsim::give(x);
     metalsim::meet(nullptr);
-    return metalsim::fold(metalsim::add(), T(0), metalsim::own_lane() + 1);
+    return metalsim::reduce_lanes(metalsim::add(), T(0), metalsim::own_lane() + 1);
 }
 
 METAL_FUNC bool simd_all(bool x)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .. import dispatch_cache
 
-HEAD_DIM_MOST = 512
+HEAD_DIM_MAX = 512
 LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read past the end of the shorter one
 
 
@@ -28,8 +28,8 @@ def check_support(query, key, value, mask, is_causal, enable_gqa):
         return Support(LENGTHS)
     if 0 in query or 0 in key or 0 in value:
         return Support("empty tensors")
-    if query[-1] > HEAD_DIM_MOST or value[-1] > HEAD_DIM_MOST:
-        return Support(f"head_dim above {HEAD_DIM_MOST}")
+    if query[-1] > HEAD_DIM_MAX or value[-1] > HEAD_DIM_MAX:
+        return Support(f"head_dim above {HEAD_DIM_MAX}")
     if enable_gqa and (min(map(len, (query, key, value))) < 3 or query[-3] % key[-3] or query[-3] % value[-3]):
         return Support("head counts")
     k_lead, v_lead = ((*shape[:-3], 1) if enable_gqa else shape[:-2] for shape in (key, value))
