@@ -1,4 +1,4 @@
-"""Calls of attention, and what is seen of them, for several files of tests."""
+"""Calls of attention and the operators that they run, shared by several test files."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ def problem(*shape, kv_heads=None, kv_len=None, value_dim=None, dtype=torch.floa
 
 
 def calls(function, *arguments, **options):
-    """(result, how the calls of SDPA in it went) after replace_sdpa."""
+    """(result, outcomes of its calls of SDPA) after replace_sdpa."""
     sdpa_stats(reset=True)
     with replaced_sdpa():
         result = function(*arguments, **options)
@@ -36,5 +36,5 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def attention(self):
-        """Those of attention among them."""
+        """Those of them that compute attention."""
         return [name for name in self.operators if "attention" in name]

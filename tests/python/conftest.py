@@ -88,7 +88,7 @@ def _seed(request):
 
 @pytest.fixture(autouse=True)
 def _metal(request):
-    """A Mac would have ended the process for what the simulated Metal finds."""
+    """Fails on findings of the simulated Metal, for which a Mac would have ended the process."""
     yield
     metal = request.config.metal
     if metal:
@@ -105,7 +105,7 @@ def _original_sdpa():
 
 @pytest.fixture
 def everything(monkeypatch):
-    """No call is too small to be taken over, and none has been counted."""
+    """Sets all thresholds to 0, so that calls of any size are replaced, and resets the counts."""
     for dtype in sdpa_thresholds:
         monkeypatch.setitem(sdpa_thresholds, dtype, 0)
     sdpa_stats(reset=True)
@@ -113,7 +113,7 @@ def everything(monkeypatch):
 
 @pytest.fixture
 def one_thread():
-    """For small problems, on which a pool of threads only waits: for long, on a machine that is busy."""
+    """Runs small problems on one thread: on a busy machine a pool would mostly wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

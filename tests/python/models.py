@@ -13,7 +13,7 @@ VOCABULARY, BATCH, LENGTH = 96, 2, 24
 
 @dataclass
 class Kind:
-    """How to make a model, and what it is then asked."""
+    """How to make a model, and its inputs."""
 
     make: Callable  # (attention's name, or None) -> module
     inputs: Callable  # () -> keyword arguments of the module
@@ -37,7 +37,7 @@ def tokens(length=LENGTH):
 
 
 def text(left=True):
-    """Two rows, the second padded. Nothing is learnt of padding, nor from it: what follows it is no label either."""
+    """Two rows, the second padded. Padding is excluded from the labels, as is the token after it."""
     given = tokens()
     mask = torch.ones_like(given)
     mask[1, slice(None, 5) if left else slice(-5, None)] = 0
@@ -230,13 +230,13 @@ KINDS = {
 
 
 def seeded(make):
-    """What `make` makes of the seed of this test: the same each time."""
+    """The result of `make` with this test's seed."""
     torch.manual_seed(torch.initial_seed())
     return make()
 
 
 def result(output, attention_mask=None, padding=None, **_):
-    """The tensor that a model's output is about, 0 at the places of padding: nobody means anything there."""
+    """The main tensor of a model's output, with 0 where the input is padding."""
     tensor = output if isinstance(output, torch.Tensor) else output.logits
     hidden = padding if padding is not None else attention_mask == 0 if attention_mask is not None else None
     if hidden is not None and tensor.dim() == 3 and tensor.shape[:2] == hidden.shape:

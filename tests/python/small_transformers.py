@@ -106,7 +106,7 @@ def reduced(name, value):
 
 
 def small(config):
-    """The configuration made anew from reduced fields; what it derives from them it derives again."""
+    """A new configuration from reduced fields, which derives the other fields from them again."""
     from transformers import PreTrainedConfig
 
     fields = {}
@@ -217,7 +217,7 @@ MEDIA = {
 
 
 def inputs(model):
-    """Arguments that the model may take; the caller tries them in turn."""
+    """Candidates for the model's arguments; the caller tries them in turn."""
     known = inspect.signature(model.forward).parameters
     ids, mask = text()
     others = {

@@ -65,7 +65,7 @@ class Runtime:
         return dict(zip(self.names, numbers))
 
     def found(self):
-        """What a Mac would have ended the process for."""
+        """The findings of the runtime, for which a Mac would have ended the process."""
         return [self.finding(i).decode() for i in range(self.findings())]
 
     def synchronize(self):
@@ -74,7 +74,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def unwaited(self):
-        """In the block nothing is waited for: results are there behind it."""
+        """Calls in the block do not wait: their results are valid after it."""
         self.waits = False
         try:
             yield
@@ -83,7 +83,7 @@ class Runtime:
             self.settle()
 
     def settle(self):
-        """Waits, and lets go of the buffers of the call that this thread was in."""
+        """Waits, and releases the buffers of this thread's last call."""
         self.synchronize()
         for buffer, _ in _held.buffers.values():
             self.release(buffer)
@@ -102,7 +102,7 @@ def _buffer(runtime, tensor):
 
 
 def install(torch_name="2_14"):
-    """Puts all of this in place, for good; returns the Runtime."""
+    """Installs all of this permanently; returns the Runtime."""
     runtime = Runtime(library.library_path().resolve().parent / "metalsim", torch_name)
     attention = library.Library.attention
 

@@ -40,7 +40,7 @@ CONSTANTS = {
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
-    """What the C compiler makes of mfa.h: {name: number}."""
+    """Offsets, sizes and constants of mfa.h from the C compiler: {name: number}."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")

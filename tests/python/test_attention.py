@@ -106,7 +106,7 @@ def test_masks_and_bands_together():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_queries_that_see_nothing(dtype):
-    """Zeros, -inf and zero gradients, never NaN: rows beyond the band, rows masked out either way."""
+    """Rows without a visible key, by band or mask, give zeros, -inf and zero gradients, never NaN."""
     query, key, value = problem(dtype, q_len=20, kv_len=6)
     mask = torch.rand(20, 6) < 0.5
     mask[3] = False
@@ -188,7 +188,7 @@ STRIDES = ["transposed", "sliced", "every second", "columns first", "batch expan
 @pytest.mark.parametrize("how", [*STRIDES, "negated"])
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_strides(which, how):
-    """The same bits, and the same gradients, as from contiguous memory."""
+    """Results and gradients have the same bits as from contiguous memory."""
     tensors = [*problem(), torch.randn(2, 4, 33, 47)]
     tensors[which] = _strided(tensors[which], how)
     contiguous = [t.resolve_neg().contiguous().requires_grad_() for t in tensors]
@@ -268,7 +268,7 @@ def test_changed_in_place_is_noticed():
 
 
 def test_second_derivative_raises():
-    """And is not lost without a word, whether or not the incoming gradient requires one."""
+    """A second derivative raises, and is not silently zero, whether or not the incoming gradient requires one."""
     tensors = [t.requires_grad_() for t in problem()]
     for d_out in (torch.ones(2, 4, 33, 24), torch.ones(2, 4, 33, 24, requires_grad=True)):
         gradient = torch.autograd.grad(flash_attention(*tensors), tensors, d_out, create_graph=True)[0]
@@ -277,7 +277,7 @@ def test_second_derivative_raises():
 
 
 def test_forward_mode_raises():
-    """A tangent is refused, not lost."""
+    """A tangent raises an error, and is not silently dropped."""
     query, key, value = problem()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
@@ -288,7 +288,7 @@ def test_forward_mode_raises():
 
 
 def test_compiled():
-    """Compiled code leaves its graph for the call."""
+    """Compiled code has a graph break at the call."""
     tensors = [t.requires_grad_() for t in problem()]
     compiled = torch.compile(lambda q, k, v: flash_attention(q, k, v, True).square(), backend="aot_eager")
     out, expected = compiled(*tensors), flash_attention(*tensors, True).square()
@@ -380,7 +380,7 @@ def random_problems(draw):
 
 
 def _band(is_causal, window, shift):
-    """The same decision as the package's, taken from its documentation alone."""
+    """The band of a call, derived from the package's documentation alone."""
     if isinstance(window, tuple):
         left, right = window
         lower = None if left < 0 else shift - left

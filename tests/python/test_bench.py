@@ -1,4 +1,4 @@
-"""What the benchmarks say: their problems, what they count as work, what they let pass, their tables and pictures."""
+"""The benchmarks: their problems, counts of work, checks of results, tables and pictures."""
 
 import dataclasses
 import pathlib

@@ -1,5 +1,5 @@
-"""Activation checkpointing, with SDPA replaced in forward, in backward, or in a part of either: what is computed again
-goes the way that it went in forward."""
+"""Activation checkpointing, with SDPA replaced in forward, in backward, or in a part of either: recomputation uses the
+implementation that forward used."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ AS_IN_FORWARD = "computed again, as PyTorch's operator computed it in forward"
 
 @pytest.fixture(autouse=True)
 def _is_gone():
-    """In the end nothing of ours is left at PyTorch's operator."""
+    """Asserts that PyTorch's operator has no registration of ours left."""
     yield
     restore_sdpa()
     assert not checkpointing.is_pending() and replace._registration is None
@@ -89,7 +89,7 @@ def test_forward_and_backward(kind, forward, backward, reentrant):
 @pytest.mark.parametrize("inner", [0, 1, 2])
 @pytest.mark.parametrize("forward, backward", [(True, False), (False, True), (False, False)])
 def test_replaced_in_a_part_of_it(inner, forward, backward):
-    """Of three calls one is replaced by the function itself, as it is when it is computed again."""
+    """The function itself replaces one of three calls, in forward and in recomputation alike."""
     tensors = [t.requires_grad_() for t in problem(1, 2, 9, 8, kv_len=9)]
 
     def function(query, key, value):
@@ -145,7 +145,7 @@ def test_backward_twice_and_to_the_end(forward, backward):
 
 
 def test_other_calls_meanwhile():
-    """After the replacement PyTorch's operator is back for all but what is computed again; in the end it is alone."""
+    """After the replacement ends, only recomputation still uses ours, and in the end nothing does."""
     tensors = [t.requires_grad_() for t in problem(1, 2, 9, 8)]
     expected = F.scaled_dot_product_attention(*tensors)
     layer = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()

@@ -83,7 +83,7 @@ def test_without_a_command():
 
 
 def test_without_rich(tmp_path):
-    """Its tables become plain lines."""
+    """Without rich, tables become plain lines."""
     (tmp_path / "rich.py").write_text("raise ImportError\n")
     path = os.pathsep.join([str(tmp_path), str(Path(mps_flash_attn.__file__).parents[1])])
     for command in (["info"], ["check", "--filter", "f32 b1 h1 q1 kv1 d64", "--report", str(tmp_path / "report")]):
@@ -96,7 +96,7 @@ def test_without_rich(tmp_path):
 
 
 def test_check(tmp_path):
-    """Every instruction set, a process each; the report has a line for each problem."""
+    """Each instruction set is checked in a process of its own; the report has a line for each problem."""
     report = tmp_path / "report.txt"
     done = run("check", "--filter", "b1 h2 q3 kv300", "--report", str(report))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -113,7 +113,7 @@ def test_check(tmp_path):
 
 
 def test_check_refuses_a_report_that_cannot_be_written(tmp_path):
-    """Before anything runs."""
+    """An unwritable report is an error before anything runs."""
     report = tmp_path / "missing/report.txt"
     done = run("check", "--report", str(report))
     assert done.returncode == 1 and done.stdout == ""
@@ -154,7 +154,8 @@ def test_check_finds_what_is_wrong(monkeypatch):
 
 
 def test_check_survives_a_process_that_ends(tmp_path):
-    """It is a row that is wrong, and the next problem has a process of its own. The library is one that aborts."""
+    """A process that aborts gives a failed row, and the next problem has a process of its own. The library here
+    aborts."""
     program = tmp_path / "sitecustomize.py"
     program.write_text(
         "import sys\n"
@@ -182,7 +183,7 @@ def test_precompile_is_for_metal():
 
 
 def test_precompile_without_metal():
-    """Says why there is nothing to do."""
+    """Without Metal, precompile explains that it has nothing to do."""
     found = library()
     try:
         found.check_supported(found.parse("forward f32 b1 h1 q1 kv1 d64 metal"))

@@ -89,7 +89,7 @@ class Call:
         return results
 
     def truth(self):
-        """The same in float64 on the unfused path, without autocast."""
+        """The results in float64 on the unfused path, without autocast."""
         query, *others = self.operands
         exact = Call(**{name: getattr(self, name) for name in self.__dataclass_fields__})
         exact.autocast, exact.backends = None, [SDPBackend.MATH]

@@ -67,7 +67,7 @@ def is_right(query, key, value, mask=None, d_out=None, result=None, **options):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("masked", [None, "bool", "float"])
 def test_repeated(dtype, requires_grad, masked):
-    """The same call with other numbers, and its gradients."""
+    """A repeated call with other numbers is right, and so are its gradients."""
     mask = {None: None, "bool": torch.rand(9, 9) < 0.8, "float": torch.randn(9, 9, dtype=dtype)}[masked]
     found = warm(*tensors(dtype=dtype, requires_grad=requires_grad), attn_mask=mask)
     for _ in range(3):
@@ -86,7 +86,7 @@ def test_repeated_call_is_not_prepared_again(monkeypatch):
 
 @pytest.mark.parametrize("change", ["dtype", "strides", "grad of key only", "parameter", "none requires grad"])
 def test_another_kind_of_the_same_shape(change):
-    """In turns with the first, and then alone."""
+    """Another kind of tensors of the same shape, alternating with the first, and then alone."""
     first = tensors(requires_grad=True)
     found = warm(*first)
     other = tensors(requires_grad=change in ("dtype", "strides"))
@@ -200,7 +200,7 @@ def test_transforms_and_modes():
 
 
 def test_fake_mode_with_real_tensors():
-    """A mode that PyTorch's guards do not see."""
+    """A fake mode, which PyTorch's guards do not see, is not skipped."""
     given = tensors(requires_grad=True)
     warm(*given, times=4)
     out = flash_attention(*given)
@@ -213,7 +213,7 @@ def test_fake_mode_with_real_tensors():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_tangent_of_the_incoming_gradient(known):
-    """It is refused, not lost; a level without tangents is no reason to."""
+    """A tangent raises an error, and is not silently dropped; a level without tangents does not raise."""
     given = tensors(requires_grad=True)
     if known:
         warm(*given, times=4)
@@ -237,7 +237,7 @@ def test_second_derivative_raises():
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.compiled_autograd, "_enable"), reason="another name of it")
 def test_compiled_autograd():
-    """It finds nothing in the backward pass that it cannot trace."""
+    """Compiled autograd can trace all of the backward pass."""
     given = tensors(requires_grad=True)
     warm(*given)
     expected = torch.autograd.grad(flash_attention(*given).sum(), given)
@@ -277,7 +277,7 @@ def test_other_gradients_wanted():
 
 
 def test_saved_tensors_of_another_layout():
-    """Hooks may give back what they were given in memory of another order."""
+    """Hooks may return saved tensors with other strides."""
     layout = [t.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for t in tensors()]
     warm(*layout)
     plain = torch.contiguous_format
@@ -358,7 +358,7 @@ def test_sdpa_repeated(monkeypatch, replaced, requires_grad, options):
 
 
 def test_sdpa_after_flash_attention(monkeypatch, replaced):
-    """Those gradients are differentiated again by PyTorch's own operator, these not at all."""
+    """Second derivatives of SDPA are left to PyTorch's own operator; flash_attention has none."""
     given = tensors(requires_grad=True)
     warm(*given, times=4)
     repeated_sdpa(monkeypatch, *given)
@@ -394,7 +394,7 @@ NO_THRESHOLDS = pytest.mark.cpu("on MPS there are no thresholds")
 @NO_THRESHOLDS
 @pytest.mark.parametrize("option", ["none", "is_causal", "scale", "attn_mask"])
 def test_sdpa_that_is_small(monkeypatch, replaced, option):
-    """Its support is not checked again, until the threshold changes."""
+    """The support of a small call is not checked again until the threshold changes."""
     given = tensors()
     options = {"is_causal": True, "scale": 0.3, "attn_mask": torch.rand(9, 9)}
     options = {name: value for name, value in options.items() if name == option}
@@ -427,7 +427,7 @@ def test_sdpa_threshold_changes(monkeypatch, replaced):
 
 @pytest.mark.cpu("the storage of a tensor of mps is aligned")
 def test_sdpa_memory_that_is_not_aligned(monkeypatch, replaced):
-    """PyTorch takes it, so its own operator does."""
+    """Misaligned memory, which PyTorch accepts, is left to its own operator."""
     query, key, value = tensors()
     expected, _ = repeated_sdpa(monkeypatch, query, key, value)
     memory = torch.frombuffer(bytearray(query.nbytes + 1), dtype=query.dtype, offset=1)

@@ -1,4 +1,4 @@
-"""What is wrong gets a sentence that names the field, what was given and what is accepted."""
+"""Error messages name the field, what was given and what is accepted."""
 
 import functools
 import os
@@ -135,7 +135,7 @@ def test_instruction_set_that_is_none(isa, said, monkeypatch):
 
 @pytest.mark.parametrize("length", [None, 0, 200])
 def test_file_that_is_no_library(length, monkeypatch, tmp_path):
-    """Text, nothing, and the beginning of a library."""
+    """The file is text, or empty, or a truncated library."""
     file = tmp_path / "libmfa.so"
     file.write_bytes(b"no library" if length is None else library.library().path.read_bytes()[:length])
     monkeypatch.setenv("MFA_LIBRARY", str(file))

@@ -94,7 +94,7 @@ def test_comfyui_arguments_by_position():
 
 @pytest.mark.parametrize("options", [{}, {"skip_reshape": True}], ids=str)
 def test_comfyui_unsupported_goes_to_its_own(options):
-    """With all that was given; wrong arguments are no such case."""
+    """Unsupported calls reach the original attention with all arguments; invalid arguments raise instead."""
     width = 520
     tensors = [torch.randn((1, 1, 9, width) if options else (1, 9, width)) for _ in range(3)]
     comfyui = ComfyUI()

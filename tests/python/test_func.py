@@ -61,12 +61,12 @@ EACH_CASE = pytest.mark.parametrize("function, case", CASES, ids=lambda each: ge
 
 
 def stacked(tensors, dimension=0):
-    """Two samples of each."""
+    """Stacks two samples of each tensor."""
     return [torch.stack([t, -t if t.is_floating_point() else ~t], dimension) for t in tensors]
 
 
 def places(tensors):
-    """Those that have gradients."""
+    """The positions of operands that have gradients."""
     return tuple(place for place, tensor in enumerate(tensors) if tensor.is_floating_point())
 
 
@@ -125,7 +125,8 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @EACH_CASE
 def test_transform(passes, function, case, transform):
-    """On our kernels, and right, whichever dimension is mapped, and whatever is differentiated."""
+    """The transform runs on our kernels and is right, whichever dimension is mapped and whichever operands are
+    differentiated."""
     tensors, options = operands(case)
     exact = [t.double() if t.is_floating_point() else t for t in tensors]
     expected = TRANSFORMS[transform](functools.partial(unfused, **options), exact)
@@ -136,7 +137,7 @@ def test_transform(passes, function, case, transform):
 
 
 def test_samples_are_one_call(passes):
-    """vmap makes them a batch, forward and backward."""
+    """vmap turns samples into one batch, forward and backward."""
     tensors, _ = operands("plain")
     calls(vmap(grad(loss(sdpa))), *stacked(tensors))
     vmap(grad(loss(flash)))(*stacked(tensors))
@@ -212,7 +213,7 @@ def outside_of_func(attend, *tensors):
 
 
 def after_its_level(attend, query, *others):
-    """Its gradients are differentiated when the transform is over."""
+    """A function whose gradients are differentiated after its transform has ended."""
 
     def function(query):
         return torch.autograd.grad(loss(attend)(query, *others), query, create_graph=True)[0]
@@ -242,7 +243,8 @@ def outcome(function, *arguments):
 @pytest.mark.parametrize("order", SECOND)
 @EACH_CASE
 def test_second_derivative(function, case, order):
-    """Never taken for zero: flash_attention refuses it; SDPA has it where PyTorch does, else PyTorch's error."""
+    """A second derivative is never silently zero: flash_attention raises; SDPA has one where PyTorch does, else it
+    raises PyTorch's error."""
     tensors, options = operands(case)
     attend = functools.partial(function, **options)
     if function is flash:
@@ -285,7 +287,7 @@ FORWARD_MODE = {
 @pytest.mark.parametrize("case", ["plain", "other width"])
 @pytest.mark.parametrize("mode", FORWARD_MODE)
 def test_forward_mode(mode, case):
-    """It is refused by flash_attention, and stays PyTorch's otherwise."""
+    """Forward mode raises in flash_attention, and is left to PyTorch in SDPA."""
     tensors = operands(case)[0]
     with pytest.raises(NotImplementedError, match="flash_attention has no forward-mode differentiation"):
         FORWARD_MODE[mode](flash, *tensors)
@@ -319,7 +321,7 @@ LEFT = {
 
 @pytest.mark.parametrize("case", LEFT)
 def test_left_to_pytorch(case):
-    """To the bit, with PyTorch's errors, and counted once."""
+    """Calls left to PyTorch give its bits and its errors, and are counted once."""
     tensors = [torch.randn(2, 4, 5, 3) for _ in range(3)] + [torch.randn(2, 5, 5)]
 
     def seeded():

@@ -61,7 +61,7 @@ def test_steady_state_waits_and_copies_nothing(metal):
 
 
 def test_commands_run_in_order(metal):
-    """Each call reads what the one before has still to write."""
+    """Each call reads the output of the previous one, which has not run yet."""
     query, key = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 50, 16)
     expected = [query]
     for _ in range(4):
@@ -153,7 +153,7 @@ print(json.dumps(result | {"stats": mfa.sdpa_stats(), "found": metal.found()}))
 
 
 def _step(folder, torch_name="2_14", **settings):
-    """What STEP says in a process with nothing cached."""
+    """The output of STEP in a process with an empty cache."""
     path = [str(Path(mps_flash_attn.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", STEP, torch_name],
@@ -168,14 +168,14 @@ def _step(folder, torch_name="2_14", **settings):
 
 @pytest.mark.parametrize("version", ["2_4", "2_14", "bare"])
 def test_versions_of_pytorch(tmp_path, version):
-    """Those that share their encoder, those that let it be ended, and those that can only commit."""
+    """Versions that share their encoder, that can end it, and that can only commit."""
     found = _step(tmp_path, version)
     assert found["available"] and "error" not in found and not found["found"]
     assert found["stats"] == {"replaced": 1} and "wait" not in found["explained"]
 
 
 def test_pytorch_without_its_functions(tmp_path):
-    """Then each call waits, and says so."""
+    """Each call then waits, and explain() and sdpa_stats() say so."""
     found = _step(tmp_path, "")
     assert found["available"] and "error" not in found and not found["found"]
     assert "waits for PyTorch's stream: stream is MFA_STREAM_TORCH; " in found["explained"]
@@ -202,7 +202,7 @@ def test_faults_fall_back(tmp_path, fault, words):
 
 
 def test_backward_alone_falls_back(tmp_path):
-    """The forward pass ran here; its gradients are PyTorch's then, and counted."""
+    """If only the backward pass fails, the gradients are PyTorch's, and are counted."""
     found = _step(tmp_path, "", METALSIM_FAULT="no_pipeline:4")  # those of the forward pass are good
     kind, sentence = found["error"]
     assert kind == "Unsupported" and "backward_preprocess" in sentence
@@ -211,7 +211,7 @@ def test_backward_alone_falls_back(tmp_path):
 
 
 def test_failing_commands_raise(tmp_path):
-    """Where the GPU fails, and that is known, there is no result to fall back from."""
+    """A failure of the GPU raises: it is known too late to fall back."""
     found = _step(tmp_path, "", METALSIM_FAULT="command_error:1")
     kind, sentence = found["error"]
     assert kind == "RuntimeError" and "the GPU did not complete the commands" in sentence

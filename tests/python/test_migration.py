@@ -17,7 +17,7 @@ flash_attn_func torch_ops benchmark""".split()
 
 @pytest.mark.parametrize("name", NAMES)
 def test_name(name):
-    """Each is here, or a sentence says what to use."""
+    """Each name exists here, or an error says what to use."""
     if name in ("flash_attention", "replace_sdpa", "is_available", "convert_mask", "__version__"):
         assert getattr(mps_flash_attn, name)
         return
@@ -66,7 +66,7 @@ def test_bf16_backward(again):
 
 
 def test_masks_and_windows():
-    """What the page says of them: the third column's remedies give what the second column says."""
+    """The remedies in the page's third column give the results that its second column states."""
     query, key, value = (torch.randn(2, 2, 9, 8) for _ in range(3))
     row, column = torch.arange(9)[:, None], torch.arange(9)
     hidden = torch.rand(2, 9, 9) < 0.3

@@ -16,7 +16,7 @@ ENTRIES += [(name, "registered") for name, kind in KINDS.items() if kind.attenti
 
 
 def each(entries):
-    """A test for each of them, left out with the library that it needs."""
+    """Parametrises a test by these entries; each is skipped if its library is missing."""
     marked = (pytest.param(name, entry, marks=pytest.mark.needs(KINDS[name].library)) for name, entry in entries)
     return pytest.mark.parametrize("name, entry", list(marked))
 
@@ -35,7 +35,7 @@ def pair(name, entry):
 
 
 def on_ours(entry, function, *arguments, **options):
-    """The function's result; not one call of attention went elsewhere."""
+    """Returns the function's result, and asserts that all calls of attention ran on libmfa."""
     sdpa_stats(reset=True)
     if entry == "registered":
         done = function(*arguments, **options)
@@ -73,7 +73,7 @@ def test_output_loss_and_gradients(name, entry):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @each(ENTRIES)
 def test_evaluation(name, entry, mode):
-    """Also where torch.nn takes a shortcut of its own."""
+    """Covers torch.nn's own inference path, too."""
     theirs, ours = pair(name, entry)
     inputs = seeded(KINDS[name].inputs)
     with mode():
@@ -94,7 +94,7 @@ def test_autocast(name, entry):
 
 @each(ENTRIES)
 def test_fifty_steps_of_training(name, entry):
-    """The same loss curve; what two roundings drift apart while learning is far less than what is learnt."""
+    """The loss curves agree; their rounding differences stay far smaller than the progress of training."""
     kind = KINDS[name]
 
     def train(model):
@@ -122,7 +122,7 @@ def test_fifty_steps_of_training(name, entry):
 @pytest.mark.parametrize("cached", [True, False])
 @each((name, entry) for name, entry in ENTRIES if KINDS[name].generates)
 def test_greedy_generation(name, entry, cached):
-    """The same words: with a cache, where keys grow by one at a time, and without."""
+    """Generates the same words with a cache, to which each step adds a key, and without."""
     theirs, ours = (model.eval() for model in pair(name, entry))
     prompt = seeded(lambda: torch.randint(2, VOCABULARY, (2, 6)))
     mask = torch.ones_like(prompt)
@@ -139,7 +139,7 @@ def test_greedy_generation(name, entry, cached):
 
 @each([("llama", "replaced"), ("llama", "registered"), ("gemma", "registered")])
 def test_compiled(name, entry):
-    """One graph, in which attention is ours."""
+    """The model compiles to one graph, in which attention is ours."""
     theirs, ours = pair(name, entry)
     inputs = seeded(KINDS[name].inputs)
     graphs = []

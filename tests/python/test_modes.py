@@ -44,7 +44,7 @@ def leaves(dtype=torch.float32, call=""):
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("call", CALLS)
 def test_mode_sees_our_operators(call, again):
-    """In the forward pass, in the backward pass, or in both; results and their layout are those without a mode."""
+    """A mode in the forward pass, the backward pass or both changes neither results nor their layout."""
     tensors, nothing = leaves(call=call), contextlib.nullcontext
     with replaced_sdpa():
         for _ in range(3 if again else 0):
@@ -67,7 +67,7 @@ def test_mode_sees_our_operators(call, again):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_mode_without_gradients(mode):
-    """Under inference_mode PyTorch shows modes its own operator, whatever runs it."""
+    """Under inference_mode, modes see PyTorch's own operator, whichever kernel runs."""
     tensors = leaves()
     with mode(), Seen() as outer, Seen() as inner:
         out, stats = calls(F.scaled_dot_product_attention, *tensors)
@@ -77,7 +77,7 @@ def test_mode_without_gradients(mode):
 
 
 class Decomposing(TorchDispatchMode):
-    """Runs what an operator is made of, where it is made of others."""
+    """Runs the decomposition of an operator that has one."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         with self:
@@ -86,7 +86,7 @@ class Decomposing(TorchDispatchMode):
 
 
 def test_mode_that_decomposes():
-    """Ours is not made of others. Under inference_mode the mode meets PyTorch's operator first, and runs that."""
+    """Our operator has no decomposition. Under inference_mode the mode sees PyTorch's operator first, and runs it."""
     tensors = leaves()
     expected = F.scaled_dot_product_attention(*tensors)
     with Decomposing():
@@ -107,7 +107,8 @@ def test_mode_where_pytorch_has_no_backend():
 
 @pytest.mark.parametrize("call", ["plain", "other width", "broadcast"])
 def test_flops(call):
-    """Those that PyTorch counts for its unfused path, forward; backward has five products instead of two."""
+    """Forward has the operations that PyTorch counts for its unfused path; backward has five products instead of
+    two."""
     tensors = leaves()
     with FlopCounterMode(display=False) as expected, sdpa_kernel(SDPBackend.MATH):
         CALLS[call](*tensors)
@@ -148,7 +149,7 @@ SAVED = {  # operators whose results are kept: how often attention is then compu
 @pytest.mark.parametrize("function", [flash_attention, F.scaled_dot_product_attention])
 @pytest.mark.parametrize("saved", SAVED)
 def test_selective_checkpointing(forwards, function, saved, again):
-    """What the policy keeps is not computed again, and the gradients are those of a run without checkpoints."""
+    """Results that the policy saves are not recomputed, and the gradients are those of a run without checkpoints."""
     operators, times = SAVED[saved]
     x = torch.randn(2, 4, 33, 24, requires_grad=True)
 
@@ -182,7 +183,7 @@ def penalty(tensors, seen=contextlib.nullcontext):
 
 @FLOAT64
 def test_second_derivative_under_a_mode():
-    """It is PyTorch's own, where that has one."""
+    """The second derivative is PyTorch's own, where it has one."""
     tensors = [t.double().requires_grad_() for t in problem(1, 2, 5, 4, value_dim=3)]
     expected, _ = penalty(tensors)
     (found, mode), stats = calls(penalty, tensors, Seen)
@@ -192,7 +193,7 @@ def test_second_derivative_under_a_mode():
 
 
 def test_no_second_derivative_under_a_mode():
-    """Where it has none, its error."""
+    """Where PyTorch has no second derivative, its error is raised."""
     tensors = leaves()
     with pytest.raises(RuntimeError) as theirs:
         penalty(tensors)
@@ -230,7 +231,7 @@ def test_traced_by_make_fx(tracing_mode):
 
 @pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="nn.MultiheadAttention keeps its own way")
 def test_native_multi_head_attention():
-    """A mode sees its operator and nothing of what is in it, as without us."""
+    """A mode sees PyTorch's operator and nothing inside it, as without this package."""
     layer, x = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval(), torch.randn(2, 9, 32)
 
     def attend():
@@ -247,7 +248,7 @@ def test_native_multi_head_attention():
 
 
 def test_calls_within_a_call_are_their_own():
-    """As those of a hook that packs what is saved: they are not differentiated as the call that they are in."""
+    """Calls within a call, such as those of a hook for saved tensors, are not differentiated with the outer call."""
     found = []
 
     def pack(tensor):

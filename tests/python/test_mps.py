@@ -30,7 +30,7 @@ def test_autocast(operands):
 
 
 def test_replaced_sdpa():
-    """It is met at the keys of MPS, and no call is too small."""
+    """SDPA is replaced at the dispatch keys of MPS, for calls of any size."""
     sdpa_stats(reset=True)
     with FakeTensorMode(), replaced_sdpa():
         out = F.scaled_dot_product_attention(*[torch.empty(1, 1, 2, 8, device="mps") for _ in range(3)])

@@ -65,7 +65,7 @@ def test_eager_attention():
 
 
 def test_compiled_code():
-    """It is counted where it is traced, and code that was compiled before is not traced again."""
+    """Calls in compiled code are counted when they are traced; code that was compiled before is not traced again."""
     torch._dynamo.reset()
     function, tensors = torch.compile(F.scaled_dot_product_attention, backend="aot_eager"), problem()
     function(*tensors)

@@ -24,7 +24,7 @@ def by_math(*operands):
 
 
 def errors(got, truth):
-    """Root mean squares, since the largest of a few errors varies from seed to seed."""
+    """Root mean square errors: the largest of a few errors varies too much from seed to seed."""
     return [(ours - exact).square().mean().sqrt().item() for ours, exact in zip(got, truth)]
 
 

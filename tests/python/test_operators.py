@@ -146,7 +146,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_of_backward(case):
-    """They come from anywhere, and are refused before memory is read."""
+    """Invalid arguments of the backward operator raise before memory is read."""
     place, change, exception, sentence = WRONG[case]
     given = list(saved(problem()))
     given[place] = change(given[place])
@@ -176,7 +176,7 @@ def test_backward_operator_is_not_differentiable():
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_forward_mode_raises(requires_grad):
-    """A tangent is refused, not lost."""
+    """A tangent raises an error, and is not silently dropped."""
     query, key, value = problem(grad=requires_grad)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(query.detach(), torch.ones_like(query))

@@ -101,7 +101,7 @@ def test_gradgradcheck_is_as_without():
 
 
 def test_compiled():
-    """The bits of the eager call; without dropout, which draws other numbers when compiled."""
+    """Compiled calls give the bits of eager ones; without dropout, which draws other numbers when compiled."""
     for sample in samples(torch.float32, requires_grad=True):
         if sample.kwargs.get("dropout_p"):
             continue
@@ -202,7 +202,7 @@ def test_composite_compliance(name):
 @pytest.mark.cpu("the stand-in for an MTLBuffer is written")
 @pytest.mark.skipif(not hasattr(torch.Tensor, "const_data_ptr"), reason="this PyTorch has no address to read from")
 def test_cow_input():
-    """Arguments that share their memory until they are written stay so, and gradients, too, with us as without."""
+    """Copy-on-write arguments and gradients stay shared, as without this package."""
 
     def still_shared(sample):
         tensors = [torch._lazy_clone(t.detach()).requires_grad_() for t in (sample.input, *sample.args)]

@@ -62,7 +62,7 @@ def saved_by(function, *inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=FLOAT64), *HALVES])
 def test_saved(dtype):
-    """The same, however often the call was made, and by whichever route it goes."""
+    """The saved tensors are the same for first and cached calls, and for every route."""
     inputs, _ = operands(dtype)
     first = saved_by(ours, *inputs)
     assert len(first) == (6 if dtype in HALVES else 5)
@@ -89,7 +89,7 @@ def test_checkpoint(dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("times", [1, 4])
 def test_hooks_that_change_strides(dtype, times):
-    """Of out_low and out alike, or of one of them."""
+    """Hooks may change the strides of out_low and out, or of one of them."""
     inputs, d_out = operands(dtype)
     expected = gradients(ours, inputs, d_out)
 

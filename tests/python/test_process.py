@@ -26,7 +26,7 @@ def _training_step(tensors, **options):
 
 
 def test_many_threads_at_once():
-    """Each gets the bits that it would get alone."""
+    """Each thread gets the bits that it would get alone."""
     cases = []
     for length, width in ((33, 16), (64, 64), (150, 32), (200, 24)):
         tensors = [torch.randn(2, 2, length, width) for _ in range(3)]
@@ -62,7 +62,7 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.cpu("Metal does not outlive fork()")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_child_after_fork():
-    """The parent's thread pool is not in the child; the child works, and finds the same bits."""
+    """The child, which does not have the parent's thread pool, works and gets the same bits."""
     tensors = [torch.randn(1, 4, 130, 32) for _ in range(3)]  # small: PyTorch's own pool would hang in the child
     expected = _training_step(tensors)  # the pool is running by now
     fork = multiprocessing.get_context("fork")
@@ -131,7 +131,7 @@ def test_child_of_a_process_whose_locks_are_held():
 
 
 def _is_free(lock):
-    """Whether another thread can take it."""
+    """Whether another thread can acquire the lock."""
     taken = []
     thread = threading.Thread(target=lambda: taken.append(lock.acquire(blocking=False)))
     thread.start()

@@ -1,4 +1,4 @@
-"""replace_sdpa: what it takes over is right, what it leaves is PyTorch's own to the bit, and it can be taken back."""
+"""replace_sdpa: replaced calls are right, other calls give PyTorch's own bits, and it can be undone."""
 
 import contextlib
 import functools
@@ -86,7 +86,7 @@ def test_decorator():
 
 
 def test_silent():
-    """Nothing is printed and nothing is warned of, whether calls are taken or left."""
+    """Calls print nothing and warn of nothing, whether they are replaced or not."""
     code = (
         "import warnings, torch; warnings.simplefilter('error')\n"
         "from mps_flash_attn import replace_sdpa, sdpa_stats, sdpa_thresholds\n"
@@ -106,7 +106,7 @@ def test_silent():
 
 @pytest.mark.parametrize("key", ["CPU", "AutogradCPU", "MPS", "AutogradMPS"])
 def test_keys(key):
-    """Overridden where there is a backend, or will be; and only then."""
+    """SDPA is overridden for devices that have a backend, or will have one, and for no others."""
     operator = "aten::scaled_dot_product_attention"
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
     with replaced_sdpa():
@@ -115,7 +115,7 @@ def test_keys(key):
 
 
 def test_device_without_a_backend():
-    """Left to PyTorch, and counted: as on MPS until there is a backend for it."""
+    """Calls on a device without a backend are left to PyTorch, and counted."""
     tensors = [t.to("meta") for t in problem()]
     sdpa_stats(reset=True)
     with replaced_sdpa():
@@ -148,7 +148,7 @@ def test_restore_takes_all_back():
 
 
 def test_from_many_threads():
-    """Calls are right whichever operators they meet, while those are exchanged under them."""
+    """Calls are right while another thread replaces and restores the operators."""
     tensors = problem(2, 2, 40, 16)
     layer, x = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 20, 32)
     ended, wrong = threading.Event(), []
@@ -219,7 +219,7 @@ def test_option(options, dtype):
 
 
 def check(tensors, mask=None, **options):
-    """One call, taken over: result, layout and gradients are those of PyTorch's, within the tolerance rule."""
+    """Asserts that a replaced call gives PyTorch's layout, and its result and gradients within the tolerance rule."""
     tensors = [t.detach().requires_grad_() for t in tensors]
     if mask is not None:
         tensors.append(mask.detach().requires_grad_(mask.requires_grad))
@@ -256,7 +256,7 @@ def test_float_mask_of_lower_precision_tensors(dtype):
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_rows_that_see_nothing(kind):
-    """Exactly 0, with gradients of exactly 0, whatever hides the keys."""
+    """Rows without visible keys give exactly 0, with gradients of exactly 0, whatever masks the keys."""
     tensors = [t.requires_grad_() for t in problem()]
     mask = torch.rand(2, 1, 33, 38) < 0.5
     mask[:, :, 3:9] = False
@@ -403,7 +403,7 @@ def imported_math(*tensors):
 
 
 def unaligned(tensor):
-    """As it may lie in a file that is mapped into memory."""
+    """A tensor at an unaligned address, as in a file that is mapped into memory."""
     memory = torch.frombuffer(bytearray(tensor.nbytes + 1), dtype=tensor.dtype, offset=1)
     return memory.view(tensor.shape).copy_(tensor)
 
@@ -413,7 +413,7 @@ ON_CPU = pytest.mark.cpu("the storage of a tensor of mps is aligned")
 
 @pytest.mark.parametrize("case", [pytest.param(n, marks=ON_CPU) if n == "unaligned" else n for n in LEFT])
 def test_left_to_pytorch(case):
-    """To the bit, and counted under its reason."""
+    """Calls left to PyTorch give its bits, and are counted under their reason."""
     function, reason = LEFT[case]
     tensors = problem()
     torch.manual_seed(1)
@@ -430,7 +430,7 @@ def test_left_to_pytorch(case):
 @pytest.mark.parametrize("backends", [[SDPBackend.FLASH_ATTENTION], [SDPBackend.EFFICIENT_ATTENTION]], ids=str)
 @pytest.mark.filterwarnings("ignore")  # PyTorch says why it has no backend
 def test_no_viable_backend(backends):
-    """What PyTorch would have no backend for stays an error, though we could run it."""
+    """A call that no PyTorch backend supports stays an error, though libmfa could run it."""
     query, key, value = problem(value_dim=10)
     for replacement in (contextlib.nullcontext, replaced_sdpa):
         with replacement(), sdpa_kernel(backends), pytest.raises(RuntimeError, match="No viable backend|No available"):
@@ -466,7 +466,7 @@ def outcome(function, *arguments):
 
 @pytest.mark.parametrize("same", [False, True])
 def test_gradients_fall_back(monkeypatch, same):
-    """Where only the forward pass can run here: the gradients are PyTorch's own, and counted."""
+    """If only the forward pass can run on libmfa, the gradients are PyTorch's own, and are counted."""
     query, key, value = problem()
     mask = torch.randn(33, 38)
     leaves = [t.requires_grad_() for t in ((query,) * 3 if same else (query, key, value, mask))]
@@ -488,7 +488,7 @@ def test_gradients_fall_back(monkeypatch, same):
 @FLOAT64
 @pytest.mark.parametrize("masked", ["no", "bool", "float"])
 def test_gradient_penalty(masked):
-    """A loss of the gradient's norm, as it is trained: where PyTorch can, so can we."""
+    """Training with a gradient penalty works wherever it does in PyTorch."""
     tensors = [t.double().requires_grad_() for t in problem(1, 2, 5, 4, value_dim=3)]
     mask = {"no": None, "bool": torch.rand(5, 10) < 0.7, "float": torch.randn(5, 10).double()}[masked]
 
@@ -504,7 +504,7 @@ def test_gradient_penalty(masked):
 
 
 def test_second_derivative_under_hooks():
-    """Of saved tensors, which PyTorch's torch.func does not know."""
+    """Hooks for saved tensors, which PyTorch's torch.func does not support."""
     tensors = [t.requires_grad_() for t in problem(1, 2, 5, 4, value_dim=3)]
 
     def second():

@@ -62,7 +62,7 @@ def test_compiled_small_calls_stay_pytorchs(monkeypatch):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported(strict):
-    """The program keeps PyTorch's operator, and so runs anywhere; here and now on our kernels."""
+    """The exported program keeps PyTorch's operator, and so runs anywhere; here it runs on our kernels."""
 
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
@@ -115,7 +115,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"])
 
 @pytest.mark.cpu("its processes have no stand-in")
 def test_compiled_code_on_disk_is_kept_apart(tmp_path):
-    """Processes that know nothing of this package are not given code that calls it, nor we code that does not."""
+    """The cache of compiled code separates processes with SDPA replaced from those without."""
     path = os.pathsep.join([str(Path(module.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     hits = []
     for who in ("thread", "theirs", "ours"):

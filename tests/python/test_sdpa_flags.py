@@ -19,7 +19,7 @@ CUDA = torch.backends.cuda
 
 @contextlib.contextmanager
 def allowed(*kernels):
-    """Only these; by flags, as enable_flash_sdp() sets them."""
+    """Allows only these kernels, by flags such as enable_flash_sdp()."""
     before = [getattr(CUDA, f"{name}_sdp_enabled")() for name in KERNELS]
     try:
         for name in KERNELS:
@@ -35,7 +35,7 @@ EACH_SETTING = pytest.mark.parametrize("kernels", SETTINGS, ids=lambda kernels: 
 
 
 def reason(kernels):
-    """Why a call is left to PyTorch, as the documentation has it; None if we take it."""
+    """The documented reason why a call is left to PyTorch; None if it is replaced."""
     return None if "flash" in kernels or "mem_efficient" in kernels else "flash attention is disabled"
 
 
@@ -55,8 +55,8 @@ def outcome(function, *arguments):
 @pytest.mark.parametrize("value_dim", [24, 10])
 @EACH_SETTING
 def test_setting(kernels, value_dim, again):
-    """Results are laid out as PyTorch's; what it refuses, though we could run it, is refused; what stays its own, stays
-    so to the bit."""
+    """Results have PyTorch's layout; a call that its kernels reject raises its error; a call left to PyTorch gives its
+    bits."""
     tensors = transposed(value_dim)
     with allowed(*kernels):
         theirs = outcome(F.scaled_dot_product_attention, *tensors)
@@ -81,7 +81,7 @@ def test_setting(kernels, value_dim, again):
 
 @EACH_SETTING
 def test_setting_under_a_mode_and_a_transform(kernels):
-    """The same rule, with PyTorch's errors, and with its layout."""
+    """The rule holds under a mode and a transform, with PyTorch's errors and layout."""
     tensors = transposed()
     stacked = [torch.stack([t, -t]) for t in tensors]
     with allowed(*kernels), torch.no_grad():
@@ -102,7 +102,7 @@ def test_setting_under_a_mode_and_a_transform(kernels):
 
 @EACH_SETTING
 def test_setting_in_compiled_code(kernels):
-    """That of the time of compiling."""
+    """Compiled code keeps the setting of the time of compiling."""
     torch._dynamo.reset()
     tensors = [t.detach() for t in transposed()]
     with allowed(*kernels):
@@ -120,7 +120,8 @@ def test_setting_in_compiled_code(kernels):
 
 @pytest.mark.parametrize("kernels", [("mem_efficient", "math"), ("flash", "math"), ("math",)], ids=" ".join)
 def test_second_derivative(kernels):
-    """Where PyTorch's kernel has one under that setting, which need not be in force any more."""
+    """A second derivative exists where PyTorch's kernel of that setting has one, even if the setting has changed
+    since."""
     tensors = transposed()
 
     def penalty():
@@ -170,7 +171,7 @@ def test_what_programs_set(program):
 @pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="nn.MultiheadAttention keeps its own way")
 @EACH_SETTING
 def test_native_multi_head_attention(kernels):
-    """PyTorch's operator of nn.MultiheadAttention asks for no setting, and has no errors."""
+    """PyTorch's operator of nn.MultiheadAttention ignores the settings, and raises no errors."""
     layer, x = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval(), torch.randn(2, 9, 32)
 
     def attend():

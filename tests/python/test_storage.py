@@ -1,4 +1,4 @@
-"""What lies behind a tensor: a storage too small for it, none at all, or one that is shared until it is written."""
+"""The storage of a tensor: too small for it, freed, or shared copy-on-write."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_tensor_without_elements_needs_no_storage():
 @either
 @pytest.mark.parametrize("freed", ["query", "key", "value", "out", "d_out"])
 def test_freed_before_backward(attention, freed):
-    """As a sharded model frees what it has gathered; gathered again, it is good again."""
+    """A freed storage raises, as in a sharded model that has freed its parameters; it works again once restored."""
     tensors, d_out = operands(requires_grad=True), torch.randn(SHAPE)
     with replaced_sdpa():
         out = attention(*tensors)
@@ -115,7 +115,8 @@ def test_freed_log_sum_exp():
 @either
 @pytest.mark.parametrize("which", range(3))
 def test_zero_tensor(attention, which):
-    """It is zeros, for PyTorch's fused kernel too, which reads memory that it does not have."""
+    """A zero tensor, which has no memory, counts as zeros, even where PyTorch's fused kernel would read invalid
+    memory."""
     tensors = operands()
     tensors[which] = torch.zeros(SHAPE)
     with sdpa_kernel(SDPBackend.MATH):
@@ -151,7 +152,7 @@ def test_zero_mask_and_gradient(attention):
 @either
 @pytest.mark.parametrize("masked", [False, True])
 def test_copy_on_write(attention, masked):
-    """What is only read stays shared, forward and backward."""
+    """Copy-on-write tensors that are only read stay shared, forward and backward."""
     tensors, d_out, mask = operands(), torch.randn(SHAPE), torch.zeros(9, 9) if masked else None
     shared = [torch._lazy_clone(t).requires_grad_() for t in tensors]
     d_shared, mask_shared = torch._lazy_clone(d_out), torch._lazy_clone(mask) if masked else None

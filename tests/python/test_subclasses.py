@@ -1,4 +1,4 @@
-"""Tensor subclasses: those read as memory, those that are asked, and masks that are read by their meaning."""
+"""Tensor subclasses: those read as memory, those whose __torch_function__ is called, and masks that are translated."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def all_results(tensors, mask, **options):
     ids=str,
 )
 def test_causal_bias(make, lengths, options, monkeypatch):
-    """As the bool mask that it stands for, which is not made."""
+    """A causal bias gives the result of its bool mask, which is not materialised."""
     tensors = operands(*lengths, requires_grad=True)
     bias = make(*lengths)
     expected = all_results(tensors, bias._materialize(), **options)
@@ -80,7 +80,7 @@ def test_causal_bias_has_the_kernel_of_a_band():
 
 
 def test_causal_bias_again_and_again():
-    """Calls that differ in the bias alone."""
+    """Repeated calls that differ only in the bias are right."""
     tensors = operands()
     plain = flash_attention(*tensors, enable_gqa=True)
     for make in (causal_upper_left, causal_lower_right) * 3:
@@ -165,7 +165,7 @@ class Trained(torch.nn.Parameter):
 
 
 class Unwrapping(torch.Tensor):
-    """As torchvision's: results are plain."""
+    """A subclass whose results are plain tensors, as torchvision's."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -89,7 +89,7 @@ def of_tokens(tensor):
 
 
 def furthest(found, wanted):
-    """How far apart tensors are where nothing is padded, NaN being equal to NaN, relative to their largest number."""
+    """The largest difference of tensors outside of padding, relative to their largest number; NaN equals NaN."""
     kept = text()[1].bool()
     for one, other in zip(found, wanted):
         one, other = (one[kept], other[kept]) if of_tokens(other) else (one, other)
@@ -100,15 +100,15 @@ def furthest(found, wanted):
 
 
 def differ(found, wanted, least=()):
-    """By more than rounding: than TOLERANCE, or `least` where a model multiplies its rounding."""
+    """Whether they differ by more than rounding: than TOLERANCE, or `least` for models that amplify rounding."""
     least = least or [0] * len(wanted)
     distances = zip(furthest(found, wanted), least)
     return len(found) != len(wanted) or any(apart > max(TOLERANCE, rounding) for apart, rounding in distances)
 
 
 def roundings(model, arguments, wanted):
-    """What may differ by rounding alone: eight times what eager attention in float32 differs from that in float64. A
-    model that multiplies its rounding spreads it as widely."""
+    """The difference that rounding may cause: eight times that of eager attention in float32 and in float64, which is
+    large for models that amplify rounding."""
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
     arguments = {name: one.double() if one.is_floating_point() else one for name, one in arguments.items()}
@@ -184,7 +184,7 @@ def try_refused(model_class, config, sweep):
 
 
 def on_ours(model, attention, arguments, wanted, sweep):
-    """Whether libmfa was called; None if it was not tried. What is wrong is noted."""
+    """Whether libmfa was called; None if it was not tried. Errors are recorded."""
     name = type(model).__name__
     try:
         if attention:
@@ -258,13 +258,13 @@ def prompt():
 
 
 def refused(name):
-    """The sentence names this class."""
+    """Asserts that an error names this class."""
     return pytest.raises(ValueError, match=rf'^attn_implementation is "mfa", but {name} ')
 
 
 @pytest.mark.parametrize("name", [*ITSELF, *TABLE, *COMPARISON])
 def test_refused_when_made(name, transformers):
-    """And what the sentence recommends can be made."""
+    """The model is rejected when it is made, and the implementation that the error recommends can be made."""
     model_class = getattr(transformers, name)
     config = small(model_class.config_class())
     with refused(name) as caught:
@@ -302,7 +302,7 @@ def test_transformers_that_is_too_old(transformers, monkeypatch):
 
 
 def test_switched(transformers):
-    """transformers leaves alone what it sees is not to be switched; the rest is refused."""
+    """transformers skips models that cannot be switched; others raise."""
     bloom = made(transformers.BloomForCausalLM, small(transformers.BloomConfig()), "eager")
     bloom.set_attn_implementation("mfa")
     assert bloom.config._attn_implementation == "eager"
@@ -312,7 +312,7 @@ def test_switched(transformers):
 
 
 def test_changed_by_assignment(transformers):
-    """Then the model has not been checked, and is when it asks for a mask."""
+    """A model whose attention was set by assignment is checked when it requests a mask."""
     bloom = made(transformers.BloomForCausalLM, small(transformers.BloomConfig()), "eager")
     bloom.config._attn_implementation = "mfa"
     with refused("BloomPreTrainedModel"):
@@ -327,7 +327,7 @@ def test_changed_by_assignment(transformers):
 
 
 def test_parts(transformers):
-    """A part is refused by its own name, and may have another attention."""
+    """The error names the part of a model, which may have another attention."""
     parts = small(transformers.ViTConfig()), small(transformers.TrOCRConfig())
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
     model_class = transformers.VisionEncoderDecoderModel
@@ -411,7 +411,7 @@ class HiddenModel(PreTrainedModel):
 
 
 def test_code_in_another_file(tmp_path, monkeypatch):
-    """It is found when it asks for a mask."""
+    """Code in another file is found when the model requests a mask."""
     (tmp_path / "others_helper.py").write_text(HELPER)
     (tmp_path / "others_hidden.py").write_text(HIDDEN)
     monkeypatch.syspath_prepend(tmp_path)
