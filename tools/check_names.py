@@ -22,7 +22,7 @@ FOLDERS = set(
     metalsim/include/metalsim metalsim/lint metalsim/macho metalsim/runtime metalsim/tests python
     python/mps_flash_attn python/mps_flash_attn/sdpa requirements src src/base src/core src/cpu src/cpu/kernels
     src/cpu/kernels/attention src/cpu/kernels/gemm src/cpu/kernels/simd src/metal src/metal/kernels tests tests/amx
-    tests/support tests/macos tests/metal tests/metal_host tests/python tests/reference tests/tools
+    tests/macos tests/metal tests/metal_host tests/python tests/reference tests/support tests/tools
     tools tools/macos tools/macos/sdk tools/macos/sdk/usr tools/macos/sdk/usr/include
     tools/macos/sdk/usr/include/sys""".split()
 )  # closed: what a folder is called is decided here, and none is called util, common, misc, old or new
