@@ -48,13 +48,14 @@ def metadata(wheel, name):
 
 def test_holds_the_package_and_its_library_and_nothing_else(wheel, platform):
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    package = {f"mps_flash_attn/{path.name}" for path in PACKAGE.glob("*.py")}
+    package = {f"mps_flash_attn/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
     assert inside == package | {f"mps_flash_attn/{PLATFORMS[platform]}"}
 
 
 def test_package_is_that_of_the_tree(wheel):
-    for path in PACKAGE.glob("*.py"):
-        assert wheel.read(f"mps_flash_attn/{path.name}") == path.read_bytes(), path.name
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        assert wheel.read(f"mps_flash_attn/{name}") == path.read_bytes(), name
 
 
 def test_record_is_right(wheel):
