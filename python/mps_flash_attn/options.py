@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 
 class Options(NamedTuple):
-    """Passed as a whole through every layer. The fields are read in three places: where a problem is packed
-    (problem.py), in the reference (reference.py), and in the schemas of the operators (operators.py), which list them
-    in this order."""
+    """Passed as a whole through every layer. Its fields are read where a problem is packed (problem.py), in the
+    reference (reference.py), in the schemas of the operators (operators.py), which list them in this order, and where
+    PyTorch's operator gets them (sdpa/gradients.py)."""
 
     lower: int | None = None  # the smallest j - i that takes part; None: no bound
     upper: int | None = None  # the largest

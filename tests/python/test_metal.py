@@ -265,8 +265,8 @@ def test_precompile_into_a_folder(tmp_path):
     assert f"6 of 6 kernels are in {folder}; without metallibs" in done.stdout
     names = {path.name.rpartition("-")[0] for path in folder.iterdir()}
     assert names == {
-        f"{kernel}{features}_apple7"
-        for kernel in ("forward_f16_d64_q32_k32", "decode_f16_d64_q8_k64", "backward_f16_d64_q32_k32")
+        f"{kernel}_f16_d64_{tiles}{features}_apple7"
+        for kernel, tiles in (("forward", "q32_k32"), ("decode", "q8_k64"), ("backward", "q32_k32"))
         for features in ("", "_band_softcap")
     }
 
