@@ -160,6 +160,7 @@ def explain(
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
     problem.check(query, key, value, mask)
+    tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask)
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
         if backward:

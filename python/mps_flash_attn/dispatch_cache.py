@@ -18,7 +18,7 @@ _count_of_modes = torch._C._len_torch_dispatch_stack  # a global name: each attr
 _CONSTANT = (type(None), bool, int, float, str, type)
 
 _entries = {}  # keys of different kinds are never equal; the value None marks a call that came once
-_MAX_ENTRIES = 2048  # each step of a growing sequence adds entries; at the limit all are dropped
+_MAX_ENTRIES = 4096  # a shape has up to four, in training; at the limit all are dropped, as steps of a growing sequence
 MAX_MISSES = 1  # an entry that was missed more often in a row may be replaced
 
 get = _entries.get
@@ -27,7 +27,7 @@ clear = _entries.clear
 
 def put(key, entry):
     """Stores an entry, and returns it."""
-    if len(_entries) >= _MAX_ENTRIES:
+    if len(_entries) >= _MAX_ENTRIES and key not in _entries:
         _entries.clear()
     _entries[key] = entry
     return entry
@@ -67,7 +67,7 @@ def insert(query, key, value, mask, options_key, entry_class, *state):
     if call_key not in _entries:
         put(call_key, None)
         return
-    entry = _entries[call_key]
+    entry = get(call_key)  # another thread may have dropped it since
     if entry is None or entry.misses > MAX_MISSES:
         matches = guard(query, key, value) if mask is None else guard(query, key, value, mask)
         if matches is not None:

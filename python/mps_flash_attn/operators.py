@@ -55,6 +55,8 @@ def _forward(query, key, value, mask, *options):
 
 def _backward(d_out, d_lse, query, key, value, mask, out, lse, *options):
     *options, wanted = options
+    if len(wanted) != 4:
+        raise ValueError(f"wanted is {wanted}; it must be four bools, for query, key, value and mask")
     operands = as_plain(query=query, key=key, value=value, attn_mask=mask, out=out, lse=lse, d_out=d_out, d_lse=d_lse)
     return _empty_for_none(run.backward(Operands(*operands), Options(*options), wanted), operands[0])
 

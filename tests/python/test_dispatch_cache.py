@@ -322,6 +322,31 @@ def test_many_kinds():
     assert len(dispatch_cache._entries) == 2  # the call, and its pass
 
 
+def test_full_cache_keeps_what_it_has():
+    """Replacing an entry, as the second call of a kind does, drops nothing at the limit."""
+    flash_attention(*tensors())
+    count = dispatch_cache._MAX_ENTRIES - len(dispatch_cache._entries)
+    dispatch_cache._entries.update({n: None for n in range(count)})
+    flash_attention(*tensors())
+    assert len(dispatch_cache._entries) == dispatch_cache._MAX_ENTRIES
+
+
+def test_entry_dropped_by_another_thread(monkeypatch):
+    """The cache may be cleared by another thread at any time, here right after insert() has found the key in it."""
+
+    class Cleared(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    entries = Cleared()
+    monkeypatch.setattr(dispatch_cache, "_entries", entries)
+    monkeypatch.setattr(dispatch_cache, "get", entries.get)
+    for _ in range(4):
+        assert is_right(*tensors(requires_grad=True))
+
+
 def test_without_guards(monkeypatch):
     monkeypatch.setattr(dispatch_cache, "_guards_work", False)
     given = tensors(requires_grad=True)

@@ -127,6 +127,12 @@ def test_unwanted_gradients_are_empty():
         assert [tensor.numel() > 0 for tensor in found] == wanted
 
 
+@pytest.mark.parametrize("wanted", [[True] * 3, [False] * 5])
+def test_wrong_number_of_wanted(wanted):
+    with pytest.raises(ValueError, match=r"wanted is \[.*\]; it must be four bools"):
+        backward(*saved(problem()), *NO_BAND, wanted)
+
+
 WRONG = {
     "out shape": (
         6,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mps_flash_attn import dispatch_cache, flash_attention, replaced_sdpa, sdpa_stats
+from mps_flash_attn import dispatch_cache, explain, flash_attention, replaced_sdpa, sdpa_stats
 
 SHAPE = (2, 2, 9, 8)
 OUT_OF_BOUNDS = r"{}: sizes .* requiring a storage size of \d+ are out of bounds for storage of size {}"
@@ -65,6 +65,14 @@ def test_short_mask(attention):
     mask.untyped_storage().resize_(80)
     with replaced_sdpa(), pytest.raises(RuntimeError, match=OUT_OF_BOUNDS.format("attn_mask", 80)):
         attention(*operands(), attn_mask=mask)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_explained_short_mask(backward):
+    mask = torch.randn(9, 9)
+    mask.untyped_storage().resize_(80)
+    with pytest.raises(RuntimeError, match=OUT_OF_BOUNDS.format("attn_mask", 80)):
+        explain(*operands(), attn_mask=mask, backward=backward)
 
 
 def test_storage_that_just_suffices():
