@@ -1,15 +1,14 @@
 /* dS.h by multiply-adds. */
 
-/* P of row `key` of S: in P and, where packs are pairs, in the place of S. */
-static inline void exp_row(real *S, int64_t key, const struct dS_epilogue *e)
+/* P of a row of S and its bias: in P and, where packs are pairs, in the place of S. */
+static inline __attribute__((always_inline)) void exp_row(real *S, const real *bias, const real *L, packed *P)
 {
     for (int v = 0; v < PANEL_VECTORS; v++) {
-        real *at = S + key * PANEL + v * LANES;
-        vec P = probabilities(score_plus(vec_load(at), e->bias ? e->bias + key * PANEL + v * LANES : NULL), 1,
-                              vec_load(e->L + v * LANES));
-        store_a(e->to.P.data + key * e->to.P.stride + v * LANES / K_PACK, P);
+        const int64_t at = v * LANES;
+        vec p = probabilities(score_plus(vec_load(S + at), bias ? bias + at : NULL), 1, vec_load(L + at));
+        store_a(P + at / K_PACK, p);
         if (K_PACK > 1)
-            vec_store(at, P);
+            vec_store(S + at, p);
     }
 }
 
@@ -35,7 +34,7 @@ static inline __attribute__((always_inline)) void dS_tile(struct kv_block V, str
     int64_t t = 0;
     UNROLL_ROWS(TILE_ROWS_3, ACC_ZERO_ROW, PANEL_VECTORS)
     for (int64_t key = 0; key < TILE_ROWS_3; key++) {
-        exp_row(S, key, &e);
+        exp_row(S + key * PANEL, e.bias ? e.bias + key * PANEL : NULL, e.L, e.to.P.data + key * e.to.P.stride);
         const int64_t end = v * (key + 1) / TILE_ROWS_3;
         ACCUMULATE(TILE_UNROLL, TILE_ROWS_3, PANEL_VECTORS, t, end, )
     }
