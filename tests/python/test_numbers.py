@@ -32,10 +32,10 @@ def errors(got, truth):
 @pytest.mark.parametrize("size", [10, 30, 60, 1000])  # |s| of about 300 to 3 million
 @pytest.mark.parametrize("length", [3, 100])
 def test_large_scores(size, length):
-    """At most three times as far from float64 as the farther of PyTorch's fused kernel and its math path.
+    """At most twice as far from float64 as the farther of PyTorch's fused kernel and its math path.
 
-    On AVX-512 both are as far; our kernels add up a score one number of head_dim after another, on each instruction
-    set, which with AVX2 and in plain C is 1.5 and 2 times as far as PyTorch's sums of several parts.
+    On AVX-512 both are as far. Our kernels add up a score one number of head_dim after another, which with AVX2 is 1.6
+    times as far as PyTorch's sums of several parts, and with MFA_ISA=scalar may exceed the bound.
 
     The keys of a head are nearly the same, so the scores of a row are large and differ by about 1: every row shows how
     its scores were rounded.
@@ -51,7 +51,7 @@ def test_large_scores(size, length):
     # dP - D of a row with one key is the difference of two sums of the same numbers, which may be 0 by luck.
     floors = [1e-6, *[1e-6 * size * length**0.5] * 2, 1e-6]
     for name, own, other, floor in zip(("out", "dQ", "dK", "dV"), ours, map(max, fused, math), floors):
-        assert own <= 3 * other + floor, f"{name}: {own:.3g}, PyTorch {other:.3g}"
+        assert own <= 2 * other + floor, f"{name}: {own:.3g}, PyTorch {other:.3g}"
 
 
 SCALES = [
