@@ -395,9 +395,9 @@ static const struct { const char *problem; void (*spoil)(mfa_buffers *buffers); 
     {"forward f16 b1 h2 q8 kv8 d16", lse_off_by_two, "lse begins at"},
     {"backward bf16 b1 h2 q8 kv8 d16", dq_off_by_a_byte, "dq begins at"},
     {"forward f32 b1 h2 q8 kv8 d16", workspace_off, "workspace begins at"},
-    {"forward f32 b1 h2 q8 kv8 d16", unused_dq, "dq is given"},
-    {"forward f32 b1 h2 q8 kv8 d16", some_o_low, "o_low is given and dtype is f32; it exists for f16 and bf16"},
-    {"backward f64 b1 h2 q8 kv8 d16", some_o_low, "o_low is given and dtype is f64"},
+    {"forward f32 b1 h2 q8 kv8 d16", unused_dq, "dq is given; the forward pass has none"},
+    {"forward f32 b1 h2 q8 kv8 d16", some_o_low, "o_low is given; only problems in f16 and bf16 have it"},
+    {"backward f64 b1 h2 q8 kv8 d16", some_o_low, "o_low is given; only problems in f16 and bf16"},
     {"forward f16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
     {"backward bf16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
 };

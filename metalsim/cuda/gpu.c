@@ -74,26 +74,27 @@ static void *find_copy(const void *base)
 
 /* --- Programs ------------------------------------------------------------------------------------- */
 
-/* What each kernel is called with: C the call, B(n) buffer n, T(n) threadgroup memory n, then positions. */
+/* What each kernel is called with: C the call, B(n) buffer n, SCORE those of score.h, T(n) threadgroup memory n, then
+ * positions. */
 static const char *arguments_of(const char *function)
 {
     static const char *const table[][2] = {
-        {"attention_forward", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(15), B(18), T(0), T(1), GROUP, "
+        {"attention_forward", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), T(1), GROUP, "
                               "INDEX, SIMDGROUP, LANE"},
-        {"attention_decode", "C, B(1), B(2), B(3), B(4), B(5), B(6), B(13), B(14), B(15), B(18), T(0), T(1), GROUP, "
+        {"attention_decode", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), T(1), GROUP, "
                              "INDEX, SIMDGROUP, LANE"},
-        {"attention_merge", "C, B(5), B(6), B(13), B(15), GROUP, SIMDGROUP, LANE"},
-        {"backward_preprocess", "C, B(5), B(6), B(7), B(8), B(13), B(16), B(17), GROUP, SIMDGROUP, LANE"},
+        {"attention_merge", "C, B(10), B(11), B(18), B(2), GROUP, SIMDGROUP, LANE"},
+        {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq",
-         "C, B(1), B(2), B(3), B(4), B(7), B(9), B(14), B(16), B(17), B(18), T(0), T(1), GROUP, "
+         "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), T(0), T(1), GROUP, "
          "INDEX, SIMDGROUP, LANE"},
-        {"attention_backward_dkv", "C, B(1), B(2), B(3), B(4), B(7), B(10), B(11), B(14), B(16), B(17), B(18), T(0), "
+        {"attention_backward_dkv", "C, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), T(0), "
                                    "T(1), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_dbias",
-         "C, B(1), B(2), B(3), B(4), B(7), B(12), B(15), B(16), B(17), T(1), GROUP, SIMDGROUP, LANE"},
-        {"attention_dbias_sum", "C, B(12), B(15), GROUP, INDEX"},
-        {"block_mask", "C, B(4), B(14), GROUP, SIMDGROUP, LANE"},
-        {"layout_test", "B(15), T(0), LANE"},
+         "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), T(1), GROUP, SIMDGROUP, LANE"},
+        {"attention_dbias_sum", "C, B(17), B(2), GROUP, INDEX"},
+        {"block_mask", "C, B(9), B(1), GROUP, SIMDGROUP, LANE"},
+        {"layout_test", "B(2), T(0), LANE"},
         {"narrow_test", "B(1), B(2), B(3), POSITION"},
     };
     for (size_t n = 0; n < sizeof table / sizeof *table; n++)
@@ -116,6 +117,7 @@ static const char entry[] =
     "    for (uint n = threadIdx.x; n < all_bytes / 4; n += blockDim.x)\n        ((uint *)memory)[n] = ~0u;\n"
     "    __syncthreads();\n"
     "#define C call\n#define B(n) any_pointer{buffers.at[n]}\n#define T(n) any_pointer{memory + (n) * first_bytes}\n"
+    "#define SCORE B(9), B(1)\n"
     "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
     "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"
     "    %s(%s);\n}\n";

@@ -18,8 +18,9 @@ struct mfa_args {
     mfa_int batch, q_heads, kv_heads, q_heads_per_kv;
     mfa_int q_len, kv_len, head_dim, value_dim;
     mfa_int lower, upper; /* the band, brought within [-q_len, kv_len] */
-    struct mfa_strides q, k, v, o, lse, mask;
-    struct mfa_strides d_o, dlse, dq, dk, dv, dbias;
+#define INPUT(name, ...) struct mfa_strides name;
+#define RESULT(name, ...) struct mfa_strides name;
+#include "core/operands.inc"
     float scale, softcap;
 };
 

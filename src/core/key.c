@@ -8,14 +8,8 @@
 int32_t mfa_key_features(const mfa_problem *p)
 {
     int32_t features = 0;
-    if (p->lower > 1 - p->q_len || p->upper < p->kv_len - 1)
-        features |= MFA_FEATURE_BAND;
-    if (p->mask == MFA_MASK_BOOL)
-        features |= MFA_FEATURE_MASK_BOOL;
-    if (p->mask == MFA_MASK_ADDITIVE)
-        features |= MFA_FEATURE_MASK_ADDITIVE;
-    if (p->softcap > 0)
-        features |= MFA_FEATURE_SOFTCAP;
+#define FEATURE(name, text, needed) features |= (needed) ? MFA_FEATURE_##name : 0;
+#include "core/options.inc"
     return features;
 }
 
@@ -26,15 +20,27 @@ static const char *kernel_word(const struct mfa_key *key)
     return mfa_pass_name(key->pass);
 }
 
+/* The features' parts of a key's text. */
+static void print_features(const struct mfa_key *key, char text[MFA_KEY_TEXT])
+{
+    static const char *const parts[] = {
+#define FEATURE(name, text, needed) text,
+#include "core/options.inc"
+    };
+    size_t length = 0;
+    text[0] = '\0';
+    for (int n = 0; n < (int)(sizeof parts / sizeof *parts); n++)
+        if (key->features & 1 << n)
+            length += (size_t)snprintf(text + length, MFA_KEY_TEXT - length, "%s%s", parts[n],
+                                       1 << n == MFA_FEATURE_MASK_ADDITIVE ? mfa_dtype_name(key->mask_dtype) : "");
+}
+
 void mfa_key_print(const struct mfa_key *key, char text[MFA_KEY_TEXT])
 {
-    char value_dim[16] = "";
+    char value_dim[16] = "", features[MFA_KEY_TEXT];
     if (key->value_dim != key->head_dim)
         snprintf(value_dim, sizeof value_dim, "v%d", key->value_dim);
-    const int additive = key->features & MFA_FEATURE_MASK_ADDITIVE;
-    snprintf(text, MFA_KEY_TEXT, "%s_%s_d%d%s_q%d_k%d%s%s%s%s%s_%.*s", kernel_word(key),
-             mfa_dtype_name(key->dtype), key->head_dim, value_dim, key->block_q, key->block_kv,
-             key->features & MFA_FEATURE_BAND ? "_band" : "", key->features & MFA_FEATURE_MASK_BOOL ? "_mask_bool" : "",
-             additive ? "_mask_" : "", additive ? mfa_dtype_name(key->mask_dtype) : "",
-             key->features & MFA_FEATURE_SOFTCAP ? "_softcap" : "", (int)sizeof key->machine, key->machine);
+    print_features(key, features);
+    snprintf(text, MFA_KEY_TEXT, "%s_%s_d%d%s_q%d_k%d%s_%.*s", kernel_word(key), mfa_dtype_name(key->dtype),
+             key->head_dim, value_dim, key->block_q, key->block_kv, features, (int)sizeof key->machine, key->machine);
 }

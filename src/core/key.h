@@ -11,11 +11,14 @@
 
 #include "mfa.h"
 
-enum mfa_feature { /* in the order in which a key's text names them */
-                   MFA_FEATURE_BAND = 1,
-                   MFA_FEATURE_MASK_BOOL = 2,
-                   MFA_FEATURE_MASK_ADDITIVE = 4,
-                   MFA_FEATURE_SOFTCAP = 8
+enum mfa_feature_bit { /* in the order in which a key's text names them */
+#define FEATURE(name, ...) MFA_FEATURE_BIT_##name,
+#include "core/options.inc"
+};
+
+enum mfa_feature {
+#define FEATURE(name, ...) MFA_FEATURE_##name = 1 << MFA_FEATURE_BIT_##name,
+#include "core/options.inc"
 };
 
 enum mfa_variant {

@@ -3,40 +3,56 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; f32 or f64; the mask's; the problem's dtype if that is f16 or bf16, else there is none. */
-enum element { DATA, ROW_SUM, MASK, ROUNDED_OFF };
+/* The problem's dtype; f32 or f64; the mask's. */
+enum element { DATA, ROW_SUM, MASK };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
-#define SIZE(member) offsetof(mfa_problem, member)
-#define OPERAND(name) #name, offsetof(mfa_problem, name##_layout), offsetof(mfa_buffers, name)
+enum size { /* offsets in mfa_problem of the members that operands.inc names */
+            ONE = 0,
+            q_heads = offsetof(mfa_problem, q_heads),
+            kv_heads = offsetof(mfa_problem, kv_heads),
+            q_len = offsetof(mfa_problem, q_len),
+            kv_len = offsetof(mfa_problem, kv_len),
+            head_dim = offsetof(mfa_problem, head_dim),
+            value_dim = offsetof(mfa_problem, value_dim)
+};
+
+#define RESULT_LIKE(name, of, heads, rows, columns, element, forward, backward, exists, where) \
+    {#name,                                                                                    \
+     offsetof(mfa_problem, of##_layout),                                                       \
+     offsetof(mfa_buffers, name),                                                              \
+     heads,                                                                                    \
+     rows,                                                                                     \
+     columns,                                                                                  \
+     where,                                                                                    \
+     element,                                                                                  \
+     {forward, backward}},
+#define RESULT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
+#define INPUT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
 
 const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT] = {
-    {OPERAND(q), SIZE(q_heads), SIZE(q_len), SIZE(head_dim), DATA, {READ | REQUIRED, READ | REQUIRED}},
-    {OPERAND(k), SIZE(kv_heads), SIZE(kv_len), SIZE(head_dim), DATA, {READ | REQUIRED, READ | REQUIRED}},
-    {OPERAND(v), SIZE(kv_heads), SIZE(kv_len), SIZE(value_dim), DATA, {READ | REQUIRED, READ | REQUIRED}},
-    {OPERAND(mask), SIZE(q_heads), SIZE(q_len), SIZE(kv_len), MASK, {READ | REQUIRED, READ | REQUIRED}},
-    {OPERAND(o), SIZE(q_heads), SIZE(q_len), SIZE(value_dim), DATA, {WRITTEN | REQUIRED, READ | REQUIRED}},
-    {OPERAND(lse), SIZE(q_heads), SIZE(q_len), 0, ROW_SUM, {WRITTEN, READ | REQUIRED}},
-    {OPERAND(d_o), SIZE(q_heads), SIZE(q_len), SIZE(value_dim), DATA, {0, READ | REQUIRED}},
-    {OPERAND(dlse), SIZE(q_heads), SIZE(q_len), 0, ROW_SUM, {0, READ}},
-    {OPERAND(dq), SIZE(q_heads), SIZE(q_len), SIZE(head_dim), DATA, {0, WRITTEN}},
-    {OPERAND(dk), SIZE(kv_heads), SIZE(kv_len), SIZE(head_dim), DATA, {0, WRITTEN}},
-    {OPERAND(dv), SIZE(kv_heads), SIZE(kv_len), SIZE(value_dim), DATA, {0, WRITTEN}},
-    {OPERAND(dbias), SIZE(q_heads), SIZE(q_len), SIZE(kv_len), MASK, {0, WRITTEN | SUMMED}},
-    {"o_low", offsetof(mfa_problem, o_layout), offsetof(mfa_buffers, o_low), SIZE(q_heads), SIZE(q_len),
-     SIZE(value_dim), ROUNDED_OFF, {WRITTEN, READ}},
+#include "core/operands.inc"
 };
+
+/* Whether the problem has operand number n. */
+static int exists(int n, const mfa_problem *p)
+{
+    switch ((enum mfa_operand_number)n) {
+#define RESULT_LIKE(name, of, heads, rows, columns, element, forward, backward, exists, where) \
+    case MFA_OPERAND_##name: return exists;
+#define RESULT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
+#define INPUT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
+#include "core/operands.inc"
+    case MFA_OPERAND_COUNT: break;
+    }
+    return 0;
+}
 
 int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *problem)
 {
     const int role = operand->role[problem->pass];
-    if (operand->element == ROUNDED_OFF)
-        return problem->dtype == MFA_F16 || problem->dtype == MFA_BF16 ? role : 0;
-    if (operand->element != MASK)
-        return role;
-    const int in_use = (role & WRITTEN) ? problem->mask == MFA_MASK_ADDITIVE : problem->mask != MFA_MASK_NONE;
-    return in_use ? role : 0;
+    return role && exists((int)(operand - mfa_operands), problem) ? role : 0;
 }
 
 void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4])
@@ -44,7 +60,7 @@ void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *pro
     const char *base = (const char *)problem;
     shape[0] = problem->batch;
     shape[1] = *(const int64_t *)(base + operand->heads);
-    shape[2] = *(const int64_t *)(base + operand->rows);
+    shape[2] = operand->rows ? *(const int64_t *)(base + operand->rows) : 1;
     shape[3] = operand->columns ? *(const int64_t *)(base + operand->columns) : 1;
 }
 

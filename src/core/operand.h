@@ -1,5 +1,5 @@
-/* The thirteen tensors of a run: which members of the problem give their sizes, which pass reads or writes them. One
- * table, used when a problem is checked and again when buffers are. */
+/* The tensors of a run: which members of the problem give their sizes, which pass reads or writes them. One table, made
+ * from operands.inc, used when a problem is checked and again when buffers are. */
 #ifndef MFA_CORE_OPERAND_H
 #define MFA_CORE_OPERAND_H
 
@@ -19,11 +19,19 @@ struct mfa_operand {
     const char *name;
     size_t layout, buffer; /* offsets in mfa_problem and in mfa_buffers */
     size_t heads, rows, columns; /* offsets in mfa_problem of the sizes; 0: the size is 1 */
+    const char *where;     /* "problems with a mask": which have it; "": all */
     uint8_t element;       /* which type: see operand.c */
-    uint8_t role[2];       /* in the forward and in the backward pass */
+    uint8_t role[2];       /* in the forward and in the backward pass, of problems that have it */
 };
 
-#define MFA_OPERAND_COUNT 13
+enum mfa_operand_number {
+#define INPUT(name, ...) MFA_OPERAND_##name,
+#define RESULT(name, ...) MFA_OPERAND_##name,
+#define RESULT_LIKE(name, ...) MFA_OPERAND_##name,
+#include "core/operands.inc"
+    MFA_OPERAND_COUNT
+};
+
 extern const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT];
 
 /* A set of enum mfa_role. The problem's enums must be valid. */

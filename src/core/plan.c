@@ -98,14 +98,12 @@ static mfa_status check_buffer(const struct mfa_plan *plan, const mfa_buffers *b
         return mfa_fail(MFA_INVALID, "%s is NULL; the %s pass needs it", operand->name,
                         mfa_pass_name(plan->problem.pass));
     }
-    if (!role && buffer == &buffers->o_low)
-        return mfa_fail(MFA_INVALID, "o_low is given and dtype is %s; it exists for f16 and bf16, and must be NULL",
-                        mfa_dtype_name(plan->problem.dtype));
-    if (!role) {
-        static const char *const masks[] = {"no mask", "a bool mask", "an additive mask"};
-        return mfa_fail(MFA_INVALID, "%s is given; a %s problem with %s has none, and it must be NULL", operand->name,
-                        mfa_pass_name(plan->problem.pass), masks[plan->problem.mask]);
-    }
+    if (!operand->role[plan->problem.pass])
+        return mfa_fail(MFA_INVALID, "%s is given; the %s pass has none, and it must be NULL", operand->name,
+                        mfa_pass_name(plan->problem.pass));
+    if (!role)
+        return mfa_fail(MFA_INVALID, "%s is given; only %s have it, and here it must be NULL", operand->name,
+                        operand->where);
     const size_t element = mfa_operand_element(operand, &plan->problem);
     if (address(plan, buffer) % element != 0)
         return mfa_fail(MFA_INVALID, "%s begins at %p + %llu; it must be aligned to its elements of %zu bytes",

@@ -40,19 +40,16 @@ double mfa_problem_scale(int64_t head_dim)
 }
 
 /* Strides that do not fit in an int64_t wrap; the sizes they come from are refused by the check. */
-static mfa_layout dense(int64_t heads, int64_t rows, int64_t columns)
+static mfa_layout dense(const int64_t shape[4])
 {
-    const uint64_t head = (uint64_t)rows * (uint64_t)columns;
-    const uint64_t batch = head * (uint64_t)heads;
-    return (mfa_layout){(int64_t)batch, (int64_t)head, columns, 1};
+    const uint64_t head = (uint64_t)shape[2] * (uint64_t)shape[3];
+    const uint64_t batch = head * (uint64_t)shape[1];
+    return (mfa_layout){(int64_t)batch, (int64_t)head, shape[3], 1};
 }
 
 void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
                       int64_t kv_len, int64_t head_dim, int64_t value_dim)
 {
-    const mfa_layout row_sums = dense(q_heads, q_len, 1), scores = dense(q_heads, q_len, kv_len);
-    const mfa_layout q = dense(q_heads, q_len, head_dim), o = dense(q_heads, q_len, value_dim);
-    const mfa_layout k = dense(kv_heads, kv_len, head_dim), v = dense(kv_heads, kv_len, value_dim);
     *problem = (mfa_problem){
         .size = sizeof *problem,
         .pass = MFA_FORWARD,
@@ -70,27 +67,22 @@ void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int6
         .lower = MFA_BAND_OPEN_LOWER,
         .upper = MFA_BAND_OPEN_UPPER,
         .scale = mfa_problem_scale(head_dim),
-        .q_layout = q,
-        .k_layout = k,
-        .v_layout = v,
-        .o_layout = o,
-        .lse_layout = row_sums,
-        .mask_layout = scores,
-        .d_o_layout = o,
-        .dlse_layout = row_sums,
-        .dq_layout = q,
-        .dk_layout = k,
-        .dv_layout = v,
-        .dbias_layout = scores,
     };
+    for (int n = 0; n < MFA_OPERAND_COUNT; n++) {
+        int64_t shape[4];
+        mfa_operand_shape(&mfa_operands[n], problem, shape);
+        *(mfa_layout *)((char *)problem + mfa_operands[n].layout) = dense(shape);
+    }
 }
 
 static mfa_status check_enums(const mfa_problem *problem)
 {
     if (!mfa_pass_name(problem->pass))
         return mfa_fail(MFA_INVALID, "pass is %d; it must be 0 (forward) or 1 (backward)", problem->pass);
-    if (problem->device < 0 || problem->device > MFA_DEVICE_METAL)
-        return mfa_fail(MFA_INVALID, "device is %d; it must be 0 (CPU) or 1 (Metal)", problem->device);
+#define WORD(word, member, value, values)                   \
+    if (problem->member != 0 && problem->member != (value)) \
+        return mfa_fail(MFA_INVALID, #member " is %d; it must be " values, problem->member);
+#include "core/options.inc"
     if (!mfa_dtype_name(problem->dtype))
         return mfa_fail(MFA_INVALID, "dtype is %d; it must be 0 (f32), 1 (f16), 2 (bf16) or 3 (f64)", problem->dtype);
     if (problem->mask < 0 || problem->mask > MFA_MASK_ADDITIVE)
@@ -272,18 +264,9 @@ struct mfa_args mfa_problem_args(const mfa_problem *p)
         .value_dim = p->value_dim,
         .lower = p->lower,
         .upper = p->upper,
-        .q = strides(&p->q_layout),
-        .k = strides(&p->k_layout),
-        .v = strides(&p->v_layout),
-        .o = strides(&p->o_layout),
-        .lse = strides(&p->lse_layout),
-        .mask = strides(&p->mask_layout),
-        .d_o = strides(&p->d_o_layout),
-        .dlse = strides(&p->dlse_layout),
-        .dq = strides(&p->dq_layout),
-        .dk = strides(&p->dk_layout),
-        .dv = strides(&p->dv_layout),
-        .dbias = strides(&p->dbias_layout),
+#define INPUT(name, ...) .name = strides(&p->name##_layout),
+#define RESULT(name, ...) .name = strides(&p->name##_layout),
+#include "core/operands.inc"
         .scale = (float)p->scale,
         .softcap = (float)p->softcap,
     };

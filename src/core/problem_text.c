@@ -48,33 +48,32 @@ static void put_number(struct writer *writer, const char *word, double number)
     put(writer, " %s%s", word, digits);
 }
 
-static void put_line(struct writer *writer, const mfa_problem *problem)
+static void put_line(struct writer *writer, const mfa_problem *p)
 {
-    put(writer, "%s %s b%" PRId64 " h%" PRId64, mfa_pass_name(problem->pass), mfa_dtype_name(problem->dtype),
-        problem->batch, problem->q_heads);
-    if (problem->kv_heads != problem->q_heads)
-        put(writer, "/%" PRId64, problem->kv_heads);
-    put(writer, " q%" PRId64 " kv%" PRId64 " d%" PRId64, problem->q_len, problem->kv_len, problem->head_dim);
-    if (problem->value_dim != problem->head_dim)
-        put(writer, "v%" PRId64, problem->value_dim);
-    if (problem->upper == 0 && problem->lower == MFA_BAND_OPEN_LOWER) {
+    put(writer, "%s %s b%" PRId64 " h%" PRId64, mfa_pass_name(p->pass), mfa_dtype_name(p->dtype), p->batch, p->q_heads);
+    if (p->kv_heads != p->q_heads)
+        put(writer, "/%" PRId64, p->kv_heads);
+    put(writer, " q%" PRId64 " kv%" PRId64 " d%" PRId64, p->q_len, p->kv_len, p->head_dim);
+    if (p->value_dim != p->head_dim)
+        put(writer, "v%" PRId64, p->value_dim);
+    const int causal = p->upper == 0 && p->lower == MFA_BAND_OPEN_LOWER;
+    if (causal)
         put(writer, " causal");
-    } else {
-        if (problem->lower != MFA_BAND_OPEN_LOWER)
-            put(writer, " lower%" PRId64, problem->lower);
-        if (problem->upper != MFA_BAND_OPEN_UPPER)
-            put(writer, " upper%" PRId64, problem->upper);
-    }
-    if (problem->scale != mfa_problem_scale(problem->head_dim))
-        put_number(writer, "scale", problem->scale);
-    if (problem->softcap != 0)
-        put_number(writer, "softcap", problem->softcap);
-    if (problem->mask == MFA_MASK_BOOL)
+#define INTEGER(word, none)           \
+    if (p->word != (none) && !causal) \
+        put(writer, " " #word "%" PRId64, p->word);
+#define NUMBER(word, none) \
+    if (p->word != (none)) \
+        put_number(writer, #word, p->word);
+#include "core/options.inc"
+    if (p->mask == MFA_MASK_BOOL)
         put(writer, " mask_bool");
-    if (problem->mask == MFA_MASK_ADDITIVE)
-        put(writer, " mask_%s", mfa_dtype_name(problem->mask_dtype));
-    if (problem->device == MFA_DEVICE_METAL)
-        put(writer, " metal");
+    if (p->mask == MFA_MASK_ADDITIVE)
+        put(writer, " mask_%s", mfa_dtype_name(p->mask_dtype));
+#define WORD(word, member, value, values) \
+    if (p->member != 0)                   \
+        put(writer, " " #word);
+#include "core/options.inc"
 }
 
 /* The host program may have set a locale that writes 0,5. */
@@ -105,10 +104,10 @@ static void leave_plain_locale(struct plain_locale locale)
 /* Refuses a problem that no line can describe. */
 static mfa_status check_printable(const mfa_problem *problem)
 {
-    if (isnan(problem->scale))
-        return mfa_fail(MFA_INVALID, "scale is NaN; a line of text has numbers only");
-    if (isnan(problem->softcap))
-        return mfa_fail(MFA_INVALID, "softcap is NaN; a line of text has numbers only");
+#define NUMBER(word, none)    \
+    if (isnan(problem->word)) \
+        return mfa_fail(MFA_INVALID, #word " is NaN; a line of text has numbers only");
+#include "core/options.inc"
     return mfa_problem_check_signs(problem);
 }
 
@@ -224,39 +223,53 @@ static int read_number(const char *text, double *value)
     return end != text && !*end && !isnan(*value);
 }
 
-enum { LOWER = 1, UPPER = 2, SCALE = 4, SOFTCAP = 8, MASK = 16, DEVICE = 32 };
+enum option { /* 0: none */
+#define INTEGER(word, none) OPTION_##word,
+#define NUMBER(word, none) OPTION_##word,
+#define WORD(word, member, value, values) OPTION_##word,
+              OPTION_NONE,
+#include "core/options.inc"
+              OPTION_mask
+};
 
-/* Returns which of the above the word sets, or 0 if it is no option. */
-static int read_option(const char *word, mfa_problem *problem)
+/* Returns which of the above the word sets, if it is one. */
+static enum option read_option(const char *word, mfa_problem *problem)
 {
     const char *rest;
     if (strcmp(word, "causal") == 0) {
         problem->upper = 0;
-        return UPPER;
+        return OPTION_upper;
     }
-    if ((rest = rest_after(word, "lower")))
-        return read_integer(&rest, 1, &problem->lower) && !*rest ? LOWER : 0;
-    if ((rest = rest_after(word, "upper")))
-        return read_integer(&rest, 1, &problem->upper) && !*rest ? UPPER : 0;
-    if ((rest = rest_after(word, "scale")))
-        return read_number(rest, &problem->scale) ? SCALE : 0;
-    if ((rest = rest_after(word, "softcap")))
-        return read_number(rest, &problem->softcap) ? SOFTCAP : 0;
+#define INTEGER(word_of, none)               \
+    if ((rest = rest_after(word, #word_of))) \
+        return read_integer(&rest, 1, &problem->word_of) && !*rest ? OPTION_##word_of : OPTION_NONE;
+#define NUMBER(word_of, none)                \
+    if ((rest = rest_after(word, #word_of))) \
+        return read_number(rest, &problem->word_of) ? OPTION_##word_of : OPTION_NONE;
+#define WORD(word_of, member, value, values) \
+    if (strcmp(word, #word_of) == 0) {       \
+        problem->member = (value);           \
+        return OPTION_##word_of;             \
+    }
+#include "core/options.inc"
     if (strcmp(word, "mask_bool") == 0) {
         problem->mask = MFA_MASK_BOOL;
-        return MASK;
+        return OPTION_mask;
     }
     if ((rest = rest_after(word, "mask_")) && find_name(rest, mfa_dtype_name) >= 0) {
         problem->mask = MFA_MASK_ADDITIVE;
         problem->mask_dtype = find_name(rest, mfa_dtype_name);
-        return MASK;
+        return OPTION_mask;
     }
-    if (strcmp(word, "metal") == 0) {
-        problem->device = MFA_DEVICE_METAL;
-        return DEVICE;
-    }
-    return 0;
+    return OPTION_NONE;
 }
+
+static const char options_expected[] = "causal, "
+#define INTEGER(word, none) #word "<int>, "
+#define NUMBER(word, none) #word "<float>, "
+#define WORD(word, member, value, values) #word ", "
+#include "core/options.inc"
+                                       "mask_bool, mask_f32, mask_f16, mask_bf16 or mask_f64";
 
 static mfa_status read_options(struct reader *reader, mfa_problem *problem)
 {
@@ -264,14 +277,13 @@ static mfa_status read_options(struct reader *reader, mfa_problem *problem)
         const mfa_status status = next_word(reader);
         if (status != MFA_OK || !*reader->word)
             return status;
-        const int option = read_option(reader->word, problem);
+        const enum option option = read_option(reader->word, problem);
         if (!option)
-            return unexpected(reader, "causal, lower<int>, upper<int>, scale<float>, softcap<float>, mask_bool, "
-                                      "mask_f32, mask_f16, mask_bf16, mask_f64 or metal");
-        if (seen & option)
+            return unexpected(reader, options_expected);
+        if (seen & 1 << option)
             return mfa_fail(MFA_INVALID, "\"%s\" in the problem; this option was given before, and may be given once",
                             reader->word);
-        seen |= option;
+        seen |= 1 << option;
     }
 }
 

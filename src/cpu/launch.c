@@ -70,7 +70,7 @@ static int sums_in_place(const struct mfa_cpu_kernels *kernels, const mfa_proble
 }
 
 static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
-                             const struct mfa_cpu_call *call)
+                                        const struct mfa_cpu_call *call)
 {
     struct offsets at = {0};
     uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
@@ -86,9 +86,8 @@ static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, c
     at.dq_sums = at.L + align((uint64_t)(q_blocks * rows) * real);
     at.dq_semaphore = at.dq_sums;
     if (!sums_in_place(kernels, p))
-        at.dq_semaphore +=
-            align((uint64_t)(heads * round_up(p->q_len, kernels->panel) * round_up(p->head_dim, kernels->lanes)) *
-                  real);
+        at.dq_semaphore += align(
+            (uint64_t)(heads * round_up(p->q_len, kernels->panel) * round_up(p->head_dim, kernels->lanes)) * real);
     at.end = at.dq_semaphore + align((uint64_t)q_blocks * sizeof *call->dq_semaphore);
     return at;
 }
@@ -114,11 +113,10 @@ static void *address(const mfa_buffer *buffer)
 
 static void bind(struct mfa_cpu_call *call, const mfa_buffers *b)
 {
-    call->q = address(&b->q), call->k = address(&b->k), call->v = address(&b->v), call->mask = address(&b->mask);
-    call->d_o = address(&b->d_o), call->dlse = address(&b->dlse);
-    call->o = address(&b->o), call->o_low = address(&b->o_low), call->lse = address(&b->lse);
-    call->dq = address(&b->dq), call->dk = address(&b->dk), call->dv = address(&b->dv),
-    call->dbias = address(&b->dbias);
+#define INPUT(name, ...) call->name = address(&b->name);
+#define RESULT(name, ...) call->name = address(&b->name);
+#define RESULT_LIKE(name, ...) call->name = address(&b->name);
+#include "core/operands.inc"
 }
 
 static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,

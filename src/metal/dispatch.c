@@ -189,9 +189,9 @@ static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_ke
     memset(d, 0, sizeof *d);
     d->kernel = kernel, d->groups = groups, d->call = run->call;
     d->threads = mfa_metal_dispatch_threads(kernel, &run->choice->key);
-    for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFER_VISITED; n++)
+    for (int n = MFA_METAL_BUFFER_BLOCK_MASK; n < MFA_METAL_BUFFERS; n++)
         if (mfa_metal_source_buffers(kernel) >> n & 1) {
-            const int in_workspace = n >= MFA_METAL_BUFFER_BLOCK_MASK;
+            const int in_workspace = n < MFA_METAL_BUFFER_OPERAND;
             d->bindings[d->binding_count++] =
                 (struct mfa_metal_binding){n, in_workspace ? -1 : n - MFA_METAL_BUFFER_OPERAND,
                                            in_workspace ? offsets[n - MFA_METAL_BUFFER_BLOCK_MASK] : 0};

@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "core/operand.h"
 #include "metal/dispatch.h"
+#include "metal/source.h"
 
 _Static_assert(sizeof(struct mfa_metal_call) <= MTL_BYTES_MAX, "a call goes by setBytes");
 _Static_assert(MFA_METAL_BUFFERS <= 31, "buffers of Metal are numbered from 0 to 30");

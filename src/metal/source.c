@@ -7,7 +7,6 @@
 
 #include "base/error.h"
 #include "core/problem.h"
-#include "metal/kernels/contract.h"
 
 /* kernels/ and what it includes, as text. The build makes it (tools/embed.cmake); a plain compilation of the sources
  * goes without. */
@@ -21,8 +20,15 @@ static const struct file {
 
 enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD | BACKWARD };
 
-#define ALL(a, b) (((UINT32_C(2) << (b)) - 1) & ~((UINT32_C(1) << (a)) - 1)) /* bits a to b */
+/* Sets of buffers. */
 #define ONE(n) (UINT32_C(1) << (n))
+#define OPERAND(name) ONE(MFA_METAL_BUFFER_OPERAND + MFA_OPERAND_##name)
+#define PART(name) ONE(MFA_METAL_BUFFER_##name)
+#define CALL PART(CALL)
+#define QKV (OPERAND(q) | OPERAND(k) | OPERAND(v))
+#define SCORE (OPERAND(mask) | PART(BLOCK_MASK)) /* SCORE_BUFFERS of score.h */
+#define RESULTS (OPERAND(o) | OPERAND(lse) | OPERAND(o_low))
+#define GRADIENTS (QKV | SCORE | OPERAND(d_o) | PART(D) | PART(L)) /* what every kernel of gradients reads */
 
 static const struct entry {
     const char *function, *file;
@@ -30,20 +36,23 @@ static const struct entry {
     enum { NONE, ANY, ADDITIVE } mask; /* that it needs */
     uint32_t buffers;
 } entries[MFA_METAL_KERNELS] = {
-    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE, ALL(0, 6) | ALL(13, 15)},
-    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE, ALL(0, 6) | ALL(13, 15)},
-    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, ONE(0) | ALL(5, 6) | ONE(13) | ONE(15)},
+    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE,
+                           CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
+    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE,
+                          CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
+    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, CALL | RESULTS | PART(PARTIALS)},
     [MFA_METAL_BACKWARD_PREPROCESS] = {"backward_preprocess", "backward_preprocess", BACKWARD, NONE,
-                                       ONE(0) | ALL(5, 8) | ONE(13) | ALL(16, 17)},
+                                       CALL | RESULTS | OPERAND(d_o) | OPERAND(dlse) | PART(D) | PART(L)},
     [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NONE,
-                               ALL(0, 4) | ONE(7) | ONE(9) | ONE(14) | ALL(16, 17)},
+                               CALL | GRADIENTS | OPERAND(dq)},
     [MFA_METAL_BACKWARD_DKV] = {"attention_backward_dkv", "attention_backward_dkv", BACKWARD, NONE,
-                                ALL(0, 4) | ONE(7) | ALL(10, 11) | ONE(14) | ALL(16, 17)},
+                                CALL | GRADIENTS | OPERAND(dk) | OPERAND(dv)},
     [MFA_METAL_DBIAS] = {"attention_dbias", "attention_dbias", BACKWARD, ADDITIVE,
-                         ALL(0, 4) | ONE(7) | ONE(12) | ALL(15, 17)},
-    [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE, ONE(0) | ONE(12) | ONE(15)},
-    [MFA_METAL_BLOCK_MASK] = {"block_mask", "block_mask", BOTH, ANY, ONE(0) | ONE(4) | ONE(14)},
-    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, ONE(15)},
+                         CALL | GRADIENTS | OPERAND(dbias) | PART(PARTIALS)},
+    [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE,
+                             CALL | OPERAND(dbias) | PART(PARTIALS)},
+    [MFA_METAL_BLOCK_MASK] = {"block_mask", "block_mask", BOTH, ANY, CALL | OPERAND(mask) | PART(BLOCK_MASK)},
+    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, PART(PARTIALS)},
 };
 
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel)
@@ -138,14 +147,12 @@ static void define_types(struct text *text, const struct mfa_key *key, int famil
     append_line(text, "#define DTYPE_%s", dtypes[key->dtype]);
     if (family >= 9) /* M3 and later convert bfloat in one instruction; others' compilers emulate it slowly */
         append_line(text, "#define BF16_NATIVE");
-    if (key->features & MFA_FEATURE_MASK_BOOL)
-        append_line(text, "#define MASK_BOOL");
+#define FEATURE(name, ...)                  \
+    if (key->features & MFA_FEATURE_##name) \
+        append_line(text, "#define " #name);
+#include "core/options.inc"
     if (key->features & MFA_FEATURE_MASK_ADDITIVE)
         append_line(text, "#define MASK_%s", dtypes[key->mask_dtype]);
-    if (key->features & MFA_FEATURE_BAND)
-        append_line(text, "#define BAND");
-    if (key->features & MFA_FEATURE_SOFTCAP)
-        append_line(text, "#define SOFTCAP");
 }
 
 static void define_tile(struct text *text, const struct mfa_key *key, const struct mfa_metal_tile *tile)

@@ -3,8 +3,12 @@
 #define MFA_METAL_SOURCE_H
 
 #include "core/key.h"
+#include "core/operand.h"
+#include "metal/kernels/contract.h"
 #include "metal/tiles.h"
 #include "mfa.h"
+
+#define MFA_METAL_BUFFERS (MFA_METAL_BUFFER_OPERAND + MFA_OPERAND_COUNT)
 
 /* The name of a kernel's function; NULL: there is no such kernel. */
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel);

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "metal/kernels/contract.h"
+#include "metal/source.h"
 
 /* A buffer is all of its memory; a kernel gets the part from the offset on. */
 struct gpu_buffer {

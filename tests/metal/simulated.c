@@ -58,7 +58,7 @@ const char *gpu_run(const struct gpu_launch *launch)
     };
     dispatch.buffers[MFA_METAL_BUFFER_CALL] =
         (struct metalsim_argument){METALSIM_BYTES_BINDING, &launch->call, sizeof launch->call, 0, 0};
-    for (int n = MFA_METAL_BUFFER_OPERAND; n < MFA_METAL_BUFFERS; n++) {
+    for (int n = MFA_METAL_BUFFER_BLOCK_MASK; n < MFA_METAL_BUFFERS; n++) {
         const struct gpu_buffer *b = &launch->buffers[n];
         if (b->base)
             dispatch.buffers[n] =

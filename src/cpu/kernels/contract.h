@@ -27,10 +27,12 @@ struct mfa_cpu_call {
     int32_t decode; /* 1: by the decode kernels */
     int64_t splits; /* forward: parts of a chunk's kv range */
 
-    const void *q, *k, *v, *mask, *d_o, *dlse; /* mask, dlse may be NULL */
-    /* Read by backward: o, o_low, lse. o_low is what rounding took off O, in the layout of o. NULL: not wanted, and
-     * for o_low not there */
-    void *o, *o_low, *lse, *dq, *dk, *dv, *dbias;
+    /* The operands; NULL where there is none. o, o_low and lse are read by backward: o_low is what rounding took off O.
+     * They lie in the layouts of args, o_low in that of o. */
+#define INPUT(name, ...) const void *name;
+#define RESULT(name, ...) void *name;
+#define RESULT_LIKE(name, ...) void *name;
+#include "core/operands.inc"
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
     void *D; /* backward: real [batch][q_heads][blocks of queries * rows of one] */

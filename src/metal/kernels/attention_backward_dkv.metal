@@ -65,7 +65,7 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, long 
     for (long block = q_blocks.begin; block < q_blocks.end; block++) {
         long i = block * BLOCK_Q;
         mask_range range;
-        if (!visit_q_block(range, block, head, k, in.mask, call))
+        if (!visit_q_block(range, block, head, k, in.score, call))
             continue;
         visited++;
         load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, i, sg.thread_index);
@@ -104,14 +104,13 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, long 
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
-                       device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
-                       device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
-                       device storage *dK [[buffer(10)]], device storage *dV [[buffer(11)]],
-                       device const uchar *block_mask [[buffer(14)]], device const float *D [[buffer(16)]],
-                       device const float *L [[buffer(17)]],
+attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+                       device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+                       device const storage *dO [[buffer(12)]], device storage *dK [[buffer(15)]],
+                       device storage *dV [[buffer(16)]], device const float *D [[buffer(3)]],
+                       device const float *L [[buffer(4)]],
 #if defined(COUNT_TILES)
-                       device uint *visited [[buffer(18)]],
+                       device uint *visited [[buffer(5)]],
 #endif
                        threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                        uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
@@ -128,7 +127,7 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
     clear<D_FRAGMENTS>(row.dK);
     clear<E_FRAGMENTS>(row.dV);
     for (long head = k.kv_head * args.q_heads_per_kv; head < (k.kv_head + 1) * args.q_heads_per_kv; head++)
-        count += walk_queries(row, k, head, backward_operands{Q, K, V, dO, {mask, block_mask}, D, L}, call, sg,
+        count += walk_queries(row, k, head, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
                               threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)

@@ -45,7 +45,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
 
     for (long block = q.kv_blocks.begin; block < q.kv_blocks.end; block++) {
         mask_range range;
-        if (!visit_kv_block(range, block, q, in.mask, call))
+        if (!visit_kv_block(range, block, q, in.score, call))
             continue;
         visited++;
         load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, block * BLOCK_KV, sg.thread_index);
@@ -79,13 +79,12 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
-                      device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
-                      device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
-                      device storage *dQ [[buffer(9)]], device const uchar *block_mask [[buffer(14)]],
-                      device const float *D [[buffer(16)]], device const float *L [[buffer(17)]],
+attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+                      device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+                      device const storage *dO [[buffer(12)]], device storage *dQ [[buffer(14)]],
+                      device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
 #if defined(COUNT_TILES)
-                      device uint *visited [[buffer(18)]],
+                      device uint *visited [[buffer(5)]],
 #endif
                       threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                       uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
@@ -95,7 +94,7 @@ attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const 
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     q_block q = q_block_of(call, threadgroup_coord(call, group), sg);
     float2 dQ_row[D_FRAGMENTS];
-    int count = walk_keys(dQ_row, q, backward_operands{Q, K, V, dO, {mask, block_mask}, D, L}, call, sg,
+    int count = walk_keys(dQ_row, q, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
                           threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)

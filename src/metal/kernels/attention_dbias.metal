@@ -98,8 +98,8 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
     bool valid = i < seq.q_len;
     query q = query{c.head, valid ? i : 0, valid};
     mask_range range;
-    mask_range_of_query(range, call, seq, q, c.key);
-    mask_range_add_mask(range, in.mask.mask + mask_offset(seq, args.mask, q.head, q.i, c.key), args.mask.column,
+    mask_range_of_query(range, in.score, call, seq, q, c.key);
+    mask_range_add_mask(range, in.score.mask + mask_offset(seq, args.mask, q.head, q.i, c.key), args.mask.column,
                         MFA_METAL_BLOCK_PARTIAL);
     float2 S[FRAGMENTS], dP[FRAGMENTS], dtanh[FRAGMENTS];
     clear<FRAGMENTS>(S);
@@ -161,12 +161,12 @@ METAL_FUNC void reduce_tile(thread float2 *sum, constant mfa_args &args, threadg
             sum[f] += exchange[((simdgroup + s) % (BLOCK / 8) * FRAGMENTS + f) * 32 + lane];
 }
 
-kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
-                            device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
-                            device const mask_storage *mask [[buffer(4)]], device const storage *dO [[buffer(7)]],
-                            device mask_storage *dbias [[buffer(12)]], device float *partials [[buffer(15)]],
-                            device const float *D [[buffer(16)]], device const float *L [[buffer(17)]],
-                            threadgroup float2 *exchange TG_ARG(1), uint group [[threadgroup_position_in_grid]],
+kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+                            device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+                            device const storage *dO [[buffer(12)]], device mask_storage *dbias [[buffer(17)]],
+                            device float *partials [[buffer(2)]], device const float *D [[buffer(3)]],
+                            device const float *L [[buffer(4)]], threadgroup float2 *exchange TG_ARG(1),
+                            uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
@@ -175,7 +175,7 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
     mfa_metal_grid n = summed_tiles(args);
     long steps = n.batch * n.head * n.row * n.column;
     lane_coord at = lane_coord_of(lane);
-    backward_operands in = backward_operands{Q, K, V, dO, {mask, nullptr}, D, L};
+    backward_operands in = backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L};
     float2 sum[FRAGMENTS];
     clear<FRAGMENTS>(sum);
     for (long step = steps * part / call.splits; step < steps * (part + 1) / call.splits; step++)
@@ -194,9 +194,9 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
     }
 }
 
-kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], device mask_storage *dbias [[buffer(12)]],
-                                device const float *partials [[buffer(15)]],
-                                uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]])
+kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], device mask_storage *dbias [[buffer(17)]],
+                                device const float *partials [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                                uint index [[thread_index_in_threadgroup]])
 {
     long number = call.first_group + group;
     tile_coord own = tile_coord_of(call, number);

@@ -21,13 +21,12 @@ using namespace metal;
 #include "metal/kernels/forward.h"
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(1)]],
-                  device const storage *K [[buffer(2)]], device const storage *V [[buffer(3)]],
-                  device const mask_storage *mask [[buffer(4)]], device storage *O [[buffer(5)]],
-                  device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
-                  device const uchar *block_mask [[buffer(14)]], device float *partials [[buffer(15)]],
+attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+                  device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+                  device storage *O [[buffer(10)]], device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
+                  device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
-                  device uint *visited [[buffer(18)]],
+                  device uint *visited [[buffer(5)]],
 #endif
                   threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                   uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
@@ -37,8 +36,7 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
     mfa_metal_grid coord = threadgroup_coord(call, group);
     q_block q = q_block_of(call, coord, sg);
     accumulator acc;
-    int count =
-        attend(acc, q, forward_operands{Q, K, V, {mask, block_mask}}, call, sg, threadgroup_memory{tile, exchange});
+    int count = attend(acc, q, forward_operands{Q, K, V, SCORE_OPERANDS}, call, sg, threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)
         visited[call.first_group + group] = uint(count);

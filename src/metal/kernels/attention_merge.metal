@@ -14,9 +14,9 @@ using namespace metal;
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/softmax.h"
 
-kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device storage *O [[buffer(5)]],
-                            device uint *L [[buffer(6)]], device storage *O_low [[buffer(13)]],
-                            device const float *partials [[buffer(15)]], uint group [[threadgroup_position_in_grid]],
+kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device storage *O [[buffer(10)]],
+                            device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
+                            device const float *partials [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;

@@ -2,6 +2,6 @@
 
 struct backward_operands {
     device const storage *Q, *K, *V, *dO;
-    mask_operands mask;
+    score_operands score;
     device const float *D, *L; /* [batch][q_heads][q_len] */
 };

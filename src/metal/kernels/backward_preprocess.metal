@@ -13,10 +13,10 @@ using namespace metal;
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/softmax.h"
 
-kernel void backward_preprocess(constant mfa_metal_call &call [[buffer(0)]], device const storage *O [[buffer(5)]],
-                                device const uint *L [[buffer(6)]], device const storage *dO [[buffer(7)]],
-                                device const float *dL [[buffer(8)]], device const storage *O_low [[buffer(13)]],
-                                device float *D [[buffer(16)]], device float *L_finite [[buffer(17)]],
+kernel void backward_preprocess(constant mfa_metal_call &call [[buffer(0)]], device const storage *O [[buffer(10)]],
+                                device const uint *L [[buffer(11)]], device const storage *dO [[buffer(12)]],
+                                device const float *dL [[buffer(13)]], device const storage *O_low [[buffer(18)]],
+                                device float *D [[buffer(3)]], device float *L_finite [[buffer(4)]],
                                 uint group [[threadgroup_position_in_grid]],
                                 uint simdgroup [[simdgroup_index_in_threadgroup]],
                                 uint lane [[thread_index_in_simdgroup]])

@@ -12,8 +12,8 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/sequence.h"
 
-kernel void block_mask(constant mfa_metal_call &call [[buffer(0)]], device const mask_storage *mask [[buffer(4)]],
-                       device uchar *states [[buffer(14)]], uint group [[threadgroup_position_in_grid]],
+kernel void block_mask(constant mfa_metal_call &call [[buffer(0)]], device const mask_storage *mask [[buffer(9)]],
+                       device uchar *states [[buffer(1)]], uint group [[threadgroup_position_in_grid]],
                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_strides &strides = call.args.mask;

@@ -98,10 +98,10 @@ METAL_FUNC long block_mask_index(constant mfa_metal_call &call, long batch, long
 
 /* Sets the lane's range for this block of keys. false: the block is EMPTY, and is skipped by the whole threadgroup. */
 METAL_FUNC bool visit_kv_block(thread mask_range &range, long block, thread const q_block &q,
-                               thread const mask_operands &in, constant mfa_metal_call &call)
+                               thread const score_operands &in, constant mfa_metal_call &call)
 {
     long key = block * BLOCK_KV;
-    mask_range_of_query(range, call, q.seq, q.own, key);
+    mask_range_of_query(range, in, call, q.seq, q.own, key);
 #if defined(MASKED)
     constant mfa_strides &s = call.args.mask;
     uchar state = in.block_mask[block_mask_index(call, q.seq.batch, q.kv_head, q.first / BLOCK_Q, block)];
@@ -114,10 +114,10 @@ METAL_FUNC bool visit_kv_block(thread mask_range &range, long block, thread cons
 
 /* The same for this block of queries of a head. */
 METAL_FUNC bool visit_q_block(thread mask_range &range, long block, long head, thread const kv_block &k,
-                              thread const mask_operands &in, constant mfa_metal_call &call)
+                              thread const score_operands &in, constant mfa_metal_call &call)
 {
     long i = block * BLOCK_Q;
-    mask_range_of_key(range, call, k.seq, k.own, i);
+    mask_range_of_key(range, in, call, k.seq, k.own, head, i);
 #if defined(MASKED)
     constant mfa_strides &s = call.args.mask;
     uchar state = in.block_mask[block_mask_index(call, k.seq.batch, head, block, k.first / BLOCK_KV)];

@@ -1,32 +1,31 @@
 /* The arguments of every kernel of the Metal backend, and the order in which buffers are bound. C, MSL and CUDA compile
  * this text alike.
  *
- * Buffer 0 is the call. Buffer 1 + n is the operand n of mfa_operands (core/operand.h):
- *     1 Q, 2 K, 3 V, 4 mask, 5 O, 6 L, 7 dO, 8 dL, 9 dQ, 10 dK, 11 dV, 12 dbias, 13 O_low
- * and from 14 on parts of the workspace, and the counter of the tests:
- *     14 block mask, 15 partial results, 16 row sums D, 17 L for the backward pass, 18 visited blocks */
+ * Buffer 0 is the call, 1 to 4 are parts of the workspace, and 5 is the counter of the tests:
+ *     1 block mask, 2 partial results, 3 row sums D, 4 L for the backward pass, 5 visited blocks
+ * Buffer 6 + n is the operand n of mfa_operands (core/operands.inc):
+ *     6 Q, 7 K, 8 V, 9 mask, 10 O, 11 L, 12 dO, 13 dL, 14 dQ, 15 dK, 16 dV, 17 dbias, 18 O_low */
 #ifndef MFA_METAL_KERNELS_CONTRACT_H
 #define MFA_METAL_KERNELS_CONTRACT_H
 
 #include "core/args.h"
 
 #define MFA_METAL_BUFFER_CALL 0
-#define MFA_METAL_BUFFER_OPERAND 1
-#define MFA_METAL_BUFFER_Q 1
-#define MFA_METAL_BUFFER_K 2
-#define MFA_METAL_BUFFER_V 3
-#define MFA_METAL_BUFFER_LSE 6
-#define MFA_METAL_BUFFER_DO 7
-#define MFA_METAL_BUFFER_DLSE 8
-#define MFA_METAL_BUFFER_DK 10
-#define MFA_METAL_BUFFER_DV 11
-#define MFA_METAL_BUFFER_O_LOW 13
-#define MFA_METAL_BUFFER_BLOCK_MASK 14
-#define MFA_METAL_BUFFER_PARTIALS 15
-#define MFA_METAL_BUFFER_D 16
-#define MFA_METAL_BUFFER_L 17
-#define MFA_METAL_BUFFER_VISITED 18
-#define MFA_METAL_BUFFERS 19
+#define MFA_METAL_BUFFER_BLOCK_MASK 1 /* the first of the workspace */
+#define MFA_METAL_BUFFER_PARTIALS 2
+#define MFA_METAL_BUFFER_D 3
+#define MFA_METAL_BUFFER_L 4
+#define MFA_METAL_BUFFER_VISITED 5
+#define MFA_METAL_BUFFER_OPERAND 6 /* the first of them */
+#define MFA_METAL_BUFFER_Q 6
+#define MFA_METAL_BUFFER_K 7
+#define MFA_METAL_BUFFER_V 8
+#define MFA_METAL_BUFFER_LSE 11
+#define MFA_METAL_BUFFER_DO 12
+#define MFA_METAL_BUFFER_DLSE 13
+#define MFA_METAL_BUFFER_DK 15
+#define MFA_METAL_BUFFER_DV 16
+#define MFA_METAL_BUFFER_O_LOW 18
 
 /* The block mask: what the mask leaves of each block of block_q rows x block_kv keys, one byte a block. */
 #define MFA_METAL_BLOCK_EMPTY 0 /* the mask excludes every score: the block is not visited */

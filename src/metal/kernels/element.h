@@ -138,9 +138,7 @@ METAL_FUNC mask_storage mask_narrow(float x)
 typedef uchar mask_storage; /* of an argument that is not read */
 #endif
 
-#if defined(MASK_MINUS_INFINITY)
-#define MASK_ADDITIVE
-
+#if defined(MASK_ADDITIVE)
 METAL_FUNC bool masks_out(mask_storage bits)
 {
     return bits == MASK_MINUS_INFINITY;

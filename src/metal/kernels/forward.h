@@ -16,7 +16,7 @@
 
 struct forward_operands {
     device const storage *Q, *K, *V;
-    mask_operands mask;
+    score_operands score;
 };
 
 struct forward_results {
@@ -45,7 +45,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
 
     for (long block = q.kv_blocks.begin; block < q.kv_blocks.end; block++) {
         mask_range range;
-        if (!visit_kv_block(range, block, q, in.mask, call))
+        if (!visit_kv_block(range, block, q, in.score, call))
             continue;
         visited++;
         load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, block * BLOCK_KV, sg.thread_index);

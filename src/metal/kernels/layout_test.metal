@@ -7,7 +7,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 
-kernel void layout_test(device uint *wrong [[buffer(15)]], threadgroup float *numbers TG_ARG(0),
+kernel void layout_test(device uint *wrong [[buffer(2)]], threadgroup float *numbers TG_ARG(0),
                         uint lane [[thread_index_in_simdgroup]])
 {
     lane_coord at = lane_coord_of(lane);

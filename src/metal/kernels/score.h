@@ -15,8 +15,16 @@
 #define SCORE_MIN (-0.9e38f)
 #define BIAS_MIN (-4.2535296e37f) /* -2^125 */
 
-/* The mask of one batch entry and head, and what is known of its blocks. */
-struct mask_operands {
+/* What scores are made of beside Q and K, as arguments of a kernel and as one struct: the mask, and what is known of
+ * its blocks. Only MASKED kernels read them. */
+#define SCORE_BUFFERS device const mask_storage *mask [[buffer(9)]], device const uchar *block_mask [[buffer(1)]]
+#define SCORE_OPERANDS   \
+    score_operands       \
+    {                    \
+        mask, block_mask \
+    }
+
+struct score_operands {
     device const mask_storage *mask;
     device const uchar *block_mask;
 };
@@ -38,8 +46,9 @@ METAL_FUNC void mask_range_clip(thread mask_range &r, long low, long high, long 
 }
 
 /* The band of a query among the keys from `key` on. */
-METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
-                                    thread const query &q, long key)
+METAL_FUNC void mask_range_of_query(thread mask_range &r, thread const score_operands &in,
+                                    constant mfa_metal_call &call, thread const sequence &seq, thread const query &q,
+                                    long key)
 {
     long low = 0, high = q.valid ? seq.kv_len - 1 : -1;
 #if defined(BAND)
@@ -49,9 +58,9 @@ METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_cal
     mask_range_clip(r, low, high, key, BLOCK_KV);
 }
 
-/* The band of a key among the queries from `i` on. */
-METAL_FUNC void mask_range_of_key(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
-                                  long key, long i)
+/* The band of a key among the queries of a head from `i` on. */
+METAL_FUNC void mask_range_of_key(thread mask_range &r, thread const score_operands &in, constant mfa_metal_call &call,
+                                  thread const sequence &seq, long key, long head, long i)
 {
     long low = 0, high = key < seq.kv_len ? seq.q_len - 1 : -1;
 #if defined(BAND)
