@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from measure import machine, versions
 from mps_flash_attn import flash_attention, replaced_sdpa, sdpa_thresholds
 from mps_flash_attn.library import BASES, BUFFERS, library
+from mps_flash_attn.options import Options
+from mps_flash_attn.problem import Inputs
 from problems import DTYPES
 from rich.console import Console
 from rich.table import Table
@@ -105,7 +107,7 @@ def layers(query, key, value):
         REPLACED: (sdpa, replaced),
         "SDPA replaced, too small, handed on": (sdpa, lambda: replaced(float("inf"))),
         "its operator": (
-            lambda: torch.ops.mfa.attention_forward(query, key, value, None, None, None, None, 0.0),
+            lambda: torch.ops.mfa.attention_forward(*Inputs(query, key, value), *Options()),
             plain,
         ),
         "forward and backward: flash_attention": (lambda: train(flash_attention), plain),

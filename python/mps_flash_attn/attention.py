@@ -86,15 +86,16 @@ def flash_attention(
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
+    inputs = query, key, value, mask, *problem.NO_MORE
     if by_operator:
-        out, lse = attention_forward(query, key, value, mask, *options)
+        out, lse = attention_forward(*inputs, *options)
         return (out, lse) if return_lse else out
     call = Call(EAGER, options, bool(return_lse))
     if not is_cast and bias is None:
         dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, call)
-    if is_differentiated(query, key, value, mask):
-        return Attention.apply(query, key, value, mask, call)
-    out, lse = forward(query, key, value, mask, options, return_lse)
+    if is_differentiated(*inputs):
+        return Attention.apply(*inputs, call)
+    out, lse = forward(inputs, options, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -159,16 +160,17 @@ def explain(
     query, key, value, mask = operands
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
-    problem.check(query, key, value, mask)
+    inputs = problem.Inputs(query, key, value, mask)
+    problem.check(inputs)
     tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask)
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
         if backward:
             wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool)
-            gradients = map(tensors.gradient, operands, wanted)
-            of_backward = problem.Operands(*operands, out, rows, out, None)
+            gradients = map(tensors.gradient, inputs, wanted)
+            of_backward = problem.Operands(inputs, out, rows, out, None)
             return Explanation.of(problem.pack_backward(of_backward, options, gradients))
-        return Explanation.of(problem.pack_forward(*operands, options, out))
+        return Explanation.of(problem.pack_forward(inputs, options, out))
     except Unsupported as error:
         return Explanation(reason=str(error))
 
@@ -183,7 +185,7 @@ def _check_readable(query, key, value, mask):
 def _check_heads(query, key, value, mask, enable_gqa):
     """Raises if the number of heads differs without enable_gqa."""
     if not query.dim() == key.dim() == 4:
-        problem.check(query, key, value, mask)  # raises
+        problem.check(problem.Inputs(query, key, value, mask))  # raises
     q_heads, kv_heads = query.shape[1], key.shape[1]
     if q_heads != kv_heads and not enable_gqa:
         raise ValueError(f"query has {q_heads} heads and key has {kv_heads}; enable_gqa=True allows that")

@@ -17,7 +17,12 @@ from .dispatch_cache import CacheEntry
 from .library import Unsupported
 from .operators import attention_backward, attention_forward, registration, run_backward_operator
 from .options import Options
+from .problem import DIFFERENTIABLE, NO_MORE, Inputs
 from .transforms import below, beneath_autograd, count_of_modes, needs_operator
+
+_INPUTS = len(Inputs._fields)
+_NO_GRADIENTS = (*NO_MORE, None)  # of the other inputs, and of the call
+
 
 # --- The function --------------------------------------------------------------------------------
 
@@ -25,8 +30,8 @@ from .transforms import below, beneath_autograd, count_of_modes, needs_operator
 class Route(NamedTuple):
     """How a Call reaches libmfa."""
 
-    forward: Callable  # (query, key, value, mask, options) -> (out, lse) or (out, lse, out_low)
-    backward: Callable  # (Operands, options, wanted) -> gradients of query, key, value and mask, None where not wanted
+    forward: Callable  # (Inputs, options) -> (out, lse) or (out, lse, out_low)
+    backward: Callable  # (Operands, options, wanted) -> gradients of DIFFERENTIABLE inputs, None where not wanted
 
 
 class Call(NamedTuple):
@@ -36,8 +41,8 @@ class Call(NamedTuple):
     options: Options
     with_lse: bool
 
-    def forward(self, query, key, value, mask):
-        return self.route.forward(query, key, value, mask, self.options)
+    def forward(self, inputs):
+        return self.route.forward(inputs, self.options)
 
     def backward(self, operands, wanted):
         return self.route.backward(operands, self.options, wanted)
@@ -48,21 +53,22 @@ class Attention(torch.autograd.Function):
     Call or a CachedCall."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, call):
-        out, lse, *low = call.forward(query, key, value, mask)
-        ctx.save_for_backward(query, key, value, mask, out, lse, *low)
+    def forward(ctx, *inputs_and_call):
+        *inputs, call = inputs_and_call
+        out, lse, *low = call.forward(inputs)
+        ctx.save_for_backward(*inputs, out, lse, *low)
         ctx.set_materialize_grads(False)
         ctx.call = call
         return (out, lse) if call.with_lse else out
 
     @staticmethod
     def backward(ctx, d_out, d_lse=None):
-        query, key, value, mask, out, lse, *low = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        inputs, (out, lse, *low) = saved[:_INPUTS], saved[_INPUTS:]
         if d_out is None:
             d_out = tensors.incoming(None, out)
-        operands = query, key, value, mask, out, lse, d_out, d_lse, low[0] if low else None  # as in Operands
-        dq, dk, dv, dbias = ctx.call.backward(operands, ctx.needs_input_grad[:4])
-        return dq, dk, dv, dbias, None
+        operands = inputs, out, lse, d_out, d_lse, low[0] if low else None  # as in Operands
+        return (*ctx.call.backward(operands, ctx.needs_input_grad[:DIFFERENTIABLE]), *_NO_GRADIENTS)
 
     @staticmethod
     def jvp(ctx, *_):
@@ -74,19 +80,20 @@ class _Gradients(torch.autograd.Function):
     take the gradients for constants, and a second derivative would be silently wrong."""
 
     @staticmethod
-    def forward(ctx, operator, second, d_out, d_lse, query, key, value, mask, out, lse, *options):
-        ctx.save_for_backward(d_out, query, key, value, mask)
+    def forward(ctx, operator, second, d_out, *others):
+        ctx.save_for_backward(d_out, *others[1 : 1 + _INPUTS])
         ctx.set_materialize_grads(False)
-        ctx.second, ctx.options = second, options
-        return operator(d_out, d_lse, query, key, value, mask, out, lse, *options)
+        ctx.second, ctx.options = second, others[1 + _INPUTS + 2 :]  # after d_lse, the inputs, out and lse
+        return operator(d_out, *others)
 
     @staticmethod
     def backward(ctx, *incoming):
-        d_out, *operands = [None] * 5
+        found = [None] * (1 + DIFFERENTIABLE)  # of d_out and the inputs
         if any(gradient is not None for gradient in incoming):
             *options, wanted = ctx.options
-            d_out, *operands = ctx.second(incoming, ctx.saved_tensors, Options(*options), wanted)
-        return None, None, d_out, None, *operands, None, None, *(None for _ in ctx.options)
+            found = ctx.second(incoming, ctx.saved_tensors, Options(*options), wanted)
+        d_out, *inputs = found
+        return None, None, d_out, None, *inputs, *NO_MORE, None, None, *(None for _ in ctx.options)
 
     @staticmethod
     def jvp(ctx, *_):
@@ -120,7 +127,7 @@ def is_differentiated(*operands):
 
 
 def _eager_backward(operands, options, wanted):
-    _, _, _, _, _, _, d_out, d_lse, _ = operands
+    _, _, _, d_out, d_lse, _ = operands
     incoming = (d_out,) if d_lse is None else (d_out, d_lse)
     # The operator is needed under a tracer, for a second derivative, for a tangent and for a batch of gradients.
     is_recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
@@ -150,8 +157,8 @@ _NO_CHANGE = contextlib.nullcontext()
 @contextlib.contextmanager
 def differentiated_by(backward=run_backward_operator, second=_refuse_second):
     """In the block attention_forward is differentiated by `backward`, as in a Route, and the gradients that
-    attention_backward returns by `second`: (incoming, (d_out, query, key, value, mask), options, wanted) -> gradients
-    of those five. `incoming` are the gradients of dQ, dK, dV and dbias, None where there is none."""
+    attention_backward returns by `second`: (incoming, (d_out, *inputs), options, wanted) -> gradients of d_out and of
+    the DIFFERENTIABLE inputs. `incoming` are the gradients of dQ, dK, dV and dbias, None where there is none."""
     outer = _rules.backward, _rules.second
     _rules.backward, _rules.second = backward, second
     try:
@@ -168,29 +175,30 @@ def _last_level():
     return differentiated_by()
 
 
-def _visible_forward(operator, query, key, value, mask, options):
+def _visible_forward(operator, inputs, options):
     """Route.forward through the dispatcher, by an operator that below() returned while gradients were still on. Under
     modes it returns zeros for out_low, to save as many tensors as EAGER does: a checkpoint may have run forward by one
     of the two routes and recompute it by the other."""
-    out, lse = operator(query, key, value, mask, *options)
+    out, lse = operator(*inputs, *options)
     if tensors.has_low(out) and tensors.is_plain(out) and not torch.compiler.is_compiling():
         return out, lse, torch.zeros_like(out)
     return out, lse
 
 
-def _forward_with_autograd(query, key, value, mask, *options):
+def _forward_with_autograd(*arguments):
     backward = _rules.backward
     with _last_level():
-        if is_differentiated(query, key, value, mask):
+        inputs, options = arguments[:_INPUTS], arguments[_INPUTS:]
+        if is_differentiated(*inputs):
             route = Route(partial(_visible_forward, below(attention_forward)), backward)
-            return transforms.apply(Attention, query, key, value, mask, Call(route, Options(*options), True))
-        return beneath_autograd(attention_forward, query, key, value, mask, *options)
+            return transforms.apply(Attention, *inputs, Call(route, Options(*options), True))
+        return beneath_autograd(attention_forward, *arguments)
 
 
 def _backward_with_autograd(*arguments):
     second = _rules.second
     with _last_level():
-        if is_differentiated(*arguments[:8]):  # d_out, d_lse, query, key, value, mask, out, lse
+        if is_differentiated(*arguments[: 2 + _INPUTS + 2]):  # d_out, d_lse, the inputs, out, lse
             return transforms.apply(_Gradients, below(attention_backward), second, *arguments)
         return beneath_autograd(attention_backward, *arguments)
 
@@ -211,22 +219,22 @@ class CachedCall(CacheEntry):
         super().__init__(matches)
         self.call, self.with_lse = call, call.with_lse
         self.is_differentiated = is_differentiated(query, key, value, mask)
-        self.prepared = run.prepare_forward(query, key, value, mask, call.options, allocate)
+        self.prepared = run.prepare_forward((query, key, value, mask, *NO_MORE), call.options, allocate)
         self.cached_backward = None  # (guard of its tensors, run.Backward)
         self.backward_misses = 0
 
     def attend(self, query, key, value, mask):
         """out, or (out, lse)."""
         if self.is_differentiated:
-            return _apply(query, key, value, mask, self)
-        out, lse = run.run_forward(self.prepared, query, key, value, mask, self.with_lse)
+            return _apply(query, key, value, mask, *NO_MORE, self)
+        out, lse = run.run_forward(self.prepared, (query, key, value, mask, *NO_MORE), self.with_lse)
         return (out, lse) if self.with_lse else out
 
-    def forward(self, query, key, value, mask):
-        return run.run_forward(self.prepared, query, key, value, mask, True, True)
+    def forward(self, inputs):
+        return run.run_forward(self.prepared, inputs, True, True)
 
     def backward(self, operands, wanted):
-        query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
+        (query, key, value, mask, *_), out, lse, d_out, d_lse, out_low = operands
         is_plain = d_lse is None and mask is None and forward_ad._current_level < 0
         if is_plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
             present = (query, key, value, out, lse, d_out)
@@ -245,7 +253,7 @@ class CachedCall(CacheEntry):
         return self.call.backward(operands, wanted)
 
     def _cache_backward(self, present, operands, wanted):
-        _, _, _, _, out, _, _, _, out_low = operands
+        _, out, _, _, _, out_low = operands
         if out_low is not None and out_low.stride() != out.stride():
             return
         matches = None if needs_operator(*present) else dispatch_cache.guard(*present)

@@ -21,6 +21,7 @@ from .attention import Explanation
 from .autograd import EAGER, Attention, Call
 from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, scalars, unavailable_reason
 from .options import Options
+from .problem import Inputs
 
 SEED = 1
 SILENCE = 600  # seconds after which a process that writes nothing counts as hanging
@@ -87,7 +88,7 @@ def examine(line, device):
 
 
 def _operands(sizes):
-    """(query, key, value, mask) in the memory order of models: (batch, length, heads, head_dim)."""
+    """The Inputs of a problem in the memory order of models: (batch, length, heads, head_dim)."""
     generator = torch.Generator().manual_seed(SEED)
     dtypes = {code: dtype for dtype, code in tensors.DTYPES.items()}
 
@@ -107,7 +108,7 @@ def _operands(sizes):
         mask = tensor(sizes.batch, 1, sizes.q_len, sizes.kv_len) < 0.5
     elif sizes.mask == MASK_ADDITIVE:
         mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
-    return query, key, value, mask
+    return Inputs(query, key, value, mask)
 
 
 def write_rows(device, lines):

@@ -1,8 +1,8 @@
 """torch.ops.mfa.attention_forward and attention_backward, the operators that the dispatcher, torch.compile and
 torch.export know: their schemas, kernels, fake rules (shapes and strides without memory) and FLOP formulas.
 
-    attention_forward(query, key, value, mask, lower, upper, scale, softcap) -> (out, lse)
-    attention_backward(d_out, d_lse, query, key, value, mask, out, lse, lower, upper, scale, softcap, wanted)
+    attention_forward(*Inputs, *Options) -> (out, lse)
+    attention_backward(d_out, d_lse, *Inputs, out, lse, *Options, wanted)
         -> (dQ, dK, dV, dbias), of size 0 where not wanted
 
 The backward operator accepts any `out` and `lse`, so that results merged from several devices work. Its rule for
@@ -14,14 +14,14 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 from . import run, tensors
 from .options import Options
-from .problem import Operands, check, check_saved
+from .problem import DIFFERENTIABLE, Inputs, Operands, check, check_saved
 from .subclasses import as_plain
 
-_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? mask"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask"  # those of problem.Inputs
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
 _SCHEMAS = (
-    f"attention_forward({_OPERANDS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    f"attention_backward(Tensor d_out, Tensor? d_lse, {_OPERANDS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
+    f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"attention_backward(Tensor d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)",
 )
 # With this tag compiled code gives the kernels the strides that the fake rule saw. A PyTorch without it keeps the order
@@ -39,8 +39,8 @@ attention_backward = torch.ops.mfa.attention_backward.default
 
 def run_backward_operator(operands, options, wanted):
     """attention_backward of problem.Operands, whose out_low it does not take: gradients, None where not wanted."""
-    query, key, value, mask, out, lse, d_out, d_lse, _ = operands
-    gradients = attention_backward(d_out, d_lse, query, key, value, mask, out, lse, *options, list(wanted))
+    inputs, out, lse, d_out, d_lse, _ = operands
+    gradients = attention_backward(d_out, d_lse, *inputs, out, lse, *options, list(wanted))
     return tuple(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted))
 
 
@@ -49,16 +49,27 @@ def _empty_for_none(gradients, query):
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _forward(query, key, value, mask, *options):
-    return run.forward(*as_plain(query=query, key=key, value=value, attn_mask=mask), Options(*options))
+_COUNT = len(Inputs._fields)
 
 
-def _backward(d_out, d_lse, query, key, value, mask, out, lse, *options):
-    *options, wanted = options
-    if len(wanted) != 4:
+def _split_backward(arguments):
+    """(Operands, Options, wanted) of the arguments of attention_backward."""
+    d_out, d_lse, *others = arguments
+    inputs, (out, lse, *options, wanted) = others[:_COUNT], others[_COUNT:]
+    return Operands(inputs, out, lse, d_out, d_lse), Options(*options), wanted
+
+
+def _forward(*arguments):
+    return run.forward(as_plain(Inputs._fields, arguments[:_COUNT]), Options(*arguments[_COUNT:]))
+
+
+def _backward(*arguments):
+    (inputs, *others), options, wanted = _split_backward(arguments)
+    if len(wanted) != DIFFERENTIABLE:
         raise ValueError(f"wanted is {wanted}; it must be four bools, for query, key, value and mask")
-    operands = as_plain(query=query, key=key, value=value, attn_mask=mask, out=out, lse=lse, d_out=d_out, d_lse=d_lse)
-    return _empty_for_none(run.backward(Operands(*operands), Options(*options), wanted), operands[0])
+    inputs = as_plain(Inputs._fields, inputs)
+    operands = Operands(inputs, *as_plain(Operands._fields[1:], others))
+    return _empty_for_none(run.backward(operands, options, wanted), inputs[0])
 
 
 for _device in (name.upper() for name in tensors.DEVICES):
@@ -67,16 +78,18 @@ for _device in (name.upper() for name in tensors.DEVICES):
 
 
 @torch.library.register_fake("mfa::attention_forward", lib=registration)
-def _(query, key, value, mask, *_):
-    check(query, key, value, mask)
+def _(*arguments):
+    query, _, value, *_ = inputs = arguments[:_COUNT]
+    check(inputs)
     return tensors.like(query, value.shape[3]), tensors.empty_rows(query)
 
 
 @torch.library.register_fake("mfa::attention_backward", lib=registration)
-def _(d_out, d_lse, query, key, value, mask, out, lse, *options):
-    check(query, key, value, mask)
-    check_saved(Operands(query, key, value, mask, out, lse, d_out, d_lse))
-    return _empty_for_none(map(tensors.gradient, (query, key, value, mask), options[-1]), query)
+def _(*arguments):
+    operands, _, wanted = _split_backward(arguments)
+    check(operands.inputs)
+    check_saved(operands)
+    return _empty_for_none(map(tensors.gradient, operands.inputs, wanted), operands.inputs[0])
 
 
 @register_flop_formula(torch.ops.mfa.attention_forward)

@@ -25,16 +25,28 @@ _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
 
 
-class Operands(NamedTuple):
-    """The tensors that a backward pass reads, everywhere in this order, which is that of mfa_buffers in include/mfa.h;
-    None where there is none. Those of a forward pass are the first four. Functions that take Operands accept a plain
-    tuple in this order, too, which is faster to make. Only the schema of the public operator attention_backward has
-    another order (operators.py)."""
+class Inputs(NamedTuple):
+    """The tensors that a forward pass reads, everywhere in this order; None where there is none. The first
+    DIFFERENTIABLE may require gradients, and autocast casts them. Layers pass them on as a whole, so that a new one is
+    named where it is given (attention.py), described to PyTorch (operators.py), packed (here) and bound (run.py). All
+    but the mask have four dimensions or as many as a vmap can add one to: their first is the batch."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    mask: torch.Tensor | None
+    attn_mask: torch.Tensor | None = None
+
+
+DIFFERENTIABLE = 4
+NO_MORE = (None,) * (len(Inputs._fields) - DIFFERENTIABLE)  # (query, key, value, mask, *NO_MORE): faster than Inputs()
+
+
+class Operands(NamedTuple):
+    """What a backward pass reads; None where there is none. Functions that take Inputs or Operands accept plain tuples
+    in their order, too, which are faster to make. The schema of the public operator attention_backward has another
+    order (operators.py)."""
+
+    inputs: Inputs
     out: torch.Tensor
     lse: torch.Tensor
     d_out: torch.Tensor
@@ -42,8 +54,9 @@ class Operands(NamedTuple):
     out_low: torch.Tensor | None = None
 
 
-def check(query, key, value, mask):
-    """Raises for tensors that do not belong together, and for devices and dtypes that are not supported."""
+def check(inputs):
+    """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
+    query, key, value, mask = inputs
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -66,7 +79,7 @@ def check(query, key, value, mask):
 def check_saved(operands):
     """Raises for results that the forward pass of these operands cannot have given, and for gradients that do not fit
     those."""
-    query, _, value, _, out, lse, d_out, d_lse, out_low = operands
+    (query, _, value, *_), out, lse, d_out, d_lse, out_low = operands
     rows = query.shape[:3]
     for name, tensor, shape, dtype in (
         ("out", out, (*rows, value.shape[3]), query.dtype),
@@ -90,13 +103,14 @@ def expand_mask(mask, query, key):
     return mask if mask is None else mask.expand(*query.shape[:3], key.shape[2])
 
 
-def pack_forward(query, key, value, mask, options, out):
+def pack_forward(inputs, options, out):
     """The mfa_problem of a forward pass, as bytes."""
+    query, key, value, mask = inputs
     layout = tensors.layout
     return PROBLEM.pack(
         PROBLEM.size,
         FORWARD,
-        *_scalars(query, key, value, mask, options),
+        *_scalars(inputs, options),
         *layout(query),
         *layout(key),
         *layout(value),
@@ -109,13 +123,14 @@ def pack_forward(query, key, value, mask, options, out):
 
 def pack_backward(operands, options, gradients):
     """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV and dbias, None where not wanted."""
-    query, key, value, mask, out, lse, d_out, d_lse, _ = operands
+    inputs, out, lse, d_out, d_lse, _ = operands
+    query, key, value, mask = inputs
     dq, dk, dv, dbias = gradients
     layout, rows = tensors.layout, tensors.rows_layout
     return PROBLEM.pack(
         PROBLEM.size,
         BACKWARD,
-        *_scalars(query, key, value, mask, options),
+        *_scalars(inputs, options),
         *layout(query),
         *layout(key),
         *layout(value),
@@ -131,7 +146,8 @@ def pack_backward(operands, options, gradients):
     )
 
 
-def _scalars(query, key, value, mask, options):
+def _scalars(inputs, options):
+    query, key, value, mask = inputs
     batch, q_heads, q_len, head_dim = query.shape
     lower, upper, scale, softcap = options
     mask_kind, mask_dtype = MASK_NONE, 0

@@ -105,7 +105,7 @@ class Comparison(NamedTuple):
 
 def compare_results(function, tensors, **options):
     """A Comparison of each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
-    query, _, value, _ = tensors
+    query, _, value, *_ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
 

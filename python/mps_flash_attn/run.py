@@ -24,7 +24,7 @@ class Forward(NamedTuple):
 
     problem: bytes
     device: int
-    extents: tuple  # tensors.extent of query, key, value and mask
+    extents: tuple  # tensors.extent of the Inputs
     itemsize: int
     out: tuple  # shape, strides and dtype
     rows: tuple  # those of log-sum-exp
@@ -36,26 +36,25 @@ class Backward(NamedTuple):
 
     problem: bytes
     device: int
-    extents: tuple  # tensors.extent of the Operands, without out_low
+    extents: tuple  # tensors.extent of the Inputs, out, lse, d_out and d_lse
     itemsize: int
     wanted: tuple  # which of dQ, dK, dV, dbias
     gradients: tuple  # shape, strides and dtype of each; None where it is not wanted
 
 
-def forward(query, key, value, mask, options, with_lse=True, allocate=tensors.like):
+def forward(inputs, options, with_lse=True, allocate=tensors.like):
     """(out, lse), or (out, None). `allocate(query, columns)` makes the memory of out."""
-    prepared = prepare_forward(query, key, value, mask, options, allocate)
-    return run_forward(prepared, query, key, value, mask, with_lse)
+    return run_forward(prepare_forward(inputs, options, allocate), inputs, with_lse)
 
 
-def forward_for_backward(query, key, value, mask, options, allocate=tensors.like):
+def forward_for_backward(inputs, options, allocate=tensors.like):
     """(out, lse), or in f16 and bf16 (out, lse, out_low), where out_low is what out lost by rounding."""
-    prepared = prepare_forward(query, key, value, mask, options, allocate)
-    return run_forward(prepared, query, key, value, mask, True, True)
+    return run_forward(prepare_forward(inputs, options, allocate), inputs, True, True)
 
 
-def prepare_forward(query, key, value, mask, options, allocate=tensors.like):
-    """The Forward of these operands. Raises as problem.check() does."""
+def prepare_forward(inputs, options, allocate=tensors.like):
+    """The Forward of these Inputs. Raises as problem.check() does."""
+    query, key, value, mask = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -66,12 +65,12 @@ def prepare_forward(query, key, value, mask, options, allocate=tensors.like):
     cached = _cached(key_of_pass)
     if cached is not None:
         return cached
-    check(query, key, value, mask)
+    check(inputs)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
-    problem = pack_forward(query, key, value, mask, options, out)
-    extents = tuple(map(tensors.extent, (query, key, value, mask)))
+    problem = pack_forward(inputs, options, out)
+    extents = tuple(map(tensors.extent, inputs))
     layouts = tensors.empty_layout(out), tensors.empty_layout(rows), None
     if tensors.has_low(query):
         layouts = *layouts[:2], layouts[0]
@@ -79,8 +78,9 @@ def prepare_forward(query, key, value, mask, options, allocate=tensors.like):
     return dispatch_cache.put(key_of_pass, prepared)
 
 
-def run_forward(prepared, query, key, value, mask, with_lse, with_low=False):
+def run_forward(prepared, inputs, with_lse, with_low=False):
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
+    query, key, value, mask = inputs
     problem, device, (q_extent, k_extent, v_extent, mask_extent), size, out_layout, rows_layout, low_layout = prepared
     if (  # written out for speed
         _storage(query).nbytes() - _offset(query) * size < q_extent
@@ -112,26 +112,27 @@ def run_forward(prepared, query, key, value, mask, with_lse, with_low=False):
         lse = tensors.empty(query, rows_layout) if with_lse else None
         if with_low:
             out_low = tensors.empty(query, low_layout)
-        _launch_on_metal(problem, (query, key, value, mask, out, lse, *_NO_TENSORS, out_low))
+        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low))
     return (out, lse) if out_low is None else (out, lse, out_low)
 
 
 def backward(operands, options, wanted):
     """(dQ, dK, dV, dbias), each None if not `wanted`. `operands`: problem.Operands, where d_out may be None
     for zeros."""
-    query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
+    inputs, out, lse, d_out, d_lse, out_low = operands
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
-    operands = query, key, value, mask, out, lse, d_out, d_lse, out_low
+    operands = inputs, out, lse, d_out, d_lse, out_low
     if out_low is not None:
         check_saved(operands)
         if out_low.stride() != out.stride():  # hooks for saved tensors may have moved either
-            operands = *operands[:8], out.new_empty_strided(out.shape, out.stride()).copy_(out_low)
+            operands = *operands[:5], out.new_empty_strided(out.shape, out.stride()).copy_(out_low)
     return run_backward(prepare_backward(operands, options, wanted), operands)
 
 
 def prepare_backward(operands, options, wanted):
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
-    query, key, value, mask, out, lse, d_out, d_lse, _ = operands
+    inputs, out, lse, d_out, d_lse, _ = operands
+    query, key, value, mask = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -146,13 +147,13 @@ def prepare_backward(operands, options, wanted):
     cached = _cached(key_of_pass)
     if cached is not None:
         return cached
-    check(query, key, value, mask)
+    check(inputs)
     check_saved(operands)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)
-    gradients = tuple(map(tensors.gradient, (query, key, value, mask), wanted))
+    gradients = tuple(map(tensors.gradient, inputs, wanted))
     problem = pack_backward(operands, options, gradients)
-    extents = tuple(map(tensors.extent, operands[:8]))
+    extents = tuple(map(tensors.extent, (*inputs, out, lse, d_out, d_lse)))
     layouts = tuple(map(tensors.empty_layout, gradients))
     prepared = Backward(problem, tensors.device(query), extents, query.itemsize, tuple(wanted), layouts)
     return dispatch_cache.put(key_of_pass, prepared)
@@ -161,7 +162,8 @@ def prepare_backward(operands, options, wanted):
 def run_backward(prepared, operands):
     """(dQ, dK, dV, dbias), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
-    query, key, value, mask, out, lse, d_out, d_lse, out_low = operands
+    inputs, out, lse, d_out, d_lse, out_low = operands
+    query, key, value, mask = inputs
     q_extent, k_extent, v_extent, mask_extent, out_extent, lse_extent, d_out_extent, d_lse_extent = extents
     if (
         _storage(query).nbytes() - _offset(query) * size < q_extent
@@ -197,7 +199,7 @@ def run_backward(prepared, operands):
         library().attention(problem, buffers)
     else:
         gradients = [tensors.empty(query, layout) for layout in layouts]
-        _launch_on_metal(problem, (*operands[:8], *gradients, out_low))
+        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, out_low))
     return tuple(gradients)
 
 

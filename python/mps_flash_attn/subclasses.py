@@ -19,10 +19,10 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DEFAULT_RULE = torch.Tensor.__torch_function__.__func__
 
 
-def as_plain(**operands):
+def as_plain(names, operands):
     """The tensors as a list, converted to plain tensors where possible. Raises for one whose values are not in its
-    memory. The keywords are the names for errors; attn_mask has a rule of its own; None stays None."""
-    return [one if one is None or type(one) in PLAIN else _as_plain(name, one) for name, one in operands.items()]
+    memory. The names are for errors, except that attn_mask has a rule of its own; None stays None."""
+    return [one if one is None or type(one) in PLAIN else _as_plain(name, one) for name, one in zip(names, operands)]
 
 
 def _as_plain(name, tensor):

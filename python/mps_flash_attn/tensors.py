@@ -47,7 +47,7 @@ def check(name, tensor):
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{name} has the layout {layout}; it must be strided")
-    return as_plain(**{name: tensor})[0]
+    return as_plain((name,), (tensor,))[0]
 
 
 def device(tensor):

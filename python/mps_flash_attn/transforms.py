@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from . import tensors
 from .operators import attention_backward, attention_forward, registration
+from .problem import DIFFERENTIABLE, Inputs
 
 try:  # not public in PyTorch
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_functorch_wrapped_tensor
@@ -23,6 +24,8 @@ except ImportError:
 VMAP_KEY = "FuncTorchVmapMode"  # the first dispatch key that an operator meets in a vmap
 _VMAP_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
 _VMAP_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+
+_INPUTS = len(Inputs._fields)
 
 count_of_modes = torch._C._len_torch_dispatch_stack
 are_active = torch._C._are_functorch_transforms_active
@@ -108,10 +111,10 @@ class Vmap:
 def _register_autocast(key):
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast_and_run(query, key, value, mask, *options):
-        operands = tensors.autocast(query, key, value, mask)
+    def cast_and_run(*arguments):
+        cast = tensors.autocast(*arguments[:DIFFERENTIABLE])
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return attention_forward(*operands, *options)
+            return attention_forward(*cast, *arguments[DIFFERENTIABLE:])
 
     registration.impl("attention_forward", cast_and_run, key)
 
@@ -141,22 +144,30 @@ def merge_mask_into_batch(mask, dimension, size, batch):
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 
-def _vmap_forward(info, dimensions, query, key, value, mask, *options):
-    size = info.batch_size
+def _merge_inputs(inputs, dimensions, size):
+    """(the Inputs with their mapped dimensions merged, the batch of one sample)."""
+    query, key, value, mask, *others = inputs
     query, key, value = (merge_into_batch(t, d, size) for t, d in zip((query, key, value), dimensions))
     batch = query.shape[0] // size
     mask = merge_mask_into_batch(mask, dimensions[3], size, batch)
-    results = attention_forward(query, key, value, mask, *options)
+    others = (merge_into_batch(t, d, size) for t, d in zip(others, dimensions[4:]))
+    return (query, key, value, mask, *others), batch
+
+
+def _vmap_forward(info, dimensions, *arguments):
+    size = info.batch_size
+    inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions, size)
+    results = attention_forward(*inputs, *arguments[_INPUTS:])
     return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
 
 
-def _vmap_backward(info, dimensions, d_out, d_lse, query, key, value, mask, out, lse, *options):
-    size, wanted = info.batch_size, options[-1]
-    mask_shape = _shape_of_sample(mask, dimensions[5])
-    operands = [merge_into_batch(t, d, size) for t, d in zip((d_out, d_lse, query, key, value), dimensions)]
-    batch = operands[0].shape[0] // size
-    operands.append(merge_mask_into_batch(mask, dimensions[5], size, batch))
-    operands += [merge_into_batch(t, d, size) for t, d in zip((out, lse), dimensions[6:])]
+def _vmap_backward(info, dimensions, d_out, d_lse, *arguments):
+    size, (out, lse, *options) = info.batch_size, arguments[_INPUTS:]
+    wanted, mask_shape = options[-1], _shape_of_sample(arguments[3], dimensions[2 + 3])
+    inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions[2:], size)
+    d_out, d_lse = (merge_into_batch(t, d, size) for t, d in zip((d_out, d_lse), dimensions))
+    out, lse = (merge_into_batch(t, d, size) for t, d in zip((out, lse), dimensions[2 + _INPUTS :]))
+    operands = d_out, d_lse, *inputs, out, lse
     *gradients, dbias = (
         gradient.unflatten(0, (size, batch)) if is_wanted else gradient
         for gradient, is_wanted in zip(attention_backward(*operands, *options), wanted)

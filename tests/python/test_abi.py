@@ -13,7 +13,7 @@ import torch
 
 from mps_flash_attn import explain, flash_attention
 from mps_flash_attn import library as abi
-from mps_flash_attn.problem import Operands
+from mps_flash_attn.problem import Inputs, Operands
 
 pytestmark = pytest.mark.cpu("the interface is the same for all backends")
 ROOT = Path(__file__).parents[2]
@@ -120,9 +120,11 @@ def _python(code, **environment):
 
 
 def test_operands_have_the_order_of_the_header():
-    names = {"query": "q", "key": "k", "value": "v", "out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
-    operands = [names.get(name, name) for name in Operands._fields]
-    assert operands == [name for name, _ in abi.BUFFERS_FIELDS if name in operands]
+    names = {"query": "q", "key": "k", "value": "v", "attn_mask": "mask"}
+    names |= {"out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
+    for fields in (Inputs._fields, Operands._fields[1:]):
+        operands = [names.get(name, name) for name in fields]
+        assert operands == [name for name, _ in abi.BUFFERS_FIELDS if name in operands]
 
 
 def test_importing_loads_no_library():

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mps_flash_attn import comfyui_attention, flash_attention, replaced_sdpa, run, sdpa_thresholds, transforms
 from mps_flash_attn.frameworks import transformers_attention
+from mps_flash_attn.options import Options
+from mps_flash_attn.problem import Inputs
 from mps_flash_attn.sdpa.original import HAS_GROUPS
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -114,7 +116,7 @@ def passes(monkeypatch):
         original = getattr(run, name)
 
         def counted(*arguments, original=original, name=name):
-            query = arguments[1][0] if name == "run_backward" else arguments[1]
+            query = arguments[1][0][0] if name == "run_backward" else arguments[1][0]
             found.append((name, tuple(query.shape)))
             return original(*arguments)
 
@@ -392,7 +394,7 @@ def test_compiled(function, name):
 
 
 def operator(query, key, value):
-    return torch.ops.mfa.attention_forward(query, key, value, None, None, None, None, 0.0)[0]
+    return torch.ops.mfa.attention_forward(*Inputs(query, key, value), *Options())[0]
 
 
 def of_comfyui(query, key, value):
@@ -426,7 +428,7 @@ def test_a_pytorch_whose_transforms_we_do_not_know(monkeypatch):
 
 
 def by_operator(query, key, value):
-    results = torch.ops.mfa.attention_forward(query, key, value, None, None, None, None, 0.0)
+    results = torch.ops.mfa.attention_forward(*Inputs(query, key, value), *Options())
     return results[0]
 
 

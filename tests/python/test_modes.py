@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention, replaced_sdpa, run, sdpa_stats
+from mps_flash_attn.options import Options
+from mps_flash_attn.problem import Inputs
 from mps_flash_attn.sdpa.original import HAS_GROUPS
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -256,7 +258,7 @@ def test_calls_within_a_call_are_their_own():
             found.append(None)
             with torch.enable_grad():
                 x = torch.randn(1, 1, 3, 4, requires_grad=True)
-                out, _ = torch.ops.mfa.attention_forward(x, x, x, None, None, None, None, 2.0)
+                out, _ = torch.ops.mfa.attention_forward(*Inputs(x, x, x), *Options(softcap=2.0))
                 found.append(torch.autograd.grad(out.sin().sum(), x, create_graph=True)[0])
         return tensor
 

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention
+from mps_flash_attn.problem import NO_MORE, Inputs
 
 forward = torch.ops.mfa.attention_forward.default
 backward = torch.ops.mfa.attention_backward.default
@@ -26,8 +27,8 @@ def saved(tensors, mask=None, options=NO_BAND):
     """(d_out, d_lse, query, key, value, mask, out, lse) as backward takes them."""
     tensors = [t.detach() for t in tensors]
     mask = mask if mask is None else mask.detach()
-    out, lse = forward(*tensors, mask, *options)
-    return torch.randn_like(out), torch.randn_like(lse), *tensors, mask, out, lse
+    out, lse = forward(*tensors, mask, *NO_MORE, *options)
+    return torch.randn_like(out), torch.randn_like(lse), *tensors, mask, *NO_MORE, out, lse
 
 
 def gradients(out, tensors):
@@ -55,7 +56,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_opcheck_forward(mask):
     for tensors in layouts():
-        opcheck(forward, (*tensors, MASKS[mask](), -3, None, 0.3, 2.0))
+        opcheck(forward, (*tensors, MASKS[mask](), *NO_MORE, -3, None, 0.3, 2.0))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -85,7 +86,7 @@ def test_schema_is_stable():
 
 def test_operator_is_flash_attention():
     tensors = problem()
-    out, lse = forward(*tensors, None, None, 0, None, 0.0)
+    out, lse = forward(*tensors, None, *NO_MORE, None, 0, None, 0.0)
     expected = flash_attention(*tensors, True, enable_gqa=True, return_lse=True)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     assert all(
@@ -102,7 +103,7 @@ def test_backward_takes_results_merged_from_parts():
     """The keys cut in two, as over two devices: merged out and lse give each part its own gradients."""
     query, key, value = problem(dtype=torch.float64)
     parts = [(key[:, :, :4], value[:, :, :4]), (key[:, :, 4:], value[:, :, 4:])]
-    results = [forward(query.detach(), k.detach(), v.detach(), None, *NO_BAND) for k, v in parts]
+    results = [forward(query.detach(), k.detach(), v.detach(), None, *NO_MORE, *NO_BAND) for k, v in parts]
     lse = torch.logaddexp(results[0][1], results[1][1])
     out = sum(o * (part - lse).exp()[..., None] for o, part in results)
     whole = flash_attention(query, key, value, enable_gqa=True)
@@ -110,10 +111,8 @@ def test_backward_takes_results_merged_from_parts():
     d_out = torch.randn_like(out)
     wanted = torch.autograd.grad(whole, (query, key, value), d_out)
     found = [
-        backward(
-            d_out, None, query.detach(), k.detach(), v.detach(), None, out, lse, *NO_BAND, [True, True, True, False]
-        )
-        for k, v in parts
+        backward(d_out, None, *inputs, out, lse, *NO_BAND, [True, True, True, False])
+        for inputs in (Inputs(query.detach(), k.detach(), v.detach()) for k, v in parts)
     ]
     torch.testing.assert_close(found[0][0] + found[1][0], wanted[0])
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]], 2), wanted[1])
@@ -166,7 +165,10 @@ def test_wrong_arguments_of_backward(case):
 @pytest.mark.parametrize("route", ["operator", "function"])
 def test_second_derivative_raises(route):
     tensors = problem()
-    out = forward(*tensors, None, *NO_BAND)[0] if route == "operator" else flash_attention(*tensors, enable_gqa=True)
+    if route == "operator":
+        out = forward(*Inputs(*tensors), *NO_BAND)[0]
+    else:
+        out = flash_attention(*tensors, enable_gqa=True)
     for d_out in (torch.ones_like(out), torch.ones_like(out).requires_grad_()):
         gradient = torch.autograd.grad(out, tensors, d_out, create_graph=True)[0]
         with pytest.raises(NotImplementedError, match="no second derivative"):
@@ -187,7 +189,7 @@ def test_forward_mode_raises(requires_grad):
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(query.detach(), torch.ones_like(query))
         with pytest.raises(NotImplementedError, match="jvp"):
-            forward(dual, key, value, None, *NO_BAND)
+            forward(dual, key, value, None, *NO_MORE, *NO_BAND)
 
 
 def test_batched_gradients():
@@ -254,11 +256,11 @@ def test_vmap_of_backward(case, mask_shape):
 def test_autocast(dtype):
     query, key, value = problem()
     mask = torch.randn(9, 11)
-    expected = forward(query.to(dtype), key.to(dtype), value.to(dtype), mask.to(dtype), *NO_BAND)
+    expected = forward(query.to(dtype), key.to(dtype), value.to(dtype), mask.to(dtype), *NO_MORE, *NO_BAND)
     with torch.autocast("cpu", dtype=dtype):
-        out, lse = forward(query, key.to(dtype), value, mask, *NO_BAND)
+        out, lse = forward(query, key.to(dtype), value, mask, *NO_MORE, *NO_BAND)
         if torch.float64 in DTYPES:
-            assert forward(*problem(dtype=torch.float64), None, *NO_BAND)[0].dtype == torch.float64
+            assert forward(*problem(dtype=torch.float64), None, *NO_MORE, *NO_BAND)[0].dtype == torch.float64
     assert out.dtype == dtype and torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     out.sum().backward()
     assert query.grad.dtype == torch.float32
@@ -294,7 +296,8 @@ def test_dispatch_modes_see_the_operators():
 def test_negated_view():
     query, key, value = problem(grad=False)
     negated = torch._neg_view(query.neg())
-    assert torch.equal(forward(negated, key, value, None, *NO_BAND)[0], forward(query, key, value, None, *NO_BAND)[0])
+    found, expected = (forward(*Inputs(q, key, value), *NO_BAND)[0] for q in (negated, query))
+    assert torch.equal(found, expected)
 
 
 # --- torch.compile and torch.export --------------------------------------------------------------

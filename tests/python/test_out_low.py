@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention, replaced_sdpa, run
 from mps_flash_attn.options import Options
-from mps_flash_attn.problem import Operands
+from mps_flash_attn.problem import Inputs, Operands
 
 HALVES = [torch.float16, torch.bfloat16]
 QUERIES, KEYS, DIM, WINDOW = 799, 3, 64, 2
@@ -122,8 +122,8 @@ def test_refused(dtype):
     inputs, d_out = operands(dtype, queries=8)
     q, k, v = (t.detach() for t in inputs)
     options, wanted = Options(), (True, True, True, False)
-    out, lse, out_low = run.forward_for_backward(q, k, v, None, options)
+    out, lse, out_low = run.forward_for_backward(Inputs(q, k, v), options)
     assert out_low.stride() == out.stride() and (out_low.abs() <= out.abs() * torch.finfo(dtype).eps).all()
     for wrong, error in ((out_low.float(), TypeError), (out_low[:, :, :4], ValueError)):
         with pytest.raises(error, match="out_low"):
-            run.backward(Operands(q, k, v, None, out, lse, d_out, None, wrong), options, wanted)
+            run.backward(Operands(Inputs(q, k, v), out, lse, d_out, None, wrong), options, wanted)

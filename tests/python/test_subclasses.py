@@ -7,6 +7,8 @@ from calls import calls, problem
 from torch.nn.attention.bias import CausalBias, CausalVariant, causal_lower_right, causal_upper_left
 
 from mps_flash_attn import explain, flash_attention
+from mps_flash_attn.options import Options
+from mps_flash_attn.problem import Inputs
 
 LENGTHS = {"more keys": (5, 9), "more queries": (9, 5), "as many": (7, 7)}
 pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias")
@@ -144,7 +146,7 @@ def test_causal_bias_that_is_no_mask():
     with pytest.raises(TypeError, match="query " + ELSEWHERE.format("CausalBias")):
         flash_attention(bias, key, value, enable_gqa=True)
     with pytest.raises(TypeError, match="attn_mask " + ELSEWHERE.format("CausalBias")):
-        torch.ops.mfa.attention_forward(query, key, value, causal_lower_right(5, 9), None, None, None, 0.0)
+        torch.ops.mfa.attention_forward(*Inputs(query, key, value, causal_lower_right(5, 9)), *Options())
     d_out = torch.zeros(2, 4, 5, 12).as_subclass(CausalBias)
     for _ in range(4):
         out = flash_attention(query, key, value, enable_gqa=True)

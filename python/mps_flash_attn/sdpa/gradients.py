@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from .. import transforms
 from ..autograd import differentiated_by
 from ..library import Unsupported
+from ..problem import DIFFERENTIABLE
 from ..stats import count
 from .original import keyword_options
 
@@ -26,13 +27,15 @@ def backward(original, run_backward, operands, options, wanted):
         except Unsupported as error:
             reason = str(error)
     count(reason)
-    query, key, value, mask, _, _, d_out, _, _ = operands
+    (query, key, value, mask, *_), _, _, d_out, _, _ = operands
     return _gradients(original, (d_out, query, key, value, mask), options, wanted)
 
 
 def _second(original, incoming, operands, options, wanted):
-    """As differentiated_by() describes it. `operands`: d_out, query, key, value and mask."""
+    """As differentiated_by() describes it. `operands`: d_out, query, key, value, mask, and nothing else, since
+    PyTorch's operator has no other inputs."""
     count("a second derivative")
+    operands = operands[: 1 + DIFFERENTIABLE]
     places = [place for place, tensor in enumerate(operands) if tensor is not None and tensor.requires_grad]
     present = [place for place, gradient in enumerate(incoming) if gradient is not None]
 

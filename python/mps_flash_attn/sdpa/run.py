@@ -11,6 +11,7 @@ from ..dispatch_cache import CacheEntry
 from ..library import Unsupported
 from ..operators import attention_forward, run_backward_operator
 from ..options import Options
+from ..problem import NO_MORE
 from ..run import forward, forward_for_backward
 from ..stats import REPLACED, SMALL, count, disabled_reason, flash_is_enabled, small_reason
 from . import shapes
@@ -104,10 +105,11 @@ def run_eager(query, key, value, mask, is_causal, scale, enable_gqa, support):
     if not support.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     options = Options(upper=0 if is_causal else None, scale=scale)
-    if is_differentiated(query, key, value, mask):
-        out = Attention.apply(query, key, value, mask, Call(_ROUTES[backend], options, False))
+    inputs = query, key, value, mask, *NO_MORE
+    if is_differentiated(*inputs):
+        out = Attention.apply(*inputs, Call(_ROUTES[backend], options, False))
     else:
-        out, _ = forward(query, key, value, mask, options, False, _LAYOUTS[backend])
+        out, _ = forward(inputs, options, False, _LAYOUTS[backend])
     if not support.fits:
         return out.view(shape)
     call_key = options_key(is_causal, scale, enable_gqa)
@@ -124,7 +126,7 @@ def run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, suppo
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
     options = Options(upper=0 if is_causal else None, scale=scale)
     with differentiated_by(_BACKWARDS_BY_OPERATOR[backend]):
-        out, _ = attention_forward(query, key, value, mask, *options)
+        out, _ = attention_forward(query, key, value, mask, *NO_MORE, *options)
     if backend == MATH:
         out = out.contiguous()
     elif not HAS_GROUPS:
