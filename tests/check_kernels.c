@@ -168,7 +168,7 @@ static void make_call(struct test_run *t)
                                     .softcap = p.softcap,
                                     .dS_factor = 1,
                                     .dtype = p.dtype,
-                                    .mask_kind = p.mask,
+                                    .features = mfa_key_features(&p),
                                     .mask_dtype = p.mask_dtype,
                                     .block_kv = t->tiling.block_kv,
                                     .panels = t->tiling.panels,

@@ -9,9 +9,6 @@
 _Static_assert((int)CPU_F32 == MFA_F32 && (int)CPU_F16 == MFA_F16 && (int)CPU_BF16 == MFA_BF16 &&
                    (int)CPU_F64 == MFA_F64,
                "contract.h counts dtypes as mfa.h does");
-_Static_assert((int)CPU_MASK_NONE == MFA_MASK_NONE && (int)CPU_MASK_BOOL == MFA_MASK_BOOL &&
-                   (int)CPU_MASK_ADDITIVE == MFA_MASK_ADDITIVE,
-               "contract.h counts masks as mfa.h does");
 
 /* The row stride of a single row is never used, but the caller may give any number: set to 0, so that kernels that
  * multiply it, or advance by it beyond the last row, do not overflow. */
@@ -42,7 +39,7 @@ static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, 
     call->args = mfa_problem_args(p);
     clear_unused_strides(&call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
-    call->dtype = p->dtype, call->mask_kind = p->mask, call->mask_dtype = p->mask_dtype;
+    call->dtype = p->dtype, call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels, call->splits = tiling.splits;
 }

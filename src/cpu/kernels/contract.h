@@ -14,14 +14,24 @@
 #define MFA_CPU_PANELS_MAX 8 /* of a chunk or a block of queries */
 
 enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 };                /* values as in mfa_dtype */
-enum mfa_cpu_mask { CPU_MASK_NONE, CPU_MASK_BOOL, CPU_MASK_ADDITIVE }; /* values as in mfa_mask */
+
+enum mfa_cpu_feature_bit { /* as in core/key.h */
+#define FEATURE(name, ...) CPU_BIT_##name,
+#include "core/options.inc"
+};
+
+enum mfa_cpu_feature {
+#define FEATURE(name, ...) CPU_##name = 1 << CPU_BIT_##name,
+#include "core/options.inc"
+};
 
 /* All that the tasks of one run share. "real" is float, or double in the kernels for f64. */
 struct mfa_cpu_call {
     struct mfa_args args;
     double scale, softcap;
     double dS_factor; /* backward: a power of two that dS is multiplied by, near the scale where that is far from 1 */
-    int32_t dtype, mask_kind, mask_dtype;
+    int32_t dtype, mask_dtype;
+    int32_t features; /* a set of enum mfa_cpu_feature */
     int32_t block_kv; /* keys of a block */
     int32_t panels; /* forward: panels of a chunk of queries; backward: of a block of queries */
     int32_t decode; /* 1: by the decode kernels */

@@ -3,8 +3,7 @@
  *
  * Buffer 0 is the call, 1 to 4 are parts of the workspace, and 5 is the counter of the tests:
  *     1 block mask, 2 partial results, 3 row sums D, 4 L for the backward pass, 5 visited blocks
- * Buffer 6 + n is the operand n of mfa_operands (core/operands.inc):
- *     6 Q, 7 K, 8 V, 9 mask, 10 O, 11 L, 12 dO, 13 dL, 14 dQ, 15 dK, 16 dV, 17 dbias, 18 O_low */
+ * Buffer 6 + n is the operand n of core/operands.inc; those that C or the kernels' code name stand below. */
 #ifndef MFA_METAL_KERNELS_CONTRACT_H
 #define MFA_METAL_KERNELS_CONTRACT_H
 

@@ -70,7 +70,7 @@ static uint64_t backward_arena(const struct mfa_cpu_call *call, char *base, stru
     s->bias = arena_alloc(base, &used, biased ? n * PANEL : 0);
     s->row = arena_alloc(base, &used, 2 * e + 2 * LANES * LANES);
     s->dQ = arena_alloc(base, &used, LANES * d);
-    s->dbias = arena_alloc(base, &used, call->mask_kind == CPU_MASK_ADDITIVE ? n * PANEL : 0);
+    s->dbias = arena_alloc(base, &used, call->features & CPU_MASK_ADDITIVE ? n * PANEL : 0);
     return used;
 }
 

@@ -11,16 +11,21 @@
 /* As many bits as a real. */
 typedef __typeof__(_Generic((real)0, double: (uint64_t)0, float: (uint32_t)0)) word;
 
+static inline int has_mask(const struct mfa_cpu_call *call)
+{
+    return (call->features & (CPU_MASK_BOOL | CPU_MASK_ADDITIVE)) != 0;
+}
+
 /* Whether scores may need a bias tile, and so the scratch memory for it. */
 static inline int has_bias(const struct mfa_cpu_call *call)
 {
-    return call->mask_kind != CPU_MASK_NONE;
+    return has_mask(call);
 }
 
 /* Reals that a row of the mask takes up for n keys. */
 static inline int64_t mask_stride(const struct mfa_cpu_call *call, int64_t n)
 {
-    return padded(call->mask_kind == CPU_MASK_BOOL ? mfa_cpu_ceil(n, sizeof(real)) : n);
+    return padded(call->features & CPU_MASK_BOOL ? mfa_cpu_ceil(n, sizeof(real)) : n);
 }
 
 /* Rows of keys [key, key + n) as they are, mask_stride apart and each filled up with its last element. Those that lanes
@@ -29,7 +34,7 @@ static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call 
                            real *rows)
 {
     const struct mfa_strides *s = &call->args.mask;
-    int is_bool = call->mask_kind == CPU_MASK_BOOL;
+    int is_bool = (call->features & CPU_MASK_BOOL) != 0;
     int64_t stride = mask_stride(call, n), bytes = is_bool ? 1 : bytes_of(call->mask_dtype);
     for (int64_t i = 0; i < panel->vectors * LANES; i++) {
         real *to = rows + i * stride;
@@ -114,11 +119,11 @@ static enum block_mask mask_block_mask(const struct panel *panel, const struct m
                                        int64_t n, real *rows)
 {
     enum block_mask band = band_block_mask(panel, key, n), seen;
-    if (call->mask_kind == CPU_MASK_NONE || band == BLOCK_EMPTY)
+    if (!has_mask(call) || band == BLOCK_EMPTY)
         return band;
     int64_t size = panel->vectors * LANES * mask_stride(call, n);
     load_mask_rows(panel, call, key, n, rows);
-    if (call->mask_kind == CPU_MASK_BOOL)
+    if (call->features & CPU_MASK_BOOL)
         seen = classify_bools(rows, size);
     else
         seen = classify_biases(rows, size);
@@ -134,7 +139,7 @@ static enum block_mask panel_bias(const struct panel *panel, const struct mfa_cp
     if (seen != BLOCK_PARTIAL_BIAS)
         return seen;
     int64_t stride = mask_stride(call, n), lanes = panel->vectors * LANES;
-    if (call->mask_kind == CPU_MASK_ADDITIVE) {
+    if (call->features & CPU_MASK_ADDITIVE) {
         transpose(rows, stride, tile, PANEL, lanes, stride);
         return seen;
     }
