@@ -30,9 +30,13 @@ FOLDERS = set(
 TEXT = (".c", ".h", ".inc", ".py", ".sh", ".md", ".txt", ".metal", ".cu", ".cmake", ".toml", ".yml", "")
 
 DTYPE = "(?:f32|f16|bf16|f64)"
+# The features' parts of a key, in their order.
+OPTIONS = (pathlib.Path(__file__).parent.parent / "src/core/options.inc").read_text()
+PARTS = re.findall(r'^FEATURE\(\w+, "(\w+)"', OPTIONS, re.MULTILINE)
+FEATURES = "".join(f"(?:{part}{DTYPE if part.endswith('_') else ''})?" for part in PARTS)
 KEY = re.compile(
     rf"(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
-    rf"(?:_band)?(?:_mask_bool|_mask_{DTYPE})?(?:_softcap)?"
+    rf"{FEATURES}"
     r"_(?:scalar|avx2|avx512bf16|avx512|amxbf16|neonbf16|neon|apple\d+|sm\d+)"
 )
 LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d\w*_\w+")
