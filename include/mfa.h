@@ -71,6 +71,7 @@ typedef struct mfa_layout {
  *     s = scale * dot(Q_i, K_j)
  *     s = softcap * tanh(s / softcap)     if softcap > 0
  *     s = s + mask_ij                     if mask is MFA_MASK_ADDITIVE
+ *     s = s - slope * |i + kv_len - q_len - j|     if alibi; slope of this batch entry and query head
  *     visible iff lower <= j - i <= upper, and a bool mask allows it
  *
  * The band expresses a causal mask (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window of
@@ -87,7 +88,7 @@ typedef struct mfa_problem {
     uint64_t size; /* sizeof(mfa_problem), set by mfa_problem_init */
     int32_t pass, device, dtype, mask;
     int32_t mask_dtype; /* of an additive mask: any mfa_dtype. dbias has it too */
-    int32_t reserved;   /* 0 */
+    int32_t alibi;      /* 1: ALiBi, with the slopes that the buffers give; 0: none */
     int64_t batch, q_heads, kv_heads, q_len, kv_len;
     int64_t head_dim, value_dim; /* columns of q and k; of v and o. 1 to 512 */
     int64_t lower, upper;
@@ -97,6 +98,8 @@ typedef struct mfa_problem {
     /* backward only: */
     mfa_layout d_o_layout, dlse_layout, dq_layout, dk_layout, dv_layout;
     mfa_layout dbias_layout; /* stride 0 along a dimension: the gradient is summed over it */
+
+    mfa_layout slopes_layout; /* of a (batch, q_heads) tensor: its rows and columns are one */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -110,9 +113,9 @@ typedef struct mfa_buffer {
 } mfa_buffer;
 
 /* What a run reads and writes. Unused members are zero.
- * forward:  reads q, k, v, mask; writes o, and lse (f32; f64 for f64) and o_low if given.
- * backward: reads q, k, v, mask, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of dq, dk, dv,
- *           dbias that are given. Outputs must not overlap anything.
+ * forward:  reads q, k, v, mask, slopes; writes o, and lse (f32; f64 for f64) and o_low if given.
+ * backward: reads q, k, v, mask, slopes, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of dq, dk,
+ *           dv, dbias that are given. Outputs must not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
@@ -123,6 +126,7 @@ typedef struct mfa_buffers {
      * of o. Forward writes O - o, the rounding error of o, rounded to the dtype (0 where o is not finite), so that
      * o + o_low has about twice the digits of o. Backward reads it and computes D from o + o_low. */
     mfa_buffer o_low;
+    mfa_buffer slopes; /* of ALiBi: f32, whatever the dtype. They are constants: they get no gradient */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
@@ -174,7 +178,7 @@ MFA_API void mfa_context_destroy(mfa_context *context); /* NULL is a no-op; dest
 MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads);
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
- * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap. */
+ * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi. */
 MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
                               int64_t kv_len, int64_t head_dim, int64_t value_dim);
 

@@ -135,10 +135,14 @@ static int list_variants(const mfa_problem *p, int quick, int line, struct varia
         if (!small && along != 1 + line % 15)
             continue;
         const int sums[] = {along, 0, along ^ 15}; /* dbias summed as the mask is broadcast, not, otherwise */
-        variants[count++] = (struct variant){along, sums[(along + line) % 3], 0, (along + line) % 2};
+        variants[count++] = (struct variant){.mask_broadcast = along,
+                                             .dbias_broadcast = sums[(along + line) % 3],
+                                             .slopes_broadcast = along % 4,
+                                             .dlse = (along + line) % 2};
     }
     for (int along = 1; along < 4 && small && p->mask == MFA_MASK_NONE && p->batch * p->kv_heads > 1; along++)
-        variants[count++] = (struct variant){0, 0, along, (along + line) % 2};
+        variants[count++] =
+            (struct variant){.kv_broadcast = along, .slopes_broadcast = along, .dlse = (along + line) % 2};
     return count;
 }
 

@@ -174,19 +174,11 @@ static void make_call(struct test_run *t)
                                     .panels = t->tiling.panels,
                                     .decode = t->tiling.decode,
                                     .splits = t->tiling.splits,
-                                    .q = address(&b->q),
-                                    .k = address(&b->k),
-                                    .v = address(&b->v),
-                                    .mask = address(&b->mask),
-                                    .d_o = address(&b->d_o),
-                                    .dlse = address(&b->dlse),
-                                    .o = address(&b->o),
-                                    .o_low = address(&b->o_low),
-                                    .lse = address(&b->lse),
-                                    .dq = address(&b->dq),
-                                    .dk = address(&b->dk),
-                                    .dv = address(&b->dv),
-                                    .dbias = address(&b->dbias)};
+#define INPUT(name, ...) .name = address(&b->name),
+#define RESULT(name, ...) .name = address(&b->name),
+#define RESULT_LIKE(name, ...) .name = address(&b->name),
+#include "core/operands.inc"
+    };
 }
 
 static void run_forward(struct test_run *t)
@@ -385,8 +377,11 @@ static int serves(const struct kernel_set *set, int32_t dtype)
 static void check_case(const struct arguments *arguments, const struct one_case *one)
 {
     const int along = one->problem.mask == MFA_MASK_NONE ? 0 : one->number % 16;
-    const struct variant variant = {along, one->number % 3 ? along : along ^ 15, along ? 0 : one->number % 4,
-                                    one->number % 2};
+    const struct variant variant = {.mask_broadcast = along,
+                                    .dbias_broadcast = one->number % 3 ? along : along ^ 15,
+                                    .kv_broadcast = along ? 0 : one->number % 4,
+                                    .slopes_broadcast = one->number % 4,
+                                    .dlse = one->number % 2};
     const long long before = report_failed();
     struct test_case test_case;
     test_case_open(&test_case, one, variant, arguments->seed);
@@ -415,8 +410,8 @@ static void write_case(char text[CASE_TEXT], int q_len, int kv_len, int head_dim
     case 2: snprintf(band, sizeof band, " lower-%d upper%d", q_len / 3, kv_len / 4); break;
     case 3: snprintf(band, sizeof band, " upper-%d", q_len / 4 + 1); break;
     }
-    snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
-             n % 4 == 3 ? " softcap3" : "", masks[n % 7]);
+    snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
+             n % 4 == 3 ? " softcap3" : "", masks[n % 7], n % 9 == 4 ? " alibi" : "");
 }
 
 /* Problems for the decode kernels: up to the most query rows that any set takes, and one more; with enough blocks of
@@ -426,6 +421,7 @@ static const char *const decode_cases[] = {
     "both any b2 h2 q3 kv193 d128 softcap3",
     "both any b1 h4/1 q1 kv500 d64v16",
     "both any b1 h5/1 q1 kv97 d111v63 mask_bool",
+    "both any b2 h6/2 q2 kv150 d32 mask_f32 alibi",
     "both any b1 h6/2 q2 kv290 d128 upper288",
     "both any b1 h7/1 q1 kv193 d17 mask_f32",
     "both any b1 h8/1 q1 kv400 d128",

@@ -152,8 +152,11 @@ static void check_case(const struct arguments *arguments, const struct one_case 
         return;
     int good = check_variant(&t, one, (struct variant){.dlse = number % 2}, arguments->seed, DENSE, thorough);
     if (small && !arguments->quick) {
-        const struct variant broadcast = {masked ? along : 0, masked ? (number % 3 ? along : along ^ 15) : 0,
-                                          masked ? 0 : 1 + number % 3, number % 2};
+        const struct variant broadcast = {.mask_broadcast = masked ? along : 0,
+                                          .dbias_broadcast = masked ? (number % 3 ? along : along ^ 15) : 0,
+                                          .kv_broadcast = masked ? 0 : 1 + number % 3,
+                                          .slopes_broadcast = number % 4,
+                                          .dlse = number % 2};
         good = check_variant(&t, one, broadcast, arguments->seed, (number + 1) % ARRANGEMENTS, ONCE) && good;
     }
     if (arguments->verbose)

@@ -87,7 +87,8 @@ static int run(mfa_context *context, const char *text, const mfa_problem *proble
     char *skipped = malloc((size_t)problem->kv_len);
     static char testing[256];
     guarded_testing(text);
-    inputs_open(&inputs, problem, (struct variant){broadcast, broadcast, 0, 1}, SEED, text);
+    const struct variant variant = {.mask_broadcast = broadcast, .dbias_broadcast = broadcast, .dlse = 1};
+    inputs_open(&inputs, problem, variant, SEED, text);
     mask_quarters(&inputs);
     int64_t count = find_skipped(&inputs, skipped);
     if (rows == NANS) {

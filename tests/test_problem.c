@@ -52,7 +52,8 @@ static void test_members(void **state)
 {
     (void)state;
     EXPECT(MFA_OK, dtype, MFA_F64, "");
-    EXPECT(MFA_INVALID, size, sizeof(mfa_problem) - 1, "size of mfa_problem is");
+    EXPECT(MFA_OK, size, offsetof(mfa_problem, slopes_layout), ""); /* the first version's */
+    EXPECT(MFA_INVALID, size, offsetof(mfa_problem, slopes_layout) - 1, "size of mfa_problem is");
     EXPECT(MFA_INVALID, size, sizeof(mfa_problem) + 8, "size of mfa_problem is");
     EXPECT(MFA_INVALID, size, 0, "size of mfa_problem is 0");
     EXPECT(MFA_INVALID, pass, 2, "pass is 2");
@@ -61,7 +62,7 @@ static void test_members(void **state)
     EXPECT(MFA_INVALID, dtype, 4, "dtype is 4");
     EXPECT(MFA_INVALID, dtype, -1, "dtype is -1");
     EXPECT(MFA_INVALID, mask, 3, "mask is 3");
-    EXPECT(MFA_INVALID, reserved, 1, "reserved is 1");
+    EXPECT(MFA_INVALID, alibi, -1, "alibi is -1");
     EXPECT(MFA_INVALID, batch, -1, "batch is -1; it must be 0 or more");
     EXPECT(MFA_INVALID, q_heads, -8, "q_heads is -8");
     EXPECT(MFA_INVALID, kv_heads, -2, "kv_heads is -2");
@@ -225,6 +226,8 @@ static void test_roles(void **state)
     assert_int_equal(forward, 5);   /* q k v o lse */
     assert_int_equal(backward, 10); /* and d_o dlse dq dk dv */
     assert_int_equal(with_mask, 12);
+    problem.alibi = 1;
+    assert_int_equal(mfa_operand_role(&mfa_operands[MFA_OPERAND_slopes], &problem), MFA_ROLE_READ | MFA_ROLE_REQUIRED);
 }
 
 /* Lines that parsing and printing leave unchanged. */
@@ -240,7 +243,7 @@ static const char *const lines[] = {
     "forward f32 b1 h1 q1 kv1 d8 scale0.30000000000000004",
     "forward f32 b1 h1 q1 kv1 d8 scale0",
     "forward f32 b1 h1 q1 kv1 d8 scale-0 metal",
-    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 mask_bool metal",
+    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 mask_bool alibi metal",
 };
 
 static void test_lines(void **state)
@@ -300,6 +303,7 @@ static mfa_problem draw_problem(struct generator *r)
     p.dtype = (int32_t)random_between(r, MFA_F32, MFA_F64);
     p.mask = (int32_t)random_between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
     p.mask_dtype = (int32_t)random_between(r, MFA_F32, p.mask == MFA_MASK_ADDITIVE ? MFA_F64 : 9);
+    p.alibi = (int32_t)random_between(r, 0, 1);
     p.lower = draw_bound(r);
     p.upper = draw_bound(r);
     if (random_between(r, 0, 1))
@@ -464,11 +468,11 @@ static void test_keys(void **state)
     key.pass = MFA_FORWARD;
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
-    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX, INT32_MIN, INT32_MIN, 15,
+    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX, INT32_MIN, INT32_MIN, 31,
                            MFA_BF16, "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
-    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_sixteen_letters!"));
+    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sixteen_letters!"));
 }
 
 /* The first word of a plan's key says which kernel runs. */

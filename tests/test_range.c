@@ -38,7 +38,7 @@ static void run(const char *text, struct shifts by, int backward, struct referen
     if (mfa_problem_parse(text, &problem) != MFA_OK)
         fail_msg("%s: %s", text, mfa_last_error());
     problem.scale = ldexp(problem.scale, -by.q - by.k);
-    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, SEED, "range");
+    inputs_open(&inputs, &problem, (struct variant){0}, SEED, "range");
     shift(&inputs, REFERENCE_Q, by.q);
     shift(&inputs, REFERENCE_K, by.k);
     shift(&inputs, REFERENCE_V, by.v);
@@ -163,7 +163,7 @@ static void test_values_that_are_not_finite(void **state)
         struct reference results;
         snprintf(text, sizeof text, "forward f32 %s", shapes[i]);
         assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
-        inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, SEED, "range");
+        inputs_open(&inputs, &problem, (struct variant){0}, SEED, "range");
         shift(&inputs, REFERENCE_V, 122);
         inputs.values[REFERENCE_V][0] = INFINITY; /* of key 0, which the last query of any of the shapes may see */
         inputs.values[REFERENCE_V][1] = NAN;

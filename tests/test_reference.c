@@ -114,6 +114,8 @@ static void test_gradients_are_finite_differences(void **state)
         "forward f64 b1 h2 q7 kv7 d3 mask_bool",
         "forward f64 b1 h2 q7 kv7 d3 mask_f64",
         "forward f64 b2 h4/2 q6 kv7 d3v2 lower-3 upper2 scale1 softcap2 mask_f64",
+        "forward f64 b2 h4/2 q6 kv4 d3v2 alibi",
+        "forward f64 b1 h2 q4 kv7 d3 upper3 softcap2 mask_f64 alibi",
     };
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)
         for (int dlse = 0; dlse < 2; dlse++)
@@ -124,7 +126,9 @@ static void test_dbias_of_a_broadcast_mask_is_summed(void **state)
 {
     (void)state;
     for (int along = 1; along < 16; along++)
-        differentiate("forward f64 b2 h2 q4 kv5 d3 softcap3 mask_f64", (struct variant){along, along, 0, along % 2});
+        differentiate(
+            "forward f64 b2 h2 q4 kv5 d3 softcap3 mask_f64",
+            (struct variant){.mask_broadcast = along, .dbias_broadcast = along, .dlse = along % 2});
 }
 
 /* With Q = 0 every visible key weighs the same: O is their mean, L the logarithm of their number. */

@@ -58,7 +58,7 @@ static void check_sums(const char *text)
     if (mfa_problem_parse(text, &problem) != MFA_OK)
         fail_msg("%s: %s", text, mfa_last_error());
     const double unit = problem.dtype == MFA_F64 ? 0x1p-53 : 0x1p-24;
-    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, SEED, text);
+    inputs_open(&inputs, &problem, (struct variant){0}, SEED, text);
     make_unit(&inputs);
     run(&inputs, &results);
     for (int64_t at = 0; at < reference_count(&problem, REFERENCE_L); at++) {

@@ -117,7 +117,7 @@ static const char entry[] =
     "    for (uint n = threadIdx.x; n < all_bytes / 4; n += blockDim.x)\n        ((uint *)memory)[n] = ~0u;\n"
     "    __syncthreads();\n"
     "#define C call\n#define B(n) any_pointer{buffers.at[n]}\n#define T(n) any_pointer{memory + (n) * first_bytes}\n"
-    "#define SCORE B(9), B(1)\n"
+    "#if defined(ALIBI)\n#define SCORE B(9), B(1), B(19)\n#else\n#define SCORE B(9), B(1)\n#endif\n"
     "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
     "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"
     "    %s(%s);\n}\n";

@@ -15,6 +15,7 @@ from .run import forward
 from .transforms import needs_operator
 
 _is_compiling = torch.compiler.is_compiling  # a global name: each attribute lookup costs time in every call
+_OPTIONAL = problem.Inputs._field_defaults
 _MAX_DISTANCE = 2**62  # more than any j - i, and an int64 even after a length is added
 
 
@@ -31,6 +32,7 @@ def flash_attention(
     enable_gqa=False,
     return_lse=False,
     bf16_backward=False,
+    alibi_slopes=None,
 ):
     """softmax(scale * query @ key.T + attn_mask) @ value, never holding the L x S matrix of scores.
 
@@ -41,6 +43,7 @@ def flash_attention(
         s = scale * dot(query[i], key[j])        scale: None is 1/sqrt(E)
         s = softcap * tanh(s / softcap)          if softcap > 0
         s = s + attn_mask[i, j]                  if the mask is of a float dtype
+        s = s - slope * |i + S - L - j|          if alibi_slopes are given
 
     and the result is zero for a query that may see no key.
 
@@ -58,6 +61,8 @@ def flash_attention(
     enable_gqa    allows fewer heads in key and value: query head h uses head h // (H // Hkv).
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where a query may see no key. It is differentiable.
+    alibi_slopes  ALiBi, as in flash-attn: float32, (H,) or (B, H), the slope of each query head. It gets no gradient:
+                  TypeError if it requires one.
     bf16_backward exists for mps-flash-attn on PyPI; ValueError if True.
     """
     by_operator = _is_compiling()
@@ -65,7 +70,7 @@ def flash_attention(
         # The type is in the key because 2.0 == 2, but a window of 2.0 raises an error.
         window_type = repr(window_size) if type(window_size) is tuple else type(window_size)
         options_key = (is_causal, scale, window_size, window_type, softcap, enable_gqa, return_lse, bf16_backward)
-        cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key)
+        cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key) if alibi_slopes is None else None
         if cached is not None:
             return cached.attend(query, key, value, attn_mask)
     if bf16_backward:
@@ -74,24 +79,26 @@ def flash_attention(
             "may be bfloat16"
         )
     mask, bias = subclasses.split(attn_mask)
-    if not by_operator and needs_operator(*((query, key, value) if mask is None else (query, key, value, mask))):
+    given = [tensor for tensor in (query, key, value, mask, alibi_slopes) if tensor is not None]
+    if not by_operator and needs_operator(*given):
         by_operator = True
-        if subclasses.have_torch_function(query, key, value, mask):
+        if subclasses.have_torch_function(*given):
             keywords = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
+            keywords["alibi_slopes"] = alibi_slopes
             arguments = (query, key, value, is_causal, scale, attn_mask, window_size)
-            return handle_torch_function(flash_attention, (query, key, value, mask), *arguments, **keywords)
-        query, key, value, mask = _check_readable(query, key, value, mask)
+            return handle_torch_function(flash_attention, given, *arguments, **keywords)
+        query, key, value, mask, alibi_slopes = _check_readable(query, key, value, mask, alibi_slopes)
     is_cast = not by_operator and tensors.is_autocast(query)
     if is_cast:  # the operators have a rule for autocast of their own
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
-    inputs = query, key, value, mask, *problem.NO_MORE
+    inputs = query, key, value, mask, _of_batch(alibi_slopes, query)
     if by_operator:
         out, lse = attention_forward(*inputs, *options)
         return (out, lse) if return_lse else out
     call = Call(EAGER, options, bool(return_lse))
-    if not is_cast and bias is None:
+    if not is_cast and bias is None and alibi_slopes is None:
         dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, call)
     if is_differentiated(*inputs):
         return Attention.apply(*inputs, call)
@@ -149,20 +156,21 @@ def explain(
     softcap=0,
     enable_gqa=False,
     backward=False,
+    alibi_slopes=None,
 ):
     """Which backend and kernel flash_attention() would use for these arguments (`backward`: for their gradients), and
     how many bytes of workspace it needs beside the operands; or why the call is not supported. Wrong arguments
     raise."""
     mask, bias = subclasses.split(attn_mask)
-    operands = _check_readable(query, key, value, mask)
+    *operands, slopes = _check_readable(query, key, value, mask, alibi_slopes)
     if tensors.is_autocast(query):
-        operands = tuple(tensors.autocast(*operands))
+        operands = tensors.autocast(*operands)
     query, key, value, mask = operands
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
-    inputs = problem.Inputs(query, key, value, mask)
+    inputs = problem.Inputs(query, key, value, mask, _of_batch(slopes, query))
     problem.check(inputs)
-    tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask)
+    tensors.refuse_short_storage(**inputs._asdict())
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
         if backward:
@@ -175,11 +183,22 @@ def explain(
         return Explanation(reason=str(error))
 
 
-def _check_readable(query, key, value, mask):
-    """The four tensors, as plain ones where possible. Raises for one that neither has memory to be read nor a class
-    that handles our operators."""
-    query, key, value = (tensors.check(n, t) for n, t in (("query", query), ("key", key), ("value", value)))
-    return query, key, value, None if mask is None else tensors.check("attn_mask", mask)
+def _check_readable(*inputs):
+    """The Inputs, as plain tensors where possible. Raises for one that neither has memory to be read nor a class that
+    handles our operators."""
+    named = zip(problem.Inputs._fields, inputs)
+    return [None if one is None and name in _OPTIONAL else tensors.check(name, one) for name, one in named]
+
+
+def _of_batch(slopes, query):
+    """ALiBi's slopes as (batch, heads)."""
+    if slopes is None:
+        return None
+    if not isinstance(slopes, torch.Tensor):
+        raise TypeError(f"alibi_slopes is a {type(slopes).__name__}; it must be a torch.Tensor")
+    if slopes.requires_grad:
+        raise TypeError("alibi_slopes requires a gradient; it gets none, so it must be a tensor that does not")
+    return slopes.expand(query.shape[0], -1) if slopes.dim() == 1 else slopes
 
 
 def _check_heads(query, key, value, mask, enable_gqa):

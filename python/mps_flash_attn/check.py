@@ -40,6 +40,8 @@ _FEATURES = (
     "mask_bf16",
     "causal mask_bool",
     "lower-50 upper60 mask_f32 softcap5",
+    "alibi",
+    "causal mask_bool alibi",
 )
 _SHAPES = (
     "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -108,7 +110,8 @@ def _operands(sizes):
         mask = tensor(sizes.batch, 1, sizes.q_len, sizes.kv_len) < 0.5
     elif sizes.mask == MASK_ADDITIVE:
         mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
-    return Inputs(query, key, value, mask)
+    slopes = tensor(sizes.batch, sizes.q_heads).abs() / 8 if sizes.alibi else None
+    return Inputs(query, key, value, mask, slopes)
 
 
 def write_rows(device, lines):

@@ -32,19 +32,20 @@ STREAM_TORCH = 1
 _LAYOUT, _BUFFER = "4q", "PQ"
 PROBLEM_FIELDS = (
     ("size", "Q"),
-    *((name, "i") for name in ("pass", "device", "dtype", "mask", "mask_dtype", "reserved")),
+    *((name, "i") for name in ("pass", "device", "dtype", "mask", "mask_dtype", "alibi")),
     *((name, "q") for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim")),
     *((name, "q") for name in ("lower", "upper")),
     *((name, "d") for name in ("scale", "softcap")),
     *((name + "_layout", _LAYOUT) for name in ("q", "k", "v", "o", "lse", "mask")),
     *((name + "_layout", _LAYOUT) for name in ("d_o", "dlse", "dq", "dk", "dv", "dbias")),
+    ("slopes_layout", _LAYOUT),
 )
 BUFFERS_FIELDS = (
     ("size", "Q"),
     *((name, _BUFFER) for name in ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("workspace", _BUFFER),
     ("workspace_size", "Q"),
-    ("o_low", _BUFFER),
+    *((name, _BUFFER) for name in ("o_low", "slopes")),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
@@ -56,8 +57,8 @@ def _struct(fields):
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
-# dbias o_low, with zeros between them.
-BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x")
+# dbias o_low slopes, with zeros between them.
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 2)
 
 _number_of_threads = torch.get_num_threads  # a global name: each attribute lookup costs time in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)

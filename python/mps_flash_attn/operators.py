@@ -17,7 +17,7 @@ from .options import Options
 from .problem import DIFFERENTIABLE, Inputs, Operands, check, check_saved
 from .subclasses import as_plain
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask"  # those of problem.Inputs
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alibi_slopes"  # those of problem.Inputs
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",

@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     attn_mask: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None  # (batch, heads)
 
 
 DIFFERENTIABLE = 4
@@ -56,7 +57,7 @@ class Operands(NamedTuple):
 
 def check(inputs):
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
-    query, key, value, mask = inputs
+    query, key, value, mask, slopes = inputs
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -74,6 +75,8 @@ def check(inputs):
         _refuse_shapes(query, key, value)
     if mask is not None:
         _check_mask(mask, (batch, q_heads, q_len, kv_len))
+    if slopes is not None:
+        _check_slopes(slopes, query)
 
 
 def check_saved(operands):
@@ -105,7 +108,7 @@ def expand_mask(mask, query, key):
 
 def pack_forward(inputs, options, out):
     """The mfa_problem of a forward pass, as bytes."""
-    query, key, value, mask = inputs
+    query, key, value, mask, slopes = inputs
     layout = tensors.layout
     return PROBLEM.pack(
         PROBLEM.size,
@@ -118,13 +121,14 @@ def pack_forward(inputs, options, out):
         *_dense_rows(query),
         *layout(expand_mask(mask, query, key)),
         *_NO_GRADIENTS,
+        *_slopes_layout(slopes),
     )
 
 
 def pack_backward(operands, options, gradients):
     """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV and dbias, None where not wanted."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask = inputs
+    query, key, value, mask, slopes = inputs
     dq, dk, dv, dbias = gradients
     layout, rows = tensors.layout, tensors.rows_layout
     return PROBLEM.pack(
@@ -143,11 +147,12 @@ def pack_backward(operands, options, gradients):
         *layout(dk),
         *layout(dv),
         *layout(expand_mask(dbias, query, key)),
+        *_slopes_layout(slopes),
     )
 
 
 def _scalars(inputs, options):
-    query, key, value, mask = inputs
+    query, key, value, mask, slopes = inputs
     batch, q_heads, q_len, head_dim = query.shape
     lower, upper, scale, softcap = options
     mask_kind, mask_dtype = MASK_NONE, 0
@@ -159,7 +164,7 @@ def _scalars(inputs, options):
         tensors.DTYPES[query.dtype],
         mask_kind,
         mask_dtype,
-        0,
+        int(slopes is not None),
         batch,
         q_heads,
         key.shape[1],
@@ -178,6 +183,22 @@ def _dense_rows(query):
     """The layout of what tensors.empty_rows() returns."""
     _, q_heads, q_len, _ = query.shape
     return q_heads * q_len, q_len, 1, 0
+
+
+def _slopes_layout(slopes):
+    return (0, 0, 0, 0) if slopes is None else (*slopes.stride(), 0, 0)
+
+
+def _check_slopes(slopes, query):
+    if slopes.dtype is not torch.float32:
+        raise TypeError(f"alibi_slopes is {tensors.dtype_name(slopes)}; it must be float32")
+    if slopes.shape != query.shape[:2]:
+        raise ValueError(
+            f"alibi_slopes has the shape {tuple(slopes.shape)}; it must be (heads,) or (batch, heads), those of query: "
+            f"{tuple(query.shape[1:2])} or {tuple(query.shape[:2])}"
+        )
+    if slopes.device != query.device:
+        raise ValueError(f"alibi_slopes is on {slopes.device} and query on {query.device}; they must be on one device")
 
 
 def _check_mask(mask, shape):

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 
 from .options import Options
+from .problem import DIFFERENTIABLE, Inputs
 
 # The exact result, in float64, is rounded as well: hence the number of float64.
 ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}
 
 
-def _weights(query, key, mask, options):
+def _weights(query, key, mask, slopes, options):
     """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
     lower, upper, scale, softcap = options
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -37,6 +38,9 @@ def _weights(query, key, mask, options):
     elif mask is not None:
         scores = scores + mask.to(scores.dtype)
         visible = visible & (scores > -torch.inf)
+    if slopes is not None:
+        distance = (offset - (key.shape[2] - query.shape[2])).abs().to(scores.dtype)
+        scores = scores - slopes.to(scores.dtype)[..., None, None] * distance
     if key.shape[2] == 0:
         return scores, scores.sum(-1) - torch.inf, scores, dtanh
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -49,20 +53,20 @@ def _weights(query, key, mask, options):
     return weights / total, lse.squeeze(-1), scores, dtanh
 
 
-def attention(query, key, value, mask=None, **options):
+def attention(query, key, value, mask=None, slopes=None, **options):
     """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
     group = query.shape[1] // key.shape[1]
-    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, Options(**options))
+    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, slopes, Options(**options))
     return weights @ value.repeat_interleave(group, 1), lse
 
 
 def _magnitudes(tensors, d_out, d_lse, options):
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
     scale = options.scale
-    query, key, value, mask = tensors
+    query, key, value, mask, slopes = Inputs(*tensors)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    P, lse, scores, dtanh = _weights(query, key, mask, options)
+    P, lse, scores, dtanh = _weights(query, key, mask, slopes, options)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
     D = (dO * (P @ value).abs()).sum(-1) + dL
     dS = P * (dO @ value.abs().transpose(-1, -2) + D[..., None])
@@ -81,8 +85,9 @@ def _magnitudes(tensors, d_out, d_lse, options):
 
 
 def results(function, tensors, d_out, d_lse):
-    """{name: tensor} of out, lse and every gradient of function(query, key, value, mask) -> (out, lse)."""
-    inputs = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+    """{name: tensor} of out, lse and every gradient of function(*tensors) -> (out, lse)."""
+    inputs = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors[:DIFFERENTIABLE]]
+    inputs += tensors[DIFFERENTIABLE:]
     out, lse = function(*inputs)
     wanted = {n: t for n, t in zip(("dQ", "dK", "dV", "dbias"), inputs) if t is not None and t.requires_grad}
     loss = (out * d_out.to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * d_lse.to(lse.dtype)).sum()
@@ -91,7 +96,9 @@ def results(function, tensors, d_out, d_lse):
 
 
 def _to(dtype, tensors):
-    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    """The tensors in this dtype, but for bool masks and ALiBi's slopes."""
+    cast = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors[:DIFFERENTIABLE]]
+    return [*cast, *tensors[DIFFERENTIABLE:]]
 
 
 class Comparison(NamedTuple):
@@ -104,7 +111,8 @@ class Comparison(NamedTuple):
 
 
 def compare_results(function, tensors, **options):
-    """A Comparison of each of out, lse and all gradients of function(query, key, value, mask) -> (out, lse)."""
+    """A Comparison of each of out, lse and all gradients of function(*tensors) -> (out, lse). `tensors` are those of
+    Inputs, without some of the last or all."""
     query, _, value, *_ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])

@@ -15,6 +15,7 @@ _storage, _offset, _address, _empty_on_cpu = tensors.storage, tensors.offset, te
 _cached, _pack_bases, _BUFFERS_SIZE = dispatch_cache.get, BASES.pack, BUFFERS.size
 
 _OWN_WORKSPACE = (0, 0, 0)  # that of libmfa's context
+_BEFORE_WORKSPACE = 2 * 12  # numbers of mfa_buffers, two a buffer
 _NO_TENSORS = (None,) * 6  # a forward pass has no d_out, d_lse, dQ, dK, dV and dbias
 _NO_ADDRESSES = (0,) * 6
 
@@ -54,12 +55,13 @@ def forward_for_backward(inputs, options, allocate=tensors.like):
 
 def prepare_forward(inputs, options, allocate=tensors.like):
     """The Forward of these Inputs. Raises as problem.check() does."""
-    query, key, value, mask = inputs
+    query, key, value, mask, slopes = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
         *(value.shape, value.stride(), value.dtype, value.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
+        None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         *(options, allocate),
     )
     cached = _cached(key_of_pass)
@@ -80,15 +82,17 @@ def prepare_forward(inputs, options, allocate=tensors.like):
 
 def run_forward(prepared, inputs, with_lse, with_low=False):
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
-    query, key, value, mask = inputs
-    problem, device, (q_extent, k_extent, v_extent, mask_extent), size, out_layout, rows_layout, low_layout = prepared
+    query, key, value, mask, slopes = inputs
+    problem, device, extents, size, out_layout, rows_layout, low_layout = prepared
+    q_extent, k_extent, v_extent, mask_extent, slopes_extent = extents
     if (  # written out for speed
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
         or _storage(value).nbytes() - _offset(value) * size < v_extent
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
+        or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
     ):
-        tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask)
+        tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask, alibi_slopes=slopes)
     out_low = None
     if device == DEVICE_CPU:
         out = _empty_on_cpu(*out_layout)
@@ -105,6 +109,7 @@ def run_forward(prepared, inputs, with_lse, with_low=False):
             0 if lse is None else _address(lse),
             *_NO_ADDRESSES,
             0 if out_low is None else _address(out_low),
+            0 if slopes is None else _address(slopes),
         )
         library().attention(problem, buffers)
     else:
@@ -112,7 +117,7 @@ def run_forward(prepared, inputs, with_lse, with_low=False):
         lse = tensors.empty(query, rows_layout) if with_lse else None
         if with_low:
             out_low = tensors.empty(query, low_layout)
-        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low))
+        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low, slopes))
     return (out, lse) if out_low is None else (out, lse, out_low)
 
 
@@ -132,7 +137,7 @@ def backward(operands, options, wanted):
 def prepare_backward(operands, options, wanted):
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask = inputs
+    query, key, value, mask, slopes = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -142,6 +147,7 @@ def prepare_backward(operands, options, wanted):
         *(d_out.shape, d_out.stride(), d_out.dtype, d_out.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         None if d_lse is None else (d_lse.shape, d_lse.stride(), d_lse.dtype, d_lse.device),
+        None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         *(options, *wanted),
     )
     cached = _cached(key_of_pass)
@@ -163,8 +169,9 @@ def run_backward(prepared, operands):
     """(dQ, dK, dV, dbias), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
-    query, key, value, mask = inputs
-    q_extent, k_extent, v_extent, mask_extent, out_extent, lse_extent, d_out_extent, d_lse_extent = extents
+    query, key, value, mask, slopes = inputs
+    q_extent, k_extent, v_extent, mask_extent, slopes_extent, *others = extents
+    out_extent, lse_extent, d_out_extent, d_lse_extent = others
     if (
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
@@ -175,9 +182,10 @@ def run_backward(prepared, operands):
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
         or (d_lse is not None and _storage(d_lse).nbytes() - _offset(d_lse) * d_lse.itemsize < d_lse_extent)
         or (out_low is not None and _storage(out_low).nbytes() - _offset(out_low) * size < out_extent)
+        or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
     ):
         saved = {"query": query, "key": key, "value": value, "attn_mask": mask, "out": out, "lse": lse}
-        tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse, out_low=out_low)
+        tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse, out_low=out_low, alibi_slopes=slopes)
     if device == DEVICE_CPU:
         dq, dk, dv, dbias = gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
         buffers = _pack_bases(
@@ -195,17 +203,18 @@ def run_backward(prepared, operands):
             0 if dv is None else _address(dv),
             0 if dbias is None else _address(dbias),
             0 if out_low is None else _address(out_low),
+            0 if slopes is None else _address(slopes),
         )
         library().attention(problem, buffers)
     else:
         gradients = [tensors.empty(query, layout) for layout in layouts]
-        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, out_low))
+        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, out_low, slopes))
     return tuple(gradients)
 
 
 def _launch_on_metal(problem, buffers):
     """Calls libmfa. `buffers`: a tensor for each of those of mfa_buffers, in its order and without the workspace; None
     where there is none."""
-    *places, low = map(tensors.place_on_metal, buffers)
-    numbers = [number for place in places for number in place]
-    library().attention(problem, BUFFERS.pack(_BUFFERS_SIZE, *numbers, *_OWN_WORKSPACE, *low), STREAM_TORCH)
+    numbers = [number for buffer in buffers for number in tensors.place_on_metal(buffer)]
+    first, more = numbers[:_BEFORE_WORKSPACE], numbers[_BEFORE_WORKSPACE:]
+    library().attention(problem, BUFFERS.pack(_BUFFERS_SIZE, *first, *_OWN_WORKSPACE, *more), STREAM_TORCH)

@@ -3,8 +3,8 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; f32 or f64; the mask's. */
-enum element { DATA, ROW_SUM, MASK };
+/* The problem's dtype; f32 or f64; the mask's; f32. */
+enum element { DATA, ROW_SUM, MASK, FLOAT };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
@@ -81,6 +81,7 @@ size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem 
     switch (operand->element) {
     case ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
     case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
+    case FLOAT: return 4;
     default: return mfa_dtype_size(problem->dtype);
     }
 }

@@ -122,7 +122,7 @@ void basics_check_lowest_mask(void)
     const struct metal_target target = {.family = 7};
     mfa_problem_init(&problem, 1, 1, 1, QUERIES, KEYS, COLUMNS, COLUMNS);
     problem.mask = MFA_MASK_ADDITIVE;
-    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, 1, "lowest");
+    inputs_open(&inputs, &problem, (struct variant){0}, 1, "lowest");
     for (int j = 0; j < KEYS; j++)
         inputs.values[REFERENCE_MASK][ROW * KEYS + j] = (double)-FLT_MAX;
     operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);

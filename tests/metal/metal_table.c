@@ -94,7 +94,7 @@ static int64_t count_on_walk(const struct line *line, int tiles)
     mfa_problem_init(&problem, 1, 1, 1, line->tile->block_q * (keys_are_rows ? tiles : groups),
                      line->tile->block_kv * (keys_are_rows ? 1 : tiles), line->key.head_dim, line->key.value_dim);
     problem.dtype = line->key.dtype;
-    inputs_open(&inputs, &problem, (struct variant){0, 0, 0, 0}, 1, "count");
+    inputs_open(&inputs, &problem, (struct variant){0}, 1, "count");
     operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     mfa_status status = metal_run(&operands, line->target, 1, &trace);
     operands_collect(&operands, &forward);

@@ -82,7 +82,7 @@ def test_every_field_of_the_header_is_declared():
 
 def test_scalars_are_the_fields_between_pass_and_the_layouts():
     assert abi.Scalars._fields == (
-        *("device", "dtype", "mask", "mask_dtype", "reserved", "batch", "q_heads", "kv_heads", "q_len", "kv_len"),
+        *("device", "dtype", "mask", "mask_dtype", "alibi", "batch", "q_heads", "kv_heads", "q_len", "kv_len"),
         *("head_dim", "value_dim", "lower", "upper", "scale", "softcap"),
     )
 
@@ -90,10 +90,10 @@ def test_scalars_are_the_fields_between_pass_and_the_layouts():
 def test_buffers_without_offsets():
     fields = dict.fromkeys((name for name, _ in abi.BUFFERS_FIELDS), (0, 0))
     fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
-    names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low")
+    names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low", "slopes")
     fields |= {name: (base, 0) for base, name in enumerate(names, 1)}
     whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
-    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 14)) == whole
+    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 15)) == whole
 
 
 def test_statuses_become_exceptions():
@@ -120,7 +120,7 @@ def _python(code, **environment):
 
 
 def test_operands_have_the_order_of_the_header():
-    names = {"query": "q", "key": "k", "value": "v", "attn_mask": "mask"}
+    names = {"query": "q", "key": "k", "value": "v", "attn_mask": "mask", "alibi_slopes": "slopes"}
     names |= {"out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
     for fields in (Inputs._fields, Operands._fields[1:]):
         operands = [names.get(name, name) for name in fields]

@@ -71,13 +71,13 @@ def test_opcheck_backward(mask):
 def test_schema_is_stable():
     """Graphs that were exported name these operators and arguments."""
     assert str(forward._schema) == (
-        "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt? lower, SymInt? upper, "
-        "float? scale, float softcap) -> (Tensor out, Tensor lse)"
+        "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, "
+        "Tensor? alibi_slopes, SymInt? lower, SymInt? upper, float? scale, float softcap) -> (Tensor out, Tensor lse)"
     )
     assert str(backward._schema) == (
         "mfa::attention_backward(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-        "Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, float softcap, bool[] wanted) -> "
-        "(Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)"
+        "Tensor? alibi_slopes, Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, float softcap, "
+        "bool[] wanted) -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)"
     )
 
 
@@ -134,14 +134,14 @@ def test_wrong_number_of_wanted(wanted):
 
 WRONG = {
     "out shape": (
-        6,
+        -2,
         lambda t: t[:, :, :-1],
         ValueError,
         r"out has the shape \(2, 4, 8, 6\); it must be \(2, 4, 9, 6\)",
     ),
-    "out dtype": (6, torch.Tensor.double, TypeError, "out is float64; it must be float32"),
-    "lse shape": (7, lambda t: t[:, :1], ValueError, "lse has the shape"),
-    "lse dtype": (7, torch.Tensor.half, TypeError, "lse is float16; it must be float32"),
+    "out dtype": (-2, torch.Tensor.double, TypeError, "out is float64; it must be float32"),
+    "lse shape": (-1, lambda t: t[:, :1], ValueError, "lse has the shape"),
+    "lse dtype": (-1, torch.Tensor.half, TypeError, "lse is float16; it must be float32"),
     "d_out shape": (0, lambda t: t[..., :-1], ValueError, "d_out has the shape"),
     "d_lse shape": (1, lambda t: t[:1], ValueError, "d_lse has the shape"),
     "key shape": (3, lambda t: t[:1], ValueError, "batch sizes"),
@@ -238,7 +238,7 @@ def test_vmap(case, mask_shape):
 @pytest.mark.parametrize("case", VMAPS)
 def test_vmap_of_backward(case, mask_shape):
     given = saved(problem(), torch.randn(mask_shape))
-    places = (0, None, *VMAPS[case], 0, 0)
+    places = (0, None, *VMAPS[case], *NO_MORE, 0, 0)
     mapped = [stacked(t, place) for t, place in zip(given, places)]
     wanted = [True, False, True, True]
     found = torch.vmap(lambda *each: backward(*each, *NO_BAND, wanted)[::3], places)(*mapped)

@@ -1,6 +1,6 @@
 /* The reference, one row of S at a time:
  *
- *     S_j = scale * Q_i K_j, softcap, mask         P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
+ *     S_j = scale * Q_i K_j, softcap, mask, ALiBi  P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
  *     dP_j = dO_i V_j, D_i = sum_j P_j dP_j - dL_i, dS_j = P_j (dP_j - D_i)
  *     dV_j += P_j dO_i      dbias_ij = dS_j      dQ_i = scale * dS K      dK_j += scale * dS_j Q_i
  *
@@ -25,7 +25,7 @@ struct row {
 struct work {
     const mfa_problem *problem;
     const struct reference *results;
-    struct reference_view Q, K, V, mask, dO, dL, dbias;
+    struct reference_view Q, K, V, mask, slopes, dO, dL, dbias;
     int backward;
     struct head head;
     struct row row;
@@ -54,6 +54,8 @@ static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
             else if (mask == 0)
                 s = -INFINITY;
         }
+        if (p->alibi)
+            s += reference_alibi(p, w->slopes.values[b * w->slopes.batch + h * w->slopes.head], i, j);
         row->S[j] = s;
     }
 }
@@ -172,6 +174,8 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
     w.V = reference_load(p, REFERENCE_V, buffers);
     if (p->mask != MFA_MASK_NONE)
         w.mask = reference_load(p, REFERENCE_MASK, buffers);
+    if (p->alibi)
+        w.slopes = reference_load(p, REFERENCE_SLOPES, buffers);
     if (w.backward)
         w.dO = reference_load(p, REFERENCE_dO, buffers);
     if (w.backward && buffers->dlse.base)
@@ -202,7 +206,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         free(*along_columns[n]);
     for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
         free(*of_head[n]);
-    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.dO, &w.dL};
+    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.dO, &w.dL};
     for (size_t n = 0; n < sizeof views / sizeof *views; n++)
         free(views[n]->values);
 }

@@ -11,7 +11,7 @@
 #include "mfa.h"
 
 enum reference_tensor {
-    REFERENCE_Q, REFERENCE_K, REFERENCE_V, REFERENCE_MASK, REFERENCE_dO, REFERENCE_dL, /* inputs */
+    REFERENCE_Q, REFERENCE_K, REFERENCE_V, REFERENCE_MASK, REFERENCE_SLOPES, REFERENCE_dO, REFERENCE_dL, /* inputs */
     REFERENCE_O, REFERENCE_L, REFERENCE_O_LOW, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV, REFERENCE_DBIAS, /* results */
     REFERENCE_TENSORS
 };
@@ -27,7 +27,7 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
 /* Elements of that shape. */
 int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
 
-/* Reads q, k, v, mask, and for gradients d_o, and dlse if given. It computes O and L itself. */
+/* Reads q, k, v, mask, slopes, and for gradients d_o, and dlse if given. It computes O and L itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */
@@ -53,6 +53,9 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
 
 /* First key of query i's band, and the one after its last: an empty range if nothing is visible. */
 void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end);
+
+/* What ALiBi adds to the score of query i and key j, for a slope. */
+double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j);
 
 /* calloc of `count` doubles, at least one; ends the program if there is no memory. */
 double *reference_allocate(int64_t count);

@@ -56,14 +56,15 @@ static void LOCAL(add)(REAL *sum, double *squares, REAL factor, double off, cons
     }
 }
 
-/* The error of a score, from its dot product `sum`, its value `s` and the mask. The dot product is rounded after each
- * term: the partial sum there is a part of the whole, plus a random walk of the terms. */
+/* The error of a score, from its dot product `sum`, its value `s` and what is added to it. The dot product is rounded
+ * after each term: the partial sum there is a part of the whole, plus a random walk of the terms. */
 static double LOCAL(score_off)(const struct naive *n, const struct LOCAL(head) *head, int64_t j, double sum, double s,
-                               double mask)
+                               double mask, double alibi)
 {
     double terms = (double)n->problem->head_dim, wander = head->Q_norm * head->K_norm[j];
     double sum_off = sqrt(terms * sum * sum / 3 + wander * wander / 6);
-    return n->unit * (1 + fabs(n->problem->scale) * sum_off + fabs(s) + (isfinite(mask) ? fabs(mask) : 0));
+    return n->unit * (1 + fabs(n->problem->scale) * sum_off + fabs(s) + (isfinite(mask) ? fabs(mask) : 0) +
+                      fabs(alibi));
 }
 
 /* P and the softcap's derivative; returns L. */
@@ -78,11 +79,13 @@ static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
             s = (REAL)p->softcap * tanh_x;
         head->dtanh[j] = 1 - tanh_x * tanh_x;
         double mask = p->mask == MFA_MASK_NONE ? 1 : naive_mask(n, &head->at, j);
-        head->off[j] = LOCAL(score_off)(n, head, j, (double)z, (double)s, mask);
+        const double alibi = naive_alibi(n, &head->at, j);
+        head->off[j] = LOCAL(score_off)(n, head, j, (double)z, (double)s, mask, alibi);
         if (p->mask == MFA_MASK_ADDITIVE)
             s += (REAL)mask;
         else if (mask == 0)
             s = (REAL)-INFINITY;
+        s += (REAL)alibi;
         P[j] = s;
         largest = s > largest ? s : largest;
     }

@@ -1,4 +1,5 @@
 /* The layout, operand, dtype and extents of each tensor of a problem, and its elements as doubles. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -9,7 +10,8 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
 {
     const mfa_layout *layouts[REFERENCE_TENSORS] = {
         [REFERENCE_Q] = &problem->q_layout, [REFERENCE_K] = &problem->k_layout, [REFERENCE_V] = &problem->v_layout,
-        [REFERENCE_MASK] = &problem->mask_layout, [REFERENCE_dO] = &problem->d_o_layout,
+        [REFERENCE_MASK] = &problem->mask_layout, [REFERENCE_SLOPES] = &problem->slopes_layout,
+        [REFERENCE_dO] = &problem->d_o_layout,
         [REFERENCE_dL] = &problem->dlse_layout, [REFERENCE_O] = &problem->o_layout,
         [REFERENCE_L] = &problem->lse_layout, [REFERENCE_O_LOW] = &problem->o_layout,
         [REFERENCE_dQ] = &problem->dq_layout,
@@ -22,7 +24,8 @@ const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_te
 {
     const mfa_buffer *operands[REFERENCE_TENSORS] = {
         [REFERENCE_Q] = &buffers->q, [REFERENCE_K] = &buffers->k, [REFERENCE_V] = &buffers->v,
-        [REFERENCE_MASK] = &buffers->mask, [REFERENCE_dO] = &buffers->d_o, [REFERENCE_dL] = &buffers->dlse,
+        [REFERENCE_MASK] = &buffers->mask, [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_dO] = &buffers->d_o,
+        [REFERENCE_dL] = &buffers->dlse,
         [REFERENCE_O] = &buffers->o, [REFERENCE_L] = &buffers->lse, [REFERENCE_dQ] = &buffers->dq,
         [REFERENCE_dK] = &buffers->dk, [REFERENCE_dV] = &buffers->dv, [REFERENCE_DBIAS] = &buffers->dbias,
         [REFERENCE_O_LOW] = &buffers->o_low};
@@ -34,6 +37,7 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     switch (tensor) {
     case REFERENCE_MASK: return problem->mask == MFA_MASK_BOOL ? ELEMENT_BOOL : problem->mask_dtype;
     case REFERENCE_DBIAS: return problem->mask_dtype;
+    case REFERENCE_SLOPES: return MFA_F32;
     case REFERENCE_L:
     case REFERENCE_dL: return problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32;
     default: return problem->dtype;
@@ -46,11 +50,11 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V || tensor == REFERENCE_dK || tensor == REFERENCE_dV;
     shape[0] = p->batch;
     shape[1] = of_keys ? p->kv_heads : p->q_heads;
-    shape[2] = of_keys ? p->kv_len : p->q_len;
+    shape[2] = tensor == REFERENCE_SLOPES ? 1 : of_keys ? p->kv_len : p->q_len;
     switch (tensor) {
     case REFERENCE_Q: case REFERENCE_K: case REFERENCE_dQ: case REFERENCE_dK: shape[3] = p->head_dim; break;
     case REFERENCE_MASK: case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
-    case REFERENCE_L: case REFERENCE_dL: shape[3] = 1; break;
+    case REFERENCE_L: case REFERENCE_dL: case REFERENCE_SLOPES: shape[3] = 1; break;
     default: shape[3] = p->value_dim; break;
     }
     const mfa_layout *layout = reference_layout(problem, tensor);
@@ -120,6 +124,11 @@ void reference_gather_transposed(struct reference_view view, int64_t b, int64_t 
     for (int64_t c = 0; c < columns; c++)
         for (int64_t r = 0; r < rows; r++)
             out[c * rows + r] = from[r * view.row + c * view.column];
+}
+
+double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j)
+{
+    return -slope * fabs((double)(i + problem->kv_len - problem->q_len - j));
 }
 
 void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end)

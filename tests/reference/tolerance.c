@@ -23,7 +23,7 @@ struct position {
 
 struct naive {
     const mfa_problem *problem;
-    struct reference_view Q, K, V, mask, dO, dL, dbias;
+    struct reference_view Q, K, V, mask, slopes, dO, dL, dbias;
     int backward;
     double unit;                                             /* one rounding of the working precision */
     struct reference results;
@@ -40,6 +40,14 @@ static double naive_unit(int32_t dtype)
 static double naive_mask(const struct naive *n, const struct position *at, int64_t j)
 {
     return n->mask.values[at->b * n->mask.batch + at->h * n->mask.head + at->i * n->mask.row + j * n->mask.column];
+}
+
+/* What ALiBi adds to the score of key j; 0 without it. */
+static double naive_alibi(const struct naive *n, const struct position *at, int64_t j)
+{
+    if (!n->problem->alibi)
+        return 0;
+    return reference_alibi(n->problem, n->slopes.values[at->b * n->slopes.batch + at->h * n->slopes.head], at->i, j);
 }
 
 static double naive_dL(const struct naive *n, const struct position *at)
@@ -108,8 +116,8 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias;
     struct { struct reference_view *view; enum reference_tensor tensor; int needed; } inputs[] = {
         {&n.Q, REFERENCE_Q, 1}, {&n.K, REFERENCE_K, 1}, {&n.V, REFERENCE_V, 1},
-        {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE}, {&n.dO, REFERENCE_dO, n.backward},
-        {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
+        {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE}, {&n.slopes, REFERENCE_SLOPES, p->alibi},
+        {&n.dO, REFERENCE_dO, n.backward}, {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
     struct { double **values; enum reference_tensor tensor; int needed; } outputs[] = {
         {&n.results.O, REFERENCE_O, 1},
         {&n.results.L, REFERENCE_L, 1}, {&n.results.dQ, REFERENCE_dQ, n.backward},

@@ -21,7 +21,7 @@
  * root of the sum of squares:
  *     a sum is off by u times its partial sum, at each of its terms. A partial sum of the n products of z = Q_i K_j is
  *     a part of z plus a random walk: sqrt(n z^2 / 3 + |Q_i|^2 |K_j|^2 / 6) in all
- *     S_ij is off by s_ij = u (1 + |scale| times that + |S_ij| + |mask_ij|); P_ij by P_ij s_ij
+ *     S_ij is off by s_ij = u (1 + |scale| times that + |S_ij| + |mask_ij| + |ALiBi_ij|); P_ij by P_ij s_ij
  *     L_i by l_i, the root of sum_j (P_ij s_ij)^2, and u |L_i|; in backward, which has P from L, P_ij by P_ij l_i more
  *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what the error and the rounding
  *     of the O that backward is given do to it; dS_ij by P_ij times these, and as P_ij by that times |dP_ij - D_i|

@@ -10,8 +10,8 @@
 
 const char *tensor_name(enum reference_tensor tensor)
 {
-    static const char *const names[REFERENCE_TENSORS] = {"Q", "K",    "V",  "mask", "dO", "dL",   "O",
-                                                         "L", "o_low", "dQ", "dK",   "dV", "dbias"};
+    static const char *const names[REFERENCE_TENSORS] = {"Q", "K", "V",     "mask", "slopes", "dO", "dL",
+                                                         "O", "L", "o_low", "dQ",   "dK",     "dV", "dbias"};
     return names[tensor];
 }
 
@@ -51,13 +51,14 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
     int64_t shape[4], count = reference_count(p, tensor);
     reference_shape(p, tensor, shape);
     double *values = inputs->values[tensor] = reference_allocate(count);
+    const double size = tensor == REFERENCE_SLOPES ? 0.1 : 1;
     for (int64_t at = 0; at < count; at++) {
         int masked = tensor == REFERENCE_MASK &&
                      is_masked(generator, shape, at / shape[3] % shape[2], at % shape[3]);
         if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
             values[at] = masked ? 0 : (double)(1 + generator_next(generator) % 255);
         else
-            values[at] = masked ? -INFINITY : element_round(dtype, generator_normal(generator));
+            values[at] = masked ? -INFINITY : element_round(dtype, size * generator_normal(generator));
     }
 }
 
@@ -83,10 +84,12 @@ void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct varia
     broadcast(&inputs->problem.v_layout, variant.kv_broadcast);
     broadcast(&inputs->problem.mask_layout, variant.mask_broadcast);
     broadcast(&inputs->problem.dbias_layout, variant.dbias_broadcast);
+    broadcast(&inputs->problem.slopes_layout, variant.slopes_broadcast);
     struct generator generator;
     generator_seed(&generator, seed, text);
     for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++)
-        if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) && (tensor != REFERENCE_dL || variant.dlse))
+        if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) &&
+            (tensor != REFERENCE_SLOPES || problem->alibi) && (tensor != REFERENCE_dL || variant.dlse))
             fill(inputs, tensor, &generator);
 }
 

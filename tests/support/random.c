@@ -82,4 +82,6 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
     if (random_between(&r, 0, 1))
         random_band(&r, p);
     random_memory(&r, p, &drawn->variant, &drawn->arrangement);
+    p->alibi = !random_between(&r, 0, 4);
+    drawn->variant.slopes_broadcast = (int)random_between(&r, 0, 3);
 }

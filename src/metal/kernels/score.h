@@ -1,4 +1,4 @@
-/* From Q K^T to scores: scale, softcap, additive mask, band and masks, and the derivative of the softcap. In the
+/* From Q K^T to scores: scale, softcap, additive mask, ALiBi, band and masks, and the softcap's derivative. In the
  * forward pass scores are in units of log 2, so that P = exp2(S - m).
  *
  * Kernels walk along blocks of keys, for a lane that has a query, or along blocks of queries, for a lane that has a
@@ -16,17 +16,31 @@
 #define BIAS_MIN (-4.2535296e37f) /* -2^125 */
 
 /* What scores are made of beside Q and K, as arguments of a kernel and as one struct: the mask, and what is known of
- * its blocks. Only MASKED kernels read them. */
+ * its blocks, which only MASKED kernels read; and ALiBi's slopes. */
+#if defined(ALIBI)
+#define SCORE_BUFFERS                                                                            \
+    device const mask_storage *mask [[buffer(9)]], device const uchar *block_mask [[buffer(1)]], \
+        device const float *slopes [[buffer(19)]]
+#define SCORE_OPERANDS           \
+    score_operands               \
+    {                            \
+        mask, block_mask, slopes \
+    }
+#else
 #define SCORE_BUFFERS device const mask_storage *mask [[buffer(9)]], device const uchar *block_mask [[buffer(1)]]
 #define SCORE_OPERANDS   \
     score_operands       \
     {                    \
         mask, block_mask \
     }
+#endif
 
 struct score_operands {
     device const mask_storage *mask;
     device const uchar *block_mask;
+#if defined(ALIBI)
+    device const float *slopes;
+#endif
 };
 
 struct mask_range {
@@ -36,7 +50,23 @@ struct mask_range {
     long step;
     bool partial; /* the mask must be applied to each element */
 #endif
+#if defined(ALIBI)
+    float slope, distance, direction; /* element t lies |distance + direction * t| from its query's place */
+#endif
 };
+
+#if defined(ALIBI)
+/* For elements that begin with query i and key j of a head: they go on along queries (direction 1) or keys (-1). The
+ * distance of element 0 is rounded to a float's 24 bits, which is as exact as its product with the slope. */
+METAL_FUNC void mask_range_add_alibi(thread mask_range &r, thread const score_operands &in,
+                                     constant mfa_metal_call &call, thread const sequence &seq, long head, long i,
+                                     long j, float direction)
+{
+    r.slope = in.slopes[q_offset(seq, call.args.slopes, head, 0)] * call.bias_factor;
+    r.distance = float(i + seq.kv_len - seq.q_len - j);
+    r.direction = direction;
+}
+#endif
 
 /* Elements [low, high] as the sequence counts them, relative to a block of `length` that begins at `first`. */
 METAL_FUNC void mask_range_clip(thread mask_range &r, long low, long high, long first, int length)
@@ -56,6 +86,9 @@ METAL_FUNC void mask_range_of_query(thread mask_range &r, thread const score_ope
     high = min(high, q.i + call.args.upper);
 #endif
     mask_range_clip(r, low, high, key, BLOCK_KV);
+#if defined(ALIBI)
+    mask_range_add_alibi(r, in, call, seq, q.head, q.i, key, -1.0f);
+#endif
 }
 
 /* The band of a key among the queries of a head from `i` on. */
@@ -68,6 +101,9 @@ METAL_FUNC void mask_range_of_key(thread mask_range &r, thread const score_opera
     high = min(high, key - call.args.lower);
 #endif
     mask_range_clip(r, low, high, i, BLOCK_Q);
+#if defined(ALIBI)
+    mask_range_add_alibi(r, in, call, seq, head, i, key, 1.0f);
+#endif
 }
 
 #if defined(MASKED)
@@ -90,6 +126,9 @@ METAL_FUNC float score(float product, int t, thread const mask_range &r, constan
     float tanh_x = precise::tanh(x);
     x = tanh_x * call.cap_factor;
     dtanh = 1.0f - tanh_x * tanh_x;
+#endif
+#if defined(ALIBI)
+    x -= r.slope * fabs(r.distance + r.direction * float(t));
 #endif
     bool shown = t >= r.low && t <= r.high;
 #if defined(MASKED)

@@ -1,4 +1,4 @@
-/* The bias tile: what a mask adds to the scores of a panel and a block of keys, transposed like the scores,
+/* The bias tile: what a mask and ALiBi add to the scores of a panel and a block of keys, transposed like the scores,
  * [key][PANEL]. A new additive term of the score, one that is known for each query and key, enters here (has_bias,
  * panel_bias), and reaches every kernel.
  *
@@ -19,7 +19,7 @@ static inline int has_mask(const struct mfa_cpu_call *call)
 /* Whether scores may need a bias tile, and so the scratch memory for it. */
 static inline int has_bias(const struct mfa_cpu_call *call)
 {
-    return has_mask(call);
+    return has_mask(call) || (call->features & CPU_ALIBI);
 }
 
 /* Reals that a row of the mask takes up for n keys. */
@@ -130,10 +130,9 @@ static enum block_mask mask_block_mask(const struct panel *panel, const struct m
     return seen == BLOCK_FULL ? band : seen;
 }
 
-/* The same; if BLOCK_PARTIAL_BIAS, tile[k][lane] is what must be added. rows and tile are room for
- * PANEL x padded(n). */
-static enum block_mask panel_bias(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key, int64_t n,
-                                  real *rows, real *tile)
+/* The same; if BLOCK_PARTIAL_BIAS, tile[k][lane] is what the mask adds. */
+static enum block_mask panel_mask_bias(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key,
+                                       int64_t n, real *rows, real *tile)
 {
     enum block_mask seen = mask_block_mask(panel, call, key, n, rows);
     if (seen != BLOCK_PARTIAL_BIAS)
@@ -148,4 +147,43 @@ static enum block_mask panel_bias(const struct panel *panel, const struct mfa_cp
     for (int64_t i = 0; i * (int64_t)sizeof(real) < n; i++)
         widen_bools(words + i * PANEL, lanes, tile + i * (int64_t)sizeof(real) * PANEL, PANEL);
     return seen;
+}
+
+/* ALiBi: -slope * |i + kv_len - q_len - j| in the unit of S, bounded so that its sum with the lowest mask is finite. If
+ * `adds`, it is added to what is in the tile. */
+static void panel_alibi(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key, int64_t n, int adds,
+                        real *tile)
+{
+    const struct sequence *seq = &panel->seq;
+    for (int v = 0; v < panel->vectors; v++) {
+        real slopes[LANES], distances[LANES]; /* of the first key */
+        for (int64_t i = 0; i < LANES; i++) {
+            const int64_t lane = v * LANES + i;
+            const float *slope = (const float *)(const void *)sequence_row(seq, call->slopes, sizeof(float),
+                                                                           &call->args.slopes, panel->head[lane], 0);
+            slopes[i] = (real)(-(double)*slope * S_UNIT);
+            distances[i] = (real)(panel->row[lane] + seq->kv_len - seq->q_len - key);
+        }
+        const vec slope = vec_load(slopes), first = vec_load(distances);
+        const vec lowest = vec_set1((real)(LOWEST_BIAS / 4 * S_UNIT));
+        for (int64_t k = 0; k < n; k++) {
+            real *at = tile + k * PANEL + v * LANES;
+            const vec distance = vec_sub(first, vec_set1((real)k));
+            const vec size = vec_max(distance, vec_sub(vec_set1(0), distance));
+            const vec bias = vec_max(lowest, vec_mul(slope, size));
+            vec_store(at, adds ? vec_add(vec_load(at), bias) : bias);
+        }
+    }
+}
+
+/* How the panel sees keys [key, key + n); if BLOCK_PARTIAL_BIAS, tile[k][lane] is what must be added to the scores.
+ * rows and tile are room for PANEL x padded(n). */
+static enum block_mask panel_bias(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key, int64_t n,
+                                  real *rows, real *tile)
+{
+    const enum block_mask seen = panel_mask_bias(panel, call, key, n, rows, tile);
+    if (!(call->features & CPU_ALIBI) || seen == BLOCK_EMPTY)
+        return seen;
+    panel_alibi(panel, call, key, n, seen == BLOCK_PARTIAL_BIAS, tile);
+    return BLOCK_PARTIAL_BIAS;
 }
