@@ -36,6 +36,7 @@ RULES = (
     ("metalsim/cuda/*", ("*",), ()),
     ("metalsim/*", ("[!/]*.h", "*.inc", "include/metalsim/*", "base/*", "mfa.h"), ()),
     ("bench/*", ("mfa.h",), ()),
+    ("examples/*", ("mfa.h",), MACHINE),
     ("tools/macos/sdk/*", (), MACHINE),
 )
 # Where includes are looked for. metalsim and its parts may also name files of their own folder.
