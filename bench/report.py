@@ -5,7 +5,7 @@
     python bench/report.py peers.json --svg peers.svg                       a picture of libmfa among its peers
     python bench/report.py *.json --svg peers.svg --readme README.md --record docs/measure.md
 
-The last puts the picture and the rows of the README between its markers, and all rows between those of
+The last puts the picture and README_ROWS between the markers of the README, and all rows between those of
 docs/measure.md. Rows of different machines may be given: each machine has a table of its own.
 """
 
@@ -22,6 +22,7 @@ from rich.table import Table
 
 CONTENDERS = {"ours": "libmfa", "torch": "PyTorch SDPA", "math": "PyTorch SDPA, math path"}
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "jax": "JAX", "ggml": "ggml"}
+DTYPES = ("f32", "f16", "bf16")
 COLOURS = {
     "ours": "#1f6f8b",
     "torch": "#e08a3c",
@@ -31,7 +32,7 @@ COLOURS = {
     "jax": "#c0504d",
     "ggml": "#8c8c5a",
 }
-README_GROUPS = ("users", "speed")
+README_ROWS = [f"{p} {dtype} b4 h8 q2048 kv2048 d64" for p in ("forward", "forward+backward") for dtype in DTYPES]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -84,6 +85,7 @@ COLUMNS = {
     "torch +MiB": of(mebibytes, "torch_extra_bytes"),
     "math +MiB": of(mebibytes, "math_extra_bytes"),
 }
+MARKDOWN_COLUMNS = {name: cell for name, cell in COLUMNS.items() if name not in ("math ms", "math / ours")}
 PEER_COLUMNS = {
     "threads": lambda row: str(row["threads"]),
     "ours ms": of(milliseconds, "ours_ms"),
@@ -199,9 +201,10 @@ def reasons(rows):
 
 
 def markdown_means(rows):
-    lines = ["| | problems | rows | mean | least |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = ["| problems | rows | mean | least |", "| --- | ---: | ---: | ---: |"]
     for contender, which, mean, least, count in means(rows):
-        lines.append(f"| {(CONTENDERS | PEERS)[contender]} | {which} | {count} | {times(mean)} | {times(least)} |")
+        if contender == "torch":
+            lines.append(f"| {which} | {count} | {times(mean)} | {times(least)} |")
     return "\n".join(lines)
 
 
@@ -213,17 +216,26 @@ def markdown(rows):
         beside_torch = [row for row in group if row["group"] not in ("peers", "relations")]
         peers = [row for row in group if row["group"] == "peers"]
         relations = [row for row in group if row["group"] == "relations"]
-        for chosen, columns in ((beside_torch, COLUMNS), (peers, PEER_COLUMNS)):
+        for chosen, columns in ((beside_torch, MARKDOWN_COLUMNS), (peers, PEER_COLUMNS)):
             if chosen:
                 parts.append(markdown_table("problem", [f"`{row['problem']}`" for row in chosen], columns, chosen))
         if reasons(peers):
             parts.append(f"No figure, because:\n{reasons(peers)}")
-        if beside_torch or peers:
-            parts.append("Their time over ours, geometric means and the least:")
-            parts.append(markdown_means(beside_torch + peers))
+        if beside_torch:
+            parts.append("PyTorch's time over ours, geometric means and the least:")
+            parts.append(markdown_means(beside_torch))
         if relations:
-            names = [f"{row['relation']}: `{side(row['one'])}` beside `{side(row['other'])}`" for row in relations]
-            parts.append(markdown_table("cost of one beside the other", names, RELATION_COLUMNS, relations))
+            names = [f"{row['relation']}: `{side(row['one'])}`" for row in relations]
+            parts.append(markdown_table("relative cost", names, RELATION_COLUMNS, relations))
+    return "\n\n".join(parts)
+
+
+def markdown_readme(rows):
+    """The README's table: README_ROWS alone."""
+    parts = []
+    for about, group in by_machine([row for row in rows if row.get("problem") in README_ROWS]).items():
+        names = [f"`{row['problem']}`" for row in group]
+        parts += [f"Measured on {about}.", markdown_table("problem", names, MARKDOWN_COLUMNS, group)]
     return "\n\n".join(parts)
 
 
@@ -347,7 +359,7 @@ def main():
     if options.readme:
         place = options.svg and os.path.relpath(options.svg, options.readme.parent)
         link = f"![libmfa beside its peers]({place})\n\n" if place else ""
-        rewrite(options.readme, link + markdown([row for row in rows if row["group"] in README_GROUPS]))
+        rewrite(options.readme, link + markdown_readme(rows))
     if options.record:
         rewrite(options.record, markdown(rows))
     if not (options.readme or options.record):

@@ -1,6 +1,6 @@
 """Our attention beside PyTorch's, as it comes and unfused: time, share of the machine's peak, memory.
 
-    python bench/versus_torch.py --quick                        the README's table, under two minutes
+    python bench/versus_torch.py --quick                        some of them, under two minutes
     python bench/versus_torch.py --json rows.json               all of them
     python bench/versus_torch.py --group decode                 some
     python bench/versus_torch.py "forward bf16 b1 h32/8 q4096 kv4096 d128 causal"
@@ -151,7 +151,7 @@ def measure_all(problems, options, title, columns, **how):
 
 def main():
     parser = parser_of(__doc__, seconds=1.0)
-    parser.add_argument("--quick", action="store_true", help="only the rows of the README's table")
+    parser.add_argument("--quick", action="store_true", help="only some rows, for a look or a comparison")
     parser.add_argument("--group", choices=GROUPS, action="append", help="only the rows of this group")
     options = options_of(parser)
     chosen = options.group or (QUICK if options.quick else GROUPS)

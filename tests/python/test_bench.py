@@ -1,6 +1,7 @@
 """The benchmarks: their problems, counts of work, checks of results, tables and pictures."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 
+import compare
 import measure
 import peers
 import relative
@@ -136,6 +138,30 @@ def test_tables_say_machine_reasons_and_goals():
     assert "- JAX: not installed" in text
     assert "75% of read" in text
     assert [line[-6:] for line in text.splitlines() if "an option" in line] == ["| no |", " yes |"]
+
+
+def test_readme_has_its_rows_alone():
+    rows = [row(problem) for problem in (*report.README_ROWS, "forward f32 b1 h1 q8 kv8 d8")] + [relation()]
+    text = report.markdown_readme(rows)
+    assert "Measured on a machine, 2 threads; libmfa 1; 2026-01-02." in text
+    assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")] == report.README_ROWS
+    assert set(report.README_ROWS) < set(versus_torch.users_table())
+
+
+@pytest.mark.parametrize("factor, mean, status", [(1.0, "1.000", 0), (0.5, "0.500", 1), (0.95, "0.950", 0)])
+def test_runs_are_compared_by_their_ratios(factor, mean, status, tmp_path, monkeypatch, capsys):
+    names = ("forward f32 b1 h1 q8 kv8 d8", "forward f32 b1 h1 q9 kv9 d8")
+    for file, scale, problems in (("base", 1, names), ("changed", factor, (*names, "forward f32 b1 h1 q7 kv7 d8"))):
+        rows = [row(problem, ratio_torch=scale * (n + 2)) for n, problem in enumerate(problems)]
+        failed = {"problem": "forward f32 b1 h1 q6 kv6 d8", "failed": "it was wrong"}
+        (tmp_path / file).write_text(json.dumps([*rows, failed]))
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "base"), str(tmp_path / "changed")])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    assert end.value.code == status
+    said = capsys.readouterr().out
+    assert f"Geometric mean {mean}" in said
+    assert "q7" not in said
 
 
 def test_tables_go_between_markers(tmp_path):
