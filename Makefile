@@ -7,7 +7,8 @@
 # make bench    all that is measured, in about ten minutes: beside PyTorch, beside other libraries, ours beside ours. Tables
 #               on the terminal, rows and pictures in build/
 # make bench-readme   the same, and then writes README.md's table and picture, and docs/measure.md's tables
-# make bench-quick    only README.md's table, on the terminal
+# make bench-quick    some rows beside PyTorch, on the terminal
+# make docs     the documentation, into build/docs
 # make clean    remove what was built; make distclean removes the virtual environment too
 #
 # Each sets up what it needs: system packages (installed when root on Debian, else named), and pinned Python
@@ -25,7 +26,7 @@ bench_python := "$(CURDIR)/$(bench_venv)/bin/python"
 bench_rows := $(addprefix build/,bench.json peers.json relative.json)
 in_tree := PYTHONPATH="$(CURDIR)/python" MFA_LIBRARY="$(CURDIR)/build/release/libmfa.$(suffix)"
 
-.PHONY: build demo wheels test test-metal bench bench-quick bench-readme clean distclean
+.PHONY: build demo docs wheels test test-metal bench bench-quick bench-readme clean distclean
 
 build: $(venv)/.build
 	@PATH="$(bin):$$PATH" cmake -S . -B build/release -G Ninja -DMFA_BENCH=ON
@@ -45,6 +46,10 @@ bench-quick: build $(venv)/.demo
 
 bench-readme: bench
 	@$(bench_python) bench/report.py $(bench_rows) --svg docs/peers.svg --readme README.md --record docs/measure.md
+
+docs: $(venv)/.docs
+	@PATH="$(bin):$$PATH" python -m sphinx -W --keep-going -n -q -d build/docs-doctrees docs build/docs
+	@echo "The documentation is in $(CURDIR)/build/docs/index.html"
 
 wheels: build/.packages-wheels $(venv)/.wheels
 	@PATH="$(bin):$$PATH" python tools/wheels.py
@@ -70,14 +75,15 @@ $(venv)/bin/python $(bench_venv)/bin/python: | build/.packages-build
 	@echo "Making a virtual environment in $(@:/bin/python=)"
 	@$(PYTHON) -m venv $(@:/bin/python=)
 
-# demo.txt and wheels.txt include build.txt, test.txt includes both. Other libraries have an environment of their own.
+# demo.txt and wheels.txt include build.txt, test.txt includes these and docs.txt. Other libraries have an environment of their own.
 $(venv)/.build: requirements/build.txt
 $(venv)/.demo: requirements/build.txt requirements/demo.txt
+$(venv)/.docs: requirements/docs.txt
 $(venv)/.wheels: requirements/build.txt requirements/wheels.txt
-$(venv)/.test: $(addprefix requirements/,build.txt demo.txt wheels.txt test.txt)
+$(venv)/.test: $(addprefix requirements/,build.txt demo.txt docs.txt wheels.txt test.txt)
 $(bench_venv)/.peers: $(addprefix requirements/,build.txt demo.txt peers.txt) | build/.packages-bench $(bench_venv)/bin/python
-$(venv)/.build $(venv)/.demo $(venv)/.wheels $(venv)/.test: | $(venv)/bin/python
-$(venv)/.build $(venv)/.demo $(venv)/.wheels $(venv)/.test $(bench_venv)/.peers:
+$(venv)/.build $(venv)/.demo $(venv)/.docs $(venv)/.wheels $(venv)/.test: | $(venv)/bin/python
+$(venv)/.build $(venv)/.demo $(venv)/.docs $(venv)/.wheels $(venv)/.test $(bench_venv)/.peers:
 	@echo "Installing requirements/$(subst .,,$(notdir $@)).txt into $(@D)"
 	@"$(@D)/bin/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r requirements/$(subst .,,$(notdir $@)).txt
 	@touch $@

@@ -214,6 +214,13 @@ def checks(run):
     run.step(sys.executable, "-m", "pytest", "tests/tools", counts=True)
 
 
+def docs(run):
+    """The documentation builds without a warning, and without the library."""
+    folder = run.build / "test-docs"
+    options = ("-W", "--keep-going", "-n", "-q", "-E", "-d", folder / "doctrees")
+    run.step(sys.executable, "-m", "sphinx", *options, "docs", folder)
+
+
 def release(run):
     """The library as it is shipped: its exported symbols, and all tests on every instruction set of this machine."""
     folder, library = run.release()
@@ -481,7 +488,7 @@ def metal_cuda(run):
     run.step("sh", "metalsim/cuda/run.sh", folder, counts=True, METALSIM_CUDA_ARCH="sm_90")
 
 
-CPU = (checks, release, header, plain, clang, memory, threads, amx, arm64, python, wheels, macos)
+CPU = (checks, docs, release, header, plain, clang, memory, threads, amx, arm64, python, wheels, macos)
 # make test-metal
 METAL = (
     *(metal_simulator, metal_kernels, metal_mutants, metal_lint, metal_coverage),
