@@ -113,6 +113,30 @@ def test_commit_subject(subject, fine, tmp_path):
     assert (subject in said) != fine
 
 
+NUMBERS = "".join(f"#define MFA_VERSION_{part} {n}\n" for part, n in (("MAJOR", 1), ("MINOR", 2), ("PATCH", 3)))
+
+
+@pytest.mark.parametrize(
+    "tag, heading, sentence",
+    (
+        ("v1.2.3", "1.2.3, 2026-12-31", None),
+        ("v1.2.4", "1.2.4, 2026-12-31", "the tag is v1.2.4, and include/mfa.h has version 1.2.3"),
+        ("v1.2.3", "1.2.3, not yet released", 'begins with "1.2.3, not yet released"'),
+        ("v1.2.3", "1.2.2, 2026-12-31", 'begins with "1.2.2, 2026-12-31"'),
+    ),
+)
+def test_release(tag, heading, sentence, tmp_path):
+    changes = f"# Changes\n\n## {heading}\n\n- One.\n- Two.\n\n## 1.0.0, 2026-01-01\n\n- Old.\n"
+    write(tmp_path, {"include/mfa.h": NUMBERS, "CHANGELOG.md": changes})
+    command = [sys.executable, ROOT / "tools/release.py", tag, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if sentence is None:
+        assert (done.returncode, done.stdout) == (0, "- One.\n- Two.\n")
+    else:
+        assert done.returncode and not done.stdout
+        assert sentence in done.stderr
+
+
 @pytest.mark.parametrize(
     "listed, sentence",
     (
