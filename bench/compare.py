@@ -1,9 +1,10 @@
-"""Compares two runs of one benchmark: the ratios of PyTorch's time to ours, which hold on any machine.
+"""Compares runs of one benchmark before and after a change: the ratios of PyTorch's time to ours.
 
-    python bench/compare.py base.json changed.json [--least 0.9]
+    python bench/compare.py changed.json base.json [base.json ...] [--least 0.9]
 
-Of each problem that both runs have, the ratio of the changed run is divided by that of the base; below 1, the change
-made ours slower relative to PyTorch. The exit status is 1 if the geometric mean is below --least.
+Of each problem that all runs have, the ratio of the changed run is divided by that of the base, the geometric mean if
+there are several runs of it; below 1, the change made ours slower relative to PyTorch. The exit status is 1 if the
+geometric mean over the problems is below --least.
 """
 
 import argparse
@@ -19,20 +20,25 @@ def ratios(path):
     return {row["problem"]: row["ratio_torch"] for row in rows if row.get("ratio_torch")}
 
 
-def compare(base, changed):
+def compare(changed, bases):
     """{problem: (ratio of the base, of the changed run, their quotient)}"""
-    return {problem: (base[problem], new, new / base[problem]) for problem, new in changed.items() if problem in base}
+    found = {}
+    for problem, new in changed.items():
+        if all(problem in base for base in bases):
+            old = statistics.geometric_mean(base[problem] for base in bases)
+            found[problem] = (old, new, new / old)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=pathlib.Path, help="rows that a benchmark wrote by --json")
-    parser.add_argument("changed", type=pathlib.Path, help="those of the same benchmark of the changed tree")
+    parser.add_argument("changed", type=pathlib.Path, help="rows that a benchmark of the changed tree wrote by --json")
+    parser.add_argument("bases", nargs="+", type=pathlib.Path, metavar="base", help="those of the tree before")
     parser.add_argument("--least", type=float, default=0.9, help="the least geometric mean; default %(default)s")
     options = parser.parse_args()
-    found = compare(ratios(options.base), ratios(options.changed))
+    found = compare(ratios(options.changed), [ratios(base) for base in options.bases])
     if not found:
-        sys.exit("the two runs have no problem in common that was timed beside PyTorch")
+        sys.exit("the runs have no problem in common that was timed beside PyTorch")
     print("| problem | torch / ours, base | changed | changed / base |\n| --- | ---: | ---: | ---: |")
     for problem, (old, new, quotient) in found.items():
         print(f"| `{problem}` | {old:.2f} | {new:.2f} | {quotient:.2f} |")

@@ -155,7 +155,7 @@ def test_runs_are_compared_by_their_ratios(factor, mean, status, tmp_path, monke
         rows = [row(problem, ratio_torch=scale * (n + 2)) for n, problem in enumerate(problems)]
         failed = {"problem": "forward f32 b1 h1 q6 kv6 d8", "failed": "it was wrong"}
         (tmp_path / file).write_text(json.dumps([*rows, failed]))
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "base"), str(tmp_path / "changed")])
+    monkeypatch.setattr(sys, "argv", ["compare.py", *(str(tmp_path / name) for name in ("changed", "base", "base"))])
     with pytest.raises(SystemExit) as end:
         compare.main()
     assert end.value.code == status
