@@ -93,7 +93,7 @@ def _parser():
         "--features",
         nargs="+",
         default=["none", "band"],
-        help="none, band (causal, windows), mask_bool, mask_f32 and so on, softcap; both: band+softcap (none band)",
+        help="none, band (causal, windows), mask_bool, mask_f32 etc., softcap, alibi; both: band+softcap (none band)",
     )
     made.add_argument("--backward", action="store_true", help="those of the backward pass, too")
     made.add_argument("--folder", type=Path, help="where the files go; without it, libmfa's cache")
