@@ -282,7 +282,7 @@ static void check_random(mfa_context *context, const struct arguments *arguments
         random_problem_draw(&drawn, arguments->seed, n);
         struct one_case one = {.number = n, .passes = CASE_FORWARD | CASE_BACKWARD, .problem = drawn.problem};
         mfa_problem_print(&drawn.problem, one.text, sizeof one.text);
-        if (arguments->filter && !strstr(one.text, arguments->filter))
+        if ((arguments->filter && !strstr(one.text, arguments->filter)) || !arguments_take(arguments))
             continue;
         if (arguments->list) {
             puts(one.text);
@@ -305,7 +305,7 @@ int main(int count, char **words)
     struct cases cases;
     struct one_case one;
     mfa_context *context = NULL;
-    if (!arguments_parse(&arguments, count, words))
+    if (!arguments_parse(&arguments, count, words, NULL))
         return 2;
     report_begin("check_attention", arguments.seed);
     if (arguments.bits && !report_bits_to(arguments.bits))

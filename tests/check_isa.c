@@ -1,9 +1,10 @@
 /* Which instruction sets the CPU backend takes on this machine.
  *
- *     check_isa "scalar, neon, neonbf16"
+ *     check_isa ["scalar, neon, neonbf16"]
  *
- * The argument lists the sets that this machine has: a context accepts each of these, as isa or MFA_ISA, and uses the
- * last one by default; the key of a bf16 kernel ends with its name. The library's other sets fail with a message. */
+ * The argument lists the sets that this machine has, else mfa_isa_supported says so. A context accepts each of these,
+ * as isa or MFA_ISA, and uses the last one by default; the key of a bf16 kernel ends with its name. The library's
+ * other sets fail with a message. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,25 +63,33 @@ static int is_in(const char *list, const char *name)
     return at != NULL;
 }
 
+/* The list of the sets that the library says this machine has. */
+static const char *supported(void)
+{
+    static char list[LINE / 2];
+    size_t length = 0;
+    const char *name;
+    for (int32_t n = 0; (name = mfa_isa_name(n)); n++)
+        if (mfa_isa_supported(name) == MFA_OK)
+            length += (size_t)snprintf(list + length, sizeof list - length, "%s%s", length ? ", " : "", name);
+    return list;
+}
+
 int main(int count, char **words)
 {
     char sentence[LINE];
-    const char *best = "", *name;
-    if (count != 2) {
-        fprintf(stderr, "usage: %s \"NAME, NAME...\"\n", words[0]);
-        return 2;
-    }
+    const char *best = "", *name, *list = count > 1 ? words[1] : supported();
     report_begin("check_isa", 1);
     unsetenv("MFA_ISA");
     for (int32_t n = 0; (name = mfa_isa_name(n)); n++) {
-        const int has = is_in(words[1], name);
+        const int has = is_in(list, name);
         const mfa_status status = mfa_isa_supported(name);
         expect("the status of", name, mfa_status_name(status), has ? "MFA_OK" : "MFA_UNAVAILABLE");
-        snprintf(sentence, sizeof sentence, "isa is %s; this machine has %s", name, words[1]);
+        snprintf(sentence, sizeof sentence, "isa is %s; this machine has %s", name, list);
         if (!has)
             expect("the sentence of", name, mfa_last_error(), sentence);
         expect("isa", name, machine(name), has ? name : sentence);
-        snprintf(sentence, sizeof sentence, "MFA_ISA is %s; this machine has %s", name, words[1]);
+        snprintf(sentence, sizeof sentence, "MFA_ISA is %s; this machine has %s", name, list);
         expect("MFA_ISA", name, machine_of_environment(name), has ? name : sentence);
         best = has ? name : best;
     }

@@ -457,7 +457,7 @@ int main(int count, char **words)
     struct arguments arguments;
     struct cases cases;
     struct one_case one;
-    if (!arguments_parse(&arguments, count, words))
+    if (!arguments_parse(&arguments, count, words, NULL))
         return 2;
     if (!arguments.problem_count) {
         arguments.problems = make_cases();

@@ -5,7 +5,6 @@
  *     check_metal --random N      N problems drawn from the seed
  *     --checked                   look for races and the like
  *     --fast-math                 kernels compiled with fast math, which is Metal's default
- *     --shard K/N                 every Nth of these problems from number K on
  *
  * Each line of the case list is taken in f32, f16 and bf16, for one of the GPU families that have tiles of their own (a
  * quarter of them for tiles with half the threads), and run forward and backward through tiles, source and dispatch.
@@ -30,15 +29,6 @@
 #include "support/test_case.h"
 
 static struct gpu_settings settings;
-
-static int shard, shards = 1;
-
-/* Whether the next problem is one of this shard. */
-static int mine(void)
-{
-    static int number;
-    return number++ % shards == shard;
-}
 
 struct test_run { /* a problem under test, and the tiles with which it is run */
     struct test_case test_case;
@@ -170,8 +160,6 @@ static void check_cases(const struct arguments *arguments)
     struct one_case one;
     if (cases_open(&cases, arguments))
         while (cases_next(&cases, &one)) {
-            if (!mine())
-                continue;
             if (arguments->list)
                 puts(one.text);
             else
@@ -188,7 +176,7 @@ static void check_generated(const struct arguments *arguments, int count,
         struct test_run t = {.target = g.target};
         struct one_case one = {.number = n, .passes = CASE_FORWARD | CASE_BACKWARD, .problem = g.problem};
         snprintf(one.text, sizeof one.text, "%s", g.text);
-        if ((arguments->filter && !strstr(g.text, arguments->filter)) || !mine())
+        if ((arguments->filter && !strstr(g.text, arguments->filter)) || !arguments_take(arguments))
             continue;
         const clock_t begin = clock();
         const int good = check_variant(&t, &one, g.variant, arguments->seed, g.arrangement, ONCE);
@@ -197,32 +185,17 @@ static void check_generated(const struct arguments *arguments, int count,
     }
 }
 
-/* Removes this program's own options from the command line. */
-static int take_options(int count, char **words, int *tiles)
-{
-    int kept = 0;
-    for (int n = 0; n < count; n++) {
-        if (!strcmp(words[n], "--checked"))
-            settings.checked = 1;
-        else if (!strcmp(words[n], "--fast-math"))
-            settings.fast_math = 1;
-        else if (!strcmp(words[n], "--tiles"))
-            *tiles = PROBLEMS_OF_TILES;
-        else if (!strcmp(words[n], "--shard") && n + 1 < count) {
-            if (sscanf(words[++n], "%d/%d", &shard, &shards) != 2 || shards < 1)
-                return 0;
-        } else
-            words[kept++] = words[n];
-    }
-    return kept;
-}
-
 int main(int count, char **words)
 {
     struct arguments arguments;
     int tiles = 0;
-    count = take_options(count, words, &tiles);
-    if (!count || !arguments_parse(&arguments, count, words))
+    const struct option own[] = {
+        {"checked", no_argument, &settings.checked, 1},
+        {"fast-math", no_argument, &settings.fast_math, 1},
+        {"tiles", no_argument, &tiles, PROBLEMS_OF_TILES},
+        {0},
+    };
+    if (!arguments_parse(&arguments, count, words, own))
         return 2;
     report_begin("check_metal", arguments.seed);
     if (arguments.bits && !report_bits_to(arguments.bits))
@@ -233,7 +206,7 @@ int main(int count, char **words)
     guarded_report_faults();
     check_generated(&arguments, tiles, problems_of_tiles);
     check_generated(&arguments, arguments.random, problems_random);
-    if (!arguments.problem_count && shard == 0) {
+    if (!arguments.problem_count && arguments.shard == 0) {
         basics_check_layout();
         basics_check_lowest_mask();
         if (!settings.fast_math) /* fast math assumes that there are no NaN */

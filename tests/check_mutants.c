@@ -191,7 +191,7 @@ static void report_mutants(void)
 int main(int count, char **words)
 {
     struct arguments arguments;
-    if (!arguments_parse(&arguments, count, words))
+    if (!arguments_parse(&arguments, count, words, NULL))
         return 2;
     report_begin("check_mutants", arguments.seed);
     cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim";

@@ -112,7 +112,7 @@ int main(int count, char **words)
 {
     struct arguments arguments;
     mfa_context *context;
-    if (!arguments_parse(&arguments, count, words))
+    if (!arguments_parse(&arguments, count, words, NULL))
         return 2;
     report_begin("check_large", arguments.seed);
     const char *cache = getenv("MFA_CACHE");

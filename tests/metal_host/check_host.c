@@ -80,28 +80,18 @@ static void check_cases(mfa_context *context, struct arguments *arguments, int e
         }
 }
 
-/* Removes this program's own options from the command line. */
-static int take_options(int count, char **words, struct metalsim_settings *settings, int *every)
-{
-    int kept = 0;
-    for (int n = 0; n < count; n++)
-        if (!strcmp(words[n], "--checked"))
-            settings->checked = 1;
-        else if (!strcmp(words[n], "--every") && n + 1 < count && atoi(words[n + 1]) > 0)
-            *every = atoi(words[++n]);
-        else
-            words[kept++] = words[n];
-    return kept;
-}
-
 int main(int count, char **words)
 {
     struct arguments arguments;
     struct metalsim_settings settings;
     int every = 0;
     metalsim_runtime_defaults(&settings);
-    count = take_options(count, words, &settings, &every);
-    if (!arguments_parse(&arguments, count, words))
+    const struct option own[] = {
+        {"checked", no_argument, &settings.checked, 1},
+        {"every", required_argument, &every, 0},
+        {0},
+    };
+    if (!arguments_parse(&arguments, count, words, own))
         return 2;
     report_begin("check_host", arguments.seed);
     settings.seed = arguments.seed;

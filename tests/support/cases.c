@@ -116,6 +116,8 @@ int cases_next(struct cases *cases, struct one_case *one)
         }
         if (cases->arguments->filter && !strstr(text, cases->arguments->filter))
             continue;
+        if (!arguments_take(cases->arguments))
+            continue;
         if (case_parse(text, one)) {
             one->line = cases->number;
             one->number = cases->number + cases->dtype - 1;
