@@ -1,8 +1,10 @@
 # make          build libmfa into build/release
 # make demo     what it does, in a few minutes: speed and memory beside PyTorch, a small GPT trained with it, and an
 #               encoder of torch.nn made faster by one line
-# make test     every test there is; ends with "N passed, N failed". SUITES="checks release" runs only these
-# make test-metal   of these, the Metal kernels: executed, checked and linted without a GPU
+# make test     what a change must pass; ends with "N passed, N failed, N skipped". STEPS="checks release" runs only
+#               these; tests/run.py --list names them
+# make test-full    the same with every case on every instruction set, and more random problems
+# make test-metal   of make test, the Metal kernels: executed, checked and linted without a GPU
 # make wheels   the wheels for macOS and for Linux, all of them on Linux, into dist/
 # make bench    all that is measured, in about ten minutes: beside PyTorch, beside other libraries, ours beside ours. Tables
 #               on the terminal, rows and pictures in build/
@@ -16,7 +18,7 @@
 
 PYTHON ?= python3
 PIP_OPTIONS ?=
-SUITES ?=
+STEPS ?=
 
 venv := build/venv
 bin := $(CURDIR)/$(venv)/bin
@@ -26,7 +28,7 @@ bench_python := "$(CURDIR)/$(bench_venv)/bin/python"
 bench_rows := $(addprefix build/,bench.json peers.json relative.json)
 in_tree := PYTHONPATH="$(CURDIR)/python" MFA_LIBRARY="$(CURDIR)/build/release/libmfa.$(suffix)"
 
-.PHONY: build demo docs wheels test test-metal bench bench-quick bench-readme clean distclean
+.PHONY: build demo docs wheels test test-full test-metal bench bench-quick bench-readme clean distclean
 
 build: $(venv)/.build
 	@PATH="$(bin):$$PATH" cmake -S . -B build/release -G Ninja -DMFA_BENCH=ON
@@ -55,10 +57,13 @@ wheels: build/.packages-wheels $(venv)/.wheels
 	@PATH="$(bin):$$PATH" python tools/wheels.py
 
 test: build/.packages-test $(venv)/.test
-	@PATH="$(bin):$$PATH" python tests/run.py $(SUITES)
+	@PATH="$(bin):$$PATH" python tests/run.py $(STEPS)
+
+test-full: build/.packages-test $(venv)/.test
+	@PATH="$(bin):$$PATH" python tests/run.py --full $(STEPS)
 
 test-metal:
-	@$(MAKE) --no-print-directory test SUITES="metal-simulator metal-kernels metal-mutants metal-lint metal-coverage metal-host metal-python metal-cuda"
+	@$(MAKE) --no-print-directory test STEPS="metal metal-python"
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name 'venv*' -exec rm -rf {} +

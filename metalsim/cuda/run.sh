@@ -6,7 +6,12 @@
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 out=${1:-build/cuda}
-rm -rf "$out/objects"
+nvcc=$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
+if [ -n "${METALSIM_CUDA_ARCH:-}" ] && [ ! -x "$nvcc" ]; then
+    echo "SKIPPED: no nvcc here, nor in CUDA_HOME: the Metal kernels are not compiled for NVIDIA GPUs"
+    exit 77
+fi
+rm -rf "$out/objects" "$out/programs"
 mkdir -p "$out/objects" "$out/logs" "$out/programs"
 out=$(cd "$out" && pwd)
 cores=$(getconf _NPROCESSORS_ONLN)

@@ -10,6 +10,7 @@ It prints a line per finding, and at last N passed, N failed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -365,11 +366,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--expect", action="store_true", help="the files hold injected errors")
-    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="or a folder of .metal files")
     options = parser.parse_args()
     passed = failed = 0
     wrappers = {}
-    for path in options.files:
+    files = [sorted(path.glob("*.metal")) if path.is_dir() else [path] for path in options.files]
+    for path in itertools.chain(*files):
         text, findings = lint(path, options.defines)
         for number, line in enumerate(text.code, 1):
             if "thread_elements" in line:
@@ -386,7 +388,7 @@ def main():
         failed += 1
         print(f"thread_elements stands in {', '.join(sorted(wrappers))}: the layout is for one file to know")
     print(f"{passed} passed, {failed} failed")
-    return 1 if failed else 0
+    return 1 if failed or not passed else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A storage is handed out as a simulated MTLBuffer over its memory, and commands go into a stand-in for PyTorch's stream,
 which is waited for after each call, since PyTorch's own operators on the CPU know nothing of it. The package is as it
-is but for three of its names: the table of devices, the MTLBuffer of a tensor, and torch.mps.synchronize. It needs a
-libmfa that was built with -DMFA_METALSIM=ON.
+is but for three of its names: the table of devices, the MTLBuffer of a tensor, and torch.mps.synchronize. It needs
+libmfa_metalsim, which a build with -DMFA_METALSIM=ON has.
 """
 
 import contextlib
