@@ -167,6 +167,7 @@ def main():
         return 0
     BUILD.mkdir(exist_ok=True)
     os.environ["MFA_CACHE"] = str(BUILD / "test-cache")  # not the user's own
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads of several processes of PyTorch spin for each other
     tally, lines = Tally(), []
     for name, step in chosen.items():
         began, passed, failed = time.monotonic(), tally.passed, tally.failed
