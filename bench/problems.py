@@ -2,12 +2,21 @@
 
 import dataclasses
 import math
-import re
 
 import torch
 
-PASSES = ("forward", "backward", "forward+backward")
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+from mps_flash_attn.library import (
+    BAND_OPEN_LOWER,
+    BAND_OPEN_UPPER,
+    DEVICE_CPU,
+    MASK_ADDITIVE,
+    MASK_BOOL,
+    MASK_NONE,
+    library,
+    scalars,
+)
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}  # as mfa.h numbers them
 DECODE_QUERIES = 16  # with at most as many, reading K and V from memory may be the bound,
 CACHE_BYTES = 1 << 24  # if they have at least as many bytes
 
@@ -33,37 +42,24 @@ class Problem:
     softcap: float
     mask: str | None
 
-    GRAMMAR = re.compile(
-        r"(?P<passes>\S+) (?P<dtype>\w+) b(?P<batch>\d+) h(?P<q_heads>\d+)(/(?P<kv_heads>\d+))? q(?P<q_len>\d+) "
-        r"kv(?P<kv_len>\d+) d(?P<head_dim>\d+)(v(?P<value_dim>\d+))?(?P<causal> causal)?( lower(?P<lower>-?\d+))?"
-        r"( upper(?P<upper>-?\d+))?( softcap(?P<softcap>[\d.]+))?( mask_(?P<mask>\w+))?"
-    )
-
     @classmethod
     def parse(cls, text):
-        found = cls.GRAMMAR.fullmatch(text)
-        if not found:
-            raise ValueError(f'"{text}" is no problem; one is "forward f32 b1 h8/2 q2048 kv2048 d64 causal"')
-        given = found.groupdict()
-        number = {name: int(given[name]) for name in ("batch", "q_heads", "q_len", "kv_len", "head_dim")}
-        problem = cls(
-            text=text,
-            passes=given["passes"],
-            dtype=given["dtype"],
-            kv_heads=int(given["kv_heads"] or number["q_heads"]),
-            value_dim=int(given["value_dim"] or number["head_dim"]),
-            lower=int(given["lower"]) if given["lower"] else None,
-            upper=0 if given["causal"] else int(given["upper"]) if given["upper"] else None,
-            softcap=float(given["softcap"] or 0),
-            mask=given["mask"],
-            **number,
-        )
-        if problem.passes not in PASSES:
-            raise ValueError(f'the pass is "{problem.passes}"; it is one of {", ".join(PASSES)}')
-        if problem.dtype not in DTYPES or problem.mask not in (None, "bool", *DTYPES):
-            raise ValueError(f'"{text}" names no dtype; one is {", ".join(DTYPES)}, and a mask may also be bool')
+        passes, _, rest = text.partition(" ")
+        given = scalars(library().parse(f"{passes.removesuffix('+backward')} {rest}"))._asdict()
+        dtypes = list(DTYPES)
+        masks = {MASK_NONE: None, MASK_BOOL: "bool", MASK_ADDITIVE: dtypes[given["mask_dtype"]]}
+        chosen = {
+            "dtype": dtypes[given["dtype"]],
+            "mask": masks[given["mask"]],
+            "lower": None if given["lower"] == BAND_OPEN_LOWER else given["lower"],
+            "upper": None if given["upper"] == BAND_OPEN_UPPER else given["upper"],
+        }
+        names = [field.name for field in dataclasses.fields(cls)[2:]]
+        problem = cls(text=text, passes=passes, **{name: {**given, **chosen}[name] for name in names})
         if problem.window and problem.q_len != problem.kv_len:
             raise ValueError(f'"{text}" has a window and q_len differs from kv_len; windows need equal ones here')
+        if given["alibi"] or given["device"] != DEVICE_CPU or " scale" in text:
+            raise ValueError(f'"{text}" has a scale, alibi or a device, which no benchmark here has')
         return problem
 
     @property

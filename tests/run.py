@@ -166,8 +166,10 @@ def main():
     if options.list:
         return 0
     BUILD.mkdir(exist_ok=True)
+    if options.full:
+        os.environ["MFA_TEST_FULL"] = "1"
     os.environ["MFA_CACHE"] = str(BUILD / "test-cache")  # not the user's own
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads of several processes of PyTorch spin for each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or the threads of two PyTorchs spin, each for a core
     tally, lines = Tally(), []
     for name, step in chosen.items():
         began, passed, failed = time.monotonic(), tally.passed, tally.failed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_in import BACKEND, DTYPES, FLOAT64
+from stand_in import BACKEND, DTYPES, FLOAT64, FULL
 from torch.utils.checkpoint import checkpoint
 
 from mps_flash_attn import explain, flash_attention, run
@@ -391,7 +391,7 @@ def _band(is_causal, window, shift):
     return lower, diagonal if is_causal or window else None
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 if FULL else 50)
 @given(random_problems())
 def test_random_problem(drawn):
     dtype, sizes, options, mask_kind, mask_shape, strides, seed = drawn

@@ -49,9 +49,16 @@ def test_work_counts_visible_pairs(options):
     assert not problem.reads_memory
 
 
-@pytest.mark.parametrize("text", ["forward f32 b1 q4", "sideways f32 b1 h1 q4 kv4 d8", "forward f8 b1 h1 q4 kv4 d8"])
-def test_what_is_no_problem_is_refused(text):
-    with pytest.raises(ValueError, match="one|dtype"):
+@pytest.mark.parametrize(
+    "text, sentence",
+    (
+        ("forward f32 b1 q4", "expected h<q_heads>"),
+        ("sideways f32 b1 h1 q4 kv4 d8", "expected forward or backward"),
+        ("forward f32 b1 h1 q4 kv4 d8 alibi", "no benchmark"),
+    ),
+)
+def test_what_is_no_problem_is_refused(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
         Problem.parse(text)
 
 

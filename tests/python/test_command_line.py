@@ -24,7 +24,7 @@ def run(*arguments, **environment):
         env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=int(os.environ.get("MFA_TEST_TIMEOUT", "900")),
     )
 
 
