@@ -16,7 +16,8 @@ from mps_flash_attn.library import (
     scalars,
 )
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}  # as mfa.h numbers them
+# In the order of mfa_dtype (include/mfa.h).
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 DECODE_QUERIES = 16  # with at most as many, reading K and V from memory may be the bound,
 CACHE_BYTES = 1 << 24  # if they have at least as many bytes
 
