@@ -17,17 +17,18 @@ import time
 from collections import Counter
 from pydoc_data import topics
 
-import report
 import torch
 import torch.nn.functional as F
-from measure import machine, measure, settle, versions
-from mps_flash_attn import is_available, replace_sdpa, replaced_sdpa, sdpa_stats
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
+
+import report
+from measure import machine, measure, settle, versions
+from mps_flash_attn import is_available, replace_sdpa, replaced_sdpa, sdpa_stats
 from versus_torch import users_table
 
 DEVICE = "mps" if is_available("mps") else "cpu"
@@ -263,7 +264,7 @@ def draw(rows, trainings, readings):
     panels[0, 2].set_ylim(bottom=0)
     panels[0, 2].legend()
     curves = panels[1, 2]
-    for (who, name), style in zip(NAMES.items(), ({"linewidth": 4, "alpha": 0.6}, {"linewidth": 1.2})):
+    for (who, name), style in zip(NAMES.items(), ({"linewidth": 4, "alpha": 0.6}, {"linewidth": 1.2}), strict=True):
         curves.plot(trainings[who].losses, color=report.COLOURS[who], label=name, **style)
     curves.set_title(f"a small GPT, sequence length {LENGTH}")
     curves.set_xlabel("step")
@@ -298,7 +299,7 @@ def main():
     )
     trainings, calls = train(console, text)
     console.print(losses(trainings))
-    apart = [abs(a - b) for a, b in zip(*(training.losses for training in trainings.values()))]
+    apart = [abs(a - b) for a, b in zip(*(training.losses for training in trainings.values()), strict=True)]
     console.print(f"Largest difference: {max(apart):.1e}; in the first {WARM_UP} steps {max(apart[:WARM_UP]):.1e}.\n")
     if not (max(apart[:WARM_UP]) <= DRIFT_AT_FIRST and max(apart) <= DRIFT):
         mistakes.append(f"the losses differ by more than {DRIFT_AT_FIRST} at first, or {DRIFT} later")

@@ -21,11 +21,12 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from mps_flash_attn import explain, flash_attention, reference
 from mps_flash_attn.library import library, torch_parallel_for
 from peers import PEERS, Unsupported, fastest, versions_of_peers
 from problems import DTYPES, Operands, Problem
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CONTENDERS = ("ours", "torch", "math")
 PROBE_MS = 4.0
@@ -151,7 +152,7 @@ def check(problem, operands, given):
         batch, kv_head = divmod(head, problem.kv_heads)
         part = operands.part(problem, batch, kv_head)
         truth, naive = reference_of(problem, part, torch.float64), None
-        for n, (name, true) in enumerate(zip(names, truth)):
+        for n, (name, true) in enumerate(zip(names, truth, strict=True)):
             first = kv_head if name in ("dK", "dV") else kv_head * group
             terms = group * problem.q_len if name in ("dK", "dV") else problem.kv_len
             sums = torch.promote_types(dtype, torch.float32)
@@ -387,7 +388,7 @@ def shares(bounds, seconds, peaks):
     row = {}
     for bound in bounds:
         rates = [(before[bound.field], after[bound.field]) for before, after in peaks]
-        share = statistics.median(bound.work / taken / max(rate) for taken, rate in zip(seconds, rates))
+        share = statistics.median(bound.work / taken / max(rate) for taken, rate in zip(seconds, rates, strict=True))
         row[f"share_of_{bound.field}"] = share
         row[f"{bound.field}_rate"] = statistics.median(max(rate) for rate in rates)
         row[f"{bound.field}_spread"] = statistics.median(1 - min(rate) / max(rate) for rate in rates)

@@ -16,14 +16,15 @@ import time
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
 from measure import machine, versions
 from mps_flash_attn import flash_attention, replaced_sdpa, sdpa_thresholds
 from mps_flash_attn.library import BASES, BUFFERS, library
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from problems import DTYPES
-from rich.console import Console
-from rich.table import Table
 
 FLASH_LIMIT, REPLACED_LIMIT = 4.5, 8.0  # microseconds over the library's call
 PROBLEM = "forward f32 b1 h1 q16 kv16 d64"
@@ -60,7 +61,7 @@ def alternate(functions, rounds):
 
 
 def difference(taken, one, other):
-    return statistics.median(a - b for a, b in zip(taken[one], taken[other]))
+    return statistics.median(a - b for a, b in zip(taken[one], taken[other], strict=True))
 
 
 @contextlib.contextmanager

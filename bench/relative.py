@@ -15,9 +15,12 @@ import statistics
 import sys
 import time
 
-import report
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+
+import report
 from measure import (
     MAX_ROUNDS,
     SETTLE_SECONDS,
@@ -32,8 +35,6 @@ from measure import (
     versions,
 )
 from problems import Operands, Problem
-from rich.console import Console
-from rich.markup import escape
 
 TURN_SECONDS = 0.02
 OTHER_SIZE = 1024  # of the matrix product that stands for the rest of a model
@@ -140,7 +141,7 @@ def compare_here(relation, budget, seed):
     shares, end = [], time.perf_counter() + budget
     while not shares or (len(shares) < MAX_ROUNDS and time.perf_counter() < end):
         shares.append([runner.share() for runner in runners])
-    one, other = (statistics.median(column) for column in zip(*shares))
+    one, other = (statistics.median(column) for column in zip(*shares, strict=True))
     value = statistics.median(other / one for one, other in shares)
     return {"value": value, "one_share": one, "other_share": other, "rounds": len(shares)}
 

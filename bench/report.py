@@ -189,7 +189,7 @@ def by_machine(rows):
 
 def markdown_table(heading, names, columns, rows):
     lines = [f"| {heading} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for name, row in zip(names, rows):
+    for name, row in zip(names, rows, strict=True):
         lines.append(f"| {name} | " + " | ".join(cell(row) for cell in columns.values()) + " |")
     return "\n".join(lines)
 

@@ -14,11 +14,12 @@ import json
 import pathlib
 import sys
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 import report
 from measure import machine, measure, versions
 from problems import Problem
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 BANDS = ("", " causal")
 BOTH = ("forward", "backward")
@@ -73,7 +74,7 @@ def decode():
     """Decode steps: 1 to 16 queries, long K and V."""
     shapes = itertools.product(DTYPES, ("8", "32/8", "64/8"), (1, 4, 16))
     rows = [f"forward {dtype} b1 h{heads} q{n} kv16384 d128" for dtype, heads, n in shapes]
-    return rows + ["forward f32 b1 h1 q1 kv16384 d128", "forward f32 b8 h32 q1 kv2048 d128"]
+    return [*rows, "forward f32 b1 h1 q1 kv16384 d128", "forward f32 b8 h32 q1 kv2048 d128"]
 
 
 def small():

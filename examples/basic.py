@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+
 from mps_flash_attn import explain, flash_attention
 
 torch.manual_seed(1)
@@ -15,6 +16,6 @@ theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 their_gradients = torch.autograd.grad(theirs, (q, k, v), d_out)
 
 print("kernel:", explain(q, k, v, is_causal=True))
-for name, a, b in zip(("out", "dQ", "dK", "dV"), (ours, *our_gradients), (theirs, *their_gradients)):
+for name, a, b in zip(("out", "dQ", "dK", "dV"), (ours, *our_gradients), (theirs, *their_gradients), strict=True):
     print(f"{name:4} differs by at most {(a - b).abs().max().item():.1e}")
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -5,8 +5,9 @@ The task: every sequence repeats a random pattern, so that the second half can b
 
 import torch
 import torch.nn.functional as F
-from mps_flash_attn import replace_sdpa, sdpa_stats
 from torch import nn
+
+from mps_flash_attn import replace_sdpa, sdpa_stats
 
 WORDS, LENGTH, WIDTH, HEADS, STEPS = 16, 64, 64, 2, 120
 

@@ -7,6 +7,7 @@ import resource
 import sys
 
 import torch
+
 from mps_flash_attn import explain, flash_attention
 
 

@@ -5,6 +5,7 @@ Each result is compared with scaled_dot_product_attention, given a mask of the s
 
 import torch
 import torch.nn.functional as F
+
 from mps_flash_attn import flash_attention
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 8, 2, 200, 32

@@ -6,8 +6,9 @@ The model is a small Llama with random weights, so nothing is downloaded; from_p
 import copy
 
 import torch
-from mps_flash_attn import register_transformers, sdpa_stats
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from mps_flash_attn import register_transformers, sdpa_stats
 
 register_transformers()
 

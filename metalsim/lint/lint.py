@@ -231,7 +231,7 @@ def check_expression(node, line, report):
 def check_functions(tree, kernels, report):
     """Helpers are METAL_FUNC, nothing is recursive, and no thread leaves a kernel in which others may wait for it."""
     calls, places, names, first, returns, uses = {}, {}, {}, {}, [], []
-    for node, line, ancestors in tree.nodes:
+    for node, _, _ in tree.nodes:
         if node["kind"] == "FunctionDecl":  # a function may be declared more than once
             first[node["id"]] = first.get(node.get("previousDecl"), node["id"])
     for number, (node, line, ancestors) in enumerate(tree.nodes):

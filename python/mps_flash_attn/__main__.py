@@ -41,7 +41,7 @@ def _explain(arguments):
     problem = library().parse(line)
     on_metal = scalars(problem).device == DEVICES["mps"]  # else it is explained for every available device
     for device, code in DEVICES.items():
-        if device == "cpu" and on_metal or device == "mps" and not on_metal and unavailable_reason(device):
+        if (device == "cpu" and on_metal) or (device == "mps" and not on_metal and unavailable_reason(device)):
             continue
         found = Explanation.of(changed(problem, device=code))
         rows = [("not supported", found.reason)]
@@ -71,8 +71,8 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m mps_flash_attn", description="Exact flash attention for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(run, help):
-        added = commands.add_parser(run.__name__[1:], help=help, description=help)
+    def command(run, purpose):
+        added = commands.add_parser(run.__name__[1:], help=purpose, description=purpose)
         added.set_defaults(run=run)
         return added
 

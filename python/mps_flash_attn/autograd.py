@@ -6,8 +6,9 @@ share one autograd function, `Attention`, and differ in the Route that it gets.
 
 import contextlib
 import threading
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad

@@ -21,8 +21,10 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alibi_s
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    f"attention_backward(Tensor d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
-    " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)",
+    (
+        f"attention_backward(Tensor d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
+        " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)"
+    ),
 )
 # With this tag compiled code gives the kernels the strides that the fake rule saw. A PyTorch without it keeps the order
 # of the strides.

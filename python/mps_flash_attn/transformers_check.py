@@ -110,7 +110,7 @@ def _incompatibility(model):
     return _COMPUTES_ITSELF if any(map(_has_attention, modules)) else ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _incompatibility_of_module(module):
     """The same for the source of a Python module. Without a source, as in a notebook, the declaration of the class is
     trusted."""
@@ -123,7 +123,7 @@ def _incompatibility_of_module(module):
     return _COMPUTES_ITSELF if _ATTENTION_CLASS.search(source) and _INTERFACE not in source else ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _has_attention(module):
     """False for a convolutional network, for example, which may be a part of a model that calls our function. If there
     is attention in another module after all, check_config() finds it, since networks without attention request no

@@ -13,13 +13,13 @@ from collections import Counter
 
 import hypothesis
 import pytest
-import stand_in
 import torch
-from stand_in import BACKEND, ON_METAL
 
+import stand_in
 from mps_flash_attn import restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.attention import Explanation
 from mps_flash_attn.library import DEVICES, changed, library
+from stand_in import BACKEND, ON_METAL
 
 LIBRARIES = ("diffusers", "expecttest", "transformers")
 # What these files test lies above the backends, in code that does not know which it has: once, on the CPU, is enough.

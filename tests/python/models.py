@@ -2,8 +2,8 @@
 is downloaded. Each knows nothing of libmfa; those of transformers get the name of the attention function."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import nn

@@ -25,6 +25,7 @@ FLOAT64 = pytest.mark.cpu("the GPU has no float64")
 
 _COUNTS = Path(__file__).parents[2] / "metalsim/runtime/counts.inc"
 
+
 class _Held(threading.local):
     """The MTLBuffers of the call that this thread is in, each with its storage, which must live as long, by address."""
 
@@ -63,7 +64,7 @@ class Runtime:
         """{name: number}, as in counts.inc."""
         numbers = (ctypes.c_uint64 * len(self.names))()
         self.count(ctypes.addressof(numbers))
-        return dict(zip(self.names, numbers))
+        return dict(zip(self.names, numbers, strict=True))
 
     def found(self):
         """The findings of the runtime, for which a Mac would have ended the process."""

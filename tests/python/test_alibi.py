@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from stand_in import DTYPES, FLOAT64
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from mps_flash_attn import explain, flash_attention, reference
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
+from stand_in import DTYPES, FLOAT64
 
 FORWARD = torch.ops.mfa.attention_forward.default
 
@@ -107,10 +107,10 @@ def test_routes_of_training(route):
 @pytest.mark.parametrize("places", [(0, 0, 0, 0), (0, None, 0, None), (None, None, None, 0)])
 def test_vmap(places):
     tensors = problem(dtype=DTYPES[0])
-    mapped = [t if place is None else torch.stack([t, 2 * t, t - 1]) for t, place in zip(tensors, places)]
+    mapped = [t if place is None else torch.stack([t, 2 * t, t - 1]) for t, place in zip(tensors, places, strict=True)]
     found = torch.vmap(attend, places)(*mapped)
     for n in range(3):
-        sample = [t if place is None else t[n] for t, place in zip(mapped, places)]
+        sample = [t if place is None else t[n] for t, place in zip(mapped, places, strict=True)]
         torch.testing.assert_close(found[n], attend(*sample))
 
 

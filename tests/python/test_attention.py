@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_in import BACKEND, DTYPES, FLOAT64, FULL
 from torch.utils.checkpoint import checkpoint
 
 from mps_flash_attn import explain, flash_attention, run
 from mps_flash_attn.attention import Explanation
 from mps_flash_attn.reference import attention, check, compare
+from stand_in import BACKEND, DTYPES, FLOAT64, FULL
 
 INF = float("inf")
 
@@ -196,7 +196,9 @@ def test_strides(which, how):
     d_out = torch.randn(2, 4, 33, 24)
     expected, out = ours()(*contiguous)[0], ours()(*strided)[0]
     assert torch.equal(out, expected)
-    for got, wanted in zip(torch.autograd.grad(out, strided, d_out), torch.autograd.grad(expected, contiguous, d_out)):
+    for got, wanted in zip(
+        torch.autograd.grad(out, strided, d_out), torch.autograd.grad(expected, contiguous, d_out), strict=True
+    ):
         assert torch.equal(got, wanted)
 
 
@@ -374,7 +376,7 @@ def random_problems(draw):
     mask = draw(st.sampled_from(["none", "none", "bool", "float"]))
     full = (sizes["batch"], sizes["heads"], q_len, kv_len)
     broadcast = tuple(draw(st.booleans()) for _ in full)
-    mask_shape = tuple(1 if one else size for one, size in zip(broadcast, full))
+    mask_shape = tuple(1 if one else size for one, size in zip(broadcast, full, strict=True))
     strides = [draw(st.sampled_from(["plain", *STRIDES])) for _ in range(4)]
     return draw(st.sampled_from(DTYPES)), sizes, options, mask, mask_shape, strides, draw(st.integers(0, 2**31))
 
@@ -461,7 +463,7 @@ def test_explain_is_what_runs(monkeypatch, which, how):
     out = flash_attention(query, key, value, attn_mask=mask)
     torch.autograd.grad(out, (query, key, value, mask), torch.empty_like(out))
     assert len(problems) == 2
-    for backward, ran in zip((False, True), problems):
+    for backward, ran in zip((False, True), problems, strict=True):
         assert explain(query, key, value, attn_mask=mask, backward=backward) == Explanation.of(ran)
 
 

@@ -6,9 +6,9 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import problem
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from calls import problem
 from mps_flash_attn import replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats
 from mps_flash_attn.sdpa import checkpointing, replace
 
@@ -193,5 +193,5 @@ def test_vmap_within(forward, backward):
 
     wanted = torch.autograd.grad(mapped(*tensors).sum(), tensors)
     found, _, _ = gradients(mapped, tensors, forward, backward)
-    for got, right in zip(found, wanted):
+    for got, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, right)

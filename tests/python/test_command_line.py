@@ -13,7 +13,6 @@ import mps_flash_attn
 from mps_flash_attn import check, precompiling, reference
 from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars
 
-
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
 
 
@@ -128,7 +127,7 @@ def test_check_says_what_it_found_though_its_report_is_lost(tmp_path, monkeypatc
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    monkeypatch.setattr(check, "machines", lambda: [])
+    monkeypatch.setattr(check, "machines", list)
     assert check.run("", tmp_path / "report") == 1
     assert "0 passed, 0 failed; the report could not be written: no space left" in capsys.readouterr().out
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from stand_in import DTYPES, FULL, ON_METAL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mps_flash_attn import replaced_sdpa, sdpa_stats
 from mps_flash_attn.reference import agree
+from stand_in import DTYPES, FULL, ON_METAL
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 DRAWS = (600 if ON_METAL else 2200) // (1 if FULL else 2)
@@ -47,7 +47,7 @@ class Call:
         generator = torch.Generator().manual_seed(self.seed)
         self.operands = [
             _laid_out(torch.randn(shape, generator=generator, dtype=torch.float64), dtype, layout)
-            for shape, dtype, layout in zip(self.shapes, self.dtypes, self.layouts)
+            for shape, dtype, layout in zip(self.shapes, self.dtypes, self.layouts, strict=True)
         ]
         mask = None
         if self.mask == "bool":
@@ -57,7 +57,7 @@ class Call:
             mask = mask.masked_fill(torch.rand(self.mask_shape, generator=generator) < 0.2, -math.inf)
             mask = mask.to(self.dtypes[0] if self.mask == "like query" else getattr(torch, self.mask))
         self.operands.append(mask)
-        for tensor, wanted in zip(self.operands, self.gradients):
+        for tensor, wanted in zip(self.operands, self.gradients, strict=True):
             if tensor is not None and wanted and tensor.dtype.is_floating_point:
                 tensor.requires_grad_()
 
@@ -79,13 +79,13 @@ class Call:
         results = {"out": out}
         if out.requires_grad:
             names = ("dQ", "dK", "dV", "dmask")
-            wanted = {n: t for n, t in zip(names, self.operands) if t is not None and t.requires_grad}
+            wanted = {n: t for n, t in zip(names, self.operands, strict=True) if t is not None and t.requires_grad}
             d_out = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
             try:
                 found = torch.autograd.grad(out, list(wanted.values()), d_out, allow_unused=True)
             except Exception as error:
                 return type(error), str(error)
-            results |= dict(zip(wanted, found))
+            results |= dict(zip(wanted, found, strict=True))
         return results
 
     def truth(self):
@@ -215,7 +215,9 @@ def calls(draw):
 
 def _steps(tensor):
     """The strides; None along a dimension of size 1, where nobody goes by them and PyTorch's own are any."""
-    return tensor.shape, [stride if size > 1 else None for size, stride in zip(tensor.shape, tensor.stride())]
+    return tensor.shape, [
+        stride if size > 1 else None for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
 
 
 def _check(call, name, ours, theirs, truth, replaced):

@@ -6,14 +6,14 @@ scaled_dot_product_attention when it is replaced."""
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import Seen
-from stand_in import DTYPES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from calls import Seen
 from mps_flash_attn import dispatch_cache, flash_attention, replaced_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.reference import attention
 from mps_flash_attn.sdpa import dispatch, original, run
+from stand_in import DTYPES
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def is_right(query, key, value, mask=None, d_out=None, result=None, **options):
         inputs = [n for n, t in enumerate((query, key, value)) if t.requires_grad]
         found = torch.autograd.grad(result, [(query, key, value)[n] for n in inputs], d_out)
         expected = torch.autograd.grad(true, [exact[n] for n in inputs], d_out.double())
-        for one, other in zip(found, expected):
+        for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.double(), other, **(close or {"rtol": 1e-4, "atol": 1e-5}))
     return True
 
@@ -132,7 +132,7 @@ def test_options_that_are_refused():
     """Options that equal cached ones and yet are wrong raise as without a cache."""
     given = tensors()
     warm(*given, window_size=2)
-    with pytest.raises(ValueError, match="window_size is 2.0"):
+    with pytest.raises(ValueError, match=r"window_size is 2\.0"):
         flash_attention(*given, window_size=2.0)
     with pytest.raises(TypeError, match="attn_mask is a str"):
         flash_attention(*given, attn_mask="none", window_size=2)
@@ -309,7 +309,7 @@ def test_lse_differentiated():
     found = torch.autograd.grad(out.sum() + lse.sum(), given)
     exact = [t.detach().double().requires_grad_() for t in given]
     out, lse = attention(*exact, None)
-    for one, other in zip(found, torch.autograd.grad(out.sum() + lse.sum(), exact)):
+    for one, other in zip(found, torch.autograd.grad(out.sum() + lse.sum(), exact), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
@@ -317,7 +317,7 @@ def test_many_kinds():
     for length in range(1, 40):
         for _ in range(3):
             assert is_right(*tensors(1, 1, length, 4))
-    dispatch_cache._entries.update({n: None for n in range(dispatch_cache._MAX_ENTRIES)})
+    dispatch_cache._entries.update(dict.fromkeys(range(dispatch_cache._MAX_ENTRIES)))
     flash_attention(*tensors(1, 1, 41, 4))
     assert len(dispatch_cache._entries) == 2  # the call, and its pass
 
@@ -326,7 +326,7 @@ def test_full_cache_keeps_what_it_has():
     """Replacing an entry, as the second call of a kind does, drops nothing at the limit."""
     flash_attention(*tensors())
     count = dispatch_cache._MAX_ENTRIES - len(dispatch_cache._entries)
-    dispatch_cache._entries.update({n: None for n in range(count)})
+    dispatch_cache._entries.update(dict.fromkeys(range(count)))
     flash_attention(*tensors())
     assert len(dispatch_cache._entries) == dispatch_cache._MAX_ENTRIES
 

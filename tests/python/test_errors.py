@@ -95,7 +95,7 @@ def test_sentence(changes, exception, sentence):
 @pytest.mark.parametrize("changes", [dict(head_dim=513, value_dim=8), dict(head_dim=8, value_dim=513)], ids=str)
 def test_head_dim_too_large(changes):
     query, value = RANDOM(1, 1, 2, changes["head_dim"]), RANDOM(1, 1, 2, changes["value_dim"])
-    with pytest.raises(Unsupported, match="513.*512"):
+    with pytest.raises(Unsupported, match=r"513.*512"):
         flash_attention(query, query, value)
 
 
@@ -141,7 +141,7 @@ def test_file_that_is_no_library(length, monkeypatch, tmp_path):
     monkeypatch.setenv("MFA_LIBRARY", str(file))
     monkeypatch.setattr(library, "_library", None)
     assert not is_available("cpu")
-    with pytest.raises(ImportError, match="libmfa.so cannot be loaded as libmfa: "):
+    with pytest.raises(ImportError, match=r"libmfa\.so cannot be loaded as libmfa: "):
         flash_attention(**_arguments())
 
 

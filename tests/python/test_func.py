@@ -6,17 +6,17 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import Seen, calls
-from stand_in import DTYPES
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from calls import Seen, calls
 from mps_flash_attn import comfyui_attention, flash_attention, replaced_sdpa, run, sdpa_thresholds, transforms
 from mps_flash_attn.frameworks import transformers_attention
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from mps_flash_attn.sdpa.original import HAS_GROUPS
+from stand_in import DTYPES
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 DTYPE = torch.float64 if torch.float64 in DTYPES else torch.float32  # a GPU has no float64
@@ -420,7 +420,7 @@ def test_other_entry_points(passes, entry, transform):
 def test_a_pytorch_whose_transforms_we_do_not_know(monkeypatch):
     monkeypatch.setattr(transforms, "are_supported", False)
     tensors, _ = operands("plain")
-    with pytest.raises(NotImplementedError, match="cannot differentiate flash_attention under torch.func"):
+    with pytest.raises(NotImplementedError, match=r"cannot differentiate flash_attention under torch\.func"):
         grad(loss(flash))(*tensors)
     expected = grad(loss(sdpa))(*tensors)
     found, stats = calls(grad(loss(sdpa)), *tensors)

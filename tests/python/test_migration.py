@@ -28,8 +28,8 @@ def test_name(name):
 
 
 def test_name_of_neither():
-    with pytest.raises(AttributeError, match="no attribute 'flash_attentoin'$"):
-        mps_flash_attn.flash_attentoin
+    with pytest.raises(AttributeError, match=r"no attribute 'flash_attentoin'$"):
+        _ = mps_flash_attn.flash_attentoin
 
 
 def test_version_is_that_of_the_header():
@@ -42,13 +42,13 @@ def test_version_without_a_library(monkeypatch):
     monkeypatch.setattr("mps_flash_attn.library._library", None)
     monkeypatch.setenv("MFA_LIBRARY", "/nowhere/libmfa.so")
     with pytest.raises(AttributeError, match="has no version without its library: libmfa is not at /nowhere"):
-        mps_flash_attn.__version__
+        _ = mps_flash_attn.__version__
 
 
 def test_convert_mask():
     bias = torch.zeros(5, 7).masked_fill(torch.rand(5, 7) < 0.3, -1e4)
     assert convert_mask(None) is None and convert_mask(bias) is bias
-    with pytest.raises(ValueError, match="attn_mask is bool, .* ~attn_mask .* True takes part"):
+    with pytest.raises(ValueError, match=r"attn_mask is bool, .* ~attn_mask .* True takes part"):
         convert_mask(bias < 0)
     query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
     out = flash_attention(query, key, value, attn_mask=convert_mask(bias))

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import KINDS, VOCABULARY, result, seeded
 from torch._dynamo.backends.common import aot_autograd
 
+from models import KINDS, VOCABULARY, result, seeded
 from mps_flash_attn import register_transformers, replaced_sdpa, sdpa_stats
 
 pytestmark = [pytest.mark.usefixtures("everything", "one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -114,9 +114,9 @@ def test_fifty_steps_of_training(name, entry):
     wanted = train(theirs)
     found = on_ours(entry, train, ours)
     learnt = max(wanted) - min(wanted)
-    apart = max(abs(a - b) for a, b in zip(found, wanted))
+    apart = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
     assert learnt > 0 and apart <= 0.02 * learnt, (apart, learnt)
-    assert max(abs(a - b) for a, b in zip(found[:5], wanted)) <= 1e-3 * learnt
+    assert max(abs(a - b) for a, b in zip(found[:5], wanted[:5], strict=True)) <= 1e-3 * learnt
 
 
 @pytest.mark.parametrize("cached", [True, False])

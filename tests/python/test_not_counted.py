@@ -6,8 +6,8 @@ import multiprocessing
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import calls, problem
 
+from calls import calls, problem
 from mps_flash_attn import replace_sdpa, replaced_sdpa, sdpa_stats, sdpa_thresholds
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")

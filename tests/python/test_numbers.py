@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from stand_in import ON_METAL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mps_flash_attn import Unsupported, explain, flash_attention, replaced_sdpa, sdpa_stats
+from stand_in import ON_METAL
 
 
 def gradients(function, dtype, d_out, *operands):
@@ -25,7 +25,7 @@ def by_math(*operands):
 
 def errors(got, truth):
     """Root mean square errors: the largest of a few errors varies too much from seed to seed."""
-    return [(ours - exact).square().mean().sqrt().item() for ours, exact in zip(got, truth)]
+    return [(ours - exact).square().mean().sqrt().item() for ours, exact in zip(got, truth, strict=True)]
 
 
 @pytest.mark.cpu("the kernels for Metal keep their scores in base two")
@@ -50,7 +50,7 @@ def test_large_scores(size, length):
     )
     # dP - D of a row with one key is the difference of two sums of the same numbers, which may be 0 by luck.
     floors = [1e-6, *[1e-6 * size * length**0.5] * 2, 1e-6]
-    for name, own, other, floor in zip(("out", "dQ", "dK", "dV"), ours, map(max, fused, math), floors):
+    for name, own, other, floor in zip(("out", "dQ", "dK", "dV"), ours, map(max, fused, math), floors, strict=True):
         assert own <= 2 * other + floor, f"{name}: {own:.3g}, PyTorch {other:.3g}"
 
 
@@ -68,7 +68,7 @@ def test_scales_far_from_one(sizes, dtype, length):
     query, key, value, d_out = (torch.randn(1, 2, rows, 16) for rows in (length, 70, 70, length))
     query, key, value = (query * q_size).to(dtype), (key * k_size).to(dtype), value.to(dtype)
     if ON_METAL and not 2.0**-100 <= scale <= 2.0**100:
-        with pytest.raises(Unsupported, match="scale is .* Metal kernels exist"):
+        with pytest.raises(Unsupported, match=r"scale is .* Metal kernels exist"):
             flash_attention(query, key, value, scale=scale)
         return
 
@@ -77,7 +77,7 @@ def test_scales_far_from_one(sizes, dtype, length):
 
     truth = gradients(definition, torch.float64, d_out, query, key, value)
     found = gradients(lambda *operands: flash_attention(*operands, scale=scale), dtype, d_out, query, key, value)
-    for name, got, exact in zip(("out", "dQ", "dK", "dV"), found, truth):
+    for name, got, exact in zip(("out", "dQ", "dK", "dV"), found, truth, strict=True):
         if 1e-35 < exact.abs().max() < 3e38:  # what that type can hold
             bound = (3e-5 if dtype is torch.float32 else 3e-2) * exact.abs().max()
             assert (got - exact).abs().max() <= bound, name
@@ -100,7 +100,7 @@ def test_scales_that_no_kernel_is_made_for(scale):
 @pytest.mark.parametrize("scale", [float("inf"), float("-inf"), float("nan")])
 def test_scales_that_are_no_numbers(scale):
     query = torch.randn(1, 1, 5, 8)
-    with pytest.raises(ValueError, match="scale is .*; it must be finite"):
+    with pytest.raises(ValueError, match=r"scale is .*; it must be finite"):
         flash_attention(query, query, query, scale=scale)
 
 

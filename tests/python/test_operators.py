@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from stand_in import DTYPES, FLOAT64
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention
 from mps_flash_attn.problem import NO_MORE, Inputs
+from stand_in import DTYPES, FLOAT64
 
 forward = torch.ops.mfa.attention_forward.default
 backward = torch.ops.mfa.attention_backward.default
@@ -222,14 +222,16 @@ def stacked(tensor, place):
 @pytest.mark.parametrize("case", VMAPS)
 def test_vmap(case, mask_shape):
     places = VMAPS[case]
-    mapped = [stacked(t, place) for t, place in zip((*problem(grad=False), torch.randn(mask_shape)), places)]
+    mapped = [
+        stacked(t, place) for t, place in zip((*problem(grad=False), torch.randn(mask_shape)), places, strict=True)
+    ]
 
     def attend(query, key, value, mask):
         return flash_attention(query, key, value, attn_mask=mask, enable_gqa=True, return_lse=True)
 
     out, lse = torch.vmap(attend, places)(*mapped)
     for n in range(3):
-        each = [t if place is None else t.select(place, n) for t, place in zip(mapped, places)]
+        each = [t if place is None else t.select(place, n) for t, place in zip(mapped, places, strict=True)]
         expected = attend(*each)
         assert torch.equal(out[n], expected[0]) and torch.equal(lse[n], expected[1])
 
@@ -239,13 +241,13 @@ def test_vmap(case, mask_shape):
 def test_vmap_of_backward(case, mask_shape):
     given = saved(problem(), torch.randn(mask_shape))
     places = (0, None, *VMAPS[case], *NO_MORE, 0, 0)
-    mapped = [stacked(t, place) for t, place in zip(given, places)]
+    mapped = [stacked(t, place) for t, place in zip(given, places, strict=True)]
     wanted = [True, False, True, True]
     found = torch.vmap(lambda *each: backward(*each, *NO_BAND, wanted)[::3], places)(*mapped)
     for n in range(3):
-        each = [t if place is None else t.select(place, n) for t, place in zip(mapped, places)]
+        each = [t if place is None else t.select(place, n) for t, place in zip(mapped, places, strict=True)]
         expected = backward(*each, *NO_BAND, wanted)[::3]
-        for got, want in zip(found, expected):
+        for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got[n], want, rtol=1e-4, atol=1e-4)
 
 
@@ -277,7 +279,7 @@ def test_tensors_without_memory(layout):
         fakes = [mode.from_tensor(t) for t in (query, key, value)]
         fake = flash_attention(*fakes, enable_gqa=True, return_lse=True)
         found = gradients(fake[0], fakes)
-    for got, wanted in zip((*fake, *found), (*real, *gradients(real[0], (query, key, value)))):
+    for got, wanted in zip((*fake, *found), (*real, *gradients(real[0], (query, key, value))), strict=True):
         assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
 
 

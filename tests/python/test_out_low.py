@@ -1,9 +1,10 @@
 """In float16 and bfloat16, D is computed from out and what rounding took off it, so that gradients of short problems
 keep to the rule of flash-attention: at most twice the error of attention written out in the same dtype."""
 
+import itertools
+
 import pytest
 import torch
-from stand_in import FLOAT64
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mps_flash_attn import flash_attention, replaced_sdpa, run
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs, Operands
+from stand_in import FLOAT64
 
 HALVES = [torch.float16, torch.bfloat16]
 QUERIES, KEYS, DIM, WINDOW = 799, 3, 64, 2
@@ -43,11 +45,15 @@ def test_gradients_keep_to_the_rule(dtype):
     """Each of 40 seeds, as a batch."""
     each = [operands(dtype, seed) for seed in range(40)]
     d_out = torch.cat([d_out for _, d_out in each])
-    inputs = [torch.cat(tensors).detach().requires_grad_() for tensors in zip(*(tensors for tensors, _ in each))]
+    inputs = [
+        torch.cat(tensors).detach().requires_grad_() for tensors in zip(*(tensors for tensors, _ in each), strict=True)
+    ]
     single = [t.detach().float().requires_grad_() for t in inputs]
     expected = [t.to(dtype) for t in gradients(written_out, single, d_out.float())]
     naive = gradients(written_out, inputs, d_out)
-    for name, got, right, other in zip(("dQ", "dK", "dV"), gradients(ours, inputs, d_out), expected, naive):
+    for name, got, right, other in zip(
+        ("dQ", "dK", "dV"), gradients(ours, inputs, d_out), expected, naive, strict=True
+    ):
         error, allowed = (got - right).abs().amax((1, 2, 3)), 2 * (other - right).abs().amax((1, 2, 3))
         assert (error <= allowed).all(), f"{name} is off by up to {(error / allowed).max()} of what is allowed"
 
@@ -82,7 +88,7 @@ def test_checkpoint(dtype):
     assert all(map(torch.equal, again, expected))
     with FlopCounterMode(display=False):  # goes by the dispatcher, what is computed anew does not
         out = checkpoint(ours, *inputs, use_reentrant=False)
-    for got, right in zip(torch.autograd.grad(out, inputs, d_out), expected):
+    for got, right in zip(torch.autograd.grad(out, inputs, d_out), expected, strict=True):
         torch.testing.assert_close(got, right, atol=0.1, rtol=0.05)
 
 
@@ -98,11 +104,14 @@ def test_hooks_that_change_strides(dtype, times):
 
     for every in (1, 2):
         for _ in range(times):
-            unpacked = []
-            unpack = lambda t: turned(t) if unpacked.append(t) or len(unpacked) % every == 0 else t  # noqa: E731
+            count = itertools.count(1)
+
+            def unpack(tensor, count=count, every=every):
+                return tensor if next(count) % every else turned(tensor)
+
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
                 out = ours(*inputs)
-            for got, right in zip(torch.autograd.grad(out, inputs, d_out), expected):
+            for got, right in zip(torch.autograd.grad(out, inputs, d_out), expected, strict=True):
                 torch.testing.assert_close(got, right)
 
 

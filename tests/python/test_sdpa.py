@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import calls, problem
-from stand_in import DTYPES, FLOAT64
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 
+from calls import calls, problem
 from mps_flash_attn import dispatch_cache, replace_sdpa, replaced_sdpa, restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.library import Unsupported
 from mps_flash_attn.reference import agree
 from mps_flash_attn.sdpa import dispatch, replace, run
 from mps_flash_attn.stats import _outcomes
 from mps_flash_attn.tensors import is_plain
-
+from stand_in import DTYPES, FLOAT64
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
@@ -237,7 +236,7 @@ def check(tensors, mask=None, **options):
     d_out = torch.randn_like(theirs)
     ours, theirs = (torch.autograd.grad(out, wanted, d_out) for out in (ours, theirs))
     truth = torch.autograd.grad(truth, [t for t in exact if t.requires_grad], d_out.double())
-    for place, found in enumerate(zip(ours, theirs, truth)):
+    for place, found in enumerate(zip(ours, theirs, truth, strict=True)):
         agree(f"gradient {place}", *found, query.dtype, terms)
 
 
@@ -433,7 +432,7 @@ def test_no_viable_backend(backends):
     """A call that no PyTorch backend supports stays an error, though libmfa could run it."""
     query, key, value = problem(value_dim=10)
     for replacement in (contextlib.nullcontext, replaced_sdpa):
-        with replacement(), sdpa_kernel(backends), pytest.raises(RuntimeError, match="No viable backend|No available"):
+        with replacement(), sdpa_kernel(backends), pytest.raises(RuntimeError, match=r"No viable backend|No available"):
             F.scaled_dot_product_attention(query, key, value)
 
 

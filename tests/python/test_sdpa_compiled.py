@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import calls, problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from calls import calls, problem
 from mps_flash_attn import replaced_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn import sdpa as module
 

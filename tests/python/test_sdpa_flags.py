@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import Seen, calls, problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from calls import Seen, calls, problem
 from mps_flash_attn import replaced_sdpa, sdpa_stats
 
 pytestmark = [pytest.mark.usefixtures("everything", "one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -26,7 +26,7 @@ def allowed(*kernels):
             getattr(CUDA, f"enable_{name}_sdp")(name in kernels)
         yield
     finally:
-        for name, was in zip(KERNELS, before):
+        for name, was in zip(KERNELS, before, strict=True):
             getattr(CUDA, f"enable_{name}_sdp")(was)
 
 
@@ -108,7 +108,7 @@ def test_setting_in_compiled_code(kernels):
     with allowed(*kernels):
         expected = outcome(F.scaled_dot_product_attention, *tensors)
         if isinstance(expected, tuple):
-            with replaced_sdpa(), pytest.raises(Exception, match="No viable backend|No available"):
+            with replaced_sdpa(), pytest.raises(Exception, match=r"No viable backend|No available"):
                 torch.compile(F.scaled_dot_product_attention, backend="aot_eager")(*tensors)
             return
         compiled = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend="aot_eager")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import calls, problem
 from torch.nn.attention.bias import CausalBias, CausalVariant, causal_lower_right, causal_upper_left
 
+from calls import calls, problem
 from mps_flash_attn import explain, flash_attention
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
@@ -70,8 +70,6 @@ def test_causal_bias_after_replacing(make):
     out, stats = calls(F.scaled_dot_product_attention, *tensors, attn_mask=make(5, 9))
     assert stats == {"replaced": 1}
     torch.testing.assert_close(out, expected)
-
-
 
 
 def test_causal_bias_has_the_kernel_of_a_band():
@@ -234,4 +232,4 @@ def test_gradient_read_as_memory(kind):
         d_out = torch.randn_like(out)
         expected = torch.autograd.grad(out, tensors, d_out, retain_graph=True)
         found = torch.autograd.grad(out, tensors, d_out.as_subclass(kind))
-        assert all(torch.equal(f.as_subclass(torch.Tensor), e) for f, e in zip(found, expected))
+        assert all(torch.equal(f.as_subclass(torch.Tensor), e) for f, e in zip(found, expected, strict=True))

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from small_transformers import BATCH, LENGTH, inputs, model_classes, random, small, text
 
 from mps_flash_attn import register_transformers, replaced_sdpa, sdpa_stats
+from small_transformers import BATCH, LENGTH, inputs, model_classes, random, small, text
 
 pytestmark = [
     pytest.mark.needs("transformers"),
@@ -91,7 +91,7 @@ def of_tokens(tensor):
 def furthest(found, wanted):
     """The largest difference of tensors outside of padding, relative to their largest number; NaN equals NaN."""
     kept = text()[1].bool()
-    for one, other in zip(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
         one, other = (one[kept], other[kept]) if of_tokens(other) else (one, other)
         largest = other.nan_to_num().abs().max().clamp_min(1e-6)
         equal = (one == other) | (one.isnan() & other.isnan())
@@ -102,7 +102,7 @@ def furthest(found, wanted):
 def differ(found, wanted, least=()):
     """Whether they differ by more than rounding: than TOLERANCE, or `least` for models that amplify rounding."""
     least = least or [0] * len(wanted)
-    distances = zip(furthest(found, wanted), least)
+    distances = zip(furthest(found, wanted), least, strict=True)
     return len(found) != len(wanted) or any(apart > max(TOLERANCE, rounding) for apart, rounding in distances)
 
 
@@ -291,7 +291,7 @@ def test_another_name_is_checked_too(transformers):
     method = transformers.PreTrainedModel.get_correct_attn_implementation
     register_transformers("ours")
     assert transformers.PreTrainedModel.get_correct_attn_implementation is method
-    with pytest.raises(ValueError, match='^attn_implementation is "ours", but BloomModel '):
+    with pytest.raises(ValueError, match=r'^attn_implementation is "ours", but BloomModel '):
         transformers.BloomModel._from_config(small(transformers.BloomConfig()), attn_implementation="ours")
 
 
@@ -423,5 +423,5 @@ def test_code_in_another_file(tmp_path, monkeypatch):
 
 def test_weights_are_refused(transformers):
     olmo = made(transformers.OlmoForCausalLM, small(transformers.OlmoConfig()), "mfa")
-    with pytest.raises(ValueError, match='^output_attentions is True, but .* attn_implementation must be "eager"$'):
+    with pytest.raises(ValueError, match=r'^output_attentions is True, but .* attn_implementation must be "eager"$'):
         olmo(**prompt(), output_attentions=True)

@@ -63,7 +63,7 @@ ERRORS = (
     ("check_style.sh", PLAN_H, f"/* {'long ' * 30}*/\n", "over 120 columns:\nsrc/core/plan.h:4"),
     ("check_style.sh", PLAN_H, "/* \N{LATIN SMALL LETTER E WITH ACUTE} */\n", "not ASCII:\nsrc/core/plan.h:4"),
     ("check_style.sh", PLAN_H, "int line;\n" * 600, "over 600 lines:\nsrc/core/plan.h"),
-    ("check_style.sh", PLAN_H, "/* TO" "DO */\n", "a left-over:\nsrc/core/plan.h:4"),
+    ("check_style.sh", PLAN_H, "/* TODO */\n", "a left-over:\nsrc/core/plan.h:4"),
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import run  # noqa: E402
+import run
 
 SETUP = '<properties><property name="cmake_labels" value="metal;setup"/></properties>'
 TESTS = (

@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 
 from .. import dispatch_cache, tensors, transforms
 from ..autograd import is_differentiated
-from .compiler_cache import tag_compiler_cache
 from ..library import Unsupported
 from ..stats import REPLACED, SMALL, count, disabled_reason, small_reason
 from ..transforms import count_of_modes, merge_into_batch, merge_mask_into_batch
 from . import run, shapes
 from .checkpointing import handles, is_replaced, top_hooks
+from .compiler_cache import tag_compiler_cache
 from .original import OPERATOR, keyword_options, original, original_for
 from .run import SmallCall, options_key, run_cached
 

@@ -14,10 +14,10 @@ import torch
 
 from .. import transforms
 from ..after_fork import new_lock
-from .compiler_cache import tag_compiler_cache, untag_compiler_cache
 from ..library import library
 from . import checkpointing, dispatch, native_mha
 from .checkpointing import handles
+from .compiler_cache import tag_compiler_cache, untag_compiler_cache
 from .original import OPERATOR
 
 _KERNELS = dict.fromkeys(("CPU", "AutogradCPU", "MPS", "AutogradMPS"), dispatch.attention)
