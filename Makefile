@@ -11,6 +11,7 @@
 # make bench-readme   the same, and then writes README.md's table and picture, and docs/measure.md's tables
 # make bench-quick    some rows beside PyTorch, on the terminal
 # make docs     the documentation, into build/docs
+# make lint     formatting, spelling, types, names and so on, of all files; it corrects what it can (.pre-commit-config.yaml)
 # make clean    remove what was built; make distclean removes the virtual environment too
 #
 # Each sets up what it needs: system packages (installed when root on Debian, else named), and pinned Python
@@ -28,7 +29,7 @@ bench_python := "$(CURDIR)/$(bench_venv)/bin/python"
 bench_rows := $(addprefix build/,bench.json peers.json relative.json)
 in_tree := PYTHONPATH="$(CURDIR)/python" MFA_LIBRARY="$(CURDIR)/build/release/libmfa.$(suffix)"
 
-.PHONY: build demo docs wheels test test-full test-metal bench bench-quick bench-readme clean distclean
+.PHONY: build demo docs lint wheels test test-full test-metal bench bench-quick bench-readme clean distclean
 
 build: $(venv)/.build
 	@PATH="$(bin):$$PATH" cmake -S . -B build/release -G Ninja -DMFA_BENCH=ON
@@ -52,6 +53,9 @@ bench-readme: bench
 docs: $(venv)/.docs
 	@PATH="$(bin):$$PATH" python -m sphinx -W --keep-going -n -q -d build/docs-doctrees docs build/docs
 	@echo "The documentation is in $(CURDIR)/build/docs/index.html"
+
+lint: $(venv)/.lint
+	@PATH="$(bin):$$PATH" pre-commit run --all-files --hook-stage manual
 
 wheels: build/.packages-wheels $(venv)/.wheels
 	@PATH="$(bin):$$PATH" python tools/wheels.py
@@ -80,15 +84,16 @@ $(venv)/bin/python $(bench_venv)/bin/python: | build/.packages-build
 	@echo "Making a virtual environment in $(@:/bin/python=)"
 	@$(PYTHON) -m venv $(@:/bin/python=)
 
-# demo.txt and wheels.txt include build.txt, test.txt includes these and docs.txt. Other libraries have an environment of their own.
+# demo.txt and wheels.txt include build.txt, test.txt includes these, docs.txt and lint.txt. Other libraries have an environment of their own.
 $(venv)/.build: requirements/build.txt
 $(venv)/.demo: requirements/build.txt requirements/demo.txt
 $(venv)/.docs: requirements/docs.txt
+$(venv)/.lint: requirements/lint.txt
 $(venv)/.wheels: requirements/build.txt requirements/wheels.txt
-$(venv)/.test: $(addprefix requirements/,build.txt demo.txt docs.txt wheels.txt test.txt)
+$(venv)/.test: $(addprefix requirements/,build.txt demo.txt docs.txt lint.txt wheels.txt test.txt)
 $(bench_venv)/.peers: $(addprefix requirements/,build.txt demo.txt peers.txt) | build/.packages-bench $(bench_venv)/bin/python
-$(venv)/.build $(venv)/.demo $(venv)/.docs $(venv)/.wheels $(venv)/.test: | $(venv)/bin/python
-$(venv)/.build $(venv)/.demo $(venv)/.docs $(venv)/.wheels $(venv)/.test $(bench_venv)/.peers:
+$(venv)/.build $(venv)/.demo $(venv)/.docs $(venv)/.lint $(venv)/.wheels $(venv)/.test: | $(venv)/bin/python
+$(venv)/.build $(venv)/.demo $(venv)/.docs $(venv)/.lint $(venv)/.wheels $(venv)/.test $(bench_venv)/.peers:
 	@echo "Installing requirements/$(subst .,,$(notdir $@)).txt into $(@D)"
 	@"$(@D)/bin/python" -m pip install --disable-pip-version-check $(PIP_OPTIONS) -r requirements/$(subst .,,$(notdir $@)).txt
 	@touch $@

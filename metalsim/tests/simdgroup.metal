@@ -70,7 +70,7 @@ kernel void elements(device const float *from [[buffer(0)]], device float *to [[
 }
 
 #define GIVE(value)                                                                                                    \
-    to[at * 32 + lane] = LEFT(value);                                                                                     \
+    to[at * 32 + lane] = LEFT(value);                                                                                  \
     at++;
 
 /* Every function of a simdgroup on x, a row of results each. */

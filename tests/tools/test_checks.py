@@ -56,21 +56,12 @@ ERRORS = (
     ("check_docs.py", "docs/abi.md", "[a](gone.md)\n", "the link gone.md leads nowhere"),
     ("check_docs.py", "docs/abi.md", "[a](#gone)\n", "the link #gone leads nowhere"),
     ("check_docs.py", "README.md", "```c\nint main(void) { return mfa(); }\n```\n", "does not compile"),
-    ("check_style.sh", PLAN_H, "\tint tab;\n", "a tab:\nsrc/core/plan.h:4"),
-    ("check_style.sh", "docs/abi.md", "blank \n", "blanks at the end of a line"),
-    ("check_style.sh", PLAN_H, "int end;", "no newline at the end"),
-    ("check_style.sh", PLAN_H, "\n", "no newline at the end of a file, or an empty line there"),
-    ("check_style.sh", PLAN_H, f"/* {'long ' * 30}*/\n", "over 120 columns:\nsrc/core/plan.h:4"),
-    ("check_style.sh", PLAN_H, "/* \N{LATIN SMALL LETTER E WITH ACUTE} */\n", "not ASCII:\nsrc/core/plan.h:4"),
-    ("check_style.sh", PLAN_H, "int line;\n" * 600, "over 600 lines:\nsrc/core/plan.h"),
-    ("check_style.sh", PLAN_H, "/* TODO */\n", "a left-over:\nsrc/core/plan.h:4"),
 )
 
 
 def check(name, root):
     """Runs a check on a project; returns whether it passed, and its output."""
-    interpreter = "sh" if name.endswith(".sh") else sys.executable
-    done = subprocess.run([interpreter, ROOT / "tools" / name, root], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "tools" / name, root], capture_output=True, text=True)
     passed, failed = run.parse_counts(done.stdout)
     assert passed + failed, done.stdout + done.stderr
     assert (done.returncode == 0) == (failed == 0)
@@ -83,7 +74,7 @@ def write(root, files):
         (root / name).write_text(text)
 
 
-CHECKS = ("check_includes.py", "check_names.py", "check_docs.py", "check_style.sh")
+CHECKS = ("check_includes.py", "check_names.py", "check_docs.py")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -112,14 +103,48 @@ def git(root, *arguments):
     subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("subject, fine", (("core: plan once", True), ("Fixed some stuff", False)))
-def test_commit_subject(subject, fine, tmp_path):
-    write(tmp_path, SOUND)
+# The hooks of .pre-commit-config.yaml that are no programs of others: hook, the text added to PLAN_H, what it prints.
+HOOKS = (
+    ("tabs", "\tint tab;\n", "src/core/plan.h:4:"),
+    ("columns", f"/* {'long ' * 30}*/\n", "src/core/plan.h:4:"),
+    ("ascii", "/* \N{LATIN SMALL LETTER E WITH ACUTE} */\n", "src/core/plan.h:4:"),
+    ("left-overs", "/* TO{} */\n".format("DO"), "src/core/plan.h:4:"),
+    ("left-overs", "#if 0\n#endif\n", "src/core/plan.h:4:"),
+    ("length", "int line;\n" * 600, "src/core/plan.h"),
+)
+
+
+def lint(root, *arguments):
+    """Runs pre-commit in a project; returns whether it passed, and its output."""
+    done = subprocess.run(["pre-commit", "run", *arguments], cwd=root, capture_output=True, text=True)
+    assert "No hook with id" not in done.stdout, done.stdout
+    return done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("hook, added, sentence", HOOKS)
+def test_hook(hook, added, sentence, tmp_path):
+    write(tmp_path, {**SOUND, ".pre-commit-config.yaml": (ROOT / ".pre-commit-config.yaml").read_text()})
     git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", subject)
-    content, said = check("check_style.sh", tmp_path)
+    git(tmp_path, "add", ".")
+    assert lint(tmp_path, hook, "--all-files")[0]
+    write(tmp_path, {PLAN_H: SOUND[PLAN_H] + added})
+    content, said = lint(tmp_path, hook, "--all-files")
+    assert not content
+    assert sentence in said
+
+
+@pytest.mark.parametrize(
+    "message, fine", (("core: plan once\n\nMore.\n", True), ("Fixed some stuff\n\ncore: plan once\n", False))
+)
+def test_commit_subject(message, fine, tmp_path):
+    write(tmp_path, {".pre-commit-config.yaml": (ROOT / ".pre-commit-config.yaml").read_text(), "message": message})
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", message)
+    assert lint(tmp_path, "subject", "--hook-stage", "commit-msg", "--commit-msg-filename", "message")[0] == fine
+    content, said = lint(tmp_path, "subjects", "--hook-stage", "manual", "--all-files")
     assert content == fine
-    assert (subject in said) != fine
+    assert ("Fixed some stuff" in said) != fine
 
 
 NUMBERS = "".join(f"#define MFA_VERSION_{part} {n}\n" for part, n in (("MAJOR", 1), ("MINOR", 2), ("PATCH", 3)))

@@ -7,8 +7,8 @@
  *             B = B + P * (dO V^T - D)
  *         B = sum of its rows, of its columns, or both, if dbias has one element along them
  *
- * With more than one split, attention_dbias_sum adds the partial sums, in order. Each simdgroup has 8 queries; operands are read
- * where they lie, so the loop has no barrier. */
+ * With more than one split, attention_dbias_sum adds the partial sums, in order. Each simdgroup has 8 queries; operands
+ * are read where they lie, so the loop has no barrier. */
 #include <metal_stdlib>
 #include "core/args.h"
 #include "metal/kernels/contract.h"
