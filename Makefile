@@ -88,7 +88,7 @@ $(venv)/bin/python $(bench_venv)/bin/python: | build/.packages-build
 $(venv)/.build: requirements/build.txt
 $(venv)/.demo: requirements/build.txt requirements/demo.txt
 $(venv)/.docs: requirements/docs.txt
-$(venv)/.lint: requirements/lint.txt
+$(venv)/.lint: $(addprefix requirements/,build.txt demo.txt lint.txt)
 $(venv)/.wheels: requirements/build.txt requirements/wheels.txt
 $(venv)/.test: $(addprefix requirements/,build.txt demo.txt docs.txt lint.txt wheels.txt test.txt)
 $(bench_venv)/.peers: $(addprefix requirements/,build.txt demo.txt peers.txt) | build/.packages-bench $(bench_venv)/bin/python

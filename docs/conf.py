@@ -8,6 +8,8 @@ import pathlib
 import re
 import sys
 
+from sphinx.pycode import ModuleAnalyzer
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "python")]
 
@@ -19,11 +21,14 @@ release, project, author, copyright = version, "libmfa", "libmfa contributors", 
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "c_header"]
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
-nitpick_ignore_regex = [("c:identifier", r"size_t|u?int\d+_t")]  # of the C library
+# Names of other libraries.
+nitpick_ignore_regex = [("c:identifier", r"size_t|u?int\d+_t"), ("py:class", r"(torch|collections)\..*")]
 html_theme = "furo"
 html_title = f"libmfa {version}"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+maximum_signature_line_length = 100
+python_use_unqualified_type_names = True
 
 
 def keep_lines(app, what, name, obj, options, lines):
@@ -38,6 +43,14 @@ def unlink_outside(app, document, content):
     content[0] = re.sub(r"\[([^]]+)\]\(\.\./[^)\s]+\)", r"\1", content[0])
 
 
+def hide_overloads(app):
+    """A function is shown once, with the types of its definition."""
+    analyzer = ModuleAnalyzer.for_module("mps_flash_attn.attention")
+    analyzer.analyze()
+    analyzer.overloads.clear()
+
+
 def setup(app):
+    app.connect("builder-inited", hide_overloads)
     app.connect("autodoc-process-docstring", keep_lines)
     app.connect("source-read", unlink_outside)

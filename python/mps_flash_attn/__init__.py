@@ -3,6 +3,8 @@
 from mps_flash_attn import flash_attention, replace_sdpa
 """
 
+from __future__ import annotations
+
 from .attention import Explanation, explain, flash_attention
 from .frameworks import comfyui_attention, register_transformers
 from .library import Unsupported, is_available
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> str:
     if name == "__version__":  # the version of include/mfa.h
         try:
             return _library().version

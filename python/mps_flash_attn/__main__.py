@@ -6,8 +6,11 @@ python -m mps_flash_attn check
 python -m mps_flash_attn precompile --dtype f16 --head-dim 64 128 --features none band --backward
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from .library import DEVICES, changed, library, scalars, unavailable_reason
 _SMALL = "forward f32 b1 h1 q1 kv1 d64"
 
 
-def _info(_):
+def _info(_: argparse.Namespace) -> None:
     found = library()
     small = Explanation.of(found.parse(_SMALL))
     rows = (
@@ -36,7 +39,7 @@ def _info(_):
     display.table("libmfa", rows)
 
 
-def _explain(arguments):
+def _explain(arguments: argparse.Namespace) -> None:
     line = " ".join(arguments.problem)
     problem = library().parse(line)
     on_metal = scalars(problem).device == DEVICES["mps"]  # else it is explained for every available device
@@ -44,7 +47,7 @@ def _explain(arguments):
         if (device == "cpu" and on_metal) or (device == "mps" and not on_metal and unavailable_reason(device)):
             continue
         found = Explanation.of(changed(problem, device=code))
-        rows = [("not supported", found.reason)]
+        rows: list[tuple[str, object]] = [("not supported", found.reason)]
         if found:
             rows = [
                 ("backend", found.backend),
@@ -55,23 +58,24 @@ def _explain(arguments):
         display.table(line, rows)
 
 
-def _check(arguments):
+def _check(arguments: argparse.Namespace) -> int:
     if arguments.rows:
-        return check.write_rows(arguments.rows, arguments.problem)
+        check.write_rows(arguments.rows, arguments.problem)
+        return 0
     return check.run(arguments.filter, arguments.report)
 
 
-def _precompile(arguments):
+def _precompile(arguments: argparse.Namespace) -> int:
     return precompiling.run(
         arguments.dtype, arguments.head_dim, arguments.features, arguments.backward, arguments.folder
     )
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mps_flash_attn", description="Exact flash attention for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(run, purpose):
+    def command(run: Callable[[argparse.Namespace], int | None], purpose: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__[1:], help=purpose, description=purpose)
         added.set_defaults(run=run)
         return added
@@ -100,7 +104,7 @@ def _parser():
     return parser
 
 
-def main():
+def main() -> int | None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold characters that the encoding lacks
     parser = _parser()

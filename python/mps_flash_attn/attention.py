@@ -1,9 +1,13 @@
 """flash_attention: exact attention in O(N) memory on (batch, head, row, column) tensors, with all gradients."""
 
+from __future__ import annotations
+
 import operator
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from . import dispatch_cache, problem, subclasses, tensors
@@ -14,26 +18,82 @@ from .options import Options
 from .run import forward
 from .transforms import needs_operator
 
+Causal = bool | Literal["top_left", "bottom_right"]
+
 _is_compiling = torch.compiler.is_compiling  # a global name: each attribute lookup costs time in every call
 _OPTIONAL = problem.Inputs._field_defaults
 _MAX_DISTANCE = 2**62  # more than any j - i, and an int64 even after a length is added
 
 
+@overload
 def flash_attention(
-    query,
-    key,
-    value,
-    is_causal=False,
-    scale=None,
-    attn_mask=None,
-    window_size=0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
     *,
-    softcap=0,
-    enable_gqa=False,
-    return_lse=False,
-    bf16_backward=False,
-    alibi_slopes=None,
-):
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    bf16_backward: bool = False,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    bf16_backward: bool = False,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    bf16_backward: bool = False,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    bf16_backward: bool = False,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key.T + attn_mask) @ value, never holding the L x S matrix of scores.
 
     Tensors are (B, H, N, D): query (B, H, L, E), key (B, Hkv, S, E), value (B, Hkv, S, Ev), of any strides, in float32,
@@ -83,9 +143,9 @@ def flash_attention(
     if not by_operator and needs_operator(*given):
         by_operator = True
         if subclasses.have_torch_function(*given):
-            keywords = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
+            keywords: dict[str, Any] = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
             keywords["alibi_slopes"] = alibi_slopes
-            arguments = (query, key, value, is_causal, scale, attn_mask, window_size)
+            arguments: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
             return handle_torch_function(flash_attention, given, *arguments, **keywords)
         query, key, value, mask, alibi_slopes = _check_readable(query, key, value, mask, alibi_slopes)
     is_cast = not by_operator and tensors.is_autocast(query)
@@ -117,22 +177,22 @@ class Explanation:
     reason: str = ""
     waits: str = ""  # on MPS: why it would have to wait for PyTorch's stream, which is slow
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return not self.reason
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.reason:
             return f"not supported: {self.reason}"
         line = f"{self.backend} {self.kernel} threads {self.threads} workspace {self.workspace_bytes}"
         return f"{line}; waits for PyTorch's stream: {self.waits}" if self.waits else line
 
     @property
-    def machine(self):
+    def machine(self) -> str:
         """The instruction set or GPU family of the kernel: the last word of its key, such as avx512."""
         return self.kernel.rpartition("_")[2]
 
     @classmethod
-    def of(cls, problem):
+    def of(cls, problem: bytes) -> Explanation:
         """The Explanation of a packed problem, by libmfa."""
         try:
             line, workspace = library().plan(problem)
@@ -145,26 +205,26 @@ class Explanation:
 
 
 def explain(
-    query,
-    key,
-    value,
-    is_causal=False,
-    scale=None,
-    attn_mask=None,
-    window_size=0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
     *,
-    softcap=0,
-    enable_gqa=False,
-    backward=False,
-    alibi_slopes=None,
-):
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    backward: bool = False,
+    alibi_slopes: Tensor | None = None,
+) -> Explanation:
     """Which backend and kernel flash_attention() would use for these arguments (`backward`: for their gradients), and
     how many bytes of workspace it needs beside the operands; or why the call is not supported. Wrong arguments
     raise."""
     mask, bias = subclasses.split(attn_mask)
     *operands, slopes = _check_readable(query, key, value, mask, alibi_slopes)
     if tensors.is_autocast(query):
-        operands = tensors.autocast(*operands)
+        operands = list(tensors.autocast(*operands))
     query, key, value, mask = operands
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
@@ -183,14 +243,14 @@ def explain(
         return Explanation(reason=str(error))
 
 
-def _check_readable(*inputs):
+def _check_readable(*inputs: Tensor | None) -> list[Any]:
     """The Inputs, as plain tensors where possible. Raises for one that neither has memory to be read nor a class that
     handles our operators."""
     named = zip(problem.Inputs._fields, inputs)
     return [None if one is None and name in _OPTIONAL else tensors.check(name, one) for name, one in named]
 
 
-def _of_batch(slopes, query):
+def _of_batch(slopes: Tensor | None, query: Tensor) -> Tensor | None:
     """ALiBi's slopes as (batch, heads)."""
     if slopes is None:
         return None
@@ -201,7 +261,7 @@ def _of_batch(slopes, query):
     return slopes.expand(query.shape[0], -1) if slopes.dim() == 1 else slopes
 
 
-def _check_heads(query, key, value, mask, enable_gqa):
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> None:
     """Raises if the number of heads differs without enable_gqa."""
     if not query.dim() == key.dim() == 4:
         problem.check(problem.Inputs(query, key, value, mask))  # raises
@@ -210,7 +270,15 @@ def _check_heads(query, key, value, mask, enable_gqa):
         raise ValueError(f"query has {q_heads} heads and key has {kv_heads}; enable_gqa=True allows that")
 
 
-def _options(query, key, bias, is_causal, window_size, scale, softcap):
+def _options(
+    query: Tensor,
+    key: Tensor,
+    bias: Any,
+    is_causal: Causal,
+    window_size: int | tuple[int, int],
+    scale: float | None,
+    softcap: float,
+) -> Options:
     """The Options of a call. `bias`: a CausalBias, or None."""
     q_len, kv_len = query.shape[2], key.shape[2]
     lower, upper = _band(is_causal, window_size, q_len, kv_len)
@@ -220,7 +288,7 @@ def _options(query, key, bias, is_causal, window_size, scale, softcap):
     return Options(lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap))
 
 
-def _number(name, number):
+def _number(name: str, number: Any) -> float:
     if getattr(number, "requires_grad", False):
         raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
     try:
@@ -231,7 +299,7 @@ def _number(name, number):
     raise TypeError(f"{name} is {number!r}; it must be a number")
 
 
-def _band(is_causal, window_size, q_len, kv_len):
+def _band(is_causal: Causal, window_size: Any, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
     """The bounds (lower, upper) of j - i, None where there is none."""
     try:
         is_known = is_causal in (False, True, "top_left", "bottom_right")

@@ -4,13 +4,16 @@ Eager calls do not go through the dispatcher, which costs more time than a small
 share one autograd function, `Attention`, and differ in the Route that it gets.
 """
 
+from __future__ import annotations
+
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch_cache, run, tensors, transforms
@@ -18,7 +21,7 @@ from .dispatch_cache import CacheEntry
 from .library import Unsupported
 from .operators import attention_backward, attention_forward, registration, run_backward_operator
 from .options import Options
-from .problem import DIFFERENTIABLE, NO_MORE, Inputs
+from .problem import DIFFERENTIABLE, NO_MORE, Inputs, InputsTuple, OperandsTuple
 from .transforms import below, beneath_autograd, count_of_modes, needs_operator
 
 _INPUTS = len(Inputs._fields)
@@ -31,8 +34,9 @@ _NO_GRADIENTS = (*NO_MORE, None)  # of the other inputs, and of the call
 class Route(NamedTuple):
     """How a Call reaches libmfa."""
 
-    forward: Callable  # (Inputs, options) -> (out, lse) or (out, lse, out_low)
-    backward: Callable  # (Operands, options, wanted) -> gradients of DIFFERENTIABLE inputs, None where not wanted
+    forward: Callable[..., tuple[Any, ...]]  # (Inputs, options) -> (out, lse) or (out, lse, out_low)
+    # (Operands, options, wanted) -> gradients of the DIFFERENTIABLE inputs, None where not wanted
+    backward: Callable[..., Sequence[Tensor | None]]
 
 
 class Call(NamedTuple):
@@ -42,10 +46,10 @@ class Call(NamedTuple):
     options: Options
     with_lse: bool
 
-    def forward(self, inputs):
+    def forward(self, inputs: InputsTuple) -> tuple[Any, ...]:
         return self.route.forward(inputs, self.options)
 
-    def backward(self, operands, wanted):
+    def backward(self, operands: OperandsTuple, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         return self.route.backward(operands, self.options, wanted)
 
 
@@ -54,7 +58,7 @@ class Attention(torch.autograd.Function):
     Call or a CachedCall."""
 
     @staticmethod
-    def forward(ctx, *inputs_and_call):
+    def forward(ctx: Any, *inputs_and_call: Any) -> Any:
         *inputs, call = inputs_and_call
         out, lse, *low = call.forward(inputs)
         ctx.save_for_backward(*inputs, out, lse, *low)
@@ -63,7 +67,7 @@ class Attention(torch.autograd.Function):
         return (out, lse) if call.with_lse else out
 
     @staticmethod
-    def backward(ctx, d_out, d_lse=None):
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None = None) -> Any:
         saved = ctx.saved_tensors
         inputs, (out, lse, *low) = saved[:_INPUTS], saved[_INPUTS:]
         if d_out is None:
@@ -72,7 +76,7 @@ class Attention(torch.autograd.Function):
         return (*ctx.call.backward(operands, ctx.needs_input_grad[:DIFFERENTIABLE]), *_NO_GRADIENTS)
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
         _refuse_tangents()
 
 
@@ -81,14 +85,14 @@ class _Gradients(torch.autograd.Function):
     take the gradients for constants, and a second derivative would be silently wrong."""
 
     @staticmethod
-    def forward(ctx, operator, second, d_out, *others):
+    def forward(ctx: Any, operator: Any, second: Any, d_out: Tensor, *others: Any) -> Any:
         ctx.save_for_backward(d_out, *others[1 : 1 + _INPUTS])
         ctx.set_materialize_grads(False)
         ctx.second, ctx.options = second, others[1 + _INPUTS + 2 :]  # after d_lse, the inputs, out and lse
         return operator(d_out, *others)
 
     @staticmethod
-    def backward(ctx, *incoming):
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         found = [None] * (1 + DIFFERENTIABLE)  # of d_out and the inputs
         if any(gradient is not None for gradient in incoming):
             *options, wanted = ctx.options
@@ -97,25 +101,25 @@ class _Gradients(torch.autograd.Function):
         return None, None, d_out, None, *inputs, *NO_MORE, None, None, *(None for _ in ctx.options)
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
         _refuse_tangents()
 
 
-def _refuse_second(*_):
+def _refuse_second(*_: Any) -> NoReturn:
     raise NotImplementedError(
         "flash_attention has no second derivative; for that use scaled_dot_product_attention with "
         "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
     )
 
 
-def _refuse_tangents():
+def _refuse_tangents() -> NoReturn:
     raise NotImplementedError(
         "flash_attention has no forward-mode differentiation (jvp, jacfwd, hessian); use reverse mode (grad, vjp, "
         "jacrev), or scaled_dot_product_attention with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
     )
 
 
-def is_differentiated(*operands):
+def is_differentiated(*operands: Tensor | None) -> bool:
     """Whether autograd has to record the call. In forward mode it always has to: `Attention` then raises for a tangent,
     which would be lost otherwise."""
     if forward_ad._current_level >= 0:
@@ -127,7 +131,7 @@ def is_differentiated(*operands):
     return False
 
 
-def _eager_backward(operands, options, wanted):
+def _eager_backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
     _, _, _, d_out, d_lse, _ = operands
     incoming = (d_out,) if d_lse is None else (d_out, d_lse)
     # The operator is needed under a tracer, for a second derivative, for a tangent and for a batch of gradients.
@@ -146,9 +150,9 @@ EAGER = Route(run.forward_for_backward, _eager_backward)
 class _Rules(threading.local):
     """How the operators are differentiated in calls made by this thread."""
 
-    def __init__(self):
-        self.backward = run_backward_operator  # of attention_forward, see Route
-        self.second = _refuse_second  # of attention_backward, see differentiated_by()
+    def __init__(self) -> None:
+        self.backward: Callable[..., Any] = run_backward_operator  # of attention_forward, see Route
+        self.second: Callable[..., Any] = _refuse_second  # of attention_backward, see differentiated_by()
 
 
 _rules = _Rules()
@@ -156,7 +160,9 @@ _NO_CHANGE = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def differentiated_by(backward=run_backward_operator, second=_refuse_second):
+def differentiated_by(
+    backward: Callable[..., Any] = run_backward_operator, second: Callable[..., Any] = _refuse_second
+) -> Iterator[None]:
     """In the block attention_forward is differentiated by `backward`, as in a Route, and the gradients that
     attention_backward returns by `second`: (incoming, (d_out, *inputs), options, wanted) -> gradients of d_out and of
     the DIFFERENTIABLE inputs. `incoming` are the gradients of dQ, dK, dV and dbias, None where there is none."""
@@ -168,7 +174,7 @@ def differentiated_by(backward=run_backward_operator, second=_refuse_second):
         _rules.backward, _rules.second = outer
 
 
-def _last_level():
+def _last_level() -> contextlib.AbstractContextManager[None]:
     """A context that resets the rules in the last level that they are meant for: hooks and modes may make other calls
     of attention from there."""
     if transforms.are_active() or (_rules.backward is run_backward_operator and _rules.second is _refuse_second):
@@ -176,7 +182,7 @@ def _last_level():
     return differentiated_by()
 
 
-def _visible_forward(operator, inputs, options):
+def _visible_forward(operator: Callable[..., Any], inputs: InputsTuple, options: Options) -> tuple[Tensor, ...]:
     """Route.forward through the dispatcher, by an operator that below() returned while gradients were still on. Under
     modes it returns zeros for out_low, to save as many tensors as EAGER does: a checkpoint may have run forward by one
     of the two routes and recompute it by the other."""
@@ -186,7 +192,7 @@ def _visible_forward(operator, inputs, options):
     return out, lse
 
 
-def _forward_with_autograd(*arguments):
+def _forward_with_autograd(*arguments: Any) -> Any:
     backward = _rules.backward
     with _last_level():
         inputs, options = arguments[:_INPUTS], arguments[_INPUTS:]
@@ -196,7 +202,7 @@ def _forward_with_autograd(*arguments):
         return beneath_autograd(attention_forward, *arguments)
 
 
-def _backward_with_autograd(*arguments):
+def _backward_with_autograd(*arguments: Any) -> Any:
     second = _rules.second
     with _last_level():
         if is_differentiated(*arguments[: 2 + _INPUTS + 2]):  # d_out, d_lse, the inputs, out, lse
@@ -216,29 +222,38 @@ _apply = super(torch.autograd.Function, Attention).apply  # skips the handling o
 class CachedCall(CacheEntry):
     """Runs attention on tensors like those of an earlier call. It is the `call` of Attention, too."""
 
-    def __init__(self, matches, query, key, value, mask, call, allocate=tensors.like):
+    def __init__(
+        self,
+        matches: Callable[..., bool],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: Call,
+        allocate: Callable[[Tensor, int], Tensor] = tensors.like,
+    ) -> None:
         super().__init__(matches)
         self.call, self.with_lse = call, call.with_lse
         self.is_differentiated = is_differentiated(query, key, value, mask)
         self.prepared = run.prepare_forward((query, key, value, mask, *NO_MORE), call.options, allocate)
-        self.cached_backward = None  # (guard of its tensors, run.Backward)
+        self.cached_backward: tuple[Callable[..., bool], run.Backward] | None = None  # with the guard of its tensors
         self.backward_misses = 0
 
-    def attend(self, query, key, value, mask):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
         """out, or (out, lse)."""
         if self.is_differentiated:
             return _apply(query, key, value, mask, *NO_MORE, self)
         out, lse = run.run_forward(self.prepared, (query, key, value, mask, *NO_MORE), self.with_lse)
         return (out, lse) if self.with_lse else out
 
-    def forward(self, inputs):
+    def forward(self, inputs: InputsTuple) -> tuple[Any, ...]:
         return run.run_forward(self.prepared, inputs, True, True)
 
-    def backward(self, operands, wanted):
+    def backward(self, operands: OperandsTuple, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         (query, key, value, mask, *_), out, lse, d_out, d_lse, out_low = operands
         is_plain = d_lse is None and mask is None and forward_ad._current_level < 0
         if is_plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or count_of_modes()):
-            present = (query, key, value, out, lse, d_out)
+            present: tuple[Tensor, ...] = (query, key, value, out, lse, d_out)
             if out_low is not None:
                 present += (out_low,)
             cached = self.cached_backward
@@ -253,7 +268,7 @@ class CachedCall(CacheEntry):
                 self._cache_backward(present, operands, wanted)
         return self.call.backward(operands, wanted)
 
-    def _cache_backward(self, present, operands, wanted):
+    def _cache_backward(self, present: tuple[Tensor, ...], operands: OperandsTuple, wanted: Sequence[bool]) -> None:
         _, out, _, _, _, out_low = operands
         if out_low is not None and out_low.stride() != out.stride():
             return

@@ -4,6 +4,8 @@ Each backend, and each instruction set of the CPU, is checked in a process of it
 The report is written to a file that can be attached to a bug.
 """
 
+from __future__ import annotations
+
 import datetime
 import json
 import os
@@ -13,15 +15,22 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import display, reference, tensors
 from .attention import Explanation
 from .autograd import EAGER, Attention, Call
-from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, changed, library, scalars, unavailable_reason
+from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, Scalars, changed, library, scalars, unavailable_reason
 from .options import Options
 from .problem import Inputs
+
+Row = dict[str, Any]  # of the report, and of JSON
+Machine = tuple[str, str, dict[str, str]]  # name, device, environment
 
 SEED = 1
 SILENCE = 600  # seconds after which a process that writes nothing counts as hanging
@@ -54,7 +63,7 @@ _SHAPES = (
 )
 
 
-def problems(device):
+def problems(device: str) -> list[str]:
     """Lines of the problem grammar, without the pass, since forward and backward are checked for each."""
     dtypes = [name for name in ("f32", "f16", "bf16", "f64") if name != "f64" or device != _GPU]
     shapes = [f"{_SIZES} d{width}" for width in _WIDTHS]
@@ -66,7 +75,7 @@ def problems(device):
 # --- One machine, in its own process -------------------------------------------------------------
 
 
-def examine(line, device):
+def examine(line: str, device: str) -> Row:
     """The row of one problem: its kernels, the result whose error is the largest fraction of what is allowed, and what
     is wrong; or why it is not supported."""
     packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")]
@@ -78,7 +87,7 @@ def examine(line, device):
     sizes = scalars(packed[0])
     options = Options(sizes.lower, sizes.upper, sizes.scale, sizes.softcap)
 
-    def ours(*operands):
+    def ours(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
         moved = [None if operand is None else operand.to(device) for operand in operands]
         out, lse = Attention.apply(*moved, Call(EAGER, options, True))
         return out.cpu(), lse.cpu()
@@ -89,12 +98,12 @@ def examine(line, device):
     return {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
 
 
-def _operands(sizes):
+def _operands(sizes: Scalars) -> Inputs:
     """The Inputs of a problem in the memory order of models: (batch, length, heads, head_dim)."""
     generator = torch.Generator().manual_seed(SEED)
     dtypes = {code: dtype for dtype, code in tensors.DTYPES.items()}
 
-    def tensor(*shape):
+    def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     query, key, value = (
@@ -114,7 +123,7 @@ def _operands(sizes):
     return Inputs(query, key, value, mask, slopes)
 
 
-def write_rows(device, lines):
+def write_rows(device: str, lines: Iterable[str]) -> None:
     """Checks each line, and writes two rows of JSON for it: one before it begins, and its result."""
     for line in lines:
         print(json.dumps({"begun": line}), flush=True)
@@ -128,13 +137,13 @@ def write_rows(device, lines):
 # --- All of them ---------------------------------------------------------------------------------
 
 
-def machines():
+def machines() -> list[Machine]:
     """(name, device, environment) of all that runs here."""
     found = [(f"cpu {isa}", "cpu", {"MFA_ISA": isa}) for isa in library().instruction_sets()]
     return found + ([] if unavailable_reason(_GPU) else [("metal", _GPU, {})])
 
 
-def _rows(machine, lines, begin):
+def _rows(machine: Machine, lines: list[str], begin: Callable[[str], None]) -> Iterator[Row]:
     """A row for each line. If the process ends or hangs, its line becomes a row that is wrong, and another process
     checks the rest."""
     name, device, environment = machine
@@ -164,8 +173,9 @@ def _rows(machine, lines, begin):
             lines = lines[1:] if begun else []
 
 
-def _answers(process):
+def _answers(process: subprocess.Popen[str]) -> Iterator[Row]:
     """The rows that the process writes. It is killed if it writes nothing for SILENCE seconds."""
+    assert process.stdout is not None
     while True:
         clock = threading.Timer(SILENCE, process.kill)
         clock.start()
@@ -177,7 +187,7 @@ def _answers(process):
         yield json.loads(line)
 
 
-def _about():
+def _about() -> list[tuple[str, object]]:
     """(name, value) of each property of this machine."""
     missing = unavailable_reason(_GPU)
     gpu = f"not checked: {missing}" if missing else getattr(torch.backends.mps, "get_name", lambda: "checked")()
@@ -195,11 +205,11 @@ def _about():
     ]
 
 
-def _state(row):
+def _state(row: Row) -> str:
     return "WRONG" if row.get("wrong") else "not supported" if "unsupported" in row else "right"
 
 
-def report_text(rows):
+def report_text(rows: list[Row]) -> str:
     """The whole report."""
     lines = ["mps_flash_attn check", *(f"{what}: {which}" for what, which in _about()), ""]
     lines += [f"{row['machine']}: {row['problem']}: {row['wrong']}" for row in rows if row.get("wrong")] + [""]
@@ -211,10 +221,10 @@ def report_text(rows):
     return "\n".join(lines) + "\n"
 
 
-def _summary(rows):
+def _summary(rows: list[Row]) -> Iterator[tuple[object, ...]]:
     """A row for each machine and dtype: how many problems, and the result whose error is the largest fraction of what
     is allowed."""
-    groups = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["machine"], row["problem"].split()[0]), []).append(row)
     for (machine, dtype), group in groups.items():
@@ -227,7 +237,7 @@ def _summary(rows):
         yield machine, dtype, states["right"], states["WRONG"], states["not supported"], *words
 
 
-def _check_writable(path):
+def _check_writable(path: Path) -> None:
     """Raises before the check, which takes minutes, if its report could not be written."""
     try:
         path.open("a").close()
@@ -235,7 +245,7 @@ def _check_writable(path):
         raise ValueError(f"--report is {path}; it must be a file that can be written: {error.strerror}") from None
 
 
-def run(text, path):
+def run(text: str, path: Path) -> int:
     """Checks every problem that contains `text`, and writes a report to `path`; returns the exit status. ValueError,
     before anything is checked, if that file cannot be written."""
     _check_writable(path)

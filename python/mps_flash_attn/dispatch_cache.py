@@ -11,13 +11,21 @@ dictionary and its limit:
 - The shapes of a call of scaled_dot_product_attention (sdpa/shapes.py): whether they are supported.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _count_of_modes = torch._C._len_torch_dispatch_stack  # a global name: each attribute lookup costs time in every call
+_Entry = TypeVar("_Entry")
 _CONSTANT = (type(None), bool, int, float, str, type)
 
-_entries = {}  # keys of different kinds are never equal; the value None marks a call that came once
+# Keys of different kinds are never equal. The value None marks a call that came once.
+_entries: dict[Hashable, Any] = {}
 _MAX_ENTRIES = 4096  # a shape has up to four, in training; at the limit all are dropped, as steps of a growing sequence
 MAX_MISSES = 1  # an entry that was missed more often in a row may be replaced
 
@@ -25,7 +33,7 @@ get = _entries.get
 clear = _entries.clear
 
 
-def put(key, entry):
+def put(key: Hashable, entry: _Entry) -> _Entry:
     """Stores an entry, and returns it."""
     if len(_entries) >= _MAX_ENTRIES and key not in _entries:
         _entries.clear()
@@ -36,15 +44,15 @@ def put(key, entry):
 class CacheEntry:
     """A call that can be repeated. `matches(*tensors)` says whether tensors are like those of the first call."""
 
-    def __init__(self, matches):
+    def __init__(self, matches: Callable[..., bool]) -> None:
         self.matches, self.misses = matches, 0  # misses: how many lookups in a row did not match
 
-    def evict(self):
+    def evict(self) -> None:
         """Lets the next insert() with this key replace the entry."""
         self.misses = MAX_MISSES + 1
 
 
-def lookup(query, key, value, mask, options_key):
+def lookup(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options_key: tuple[object, ...]) -> Any:
     """The entry of an earlier call with arguments like these, or None. `options_key`: the arguments that are not
     tensors, after the name of the function unless that is flash_attention."""
     try:
@@ -58,7 +66,15 @@ def lookup(query, key, value, mask, options_key):
     return entry if is_match else None
 
 
-def insert(query, key, value, mask, options_key, entry_class, *state):
+def insert(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options_key: tuple[object, ...],
+    entry_class: Callable[..., CacheEntry],
+    *state: Any,
+) -> None:
     """Makes an entry, entry_class(matches, query, key, value, mask, *state), when arguments like these come for the
     second time. None is made where no guard can be. It replaces another one only if that was missed repeatedly."""
     if not all(map(_is_constant, options_key)):
@@ -75,17 +91,19 @@ def insert(query, key, value, mask, options_key, entry_class, *state):
             put(call_key, entry)
 
 
-def _key(query, key, value, mask, options_key):
+def _key(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options_key: tuple[object, ...]
+) -> tuple[object, ...]:
     mask_shape = None if mask is None else mask.shape
     grad = torch.is_grad_enabled(), query.requires_grad
     return query.shape, key.shape, value.shape, mask_shape, options_key, grad
 
 
-def _is_constant(option):
+def _is_constant(option: object) -> bool:
     return type(option) in _CONSTANT or (type(option) is tuple and all(type(number) is int for number in option))
 
 
-def guard(*tensors):
+def guard(*tensors: Tensor) -> Callable[..., bool] | None:
     """The function that checks whether other tensors are like these; None if there is none, as where a tensor is passed
     twice."""
     if not _guards_work or len(set(map(id, tensors))) < len(tensors):
@@ -93,15 +111,16 @@ def guard(*tensors):
     return _new_guard(*tensors)
 
 
-def _new_guard(*tensors):
-    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+def _new_guard(*tensors: Tensor) -> Callable[..., bool]:
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
     guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return guards.check
 
 
-def _check_guards():
+def _check_guards() -> bool:
     """Whether PyTorch has these guards, which are not public, and they distinguish all that this file relies on."""
-    like = {"dtype": torch.float32, "device": "cpu"}
+    like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     first, second = torch.empty(2, 3, **like), torch.empty(2, 3, **like)
     others = (
         torch.empty(3, 3, **like),

@@ -1,6 +1,9 @@
 """Prints tables and progress: with rich, or as plain lines where rich is not installed."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 try:
     from rich.console import Console
@@ -8,21 +11,21 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError:
-    Console = None
+    Console = None  # type: ignore[assignment,misc] # a class otherwise
 
 
-def table(title, rows, header=None):
+def table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] | None = None) -> None:
     """Prints a table. `rows`: sequences of cells."""
-    rows = [[str(word) for word in row] for row in rows]
+    words = [[str(word) for word in row] for row in rows]
     if Console is None:
-        lines = [header, *rows] if header else rows
+        lines = [header, *words] if header else words
         widths = [max(map(len, column)) for column in zip(*lines)]
         print(title)
         for line in lines:
             print("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip())
         return
     drawn = Table(*(header or ()), title=escape(title), title_justify="left", show_header=header is not None)
-    for row in rows:
+    for row in words:
         drawn.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:
@@ -31,7 +34,7 @@ def table(title, rows, header=None):
 
 
 @contextlib.contextmanager
-def progress(total):
+def progress(total: int) -> Iterator[Callable[[str], None]]:
     """Yields a function that is called with a description before each of `total` steps."""
     if Console is None:
         count = iter(range(1, total + 1))
@@ -40,9 +43,9 @@ def progress(total):
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
-        begun = []
+        begun: list[str] = []
 
-        def begin(words):
+        def begin(words: str) -> None:
             bar.update(task, completed=len(begun), description=escape(words))
             begun.append(words)
 

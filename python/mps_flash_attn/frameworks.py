@@ -1,7 +1,13 @@
 """Attention functions for frameworks that let users choose one: transformers and ComfyUI. Neither is imported before it
 is needed. diffusers calls scaled_dot_product_attention, for which there is replace_sdpa()."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .attention import flash_attention
 from .library import Unsupported
@@ -11,7 +17,7 @@ from .transformers_check import check_config, check_models
 # --- transformers --------------------------------------------------------------------------------
 
 
-def register_transformers(name="mfa"):
+def register_transformers(name: str = "mfa") -> None:
     """Registers attn_implementation=`name` with transformers. It is flash_attention, with softcap, with the masks of
     transformers' "sdpa", and without repeating K and V. Calls that libmfa does not run go to that "sdpa", and are
     counted in sdpa_stats().
@@ -26,7 +32,7 @@ def register_transformers(name="mfa"):
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    def mask(*arguments, config=None, **options):
+    def mask(*arguments: Any, config: Any = None, **options: Any) -> Any:
         if config is not None:
             check_config(config, name)
         return sdpa_mask(*arguments, config=config, **options)
@@ -37,19 +43,19 @@ def register_transformers(name="mfa"):
 
 
 def transformers_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    is_causal=None,
-    softcap=None,
-    position_bias=None,
-    s_aux=None,
-    **options,
-):
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """The attention function that transformers calls with (B, H, L, E) tensors; returns (out as (B, L, H, Ev), None).
     The mask is None where is_causal is sufficient; a sliding window is in the mask."""
     if s_aux is not None:
@@ -83,11 +89,16 @@ def transformers_attention(
         return out.transpose(1, 2).contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    keywords = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+    keywords: dict[str, Any] = {
+        "dropout": dropout,
+        "scaling": scaling,
+        "is_causal": is_causal,
+        "position_bias": position_bias,
+    }
     return sdpa_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **keywords, **options)
 
 
-def _with_bias(mask, bias):
+def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """One mask for both. It hides keys by the lowest finite number, as transformers does, so that a row that may see no
     key attends to all keys equally."""
     if bias is None or mask is None:
@@ -99,26 +110,28 @@ def _with_bias(mask, bias):
 
 
 def comfyui_attention(
-    original,
-    q,
-    k,
-    v,
-    heads,
-    mask=None,
-    attn_precision=None,
-    skip_reshape=False,
-    skip_output_reshape=False,
-    **options,
-):
+    original: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **options: Any,
+) -> Tensor:
     """For model_options["transformer_options"]["optimized_attention_override"] of a ComfyUI model. Calls that
     libmfa does not run go to the attention that ComfyUI would have used."""
     try:
-        operands = (q, k, v)
+        query, key, value = q, k, v
         if not skip_reshape:
             head_dim = q.shape[-1] // heads
-            operands = (tensor.unflatten(-1, (-1, head_dim)).transpose(1, 2) for tensor in operands)
+            query, key, value = (tensor.unflatten(-1, (-1, head_dim)).transpose(1, 2) for tensor in (q, k, v))
         out = flash_attention(
-            *operands,
+            query,
+            key,
+            value,
             scale=options.get("scale"),
             attn_mask=mask if mask is None or mask.dim() != 3 else mask.unsqueeze(1),
             enable_gqa=bool(options.get("enable_gqa")),

@@ -4,13 +4,16 @@ A call takes one packed problem, one packed set of buffers and one ctypes call. 
 field, or to pass the numbers as arguments, would take several times as long as a small problem.
 """
 
+from __future__ import annotations
+
 import ctypes
 import itertools
 import os
 import struct
 import sys
-from collections import namedtuple
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -50,7 +53,7 @@ BUFFERS_FIELDS = (
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
 
-def _struct(fields):
+def _struct(fields: Iterable[tuple[str, str]]) -> struct.Struct:
     return struct.Struct("@" + "".join(form for _, form in fields))
 
 
@@ -68,16 +71,34 @@ COMPILER = ctypes.CFUNCTYPE(
     ctypes.c_int32, ctypes.POINTER(ctypes.c_char_p), ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p
 )
 
-# The fields of a problem that are the same in forward and backward: all between `pass` and the layouts.
-Scalars = namedtuple("Scalars", [name for name, form in PROBLEM_FIELDS[2:] if form != _LAYOUT])
+
+class Scalars(NamedTuple):
+    """The fields of a problem that are the same in forward and backward: all between `pass` and the layouts."""
+
+    device: int
+    dtype: int
+    mask: int
+    mask_dtype: int
+    alibi: int
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    lower: int
+    upper: int
+    scale: float
+    softcap: float
 
 
-def scalars(problem):
+def scalars(problem: bytes) -> Scalars:
     """The Scalars of a packed problem."""
     return Scalars(*PROBLEM.unpack(problem)[2 : 2 + len(Scalars._fields)])
 
 
-def changed(problem, **numbers):
+def changed(problem: bytes, **numbers: Any) -> bytes:
     """A packed problem with some scalars replaced."""
     fields = PROBLEM.unpack(problem)
     layouts = fields[2 + len(Scalars._fields) :]
@@ -98,7 +119,7 @@ _EXCEPTIONS = {
 }
 
 
-def library_path():
+def library_path() -> Path:
     """The path of libmfa: the file that MFA_LIBRARY names, else the one in this package."""
     from_environment = os.environ.get(PATH_VARIABLE)
     name = "libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"
@@ -111,14 +132,14 @@ def library_path():
     return path
 
 
-def _load(path):
+def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(os.fspath(path))
     except OSError as error:  # not a library, one for another machine, or an unreadable file
         raise ImportError(f"{path} cannot be loaded as libmfa: {error}") from None
 
 
-def torch_parallel_for():
+def torch_parallel_for() -> int | None:
     """The address of PyTorch's own thread pool, whose type is mfa_parallel_for; None before PyTorch 2.10."""
     function = getattr(ctypes.CDLL(torch._C.__file__), "torch_parallel_for", None)
     return ctypes.cast(function, ctypes.c_void_p).value if function else None
@@ -127,7 +148,11 @@ def torch_parallel_for():
 class Library:
     """The loaded libmfa, with its context."""
 
-    def __init__(self, host):
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the functions that __init__ declares
+
+    def __init__(self, host: int | None) -> None:
         self.path = library_path()
         self.host = host
         library = _load(self.path)
@@ -164,22 +189,22 @@ class Library:
         options = OPTIONS.pack(OPTIONS.size, self.threads, 0, 0, 0, host or 0)
         self.check(self.mfa_context_create(options, ctypes.addressof(self.context)))
 
-    def check(self, status):
+    def check(self, status: int) -> None:
         """Raises the exception of a status other than MFA_OK."""
         if status:
             sentence = self.last_error() or self.mfa_status_name(status).decode()
             raise _EXCEPTIONS.get(status, RuntimeError)(sentence)
 
-    def last_error(self):
+    def last_error(self) -> str:
         """The error sentence of the last call that failed. A path in it may not be UTF-8."""
         return self.mfa_last_error().decode(errors="replace")
 
-    def set_threads(self, threads):
+    def set_threads(self, threads: int) -> None:
         """Sets the number of threads, to that of PyTorch."""
         self.check(self.mfa_context_set_threads(self.context, threads))
         self.threads = threads
 
-    def attention(self, problem, buffers, stream=None):
+    def attention(self, problem: bytes, buffers: bytes, stream: int | None = None) -> None:
         """Runs a packed problem on packed buffers; on Metal `stream` is STREAM_TORCH."""
         threads = _number_of_threads()
         if threads != self.threads:
@@ -190,7 +215,7 @@ class Library:
                 status = self._attention_synchronized(problem, buffers)
             self.check(status)
 
-    def _attention_synchronized(self, problem, buffers):
+    def _attention_synchronized(self, problem: bytes, buffers: bytes) -> int:
         """Runs where PyTorch's stream cannot be used: waits for that stream, and for the results. Returns the
         status."""
         reason = self.last_error()
@@ -201,33 +226,33 @@ class Library:
         torch.mps.synchronize()
         return self.mfa_attention(self.context, problem, buffers, None)
 
-    def check_supported(self, problem):
+    def check_supported(self, problem: bytes) -> None:
         """Raises why a packed problem could not be planned."""
         self.check(self.mfa_problem_supported(self.context, problem))
 
-    def waits(self, problem):
+    def waits(self, problem: bytes) -> str:
         """Why a packed problem for Metal has to wait for PyTorch's stream; "" if it does not."""
         empty = changed(problem, batch=0, mask=MASK_NONE)  # nothing runs, and no mask is read
         status = self.mfa_attention(self.context, empty, _NO_BUFFERS, STREAM_TORCH)
         return self.last_error() if status == _UNAVAILABLE else ""
 
-    def precompile(self, problem, folder, compiler):
+    def precompile(self, problem: bytes, folder: str | os.PathLike[str] | None, compiler: Any) -> None:
         """Compiles the kernel of a packed problem into `folder` (None: the cache). `compiler`: a COMPILER, or None."""
         path = None if folder is None else os.fsencode(folder)
         self.check(self.mfa_precompile(self.context, problem, path, compiler or COMPILER(), None))
 
-    def instruction_sets(self):
+    def instruction_sets(self) -> list[str]:
         """The instruction sets of this CPU for which libmfa has kernels, the most basic first."""
         names = itertools.takewhile(bool, map(self.mfa_isa_name, itertools.count()))
         return [name.decode() for name in names if self.mfa_isa_supported(name) == 0]
 
-    def parse(self, line):
+    def parse(self, line: str) -> bytes:
         """The packed problem of a line such as "forward f32 b1 h8 q512 kv512 d64"."""
         problem = ctypes.create_string_buffer(PROBLEM.size)
         self.check(self.mfa_problem_parse(line.encode(errors="replace"), problem))
         return problem.raw
 
-    def plan(self, problem):
+    def plan(self, problem: bytes) -> tuple[str, int]:
         """The plan of a packed problem: (one line of text, workspace bytes)."""
         self.set_threads(torch.get_num_threads())
         plan, line = ctypes.c_void_p(), ctypes.create_string_buffer(512)
@@ -239,17 +264,17 @@ class Library:
             self.mfa_plan_destroy(plan)
 
 
-_library = None
+_library: Library | None = None
 _lock = new_lock(globals(), "_lock")
 _forked = False
 
 
-def library():
+def library() -> Library:
     """The Library of this process, which the first call opens."""
     return _library or _open()
 
 
-def _open():
+def _open() -> Library:
     global _library
     with _lock:
         if _library is None:
@@ -257,7 +282,7 @@ def _open():
         return _library
 
 
-def _after_fork():
+def _after_fork() -> None:
     # The parent's threads do not exist in the child, and OpenMP, on which PyTorch's pool is built, waits for them
     # forever. So the child makes a context of its own, with the library's own pool. The parent's context may have been
     # in use, so it is not destroyed.
@@ -268,7 +293,7 @@ def _after_fork():
 call_in_child(_after_fork)
 
 
-def unavailable_reason(device):
+def unavailable_reason(device: torch.device | str) -> str:
     """Why libmfa does not run on this device of this machine; "" if it does."""
     kind = torch.device(device).type
     if kind not in DEVICES:
@@ -283,7 +308,7 @@ def unavailable_reason(device):
     return ""
 
 
-def is_available(device="cpu"):
+def is_available(device: torch.device | str = "cpu") -> bool:
     """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. The function of
     this name in mps-flash-attn on PyPI, which has no argument, corresponds to is_available("mps")."""
     return not unavailable_reason(device)

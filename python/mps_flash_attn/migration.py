@@ -1,7 +1,10 @@
 """Helps code written for mps-flash-attn 0.2 to 0.6.3 on PyPI, which has the import name of this package: one function
 that converts masks, and hints for the names that do not exist here (docs/migration.md)."""
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
 
 _NOT_QUANTIZED = "keys and values are not quantized here; give flash_attention those that quantize_kv_* was given"
 _HINTS = {
@@ -18,14 +21,14 @@ _HINTS = {
 _QUANTIZED = ("quantize_kv_", "QUANT_", "flash_attention_fp8", "flash_attention_int8", "flash_attention_nf4")
 
 
-def replacement_hint(name):
+def replacement_hint(name: str) -> str | None:
     """What to use in place of a name of that package; None for any other name."""
     if name.startswith(_QUANTIZED) or name == "flash_attention_quantized":
         return _NOT_QUANTIZED
     return _HINTS.get(name)
 
 
-def convert_mask(attn_mask):
+def convert_mask(attn_mask: Tensor | None) -> Tensor | None:
     """The mask for flash_attention, from one for the function of this name in mps-flash-attn on PyPI: None and float
     masks, added to the scores here, as they are. ValueError for a bool mask: there True hides a key, in PyTorch and
     here True lets it take part."""

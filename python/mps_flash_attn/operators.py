@@ -9,13 +9,22 @@ The backward operator accepts any `out` and `lse`, so that results merged from s
 autograd is in autograd.py; those for vmap and autocast are in transforms.py.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import run, tensors
+from .library import DEVICES
 from .options import Options
-from .problem import DIFFERENTIABLE, Inputs, Operands, check, check_saved
+from .problem import DIFFERENTIABLE, Inputs, Operands, OperandsTuple, check, check_saved
 from .subclasses import as_plain
+
+Shape = tuple[int, ...]
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alibi_slopes"  # those of problem.Inputs
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
@@ -39,14 +48,16 @@ attention_forward = torch.ops.mfa.attention_forward.default
 attention_backward = torch.ops.mfa.attention_backward.default
 
 
-def run_backward_operator(operands, options, wanted):
+def run_backward_operator(
+    operands: OperandsTuple, options: Options, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """attention_backward of problem.Operands, whose out_low it does not take: gradients, None where not wanted."""
     inputs, out, lse, d_out, d_lse, _ = operands
     gradients = attention_backward(d_out, d_lse, *inputs, out, lse, *options, list(wanted))
     return tuple(gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted))
 
 
-def _empty_for_none(gradients, query):
+def _empty_for_none(gradients: Iterable[Tensor | None], query: Tensor) -> tuple[Tensor, ...]:
     """An operator returns tensors only."""
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -54,18 +65,19 @@ def _empty_for_none(gradients, query):
 _COUNT = len(Inputs._fields)
 
 
-def _split_backward(arguments):
+def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, Options, Sequence[bool]]:
     """(Operands, Options, wanted) of the arguments of attention_backward."""
     d_out, d_lse, *others = arguments
-    inputs, (out, lse, *options, wanted) = others[:_COUNT], others[_COUNT:]
+    inputs: Any = others[:_COUNT]
+    out, lse, *options, wanted = others[_COUNT:]
     return Operands(inputs, out, lse, d_out, d_lse), Options(*options), wanted
 
 
-def _forward(*arguments):
+def _forward(*arguments: Any) -> tuple[Any, ...]:
     return run.forward(as_plain(Inputs._fields, arguments[:_COUNT]), Options(*arguments[_COUNT:]))
 
 
-def _backward(*arguments):
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     (inputs, *others), options, wanted = _split_backward(arguments)
     if len(wanted) != DIFFERENTIABLE:
         raise ValueError(f"wanted is {wanted}; it must be four bools, for query, key, value and mask")
@@ -74,20 +86,20 @@ def _backward(*arguments):
     return _empty_for_none(run.backward(operands, options, wanted), inputs[0])
 
 
-for _device in (name.upper() for name in tensors.DEVICES):
+for _device in (name.upper() for name in DEVICES):
     registration.impl("attention_forward", _forward, _device)
     registration.impl("attention_backward", _backward, _device)
 
 
 @torch.library.register_fake("mfa::attention_forward", lib=registration)
-def _(*arguments):
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs = arguments[:_COUNT]
     check(inputs)
     return tensors.like(query, value.shape[3]), tensors.empty_rows(query)
 
 
 @torch.library.register_fake("mfa::attention_backward", lib=registration)
-def _(*arguments):
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, _, wanted = _split_backward(arguments)
     check(operands.inputs)
     check_saved(operands)
@@ -95,15 +107,17 @@ def _(*arguments):
 
 
 @register_flop_formula(torch.ops.mfa.attention_forward)
-def _(query, key, value, *_, out_shape=None, **__):
+def _(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return sdpa_flop_count(query, _with_heads_of(query, key), _with_heads_of(query, value))
 
 
 @register_flop_formula(torch.ops.mfa.attention_backward)
-def _(d_out, d_lse, query, key, value, *_, out_shape=None, **__):
+def _(
+    d_out: Shape, d_lse: Any, query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     return sdpa_backward_flop_count(d_out, query, _with_heads_of(query, key), _with_heads_of(query, value))
 
 
-def _with_heads_of(query, shape):
+def _with_heads_of(query: Shape, shape: Shape) -> Shape:
     """The shape of key or value, repeated to as many heads as the query has."""
     return (shape[0], query[1], *shape[2:])

@@ -1,5 +1,7 @@
 """The options of attention: all that defines the result beside the tensors, as one immutable object."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 

@@ -5,9 +5,14 @@ developer tools are installed, makes a metallib, which is valid for any, and fro
 source again.
 """
 
+from __future__ import annotations
+
 import itertools
 import os
 import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 from . import display
 from .library import COMPILER, library
@@ -15,7 +20,7 @@ from .library import COMPILER, library
 _WORDS = {"band": "causal", "softcap": "softcap1"}  # a feature in kernel keys: its name in the problem grammar
 
 
-def problems(dtypes, head_dims, features, backward):
+def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable[str], backward: bool) -> Iterator[str]:
     """A line for each kernel. `head_dims` are "64" or "192v128"; each of `features` is such as "band+mask_bool"."""
     kernels = [("forward", "q64"), ("forward", "q1")]  # the second is a decode step, which has a kernel of its own
     if backward:
@@ -25,14 +30,14 @@ def problems(dtypes, head_dims, features, backward):
         yield " ".join([pass_, dtype, f"b1 h1 {q} kv64", f"d{head_dim}", *words, "metal"])
 
 
-def metal_compiler(errors):
+def metal_compiler(errors: list[str]) -> Any:
     """A COMPILER that calls Apple's, and appends its errors to the list; None if it is not installed."""
     # xcode-select comes first: without developer tools xcrun may open a window that offers to install them.
     for command in (["xcode-select", "-p"], ["xcrun", "--find", "metal"]):
         if _call(command).returncode:
             return None
 
-    def compile_texts(texts, count, path, _):
+    def compile_texts(texts: Any, count: int, path: bytes, _: Any) -> int:
         named = [os.fsdecode(texts[n]) for n in range(count)]
         done = _call(["xcrun", "metal", "-std=metal3.1", "-fno-fast-math", "-o", os.fsdecode(path), *named])
         if done.returncode:
@@ -42,16 +47,19 @@ def metal_compiler(errors):
     return COMPILER(compile_texts)
 
 
-def _call(command):
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
-def run(dtypes, head_dims, features, backward, folder):
+def run(
+    dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable[str], backward: bool, folder: Path | None
+) -> int:
     """Compiles; returns the exit status."""
-    found, errors = library(), []
+    found = library()
+    errors: list[str] = []
     lines = list(problems(dtypes, head_dims, features, backward))
     packed = list(map(found.parse, lines))
     found.check_supported(packed[0])  # raises at once on a machine without Metal

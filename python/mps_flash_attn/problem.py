@@ -4,9 +4,13 @@ Python checks what libmfa cannot, since libmfa receives numbers and strides only
 libmfa itself refuses all other errors (head counts, dimensions, scale, softcap), with its own sentences.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, NoReturn, cast
 
 import torch
+from torch import Tensor
 
 from . import tensors
 from .library import (
@@ -20,6 +24,7 @@ from .library import (
     PROBLEM,
     Scalars,
 )
+from .options import Options
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
@@ -31,15 +36,19 @@ class Inputs(NamedTuple):
     named where it is given (attention.py), described to PyTorch (operators.py), packed (here) and bound (run.py). All
     but the mask have four dimensions or as many as a vmap can add one to: their first is the batch."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    attn_mask: torch.Tensor | None = None
-    alibi_slopes: torch.Tensor | None = None  # (batch, heads)
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None  # (batch, heads)
 
 
 DIFFERENTIABLE = 4
-NO_MORE = (None,) * (len(Inputs._fields) - DIFFERENTIABLE)  # (query, key, value, mask, *NO_MORE): faster than Inputs()
+# (query, key, value, mask, *NO_MORE) is faster than Inputs().
+NO_MORE = cast("tuple[None]", (None,) * (len(Inputs._fields) - DIFFERENTIABLE))
+# Plain tuples in the order of Inputs and Operands.
+InputsTuple = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+OperandsTuple = tuple[InputsTuple, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Operands(NamedTuple):
@@ -48,14 +57,14 @@ class Operands(NamedTuple):
     order (operators.py)."""
 
     inputs: Inputs
-    out: torch.Tensor
-    lse: torch.Tensor
-    d_out: torch.Tensor
-    d_lse: torch.Tensor | None
-    out_low: torch.Tensor | None = None
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
+    d_lse: Tensor | None
+    out_low: Tensor | None = None
 
 
-def check(inputs):
+def check(inputs: InputsTuple) -> None:
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
     query, key, value, mask, slopes = inputs
     if mask is not None and mask.device != query.device:
@@ -79,7 +88,7 @@ def check(inputs):
         _check_slopes(slopes, query)
 
 
-def check_saved(operands):
+def check_saved(operands: OperandsTuple) -> None:
     """Raises for results that the forward pass of these operands cannot have given, and for gradients that do not fit
     those."""
     (query, _, value, *_), out, lse, d_out, d_lse, out_low = operands
@@ -101,12 +110,12 @@ def check_saved(operands):
             raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
 
 
-def expand_mask(mask, query, key):
+def expand_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """The mask as (batch, head, row, column), with stride 0 where it is broadcast."""
     return mask if mask is None else mask.expand(*query.shape[:3], key.shape[2])
 
 
-def pack_forward(inputs, options, out):
+def pack_forward(inputs: InputsTuple, options: Options, out: Tensor) -> bytes:
     """The mfa_problem of a forward pass, as bytes."""
     query, key, value, mask, slopes = inputs
     layout = tensors.layout
@@ -125,7 +134,7 @@ def pack_forward(inputs, options, out):
     )
 
 
-def pack_backward(operands, options, gradients):
+def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable[Tensor | None]) -> bytes:
     """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV and dbias, None where not wanted."""
     inputs, out, lse, d_out, d_lse, _ = operands
     query, key, value, mask, slopes = inputs
@@ -151,7 +160,7 @@ def pack_backward(operands, options, gradients):
     )
 
 
-def _scalars(inputs, options):
+def _scalars(inputs: InputsTuple, options: Options) -> Scalars:
     query, key, value, mask, slopes = inputs
     batch, q_heads, q_len, head_dim = query.shape
     lower, upper, scale, softcap = options
@@ -179,17 +188,17 @@ def _scalars(inputs, options):
     )
 
 
-def _dense_rows(query):
+def _dense_rows(query: Tensor) -> tuple[int, int, int, int]:
     """The layout of what tensors.empty_rows() returns."""
     _, q_heads, q_len, _ = query.shape
     return q_heads * q_len, q_len, 1, 0
 
 
-def _slopes_layout(slopes):
+def _slopes_layout(slopes: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if slopes is None else (*slopes.stride(), 0, 0)
 
 
-def _check_slopes(slopes, query):
+def _check_slopes(slopes: Tensor, query: Tensor) -> None:
     if slopes.dtype is not torch.float32:
         raise TypeError(f"alibi_slopes is {tensors.dtype_name(slopes)}; it must be float32")
     if slopes.shape != query.shape[:2]:
@@ -201,7 +210,7 @@ def _check_slopes(slopes, query):
         raise ValueError(f"alibi_slopes is on {slopes.device} and query on {query.device}; they must be on one device")
 
 
-def _check_mask(mask, shape):
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
     if mask.dtype is not torch.bool and mask.dtype not in tensors.DTYPES:
         raise TypeError(
             f"attn_mask is {tensors.dtype_name(mask)}; it must be bool (True takes part), "
@@ -214,11 +223,11 @@ def _check_mask(mask, shape):
         )
 
 
-def _named(query, key, value):
+def _named(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[str, Tensor], ...]:
     return (("query", query), ("key", key), ("value", value))
 
 
-def _refuse_dtypes(query, key, value):
+def _refuse_dtypes(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
     for name, tensor in _named(query, key, value):
         if tensor.dtype not in tensors.DTYPES:
             raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be float32, float16, bfloat16 or float64")
@@ -228,7 +237,7 @@ def _refuse_dtypes(query, key, value):
     )
 
 
-def _refuse_shapes(query, key, value):
+def _refuse_shapes(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
     (batch, _, _, head_dim), (key_batch, key_heads, key_len, key_dim) = query.shape, key.shape
     if not batch == key_batch == value.shape[0]:
         sizes = f"query {batch}, key {key_batch} and value {value.shape[0]}"

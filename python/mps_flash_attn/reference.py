@@ -7,10 +7,14 @@ cancellation in the sum does not cancel the rounding errors, plus the effect of 
 It is slow and holds all scores. It is meant for tests, benchmarks and `python -m mps_flash_attn check`.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .options import Options
 from .problem import DIFFERENTIABLE, Inputs
@@ -19,11 +23,13 @@ from .problem import DIFFERENTIABLE, Inputs
 ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}
 
 
-def _weights(query, key, mask, slopes, options):
+def _weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, slopes: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
     """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
     lower, upper, scale, softcap = options
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    dtanh = 1.0
+    dtanh: Tensor | float = 1.0
     if softcap:
         tanh = torch.tanh(scores / softcap)
         scores, dtanh = softcap * tanh, 1 - tanh * tanh
@@ -53,14 +59,23 @@ def _weights(query, key, mask, slopes, options):
     return weights / total, lse.squeeze(-1), scores, dtanh
 
 
-def attention(query, key, value, mask=None, slopes=None, **options):
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    slopes: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
     group = query.shape[1] // key.shape[1]
     weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, slopes, Options(**options))
     return weights @ value.repeat_interleave(group, 1), lse
 
 
-def _magnitudes(tensors, d_out, d_lse, options):
+def _magnitudes(
+    tensors: Sequence[Any], d_out: Tensor, d_lse: Tensor, options: Options
+) -> tuple[dict[str, Tensor], float]:
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
     scale = options.scale
     query, key, value, mask, slopes = Inputs(*tensors)
@@ -84,7 +99,9 @@ def _magnitudes(tensors, d_out, d_lse, options):
     return sizes, largest
 
 
-def results(function, tensors, d_out, d_lse):
+def results(
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], d_out: Tensor, d_lse: Tensor
+) -> dict[str, Tensor]:
     """{name: tensor} of out, lse and every gradient of function(*tensors) -> (out, lse)."""
     inputs = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors[:DIFFERENTIABLE]]
     inputs += tensors[DIFFERENTIABLE:]
@@ -95,7 +112,7 @@ def results(function, tensors, d_out, d_lse):
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
 
 
-def _to(dtype, tensors):
+def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> list[Any]:
     """The tensors in this dtype, but for bool masks and ALiBi's slopes."""
     cast = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors[:DIFFERENTIABLE]]
     return [*cast, *tensors[DIFFERENTIABLE:]]
@@ -110,14 +127,16 @@ class Comparison(NamedTuple):
     wrong: str  # what is wrong with it; "" if nothing is
 
 
-def compare_results(function, tensors, **options):
+def compare_results(
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], **options: Any
+) -> Iterator[Comparison]:
     """A Comparison of each of out, lse and all gradients of function(*tensors) -> (out, lse). `tensors` are those of
     Inputs, without some of the last or all."""
     query, _, value, *_ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
 
-    def naive(*arguments):
+    def naive(*arguments: Any) -> tuple[Tensor, Tensor]:
         return attention(*arguments, **options)
 
     exact = _to(torch.float64, tensors)
@@ -132,19 +151,27 @@ def compare_results(function, tensors, **options):
         yield _compare(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
 
 
-def check(function, tensors, **options):
+def check(function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], **options: Any) -> None:
     """Asserts that nothing is wrong with any of them."""
     for comparison in compare_results(function, tensors, **options):
         assert not comparison.wrong, comparison.wrong
 
 
-def compare(*arguments):
+def compare(*arguments: Any) -> None:
     """Asserts that one result is within the tolerance; the arguments are those of _compare."""
     comparison = _compare(*arguments)
     assert not comparison.wrong, comparison.wrong
 
 
-def _compare(name, got, yardstick, truth, size, largest_score, dtype):
+def _compare(
+    name: str,
+    got: Tensor,
+    yardstick: Tensor,
+    truth: Tensor,
+    size: Tensor,
+    largest_score: float,
+    dtype: torch.dtype,
+) -> Comparison:
     """The Comparison of `got`, with the ulp of `dtype`."""
     finite = torch.isfinite(truth)
     if got.shape != truth.shape or got.isnan().any():
@@ -163,7 +190,16 @@ def _compare(name, got, yardstick, truth, size, largest_score, dtype):
     return Comparison(name, error, allowed, wrong)
 
 
-def agree(name, ours, theirs, truth, dtype, terms, size=1.0, largest_score=1.0):
+def agree(
+    name: str,
+    ours: Tensor,
+    theirs: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    terms: int,
+    size: float = 1.0,
+    largest_score: float = 1.0,
+) -> None:
     """Asserts that two computations of the same tensor in `dtype` agree: our error is at most twice theirs, or a few
     ulp of a sum of `terms` numbers of this `size`, or of the largest exact value if that is larger."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name

@@ -4,11 +4,20 @@ A pass is prepared first, its operands checked and its problem packed, and then 
 shapes, strides, dtypes and devices of their tensors and by their options (dispatch_cache.py).
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from . import dispatch_cache, tensors
 from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
-from .problem import check, check_saved, pack_backward, pack_forward
+from .options import Options
+from .problem import InputsTuple, OperandsTuple, check, check_saved, pack_backward, pack_forward
+from .tensors import EmptyLayout
+
+Allocate = Callable[[Tensor, int], Tensor]
 
 # Global names: each attribute lookup costs time in every call.
 _storage, _offset, _address, _empty_on_cpu = tensors.storage, tensors.offset, tensors.address, tensors.empty_on_cpu
@@ -25,11 +34,11 @@ class Forward(NamedTuple):
 
     problem: bytes
     device: int
-    extents: tuple  # tensors.extent of the Inputs
+    extents: tuple[int, ...]  # tensors.extent of the Inputs
     itemsize: int
-    out: tuple  # shape, strides and dtype
-    rows: tuple  # those of log-sum-exp
-    low: tuple  # those of out_low; None where out is not rounded
+    out: EmptyLayout
+    rows: EmptyLayout  # of log-sum-exp
+    low: EmptyLayout | None  # of out_low; None where out is not rounded
 
 
 class Backward(NamedTuple):
@@ -37,23 +46,25 @@ class Backward(NamedTuple):
 
     problem: bytes
     device: int
-    extents: tuple  # tensors.extent of the Inputs, out, lse, d_out and d_lse
+    extents: tuple[int, ...]  # tensors.extent of the Inputs, out, lse, d_out and d_lse
     itemsize: int
-    wanted: tuple  # which of dQ, dK, dV, dbias
-    gradients: tuple  # shape, strides and dtype of each; None where it is not wanted
+    wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias
+    gradients: tuple[EmptyLayout | None, ...]  # None where it is not wanted
 
 
-def forward(inputs, options, with_lse=True, allocate=tensors.like):
+def forward(
+    inputs: InputsTuple, options: Options, with_lse: bool = True, allocate: Allocate = tensors.like
+) -> tuple[Any, ...]:
     """(out, lse), or (out, None). `allocate(query, columns)` makes the memory of out."""
     return run_forward(prepare_forward(inputs, options, allocate), inputs, with_lse)
 
 
-def forward_for_backward(inputs, options, allocate=tensors.like):
+def forward_for_backward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> tuple[Any, ...]:
     """(out, lse), or in f16 and bf16 (out, lse, out_low), where out_low is what out lost by rounding."""
     return run_forward(prepare_forward(inputs, options, allocate), inputs, True, True)
 
 
-def prepare_forward(inputs, options, allocate=tensors.like):
+def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> Forward:
     """The Forward of these Inputs. Raises as problem.check() does."""
     query, key, value, mask, slopes = inputs
     key_of_pass = (
@@ -73,14 +84,13 @@ def prepare_forward(inputs, options, allocate=tensors.like):
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
     problem = pack_forward(inputs, options, out)
     extents = tuple(map(tensors.extent, inputs))
-    layouts = tensors.empty_layout(out), tensors.empty_layout(rows), None
-    if tensors.has_low(query):
-        layouts = *layouts[:2], layouts[0]
+    out_layout = tensors.empty_layout(out)
+    layouts = out_layout, tensors.empty_layout(rows), out_layout if tensors.has_low(query) else None
     prepared = Forward(problem, tensors.device(query), extents, query.itemsize, *layouts)
     return dispatch_cache.put(key_of_pass, prepared)
 
 
-def run_forward(prepared, inputs, with_lse, with_low=False):
+def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low: bool = False) -> tuple[Any, ...]:
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
     query, key, value, mask, slopes = inputs
     problem, device, extents, size, out_layout, rows_layout, low_layout = prepared
@@ -121,7 +131,7 @@ def run_forward(prepared, inputs, with_lse, with_low=False):
     return (out, lse) if out_low is None else (out, lse, out_low)
 
 
-def backward(operands, options, wanted):
+def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, dbias), each None if not `wanted`. `operands`: problem.Operands, where d_out may be None
     for zeros."""
     inputs, out, lse, d_out, d_lse, out_low = operands
@@ -134,7 +144,7 @@ def backward(operands, options, wanted):
     return run_backward(prepare_backward(operands, options, wanted), operands)
 
 
-def prepare_backward(operands, options, wanted):
+def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> Backward:
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
     inputs, out, lse, d_out, d_lse, _ = operands
     query, key, value, mask, slopes = inputs
@@ -160,12 +170,12 @@ def prepare_backward(operands, options, wanted):
     gradients = tuple(map(tensors.gradient, inputs, wanted))
     problem = pack_backward(operands, options, gradients)
     extents = tuple(map(tensors.extent, (*inputs, out, lse, d_out, d_lse)))
-    layouts = tuple(map(tensors.empty_layout, gradients))
+    layouts = tuple([tensors.empty_layout(gradient) for gradient in gradients])
     prepared = Backward(problem, tensors.device(query), extents, query.itemsize, tuple(wanted), layouts)
     return dispatch_cache.put(key_of_pass, prepared)
 
 
-def run_backward(prepared, operands):
+def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, dbias), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
@@ -212,7 +222,7 @@ def run_backward(prepared, operands):
     return tuple(gradients)
 
 
-def _launch_on_metal(problem, buffers):
+def _launch_on_metal(problem: bytes, buffers: Iterable[Tensor | None]) -> None:
     """Calls libmfa. `buffers`: a tensor for each of those of mfa_buffers, in its order and without the workspace; None
     where there is none."""
     numbers = [number for buffer in buffers for number in tensors.place_on_metal(buffer)]

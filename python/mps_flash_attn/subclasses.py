@@ -10,22 +10,27 @@ memory may hold anything. So a mask whose class overrides that is refused, excep
 which stands for a band.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import has_torch_function
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DEFAULT_RULE = torch.Tensor.__torch_function__.__func__
+_DEFAULT_RULE = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined] # of a class method
 
 
-def as_plain(names, operands):
+def as_plain(names: Iterable[str], operands: Iterable[Tensor | None]) -> Any:
     """The tensors as a list, converted to plain tensors where possible. Raises for one whose values are not in its
     memory. The names are for errors, except that attn_mask has a rule of its own; None stays None."""
     return [one if one is None or type(one) in PLAIN else _as_plain(name, one) for name, one in zip(names, operands)]
 
 
-def _as_plain(name, tensor):
+def _as_plain(name: str, tensor: Tensor) -> Tensor:
     kind = type(tensor)
     if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         return tensor
@@ -37,17 +42,17 @@ def _as_plain(name, tensor):
         return tensor.as_subclass(torch.Tensor)
 
 
-def have_torch_function(*operands):
+def have_torch_function(*operands: Tensor) -> bool:
     """Whether the class of one of them has a __torch_function__ that must be called."""
     return any(type(one) not in PLAIN for one in operands) and has_torch_function(operands)
 
 
-def split(mask):
+def split(mask: Tensor | None) -> tuple[Tensor | None, Any]:
     """(mask, None), or (None, bias) if the mask is a CausalBias of torch.nn.attention.bias."""
     return (None, mask) if _is_causal_bias(mask) else (mask, None)
 
 
-def upper_bound(bias, q_len, kv_len):
+def upper_bound(bias: Any, q_len: int, kv_len: int) -> int:
     """The upper bound of j - i that a CausalBias stands for."""
     module = sys.modules["torch.nn.attention.bias"]
     variant = getattr(bias, "variant", None)
@@ -64,11 +69,11 @@ def upper_bound(bias, q_len, kv_len):
     return kv_len - q_len if variant == module.CausalVariant.LOWER_RIGHT else 0
 
 
-def _is_causal_bias(tensor):
+def _is_causal_bias(tensor: Tensor | None) -> bool:
     module = sys.modules.get("torch.nn.attention.bias")  # importing it takes seconds; without it no such bias exists
     return module is not None and isinstance(tensor, module.CausalBias)
 
 
-def _overrides_torch_function(kind):
+def _overrides_torch_function(kind: type[Tensor]) -> bool:
     rule = kind.__torch_function__
     return rule is not torch._C._disabled_torch_function_impl and getattr(rule, "__func__", rule) is not _DEFAULT_RULE

@@ -8,10 +8,13 @@ Models that run correctly with "sdpa" do so with our function, because it gets t
 code of the model depends on the name itself: in a table of its own classes, or in a comparison with "sdpa".
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import re
 import sys
+from typing import Any
 
 import torch
 
@@ -24,11 +27,11 @@ _OWN_TABLE = re.compile(r"\b(?!ALL_)(\w+)\[[^\[\]]*_attn_implementation\b[^\[\]]
 _COMPARISON = re.compile(r"""attn_impl\w*\s*(?:==|!=|(?:not\s+)?in\b)[^\n)\]}]*["']sdpa["']""")
 _COMPUTES_ITSELF = "computes attention itself and would never call it"
 
-_names = set()  # the names under which our function is registered
-_checked_configs = set()  # the classes of configurations whose models are known to call our function
+_names: set[str] = set()  # the names under which our function is registered
+_checked_configs: set[type] = set()  # the classes of configurations whose models are known to call our function
 
 
-def check_models(name):
+def check_models(name: str) -> None:
     """Checks from now on each model that is made with, or switched to, attn_implementation=`name`.
 
     transformers' registration has no hook for that. A registered attention function gets the layer, and a registered
@@ -48,7 +51,7 @@ def check_models(name):
         return
 
     @functools.wraps(original)
-    def get_correct_attn_implementation(self, requested_attention, *arguments, **options):
+    def get_correct_attn_implementation(self: Any, requested_attention: Any, *arguments: Any, **options: Any) -> Any:
         if requested_attention in _names:
             reason = _incompatibility(type(self))
             if reason:
@@ -57,11 +60,11 @@ def check_models(name):
                 _checked_configs.add(type(self.config))
         return original(self, requested_attention, *arguments, **options)
 
-    get_correct_attn_implementation.checks_ours = True
+    get_correct_attn_implementation.checks_ours = True  # type: ignore[attr-defined] # an attribute of our own
     transformers.PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
 
 
-def check_config(config, name):
+def check_config(config: Any, name: str) -> None:
     """Checks the model that requests a mask, unless it was checked before: its configuration may have been changed by
     assignment. Only the class of the configuration is known here."""
     kind = type(config)
@@ -73,7 +76,7 @@ def check_config(config, name):
 
 
 @torch.compiler.assume_constant_result  # dynamo cannot trace it
-def _error_of_config(kind, name):
+def _error_of_config(kind: type, name: str) -> str:
     """The error message if no model of this class of configurations calls our function; "" if one does, or if no model
     is known."""
     known = _model_classes()
@@ -87,7 +90,7 @@ def _error_of_config(kind, name):
     return ""
 
 
-def _error_message(model, reason, name):
+def _error_message(model: Any, reason: str, name: str) -> str:
     alternative = '"sdpa", which runs on libmfa after replace_sdpa(),' if model._supports_sdpa else '"eager"'
     return (
         f'attn_implementation is "{name}", but {model.__name__} {reason}; use attn_implementation={alternative} '
@@ -95,11 +98,11 @@ def _error_message(model, reason, name):
     )
 
 
-def _declares_dispatch(model):
+def _declares_dispatch(model: Any) -> bool:
     return model._supports_sdpa or getattr(model, "_supports_attention_backend", False)
 
 
-def _incompatibility(model):
+def _incompatibility(model: type) -> str:
     """Why a class does not call the function that its configuration names; "" if it does, or if it has no attention."""
     from transformers import PreTrainedModel
 
@@ -111,7 +114,7 @@ def _incompatibility(model):
 
 
 @functools.cache
-def _incompatibility_of_module(module):
+def _incompatibility_of_module(module: str) -> str:
     """The same for the source of a Python module. Without a source, as in a notebook, the declaration of the class is
     trusted."""
     source = _source(module) or ""
@@ -124,7 +127,7 @@ def _incompatibility_of_module(module):
 
 
 @functools.cache
-def _has_attention(module):
+def _has_attention(module: str) -> bool:
     """False for a convolutional network, for example, which may be a part of a model that calls our function. If there
     is attention in another module after all, check_config() finds it, since networks without attention request no
     mask."""
@@ -132,19 +135,20 @@ def _has_attention(module):
     return source is None or bool(_ATTENTION_CLASS.search(source) or _ATTENTION_CODE.search(source))
 
 
-def _source(module):
+def _source(module: str) -> str | None:
     try:
         return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return None
 
 
-def _model_classes():
+def _model_classes() -> set[type]:
     from transformers import PreTrainedModel
 
-    found, waiting = set(), [PreTrainedModel]
+    found: set[type] = set()
+    waiting: list[type] = [PreTrainedModel]
     while waiting:
-        new = set(waiting.pop().__subclasses__()) - found
+        new: set[type] = set(waiting.pop().__subclasses__()) - found
         found |= new
         waiting += new
     return found

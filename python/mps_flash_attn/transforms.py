@@ -4,9 +4,15 @@ This is the only file that uses functorch, in which each transform is a level, w
 below.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import tensors
@@ -16,10 +22,12 @@ from .problem import DIFFERENTIABLE, Inputs
 try:  # not public in PyTorch
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_functorch_wrapped_tensor
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-    from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
     from torch._functorch.vmap import unwrap_batched
 except ImportError:
-    enable_single_level_autograd_function, unwrap_dead_wrappers = None, tuple
+    enable_single_level_autograd_function = None  # type: ignore[assignment] # a function otherwise
+    unwrap_dead_wrappers = tuple  # type: ignore[assignment] # likewise
 
 VMAP_KEY = "FuncTorchVmapMode"  # the first dispatch key that an operator meets in a vmap
 _VMAP_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
@@ -32,7 +40,7 @@ are_active = torch._C._are_functorch_transforms_active
 are_supported = enable_single_level_autograd_function is not None
 
 
-def needs_operator(*operands):
+def needs_operator(*operands: Tensor) -> bool:
     """Whether the dispatcher has to see this call: for vmap, for modes, or for the tensors' own class."""
     if are_active() or count_of_modes():
         return True
@@ -45,7 +53,7 @@ def needs_operator(*operands):
 # --- Levels of torch.func ------------------------------------------------------------------------
 
 
-def apply(function, *arguments):
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply, for a torch.autograd.Function whose forward calls what below() returned. It is for an operator's
     rule for autograd, which runs at one level; PyTorch's own apply would start at the topmost level again."""
     if not are_active():
@@ -55,30 +63,30 @@ def apply(function, *arguments):
             f"PyTorch {torch.__version__} cannot differentiate flash_attention under torch.func; use torch.autograd"
         )
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc] # made in C
 
 
-def below(operator):
+def below(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The operator without its rule for autograd, as a function for the forward of a torch.autograd.Function. Gradients
     are off inside that forward; the function sets them for the levels below to what they are now."""
     if not are_active():
         return partial(beneath_autograd, operator)
     grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(tangents):
             return beneath_autograd(operator, *arguments)
 
     return run
 
 
-def beneath_autograd(operator, *arguments):
+def beneath_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
     """The result of the operator without its rule for autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
-def unwrapped(tensor):
+def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor that holds the memory, below all levels."""
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
@@ -88,19 +96,19 @@ def unwrapped(tensor):
 class Vmap:
     """The vmap whose rule of an operator is running."""
 
-    def __init__(self):
-        interpreter = retrieve_current_functorch_interpreter()
+    def __init__(self) -> None:
+        interpreter: Any = retrieve_current_functorch_interpreter()
         self._level, self.size = interpreter.level(), interpreter.batch_size()
 
-    def split(self, operands):
+    def split(self, operands: tuple[Tensor | None, ...]) -> tuple[Any, tuple[int | None, ...]]:
         """(the tensors of the level below, the mapped dimension of each, None where there is none)."""
         return unwrap_batched(operands, self._level)
 
-    def below(self):
+    def below(self) -> AbstractContextManager[Any]:
         """A context in which operators run at the level below."""
         return torch._C._ExcludeDispatchKeyGuard(_VMAP_KEYS)
 
-    def join(self, result):
+    def join(self, result: Tensor) -> Tensor:
         """Wraps a result of the level below, whose first dimension is mapped, for this level."""
         return _add_batch_dim(result, 0, self._level)
 
@@ -108,10 +116,10 @@ class Vmap:
 # --- Autocast ------------------------------------------------------------------------------------
 
 
-def _register_autocast(key):
+def _register_autocast(key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast_and_run(*arguments):
+    def cast_and_run(*arguments: Any) -> Any:
         cast = tensors.autocast(*arguments[:DIFFERENTIABLE])
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return attention_forward(*cast, *arguments[DIFFERENTIABLE:])
@@ -127,7 +135,7 @@ for _key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
 # --- vmap: the mapped dimension becomes a part of the batch --------------------------------------
 
 
-def merge_into_batch(tensor, dimension, size):
+def merge_into_batch(tensor: Any, dimension: int | None, size: int) -> Any:
     """The tensor with its mapped dimension merged into the batch: (size * batch, ...). None stays None."""
     if tensor is None:
         return None
@@ -135,7 +143,7 @@ def merge_into_batch(tensor, dimension, size):
     return tensor.flatten(0, 1)
 
 
-def merge_mask_into_batch(mask, dimension, size, batch):
+def merge_mask_into_batch(mask: Tensor | None, dimension: int | None, size: int, batch: int) -> Tensor | None:
     """The same for a mask, which may lack leading dimensions, and may have a batch of 1."""
     if mask is None:
         return None
@@ -144,26 +152,29 @@ def merge_mask_into_batch(mask, dimension, size, batch):
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 
-def _merge_inputs(inputs, dimensions, size):
+def _merge_inputs(inputs: Sequence[Any], dimensions: Sequence[int | None], size: int) -> tuple[tuple[Any, ...], int]:
     """(the Inputs with their mapped dimensions merged, the batch of one sample)."""
     query, key, value, mask, *others = inputs
     query, key, value = (merge_into_batch(t, d, size) for t, d in zip((query, key, value), dimensions))
     batch = query.shape[0] // size
     mask = merge_mask_into_batch(mask, dimensions[3], size, batch)
-    others = (merge_into_batch(t, d, size) for t, d in zip(others, dimensions[4:]))
-    return (query, key, value, mask, *others), batch
+    merged = (merge_into_batch(t, d, size) for t, d in zip(others, dimensions[4:]))
+    return (query, key, value, mask, *merged), batch
 
 
-def _vmap_forward(info, dimensions, *arguments):
+def _vmap_forward(info: Any, dimensions: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     size = info.batch_size
     inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions, size)
     results = attention_forward(*inputs, *arguments[_INPUTS:])
     return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
 
 
-def _vmap_backward(info, dimensions, d_out, d_lse, *arguments):
+def _vmap_backward(
+    info: Any, dimensions: Sequence[int | None], d_out: Tensor, d_lse: Tensor | None, *arguments: Any
+) -> tuple[Any, Any]:
     size, (out, lse, *options) = info.batch_size, arguments[_INPUTS:]
-    wanted, mask_shape = options[-1], _shape_of_sample(arguments[3], dimensions[2 + 3])
+    wanted = options[-1]
+    mask_shape: Any = _shape_of_sample(arguments[3], dimensions[2 + 3])
     inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions[2:], size)
     d_out, d_lse = (merge_into_batch(t, d, size) for t, d in zip((d_out, d_lse), dimensions))
     out, lse = (merge_into_batch(t, d, size) for t, d in zip((out, lse), dimensions[2 + _INPUTS :]))
@@ -179,7 +190,7 @@ def _vmap_backward(info, dimensions, d_out, d_lse, *arguments):
     return (*gradients, dbias), tuple(0 if is_wanted else None for is_wanted in wanted)
 
 
-def _shape_of_sample(tensor, dimension):
+def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int, ...] | None:
     """The shape of one sample of a vmap; None for None."""
     if tensor is None or dimension is None:
         return None if tensor is None else tuple(tensor.shape)

@@ -9,30 +9,35 @@ frame, which counts those tensors. That count identifies a call, both in forward
 before 2.8 does not expose its hooks: there replace_sdpa() has to stay in force until backward is done.
 """
 
+from __future__ import annotations
+
 import inspect
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 # (ignores tracing) -> the innermost (pack, unpack), or None
 top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
-handles = set()  # the replacements in force; replace.py adds and removes them
-_replaced_calls = {}  # weak reference to a checkpoint's frame: the positions of the calls that were replaced in it
-_release_callbacks = []
+handles: set[object] = set()  # the replacements in force; replace.py adds and removes them
+# Weak reference to a checkpoint's frame: the positions of the calls that were replaced in it.
+_replaced_calls: dict[weakref.ref[Any], set[int]] = {}
+_release_callbacks: list[Callable[[], object]] = []
 
 
-def is_in_force():
+def is_in_force() -> bool:
     """Whether SDPA is replaced, in this process."""
     return bool(handles)
 
 
-def call_when_released(function):
+def call_when_released(function: Callable[[], object]) -> None:
     """Calls `function` whenever a checkpoint with replaced calls is gone."""
     _release_callbacks.append(function)
 
 
-def is_replaced(hooks, is_differentiated):
+def is_replaced(hooks: Any, is_differentiated: Callable[[], bool]) -> bool:
     """Whether a call runs as if SDPA were replaced. `hooks`: the result of top_hooks(); `is_differentiated()`: whether
     tensors will be saved."""
     found = None if hooks is None else _position(hooks[0])
@@ -50,18 +55,18 @@ def is_replaced(hooks, is_differentiated):
     return bool(handles)
 
 
-def is_pending():
+def is_pending() -> bool:
     """Whether a checkpoint may still recompute calls that were replaced in forward."""
     return bool(_replaced_calls)
 
 
-def _release(reference):
+def _release(reference: weakref.ref[Any]) -> None:
     _replaced_calls.pop(reference, None)
     for function in _release_callbacks:
         function()
 
 
-def _position(pack):
+def _position(pack: Any) -> tuple[Any, int, bool] | None:
     """(frame, how many tensors it has saved so far, whether it recomputes), if `pack` is the hook of a checkpoint."""
     if getattr(pack, "__module__", None) != torch.utils.checkpoint.__name__:
         return None

@@ -1,17 +1,21 @@
 """The kernels that replace PyTorch's under scaled_dot_product_attention. They decide whether libmfa or PyTorch runs a
 call."""
 
+from __future__ import annotations
+
 import math
 from functools import reduce
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from .. import dispatch_cache, tensors, transforms
 from ..autograd import is_differentiated
-from ..library import Unsupported
+from ..library import DEVICES, Unsupported
 from ..stats import REPLACED, SMALL, count, disabled_reason, small_reason
 from ..transforms import count_of_modes, merge_into_batch, merge_mask_into_batch
 from . import run, shapes
@@ -28,7 +32,17 @@ _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorc
 # --- The kernels ---------------------------------------------------------------------------------
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """The kernel of the CPU and of MPS, with and without autograd."""
     hooks = top_hooks(True)
     if (hooks is not None or not handles) and not _is_replaced(hooks, query, key, value, attn_mask):
@@ -42,8 +56,9 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     unwrapped, kind = _kind(args)
     if kind is _TRACED and any(map(tensors.is_zero, args)):  # PyTorch's fused kernel would read memory they do not have
-        dense = [one.clone() if tensors.is_zero(one) else one for one in (query, key, value, attn_mask)]
-        return attention(*dense, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        operands: tuple[Any, ...] = (query, key, value, attn_mask)
+        query, key, value, attn_mask = (one.clone() if tensors.is_zero(one) else one for one in operands)
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason, support = check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
         if kind is _TRACED:
@@ -68,7 +83,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     return original_for(reason)(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
-def _is_replaced(hooks, *operands):
+def _is_replaced(hooks: Any, *operands: Tensor | None) -> bool:
     """Whether SDPA is replaced for a call under hooks for saved tensors, or after the last replacement was removed."""
     if is_replaced(hooks, lambda: is_differentiated(*operands)):
         return True
@@ -77,7 +92,17 @@ def _is_replaced(hooks, *operands):
     return False
 
 
-def vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+def vmapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """The rule for vmap. It calls the operator at the level below, with the mapped dimension in the batch, or in front
     of it. Calls that libmfa does not run are mapped by PyTorch."""
     options = keyword_options(scale, enable_gqa)
@@ -95,7 +120,7 @@ def vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
         if all(dimension is None for dimension in dimensions):
             return OPERATOR(*operands, 0.0, is_causal, **options)
         if not support.fits:
-            operands = shapes.mapped(*operands, dimensions, vmap.size)
+            operands = shapes.mapped(*operands, dimensions, vmap.size)  # type: ignore[call-arg] # operands are four
             return vmap.join(OPERATOR(*operands, 0.0, is_causal, **options))
         batch = query.shape[0]
         *operands, mask = operands
@@ -108,7 +133,7 @@ def vmapped(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *
 # --- Whose call it is ----------------------------------------------------------------------------
 
 
-def _kind(args):
+def _kind(args: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], str]:
     """(the tensors that hold the memory, the kind of the call)."""
     unwrapped = args
     if transforms.are_active() and transforms.are_supported:
@@ -118,14 +143,23 @@ def _kind(args):
     return unwrapped, _EAGER if unwrapped is args and not count_of_modes() else _INTERCEPTED
 
 
-def check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa):
+def check_support(
+    args: tuple[Tensor, ...],
+    unwrapped: tuple[Tensor, ...],
+    kind: str,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[str | None, Any]:
     """(why PyTorch runs the call, None if libmfa does; the shapes.Support of the call, None if it was not computed)."""
     reason = fallback_reason(unwrapped, kind, dropout_p, scale)
     if reason is not None:
         return reason, None
     check = shapes.check_support if kind is _TRACED else shapes.check_support_cached
     mask_shape = args[3].shape if len(args) == 4 else None
-    support = check(*(tensor.shape for tensor in args[:3]), mask_shape, is_causal, enable_gqa)
+    query, key, value = args[:3]
+    support = check(query.shape, key.shape, value.shape, mask_shape, is_causal, enable_gqa)
     if support.reason is not None:
         return support.reason, support
     work = support.work
@@ -134,7 +168,7 @@ def check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa
     return small_reason(work, unwrapped[0]), support
 
 
-def fallback_reason(args, kind, dropout_p, scale):
+def fallback_reason(args: tuple[Tensor, ...], kind: str, dropout_p: float, scale: float | None) -> str | None:
     """Why PyTorch runs the call, whatever its shapes; None if libmfa does. Wrong arguments go to PyTorch too, which
     raises its own errors for them."""
     if transforms.are_active() and not transforms.are_supported:
@@ -153,7 +187,7 @@ def fallback_reason(args, kind, dropout_p, scale):
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     query, key, value = args[:3]
-    if query.device.type not in tensors.DEVICES:
+    if query.device.type not in DEVICES:
         return f"no backend for {query.device.type}"
     if not query.device == key.device == value.device == args[-1].device:
         return "devices"

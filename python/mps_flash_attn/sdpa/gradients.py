@@ -1,20 +1,32 @@
 """The backward pass of the replaced scaled_dot_product_attention. libmfa computes the gradients; PyTorch's own operator
 computes their derivatives, and the gradients where libmfa cannot."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import transforms
 from ..autograd import differentiated_by
 from ..library import Unsupported
-from ..problem import DIFFERENTIABLE
+from ..options import Options
+from ..problem import DIFFERENTIABLE, OperandsTuple
 from ..stats import count
 from .original import keyword_options
 
 
-def backward(original, run_backward, operands, options, wanted):
+def backward(
+    original: Callable[..., Any],
+    run_backward: Callable[..., Sequence[Tensor | None]],
+    operands: OperandsTuple,
+    options: Options,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
     """Route.backward, after `original` and `run_backward` are bound: by run_backward, or by PyTorch's `original` if
     there are tangents, or if there is no kernel, which is found out when the kernel is first needed."""
     reason = "forward-mode differentiation"
@@ -31,7 +43,13 @@ def backward(original, run_backward, operands, options, wanted):
     return _gradients(original, (d_out, query, key, value, mask), options, wanted)
 
 
-def _second(original, incoming, operands, options, wanted):
+def _second(
+    original: Callable[..., Any],
+    incoming: Sequence[Tensor | None],
+    operands: tuple[Tensor | None, ...],
+    options: Options,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """As differentiated_by() describes it. `operands`: d_out, query, key, value, mask, and nothing else, since
     PyTorch's operator has no other inputs."""
     count("a second derivative")
@@ -39,36 +57,40 @@ def _second(original, incoming, operands, options, wanted):
     places = [place for place, tensor in enumerate(operands) if tensor is not None and tensor.requires_grad]
     present = [place for place, gradient in enumerate(incoming) if gradient is not None]
 
-    def first(*operands):
+    def first(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = _gradients(original, operands, options, wanted)
         return tuple(gradients[place] for place in present)
 
     return _vjp(first, operands, places, tuple(incoming[place] for place in present))
 
 
-def _gradients(original, operands, options, wanted):
+def _gradients(
+    original: Callable[..., Any], operands: Sequence[Any], options: Options, wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """The gradients of query, key, value and mask by PyTorch's operator; None where not wanted."""
     d_out, query, key, value, mask = operands
     keywords = keyword_options(options.scale, query.shape[1] != key.shape[1])
     places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
 
-    def attend(*operands):
+    def attend(*operands: Tensor | None) -> Any:
         return original(*operands, 0.0, options.upper is not None, **keywords)
 
     return _vjp(attend, (query, key, value, mask), places, d_out)
 
 
-def _vjp(function, operands, places, incoming):
+def _vjp(
+    function: Callable[..., Any], operands: tuple[Tensor | None, ...], places: Sequence[int], incoming: Any
+) -> list[Tensor | None]:
     """The gradients of the operands in these places, None for the others, from `incoming`, those of the results. Within
     transforms of torch.func it uses torch.func.vjp, which handles their levels but not saved_tensors_hooks."""
     operands = transforms.unwrap_dead_wrappers(operands)
-    inputs = [operands[place] for place in places]
+    inputs: list[Any] = [operands[place] for place in places]
 
-    def function_of_inputs(*inputs):
+    def function_of_inputs(*inputs: Tensor) -> Any:
         return function(*_with(operands, places, inputs))
 
     if transforms.are_active():
-        _, pull_back = torch.func.vjp(function_of_inputs, *inputs)
+        pull_back = torch.func.vjp(function_of_inputs, *inputs)[1]
         found = pull_back(incoming)
     else:
         again = torch.is_grad_enabled()
@@ -79,7 +101,7 @@ def _vjp(function, operands, places, incoming):
     return _with((None,) * len(operands), places, found)
 
 
-def _with(operands, places, others):
+def _with(operands: Iterable[Any], places: Sequence[int], others: Iterable[Any]) -> list[Any]:
     """The operands as a list, with `others` in these places."""
     result = list(operands)
     for place, other in zip(places, others):

@@ -8,10 +8,15 @@ nothing of what runs in it, as in PyTorch itself.
 For a query that may see no key, PyTorch's operator returns NaN; scaled_dot_product_attention, and so this, zeros.
 """
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import tensors
 from ..stats import count, disabled_reason, flash_is_enabled, small_reason
@@ -19,19 +24,20 @@ from .checkpointing import handles
 
 _NAME = "_native_multi_head_attention"
 _KEY = "CPU"
-_MASK_SHAPES = {  # mask_type: the shape of its mask, in which True hides
+# mask_type: the shape of its mask, in which True hides.
+_MASK_SHAPES: dict[int | None, Callable[[int, int, int], tuple[int, ...]]] = {
     0: lambda batch, heads, length: (1, 1, length, length),
     1: lambda batch, heads, length: (batch, 1, 1, length),
     2: lambda batch, heads, length: (batch, heads, length, length),
 }
 
 
-def kernel():
+def kernel() -> Any:
     """The kernel that is registered now. It needs a PyTorch with get_kernel."""
     return torch.library.get_kernel(f"aten::{_NAME}", _KEY)
 
 
-def register(registration):
+def register(registration: torch.library.Library) -> None:
     """Registers the override, which calls the original while SDPA is not replaced. Without get_kernel the original
     cannot be called, so nothing is registered."""
     if not hasattr(torch.library, "get_kernel"):
@@ -39,20 +45,20 @@ def register(registration):
     original = kernel()
 
     def attention(
-        query,
-        key,
-        value,
-        embed_dim,
-        num_head,
-        qkv_weight,
-        qkv_bias,
-        proj_weight,
-        proj_bias,
-        mask=None,
-        need_weights=True,
-        average_attn_weights=True,
-        mask_type=None,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim: int,
+        num_head: int,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor,
+        mask: Tensor | None = None,
+        need_weights: bool = True,
+        average_attn_weights: bool = True,
+        mask_type: int | None = None,
+    ) -> Any:
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
         if handles:
             reason = fallback_reason(query, key, value, num_head, weights, mask, need_weights, mask_type)
@@ -68,7 +74,16 @@ def register(registration):
         registration.impl(_NAME, attention, _KEY)
 
 
-def fallback_reason(query, key, value, heads, weights, mask, need_weights, mask_type):
+def fallback_reason(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    weights: tuple[Tensor, ...],
+    mask: Tensor | None,
+    need_weights: bool,
+    mask_type: int | None,
+) -> str | None:
     """Why PyTorch's operator runs the call; None if it goes through scaled_dot_product_attention."""
     if query is not key or key is not value or need_weights:
         return "nn.MultiheadAttention: not self-attention, or its weights are wanted"
@@ -85,9 +100,19 @@ def fallback_reason(query, key, value, heads, weights, mask, need_weights, mask_
     return disabled_reason() or small_reason(2 * batch * length * length * width, query)
 
 
-def _attend(query, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type):
+def _attend(
+    query: Tensor,
+    heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None,
+    mask_type: int | None,
+) -> Tensor:
     batch, length, width = query.shape
     projected = F.linear(query, qkv_weight, qkv_bias).view(batch, length, 3, heads, width // heads)
     visible = None if mask is None else ~mask.to(torch.bool).view(_MASK_SHAPES[mask_type](batch, heads, length))
-    out = F.scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4), visible)
+    q, k, v = projected.permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, visible)
     return F.linear(out.transpose(1, 2).reshape(batch, length, width), proj_weight, proj_bias)

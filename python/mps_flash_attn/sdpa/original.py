@@ -1,8 +1,13 @@
 """PyTorch's own operators of attention, for the calls that libmfa does not run."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import shapes
 
@@ -10,23 +15,25 @@ OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 HAS_GROUPS = any(argument.name == "enable_gqa" for argument in OPERATOR._schema.arguments)  # PyTorch 2.5 or later
 
 
-def keyword_options(scale, enable_gqa):
+def keyword_options(scale: float | None, enable_gqa: bool) -> dict[str, Any]:
     """The keyword arguments of PyTorch's operators."""
     return {"scale": scale, "enable_gqa": enable_gqa} if HAS_GROUPS else {"scale": scale}
 
 
-def original(*arguments, **options):
+def original(*arguments: Any, **options: Any) -> Any:
     """PyTorch's own operator."""
     return OPERATOR.decompose(*arguments, **options)
 
 
-def math_attention(query, key, value, mask, *arguments, **options):
+def math_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *arguments: Any, **options: Any
+) -> Any:
     """PyTorch's unfused implementation. It adds any mask, so a bool mask is converted first."""
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, -math.inf).to(query.dtype)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *arguments, **options)[0]
 
 
-def original_for(reason):
+def original_for(reason: str) -> Callable[..., Any]:
     """The function of PyTorch for a call that falls back for this reason."""
     return math_attention if reason is shapes.LENGTHS else original

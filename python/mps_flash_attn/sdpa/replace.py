@@ -5,12 +5,17 @@ and compiled ones are covered. It has an autograd key and a plain key for each d
 training and evaluation, the plain one under inference_mode. PyTorch's original computes what libmfa does not run.
 """
 
+from __future__ import annotations
+
 import contextlib
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import transforms
 from ..after_fork import new_lock
@@ -20,33 +25,35 @@ from .checkpointing import handles
 from .compiler_cache import tag_compiler_cache, untag_compiler_cache
 from .original import OPERATOR
 
-_KERNELS = dict.fromkeys(("CPU", "AutogradCPU", "MPS", "AutogradMPS"), dispatch.attention)
+_KEYS = ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
+_KERNELS: dict[str, Callable[..., Tensor]] = dict.fromkeys(_KEYS, dispatch.attention)
 if transforms.are_supported:
     _KERNELS[transforms.VMAP_KEY] = dispatch.vmapped
 
 _lock = new_lock(globals(), "_lock")
-_registration = None
-_retired_kernels = deque(maxlen=1024)  # kernels that were unregistered, which other threads may be about to call
+_registration: torch.library.Library | None = None
+# Kernels that were unregistered, which other threads may be about to call.
+_retired_kernels: deque[Any] = deque(maxlen=1024)
 
 
 class Replacement:
     """What replace_sdpa() returns. It lasts until remove(), or until the end of its `with` block."""
 
-    def remove(self):
+    def remove(self) -> None:
         """Ends this replacement. PyTorch's own operator is restored with the last one. A second remove() does
         nothing."""
         with _lock:
             handles.discard(self)
             _unregister_unneeded()
 
-    def __enter__(self):
+    def __enter__(self) -> Replacement:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
-def replace_sdpa():
+def replace_sdpa() -> Replacement:
     """Runs scaled_dot_product_attention on libmfa wherever that supports the call, in the whole process. A forked child
     inherits this; a spawned one has to call replace_sdpa() itself.
 
@@ -66,20 +73,20 @@ def replace_sdpa():
 
 
 @contextlib.contextmanager
-def replaced_sdpa():
+def replaced_sdpa() -> Iterator[Replacement]:
     """replace_sdpa() for a `with` block, or for each call of a function that this decorates."""
     with replace_sdpa() as handle:
         yield handle
 
 
-def restore_sdpa():
+def restore_sdpa() -> None:
     """Removes every replacement, which restores PyTorch's own operator."""
     with _lock:
         handles.clear()
         _unregister_unneeded()
 
 
-def _register():
+def _register() -> None:
     global _registration
     registration = torch.library.Library("aten", "IMPL")
     try:
@@ -96,7 +103,7 @@ def _register():
     tag_compiler_cache()
 
 
-def _unregister_unneeded():
+def _unregister_unneeded() -> None:
     """Restores PyTorch's operator if no replacement is left. While a checkpoint may still recompute calls of ours, our
     kernels stay registered, and call PyTorch's operator for all other calls."""
     with _lock:
@@ -107,7 +114,7 @@ def _unregister_unneeded():
 checkpointing.call_when_released(_unregister_unneeded)
 
 
-def _unregister():
+def _unregister() -> None:
     """A thread that PyTorch has dispatched to one of our kernels may still wait for the interpreter lock, and nothing
     else keeps that kernel alive. So _retired_kernels does, where PyTorch has get_kernel."""
     global _registration
@@ -120,7 +127,7 @@ def _unregister():
         untag_compiler_cache()
 
 
-def _clear_operator_cache():
+def _clear_operator_cache() -> None:
     """PyTorch's operator caches its kernels for traced tensors. With a stale cache, code that is compiled later would
     get the kernels of before."""
     getattr(OPERATOR, "_dispatch_cache", {}).clear()

@@ -1,8 +1,13 @@
 """Runs a call of scaled_dot_product_attention on libmfa: cached, eager, or through the operators."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .. import dispatch_cache, tensors
@@ -35,7 +40,15 @@ _BACKWARDS_BY_OPERATOR = {
 }
 
 
-def torch_backend(query, key, value, mask, is_causal, scale, enable_gqa):
+def torch_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> int:
     """The code of the backend that PyTorch would use."""
     if query.device.type == "mps":  # it has only one there, and no _fused_sdp_choice
         return MATH
@@ -50,7 +63,9 @@ class SmallCall(CacheEntry):
 
     is_replaced = False
 
-    def __init__(self, matches, query, key, value, mask, work):
+    def __init__(
+        self, matches: Callable[..., bool], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, work: int
+    ) -> None:
         super().__init__(matches)
         self.work = work
 
@@ -60,17 +75,36 @@ class ReplacedCall(CachedCall):
 
     is_replaced = True
 
-    def __init__(self, matches, query, key, value, mask, options, backend, work):
+    def __init__(
+        self,
+        matches: Callable[..., bool],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: Options,
+        backend: int,
+        work: int,
+    ) -> None:
         super().__init__(matches, query, key, value, mask, Call(_ROUTES[backend], options, False), _LAYOUTS[backend])
         self.backend, self.work = backend, work
 
 
-def options_key(is_causal, scale, enable_gqa):
+def options_key(is_causal: bool, scale: float | None, enable_gqa: bool) -> tuple[object, ...]:
     """The part of the cache's key that is not tensors."""
     return "scaled_dot_product_attention", is_causal, scale, enable_gqa
 
 
-def run_cached(cached, query, key, value, mask, is_causal, scale, enable_gqa):
+def run_cached(
+    cached: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
     """The result of a call that has an entry; None if the entry does not hold any more, because settings or the
     alignment of memory changed."""
     if not flash_is_enabled() and disabled_reason():
@@ -96,7 +130,16 @@ def run_cached(cached, query, key, value, mask, is_causal, scale, enable_gqa):
 # --- Other calls ---------------------------------------------------------------------------------
 
 
-def run_eager(query, key, value, mask, is_causal, scale, enable_gqa, support):
+def run_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    support: shapes.Support,
+) -> Tensor:
     """The result by libmfa. `support`: the shapes.Support of the call. Raises Unsupported, or ValueError for memory
     that is not aligned."""
     backend = torch_backend(query, key, value, mask, is_causal, scale, enable_gqa)
@@ -117,7 +160,16 @@ def run_eager(query, key, value, mask, is_causal, scale, enable_gqa, support):
     return out
 
 
-def run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, support):
+def run_by_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    support: shapes.Support,
+) -> Tensor:
     """The same through torch.ops.mfa, which compilers, dispatch modes and transforms see."""
     backend = _torch_backend_by_operator(query, key, value, mask, is_causal, scale, enable_gqa)
     if backend not in _ROUTES:
@@ -134,7 +186,7 @@ def run_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, suppo
     return out if support.fits else out.view(shape)
 
 
-def _torch_backend_by_operator(query, key, value, *others):
+def _torch_backend_by_operator(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> int | None:
     """torch_backend(), without an operator that modes would see."""
     if all(map(tensors.is_plain, (query, key, value))):
         with torch._C._DisableTorchDispatch():

@@ -3,10 +3,17 @@
 This file checks them, and converts tensors to the (batch, head, row, column) that libmfa reads.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from .. import dispatch_cache
+
+Shape = Sequence[int]
 
 HEAD_DIM_MAX = 512
 LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read past the end of the shorter one
@@ -20,7 +27,9 @@ class Support(NamedTuple):
     work: int = 0  # multiply-adds of the forward pass
 
 
-def check_support(query, key, value, mask, is_causal, enable_gqa):
+def check_support(
+    query: Shape, key: Shape, value: Shape, mask: Shape | None, is_causal: bool, enable_gqa: bool
+) -> Support:
     """The Support of these shapes; `mask` is None if there is none."""
     if len(query) < 2 or len(key) < 2 or len(value) < 2 or query[-1] != key[-1]:
         return Support("shapes")
@@ -52,13 +61,13 @@ def check_support(query, key, value, mask, is_causal, enable_gqa):
     )
 
 
-def check_support_cached(*arguments):
+def check_support_cached(*arguments: Any) -> Support:
     """The same for shapes that are numbers, not symbols."""
     support = dispatch_cache.get(arguments)
     return dispatch_cache.put(arguments, check_support(*arguments)) if support is None else support
 
 
-def broadcast(*shapes):
+def broadcast(*shapes: Shape) -> Any:
     """The shape that all broadcast to; None if there is none."""
     rank = max(map(len, shapes))
     result = [1] * rank
@@ -71,7 +80,9 @@ def broadcast(*shapes):
     return result
 
 
-def four_dimensions(query, key, value, mask, enable_gqa):
+def four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """The four tensors as libmfa reads them, and the shape of the result of SDPA."""
     rank = max(query.dim(), key.dim(), value.dim())
     most = max(rank, 4)
@@ -95,10 +106,17 @@ def four_dimensions(query, key, value, mask, enable_gqa):
     return query, key, value, mask, shape
 
 
-def mapped(query, key, value, mask, dimensions, size):
+def mapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dimensions: Sequence[int | None],
+    size: int,
+) -> tuple[Any, ...]:
     """The four tensors of one call in place of a vmap over `dimensions` of this size, None where a tensor is not
     mapped: the mapped dimension is put in front of the others."""
-    operands = (query, key, value, mask)
+    operands: tuple[Any, ...] = (query, key, value, mask)
     ranks = [tensor.dim() - (place is not None) for tensor, place in zip(operands[:3], dimensions)]
     query, key, value, mask = (
         tensor if place is None else _in_front(tensor, place, max(ranks)) for tensor, place in zip(operands, dimensions)
@@ -108,12 +126,13 @@ def mapped(query, key, value, mask, dimensions, size):
     return query, key, value, mask
 
 
-def _in_front(tensor, place, rank):
+def _in_front(tensor: Tensor, place: int, rank: int) -> Tensor:
     tensor = tensor.movedim(place, 0)
-    return tensor[(slice(None), *(None,) * (rank + 1 - tensor.dim()))]
+    index = slice(None), *(None,) * (rank + 1 - tensor.dim())
+    return tensor[index]
 
 
-def is_fused(query, key, value, mask):
+def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's fused CPU kernel accepts such tensors. Its result has the layout of the query; that of the
     unfused path is contiguous."""
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
@@ -125,11 +144,11 @@ def is_fused(query, key, value, mask):
     return query.stride(3) == key.stride(3) == value.stride(3) == 1
 
 
-def _pad(tensor, rank):
+def _pad(tensor: Tensor, rank: int) -> Tensor:
     return tensor[(None,) * (rank - tensor.dim())]
 
 
-def _same_groups(key, value):
+def _same_groups(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Key and value with equally many heads. Query head h still uses head h // (query heads // heads) of each."""
     heads = math.lcm(key.shape[-3], value.shape[-3])
     return tuple(
