@@ -124,6 +124,11 @@ def flash_attention(
     alibi_slopes  ALiBi, as in flash-attn: float32, (H,) or (B, H), the slope of each query head. It gets no gradient:
                   TypeError if it requires one.
     bf16_backward exists for mps-flash-attn on PyPI; ValueError if True.
+
+    Arguments that do not fit together raise ValueError or TypeError, which say what is accepted. A valid call that
+    libmfa does not run raises Unsupported: E or Ev above 512, float64 on MPS, tensors that are neither on the CPU nor
+    on MPS. Second derivatives and forward-mode differentiation raise NotImplementedError; a missing libmfa raises
+    ImportError.
     """
     by_operator = _is_compiling()
     if not by_operator:
@@ -168,14 +173,24 @@ def flash_attention(
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call would run. If it is not supported, `reason` is set, and the object is false."""
+    """How a call would run, or why it is not supported: then `reason` is set, and the object is false.
+
+    These are its fields:
+
+        backend          cpu or metal
+        kernel           its key, such as forward_f32_d64_q48_k192_avx512
+        threads          how many threads of the CPU it uses
+        workspace_bytes  the memory that it needs beside the operands
+        reason           why the call is not supported; empty if it is
+        waits            on MPS: why it would have to wait for PyTorch's stream, which is slow; empty if it would not
+    """
 
     backend: str = ""
     kernel: str = ""
     threads: int = 0
     workspace_bytes: int = 0
     reason: str = ""
-    waits: str = ""  # on MPS: why it would have to wait for PyTorch's stream, which is slow
+    waits: str = ""
 
     def __bool__(self) -> bool:
         return not self.reason
@@ -218,9 +233,12 @@ def explain(
     backward: bool = False,
     alibi_slopes: Tensor | None = None,
 ) -> Explanation:
-    """Which backend and kernel flash_attention() would use for these arguments (`backward`: for their gradients), and
-    how many bytes of workspace it needs beside the operands; or why the call is not supported. Wrong arguments
-    raise."""
+    """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
+    needs beside the operands; or why the call is not supported. Nothing is computed.
+
+    The arguments are those of flash_attention(). `backward`: explains their gradients in place of the result. Wrong
+    arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is not supported
+    does not raise."""
     mask, bias = subclasses.split(attn_mask)
     *operands, slopes = _check_readable(query, key, value, mask, alibi_slopes)
     if tensors.is_autocast(query):

@@ -23,7 +23,8 @@ def register_transformers(name: str = "mfa") -> None:
     counted in sdpa_stats().
 
     A model whose code does not call the registered function raises a ValueError that names its class: when it is made,
-    when it is switched by set_attn_implementation(), or else when it requests its first mask."""
+    when it is switched by set_attn_implementation(), or else when it requests its first mask. ValueError if the name
+    contains "flash", which transformers takes for a flash-attn; ImportError if transformers is missing or too old."""
     if "flash" in name:
         raise ValueError(
             f'name is "{name}"; it may not have "flash" in it: transformers takes that for a flash-attn, '
@@ -57,7 +58,8 @@ def transformers_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls with (B, H, L, E) tensors; returns (out as (B, L, H, Ev), None).
-    The mask is None where is_causal is sufficient; a sliding window is in the mask."""
+    The mask is None where is_causal is sufficient; a sliding window is in the mask. ValueError for attention sinks
+    (`s_aux`), and where the weights are wanted (output_attentions)."""
     if s_aux is not None:
         raise ValueError(
             f"s_aux is given by {type(module).__name__}: attention sinks, which are not supported; choose "
@@ -122,7 +124,14 @@ def comfyui_attention(
     **options: Any,
 ) -> Tensor:
     """For model_options["transformer_options"]["optimized_attention_override"] of a ComfyUI model. Calls that
-    libmfa does not run go to the attention that ComfyUI would have used."""
+    libmfa does not run go to `original`, the attention that ComfyUI would have used, and are counted in sdpa_stats().
+
+        q, k, v              (B, L, heads * D), or (B, heads, L, D) with skip_reshape, in the dtypes of flash_attention
+        mask                 bool or float, broadcastable to (B, heads, L, S), or (B, L, S)
+        attn_precision       for `original` alone
+        skip_output_reshape  returns (B, heads, L, D); otherwise the result is (B, L, heads * D)
+        options              scale and enable_gqa, as in flash_attention; others are for `original` alone
+    """
     try:
         query, key, value = q, k, v
         if not skip_reshape:

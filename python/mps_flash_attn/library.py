@@ -106,7 +106,8 @@ def changed(problem: bytes, **numbers: Any) -> bytes:
 
 
 class Unsupported(NotImplementedError):
-    """The problem is valid, but this library cannot run it, on this machine or at all. Another implementation may."""
+    """The problem is valid, but this library cannot run it, on this machine or at all. Another implementation may. It
+    is a NotImplementedError, and its text says what is not supported, and what is."""
 
 
 _INVALID, _UNSUPPORTED, _UNAVAILABLE, _OUT_OF_MEMORY, _COMPILE_FAILED = range(1, 6)  # mfa_status
@@ -309,6 +310,7 @@ def unavailable_reason(device: torch.device | str) -> str:
 
 
 def is_available(device: torch.device | str = "cpu") -> bool:
-    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. The function of
-    this name in mps-flash-attn on PyPI, which has no argument, corresponds to is_available("mps")."""
+    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. It is False for
+    any other device. The function of this name in mps-flash-attn on PyPI, which has no argument, corresponds to
+    is_available("mps")."""
     return not unavailable_reason(device)

@@ -30,8 +30,8 @@ def replacement_hint(name: str) -> str | None:
 
 def convert_mask(attn_mask: Tensor | None) -> Tensor | None:
     """The mask for flash_attention, from one for the function of this name in mps-flash-attn on PyPI: None and float
-    masks, added to the scores here, as they are. ValueError for a bool mask: there True hides a key, in PyTorch and
-    here True lets it take part."""
+    masks, added to the scores here, as they are. ValueError for a bool mask of any shape: there True hides a key, in
+    PyTorch and here True lets it take part."""
     if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype is torch.bool:
         raise ValueError(
             "attn_mask is bool, which convert_mask of mps-flash-attn took for a mask whose True hides; give "

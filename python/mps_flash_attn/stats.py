@@ -45,6 +45,7 @@ def small_reason(work: int, tensor: Tensor) -> str | None:
 
 
 def count(outcome: str) -> None:
+    """Counts a call."""
     if torch.compiler.is_dynamo_compiling():  # a compiled graph does not count
         return
     with _lock:
@@ -54,7 +55,7 @@ def count(outcome: str) -> None:
 def sdpa_stats(reset: bool = False) -> dict[str, int]:
     """The number of calls by outcome since the start, or since the last reset: "replaced" for those that ran on libmfa,
     and the reason for those that PyTorch's own operator ran. A call in compiled code is counted when it is traced, not
-    when it runs."""
+    when it runs. `reset` sets all to zero, after they were read. The dictionary is a copy."""
     with _lock:
         outcomes = dict(_outcomes)
         if reset:

@@ -67,6 +67,7 @@ def device(tensor: Tensor) -> int:
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """Such as float32."""
     return str(tensor.dtype).removeprefix("torch.")
 
 

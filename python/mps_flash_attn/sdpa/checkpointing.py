@@ -28,7 +28,7 @@ _release_callbacks: list[Callable[[], object]] = []
 
 
 def is_in_force() -> bool:
-    """Whether SDPA is replaced, in this process."""
+    """Whether scaled_dot_product_attention is replaced, in this process."""
     return bool(handles)
 
 

@@ -37,7 +37,8 @@ _retired_kernels: deque[Any] = deque(maxlen=1024)
 
 
 class Replacement:
-    """What replace_sdpa() returns. It lasts until remove(), or until the end of its `with` block."""
+    """What replace_sdpa() returns. It lasts until remove(), until the end of its `with` block, or until
+    restore_sdpa()."""
 
     def remove(self) -> None:
         """Ends this replacement. PyTorch's own operator is restored with the last one. A second remove() does
@@ -61,7 +62,8 @@ def replace_sdpa() -> Replacement:
         handle = replace_sdpa()         until handle.remove()
         with replaced_sdpa(): ...       in the block
 
-    Replacements nest: PyTorch's own operator is restored when all have been removed. ImportError if there is no
+    Calls that libmfa does not run go to PyTorch's own operator, as do those below sdpa_thresholds; sdpa_stats() counts
+    them. Replacements nest: PyTorch's own operator is restored when all have been removed. ImportError if there is no
     libmfa."""
     library()
     handle = Replacement()
@@ -74,7 +76,8 @@ def replace_sdpa() -> Replacement:
 
 @contextlib.contextmanager
 def replaced_sdpa() -> Iterator[Replacement]:
-    """replace_sdpa() for a `with` block, or for each call of a function that this decorates."""
+    """replace_sdpa() for a `with` block, or for each call of a function that this decorates. ImportError if there is no
+    libmfa."""
     with replace_sdpa() as handle:
         yield handle
 
