@@ -1,8 +1,10 @@
-"""Prints tables and progress: with rich, or as plain lines where rich is not installed."""
+"""Prints tables and progress: with rich, or as plain text where rich is not installed."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 try:
@@ -35,15 +37,26 @@ def table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] | 
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function that is called with a description before each of `total` steps."""
+    """Yields a function that is called with a description before each of `total` steps. What it shows is on stderr, if
+    that is a terminal."""
+    begun: list[str] = []
     if Console is None:
-        count = iter(range(1, total + 1))
-        yield lambda words: print(f"{next(count)}/{total} {words}", flush=True)
+        width = shutil.get_terminal_size().columns - 1
+
+        def show(line: str) -> None:
+            if sys.stderr.isatty():
+                print(f"\r{line[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
+
+        def count(words: str) -> None:
+            begun.append(words)
+            show(f"{len(begun)}/{total} {words}")
+
+        yield count
+        show("")
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
-        begun: list[str] = []
 
         def begin(words: str) -> None:
             bar.update(task, completed=len(begun), description=escape(words))

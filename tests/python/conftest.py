@@ -21,7 +21,7 @@ from mps_flash_attn.attention import Explanation
 from mps_flash_attn.library import DEVICES, changed, library
 from stand_in import BACKEND, ON_METAL
 
-LIBRARIES = ("diffusers", "expecttest", "transformers")
+LIBRARIES = ("diffusers", "expecttest", "rich", "transformers")
 # What these files test lies above the backends, in code that does not know which it has: once, on the CPU, is enough.
 ABOVE_BACKENDS = ("checkpointing", "frameworks", "func", "migration", "models", "modes", "sdpa_compiled", "sdpa_flags")
 collect_ignore = [f"test_{name}.py" for name in (ABOVE_BACKENDS if ON_METAL else ("metal",))]

@@ -1,5 +1,6 @@
 """python -m mps_flash_attn: info, explain, check and precompile."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import mps_flash_attn
-from mps_flash_attn import check, precompiling, reference
+from mps_flash_attn import check, display, precompiling, reference
 from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars
 
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
@@ -81,14 +82,38 @@ def test_without_a_command():
     assert done.returncode == 2 and "info,explain,check,precompile" in done.stderr
 
 
+@pytest.mark.needs("rich")
+def test_with_rich():
+    done = run("info", PYTHONIOENCODING="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "libmfa" in done.stdout and not done.stdout.isascii()  # it has borders
+
+
 def test_without_rich(tmp_path):
-    """Without rich, tables become plain lines."""
+    """Without rich, tables become plain lines, and nothing else is printed where there is no terminal."""
     (tmp_path / "rich.py").write_text("raise ImportError\n")
     path = os.pathsep.join([str(tmp_path), str(Path(mps_flash_attn.__file__).parents[1])])
     for command in (["info"], ["check", "--filter", "f32 b1 h1 q1 kv1 d64", "--report", str(tmp_path / "report")]):
         done = run(*command, PYTHONPATH=path)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and done.stderr == ""
         assert done.stdout.isascii() and "cpu" in done.stdout
+
+
+def test_progress_without_rich(monkeypatch):
+    """On a terminal, each step overwrites the one before, and nothing stays."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(display, "Console", None)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "21")
+    with display.progress(2) as begin:
+        begin("one")
+        begin("two, with more words than fit")
+    lines = ["1/2 one             ", "2/2 two, with more w", " " * 20]
+    assert sys.stderr.getvalue() == "".join(f"\r{line}\r" for line in lines)
 
 
 # --- check ---------------------------------------------------------------------------------------
