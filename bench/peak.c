@@ -148,7 +148,7 @@ static double (*dots_piece(void))(const struct probe *, int, size_t)
 static double read_piece(const struct probe *probe, int thread, size_t turn)
 {
     enum {
-        SUMS = 8, /* that every processor has registers for */
+        SUMS = 8,      /* that every processor has registers for */
         FETCHED = 4096 /* bytes ahead: narrow loads alone keep too few lines under way */
     };
     typedef uint64_t lanes __attribute__((vector_size(16), aligned(8), may_alias));

@@ -35,9 +35,9 @@ extern "C" {
 
 typedef enum mfa_status {
     MFA_OK = 0,
-    MFA_INVALID = 1,        /* a wrong argument: no backend will ever run this */
-    MFA_UNSUPPORTED = 2,    /* a valid problem that this library cannot run */
-    MFA_UNAVAILABLE = 3,    /* this machine does not have the device, or something that it needs */
+    MFA_INVALID = 1,     /* a wrong argument: no backend will ever run this */
+    MFA_UNSUPPORTED = 2, /* a valid problem that this library cannot run */
+    MFA_UNAVAILABLE = 3, /* this machine does not have the device, or something that it needs */
     MFA_OUT_OF_MEMORY = 4,
     MFA_COMPILE_FAILED = 5, /* a kernel could not be compiled for the device */
     MFA_DEVICE_FAILED = 6,  /* the device reported an error while running */

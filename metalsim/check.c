@@ -28,7 +28,7 @@ struct touch {
 
 struct cell {
     struct touch write, read, atomic;
-    uint32_t owner;   /* threadgroup memory: what other threadgroups did is forgotten */
+    uint32_t owner; /* threadgroup memory: what other threadgroups did is forgotten */
     uint32_t written;
 };
 

@@ -12,9 +12,9 @@ struct metalsim_check;
 /* A stretch of memory that a kernel may touch. */
 struct metalsim_region {
     enum { METALSIM_REGION_DEVICE, METALSIM_REGION_THREADGROUP, METALSIM_REGION_CONSTANT } kind;
-    unsigned index;   /* of the buffer or threadgroup argument that it was bound at first */
+    unsigned index; /* of the buffer or threadgroup argument that it was bound at first */
     size_t length;
-    int unwritten;    /* its contents count as never written */
+    int unwritten; /* its contents count as never written */
 };
 
 /* A checker with room for `count` regions, and their memory: region i is at metalsim_check_memory(i), far

@@ -99,9 +99,9 @@ struct run {
     const struct metalsim_kernel *kernel;
     const struct metalsim_dispatch *dispatch;
     void *buffers[METALSIM_BUFFERS];
-    struct metalsim_check *check; /* NULL: the library is not a checked one */
+    struct metalsim_check *check;        /* NULL: the library is not a checked one */
     void *threadgroup[METALSIM_BUFFERS]; /* if checked: on one thread, so one of each */
-    uint64_t count;               /* threadgroups */
+    uint64_t count;                      /* threadgroups */
     atomic_uint_fast64_t next;
     atomic_int stopped;
     pthread_mutex_t lock; /* of findings */

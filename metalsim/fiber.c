@@ -31,7 +31,7 @@ __asm__(".text\n"
         "    ret\n"
         ".size metalsim_fiber_switch, .-metalsim_fiber_switch\n");
 #define RETURN 6 /* of the frame's words, the return address */
-#define FRAME 8 /* begin() finds its stack as if it had been called */
+#define FRAME 8  /* begin() finds its stack as if it had been called */
 #elif defined(__aarch64__)
 __asm__(".text\n"
         ".globl metalsim_fiber_switch\n"

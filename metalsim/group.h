@@ -39,9 +39,9 @@ struct metalsim_team { /* a simdgroup */
     struct metalsim_team *next; /* in the order in which they take turns */
     struct metalsim_lane *first;
     unsigned index, lanes;
-    unsigned arrived;     /* at the meeting that is next */
-    const void *site;     /* of that meeting, */
-    const void *operate;  /* and what for */
+    unsigned arrived;    /* at the meeting that is next */
+    const void *site;    /* of that meeting, */
+    const void *operate; /* and what for */
     struct metalsim_epochs epochs;
 };
 
@@ -52,10 +52,10 @@ struct metalsim_machine {
     unsigned capacity; /* stacks, */
     unsigned threads;  /* of which so many are in use */
     unsigned finished;
-    unsigned arrived;       /* at the next threadgroup_barrier, */
-    unsigned barriers;      /* of which so many have been passed, */
-    unsigned memory;        /* with these flags, */
-    const void *site;       /* there */
+    unsigned arrived;  /* at the next threadgroup_barrier, */
+    unsigned barriers; /* of which so many have been passed, */
+    unsigned memory;   /* with these flags, */
+    const void *site;  /* there */
     struct metalsim_epochs epochs;
     const struct metalsim_entry *entry;
     void *const *buffers;

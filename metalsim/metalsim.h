@@ -11,10 +11,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define METALSIM_BUFFERS 31               /* buffer and threadgroup indices are 0 to 30 */
-#define METALSIM_BYTES_MAX 4096           /* of setBytes */
-#define METALSIM_THREADGROUP_MAX 32768    /* bytes of threadgroup memory in all */
-#define METALSIM_THREADS_MAX 1024         /* threads of a threadgroup */
+#define METALSIM_BUFFERS 31            /* buffer and threadgroup indices are 0 to 30 */
+#define METALSIM_BYTES_MAX 4096        /* of setBytes */
+#define METALSIM_THREADGROUP_MAX 32768 /* bytes of threadgroup memory in all */
+#define METALSIM_THREADS_MAX 1024      /* threads of a threadgroup */
 
 typedef enum metalsim_status {
     METALSIM_OK,

@@ -20,8 +20,8 @@ struct barrier {
 /* Where a reader of the text is. */
 struct reader {
     const char *at;
-    int line, column;  /* by #line */
-    const char *file;  /* what follows its quotation mark */
+    int line, column; /* by #line */
+    const char *file; /* what follows its quotation mark */
     int file_length;
 };
 

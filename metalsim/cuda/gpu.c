@@ -85,13 +85,11 @@ static const char *arguments_of(const char *function)
                              "INDEX, SIMDGROUP, LANE"},
         {"attention_merge", "C, B(10), B(11), B(18), B(2), GROUP, SIMDGROUP, LANE"},
         {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
-        {"attention_backward_dq",
-         "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), T(0), T(1), GROUP, "
-         "INDEX, SIMDGROUP, LANE"},
+        {"attention_backward_dq", "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), T(0), T(1), GROUP, "
+                                  "INDEX, SIMDGROUP, LANE"},
         {"attention_backward_dkv", "C, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), T(0), "
                                    "T(1), GROUP, INDEX, SIMDGROUP, LANE"},
-        {"attention_dbias",
-         "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), T(1), GROUP, SIMDGROUP, LANE"},
+        {"attention_dbias", "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), T(1), GROUP, SIMDGROUP, LANE"},
         {"attention_dbias_sum", "C, B(17), B(2), GROUP, INDEX"},
         {"block_mask", "C, B(9), B(1), GROUP, SIMDGROUP, LANE"},
         {"layout_test", "B(2), T(0), LANE"},

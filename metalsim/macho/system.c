@@ -87,7 +87,7 @@ struct apple_stat {
 
 static int tell(int status, const struct stat *found, struct apple_stat *filled)
 {
-    memset(filled, 0xa5, sizeof *filled); /* who reads what is not set below shall notice */
+    memset(filled, 0xa5, sizeof *filled);    /* who reads what is not set below shall notice */
     filled->mode = (uint16_t)found->st_mode; /* the bits are the same */
     filled->size = found->st_size;
     return status;

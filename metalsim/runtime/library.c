@@ -11,8 +11,8 @@
 #include "runtime/metal.h"
 
 #define LANGUAGE(major, minor) ((NSUInteger)(((major) << 16) + (minor)))
-#define MATH_SAFE 0 /* MTLMathModeSafe */
-#define MATH_FAST 2 /* MTLMathModeFast */
+#define MATH_SAFE 0            /* MTLMathModeSafe */
+#define MATH_FAST 2            /* MTLMathModeFast */
 #define FAIL_ON_ARCHIVE_MISS 4 /* MTLPipelineOptionFailOnBinaryArchiveMiss */
 
 /* --- How a text is compiled ----------------------------------------------------------------------- */

@@ -23,8 +23,8 @@ typedef struct {
 struct metalsim_class {
     const struct metalsim_class *isa; /* of all classes: metalsim_metaclass */
     const char *name;
-    size_t size;         /* of an object */
-    void (*finish)(id);  /* releases what it holds; NULL: nothing */
+    size_t size;        /* of an object */
+    void (*finish)(id); /* releases what it holds; NULL: nothing */
 };
 
 struct metalsim_object {

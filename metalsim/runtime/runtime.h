@@ -20,9 +20,9 @@ enum metalsim_fault {
 
 /* The machine, and how the kernels run on it. */
 struct metalsim_settings {
-    int family;       /* of the GPU: the n of MTLGPUFamilyApple; METALSIM_FAMILY, 7 */
-    int macos;        /* 14 and so on: newer selectors are unknown; METALSIM_MACOS, 14 */
-    const char *name; /* of the device */
+    int family;           /* of the GPU: the n of MTLGPUFamilyApple; METALSIM_FAMILY, 7 */
+    int macos;            /* 14 and so on: newer selectors are unknown; METALSIM_MACOS, 14 */
+    const char *name;     /* of the device */
     const char *build;    /* of the system, as sysctl's kern.osversion; METALSIM_BUILD */
     const char *function; /* only this function's pipelines are faulty; NULL: any */
     uint64_t threads;     /* of LIMITED_THREADS */
@@ -33,7 +33,7 @@ struct metalsim_settings {
     int idle;             /* kernels do not run: commands are counted and recorded, no more */
     int schedule;         /* an enum metalsim_schedule, with its seed */
     uint64_t seed;
-    int aborts;           /* a finding ends the process, as it does on a Mac; METALSIM_ABORT */
+    int aborts;                /* a finding ends the process, as it does on a Mac; METALSIM_ABORT */
     enum metalsim_fault fault; /* METALSIM_FAULT, as "no_pipeline", or "no_pipeline:2" */
     unsigned after;            /* so many times all goes well, then it fails ... */
     unsigned times;            /* ... so often; 0: from then on */
@@ -78,6 +78,7 @@ struct metalsim_recorded {
     uint64_t threadgroup_lengths[31];
 };
 #define METALSIM_RECORDED 32 /* kept */
+
 METALSIM_EXPORT const struct metalsim_recorded *metalsim_runtime_dispatch(size_t i); /* NULL: none */
 
 /* Whether the caller runs on that dispatch queue. */
@@ -92,8 +93,8 @@ struct metalsim_fact {
     const char *class_name;
     char kind; /* '-' instance, '+' class; 'f': a C function */
     const char *selector;
-    char ownership; /* 'o' the caller owns the result, 'b' it is borrowed, 'v' it is a value */
-    int since; /* macOS: 1400 is 14.0 */
+    char ownership;                 /* 'o' the caller owns the result, 'b' it is borrowed, 'v' it is a value */
+    int since;                      /* macOS: 1400 is 14.0 */
     const char *result, *arguments; /* C types; "(SELF, NSUInteger length)" */
     const char *source;
     void (*function)(void);

@@ -40,12 +40,12 @@ kernel void turn_round(device const float *from [[buffer(0)]], device float *to 
 #else
         shared[index] = x;
 #endif
-#if FAULT == 6 /* no barrier between write and read */
-#elif FAULT == 7 /* a barrier of the simdgroup alone */
+#if FAULT == 6    /* no barrier between write and read */
+#elif FAULT == 7  /* a barrier of the simdgroup alone */
         simdgroup_barrier(mem_flags::mem_threadgroup);
-#elif FAULT == 8 /* a barrier for other memory */
+#elif FAULT == 8  /* a barrier for other memory */
         threadgroup_barrier(mem_flags::mem_device);
-#elif FAULT == 9 /* a barrier for no memory */
+#elif FAULT == 9  /* a barrier for no memory */
         threadgroup_barrier(mem_flags::mem_none);
 #elif FAULT == 10 /* two barriers where one was meant */
         if (simdgroup == 0)
@@ -62,7 +62,7 @@ kernel void turn_round(device const float *from [[buffer(0)]], device float *to 
     }
 
     narrow[index] = ushort(index); /* within a simdgroup, its own barrier is enough */
-#if FAULT == 12 /* for the wrong memory */
+#if FAULT == 12                    /* for the wrong memory */
     simdgroup_barrier(mem_flags::mem_device);
 #elif FAULT != 13 /* a simdgroup does not order memory by itself */
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -127,6 +127,7 @@ kernel void split_in_two(device float *to [[buffer(0)]], threadgroup float *shar
 {
     bool first = index < 32;
     float x[4];
+    // clang-format off
     _Pragma("clang loop unroll(full)")
     for (int d = 0; d < 4; d++) {
         x[d] = float(index * 4 + uint(d));
@@ -139,6 +140,7 @@ kernel void split_in_two(device float *to [[buffer(0)]], threadgroup float *shar
         for (int d = 0; d < 4; d++)
             x[d] += shared[index * 4 + uint(d)];
     }
+    // clang-format on
     to[index] = x[0] + x[1] + x[2] + x[3];
 }
 

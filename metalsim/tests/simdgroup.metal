@@ -69,8 +69,8 @@ kernel void elements(device const float *from [[buffer(0)]], device float *to [[
     simdgroup_store(own, back);
 }
 
-#define GIVE(value)                                                                                                    \
-    to[at * 32 + lane] = LEFT(value);                                                                                  \
+#define GIVE(value)                   \
+    to[at * 32 + lane] = LEFT(value); \
     at++;
 
 /* Every function of a simdgroup on x, a row of results each. */

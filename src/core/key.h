@@ -11,7 +11,8 @@
 
 #include "mfa.h"
 
-enum mfa_feature_bit { /* in the order in which a key's text names them */
+/* In the order in which a key's text names them. */
+enum mfa_feature_bit {
 #define FEATURE(name, ...) MFA_FEATURE_BIT_##name,
 #include "core/options.inc"
 };

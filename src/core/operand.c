@@ -8,14 +8,15 @@ enum element { DATA, ROW_SUM, MASK, FLOAT };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
-enum size { /* offsets in mfa_problem of the members that operands.inc names */
-            ONE = 0,
-            q_heads = offsetof(mfa_problem, q_heads),
-            kv_heads = offsetof(mfa_problem, kv_heads),
-            q_len = offsetof(mfa_problem, q_len),
-            kv_len = offsetof(mfa_problem, kv_len),
-            head_dim = offsetof(mfa_problem, head_dim),
-            value_dim = offsetof(mfa_problem, value_dim)
+/* Offsets in mfa_problem of the members that operands.inc names. */
+enum size {
+    ONE = 0,
+    q_heads = offsetof(mfa_problem, q_heads),
+    kv_heads = offsetof(mfa_problem, kv_heads),
+    q_len = offsetof(mfa_problem, q_len),
+    kv_len = offsetof(mfa_problem, kv_len),
+    head_dim = offsetof(mfa_problem, head_dim),
+    value_dim = offsetof(mfa_problem, value_dim)
 };
 
 #define RESULT_LIKE(name, of, heads, rows, columns, element, forward, backward, exists, where) \

@@ -8,20 +8,21 @@
 
 #include "mfa.h"
 
-enum mfa_role { /* 0: not used by this problem */
-                MFA_ROLE_READ = 1,
-                MFA_ROLE_WRITTEN = 2,
-                MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
-                MFA_ROLE_SUMMED = 8    /* written, and stride 0 asks for the sum along that dimension */
+/* 0: not used by this problem. */
+enum mfa_role {
+    MFA_ROLE_READ = 1,
+    MFA_ROLE_WRITTEN = 2,
+    MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
+    MFA_ROLE_SUMMED = 8    /* written, and stride 0 asks for the sum along that dimension */
 };
 
 struct mfa_operand {
     const char *name;
-    size_t layout, buffer; /* offsets in mfa_problem and in mfa_buffers */
+    size_t layout, buffer;       /* offsets in mfa_problem and in mfa_buffers */
     size_t heads, rows, columns; /* offsets in mfa_problem of the sizes; 0: the size is 1 */
-    const char *where;     /* "problems with a mask": which have it; "": all */
-    uint8_t element;       /* which type: see operand.c */
-    uint8_t role[2];       /* in the forward and in the backward pass, of problems that have it */
+    const char *where;           /* "problems with a mask": which have it; "": all */
+    uint8_t element;             /* which type: see operand.c */
+    uint8_t role[2];             /* in the forward and in the backward pass, of problems that have it */
 };
 
 enum mfa_operand_number {

@@ -11,7 +11,7 @@ struct mfa_plan {
     const struct mfa_opened *opened;
     const void *kernel;
     struct mfa_choice choice;
-    size_t workspace; /* bytes */
+    size_t workspace;    /* bytes */
     mfa_problem problem; /* canonical */
 };
 

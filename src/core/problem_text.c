@@ -223,13 +223,14 @@ static int read_number(const char *text, double *value)
     return end != text && !*end && !isnan(*value);
 }
 
-enum option { /* 0: none */
+/* 0: none. */
+enum option {
 #define INTEGER(word, none) OPTION_##word,
 #define NUMBER(word, none) OPTION_##word,
 #define WORD(word, member, value, values) OPTION_##word,
-              OPTION_NONE,
+    OPTION_NONE,
 #include "core/options.inc"
-              OPTION_mask
+    OPTION_mask
 };
 
 /* Returns which of the above the word sets, if it is one. */

@@ -19,12 +19,12 @@
 #endif
 
 enum feature {
-    AVX2 = 1,         /* AVX2, FMA and F16C */
-    AVX512 = 2,       /* AVX-512 F, DQ, BW and VL */
+    AVX2 = 1,   /* AVX2, FMA and F16C */
+    AVX512 = 2, /* AVX-512 F, DQ, BW and VL */
     AVX512_BF16 = 4,
-    AMX_BF16 = 8,     /* AMX_TILE and AMX_BF16 */
+    AMX_BF16 = 8, /* AMX_TILE and AMX_BF16 */
     NEON = 16,
-    NEON_BF16 = 32    /* FEAT_BF16 */
+    NEON_BF16 = 32 /* FEAT_BF16 */
 };
 
 static const struct {
@@ -45,7 +45,7 @@ const char *mfa_cpu_isa_name(int isa)
 #define BIT(n) (UINT32_C(1) << (n))
 
 enum {
-    XMM_YMM = 0x06,         /* bits of the register XCR0: the state that the system saves */
+    XMM_YMM = 0x06, /* bits of the register XCR0: the state that the system saves */
     OPMASK_AND_ZMM = 0xe0
 };
 
@@ -58,9 +58,9 @@ static uint32_t saved_state(void)
 
 static int has_feature(enum feature feature)
 {
-    const uint32_t fma_osxsave_avx_f16c = BIT(12) | BIT(27) | BIT(28) | BIT(29); /* leaf 1, ecx */
+    const uint32_t fma_osxsave_avx_f16c = BIT(12) | BIT(27) | BIT(28) | BIT(29);      /* leaf 1, ecx */
     const uint32_t avx2 = BIT(5), f_dq_bw_vl = BIT(16) | BIT(17) | BIT(30) | BIT(31); /* leaf 7, ebx */
-    const uint32_t avx512_bf16 = BIT(5);                                               /* leaf 7.1, eax */
+    const uint32_t avx512_bf16 = BIT(5);                                              /* leaf 7.1, eax */
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & fma_osxsave_avx_f16c) != fma_osxsave_avx_f16c)
         return 0;

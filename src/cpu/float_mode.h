@@ -10,9 +10,9 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 
-typedef uint32_t mfa_cpu_float_mode;   /* MXCSR without the exception flags */
-#define MFA_CPU_FLOAT_PLAIN 0x1f80u    /* to nearest, nothing traps */
-#define MFA_CPU_FLOAT_FLUSH 0x8040u    /* FTZ, DAZ */
+typedef uint32_t mfa_cpu_float_mode; /* MXCSR without the exception flags */
+#define MFA_CPU_FLOAT_PLAIN 0x1f80u  /* to nearest, nothing traps */
+#define MFA_CPU_FLOAT_FLUSH 0x8040u  /* FTZ, DAZ */
 #define MFA_CPU_FLOAT_FLAGS 0x003fu
 
 static inline mfa_cpu_float_mode mfa_cpu_float_mode_get(void)

@@ -27,7 +27,7 @@
 #include <sched.h>
 #endif
 
-#define SPIN_NANOSECONDS 30000 /* a wait of this length costs about as much as sleeping */
+#define SPIN_NANOSECONDS 30000                /* a wait of this length costs about as much as sleeping */
 #define MAX_WORKERS (MFA_CPU_THREADS_MAX - 1) /* beside the caller */
 
 /* The run word: 32 bits of run number, 16 of tickets left, 16 of active workers. */
@@ -40,7 +40,7 @@ struct run {
     mfa_cpu_task task;
     void *call;
     int64_t tasks;
-    mfa_cpu_float_mode mode; /* of all threads in it, so that all compute alike */
+    mfa_cpu_float_mode mode;           /* of all threads in it, so that all compute alike */
     _Alignas(64) _Atomic int64_t next; /* the lowest task not yet taken */
 };
 

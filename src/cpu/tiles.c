@@ -23,13 +23,13 @@ static const struct row {
 };
 /* clang-format on */
 
-#define ENOUGH_TASKS 32    /* enough to balance any expected number of threads */
-#define LOAD_PANELS 0.125  /* the time to load a block for a chunk, in units of the time of a panel */
-#define SPLIT_KEYS 512     /* minimum number of keys of a split */
-#define SMALL_BLOCK 256    /* maximum number of keys of a block where tasks are few */
-#define EQUAL_TASKS 8      /* with fewer tasks, they should be of equal size, or threads wait for the last one */
-#define BLOCK_UNIT 16      /* keys */
-#define SERIAL_FLOP 2e6    /* less work takes about as long as waking a thread */
+#define ENOUGH_TASKS 32   /* enough to balance any expected number of threads */
+#define LOAD_PANELS 0.125 /* the time to load a block for a chunk, in units of the time of a panel */
+#define SPLIT_KEYS 512    /* minimum number of keys of a split */
+#define SMALL_BLOCK 256   /* maximum number of keys of a block where tasks are few */
+#define EQUAL_TASKS 8     /* with fewer tasks, they should be of equal size, or threads wait for the last one */
+#define BLOCK_UNIT 16     /* keys */
+#define SERIAL_FLOP 2e6   /* less work takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
 {

@@ -21,12 +21,12 @@ struct metal {
     struct mfa_metal_device device;
     struct mfa_metal_scratch scratch;
     struct mfa_metal_torch torch; /* found by the first run on PyTorch's stream */
-    struct mfa_lock changing; /* guards the opening of the device and torch_found */
-    atomic_int opened; /* the device: 1 yes, -1 there is none */
+    struct mfa_lock changing;     /* guards the opening of the device and torch_found */
+    atomic_int opened;            /* the device: 1 yes, -1 there is none */
     atomic_int torch_found;
-    atomic_int tested; /* by layout_test, before the first kernel is used: 1 passed, -1 failed */
+    atomic_int tested;            /* by layout_test, before the first kernel is used: 1 passed, -1 failed */
     char unavailable_reason[256]; /* why the device is not opened */
-    char self_test_error[256]; /* why layout_test failed */
+    char self_test_error[256];    /* why layout_test failed */
 };
 
 static mfa_status open_metal(const mfa_context_options *options, void **state)

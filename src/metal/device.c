@@ -3,7 +3,7 @@
 #include "base/error.h"
 #include "metal/tiles.h"
 
-#define NEWEST_FAMILY 20 /* the highest Apple family that is queried; there are 10 now */
+#define NEWEST_FAMILY 20         /* the highest Apple family that is queried; there are 10 now */
 #define THREADGROUP_MEMORY 32768 /* bytes that the tiles assume */
 
 /* The default device is nil in some programs without a window: then the first of all, which on Macs with an Apple

@@ -6,9 +6,9 @@
 #include "mfa.h"
 
 struct mfa_metal_device {
-    id device, queue; /* owned */
-    int family;       /* n of MTLGPUFamilyApple: the highest that it supports */
-    uint64_t buffer_max; /* bytes of a buffer */
+    id device, queue;         /* owned */
+    int family;               /* n of MTLGPUFamilyApple: the highest that it supports */
+    uint64_t buffer_max;      /* bytes of a buffer */
     char name[64], build[32]; /* of the GPU, "Apple M1"; of the system, "23A344" */
 };
 

@@ -6,7 +6,7 @@
 #include "core/problem.h"
 #include "metal/source.h"
 
-#define ROWS_OF_GROUP 4 /* simdgroups of a threadgroup of the small kernels, each with a row or a block */
+#define ROWS_OF_GROUP 4      /* simdgroups of a threadgroup of the small kernels, each with a row or a block */
 #define FLOP_OF_COMMAND 1e11 /* a tenth of a second on an M1 */
 #define GROUPS_OF_COMMAND 64 /* at least, to keep cores busy */
 

@@ -11,11 +11,11 @@
 #include "mfa.h"
 
 #define MFA_METAL_DISPATCHES 8 /* the most of one run */
-#define MFA_METAL_BINDINGS 12 /* the most of one kernel, without the call */
+#define MFA_METAL_BINDINGS 12  /* the most of one kernel, without the call */
 
 /* Where the memory of one of the kernel's buffers is: an operand, or the workspace. */
 struct mfa_metal_binding {
-    int32_t buffer; /* the kernel's index */
+    int32_t buffer;  /* the kernel's index */
     int32_t operand; /* number in mfa_operands, whose mfa_buffer says where it begins; -1: the workspace */
     uint64_t offset; /* bytes from the begin of the workspace */
 };
@@ -27,9 +27,9 @@ struct mfa_metal_dispatch {
     int64_t groups; /* threadgroups, 1 or more */
     int64_t
         chunk; /* the most of them in one command, so that commands are short; call.first_group is where one begins */
-    int32_t threads; /* of a threadgroup */
+    int32_t threads;              /* of a threadgroup */
     int32_t threadgroup_bytes[2]; /* at threadgroup indices 0 and 1; 0: none */
-    struct mfa_metal_call call; /* for buffer 0, with first_group = 0 */
+    struct mfa_metal_call call;   /* for buffer 0, with first_group = 0 */
     int32_t binding_count;
     struct mfa_metal_binding bindings[MFA_METAL_BINDINGS];
 };

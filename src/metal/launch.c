@@ -58,7 +58,7 @@ struct run {
     const struct mfa_metal_launch *launch;
     int count;
     struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES];
-    id filler; /* bound where a kernel does not use the buffer */
+    id filler;    /* bound where a kernel does not use the buffer */
     id workspace; /* with its offset */
     uint64_t workspace_offset;
     id lent, made; /* the workspace, if it is put back after the run, or was made for it */

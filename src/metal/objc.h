@@ -22,18 +22,19 @@ typedef struct MTLSize {
     NSUInteger width, height, depth;
 } MTLSize;
 
-enum { /* constants of Metal's headers */
-       MTL_FAMILY_APPLE = 1000,              /* MTLGPUFamilyApple7 is 1007 */
-       MTL_STORAGE_SHARED = 0,               /* MTLResourceStorageModeShared */
-       MTL_STORAGE_PRIVATE = 2 << 4,         /* MTLResourceStorageModePrivate */
-       MTL_LANGUAGE_3_1 = (3 << 16) + 1,     /* MTLLanguageVersion3_1, the first that has bfloat */
-       MTL_MATH_SAFE = 0,                    /* MTLMathModeSafe */
-       MTL_FAIL_ON_ARCHIVE_MISS = 1 << 2,    /* MTLPipelineOptionFailOnBinaryArchiveMiss */
-       MTL_COMMANDS_COMPLETED = 4,           /* MTLCommandBufferStatusCompleted */
-       MTL_DISPATCH_CONCURRENT = 1,          /* MTLDispatchTypeConcurrent */
-       MTL_BARRIER_BUFFERS = 1,              /* MTLBarrierScopeBuffers */
-       MTL_BYTES_MAX = 4096,                 /* of setBytes */
-       MTL_THREADGROUP_MEMORY_UNIT = 16      /* of setThreadgroupMemoryLength */
+/* Constants of Metal's headers. */
+enum {
+    MTL_FAMILY_APPLE = 1000,           /* MTLGPUFamilyApple7 is 1007 */
+    MTL_STORAGE_SHARED = 0,            /* MTLResourceStorageModeShared */
+    MTL_STORAGE_PRIVATE = 2 << 4,      /* MTLResourceStorageModePrivate */
+    MTL_LANGUAGE_3_1 = (3 << 16) + 1,  /* MTLLanguageVersion3_1, the first that has bfloat */
+    MTL_MATH_SAFE = 0,                 /* MTLMathModeSafe */
+    MTL_FAIL_ON_ARCHIVE_MISS = 1 << 2, /* MTLPipelineOptionFailOnBinaryArchiveMiss */
+    MTL_COMMANDS_COMPLETED = 4,        /* MTLCommandBufferStatusCompleted */
+    MTL_DISPATCH_CONCURRENT = 1,       /* MTLDispatchTypeConcurrent */
+    MTL_BARRIER_BUFFERS = 1,           /* MTLBarrierScopeBuffers */
+    MTL_BYTES_MAX = 4096,              /* of setBytes */
+    MTL_THREADGROUP_MEMORY_UNIT = 16   /* of setThreadgroupMemoryLength */
 };
 
 enum mfa_metal_method {

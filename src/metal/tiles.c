@@ -135,8 +135,8 @@ const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, 
     if (!row)
         return NULL;
     const struct mfa_metal_tile *whole = &find_row(mfa_metal_tiles_named(key), key)->tiles[0];
-    const int halved = (0 < key->block_q && key->block_q < whole->block_q) ||
-                       (0 < key->block_kv && key->block_kv < whole->block_kv);
+    const int halved =
+        (0 < key->block_q && key->block_q < whole->block_q) || (0 < key->block_kv && key->block_kv < whole->block_kv);
     return &row->tiles[halved];
 }
 
@@ -226,8 +226,8 @@ static int64_t splits_of_bias(const mfa_problem *p)
 static void take_tile(const mfa_problem *p, const struct mfa_metal_tile *tile, struct mfa_choice *choice)
 {
     choice->key.block_q = tile->block_q, choice->key.block_kv = tile->block_kv;
-    const struct mfa_metal_tiling tiling = {
-        .splits = p->pass == MFA_FORWARD ? splits_of_keys(p, &choice->key) : splits_of_bias(p)};
+    const struct mfa_metal_tiling tiling = {.splits = p->pass == MFA_FORWARD ? splits_of_keys(p, &choice->key)
+                                                                             : splits_of_bias(p)};
     memcpy(choice->tiling.bytes, &tiling, sizeof tiling);
 }
 

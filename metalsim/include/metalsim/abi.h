@@ -33,11 +33,11 @@ struct metalsim_simdgroup {
 
 /* A GPU thread. It lies at the upper end of its own stack, where any of its code finds it. */
 struct metalsim_lane {
-    void *stack_pointer;         /* while another lane runs */
+    void *stack_pointer;           /* while another lane runs */
     const volatile unsigned *gate; /* may go on as soon as *gate != ticket */
     unsigned ticket;
-    unsigned index;              /* thread_index_in_threadgroup */
-    unsigned lane;               /* thread_index_in_simdgroup */
+    unsigned index;                 /* thread_index_in_threadgroup */
+    unsigned lane;                  /* thread_index_in_simdgroup */
     struct metalsim_coord position; /* thread_position_in_threadgroup */
     struct metalsim_simdgroup *simdgroup;
     const struct metalsim_grid *grid;

@@ -13,9 +13,10 @@
 
 #define MFA_CPU_PANELS_MAX 8 /* of a chunk or a block of queries */
 
-enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 };                /* values as in mfa_dtype */
+enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 }; /* values as in mfa_dtype */
 
-enum mfa_cpu_feature_bit { /* as in core/key.h */
+/* As in core/key.h. */
+enum mfa_cpu_feature_bit {
 #define FEATURE(name, ...) CPU_BIT_##name,
 #include "core/options.inc"
 };
@@ -33,9 +34,9 @@ struct mfa_cpu_call {
     int32_t dtype, mask_dtype;
     int32_t features; /* a set of enum mfa_cpu_feature */
     int32_t block_kv; /* keys of a block */
-    int32_t panels; /* forward: panels of a chunk of queries; backward: of a block of queries */
-    int32_t decode; /* 1: by the decode kernels */
-    int64_t splits; /* forward: parts of a chunk's kv range */
+    int32_t panels;   /* forward: panels of a chunk of queries; backward: of a block of queries */
+    int32_t decode;   /* 1: by the decode kernels */
+    int64_t splits;   /* forward: parts of a chunk's kv range */
 
     /* The operands; NULL where there is none. o, o_low and lse are read by backward: o_low is what rounding took off O.
      * They lie in the layouts of args, o_low in that of o. */
@@ -45,8 +46,8 @@ struct mfa_cpu_call {
 #include "core/operands.inc"
 
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
-    void *D; /* backward: real [batch][q_heads][blocks of queries * rows of one] */
-    void *L; /* the same of L, in the unit of the set's scores */
+    void *D;        /* backward: real [batch][q_heads][blocks of queries * rows of one] */
+    void *L;        /* the same of L, in the unit of the set's scores */
     /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
      * itself, if rows there are whole vectors of reals */
     void *dq_sums;

@@ -27,9 +27,9 @@
 #define MFA_METAL_BUFFER_O_LOW 18
 
 /* The block mask: what the mask leaves of each block of block_q rows x block_kv keys, one byte a block. */
-#define MFA_METAL_BLOCK_EMPTY 0 /* the mask excludes every score: the block is not visited */
+#define MFA_METAL_BLOCK_EMPTY 0   /* the mask excludes every score: the block is not visited */
 #define MFA_METAL_BLOCK_PARTIAL 1 /* the mask is applied to each score */
-#define MFA_METAL_BLOCK_FULL 2 /* the mask changes no score, and is not read again */
+#define MFA_METAL_BLOCK_FULL 2    /* the mask changes no score, and is not read again */
 
 /* The grid of a pass, one threadgroup each; `column` runs fastest. */
 struct mfa_metal_grid {
@@ -39,17 +39,17 @@ struct mfa_metal_grid {
 struct mfa_metal_call {
     struct mfa_args args;
     struct mfa_metal_grid grid;
-    mfa_int first_group; /* number, in that grid, of this dispatch's first threadgroup */
-    mfa_int block_q, block_kv; /* of the kernel that visits the blocks */
-    mfa_int pack_gqa; /* query heads packed into rows: row r is query r / pack_gqa of head r % pack_gqa */
-    mfa_int splits; /* parts of the range that each row, or element of dbias, is summed over */
+    mfa_int first_group;           /* number, in that grid, of this dispatch's first threadgroup */
+    mfa_int block_q, block_kv;     /* of the kernel that visits the blocks */
+    mfa_int pack_gqa;              /* query heads packed into rows: row r is query r / pack_gqa of head r % pack_gqa */
+    mfa_int splits;                /* parts of the range that each row, or element of dbias, is summed over */
     struct mfa_strides block_mask; /* of that table: 0 along dimensions on which the mask does not depend */
-    mfa_int vec4; /* bit n: four neighbouring elements of a row of buffer n can be loaded at once */
-    mfa_int present; /* bit n: the optional operand of buffer n is given */
+    mfa_int vec4;                  /* bit n: four neighbouring elements of a row of buffer n can be loaded at once */
+    mfa_int present;               /* bit n: the optional operand of buffer n is given */
     /* Scores are in units of log 2 in the forward pass, and as they are in the backward pass. */
     float score_factor; /* Q K^T times this is the score; with a softcap, the argument of tanh */
-    float cap_factor; /* tanh times this is the score */
-    float bias_factor; /* an additive mask times this is added to the score */
+    float cap_factor;   /* tanh times this is the score */
+    float bias_factor;  /* an additive mask times this is added to the score */
 };
 
 #endif

@@ -20,20 +20,20 @@
 #define MASK_GRANULES_MAX 16 /* of a block: 384 keys (src/cpu/tiles.c) */
 
 struct backward_scratch {
-    packed *rows;    /* of a panel of Q or dO */
+    packed *rows;     /* of a panel of Q or dO */
     packed *Qt, *dOt; /* their transposes, right operands: [packs of dim][PANEL] */
     packed *Q, *dO;   /* of the block of queries, right operands: [packs of query][dim] */
     packed *K, *V;    /* left operands */
     packed *packed_K; /* K as the left operand of K^T dS^T */
     real *dK, *dV;
-    real *S, *dP;     /* [key][PANEL]; or they lie in the places of P and dS */
-    packed *P, *dS;   /* of the block of queries, left operands: [key][packs of query] */
-    packed *dS_b;     /* dS as a right operand: [packs of key][query] */
-    real *dtanh;      /* [key][PANEL]: 1 - tanh^2 */
+    real *S, *dP;   /* [key][PANEL]; or they lie in the places of P and dS */
+    packed *P, *dS; /* of the block of queries, left operands: [key][packs of query] */
+    packed *dS_b;   /* dS as a right operand: [packs of key][query] */
+    real *dtanh;    /* [key][PANEL]: 1 - tanh^2 */
     real *mask_rows, *bias;
-    real *row;        /* one of O and one of dO; LANES rows of sums and their transpose */
-    real *dQ;         /* LANES rows, where dQ is summed up transposed */
-    real *dbias;      /* [key][PANEL] */
+    real *row;   /* one of O and one of dO; LANES rows of sums and their transpose */
+    real *dQ;    /* LANES rows, where dQ is summed up transposed */
+    real *dbias; /* [key][PANEL] */
 };
 
 /* Rows of P and dS: a line more than the block of queries has, lest a column of them lie in few sets of the cache. */

@@ -8,10 +8,10 @@
  *     when the block after has added its part: dQ of the run += dQ */
 
 struct decode_backward_scratch {
-    real *Q, *dO, *dQ; /* [DECODE_ROWS][padded(dim)] */
+    real *Q, *dO, *dQ;        /* [DECODE_ROWS][padded(dim)] */
     packed *Q_pack, *dO_pack; /* for scores */
-    packed *dS_pack; /* for dQ; or it lies in the place of dS */
-    real *S, *dP, *dtanh; /* [DECODE_KEYS][R]; P and dS in their places */
+    packed *dS_pack;          /* for dQ; or it lies in the place of dS */
+    real *S, *dP, *dtanh;     /* [DECODE_KEYS][R]; P and dS in their places */
     packed *rows, *K, *K_rows;
     real *row, *bias_rows, *mask_rows, *bias;
 };

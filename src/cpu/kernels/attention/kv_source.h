@@ -101,7 +101,7 @@ static int64_t kv_chunk_keys(const struct kv_source *source, int R)
 /* Decode's walk over a block of K, then of V, or the other way round. */
 struct decode_walk {
     const struct kv_source *source, *after; /* which is read, and which after this block */
-    int64_t key, block, then; /* the block's first key and its keys; of `after`, the first key */
+    int64_t key, block, then;               /* the block's first key and its keys; of `after`, the first key */
     int R;
 };
 
@@ -133,7 +133,7 @@ static struct prefetch_cursor panel_cursor(const struct panel *panel, int64_t n,
 /* A panel's visit of keys of a block, in the walk of a chunk. */
 struct visit {
     int first_of_block, first_of_panel, last_of_panel;
-    int64_t panel, panels; /* its number, and how many the chunk has */
+    int64_t panel, panels;    /* its number, and how many the chunk has */
     int64_t keys, next_block; /* how many; the first key of the next block, or -1: there is none */
 };
 

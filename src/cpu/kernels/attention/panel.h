@@ -15,8 +15,8 @@ static inline int64_t round_up_queries(int64_t queries)
 
 struct panel {
     struct sequence seq;
-    int64_t lanes; /* queries in it; the lanes beyond repeat the last */
-    int vectors; /* that hold them, in whole units */
+    int64_t lanes;                   /* queries in it; the lanes beyond repeat the last */
+    int vectors;                     /* that hold them, in whole units */
     int64_t head[PANEL], row[PANEL]; /* query head and query of each lane */
     /* What the band leaves (block_range.h): of each lane, its first and last key, none if low > high; keys outside of
      * any_low..any_high are seen by no lane, those within all_low..all_high by all; those before vector_low by neither

@@ -110,8 +110,8 @@ struct decode_tile {
     int R;
     int64_t key, n, whole;
     real *S;
-    real *dtanh;     /* for 1 - tanh^2; or NULL */
-    real *bias_rows; /* room for the biases */
+    real *dtanh;      /* for 1 - tanh^2; or NULL */
+    real *bias_rows;  /* room for the biases */
     const real *bias; /* [key][PANEL]; or NULL */
 };
 

@@ -3,7 +3,7 @@
 
 struct dS_epilogue {
     real factor;
-    const real *bias; /* [key][PANEL], added to the scores; or NULL */
+    const real *bias;  /* [key][PANEL], added to the scores; or NULL */
     const real *L, *D; /* [PANEL] */
     struct gradients to;
     struct prefetch_cursor *next; /* two, which tiles move on in turn; or NULL */

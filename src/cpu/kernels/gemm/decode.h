@@ -12,7 +12,7 @@
 
 #define DECODE_ROWS LANES /* most queries, and most of backward */
 #define DECODE_BACKWARD_ROWS (LANES / 2)
-#define DECODE_KEYS 64 /* of a block: whole tiles and vectors on every instruction set */
+#define DECODE_KEYS 64      /* of a block: whole tiles and vectors on every instruction set */
 #define KV_CHUNK_BYTES 8192 /* of K or V: with the next one, a part of the first-level cache */
 
 /* Accumulators of a register tile: keys whose scores are computed together. */

@@ -5,8 +5,8 @@
 struct exp2_epilogue {
     real factor;
     const real *bias; /* [key][PANEL], added to the scores; or NULL */
-    const real *m; /* [PANEL] */
-    real *l; /* [PANEL]: the sums of P are added to it */
+    const real *m;    /* [PANEL] */
+    real *l;          /* [PANEL]: the sums of P are added to it */
     struct packed_b P;
 };
 

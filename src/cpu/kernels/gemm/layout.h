@@ -53,15 +53,15 @@ typedef real packed;
 #define PANEL (PANEL_VECTORS * LANES)
 
 enum {
-    PACK_ELEMENTS = K_PACK, /* numbers of a pack */
-    P_IN_PLACE = !USE_AMX, /* forward: P may be written over the S that it is made from */
-    GRADIENTS_IN_PLACE = K_PACK == 1, /* backward: S and dP may lie where P and dS will */
+    PACK_ELEMENTS = K_PACK,             /* numbers of a pack */
+    P_IN_PLACE = !USE_AMX,              /* forward: P may be written over the S that it is made from */
+    GRADIENTS_IN_PLACE = K_PACK == 1,   /* backward: S and dP may lie where P and dS will */
     INTERLEAVED_IN_PLACE = K_PACK == 1, /* row-major packs are k-interleaved ones, too */
     OPERANDS_AS_GIVEN = K_PACK > 1, /* Q and dO are multiplied as the caller gave them: factors come after products */
-    PREFETCH_BY_PACK = !USE_AMX, /* products take a cursor and prefetch evenly; else only gemm_exp2 does */
-    PREFETCH_O = K_PACK == 1, /* fetching O before it is written pays */
-    FACTOR_AFTER_GEMM = USE_AMX, /* gemm_dS leaves the factor of S to the exponentials */
-    TRANSPOSED_DQ = USE_AMX, /* dS K is made as its transpose */
+    PREFETCH_BY_PACK = !USE_AMX,    /* products take a cursor and prefetch evenly; else only gemm_exp2 does */
+    PREFETCH_O = K_PACK == 1,       /* fetching O before it is written pays */
+    FACTOR_AFTER_GEMM = USE_AMX,    /* gemm_dS leaves the factor of S to the exponentials */
+    TRANSPOSED_DQ = USE_AMX,        /* dS K is made as its transpose */
     RESCALE_KEYS = USE_AMX ? KEY_UNIT : 48, /* keys from which m is estimated anew where it is stale */
 };
 

@@ -15,7 +15,8 @@ typedef __m512 vec;
 #define SHORT_ROWS 6
 #define SHORT_K_PACKS 16
 #define DECODE_ACCUMULATORS 16
-#ifndef __clang__ /* which then keeps sums in memory */
+/* clang would then keep sums in memory. */
+#ifndef __clang__
 #define TILE_UNROLL _Pragma("GCC unroll 4") /* processors foresee the end of a loop of few rounds */
 #define PART_UNROLL _Pragma("GCC unroll 2")
 #endif
