@@ -144,7 +144,7 @@ def flash_attention(
             "may be bfloat16"
         )
     mask, bias = subclasses.split(attn_mask)
-    given = [tensor for tensor in (query, key, value, mask, alibi_slopes) if tensor is not None]
+    given = [query, key, value, *(tensor for tensor in (mask, alibi_slopes) if tensor is not None)]
     if not by_operator and needs_operator(*given):
         by_operator = True
         if subclasses.have_torch_function(*given):
