@@ -7,6 +7,8 @@
 
 static _Thread_local char sentence[512];
 
+#undef mfa_fail /* what error.h makes of it for clang-tidy */
+
 mfa_status mfa_fail(mfa_status status, const char *format, ...)
 {
     char text[sizeof sentence + 1]; /* arguments may point to the last sentence; one byte more, to tell what is cut */

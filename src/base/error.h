@@ -11,6 +11,9 @@ __attribute__((format(printf, 2, 3)))
 #endif
 mfa_status
 mfa_fail(mfa_status status, const char *format, ...);
+#ifdef __clang_analyzer__ /* which sees a declaration only, and so not that the result is `status` */
+#define mfa_fail(status, ...) ((void)mfa_fail(status, __VA_ARGS__), (status))
+#endif
 
 /* How many bytes of `text` fit into `most` bytes: all of them, or as many as end with a complete UTF-8 character. */
 size_t mfa_error_fit(const char *text, size_t most);

@@ -53,10 +53,11 @@ static mfa_status open_backend(const struct mfa_backend *backend, const mfa_cont
 /* Returns 0 if there is no memory. A folder whose path is too long counts as no folder. */
 static int find_folders(mfa_context_options *options, mfa_context *context)
 {
-    char given[MFA_FILE_PATH], folder[MFA_FILE_PATH];
-    if (!options->cache && mfa_file_cache_folder(given))
-        options->cache = given;
-    if (options->cache && mfa_file_absolute(options->cache, folder) && !(context->cache = strdup(folder)))
+    char users[MFA_FILE_PATH], folder[MFA_FILE_PATH];
+    const char *cache = options->cache;
+    if (!cache && mfa_file_cache_folder(users))
+        cache = users;
+    if (cache && mfa_file_absolute(cache, folder) && !(context->cache = strdup(folder)))
         return 0;
     options->cache = context->cache;
     return !mfa_file_shipped_folder(folder) || (context->shipped = strdup(folder));

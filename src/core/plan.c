@@ -78,8 +78,8 @@ static mfa_status check_extent(const struct mfa_plan *plan, const struct mfa_ope
         return mfa_fail(MFA_INVALID,
                         "%s begins at byte %llu and has elements from %llu bytes before that to %llu after; its buffer "
                         "must hold them, but has %llu bytes",
-                        operand->name, (unsigned long long)offset, (unsigned long long)(below * element),
-                        (unsigned long long)(above * element), (unsigned long long)length);
+                        operand->name, (unsigned long long)offset, (unsigned long long)below * element,
+                        (unsigned long long)above * element, (unsigned long long)length);
     return MFA_OK;
 }
 

@@ -157,7 +157,7 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
     const struct mfa_args *a = &call->args;
     int64_t rows = (int64_t)call->panels * kernels->panel;
     int64_t q_blocks = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
-    int64_t all = a->batch * a->kv_heads, by_block = all < 2 * workers ? all : workers + all % workers;
+    int64_t all = a->batch * a->kv_heads, by_block = all < (int64_t)2 * workers ? all : workers + all % workers;
     struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - by_block, by_block,
                           mfa_cpu_ceil(a->kv_len, call->block_kv)};
     mfa_cpu_threads_run(threads, workers, q_blocks, kernels->backward_preprocess, call);

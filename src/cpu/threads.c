@@ -406,8 +406,9 @@ static int least_quota(const char *root, const char *path)
         return read_quota(root);
     int least = read_quota(folder);
     while (length > root_length) {
-        while (length > root_length && folder[--length] != '/') {
-        }
+        do
+            length--;
+        while (length > root_length && folder[length] != '/');
         folder[length] = '\0';
         const int quota = read_quota(folder);
         least = quota < least ? quota : least;

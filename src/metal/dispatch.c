@@ -88,7 +88,7 @@ static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *ch
         numbers = times(numbers, (uint64_t)p->value_dim + 2);
     } else {
         const struct mfa_metal_grid t = bias_grid(p);
-        numbers = times((uint64_t)groups_of(&t), MFA_METAL_BIAS_BLOCK * MFA_METAL_BIAS_BLOCK);
+        numbers = times((uint64_t)groups_of(&t), (uint64_t)MFA_METAL_BIAS_BLOCK * MFA_METAL_BIAS_BLOCK);
     }
     return times(times(numbers, (uint64_t)mfa_metal_tiling_of(choice).splits), sizeof(float));
 }

@@ -142,7 +142,7 @@ const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, 
 
 int32_t mfa_metal_tiles_columns(const struct mfa_metal_tile *tile, int64_t dim)
 {
-    return (int32_t)(ceil_of(dim, 8 * tile->split) * 8 * tile->split);
+    return (int32_t)(ceil_of(dim, (int64_t)8 * tile->split) * 8 * tile->split);
 }
 
 int32_t mfa_metal_tiles_threads(const struct mfa_metal_tile *tile)
@@ -162,7 +162,7 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
     bytes[0] = tile->shared ? (int32_t)wider(first, second) : first + second;
     if (tile->key_groups > 1) { /* attention_decode merges its simdgroups' results there at the end */
         const int32_t O = (tile->key_groups - 1) * E / 8;
-        bytes[0] = (int32_t)wider(bytes[0], (simdgroups + O) * fragment);
+        bytes[0] = (int32_t)wider(bytes[0], (int64_t)(simdgroups + O) * fragment);
     }
     const int32_t scores = tile_rows / tile->key_groups / 8 * (kernel >= MFA_METAL_BACKWARD_DQ ? 2 : 1);
     bytes[1] = tile->split > 1 ? simdgroups * scores * fragment : 16;
