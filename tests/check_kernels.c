@@ -54,7 +54,7 @@ static const char *const orders[ORDERS] = {"alone", "two in turn", "two apart", 
 /* How a pass is cut into tasks. */
 struct tiling {
     int decode, panels, block_kv;
-    int splits;  /* forward */
+    int splits; /* forward */
     int own_dQ; /* backward: dQ is summed in itself */
 };
 
@@ -163,17 +163,18 @@ static void make_call(struct test_run *t)
         fprintf(stderr, "%s: %s\n", t->test_case->text, mfa_last_error());
         exit(2);
     }
-    t->call = (struct mfa_cpu_call){.args = mfa_problem_args(&p),
-                                    .scale = p.scale,
-                                    .softcap = p.softcap,
-                                    .dS_factor = 1,
-                                    .dtype = p.dtype,
-                                    .features = mfa_key_features(&p),
-                                    .mask_dtype = p.mask_dtype,
-                                    .block_kv = t->tiling.block_kv,
-                                    .panels = t->tiling.panels,
-                                    .decode = t->tiling.decode,
-                                    .splits = t->tiling.splits,
+    t->call = (struct mfa_cpu_call){
+        .args = mfa_problem_args(&p),
+        .scale = p.scale,
+        .softcap = p.softcap,
+        .dS_factor = 1,
+        .dtype = p.dtype,
+        .features = mfa_key_features(&p),
+        .mask_dtype = p.mask_dtype,
+        .block_kv = t->tiling.block_kv,
+        .panels = t->tiling.panels,
+        .decode = t->tiling.decode,
+        .splits = t->tiling.splits,
 #define INPUT(name, ...) .name = address(&b->name),
 #define RESULT(name, ...) .name = address(&b->name),
 #define RESULT_LIKE(name, ...) .name = address(&b->name),

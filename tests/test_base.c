@@ -184,10 +184,8 @@ int main(void)
         cmocka_unit_test(test_number_by_a_handler), /* the first */
         cmocka_unit_test(test_number_without_handlers),
 #endif
-        cmocka_unit_test(test_long_sentence),
-        cmocka_unit_test(test_kept_text),
-        cmocka_unit_test(test_number_of_a_child),
-        cmocka_unit_test(test_lock_held_in_the_parent),
+        cmocka_unit_test(test_long_sentence),           cmocka_unit_test(test_kept_text),
+        cmocka_unit_test(test_number_of_a_child),       cmocka_unit_test(test_lock_held_in_the_parent),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -52,11 +52,16 @@ static mfa_status fake_supports(void *state, const mfa_problem *problem)
 static void fake_choose(void *state, const mfa_problem *problem, int simpler, struct mfa_choice *choice)
 {
     (void)state;
-    *choice = (struct mfa_choice){.key = {.pass = problem->pass, .dtype = problem->dtype,
+    *choice = (struct mfa_choice){.key = {.pass = problem->pass,
+                                          .dtype = problem->dtype,
                                           .head_dim = (int32_t)problem->head_dim,
-                                          .value_dim = (int32_t)problem->value_dim, .block_q = simpler ? 16 : 32,
-                                          .block_kv = 64, .mask_dtype = problem->dtype, .machine = "apple9"},
-                                  .threads = 2, .shared = shared,
+                                          .value_dim = (int32_t)problem->value_dim,
+                                          .block_q = simpler ? 16 : 32,
+                                          .block_kv = 64,
+                                          .mask_dtype = problem->dtype,
+                                          .machine = "apple9"},
+                                  .threads = 2,
+                                  .shared = shared,
                                   .per_thread = (uint64_t)problem->q_len * 8};
 }
 
@@ -145,11 +150,20 @@ static mfa_status fake_launch(void *state, const void *kernel, const mfa_problem
     return MFA_OK;
 }
 
-static const struct mfa_backend fake = {
-    .name = "fake", .device = MFA_DEVICE_CPU, .open = fake_open, .close = fake_close, .supports = fake_supports,
-    .choose = fake_choose, .library_suffix = ".lib", .stamp = fake_stamp, .library_stamp = fake_library_stamp,
-    .text = fake_text, .compile = fake_compile, .load = fake_load, .unload = fake_unload,
-    .launch = fake_launch};
+static const struct mfa_backend fake = {.name = "fake",
+                                        .device = MFA_DEVICE_CPU,
+                                        .open = fake_open,
+                                        .close = fake_close,
+                                        .supports = fake_supports,
+                                        .choose = fake_choose,
+                                        .library_suffix = ".lib",
+                                        .stamp = fake_stamp,
+                                        .library_stamp = fake_library_stamp,
+                                        .text = fake_text,
+                                        .compile = fake_compile,
+                                        .load = fake_load,
+                                        .unload = fake_unload,
+                                        .launch = fake_launch};
 
 static mfa_status absent_open(const mfa_context_options *options, void **state)
 {
@@ -505,10 +519,12 @@ static void test_extents(void **state)
         uint64_t offset, length; /* of k: 3 rows of 8 */
         int fits;
     } cases[] = {
-        {8, 1, 0, 96, 1},     {8, 1, 0, 95, 0},    {8, 1, 4, 96, 0},  {8, 1, 4, 100, 1}, {0, 0, 0, 4, 1},
-        {-8, 1, 64, 96, 1},   {-8, 1, 60, 96, 0},  {-8, 1, 64, 95, 0}, {8, -1, 28, 96, 1}, {8, -1, 24, 96, 0},
-        {-8, -1, 92, 96, 1},  {-8, -1, 88, 96, 0}, {-8, -1, 92, 95, 0}, {8, 1, 200, 96, 0},
-        {INT64_C(1) << 58, 1, 0, UINT64_MAX, 1},   {INT64_C(1) << 58, 1, UINT64_MAX - 63, UINT64_MAX, 0},
+        /* clang-format off */
+        {8, 1, 0, 96, 1},    {8, 1, 0, 95, 0},    {8, 1, 4, 96, 0},    {8, 1, 4, 100, 1},  {0, 0, 0, 4, 1},
+        {-8, 1, 64, 96, 1},  {-8, 1, 60, 96, 0},  {-8, 1, 64, 95, 0},  {8, -1, 28, 96, 1}, {8, -1, 24, 96, 0},
+        {-8, -1, 92, 96, 1}, {-8, -1, 88, 96, 0}, {-8, -1, 92, 95, 0}, {8, 1, 200, 96, 0},
+        {INT64_C(1) << 58, 1, 0, UINT64_MAX, 1},  {INT64_C(1) << 58, 1, UINT64_MAX - 63, UINT64_MAX, 0},
+        /* clang-format on */
     };
     mfa_context_options options = {.size = sizeof options, .cache = folder};
     mfa_context *context = NULL;
@@ -519,8 +535,8 @@ static void test_extents(void **state)
         mfa_problem_init(&problem, 1, 1, 1, 2, 3, 8, 8);
         problem.k_layout.row = cases[n].row, problem.k_layout.column = cases[n].column;
         length = cases[n].length;
-        const mfa_buffers buffers = {.size = sizeof buffers, .q = {&all, 0}, .k = {&length, cases[n].offset},
-                                     .v = {&all, 0}, .o = {&all, 0}};
+        const mfa_buffers buffers = {
+            .size = sizeof buffers, .q = {&all, 0}, .k = {&length, cases[n].offset}, .v = {&all, 0}, .o = {&all, 0}};
         const mfa_status status = mfa_attention(context, &problem, &buffers, NULL);
         assert_int_equal(status, cases[n].fits ? MFA_OK : MFA_INVALID);
         if (!cases[n].fits)
@@ -535,8 +551,12 @@ static void test_extents(void **state)
         mfa_problem problem;
         mfa_problem_init(&problem, 1, 1, 1, 2, 3, 8, 8);
         memory[0] = workspaces[n].length;
-        const mfa_buffers buffers = {.size = sizeof buffers, .q = {&all, 0}, .k = {&all, 0}, .v = {&all, 0},
-                                     .o = {&all, 0}, .workspace = {memory, workspaces[n].offset},
+        const mfa_buffers buffers = {.size = sizeof buffers,
+                                     .q = {&all, 0},
+                                     .k = {&all, 0},
+                                     .v = {&all, 0},
+                                     .o = {&all, 0},
+                                     .workspace = {memory, workspaces[n].offset},
                                      .workspace_size = workspaces[n].size};
         const mfa_status status = mfa_attention(context, &problem, &buffers, NULL);
         assert_int_equal(status, workspaces[n].fits ? MFA_OK : MFA_INVALID);
@@ -551,9 +571,9 @@ static void test_extents(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_compiled_once), TEST(test_failures),    TEST(test_folders_that_cannot_be_written),
-        TEST(test_next_choice),   TEST(test_precompile),  TEST(test_precompile_failures),
-        TEST(test_many_threads),  TEST(test_workspace),   TEST(test_fork_while_loading),
+        TEST(test_compiled_once), TEST(test_failures),   TEST(test_folders_that_cannot_be_written),
+        TEST(test_next_choice),   TEST(test_precompile), TEST(test_precompile_failures),
+        TEST(test_many_threads),  TEST(test_workspace),  TEST(test_fork_while_loading),
         TEST(test_extents),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

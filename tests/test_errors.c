@@ -31,6 +31,7 @@ static mfa_problem parsed(const char *text)
     return problem;
 }
 
+/* clang-format off */
 static void not_a_pass(mfa_problem *p) { p->pass = 2; }
 static void not_a_device(mfa_problem *p) { p->device = 9; }
 static void not_a_dtype(mfa_problem *p) { p->dtype = 4; }
@@ -59,8 +60,13 @@ static void o_lies_over_itself(mfa_problem *p) { p->o_layout.row = 0; }
 static void lse_lies_over_itself(mfa_problem *p) { p->lse_layout.head = 0; }
 static void no_backend(mfa_problem *p) { p->device = MFA_DEVICE_METAL; }
 static void dq_lies_over_itself(mfa_problem *p) { p->pass = MFA_BACKWARD; p->dq_layout.column = 0; }
+/* clang-format on */
 
-static const struct { void (*spoil)(mfa_problem *problem); mfa_status status; const char *words; } rejected[] = {
+static const struct {
+    void (*spoil)(mfa_problem *problem);
+    mfa_status status;
+    const char *words;
+} rejected[] = {
     {not_a_pass, MFA_INVALID, "pass is 2"},
     {not_a_device, MFA_INVALID, "device is 9"},
     {not_a_dtype, MFA_INVALID, "dtype is 4"},
@@ -101,8 +107,12 @@ static void test_rejected_problems(void **state)
     for (size_t n = 0; n < sizeof rejected / sizeof *rejected; n++) {
         mfa_problem problem = parsed("forward f32 b1 h4/2 q8 kv8 d16");
         mfa_plan *const nowhere = (mfa_plan *)untouched, *plan = nowhere;
-        mfa_buffers buffers = {.size = sizeof buffers, .q = {memory, 0}, .k = {memory, 0}, .v = {memory, 0},
-                               .o = {o, 0}, .mask = {memory, 0}};
+        mfa_buffers buffers = {.size = sizeof buffers,
+                               .q = {memory, 0},
+                               .k = {memory, 0},
+                               .v = {memory, 0},
+                               .o = {o, 0},
+                               .mask = {memory, 0}};
         rejected[n].spoil(&problem);
         assert_fails(mfa_problem_supported(test_context, &problem), rejected[n].status, rejected[n].words);
         assert_int_equal(mfa_plan_create(test_context, &problem, &plan), rejected[n].status);
@@ -114,6 +124,7 @@ static void test_rejected_problems(void **state)
     }
 }
 
+/* clang-format off */
 static void no_q(mfa_buffers *b) { b->q.base = NULL; }
 static void no_k(mfa_buffers *b) { b->k.base = NULL; }
 static void no_v(mfa_buffers *b) { b->v.base = NULL; }
@@ -133,8 +144,13 @@ static void some_slopes(mfa_buffers *b) { b->slopes = b->q; }
 static void slopes_off_by_two(mfa_buffers *b) { b->slopes.base = b->q.base, b->slopes.offset = 2; }
 static void some_o_low(mfa_buffers *b) { b->o_low = b->workspace; }
 static void o_low_off_by_a_byte(mfa_buffers *b) { b->o_low.base = b->o.base, b->o_low.offset = 1; }
+/* clang-format on */
 
-static const struct { const char *problem; void (*spoil)(mfa_buffers *buffers); const char *words; } faults[] = {
+static const struct {
+    const char *problem;
+    void (*spoil)(mfa_buffers *buffers);
+    const char *words;
+} faults[] = {
     {"forward f32 b1 h2 q8 kv8 d16", no_q, "q is NULL"},
     {"forward f32 b1 h2 q8 kv8 d16", no_k, "k is NULL"},
     {"forward f32 b1 h2 q8 kv8 d16", no_v, "v is NULL"},
@@ -170,8 +186,13 @@ static void test_rejected_buffers(void **state)
         mfa_problem problem = parsed(faults[n].problem);
         mfa_plan *plan;
         int backward = problem.pass == MFA_BACKWARD;
-        mfa_buffers buffers = {.size = sizeof buffers, .q = {input, 0}, .k = {input, 0}, .v = {input, 0},
-                               .o = {output[0], 0}, .lse = {output[1], 0}, .workspace = {workspace, 0},
+        mfa_buffers buffers = {.size = sizeof buffers,
+                               .q = {input, 0},
+                               .k = {input, 0},
+                               .v = {input, 0},
+                               .o = {output[0], 0},
+                               .lse = {output[1], 0},
+                               .workspace = {workspace, 0},
                                .workspace_size = sizeof workspace};
         if (problem.mask)
             buffers.mask.base = input;
@@ -232,7 +253,11 @@ static void test_context_options(void **state)
 #else
     const char *elsewhere = "neon";
 #endif
-    const struct { mfa_context_options options; mfa_status status; const char *words; } wrong[] = {
+    const struct {
+        mfa_context_options options;
+        mfa_status status;
+        const char *words;
+    } wrong[] = {
         {{.size = 8}, MFA_INVALID, "size of mfa_context_options"},
         {{.size = sizeof(mfa_context_options), .threads = -1}, MFA_INVALID, "threads is -1"},
         {{.size = sizeof(mfa_context_options), .reserved = 1}, MFA_INVALID, "reserved is 1"},
@@ -280,8 +305,14 @@ static void test_out_of_memory(void **state)
     mfa_problem_init(&problem, 1, 1, 1, INT64_C(1) << 43, 1, 1, 1);
     problem.pass = MFA_BACKWARD;
     problem.dtype = MFA_F64;
-    mfa_buffers buffers = {.size = sizeof buffers, .q = {&element, 0}, .k = {&element, 0}, .v = {&element, 0},
-                           .o = {&element, 0}, .lse = {&element, 0}, .d_o = {&element, 0}, .dq = {&element, 0}};
+    mfa_buffers buffers = {.size = sizeof buffers,
+                           .q = {&element, 0},
+                           .k = {&element, 0},
+                           .v = {&element, 0},
+                           .o = {&element, 0},
+                           .lse = {&element, 0},
+                           .d_o = {&element, 0},
+                           .dq = {&element, 0}};
     assert_fails(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OUT_OF_MEMORY, "workspace");
     assert_true(element == untouched);
 }
@@ -309,8 +340,14 @@ static void test_last_error_is_of_its_thread(void **state)
 static void test_status_names(void **state)
 {
     (void)state;
-    static const char *const names[] = {"MFA_OK", "MFA_INVALID", "MFA_UNSUPPORTED", "MFA_UNAVAILABLE",
-                                        "MFA_OUT_OF_MEMORY", "MFA_COMPILE_FAILED", "MFA_DEVICE_FAILED", "MFA_INTERNAL"};
+    static const char *const names[] = {"MFA_OK",
+                                        "MFA_INVALID",
+                                        "MFA_UNSUPPORTED",
+                                        "MFA_UNAVAILABLE",
+                                        "MFA_OUT_OF_MEMORY",
+                                        "MFA_COMPILE_FAILED",
+                                        "MFA_DEVICE_FAILED",
+                                        "MFA_INTERNAL"};
     for (int status = 0; status < 8; status++)
         assert_string_equal(mfa_status_name((mfa_status)status), names[status]);
     assert_string_equal(mfa_status_name((mfa_status)8), "unknown status");
@@ -320,12 +357,9 @@ static void test_status_names(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rejected_problems),
-        cmocka_unit_test(test_rejected_buffers),
-        cmocka_unit_test(test_null_arguments),
-        cmocka_unit_test(test_context_options),
-        cmocka_unit_test(test_out_of_memory),
-        cmocka_unit_test(test_last_error_is_of_its_thread),
+        cmocka_unit_test(test_rejected_problems), cmocka_unit_test(test_rejected_buffers),
+        cmocka_unit_test(test_null_arguments),    cmocka_unit_test(test_context_options),
+        cmocka_unit_test(test_out_of_memory),     cmocka_unit_test(test_last_error_is_of_its_thread),
         cmocka_unit_test(test_status_names),
     };
     report_begin("test_errors", 0);

@@ -57,11 +57,11 @@ static const struct {
     mfa_status (*plan_describe)(const mfa_plan *, char *, size_t);
     mfa_status (*plan_run)(const mfa_plan *, const mfa_buffers *, void *);
     mfa_status (*attention)(mfa_context *, const mfa_problem *, const mfa_buffers *, void *);
-} mfa = {mfa_version,         mfa_last_error,      mfa_status_name,     mfa_isa_name,
-         mfa_isa_supported,   mfa_context_create,
-         mfa_context_destroy, mfa_context_set_threads, mfa_problem_init, mfa_problem_print,
-         mfa_problem_parse,   mfa_problem_supported, mfa_plan_create,   mfa_plan_destroy,
-         mfa_plan_workspace,  mfa_plan_describe,   mfa_plan_run,        mfa_attention};
+} mfa = {mfa_version,       mfa_last_error,     mfa_status_name,     mfa_isa_name,
+         mfa_isa_supported, mfa_context_create, mfa_context_destroy, mfa_context_set_threads,
+         mfa_problem_init,  mfa_problem_print,  mfa_problem_parse,   mfa_problem_supported,
+         mfa_plan_create,   mfa_plan_destroy,   mfa_plan_workspace,  mfa_plan_describe,
+         mfa_plan_run,      mfa_attention};
 
 static int passed, failed;
 

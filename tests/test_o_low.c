@@ -20,7 +20,7 @@ enum { SEED = 1 };
 static const char *const dtypes[] = {"f16", "bf16"};
 
 static void open_test_case(struct test_case *test_case, struct one_case *one, const char *dtype, const char *rest,
-                         uint64_t seed)
+                           uint64_t seed)
 {
     char text[CASE_TEXT];
     snprintf(text, sizeof text, "both %s %s", dtype, rest);
@@ -96,8 +96,8 @@ static void test_older_struct(void **state)
     mfa_problem problem;
     mfa_problem_init(&problem, 1, 1, 1, ROWS, ROWS, DIM, DIM);
     problem.dtype = MFA_F16;
-    mfa_buffers buffers = {.size = offsetof(mfa_buffers, o_low), .q = {in, 0}, .k = {in, 0}, .v = {in, 0},
-                           .o = {o, 0}, .o_low = {low, 0}};
+    mfa_buffers buffers = {
+        .size = offsetof(mfa_buffers, o_low), .q = {in, 0}, .k = {in, 0}, .v = {in, 0}, .o = {o, 0}, .o_low = {low, 0}};
     for (int n = 0; n < ROWS * DIM; n++)
         element_store(MFA_F16, in, n, 0.1 + 0.01 * n), low[n] = untouched[n] = 0xa5a5;
     assert_int_equal(buffers.size, 224);
@@ -126,8 +126,8 @@ static void test_overflow(void **state)
         for (int c = 0; c < COLUMNS; c++)
             for (int j = 0; j < 3; j++)
                 element_store(dtype, v, j * COLUMNS + c, c % 3 == 0 ? INFINITY : c % 3 == 1 ? largest : 1 + j * 0.25);
-        const mfa_buffers buffers = {.size = sizeof buffers, .q = {&q, 0}, .k = {&q, 0}, .v = {v, 0}, .o = {o, 0},
-                                     .o_low = {low, 0}};
+        const mfa_buffers buffers = {
+            .size = sizeof buffers, .q = {&q, 0}, .k = {&q, 0}, .v = {v, 0}, .o = {o, 0}, .o_low = {low, 0}};
         assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
         for (int c = 0; c < COLUMNS; c++) {
             const double O = element_load(dtype, o, c), rest = element_load(dtype, low, c);

@@ -127,7 +127,8 @@ static void test_plan_and_one_call_are_the_same(void **state)
                     buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias =
                         (mfa_buffer){NULL, 0};
                 assert_int_equal(form == FORMS - 1 ? mfa_plan_run(plan, &buffers, NULL)
-                                          : operands_run(&operands, test_context, form), MFA_OK);
+                                                   : operands_run(&operands, test_context, form),
+                                 MFA_OK);
                 mfa_plan_destroy(plan);
                 assert_null(operands_collect(&operands, &results[form]));
                 if (pass == 0)
@@ -151,8 +152,8 @@ static void test_empty_problems(void **state)
     float row[8] = {1, 2, 3, 4, 5, 6, 7, 8}, o[8], lse[2], dk[8], dv[8], dq[8];
     mfa_problem problem;
     mfa_problem_init(&problem, 1, 2, 2, 1, 0, 4, 4); /* no keys: zeros, and L = -inf */
-    mfa_buffers buffers = {.size = sizeof buffers, .q = {row, 0}, .k = {row, 0}, .v = {row, 0},
-                           .o = {o, 0}, .lse = {lse, 0}};
+    mfa_buffers buffers = {
+        .size = sizeof buffers, .q = {row, 0}, .k = {row, 0}, .v = {row, 0}, .o = {o, 0}, .lse = {lse, 0}};
     memset(o, 0xff, sizeof o);
     assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     for (int at = 0; at < 8; at++)
@@ -199,8 +200,12 @@ static void test_backward_takes_merged_results(void **state)
         int first = part == 2 ? CUT : 0, end = part == 1 ? CUT : KV;
         mfa_problem_init(&problem, 1, 1, 1, Q, end - first, D, D);
         problem.dtype = MFA_F64;
-        mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {kv[0] + first * D, 0},
-                               .v = {kv[1] + first * D, 0}, .o = {o[part], 0}, .lse = {lse[part], 0}};
+        mfa_buffers buffers = {.size = sizeof buffers,
+                               .q = {q, 0},
+                               .k = {kv[0] + first * D, 0},
+                               .v = {kv[1] + first * D, 0},
+                               .o = {o[part], 0},
+                               .lse = {lse[part], 0}};
         assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     }
     for (int i = 0; i < Q; i++) { /* into part 1 */
@@ -219,9 +224,15 @@ static void test_backward_takes_merged_results(void **state)
         mfa_problem_init(&problem, 1, 1, 1, Q, end - first, D, D);
         problem.dtype = MFA_F64;
         problem.pass = MFA_BACKWARD;
-        mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {kv[0] + first * D, 0},
-                               .v = {kv[1] + first * D, 0}, .o = {o[part > 0], 0}, .lse = {lse[part > 0], 0},
-                               .d_o = {d_o, 0}, .dq = {dq[part], 0}, .dk = {dk[part > 0] + first * D, 0},
+        mfa_buffers buffers = {.size = sizeof buffers,
+                               .q = {q, 0},
+                               .k = {kv[0] + first * D, 0},
+                               .v = {kv[1] + first * D, 0},
+                               .o = {o[part > 0], 0},
+                               .lse = {lse[part > 0], 0},
+                               .d_o = {d_o, 0},
+                               .dq = {dq[part], 0},
+                               .dk = {dk[part > 0] + first * D, 0},
                                .dv = {dv[part > 0] + first * D, 0}};
         assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
     }
@@ -247,8 +258,13 @@ static void test_lowest_finite_mask(void **state)
             mask[at] = at % KV % 7 == 0 && at % KV > 140 && at < (Q - 1) * KV ? 0.5F : lowest ? -FLT_MAX : -INFINITY;
         mfa_problem_init(&problem, 1, 1, 1, Q, KV, D, D);
         problem.mask = MFA_MASK_ADDITIVE;
-        mfa_buffers buffers = {.size = sizeof buffers, .q = {q, 0}, .k = {q, 0}, .v = {q, 0}, .mask = {mask, 0},
-                               .o = {o[lowest], 0}, .lse = {lse[lowest], 0}};
+        mfa_buffers buffers = {.size = sizeof buffers,
+                               .q = {q, 0},
+                               .k = {q, 0},
+                               .v = {q, 0},
+                               .mask = {mask, 0},
+                               .o = {o[lowest], 0},
+                               .lse = {lse[lowest], 0}};
         assert_int_equal(mfa_attention(test_context, &problem, &buffers, NULL), MFA_OK);
         problem.pass = MFA_BACKWARD;
         buffers.d_o.base = q;

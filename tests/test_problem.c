@@ -374,8 +374,9 @@ static void test_parsed_values(void **state)
 {
     (void)state;
     mfa_problem problem;
-    assert_int_equal(mfa_problem_parse("  backward\tbf16 b2 h6/3 q5 kv7 d16v8 mask_f16 softcap2.5 causal lower-3\n",
-                                       &problem), MFA_OK);
+    assert_int_equal(
+        mfa_problem_parse("  backward\tbf16 b2 h6/3 q5 kv7 d16v8 mask_f16 softcap2.5 causal lower-3\n", &problem),
+        MFA_OK);
     mfa_problem expected;
     mfa_problem_make(&expected, 2, 6, 3, 5, 7, 16, 8);
     expected.pass = MFA_BACKWARD;
@@ -421,7 +422,8 @@ static void test_parse_errors(void **state)
         {"forward f32 b1 h8 q1 kv1 d8 causal upper3", "\"upper3\" in the problem; this option was given before"},
         {"forward f32 b1 h8 q1 kv1 d8 mask_bool mask_f32", "\"mask_f32\" in the problem; this option was given before"},
         {"forward f32 b1 h8 q1 kv1 d8 "
-         "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "is not a word"},
+         "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+         "is not a word"},
         {"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\xc3\xa9", "aaa...\" is not a word"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -452,8 +454,8 @@ static void test_keys(void **state)
 {
     (void)state;
     char text[MFA_KEY_TEXT];
-    struct mfa_key key = {MFA_FORWARD,      MFA_VARIANT_TILED, MFA_F16, 128, 128, 32, 64,
-                          MFA_FEATURE_BAND, MFA_F16,           "apple9"};
+    struct mfa_key key = {MFA_FORWARD, MFA_VARIANT_TILED, MFA_F16, 128,     128, 32,
+                          64,          MFA_FEATURE_BAND,  MFA_F16, "apple9"};
     mfa_key_print(&key, text);
     assert_string_equal(text, "forward_f16_d128_q32_k64_band_apple9");
     key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_TILED, MFA_F32, 96, 64, 48, 192, 0, MFA_F32, "avx512"};
@@ -468,8 +470,8 @@ static void test_keys(void **state)
     key.pass = MFA_FORWARD;
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
-    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX, INT32_MIN, INT32_MIN, 31,
-                           MFA_BF16, "sixteen_letters"};
+    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX,
+                           INT32_MIN,    INT32_MIN,          31,       MFA_BF16,  "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
     assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sixteen_letters!"));
@@ -504,13 +506,13 @@ static void test_kernel_words(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_members),      cmocka_unit_test(test_empty),
-        cmocka_unit_test(test_overflow),     cmocka_unit_test(test_layouts_of_the_pass),
-        cmocka_unit_test(test_canonical),    cmocka_unit_test(test_roles),
-        cmocka_unit_test(test_lines),        cmocka_unit_test(test_any_problem),
+        cmocka_unit_test(test_members),       cmocka_unit_test(test_empty),
+        cmocka_unit_test(test_overflow),      cmocka_unit_test(test_layouts_of_the_pass),
+        cmocka_unit_test(test_canonical),     cmocka_unit_test(test_roles),
+        cmocka_unit_test(test_lines),         cmocka_unit_test(test_any_problem),
         cmocka_unit_test(test_print_refuses), cmocka_unit_test(test_parsed_values),
-        cmocka_unit_test(test_parse_errors), cmocka_unit_test(test_foreign_locale),
-        cmocka_unit_test(test_keys),         cmocka_unit_test(test_kernel_words),
+        cmocka_unit_test(test_parse_errors),  cmocka_unit_test(test_foreign_locale),
+        cmocka_unit_test(test_keys),          cmocka_unit_test(test_kernel_words),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -85,11 +85,8 @@ static void check(const char *text, struct shifts by, int backward)
 
 /* More than a panel, a decode step, one with many keys, and the options that change scores. */
 static const char *const shapes[] = {
-    "b1 h2 q100 kv131 d40",
-    "b1 h2 q1 kv131 d40",
-    "b1 h4/2 q3 kv1500 d64 causal",
-    "b1 h1 q60 kv1300 d16 mask_bool",
-    "b1 h2 q70 kv90 d64 softcap4",
+    "b1 h2 q100 kv131 d40",           "b1 h2 q1 kv131 d40",          "b1 h4/2 q3 kv1500 d64 causal",
+    "b1 h1 q60 kv1300 d16 mask_bool", "b1 h2 q70 kv90 d64 softcap4",
 };
 
 static void check_shapes(const char *dtype, struct shifts by, int backward)
@@ -106,8 +103,8 @@ static void check_shapes(const char *dtype, struct shifts by, int backward)
 static void test_scales(void **state)
 {
     static const struct shifts all[] = {
-        {83, 63, 0, 0}, {83, 70, 0, 0}, {-66, -63, 0, 0}, {33, -110, 0, 0}, {-110, 33, 0, 0}, {-60, -110, 0, -10},
-        {80, -80, 0, 0}, {100, 90, 0, 20}, {3, 0, 0, 0}, {0, -7, 0, 0},
+        {83, 63, 0, 0},      {83, 70, 0, 0},  {-66, -63, 0, 0}, {33, -110, 0, 0}, {-110, 33, 0, 0},
+        {-60, -110, 0, -10}, {80, -80, 0, 0}, {100, 90, 0, 20}, {3, 0, 0, 0},     {0, -7, 0, 0},
     };
     (void)state;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {

@@ -69,8 +69,10 @@ static double central_difference(struct inputs *inputs, double *x)
 
 static void differentiate(const char *text, struct variant variant)
 {
-    static const enum reference_tensor pairs[][2] = {{REFERENCE_Q, REFERENCE_dQ}, {REFERENCE_K, REFERENCE_dK},
-                                                     {REFERENCE_V, REFERENCE_dV}, {REFERENCE_MASK, REFERENCE_DBIAS}};
+    static const enum reference_tensor pairs[][2] = {{REFERENCE_Q, REFERENCE_dQ},
+                                                     {REFERENCE_K, REFERENCE_dK},
+                                                     {REFERENCE_V, REFERENCE_dV},
+                                                     {REFERENCE_MASK, REFERENCE_DBIAS}};
     mfa_problem problem;
     struct inputs inputs;
     struct reference results;
@@ -126,9 +128,8 @@ static void test_dbias_of_a_broadcast_mask_is_summed(void **state)
 {
     (void)state;
     for (int along = 1; along < 16; along++)
-        differentiate(
-            "forward f64 b2 h2 q4 kv5 d3 softcap3 mask_f64",
-            (struct variant){.mask_broadcast = along, .dbias_broadcast = along, .dlse = along % 2});
+        differentiate("forward f64 b2 h2 q4 kv5 d3 softcap3 mask_f64",
+                      (struct variant){.mask_broadcast = along, .dbias_broadcast = along, .dlse = along % 2});
 }
 
 /* With Q = 0 every visible key weighs the same: O is their mean, L the logarithm of their number. */
@@ -235,10 +236,14 @@ static void test_conversions(void **state)
 static void test_tolerances_are_a_few_ulp(void **state)
 {
     (void)state;
-    static const struct { const char *text; double max_ulps; } problems[] = {
-        {"forward f32 b1 h1 q64 kv64 d64", 40},  {"forward f16 b1 h1 q64 kv64 d64", 4},
-        {"forward bf16 b1 h1 q64 kv64 d64", 4},  {"forward f64 b1 h1 q64 kv64 d64", 64},
-        {"forward f32 b1 h1 q64 kv512 d64", 64}};
+    static const struct {
+        const char *text;
+        double max_ulps;
+    } problems[] = {{"forward f32 b1 h1 q64 kv64 d64", 40},
+                    {"forward f16 b1 h1 q64 kv64 d64", 4},
+                    {"forward bf16 b1 h1 q64 kv64 d64", 4},
+                    {"forward f64 b1 h1 q64 kv64 d64", 64},
+                    {"forward f32 b1 h1 q64 kv512 d64", 64}};
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++) {
         mfa_problem problem;
         struct inputs inputs;
@@ -261,8 +266,7 @@ static void test_tolerances_are_a_few_ulp(void **state)
                 continue;
             for (int64_t at = 0; at < reference_count(&problem, tensor); at++)
                 largest = fmax(largest, fabs(values[at]));
-            double ulps = tolerances[tensor - REFERENCE_O] / largest /
-                          element_ulp(reference_dtype(&problem, tensor));
+            double ulps = tolerances[tensor - REFERENCE_O] / largest / element_ulp(reference_dtype(&problem, tensor));
             print_message(" %s %.1f", tensor_name(tensor), ulps);
             is_tight = is_tight && ulps >= 1 && ulps <= (tensor == REFERENCE_L ? 8 : problems[n].max_ulps);
         }

@@ -496,12 +496,12 @@ static void test_available(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_task_once),      cmocka_unit_test(test_after_sleep),
-        cmocka_unit_test(test_open_and_close),       cmocka_unit_test(test_waits_on_lower_tasks),
-        cmocka_unit_test(test_threads_run_at_once),  cmocka_unit_test(test_nested_is_serial),
-        cmocka_unit_test(test_concurrent_callers),   cmocka_unit_test(test_forked_child),
-        cmocka_unit_test(test_pool_in_use),          cmocka_unit_test(test_nested_spares_the_host),
-        cmocka_unit_test(test_host_pools),           cmocka_unit_test(test_available),
+        cmocka_unit_test(test_every_task_once),     cmocka_unit_test(test_after_sleep),
+        cmocka_unit_test(test_open_and_close),      cmocka_unit_test(test_waits_on_lower_tasks),
+        cmocka_unit_test(test_threads_run_at_once), cmocka_unit_test(test_nested_is_serial),
+        cmocka_unit_test(test_concurrent_callers),  cmocka_unit_test(test_forked_child),
+        cmocka_unit_test(test_pool_in_use),         cmocka_unit_test(test_nested_spares_the_host),
+        cmocka_unit_test(test_host_pools),          cmocka_unit_test(test_available),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -12,9 +12,9 @@
 struct gpu_buffer {
     void *base; /* NULL: nothing is bound */
     size_t length, offset;
-    int written; /* by some kernel of the run */
+    int written;   /* by some kernel of the run */
     int unwritten; /* its contents are not valid yet */
-    int scratch; /* its contents are not used after the run */
+    int scratch;   /* its contents are not used after the run */
 };
 
 struct gpu_launch {

@@ -23,11 +23,11 @@ struct host_pass {
 /* How a problem is run. All 0: dense, every output, the library's workspace, its own queue. */
 struct host_options {
     enum arrangement arrangement;
-    unsigned outputs;  /* as operands_open has it; 0: all */
-    int own_workspace; /* the caller's, of exactly the size that the plan states */
-    void *stream;      /* of mfa_plan_run */
-    int outputs_used;  /* `before` has written the outputs: their contents are valid */
-    void (*before)(const struct host_pass *pass);              /* called before each pass, and */
+    unsigned outputs;                             /* as operands_open has it; 0: all */
+    int own_workspace;                            /* the caller's, of exactly the size that the plan states */
+    void *stream;                                 /* of mfa_plan_run */
+    int outputs_used;                             /* `before` has written the outputs: their contents are valid */
+    void (*before)(const struct host_pass *pass); /* called before each pass, and */
     void (*after)(const struct host_pass *pass, void *stream); /* after it: waits, if the call has not. NULL: nothing */
 };
 

@@ -18,7 +18,7 @@ static const struct expectation {
     enum metalsim_fault fault;
     mfa_status status; /* MFA_OK: no run may fail */
     const char *words; /* in the message */
-    int is_final; /* the context does not try again, because that takes long and gives the same result */
+    int is_final;      /* the context does not try again, because that takes long and gives the same result */
 } expectations[] = {
     {METALSIM_FAULT_NO_DEVICE, MFA_UNAVAILABLE, "none on this machine", 1},
     {METALSIM_FAULT_NO_DEFAULT, MFA_OK, NULL, 0},

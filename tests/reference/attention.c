@@ -16,9 +16,9 @@ struct head { /* of one batch and KV head: keys and values, and sums for their g
 };
 
 struct row {
-    double *S, *P, *dP, *dS, *dtanh;      /* along keys; dtanh = dS after / dS before softcap */
-    double *Q, *dO, *O, *dQ;              /* along columns */
-    int64_t first, end;                   /* of the keys in the band; nothing else is touched */
+    double *S, *P, *dP, *dS, *dtanh; /* along keys; dtanh = dS after / dS before softcap */
+    double *Q, *dO, *O, *dQ;         /* along columns */
+    int64_t first, end;              /* of the keys in the band; nothing else is touched */
     double L;
 };
 

@@ -9,12 +9,12 @@
 
 struct LOCAL(head) {
     struct position at;
-    REAL *K, *V, *dK, *dV;                 /* of all keys */
-    REAL *P, *dtanh, *Q, *dO, *O, *dQ;     /* of query i */
-    double Q_norm, *K_norm, *V_norm;       /* of query i, and of each key */
+    REAL *K, *V, *dK, *dV;                                    /* of all keys */
+    REAL *P, *dtanh, *Q, *dO, *O, *dQ;                        /* of query i */
+    double Q_norm, *K_norm, *V_norm;                          /* of query i, and of each key */
     double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
-    double *rounding;                      /* of O, by that of P */
-    double *off, L_off;                    /* errors of S_ij, of L_i */
+    double *rounding;                                         /* of O, by that of P */
+    double *off, L_off;                                       /* errors of S_ij, of L_i */
 };
 
 static REAL LOCAL(dot)(const REAL *a, const REAL *b, int64_t length)
@@ -63,8 +63,8 @@ static double LOCAL(score_off)(const struct naive *n, const struct LOCAL(head) *
 {
     double terms = (double)n->problem->head_dim, wander = head->Q_norm * head->K_norm[j];
     double sum_off = sqrt(terms * sum * sum / 3 + wander * wander / 6);
-    return n->unit * (1 + fabs(n->problem->scale) * sum_off + fabs(s) + (isfinite(mask) ? fabs(mask) : 0) +
-                      fabs(alibi));
+    return n->unit *
+           (1 + fabs(n->problem->scale) * sum_off + fabs(s) + (isfinite(mask) ? fabs(mask) : 0) + fabs(alibi));
 }
 
 /* P and the softcap's derivative; returns L. */
@@ -210,13 +210,23 @@ static void NAIVE(struct naive *n)
     const int64_t keys = p->kv_len, columns = p->head_dim, values = p->value_dim;
     for (int64_t head = 0; head < p->batch * p->kv_heads; head++) {
         struct LOCAL(head) h = {0};
-        struct { REAL **row; int64_t count; } reals[] = {
-            {&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
-            {&h.P, keys}, {&h.dtanh, keys}, {&h.Q, columns}, {&h.dO, values}, {&h.O, values}, {&h.dQ, columns}};
-        struct { double **row; int64_t count; } doubles[] = {
-            {&h.K_norm, keys}, {&h.V_norm, keys}, {&h.off, keys}, {&h.O_squares, values}, {&h.dQ_squares, columns},
-            {&h.dK_squares, keys * columns}, {&h.dV_squares, keys * values},
-            {&h.rounding, values}};
+        struct {
+            REAL **row;
+            int64_t count;
+        } reals[] = {{&h.K, keys * columns}, {&h.V, keys * values}, {&h.dK, keys * columns}, {&h.dV, keys * values},
+                     {&h.P, keys},           {&h.dtanh, keys},      {&h.Q, columns},         {&h.dO, values},
+                     {&h.O, values},         {&h.dQ, columns}};
+        struct {
+            double **row;
+            int64_t count;
+        } doubles[] = {{&h.K_norm, keys},
+                       {&h.V_norm, keys},
+                       {&h.off, keys},
+                       {&h.O_squares, values},
+                       {&h.dQ_squares, columns},
+                       {&h.dK_squares, keys * columns},
+                       {&h.dV_squares, keys * values},
+                       {&h.rounding, values}};
         const size_t count = sizeof reals / sizeof *reals, double_count = sizeof doubles / sizeof *doubles;
         for (size_t at = 0; at < count; at++)
             *reals[at].row = (REAL *)reference_allocate(reals[at].count);

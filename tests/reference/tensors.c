@@ -9,26 +9,24 @@
 const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_tensor tensor)
 {
     const mfa_layout *layouts[REFERENCE_TENSORS] = {
-        [REFERENCE_Q] = &problem->q_layout, [REFERENCE_K] = &problem->k_layout, [REFERENCE_V] = &problem->v_layout,
-        [REFERENCE_MASK] = &problem->mask_layout, [REFERENCE_SLOPES] = &problem->slopes_layout,
-        [REFERENCE_dO] = &problem->d_o_layout,
-        [REFERENCE_dL] = &problem->dlse_layout, [REFERENCE_O] = &problem->o_layout,
-        [REFERENCE_L] = &problem->lse_layout, [REFERENCE_O_LOW] = &problem->o_layout,
-        [REFERENCE_dQ] = &problem->dq_layout,
-        [REFERENCE_dK] = &problem->dk_layout, [REFERENCE_dV] = &problem->dv_layout,
-        [REFERENCE_DBIAS] = &problem->dbias_layout};
+        [REFERENCE_Q] = &problem->q_layout,           [REFERENCE_K] = &problem->k_layout,
+        [REFERENCE_V] = &problem->v_layout,           [REFERENCE_MASK] = &problem->mask_layout,
+        [REFERENCE_SLOPES] = &problem->slopes_layout, [REFERENCE_dO] = &problem->d_o_layout,
+        [REFERENCE_dL] = &problem->dlse_layout,       [REFERENCE_O] = &problem->o_layout,
+        [REFERENCE_L] = &problem->lse_layout,         [REFERENCE_O_LOW] = &problem->o_layout,
+        [REFERENCE_dQ] = &problem->dq_layout,         [REFERENCE_dK] = &problem->dk_layout,
+        [REFERENCE_dV] = &problem->dv_layout,         [REFERENCE_DBIAS] = &problem->dbias_layout};
     return layouts[tensor];
 }
 
 const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_tensor tensor)
 {
     const mfa_buffer *operands[REFERENCE_TENSORS] = {
-        [REFERENCE_Q] = &buffers->q, [REFERENCE_K] = &buffers->k, [REFERENCE_V] = &buffers->v,
-        [REFERENCE_MASK] = &buffers->mask, [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_dO] = &buffers->d_o,
-        [REFERENCE_dL] = &buffers->dlse,
-        [REFERENCE_O] = &buffers->o, [REFERENCE_L] = &buffers->lse, [REFERENCE_dQ] = &buffers->dq,
-        [REFERENCE_dK] = &buffers->dk, [REFERENCE_dV] = &buffers->dv, [REFERENCE_DBIAS] = &buffers->dbias,
-        [REFERENCE_O_LOW] = &buffers->o_low};
+        [REFERENCE_Q] = &buffers->q,         [REFERENCE_K] = &buffers->k,           [REFERENCE_V] = &buffers->v,
+        [REFERENCE_MASK] = &buffers->mask,   [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_dO] = &buffers->d_o,
+        [REFERENCE_dL] = &buffers->dlse,     [REFERENCE_O] = &buffers->o,           [REFERENCE_L] = &buffers->lse,
+        [REFERENCE_dQ] = &buffers->dq,       [REFERENCE_dK] = &buffers->dk,         [REFERENCE_dV] = &buffers->dv,
+        [REFERENCE_DBIAS] = &buffers->dbias, [REFERENCE_O_LOW] = &buffers->o_low};
     return operands[tensor];
 }
 
@@ -52,9 +50,15 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     shape[1] = of_keys ? p->kv_heads : p->q_heads;
     shape[2] = tensor == REFERENCE_SLOPES ? 1 : of_keys ? p->kv_len : p->q_len;
     switch (tensor) {
-    case REFERENCE_Q: case REFERENCE_K: case REFERENCE_dQ: case REFERENCE_dK: shape[3] = p->head_dim; break;
-    case REFERENCE_MASK: case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
-    case REFERENCE_L: case REFERENCE_dL: case REFERENCE_SLOPES: shape[3] = 1; break;
+    case REFERENCE_Q:
+    case REFERENCE_K:
+    case REFERENCE_dQ:
+    case REFERENCE_dK: shape[3] = p->head_dim; break;
+    case REFERENCE_MASK:
+    case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
+    case REFERENCE_L:
+    case REFERENCE_dL:
+    case REFERENCE_SLOPES: shape[3] = 1; break;
     default: shape[3] = p->value_dim; break;
     }
     const mfa_layout *layout = reference_layout(problem, tensor);
@@ -104,8 +108,8 @@ struct reference_view reference_load(const mfa_problem *problem, enum reference_
         for (int64_t h = 0; h < n[1]; h++)
             for (int64_t r = 0; r < n[2]; r++)
                 for (int64_t c = 0; c < n[3]; c++)
-                    dense[at++] = element_load(dtype, elements,
-                                               b * s->batch + h * s->head + r * s->row + c * s->column);
+                    dense[at++] =
+                        element_load(dtype, elements, b * s->batch + h * s->head + r * s->row + c * s->column);
     return reference_view(problem, tensor, dense);
 }
 

@@ -25,11 +25,11 @@ struct naive {
     const mfa_problem *problem;
     struct reference_view Q, K, V, mask, slopes, dO, dL, dbias;
     int backward;
-    double unit;                                             /* one rounding of the working precision */
+    double unit; /* one rounding of the working precision */
     struct reference results;
     double *dbias_squares;
-    double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off;  /* the errors of tolerance.h; without scale */
-    double rounded_P_off;                                    /* what rounding P to bf16 does to O */
+    double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off; /* the errors of tolerance.h; without scale */
+    double rounded_P_off;                                   /* what rounding P to bf16 does to O */
 };
 
 static double naive_unit(int32_t dtype)
@@ -114,16 +114,28 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     const mfa_problem *p = problem;
     struct naive n = {.problem = p, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
     n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias;
-    struct { struct reference_view *view; enum reference_tensor tensor; int needed; } inputs[] = {
-        {&n.Q, REFERENCE_Q, 1}, {&n.K, REFERENCE_K, 1}, {&n.V, REFERENCE_V, 1},
-        {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE}, {&n.slopes, REFERENCE_SLOPES, p->alibi},
-        {&n.dO, REFERENCE_dO, n.backward}, {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
-    struct { double **values; enum reference_tensor tensor; int needed; } outputs[] = {
-        {&n.results.O, REFERENCE_O, 1},
-        {&n.results.L, REFERENCE_L, 1}, {&n.results.dQ, REFERENCE_dQ, n.backward},
-        {&n.results.dK, REFERENCE_dK, n.backward}, {&n.results.dV, REFERENCE_dV, n.backward},
-        {&n.results.dbias, REFERENCE_DBIAS, truth->dbias != NULL},
-        {&n.dbias_squares, REFERENCE_DBIAS, truth->dbias != NULL}};
+    struct {
+        struct reference_view *view;
+        enum reference_tensor tensor;
+        int needed;
+    } inputs[] = {{&n.Q, REFERENCE_Q, 1},
+                  {&n.K, REFERENCE_K, 1},
+                  {&n.V, REFERENCE_V, 1},
+                  {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE},
+                  {&n.slopes, REFERENCE_SLOPES, p->alibi},
+                  {&n.dO, REFERENCE_dO, n.backward},
+                  {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
+    struct {
+        double **values;
+        enum reference_tensor tensor;
+        int needed;
+    } outputs[] = {{&n.results.O, REFERENCE_O, 1},
+                   {&n.results.L, REFERENCE_L, 1},
+                   {&n.results.dQ, REFERENCE_dQ, n.backward},
+                   {&n.results.dK, REFERENCE_dK, n.backward},
+                   {&n.results.dV, REFERENCE_dV, n.backward},
+                   {&n.results.dbias, REFERENCE_DBIAS, truth->dbias != NULL},
+                   {&n.dbias_squares, REFERENCE_DBIAS, truth->dbias != NULL}};
     const size_t input_count = sizeof inputs / sizeof *inputs, output_count = sizeof outputs / sizeof *outputs;
     for (size_t at = 0; at < input_count; at++)
         if (inputs[at].needed)

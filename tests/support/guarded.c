@@ -97,11 +97,11 @@ static void fault(int signal, siginfo_t *information, void *context)
         }
     /* snprintf of these is safe enough for a program that is about to end. */
     char text[512];
-    int length = snprintf(text, sizeof text,
-                          "FAILED  %s\n        signal %d at byte %lld of %s (beyond its end, read-only or forbidden), "
-                          "seed %llu\n%lld passed, %lld failed\n",
-                          testing, signal, offset, hit, (unsigned long long)report_seed(), report_passed(),
-                          report_failed() + 1);
+    int length =
+        snprintf(text, sizeof text,
+                 "FAILED  %s\n        signal %d at byte %lld of %s (beyond its end, read-only or forbidden), "
+                 "seed %llu\n%lld passed, %lld failed\n",
+                 testing, signal, offset, hit, (unsigned long long)report_seed(), report_passed(), report_failed() + 1);
     size_t bytes = length < (int)sizeof text ? (size_t)length : sizeof text - 1;
     fflush(stdout);
     _exit(write(STDOUT_FILENO, text, bytes) < 0 ? 2 : 1);

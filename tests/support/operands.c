@@ -53,8 +53,7 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
     double *values = inputs->values[tensor] = reference_allocate(count);
     const double size = tensor == REFERENCE_SLOPES ? 0.1 : 1;
     for (int64_t at = 0; at < count; at++) {
-        int masked = tensor == REFERENCE_MASK &&
-                     is_masked(generator, shape, at / shape[3] % shape[2], at % shape[3]);
+        int masked = tensor == REFERENCE_MASK && is_masked(generator, shape, at / shape[3] % shape[2], at % shape[3]);
         if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
             values[at] = masked ? 0 : (double)(1 + generator_next(generator) % 255);
         else
@@ -127,9 +126,7 @@ void operands_open(struct operands *operands, const struct inputs *inputs, enum 
 static int has(const mfa_problem *problem, enum reference_tensor tensor)
 {
     const int is_half = problem->dtype == MFA_F16 || problem->dtype == MFA_BF16;
-    return tensor == REFERENCE_DBIAS   ? problem->mask == MFA_MASK_ADDITIVE
-           : tensor == REFERENCE_O_LOW ? is_half
-                                       : 1;
+    return tensor == REFERENCE_DBIAS ? problem->mask == MFA_MASK_ADDITIVE : tensor == REFERENCE_O_LOW ? is_half : 1;
 }
 
 void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned outputs)

@@ -13,7 +13,7 @@ enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };
 /* Properties of a run that the problem's text does not state. */
 struct variant {
     int mask_broadcast, dbias_broadcast, kv_broadcast, slopes_broadcast; /* stride 0 along these */
-    int dlse;                                          /* given to backward */
+    int dlse;                                                            /* given to backward */
 };
 
 /* Values of all inputs, dense and already rounded to their dtypes. */

@@ -18,9 +18,12 @@ const char *arrangement_name(enum arrangement arrangement)
 /* Strides for the extents, in elements; returns the elements that the tensor spans. */
 static int64_t arrange(const int64_t shape[4], enum arrangement arrangement, int64_t stride[4])
 {
-    static const int order[ARRANGEMENTS][4] = { /* innermost first */
-        [DENSE] = {3, 2, 1, 0}, [ROWS_FIRST] = {3, 1, 2, 0}, [COLUMN_MAJOR] = {2, 3, 1, 0},
-        [PADDED] = {3, 2, 1, 0}, [REVERSED] = {3, 2, 1, 0}};
+    /* Innermost first. */
+    static const int order[ARRANGEMENTS][4] = {[DENSE] = {3, 2, 1, 0},
+                                               [ROWS_FIRST] = {3, 1, 2, 0},
+                                               [COLUMN_MAJOR] = {2, 3, 1, 0},
+                                               [PADDED] = {3, 2, 1, 0},
+                                               [REVERSED] = {3, 2, 1, 0}};
     int64_t next = arrangement == PADDED ? 2 : 1, span = 1;
     for (int at = 0; at < 4; at++) {
         int dimension = order[arrangement][at];

@@ -10,11 +10,11 @@
 #include "support/guarded.h"
 
 enum arrangement {
-    DENSE,      /* (batch, head, row, column) */
-    ROWS_FIRST, /* (batch, row, head, column): how models have it after a projection */
+    DENSE,        /* (batch, head, row, column) */
+    ROWS_FIRST,   /* (batch, row, head, column): how models have it after a projection */
     COLUMN_MAJOR, /* rows run along memory */
-    PADDED,     /* a gap after each element, row, head and batch */
-    REVERSED,   /* dense, with every stride negative */
+    PADDED,       /* a gap after each element, row, head and batch */
+    REVERSED,     /* dense, with every stride negative */
     ARRANGEMENTS
 };
 

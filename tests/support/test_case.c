@@ -64,10 +64,13 @@ const char *test_case_describe(const struct test_case *s, const char *format, ..
 double test_case_tolerance(const struct test_case *s, enum reference_tensor tensor)
 {
     const struct tolerance *t = &s->tolerance;
-    const double tolerances[REFERENCE_TENSORS] = {
-        [REFERENCE_O] = t->O,   [REFERENCE_L] = t->L,   [REFERENCE_dQ] = t->dQ,
-        [REFERENCE_dK] = t->dK, [REFERENCE_dV] = t->dV, [REFERENCE_DBIAS] = t->dbias,
-        [REFERENCE_O_LOW] = s->rounds_P ? t->O_low_of_rounded_P : t->O_low};
+    const double tolerances[REFERENCE_TENSORS] = {[REFERENCE_O] = t->O,
+                                                  [REFERENCE_L] = t->L,
+                                                  [REFERENCE_dQ] = t->dQ,
+                                                  [REFERENCE_dK] = t->dK,
+                                                  [REFERENCE_dV] = t->dV,
+                                                  [REFERENCE_DBIAS] = t->dbias,
+                                                  [REFERENCE_O_LOW] = s->rounds_P ? t->O_low_of_rounded_P : t->O_low};
     return tolerances[tensor];
 }
 
@@ -78,8 +81,8 @@ static int compare_low(struct test_case *s, const char *what, const int64_t shap
     double *sums = reference_allocate(count);
     for (int64_t n = 0; n < count; n++)
         sums[n] = results->O[n] + results->O_low[n];
-    int good = compare_close(what, "o + o_low", shape, sums, s->truth.O, test_case_tolerance(s, REFERENCE_O_LOW),
-                             &s->worst);
+    int good =
+        compare_close(what, "o + o_low", shape, sums, s->truth.O, test_case_tolerance(s, REFERENCE_O_LOW), &s->worst);
     free(sums);
     return good;
 }
