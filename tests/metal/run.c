@@ -45,7 +45,10 @@ static void attach(struct operands *operands, const mfa_problem *problem, struct
 static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal_dispatch *d, int64_t chunk,
                                struct gpu_buffer *buffers, struct metal_trace *trace)
 {
-    static const char defines[] = "#define COUNT_TILES\n#define UNROLL\n";
+    /* On one of the families, walks are cut after two blocks, as those along 2^24 blocks would be. */
+    static const char shared[] = "#define COUNT_TILES\n#define UNROLL\n";
+    static const char short_stretches[] = "#define COUNT_TILES\n#define UNROLL\n#define STRETCH_BLOCKS 2\n";
+    const char *defines = mfa_metal_tiles_family_of(key) == 9 ? short_stretches : shared;
     struct gpu_launch launch = {.threads = d->threads, .call = d->call};
     char *text;
     const mfa_status status = mfa_metal_source_write(key, d->kernel, defines, &text);

@@ -37,14 +37,14 @@ struct key_row {
 };
 
 /* S^T becomes P^T, dP^T becomes dZ^T, for queries whose D and L begin at these. */
-METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask_range &range, long queries,
+METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask_range &range, int queries,
                           device const float *D, device const float *L, constant mfa_metal_call &call, lane_coord at)
 {
     float2 dtanh[QUERY_FRAGMENTS];
-    score_tile<QUERY_FRAGMENTS>(S, dtanh, 0, range, at, call);
+    score_tile<QUERY_FRAGMENTS>(S, dtanh, 0, range, mask_range_is_full(range, BLOCK_Q), at, call);
     UNROLL
     for (int n = 0; n < QUERY_FRAGMENTS; n++) {
-        long i = min(long(n * 8 + at.column), queries - 1), next = min(long(n * 8 + at.column + 1), queries - 1);
+        int i = min(n * 8 + at.column, queries - 1), next = min(n * 8 + at.column + 1, queries - 1);
         S[n] = softmax_probability(S[n], float2{L[i], L[next]});
         dP[n] = score_gradient(S[n], dP[n], float2{D[i], D[next]}, dtanh[n]);
     }
@@ -62,43 +62,50 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, long 
     block_range q_blocks = q_blocks_of(call, k.seq, k.first, min(k.first + BLOCK_KV, k.seq.kv_len) - 1);
     int visited = 0;
 
-    for (long block = q_blocks.begin; block < q_blocks.end; block++) {
-        long i = block * BLOCK_Q;
-        mask_range range;
-        if (!visit_q_block(range, block, head, k, in.score, call))
-            continue;
-        visited++;
-        load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, i, sg.thread_index);
-        if (!SHARED_TILE)
-            load_tile<BLOCK_Q, VALUE_DIM, THREADS>(dO_tile, dO, i, sg.thread_index);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (long first = q_blocks.begin; first < q_blocks.end; first += STRETCH_BLOCKS) {
+        int blocks = stretch_blocks(first, q_blocks.end);
+        tile_cursor Q_at = tile_cursor_of<BLOCK_Q>(Q, first * BLOCK_Q),
+                    dO_at = tile_cursor_of<BLOCK_Q>(dO, first * BLOCK_Q);
+        device const float *D = in.D + stats + first * BLOCK_Q, *L = in.L + stats + first * BLOCK_Q;
+        mask_range band;
+        mask_range_of_key(band, call, k.seq, k.own, first * BLOCK_Q);
+        for (int n = 0; n < blocks; n++, tile_cursor_advance<BLOCK_Q>(Q_at), tile_cursor_advance<BLOCK_Q>(dO_at)) {
+            mask_range range;
+            if (!visit_q_block(range, band, first, n, head, k, in.score, call))
+                continue;
+            visited++;
+            load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, Q_at, sg.thread_index);
+            if (!SHARED_TILE)
+                load_tile<BLOCK_Q, VALUE_DIM, THREADS>(dO_tile, dO, dO_at, sg.thread_index);
+            threadgroup_barrier(mem_flags::mem_threadgroup);
 
-        float2 S[QUERY_FRAGMENTS], dP[QUERY_FRAGMENTS];
-        clear<QUERY_FRAGMENTS>(S);
-        clear<QUERY_FRAGMENTS>(dP);
-        gemm_nt<QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, row.K, Q_tile + sg.slice * D_SLICE, sg.at);
-        if (SHARED_TILE) {
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            load_tile<BLOCK_Q, VALUE_DIM, THREADS>(dO_tile, dO, i, sg.thread_index);
+            float2 S[QUERY_FRAGMENTS], dP[QUERY_FRAGMENTS];
+            clear<QUERY_FRAGMENTS>(S);
+            clear<QUERY_FRAGMENTS>(dP);
+            gemm_nt<QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, row.K, Q_tile + sg.slice * D_SLICE, sg.at);
+            if (SHARED_TILE) {
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                load_tile<BLOCK_Q, VALUE_DIM, THREADS>(dO_tile, dO, dO_at, sg.thread_index);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            gemm_nt<QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, row.V, dO_tile + sg.slice * E_SLICE, sg.at);
+            if (SPLIT > 1) {
+                store_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                reduce_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
+            }
+            gradients(S, dP, range, Q_at.rows, D + n * BLOCK_Q, L + n * BLOCK_Q, call, sg.at);
+            if (call.present >> MFA_METAL_BUFFER_DV & 1)
+                gemm_nn<QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(row.dV, S, dO_tile + sg.slice * E_SLICE, sg.at);
+            if (SHARED_TILE) {
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, Q_at, sg.thread_index);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            if (call.present >> MFA_METAL_BUFFER_DK & 1)
+                gemm_nn<QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(row.dK, dP, Q_tile + sg.slice * D_SLICE, sg.at);
             threadgroup_barrier(mem_flags::mem_threadgroup);
         }
-        gemm_nt<QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, row.V, dO_tile + sg.slice * E_SLICE, sg.at);
-        if (SPLIT > 1) {
-            store_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            reduce_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
-        }
-        gradients(S, dP, range, k.seq.q_len - i, in.D + stats + i, in.L + stats + i, call, sg.at);
-        if (call.present >> MFA_METAL_BUFFER_DV & 1)
-            gemm_nn<QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(row.dV, S, dO_tile + sg.slice * E_SLICE, sg.at);
-        if (SHARED_TILE) {
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, i, sg.thread_index);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-        }
-        if (call.present >> MFA_METAL_BUFFER_DK & 1)
-            gemm_nn<QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(row.dK, dP, Q_tile + sg.slice * D_SLICE, sg.at);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     return visited;
 }

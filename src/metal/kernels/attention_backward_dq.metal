@@ -43,37 +43,44 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
     load_row<E_FRAGMENTS>(dO, do_source(in.dO, call, q.seq, q.own.head), q.own.i, E_COLUMN(sg), q.own.valid);
     clear<D_FRAGMENTS>(dQ);
 
-    for (long block = q.kv_blocks.begin; block < q.kv_blocks.end; block++) {
-        mask_range range;
-        if (!visit_kv_block(range, block, q, in.score, call))
-            continue;
-        visited++;
-        load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, block * BLOCK_KV, sg.thread_index);
-        if (!SHARED_TILE)
-            load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, block * BLOCK_KV, sg.thread_index);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (long first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
+        int blocks = stretch_blocks(first, q.kv_blocks.end);
+        tile_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
+                    V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
+        mask_range band;
+        mask_range_of_query(band, call, q.seq, q.own, first * BLOCK_KV);
+        for (int n = 0; n < blocks; n++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
+            mask_range range;
+            if (!visit_kv_block(range, band, first, n, q, in.score, call))
+                continue;
+            visited++;
+            load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, V_at, sg.thread_index);
+            if (!SHARED_TILE)
+                load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
+            threadgroup_barrier(mem_flags::mem_threadgroup);
 
-        float2 S[KEY_FRAGMENTS], dP[KEY_FRAGMENTS], dtanh[KEY_FRAGMENTS];
-        clear<KEY_FRAGMENTS>(dP);
-        gemm_nt<KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, dO, V_tile + sg.slice * E_SLICE, sg.at);
-        if (SHARED_TILE) {
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, block * BLOCK_KV, sg.thread_index);
+            float2 S[KEY_FRAGMENTS], dP[KEY_FRAGMENTS], dtanh[KEY_FRAGMENTS];
+            clear<KEY_FRAGMENTS>(dP);
+            gemm_nt<KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, dO, V_tile + sg.slice * E_SLICE, sg.at);
+            if (SHARED_TILE) {
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            clear<KEY_FRAGMENTS>(S);
+            gemm_nt<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, Q, K_tile + sg.slice * D_SLICE, sg.at);
+            if (SPLIT > 1) {
+                store_partial_pair<KEY_FRAGMENTS>(S, dP, memory.exchange, sg);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                reduce_partial_pair<KEY_FRAGMENTS>(S, dP, memory.exchange, sg);
+            }
+            score_tile<KEY_FRAGMENTS>(S, dtanh, 0, range, mask_range_is_full(range, BLOCK_KV), sg.at, call);
+            UNROLL
+            for (int f = 0; f < KEY_FRAGMENTS; f++)
+                dP[f] = score_gradient(softmax_probability(S[f], float2{L, L}), dP[f], float2{D, D}, dtanh[f]);
+            gemm_nn<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(dQ, dP, K_tile + sg.slice * D_SLICE, sg.at);
             threadgroup_barrier(mem_flags::mem_threadgroup);
         }
-        clear<KEY_FRAGMENTS>(S);
-        gemm_nt<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, Q, K_tile + sg.slice * D_SLICE, sg.at);
-        if (SPLIT > 1) {
-            store_partial_pair<KEY_FRAGMENTS>(S, dP, memory.exchange, sg);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            reduce_partial_pair<KEY_FRAGMENTS>(S, dP, memory.exchange, sg);
-        }
-        score_tile<KEY_FRAGMENTS>(S, dtanh, 0, range, sg.at, call);
-        UNROLL
-        for (int n = 0; n < KEY_FRAGMENTS; n++)
-            dP[n] = score_gradient(softmax_probability(S[n], float2{L, L}), dP[n], float2{D, D}, dtanh[n]);
-        gemm_nn<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(dQ, dP, K_tile + sg.slice * D_SLICE, sg.at);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     return visited;
 }

@@ -98,7 +98,10 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
     bool valid = i < seq.q_len;
     query q = query{c.head, valid ? i : 0, valid};
     mask_range range;
-    mask_range_of_query(range, in.score, call, seq, q, c.key);
+    mask_range_of_query(range, call, seq, q, c.key);
+#if defined(ALIBI)
+    mask_range_add_alibi(range, in.score, call, seq, q.head, q.i, c.key, -1.0f);
+#endif
     mask_range_add_mask(range, in.score.mask + mask_offset(seq, args.mask, q.head, q.i, c.key), args.mask.column,
                         MFA_METAL_BLOCK_PARTIAL);
     float2 S[FRAGMENTS], dP[FRAGMENTS], dtanh[FRAGMENTS];
@@ -106,7 +109,7 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
     clear<FRAGMENTS>(dP);
     gemm_nt_device(S, q_source(in.Q, call, seq, q.head), q.i, valid, k_source(in.K, call, seq, kv_head), c.key, at);
     gemm_nt_device(dP, do_source(in.dO, call, seq, q.head), q.i, valid, v_source(in.V, call, seq, kv_head), c.key, at);
-    score_tile<FRAGMENTS>(S, dtanh, 0, range, at, call);
+    score_tile<FRAGMENTS>(S, dtanh, 0, range, false, at, call);
     long row = row_stats_index(seq, args, q.head, q.i);
     float L = in.L[row], D = in.D[row];
     UNROLL

@@ -96,32 +96,45 @@ METAL_FUNC long block_mask_index(constant mfa_metal_call &call, long batch, long
     return batch * s.batch + head * s.head + row * s.row + column * s.column;
 }
 
-/* Sets the lane's range for this block of keys. false: the block is EMPTY, and is skipped by the whole threadgroup. */
-METAL_FUNC bool visit_kv_block(thread mask_range &range, long block, thread const q_block &q,
-                               thread const score_operands &in, constant mfa_metal_call &call)
+/* The blocks [begin, end) are walked in stretches: how many blocks the one that begins at `block` has. */
+METAL_FUNC int stretch_blocks(long block, long end)
 {
-    long key = block * BLOCK_KV;
-    mask_range_of_query(range, in, call, q.seq, q.own, key);
+    return int(min(end - block, long(STRETCH_BLOCKS)));
+}
+
+/* Block n of the stretch of keys that begins with block `first`: sets the lane's range for it, `band` being that of the
+ * stretch. false: the block is EMPTY, and is skipped by the whole threadgroup. */
+METAL_FUNC bool visit_kv_block(thread mask_range &range, thread const mask_range &band, long first, int n,
+                               thread const q_block &q, thread const score_operands &in, constant mfa_metal_call &call)
+{
+    mask_range_move(range, band, n * BLOCK_KV);
+#if defined(ALIBI)
+    mask_range_add_alibi(range, in, call, q.seq, q.own.head, q.own.i, (first + n) * BLOCK_KV, -1.0f);
+#endif
 #if defined(MASKED)
     constant mfa_strides &s = call.args.mask;
-    uchar state = in.block_mask[block_mask_index(call, q.seq.batch, q.kv_head, q.first / BLOCK_Q, block)];
-    mask_range_add_mask(range, in.mask + mask_offset(q.seq, s, q.own.head, q.own.i, key), s.column, state);
+    uchar state = in.block_mask[block_mask_index(call, q.seq.batch, q.kv_head, q.first / BLOCK_Q, first + n)];
+    long mask = mask_offset(q.seq, s, q.own.head, q.own.i, (first + n) * BLOCK_KV);
+    mask_range_add_mask(range, in.mask + mask, s.column, state);
     return state != MFA_METAL_BLOCK_EMPTY;
 #else
     return true;
 #endif
 }
 
-/* The same for this block of queries of a head. */
-METAL_FUNC bool visit_q_block(thread mask_range &range, long block, long head, thread const kv_block &k,
-                              thread const score_operands &in, constant mfa_metal_call &call)
+/* The same for a block of queries of a head. */
+METAL_FUNC bool visit_q_block(thread mask_range &range, thread const mask_range &band, long first, int n, long head,
+                              thread const kv_block &k, thread const score_operands &in, constant mfa_metal_call &call)
 {
-    long i = block * BLOCK_Q;
-    mask_range_of_key(range, in, call, k.seq, k.own, head, i);
+    mask_range_move(range, band, n * BLOCK_Q);
+#if defined(ALIBI)
+    mask_range_add_alibi(range, in, call, k.seq, head, (first + n) * BLOCK_Q, k.own, 1.0f);
+#endif
 #if defined(MASKED)
     constant mfa_strides &s = call.args.mask;
-    uchar state = in.block_mask[block_mask_index(call, k.seq.batch, head, block, k.first / BLOCK_KV)];
-    mask_range_add_mask(range, in.mask + mask_offset(k.seq, s, head, i, k.own), s.row, state);
+    uchar state = in.block_mask[block_mask_index(call, k.seq.batch, head, first + n, k.first / BLOCK_KV)];
+    long mask = mask_offset(k.seq, s, head, (first + n) * BLOCK_Q, k.own);
+    mask_range_add_mask(range, in.mask + mask, s.row, state);
     return state != MFA_METAL_BLOCK_EMPTY;
 #else
     return true;

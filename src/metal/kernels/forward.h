@@ -43,34 +43,42 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
     acc.state = softmax_init();
     clear<E_FRAGMENTS>(acc.O);
 
-    for (long block = q.kv_blocks.begin; block < q.kv_blocks.end; block++) {
-        mask_range range;
-        if (!visit_kv_block(range, block, q, in.score, call))
-            continue;
-        visited++;
-        load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, block * BLOCK_KV, sg.thread_index);
-        if (!SHARED_TILE)
-            load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, block * BLOCK_KV, sg.thread_index);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (long first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
+        int blocks = stretch_blocks(first, q.kv_blocks.end);
+        tile_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
+                    V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
+        mask_range band;
+        mask_range_of_query(band, call, q.seq, q.own, first * BLOCK_KV);
+        for (int n = 0; n < blocks; n++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
+            mask_range range;
+            if (!visit_kv_block(range, band, first, n, q, in.score, call))
+                continue;
+            visited++;
+            load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
+            if (!SHARED_TILE)
+                load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, V_at, sg.thread_index);
+            threadgroup_barrier(mem_flags::mem_threadgroup);
 
-        float2 S[KEY_FRAGMENTS], dtanh[KEY_FRAGMENTS];
-        clear<KEY_FRAGMENTS>(S);
-        gemm_nt<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, Q, K_tile + first_key * D_STRIDE + sg.slice * D_SLICE, sg.at);
-        if (SPLIT > 1) {
-            threadgroup float2 *slot = exchange_slot<KEY_FRAGMENTS>(memory.exchange, sg);
-            store_partial<KEY_FRAGMENTS, KEY_FRAGMENTS>(S, slot, sg.slice);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
+            float2 S[KEY_FRAGMENTS], dtanh[KEY_FRAGMENTS];
+            clear<KEY_FRAGMENTS>(S);
+            gemm_nt<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, Q, K_tile + first_key * D_STRIDE + sg.slice * D_SLICE,
+                                                          sg.at);
+            if (SPLIT > 1) {
+                threadgroup float2 *slot = exchange_slot<KEY_FRAGMENTS>(memory.exchange, sg);
+                store_partial<KEY_FRAGMENTS, KEY_FRAGMENTS>(S, slot, sg.slice);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                if (SHARED_TILE)
+                    load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, V_at, sg.thread_index);
+                reduce_partials<KEY_FRAGMENTS, KEY_FRAGMENTS>(S, slot);
+            }
+            score_tile<KEY_FRAGMENTS>(S, dtanh, first_key, range, mask_range_is_full(range, BLOCK_KV), sg.at, call);
+            softmax_step<KEY_FRAGMENTS, E_FRAGMENTS>(acc.state, acc.O, S);
             if (SHARED_TILE)
-                load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, block * BLOCK_KV, sg.thread_index);
-            reduce_partials<KEY_FRAGMENTS, KEY_FRAGMENTS>(S, slot);
-        }
-        score_tile<KEY_FRAGMENTS>(S, dtanh, first_key, range, sg.at, call);
-        softmax_step<KEY_FRAGMENTS, E_FRAGMENTS>(acc.state, acc.O, S);
-        if (SHARED_TILE)
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            gemm_nn<KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(acc.O, S, V_tile + first_key * E_STRIDE + sg.slice * E_SLICE,
+                                                          sg.at);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-        gemm_nn<KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(acc.O, S, V_tile + first_key * E_STRIDE + sg.slice * E_SLICE,
-                                                      sg.at);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+        }
     }
     acc.state.l = row_sum(acc.state.l);
     return visited;

@@ -68,42 +68,53 @@ METAL_FUNC void mask_range_add_alibi(thread mask_range &r, thread const score_op
 }
 #endif
 
-/* Elements [low, high] as the sequence counts them, relative to a block of `length` that begins at `first`. */
-METAL_FUNC void mask_range_clip(thread mask_range &r, long low, long high, long first, int length)
+/* Elements [low, high] as the sequence counts them, relative to element `first` of it, as far as they lie within a
+ * stretch from there on. */
+METAL_FUNC void mask_range_clip(thread mask_range &r, long low, long high, long first)
 {
-    r.low = int(clamp(low - first, long(0), long(length)));
-    r.high = int(clamp(high - first, long(-1), long(length - 1)));
+    r.low = int(clamp(low - first, long(0), long(STRETCH_ROWS)));
+    r.high = int(clamp(high - first, long(-1), long(STRETCH_ROWS)));
+}
+
+/* The same range, relative to `offset` elements after its own first. */
+METAL_FUNC void mask_range_move(thread mask_range &r, thread const mask_range &from, int offset)
+{
+    r.low = from.low - offset;
+    r.high = from.high - offset;
+}
+
+/* Whether the first `length` elements all count, and nothing but their own score does. */
+METAL_FUNC bool mask_range_is_full(thread const mask_range &r, int length)
+{
+#if defined(MASKED)
+    if (r.partial)
+        return false;
+#endif
+    return r.low <= 0 && r.high >= length - 1;
 }
 
 /* The band of a query among the keys from `key` on. */
-METAL_FUNC void mask_range_of_query(thread mask_range &r, thread const score_operands &in,
-                                    constant mfa_metal_call &call, thread const sequence &seq, thread const query &q,
-                                    long key)
+METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
+                                    thread const query &q, long key)
 {
     long low = 0, high = q.valid ? seq.kv_len - 1 : -1;
 #if defined(BAND)
     low = q.i + call.args.lower;
     high = min(high, q.i + call.args.upper);
 #endif
-    mask_range_clip(r, low, high, key, BLOCK_KV);
-#if defined(ALIBI)
-    mask_range_add_alibi(r, in, call, seq, q.head, q.i, key, -1.0f);
-#endif
+    mask_range_clip(r, low, high, key);
 }
 
-/* The band of a key among the queries of a head from `i` on. */
-METAL_FUNC void mask_range_of_key(thread mask_range &r, thread const score_operands &in, constant mfa_metal_call &call,
-                                  thread const sequence &seq, long key, long head, long i)
+/* The band of a key among the queries from `i` on. */
+METAL_FUNC void mask_range_of_key(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
+                                  long key, long i)
 {
     long low = 0, high = key < seq.kv_len ? seq.q_len - 1 : -1;
 #if defined(BAND)
     low = key - call.args.upper;
     high = min(high, key - call.args.lower);
 #endif
-    mask_range_clip(r, low, high, i, BLOCK_Q);
-#if defined(ALIBI)
-    mask_range_add_alibi(r, in, call, seq, head, i, key, 1.0f);
-#endif
+    mask_range_clip(r, low, high, i);
 }
 
 #if defined(MASKED)
@@ -116,7 +127,8 @@ METAL_FUNC void mask_range_add_mask(thread mask_range &r, device const mask_stor
 }
 #endif
 
-/* The score of element t; `dtanh` is the derivative of the softcap's tanh, 1 without a softcap. */
+/* The score of element t, as if it counted and had no mask; `dtanh` is the derivative of the softcap's tanh, 1 without a
+ * softcap. */
 METAL_FUNC float score(float product, int t, thread const mask_range &r, constant mfa_metal_call &call,
                        thread float &dtanh)
 {
@@ -130,6 +142,12 @@ METAL_FUNC float score(float product, int t, thread const mask_range &r, constan
 #if defined(ALIBI)
     x -= r.slope * fabs(r.distance + r.direction * float(t));
 #endif
+    return x;
+}
+
+/* The same after the mask and the range are applied to it. */
+METAL_FUNC float masked_score(float x, int t, thread const mask_range &r, constant mfa_metal_call &call)
+{
     bool shown = t >= r.low && t <= r.high;
 #if defined(MASKED)
     if (shown && r.partial) {
@@ -146,10 +164,11 @@ METAL_FUNC float score(float product, int t, thread const mask_range &r, constan
     return shown ? x : SCORE_MASKED;
 }
 
-/* The scores S of a block's elements from `first` on, in place, and their dtanh. */
+/* The scores S of a block's elements from `first` on, in place, and their dtanh. `full`: the block's range is full. Then
+ * a score may be -inf, which exp2 makes 0. */
 template <int FRAGMENTS>
-METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, thread const mask_range &r, lane_coord at,
-                           constant mfa_metal_call &call)
+METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, thread const mask_range &r, bool full,
+                           lane_coord at, constant mfa_metal_call &call)
 {
     UNROLL
     for (int n = 0; n < FRAGMENTS; n++) {
@@ -159,6 +178,14 @@ METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, th
             S[n][e] = score(S[n][e], first + n * 8 + at.column + e, r, call, derivative);
             dtanh[n][e] = derivative;
         }
+    }
+    if (full)
+        return;
+    UNROLL
+    for (int n = 0; n < FRAGMENTS; n++) {
+        UNROLL
+        for (int e = 0; e < 2; e++)
+            S[n][e] = masked_score(S[n][e], first + n * 8 + at.column + e, r, call);
     }
 }
 
