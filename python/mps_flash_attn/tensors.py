@@ -106,12 +106,6 @@ def dense(query: Tensor, columns: int) -> Tensor:
     return query.new_empty((*query.shape[:3], columns))
 
 
-def heads_within_rows(query: Tensor, columns: int) -> Tensor:
-    """The same in (batch, row, head, column) order."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, rows, heads, columns)).transpose(1, 2)
-
-
 def rows_dtype(query: Tensor) -> torch.dtype:
     """The dtype of log-sum-exp: f32 (f64 for f64)."""
     return torch.float64 if query.dtype is torch.float64 else torch.float32

@@ -197,6 +197,5 @@ def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int,
     return tuple(size for place, size in enumerate(tensor.shape) if place != dimension)
 
 
-if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5 or later; an earlier one runs the operator in a loop
-    torch.library.register_vmap("mfa::attention_forward", _vmap_forward, lib=registration)
-    torch.library.register_vmap("mfa::attention_backward", _vmap_backward, lib=registration)
+torch.library.register_vmap("mfa::attention_forward", _vmap_forward, lib=registration)
+torch.library.register_vmap("mfa::attention_backward", _vmap_backward, lib=registration)

@@ -15,7 +15,6 @@ from mps_flash_attn import comfyui_attention, flash_attention, replaced_sdpa, ru
 from mps_flash_attn.frameworks import transformers_attention
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
-from mps_flash_attn.sdpa.original import HAS_GROUPS
 from stand_in import DTYPES
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -57,7 +56,7 @@ def operands(case, dtype=DTYPE):
     return tensors, options
 
 
-BOTH = ["plain", "causal", "other width", "float mask", "bool mask", *(["grouped"] if HAS_GROUPS else [])]
+BOTH = ["plain", "causal", "other width", "float mask", "bool mask", "grouped"]
 CASES = [(flash, case) for case in BOTH] + [(sdpa, case) for case in (*BOTH, "two dimensions", "broadcast")]
 EACH_CASE = pytest.mark.parametrize("function, case", CASES, ids=lambda each: getattr(each, "__name__", each))
 

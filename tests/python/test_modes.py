@@ -18,7 +18,6 @@ from calls import Seen, calls, problem
 from mps_flash_attn import flash_attention, replaced_sdpa, run, sdpa_stats
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
-from mps_flash_attn.sdpa.original import HAS_GROUPS
 from stand_in import FLOAT64
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -33,9 +32,8 @@ CALLS = {
     "other width": lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :7]),
     "three dimensions": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
     "broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]),
+    "grouped": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True),
 }
-if HAS_GROUPS:
-    CALLS["grouped"] = lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
 
 
 def leaves(dtype=torch.float32, call=""):

@@ -21,7 +21,7 @@ from ..transforms import count_of_modes, merge_into_batch, merge_mask_into_batch
 from . import run, shapes
 from .checkpointing import handles, is_replaced, top_hooks
 from .compiler_cache import tag_compiler_cache
-from .original import OPERATOR, keyword_options, original, original_for
+from .original import OPERATOR, original, original_for
 from .run import SmallCall, options_key, run_cached
 
 _TRACERS = (FakeTensor, FunctionalTensor)  # the classes of tensors with which torch.compile runs a model
@@ -46,7 +46,7 @@ def attention(
     """The kernel of the CPU and of MPS, with and without autograd."""
     hooks = top_hooks(True)
     if (hooks is not None or not handles) and not _is_replaced(hooks, query, key, value, attn_mask):
-        return original(query, key, value, attn_mask, dropout_p, is_causal, **keyword_options(scale, enable_gqa))
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if not dropout_p:
         cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key(is_causal, scale, enable_gqa))
         if cached is not None:
@@ -79,8 +79,8 @@ def attention(
     if reason == SMALL and kind is _EAGER:
         call_key = options_key(is_causal, scale, enable_gqa)
         dispatch_cache.insert(query, key, value, attn_mask, call_key, SmallCall, support.work)
-    options = keyword_options(scale, enable_gqa)
-    return original_for(reason)(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    attend = original_for(reason)
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _is_replaced(hooks: Any, *operands: Tensor | None) -> bool:
@@ -105,7 +105,7 @@ def vmapped(
 ) -> Tensor:
     """The rule for vmap. It calls the operator at the level below, with the mapped dimension in the batch, or in front
     of it. Calls that libmfa does not run are mapped by PyTorch."""
-    options = keyword_options(scale, enable_gqa)
+    options = {"scale": scale, "enable_gqa": enable_gqa}
     hooks = top_hooks(True)
     if (hooks is not None or not handles) and not _is_replaced(hooks, query, key, value, attn_mask):
         return original(query, key, value, attn_mask, dropout_p, is_causal, **options)

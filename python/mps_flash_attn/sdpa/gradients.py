@@ -17,7 +17,6 @@ from ..library import Unsupported
 from ..options import Options
 from ..problem import DIFFERENTIABLE, OperandsTuple
 from ..stats import count
-from .original import keyword_options
 
 
 def backward(
@@ -69,7 +68,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The gradients of query, key, value and mask by PyTorch's operator; None where not wanted."""
     d_out, query, key, value, mask = operands
-    keywords = keyword_options(options.scale, query.shape[1] != key.shape[1])
+    keywords = {"scale": options.scale, "enable_gqa": query.shape[1] != key.shape[1]}
     places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
 
     def attend(*operands: Tensor | None) -> Any:

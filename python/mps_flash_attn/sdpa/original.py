@@ -12,12 +12,6 @@ from torch import Tensor
 from . import shapes
 
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
-HAS_GROUPS = any(argument.name == "enable_gqa" for argument in OPERATOR._schema.arguments)  # PyTorch 2.5 or later
-
-
-def keyword_options(scale: float | None, enable_gqa: bool) -> dict[str, Any]:
-    """The keyword arguments of PyTorch's operators."""
-    return {"scale": scale, "enable_gqa": enable_gqa} if HAS_GROUPS else {"scale": scale}
 
 
 def original(*arguments: Any, **options: Any) -> Any:

@@ -21,14 +21,14 @@ from ..run import forward, forward_for_backward
 from ..stats import REPLACED, SMALL, count, disabled_reason, flash_is_enabled, small_reason
 from . import shapes
 from .gradients import backward
-from .original import HAS_GROUPS, keyword_options, math_attention, original
+from .original import math_attention, original
 
 FUSED, MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
 
 # By the backend that PyTorch would have used: it decides the layout of the result, and whether there is a second
 # derivative.
 _ORIGINALS = {FUSED: original, MATH: math_attention}
-_LAYOUTS = {FUSED: tensors.like if HAS_GROUPS else tensors.heads_within_rows, MATH: tensors.dense}
+_LAYOUTS = {FUSED: tensors.like, MATH: tensors.dense}
 _ROUTES = {
     backend: Route(
         partial(forward_for_backward, allocate=_LAYOUTS[backend]), partial(backward, function, EAGER.backward)
@@ -52,7 +52,7 @@ def torch_backend(
     """The code of the backend that PyTorch would use."""
     if query.device.type == "mps":  # it has only one there, and no _fused_sdp_choice
         return MATH
-    return torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, **keyword_options(scale, enable_gqa))
+    return torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 # --- Cached calls --------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def run_cached(
         count(SMALL)
         if mask is None and not is_causal and scale is None and not enable_gqa:
             return original(query, key, value)  # each further argument costs time
-        return original(query, key, value, mask, 0.0, is_causal, **keyword_options(scale, enable_gqa))
+        return original(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if cached.backend != torch_backend(query, key, value, mask, is_causal, scale, enable_gqa):
         return None
     try:
@@ -181,8 +181,6 @@ def run_by_operator(
         out, _ = attention_forward(query, key, value, mask, *NO_MORE, *options)
     if backend == MATH:
         out = out.contiguous()
-    elif not HAS_GROUPS:
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out if support.fits else out.view(shape)
 
 
