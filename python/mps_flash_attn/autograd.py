@@ -53,7 +53,7 @@ class Call(NamedTuple):
         return self.route.backward(operands, self.options, wanted)
 
 
-class Attention(torch.autograd.Function):
+class Attention(transforms.Function):
     """out, or (out, lse), differentiable once. It has few arguments and results, since each costs time. `call` is a
     Call or a CachedCall."""
 
@@ -80,7 +80,7 @@ class Attention(torch.autograd.Function):
         _refuse_tangents()
 
 
-class _Gradients(torch.autograd.Function):
+class _Gradients(transforms.Function):
     """The gradients as a differentiable function, its arguments those of attention_backward. Without it autograd would
     take the gradients for constants, and a second derivative would be silently wrong."""
 
@@ -216,7 +216,7 @@ registration.impl("attention_backward", _backward_with_autograd, "Autograd")
 
 # --- Cached calls --------------------------------------------------------------------------------
 
-_apply = super(torch.autograd.Function, Attention).apply  # skips the handling of transforms, which the guards cover
+_apply = Attention.apply  # a global name: each attribute lookup costs time in every call
 
 
 class CachedCall(CacheEntry):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ try:  # not public in PyTorch
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
     from torch._functorch.vmap import unwrap_batched
+    from torch.autograd.function import _SingleLevelFunction
 except ImportError:
     enable_single_level_autograd_function = None  # type: ignore[assignment] # a function otherwise
     unwrap_dead_wrappers = tuple  # type: ignore[assignment] # likewise
+    _SingleLevelFunction = torch.autograd.Function  # type: ignore[misc] # another class otherwise
 
 VMAP_KEY = "FuncTorchVmapMode"  # the first dispatch key that an operator meets in a vmap
 _VMAP_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
@@ -53,9 +55,21 @@ def needs_operator(*operands: Tensor) -> bool:
 # --- Levels of torch.func ------------------------------------------------------------------------
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply, for a torch.autograd.Function whose forward calls what below() returned. It is for an operator's
-    rule for autograd, which runs at one level; PyTorch's own apply would start at the topmost level again."""
+class Function(_SingleLevelFunction):
+    """A torch.autograd.Function for an operator's rule for autograd, which runs at one level; the apply() of PyTorch's
+    own class would start at the topmost level again. It does not unwrap tensors of a transform that is over: the
+    dispatcher has done so."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def apply(cls, *arguments: Any) -> Any: ...
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """function.apply, for a Function whose forward calls what below() returned."""
     if not are_active():
         return function.apply(*arguments)
     if not are_supported:
@@ -63,7 +77,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
             f"PyTorch {torch.__version__} cannot differentiate flash_attention under torch.func; use torch.autograd"
         )
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc] # made in C
+        return function.apply(*arguments)
 
 
 def below(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -354,6 +354,19 @@ def test_taken_back():
         assert torch.equal(vmap(sdpa)(*tensors), expected)
 
 
+@pytest.mark.parametrize("function", [flash, sdpa])
+def test_tensors_of_a_transform_that_is_over(function):
+    """They hold the values of the tensors that they wrap."""
+    (query, key, value), _ = operands("plain")
+    leaves, kept = [tensor.requires_grad_() for tensor in (query, key, value)], []
+    grad(lambda tensor: kept.append(tensor) or tensor.sum())(query)
+    with replaced_sdpa():
+        outs = [function(first, key, value) for first in (query, kept[0])]
+    assert torch.equal(*outs)
+    gradients = [torch.autograd.grad(out.sum(), leaves) for out in outs]
+    assert all(map(torch.equal, *gradients))
+
+
 def test_under_a_mode():
     tensors, _ = operands("plain")
     with Seen() as mode:
