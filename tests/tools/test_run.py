@@ -42,7 +42,8 @@ def counted(folder, text, code):
 @pytest.mark.parametrize("text, expected", TESTS)
 def test_each_case_is_counted(text, expected, tmp_path):
     good = TESTS[0][0]
-    assert counted(tmp_path, good + text, int(expected[1] > 0)) == tuple(map(sum, zip((12, 0, 0), expected, strict=True)))
+    both = tuple(map(sum, zip((12, 0, 0), expected, strict=True)))
+    assert counted(tmp_path, good + text, int(expected[1] > 0)) == both
 
 
 @pytest.mark.parametrize("text, code", ((None, 0), ("", 0), (TESTS[0][0], 1), (TESTS[0][0], -9)))

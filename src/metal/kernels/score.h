@@ -127,8 +127,8 @@ METAL_FUNC void mask_range_add_mask(thread mask_range &r, device const mask_stor
 }
 #endif
 
-/* The score of element t, as if it counted and had no mask; `dtanh` is the derivative of the softcap's tanh, 1 without a
- * softcap. */
+/* The score of element t, as if it counted and had no mask; `dtanh` is the derivative of the softcap's tanh, 1 without
+ * a softcap. */
 METAL_FUNC float score(float product, int t, thread const mask_range &r, constant mfa_metal_call &call,
                        thread float &dtanh)
 {
@@ -164,8 +164,8 @@ METAL_FUNC float masked_score(float x, int t, thread const mask_range &r, consta
     return shown ? x : SCORE_MASKED;
 }
 
-/* The scores S of a block's elements from `first` on, in place, and their dtanh. `full`: the block's range is full. Then
- * a score may be -inf, which exp2 makes 0. */
+/* The scores S of a block's elements from `first` on, in place, and their dtanh. `full`: the block's range is full.
+ * Then a score may be -inf, which exp2 makes 0. */
 template <int FRAGMENTS>
 METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, thread const mask_range &r, bool full,
                            lane_coord at, constant mfa_metal_call &call)
