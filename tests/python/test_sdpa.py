@@ -328,9 +328,10 @@ LAYOUTS = {
 def test_layouts(layout, others):
     """The memory of the result is ordered as that of PyTorch's own."""
     query, key, value = problem()
-    query, key, value = LAYOUTS[layout](query), LAYOUTS[others](key), LAYOUTS[others](value)
-    check((query, key, value), is_causal=True)
-    check((query, key, value), torch.randn(33, 38, requires_grad=True))
+    batch = LAYOUTS[layout](query), LAYOUTS[others](key), LAYOUTS[others](value)
+    for tensors in (batch, [t[1] for t in batch]):
+        check(tensors, is_causal=True)
+        check(tensors, torch.randn(33, 38, requires_grad=True))
 
 
 def test_other_length_of_values_is_refused():
@@ -442,6 +443,7 @@ SECOND = {  # where PyTorch takes its fused kernel there is no second derivative
     "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q[..., :1] * 2),
     "one tensor": lambda q, k, v: F.scaled_dot_product_attention(q, q, q[..., :2]),
     "broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v),
+    "three dimensions, mask": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0], q[0, 0, :, :1] * 2),
 }
 
 

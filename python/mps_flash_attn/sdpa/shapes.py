@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import dispatch_cache
@@ -17,6 +18,7 @@ Shape = Sequence[int]
 
 HEAD_DIM_MAX = 512
 LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read past the end of the shorter one
+_FUSES_THREE_DIMENSIONS = torch.__version__ >= "2.14"  # PyTorch's fused kernel takes tensors without a batch, too
 
 
 class Support(NamedTuple):
@@ -135,6 +137,10 @@ def _in_front(tensor: Tensor, place: int, rank: int) -> Tensor:
 def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's fused CPU kernel accepts such tensors. Its result has the layout of the query; that of the
     unfused path is contiguous."""
+    if _FUSES_THREE_DIMENSIONS and query.dim() == key.dim() == value.dim() == 3:
+        query, key, value = query[None], key[None], value[None]
+        if mask is not None and mask.dim() == 3:
+            mask = mask[None]
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
         return False
     if query.device.type != "cpu" or key.shape[:2] != value.shape[:2] or query.shape[3] != value.shape[3]:
