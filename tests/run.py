@@ -115,7 +115,7 @@ def count_case(tally, case, name):
         if skipped is not None and skipped.get("type") != "pytest.xfail":
             tally.skipped[skipped.get("message", "")] += 1
         else:
-            tally.add(name, not bad, bad)
+            tally.add(name, int(not bad), int(bad))
     elif skipped is not None and (said := re.findall(r"^SKIPPED: (.*)", text, re.MULTILINE)):
         tally.skipped[said[-1]] += 1
     elif bad or skipped is not None or "setup" not in labels:

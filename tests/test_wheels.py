@@ -48,7 +48,7 @@ def metadata(wheel, name):
 def test_holds_the_package_and_its_library_and_nothing_else(wheel, platform):
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = {f"mps_flash_attn/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
-    assert inside == package | {f"mps_flash_attn/{PLATFORMS[platform]}"}
+    assert inside == package | {f"mps_flash_attn/{PLATFORMS[platform]}", "mps_flash_attn/py.typed"}
 
 
 def test_package_is_that_of_the_tree(wheel):
