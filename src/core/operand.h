@@ -13,7 +13,7 @@ enum mfa_role {
     MFA_ROLE_READ = 1,
     MFA_ROLE_WRITTEN = 2,
     MFA_ROLE_REQUIRED = 4, /* must be given, unless it has no elements */
-    MFA_ROLE_SUMMED = 8    /* written, and stride 0 asks for the sum along that dimension */
+    MFA_ROLE_SUMMED = 8    /* written; stride 0: summed along that dimension */
 };
 
 struct mfa_operand {
