@@ -83,6 +83,8 @@ static const char *arguments_of(const char *function)
                               "INDEX, SIMDGROUP, LANE"},
         {"attention_decode", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), T(1), GROUP, "
                              "INDEX, SIMDGROUP, LANE"},
+        {"attention_decode_vector", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), GROUP, INDEX, "
+                                    "SIMDGROUP, LANE"},
         {"attention_merge", "C, B(10), B(11), B(18), B(2), GROUP, SIMDGROUP, LANE"},
         {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq", "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), T(0), T(1), GROUP, "

@@ -17,7 +17,7 @@ static const char *kernel_word(const struct mfa_key *key)
 {
     if (key->variant == MFA_VARIANT_DECODE)
         return key->pass == MFA_BACKWARD ? "decode_backward" : "decode";
-    return mfa_pass_name(key->pass);
+    return key->variant == MFA_VARIANT_DECODE_VECTOR ? "decode_vector" : mfa_pass_name(key->pass);
 }
 
 /* The features' parts of a key's text. */

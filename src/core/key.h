@@ -23,8 +23,9 @@ enum mfa_feature {
 };
 
 enum mfa_variant {
-    MFA_VARIANT_TILED, /* blocks of queries */
-    MFA_VARIANT_DECODE /* few queries, as in a decode step */
+    MFA_VARIANT_TILED,        /* blocks of queries */
+    MFA_VARIANT_DECODE,       /* few queries, as in a decode step */
+    MFA_VARIANT_DECODE_VECTOR /* one or two: lanes along the columns (Metal) */
 };
 
 struct mfa_key { /* no padding: compared and hashed as bytes */

@@ -15,7 +15,8 @@ static int has(const struct mfa_key *key, enum mfa_metal_kernel kernel)
     const int additive = key->features & MFA_FEATURE_MASK_ADDITIVE;
     switch (kernel) {
     case MFA_METAL_FORWARD:
-    case MFA_METAL_DECODE: return kernel == mfa_metal_tiles_named(key);
+    case MFA_METAL_DECODE:
+    case MFA_METAL_DECODE_VECTOR: return kernel == mfa_metal_tiles_named(key);
     case MFA_METAL_MERGE: return key->pass == MFA_FORWARD;
     case MFA_METAL_BACKWARD_PREPROCESS:
     case MFA_METAL_BACKWARD_DQ:

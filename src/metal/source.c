@@ -40,6 +40,8 @@ static const struct entry {
                            CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
     [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE,
                           CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
+    [MFA_METAL_DECODE_VECTOR] = {"attention_decode_vector", "attention_decode_vector", FORWARD, NONE,
+                                 CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
     [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, CALL | RESULTS | PART(PARTIALS)},
     [MFA_METAL_BACKWARD_PREPROCESS] = {"backward_preprocess", "backward_preprocess", BACKWARD, NONE,
                                        CALL | RESULTS | OPERAND(d_o) | OPERAND(dlse) | PART(D) | PART(L)},

@@ -17,17 +17,21 @@
  * where metal-flash-attention spills registers to memory (its tables cache O to 96 or 128 columns on M1, to 160 on
  * M3).
  *
- * Rows: 32 to a block, 4 simdgroups of 8, as MLX and vllm-metal have it; 16 where slices make many simdgroups of
+ * Rows: 4 simdgroups of 8, as MLX and vllm-metal have it; of 16 up to 64 columns forward, where registers hold them:
+ * each fragment of K and V that is loaded then serves two products. Half as many where slices make many simdgroups of
  * these, for all simdgroups of a threadgroup run on one core.
  *
  * Tiles of 32 keys up to 64 columns and 16 up to 128 as in MLX (on M3 and later 32, as in mlx-mfa); beyond, as many
  * as fit into 32 KB of threadgroup memory with the exchange of a split. f32 above 256 columns fits only if K and V
  * share a tile.
  *
- * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile, so that barriers are few.
+ * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile, so that barriers are few. The
+ * vector kernel, for one or two rows, has no tiles: its blocks are those of the block mask, and it needs a quarter of the
+ * matrix kernel's instructions for each key. From three rows on the matrices are the shorter way.
  *
- * Each row also has a tile with half the simdgroups, for a device on which a pipeline of the first has too few
- * threads: half the rows, or half of decode's keys. */
+ * Each row also has a tile with half the simdgroups, and 8 rows in each: half the rows or fewer, or half of decode's
+ * keys. It is for a device on which a pipeline of the first has too few threads, and for problems with so few rows that
+ * half of the first tile's would be idle. */
 static const struct row {
     int8_t family; /* and later ones, up to the next family that has rows */
     int8_t kernel;
@@ -35,11 +39,11 @@ static const struct row {
     int16_t dim;
     struct mfa_metal_tile tiles[2]; /* block_q, block_kv; simdgroups by rows, slices and keys; shared */
 } rows[] = {
-    {7, MFA_METAL_FORWARD, 2, 64, {{32, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 2, 64, {{64, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
     {7, MFA_METAL_FORWARD, 2, 128, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
     {7, MFA_METAL_FORWARD, 2, 256, {{32, 16, 4, 2, 1, 0}, {16, 16, 2, 2, 1, 0}}},
     {7, MFA_METAL_FORWARD, 2, 512, {{16, 8, 2, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
-    {7, MFA_METAL_FORWARD, 4, 64, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
+    {7, MFA_METAL_FORWARD, 4, 64, {{64, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
     {7, MFA_METAL_FORWARD, 4, 128, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
     {7, MFA_METAL_FORWARD, 4, 256, {{32, 8, 4, 2, 1, 0}, {16, 8, 2, 2, 1, 0}}},
     {7, MFA_METAL_FORWARD, 4, 512, {{16, 8, 2, 4, 1, 1}, {8, 8, 1, 4, 1, 1}}},
@@ -52,6 +56,11 @@ static const struct row {
     {7, MFA_METAL_DECODE, 4, 128, {{8, 16, 1, 2, 2, 0}, {8, 8, 1, 2, 1, 0}}},
     {7, MFA_METAL_DECODE, 4, 256, {{8, 8, 1, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
     {7, MFA_METAL_DECODE, 4, 512, {{8, 8, 1, 4, 1, 1}, {8, 8, 1, 4, 1, 1}}},
+
+    {7, MFA_METAL_DECODE_VECTOR, 2, 256, {{2, 64, 1, 1, 8, 0}, {2, 32, 1, 1, 4, 0}}},
+    {7, MFA_METAL_DECODE_VECTOR, 2, 512, {{2, 64, 1, 1, 4, 0}, {2, 32, 1, 1, 2, 0}}},
+    {7, MFA_METAL_DECODE_VECTOR, 4, 256, {{2, 64, 1, 1, 8, 0}, {2, 32, 1, 1, 4, 0}}},
+    {7, MFA_METAL_DECODE_VECTOR, 4, 512, {{2, 64, 1, 1, 4, 0}, {2, 32, 1, 1, 2, 0}}},
 
     {7, MFA_METAL_BACKWARD_DQ, 2, 64, {{32, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
     {7, MFA_METAL_BACKWARD_DQ, 2, 128, {{32, 16, 4, 1, 1, 0}, {16, 16, 2, 1, 1, 0}}},
@@ -71,6 +80,7 @@ static const struct row {
     {7, MFA_METAL_BACKWARD_DKV, 4, 256, {{8, 16, 2, 4, 1, 0}, {8, 8, 1, 4, 1, 0}}},
     {7, MFA_METAL_BACKWARD_DKV, 4, 512, {{8, 16, 2, 8, 1, 1}, {8, 8, 1, 8, 1, 1}}},
 
+    {9, MFA_METAL_FORWARD, 2, 64, {{64, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
     {9, MFA_METAL_FORWARD, 2, 128, {{32, 32, 4, 1, 1, 0}, {16, 32, 2, 1, 1, 0}}},
 };
 
@@ -126,6 +136,8 @@ enum mfa_metal_kernel mfa_metal_tiles_named(const struct mfa_key *key)
 {
     if (key->pass == MFA_BACKWARD)
         return MFA_METAL_BACKWARD_DQ;
+    if (key->variant == MFA_VARIANT_DECODE_VECTOR)
+        return MFA_METAL_DECODE_VECTOR;
     return key->variant == MFA_VARIANT_DECODE ? MFA_METAL_DECODE : MFA_METAL_FORWARD;
 }
 
@@ -159,6 +171,11 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
     const int32_t E = mfa_metal_tiles_columns(tile, key->value_dim);
     const int32_t first = tile_rows * (mfa_metal_tiles_columns(tile, key->head_dim) * element + 16);
     const int32_t second = tile_rows * (E * element + 16);
+    if (kernel == MFA_METAL_DECODE_VECTOR) { /* m, l and O of each simdgroup's rows */
+        bytes[0] = (int32_t)ceil_of((int64_t)tile->key_groups * tile->block_q * (E + 2) * 4, 16) * 16;
+        bytes[1] = 16;
+        return;
+    }
     bytes[0] = tile->shared ? (int32_t)wider(first, second) : first + second;
     if (tile->key_groups > 1) { /* attention_decode merges its simdgroups' results there at the end */
         const int32_t O = (tile->key_groups - 1) * E / 8;
@@ -166,6 +183,26 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
     }
     const int32_t scores = tile_rows / tile->key_groups / 8 * (kernel >= MFA_METAL_BACKWARD_DQ ? 2 : 1);
     bytes[1] = tile->split > 1 ? simdgroups * scores * fragment : 16;
+}
+
+/* Lengths and numbers of rows of a KV head, and the numbers of all rows, keys and blocks, which kernels count in 32
+ * bits. A grid has at most one threadgroup for 8 keys or for 4 of the others. */
+static mfa_status supports_sizes(const mfa_problem *p)
+{
+    const double most = 0x1p30, q_len = (double)p->q_len, kv_len = (double)p->kv_len;
+    const double q_heads = (double)p->batch * (double)p->q_heads, kv_heads = (double)p->batch * (double)p->kv_heads;
+    if (p->kv_heads > 0 && (double)p->q_heads / (double)p->kv_heads * q_len > most)
+        return mfa_fail(MFA_UNSUPPORTED,
+                        "q_len is %lld; Metal kernels exist for up to 2^30 queries of a KV head's group",
+                        (long long)p->q_len);
+    if (kv_len > most)
+        return mfa_fail(MFA_UNSUPPORTED, "kv_len is %lld; Metal kernels exist for up to 2^30", (long long)p->kv_len);
+    const double blocks = p->mask == MFA_MASK_NONE ? 0 : q_heads * (q_len / 8 + 1) * (kv_len / 8 + 1);
+    if (q_heads * q_len > 0x1p31 || kv_heads * kv_len > 0x1p31 || blocks > 0x1p31)
+        return mfa_fail(MFA_UNSUPPORTED,
+                        "batch is %lld; Metal kernels exist for up to 2^31 queries, keys and blocks of a mask in all",
+                        (long long)p->batch);
+    return MFA_OK;
 }
 
 mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
@@ -181,13 +218,21 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->softcap > 0 && size / p->softcap > 0x1p60)
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g and scale %g; Metal kernels exist for quotients up to 2^60",
                         p->softcap, p->scale);
-    return MFA_OK;
+    return supports_sizes(p);
 }
 
-/* A forward problem is a decode step if its rows fit into one block of that kernel. */
-static int is_decode(const mfa_problem *p)
+/* Rows of queries that share a KV head. */
+static int64_t rows_of_head(const mfa_problem *p)
 {
-    return p->pass == MFA_FORWARD && p->kv_heads > 0 && p->q_heads / p->kv_heads * p->q_len <= 8;
+    return p->kv_heads > 0 ? p->q_heads / p->kv_heads * p->q_len : 0;
+}
+
+/* A forward problem is a decode step if its rows fit into one block of one of these kernels. */
+static int variant_of(const mfa_problem *p)
+{
+    if (p->pass == MFA_BACKWARD || p->kv_heads == 0 || rows_of_head(p) > 8)
+        return MFA_VARIANT_TILED;
+    return rows_of_head(p) > 2 ? MFA_VARIANT_DECODE : MFA_VARIANT_DECODE_VECTOR;
 }
 
 /* Parts that a sum over `steps` is split into, so that there are enough threadgroups. */
@@ -202,9 +247,8 @@ static int64_t splits_of_keys(const mfa_problem *p, const struct mfa_key *key)
 {
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(mfa_metal_tiles_named(key), key);
     const int64_t heads = p->batch * p->kv_heads, in_band = p->upper - p->lower + p->q_len;
-    const int64_t rows_of_head = p->kv_heads > 0 ? p->q_heads / p->kv_heads * p->q_len : 0;
     const int64_t keys = in_band < p->kv_len ? in_band : p->kv_len;
-    return parts_of(heads * ceil_of(rows_of_head, tile->block_q), keys / SPLIT_KEYS);
+    return parts_of(heads * ceil_of(rows_of_head(p), tile->block_q), keys / SPLIT_KEYS);
 }
 
 /* Splits of the sum of an element of dbias. */
@@ -241,10 +285,13 @@ void mfa_metal_tiles_choose(int family, const mfa_problem *p, struct mfa_choice 
     struct mfa_key *key = &choice->key;
     memset(choice, 0, sizeof *choice);
     key->pass = p->pass, key->dtype = p->dtype;
-    key->variant = is_decode(p) ? MFA_VARIANT_DECODE : MFA_VARIANT_TILED;
+    key->variant = variant_of(p);
     key->head_dim = (int32_t)ceil_of(p->head_dim, 8) * 8, key->value_dim = (int32_t)ceil_of(p->value_dim, 8) * 8;
     key->features = mfa_key_features(p), key->mask_dtype = p->mask_dtype;
     snprintf(key->machine, sizeof key->machine, "apple%d", family);
-    take_tile(p, mfa_metal_tiles_find(mfa_metal_tiles_named(key), key), choice);
+    const struct row *row = find_row(mfa_metal_tiles_named(key), key);
+    const int half_is_idle =
+        p->pass == MFA_FORWARD && key->variant == MFA_VARIANT_TILED && rows_of_head(p) <= row->tiles[0].block_q / 2;
+    take_tile(p, &row->tiles[half_is_idle], choice);
     choice->threads = 1;
 }

@@ -11,6 +11,7 @@
 enum mfa_metal_kernel {
     MFA_METAL_FORWARD,
     MFA_METAL_DECODE,
+    MFA_METAL_DECODE_VECTOR,
     MFA_METAL_MERGE,
     MFA_METAL_BACKWARD_PREPROCESS,
     MFA_METAL_BACKWARD_DQ,
@@ -53,10 +54,10 @@ int mfa_metal_tiles_family(int family);
 /* The family of a key; 0 if its machine is not a Metal GPU. */
 int mfa_metal_tiles_family_of(const struct mfa_key *key);
 
-/* The kernel whose tile a key names: forward, decode or dQ. */
+/* The kernel whose tile a key names: forward, one of decode or dQ. */
 enum mfa_metal_kernel mfa_metal_tiles_named(const struct mfa_key *key);
 
-/* The row for a kernel that has tiles: forward, decode, dQ, dK and dV. NULL for another kernel, or if there is none. */
+/* The row for a kernel that has tiles: forward, both of decode, dQ, dK and dV. NULL for another kernel, or if there is none. */
 const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key);
 
 /* Columns that a tile of this split has for `dim`: whole fragments for each simdgroup. */
@@ -74,7 +75,7 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *problem);
 /* Chooses the key and the tiling, all but the workspace. `family` is one with rows of its own. */
 void mfa_metal_tiles_choose(int family, const mfa_problem *problem, struct mfa_choice *choice);
 
-/* Changes the choice to tiles with half the threads, for a device that cannot run these. */
+/* Changes the choice to tiles with half the threads, for a device that cannot run these; it may have them already. */
 void mfa_metal_tiles_halve(const mfa_problem *problem, struct mfa_choice *choice);
 
 #endif

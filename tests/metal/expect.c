@@ -61,13 +61,11 @@ void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target
         return;
     metal_choose(target, &p, &choice);
     const int64_t group = p.kv_heads ? p.q_heads / p.kv_heads : 1;
-    const struct {
-        enum mfa_metal_kernel kernel;
-        int64_t pack_gqa;
-    } of_pass[2][2] = {{{MFA_METAL_FORWARD, group}, {MFA_METAL_DECODE, group}},
-                       {{MFA_METAL_BACKWARD_DQ, group}, {MFA_METAL_BACKWARD_DKV, 1}}};
+    static const enum mfa_metal_kernel kernels[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_DECODE_VECTOR,
+                                                    MFA_METAL_BACKWARD_DQ, MFA_METAL_BACKWARD_DKV};
     memset(expected, 0, MFA_METAL_KERNELS * sizeof *expected);
-    for (int n = 0; n < 2; n++)
-        expected[of_pass[pass][n].kernel] =
-            count_blocks(inputs, mfa_metal_tiles_find(of_pass[pass][n].kernel, &choice.key), of_pass[pass][n].pack_gqa);
+    for (size_t n = 0; n < sizeof kernels / sizeof *kernels; n++)
+        if ((kernels[n] >= MFA_METAL_BACKWARD_DQ) == (pass == MFA_BACKWARD))
+            expected[kernels[n]] = count_blocks(inputs, mfa_metal_tiles_find(kernels[n], &choice.key),
+                                                kernels[n] == MFA_METAL_BACKWARD_DKV ? 1 : group);
 }

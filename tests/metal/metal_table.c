@@ -71,7 +71,8 @@ static struct line line_of(enum mfa_metal_kernel kernel, struct metal_target tar
     struct line line = {.kernel = kernel, .target = target};
     struct mfa_choice choice;
     mfa_problem problem;
-    mfa_problem_init(&problem, 1, 1, 1, kernel == MFA_METAL_DECODE ? 1 : 9, 1, dim, dim);
+    const int rows = kernel == MFA_METAL_DECODE_VECTOR ? 1 : kernel == MFA_METAL_DECODE ? 8 : 512;
+    mfa_problem_init(&problem, 1, 1, 1, rows, 1, dim, dim);
     problem.dtype = dtype, problem.pass = kernel >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
     mfa_problem_check(&problem, &problem);
     metal_choose(target, &problem, &choice);
@@ -124,6 +125,7 @@ static struct cost cost_of(const struct line *line)
     /* rows that are loaded tile by tile */
     const int walked = line->kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
     const int slice = dim / tile->split / 8, scores = walked / tile->key_groups / 8, cached = element == 2 ? 1 : 2;
+    const int row_fragments = line->kernel == MFA_METAL_FORWARD ? tile->block_q / tile->row_groups / 8 : 1;
     const int64_t counted = count_on_walk(line, 3) - count_on_walk(line, 2);
     struct cost c = {.barriers = counted / 65536};
     c.matrix_operations = counted % 65536 * mfa_metal_tiles_threads(tile) / 32;
@@ -136,12 +138,16 @@ static struct cost cost_of(const struct line *line)
         c.products = 4;
         c.registers = slice * (2 * cached + 4) + 4 * scores;
         break;
+    case MFA_METAL_DECODE_VECTOR: /* in registers Q O K V, in runs of four columns for each lane */
+        c.products = 0;
+        c.registers = dim / (dim > 128 ? 32 : dim > 64 ? 16 : 8) * (2 * tile->block_q + 2);
+        break;
     default: /* S, O; in registers Q O S */
         c.products = 2;
         c.registers = slice * (cached + 2) + 2 * scores;
         break;
     }
-    c.registers += FIXED_REGISTERS;
+    c.registers = row_fragments * c.registers + FIXED_REGISTERS;
     const int loads = line->kernel == MFA_METAL_BACKWARD_DKV && tile->shared ? 3 : 2;
     c.device_bytes = (int64_t)loads * walked * dim * element;
     return c;
@@ -155,18 +161,21 @@ static void write_line(FILE *to, const struct line *line)
     mfa_metal_tiles_memory(line->kernel, tile, &line->key, bytes);
     const struct cost c = cost_of(line);
     const double least = (double)c.products * tile->block_q * tile->block_kv * dim / 512;
-    fprintf(to, "| `%s` | %s | %d | %d x %d | %d x %d x %d | %d | %lld | %lld | %.2f | %lld | %d |\n",
+    char to_least[16] = "-";
+    if (least > 0)
+        snprintf(to_least, sizeof to_least, "%.2f", (double)c.matrix_operations / least);
+    fprintf(to, "| `%s` | %s | %d | %d x %d | %d x %d x %d | %d | %lld | %lld | %s | %lld | %d |\n",
             mfa_metal_source_function(line->kernel), line->key.dtype == MFA_F32 ? "f32" : "f16, bf16", dim,
             tile->block_q, tile->block_kv, tile->row_groups, tile->split, tile->key_groups,
             bytes[0] + (tile->split > 1 ? bytes[1] : 0), (long long)c.barriers, (long long)c.matrix_operations,
-            (double)c.matrix_operations / least, (long long)c.device_bytes, c.registers);
+            to_least, (long long)c.device_bytes, c.registers);
 }
 
 /* The lines of a target; after the first only where its tile is another one than `usual` has. */
 static void write_target(FILE *to, const char *title, struct metal_target target, const struct metal_target *usual)
 {
-    static const enum mfa_metal_kernel kernels[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
-                                                    MFA_METAL_BACKWARD_DKV};
+    static const enum mfa_metal_kernel kernels[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_DECODE_VECTOR,
+                                                    MFA_METAL_BACKWARD_DQ, MFA_METAL_BACKWARD_DKV};
     fprintf(to,
             "\n%s:\n\n"
             "| kernel | dtype | columns to | block_q x block_kv | simdgroups: rows x slices x keys | "

@@ -8,8 +8,8 @@
 static const char *run_pass(const struct test_case *s, struct metal_target target, struct operands *operands,
                             int64_t chunk, struct reference *results)
 {
-    static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
-                                                  MFA_METAL_BACKWARD_DKV};
+    static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_DECODE_VECTOR,
+                                                  MFA_METAL_BACKWARD_DQ, MFA_METAL_BACKWARD_DKV};
     static char wrong[4096];
     struct metal_trace trace;
     int64_t expected[MFA_METAL_KERNELS];

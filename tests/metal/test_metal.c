@@ -17,8 +17,8 @@
 #include "mfa.h"
 #include "support/report.h"
 
-static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_BACKWARD_DQ,
-                                              MFA_METAL_BACKWARD_DKV};
+static const enum mfa_metal_kernel tiled[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_DECODE_VECTOR,
+                                              MFA_METAL_BACKWARD_DQ, MFA_METAL_BACKWARD_DKV};
 static const int families[] = {7, 9};
 
 static struct mfa_key key_of(int pass, int dtype, int head_dim, int value_dim, int family)
@@ -42,12 +42,14 @@ static void check_tile(enum mfa_metal_kernel kernel, const struct mfa_key *key)
     assert_in_range(bytes[0] + bytes[1], 32, 32768);
     assert_in_range(threads, 32, 512);
     assert_int_equal(threads % 32, 0);
-    assert_int_equal(rows, 8 * tile->row_groups);
+    assert_true(rows == 8 * tile->row_groups || (rows == 16 * tile->row_groups && kernel == MFA_METAL_FORWARD) ||
+                (rows == 2 && kernel == MFA_METAL_DECODE_VECTOR));
     assert_int_equal(walked % (8 * tile->key_groups), 0);
     assert_true(mfa_metal_tiles_columns(tile, key->head_dim) >= key->head_dim);
     assert_int_equal(mfa_metal_tiles_columns(tile, key->head_dim) % (8 * tile->split), 0);
     assert_true(!tile->shared || tile->split > 1); /* the kernels' barriers depend on it */
-    assert_true(tile->key_groups == 1 || (kernel == MFA_METAL_DECODE && tile->row_groups == 1));
+    const int decodes = kernel == MFA_METAL_DECODE || kernel == MFA_METAL_DECODE_VECTOR;
+    assert_true(tile->key_groups == 1 || (decodes && tile->row_groups == 1));
 }
 
 /* Both tiles of a row, usual and halved. */
@@ -57,7 +59,7 @@ static void check_tiles(struct mfa_key key)
         key.pass = tiled[n] >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
         key.block_q = 0;
         check_tile(tiled[n], &key);
-        key.block_q = 8; /* less than any of the usual ones */
+        key.block_q = 1; /* less than any of the usual ones */
         check_tile(tiled[n], &key);
     }
 }
@@ -131,6 +133,15 @@ static void test_decode_keys(void **state)
     mfa_key_print(&choice.key, text);
     assert_string_equal(text, "decode_f16_d64_q8_k32_apple9");
     assert_int_equal(mfa_metal_tiles_find(MFA_METAL_DECODE, &choice.key)->key_groups, 2);
+    p.q_len = 1, p.kv_heads = 4; /* two rows for each KV head */
+    assert_int_equal(mfa_problem_check(&p, &p), MFA_OK);
+    mfa_metal_tiles_choose(9, &p, &choice);
+    mfa_key_print(&choice.key, text);
+    assert_string_equal(text, "decode_vector_f16_d64_q2_k64_apple9");
+    mfa_metal_tiles_halve(&p, &choice);
+    mfa_key_print(&choice.key, text);
+    assert_string_equal(text, "decode_vector_f16_d64_q2_k32_apple9");
+    assert_int_equal(mfa_metal_tiles_find(MFA_METAL_DECODE_VECTOR, &choice.key)->key_groups, 4);
     p.pass = MFA_BACKWARD;
     assert_int_equal(chosen(&p).variant, MFA_VARIANT_TILED);
 }
@@ -181,7 +192,7 @@ static void test_unsupported_keys(void **state)
     const struct mfa_key good = key_of(MFA_FORWARD, MFA_F16, 64, 64, 7);
     struct mfa_key key = good;
     (void)state;
-    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 10");
+    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 11");
     expect_unsupported(&good, -1, "kernel is -1");
     expect_unsupported(&good, MFA_METAL_BACKWARD_DQ, "pass is 0; attention_backward_dq");
     expect_unsupported(&good, MFA_METAL_BLOCK_MASK, "no mask; block_mask");
@@ -214,6 +225,28 @@ static void test_unsupported_problems(void **state)
     p.dtype = MFA_F16, p.mask = MFA_MASK_ADDITIVE, p.mask_dtype = MFA_F64;
     assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
     assert_string_equal(mfa_last_error(), "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
+}
+
+/* Kernels count rows, keys and blocks in 32 bits. */
+static void test_unsupported_sizes(void **state)
+{
+    mfa_problem p;
+    (void)state;
+    mfa_problem_init(&p, 1, 4, 1, 1 << 28, 1 << 30, 8, 8);
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
+    p.q_len++;
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    assert_non_null(strstr(mfa_last_error(), "q_len is 268435457"));
+    mfa_problem_init(&p, 1, 4, 1, 1, (1 << 30) + 1, 8, 8);
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    assert_non_null(strstr(mfa_last_error(), "kv_len is 1073741825"));
+    mfa_problem_init(&p, 1 << 30, 4, 4, 1, 1, 8, 8);
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    assert_non_null(strstr(mfa_last_error(), "batch is 1073741824"));
+    mfa_problem_init(&p, 1, 1, 1, 1 << 20, 1 << 20, 8, 8);
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
+    p.mask = MFA_MASK_BOOL; /* 2^34 blocks of it */
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
 }
 
 /* --- Dispatches ----------------------------------------------------------------------------------- */
@@ -393,6 +426,7 @@ int main(void)
         cmocka_unit_test(test_text),
         cmocka_unit_test(test_unsupported_keys),
         cmocka_unit_test(test_unsupported_problems),
+        cmocka_unit_test(test_unsupported_sizes),
         cmocka_unit_test(test_lists),
         cmocka_unit_test(test_bias_parts),
         cmocka_unit_test(test_chunks),

@@ -20,6 +20,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/kv_source.h"
 #include "metal/kernels/simdgroup.h"
@@ -41,10 +42,13 @@ METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask
                           device const float *D, device const float *L, constant mfa_metal_call &call, lane_coord at)
 {
     float2 dtanh[QUERY_FRAGMENTS];
-    score_tile<QUERY_FRAGMENTS>(S, dtanh, 0, range, mask_range_is_full(range, BLOCK_Q), at, call);
+    score_tile<1, QUERY_FRAGMENTS>(S, dtanh, 0, BLOCK_Q, &range, at, call);
+    bool whole = queries >= BLOCK_Q;
     UNROLL
     for (int n = 0; n < QUERY_FRAGMENTS; n++) {
-        int i = min(n * 8 + at.column, queries - 1), next = min(n * 8 + at.column + 1, queries - 1);
+        int i = n * 8 + at.column, next = i + 1;
+        if (!whole)
+            i = min(i, queries - 1), next = min(next, queries - 1);
         S[n] = softmax_probability(S[n], float2{L[i], L[next]});
         dP[n] = score_gradient(S[n], dP[n], float2{D[i], D[next]}, dtanh[n]);
     }
@@ -52,26 +56,27 @@ METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask
 
 /* Adds to the gradients of the lane's key those of the queries of one head; returns how many blocks of queries were
  * visited. */
-METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, long head,
-                            thread const backward_operands &in, constant mfa_metal_call &call,
-                            thread const simdgroup_coord &sg, thread const threadgroup_memory &memory)
+METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int head, thread const backward_operands &in,
+                            constant mfa_metal_call &call, thread const simdgroup_coord &sg,
+                            thread const threadgroup_memory &memory)
 {
-    threadgroup storage *Q_tile = memory.tiles, *dO_tile = memory.tiles + SECOND_TILE(BLOCK_Q * D_STRIDE);
+    threadgroup storage *Q_tile = memory.tiles, *dO_tile = memory.tiles + SECOND_TILE(BLOCK_Q);
     row_source Q = q_source(in.Q, call, k.seq, head), dO = do_source(in.dO, call, k.seq, head);
     long stats = row_stats_index(k.seq, call.args, head, 0);
+    device const float *D = in.D + stats, *L = in.L + stats;
     block_range q_blocks = q_blocks_of(call, k.seq, k.first, min(k.first + BLOCK_KV, k.seq.kv_len) - 1);
+    mask_range band;
+    mask_range_of_key(band, call, k.seq, k.own);
     int visited = 0;
 
-    for (long first = q_blocks.begin; first < q_blocks.end; first += STRETCH_BLOCKS) {
-        int blocks = stretch_blocks(first, q_blocks.end);
+    for (int first = q_blocks.begin; first < q_blocks.end; first += STRETCH_BLOCKS) {
         tile_cursor Q_at = tile_cursor_of<BLOCK_Q>(Q, first * BLOCK_Q),
                     dO_at = tile_cursor_of<BLOCK_Q>(dO, first * BLOCK_Q);
-        device const float *D = in.D + stats + first * BLOCK_Q, *L = in.L + stats + first * BLOCK_Q;
-        mask_range band;
-        mask_range_of_key(band, call, k.seq, k.own, first * BLOCK_Q);
-        for (int n = 0; n < blocks; n++, tile_cursor_advance<BLOCK_Q>(Q_at), tile_cursor_advance<BLOCK_Q>(dO_at)) {
+        int end = stretch_end(first, q_blocks.end);
+        for (int block = first; block < end;
+             block++, tile_cursor_advance<BLOCK_Q>(Q_at), tile_cursor_advance<BLOCK_Q>(dO_at)) {
             mask_range range;
-            if (!visit_q_block(range, band, first, n, head, k, in.score, call))
+            if (!visit_q_block(range, band, block, head, k, in.score, call))
                 continue;
             visited++;
             load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, Q_at, sg.thread_index);
@@ -82,28 +87,28 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, long 
             float2 S[QUERY_FRAGMENTS], dP[QUERY_FRAGMENTS];
             clear<QUERY_FRAGMENTS>(S);
             clear<QUERY_FRAGMENTS>(dP);
-            gemm_nt<QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, row.K, Q_tile + sg.slice * D_SLICE, sg.at);
+            gemm_nt<1, QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, row.K, Q_tile + D_TILE_SLICE(sg, 0), sg.at);
             if (SHARED_TILE) {
                 threadgroup_barrier(mem_flags::mem_threadgroup);
                 load_tile<BLOCK_Q, VALUE_DIM, THREADS>(dO_tile, dO, dO_at, sg.thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
-            gemm_nt<QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, row.V, dO_tile + sg.slice * E_SLICE, sg.at);
+            gemm_nt<1, QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, row.V, dO_tile + E_TILE_SLICE(sg, 0), sg.at);
             if (SPLIT > 1) {
                 store_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
                 reduce_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
             }
-            gradients(S, dP, range, Q_at.rows, D + n * BLOCK_Q, L + n * BLOCK_Q, call, sg.at);
+            gradients(S, dP, range, Q_at.rows, D + block * BLOCK_Q, L + block * BLOCK_Q, call, sg.at);
             if (call.present >> MFA_METAL_BUFFER_DV & 1)
-                gemm_nn<QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(row.dV, S, dO_tile + sg.slice * E_SLICE, sg.at);
+                gemm_nn<1, QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(row.dV, S, dO_tile + E_TILE_SLICE(sg, 0), sg.at);
             if (SHARED_TILE) {
                 threadgroup_barrier(mem_flags::mem_threadgroup);
                 load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, Q_at, sg.thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
             if (call.present >> MFA_METAL_BUFFER_DK & 1)
-                gemm_nn<QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(row.dK, dP, Q_tile + sg.slice * D_SLICE, sg.at);
+                gemm_nn<1, QUERY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(row.dK, dP, Q_tile + D_TILE_SLICE(sg, 0), sg.at);
             threadgroup_barrier(mem_flags::mem_threadgroup);
         }
     }
@@ -126,16 +131,16 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
     constant mfa_args &args = call.args;
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     kv_block k = kv_block_of(call, threadgroup_coord(call, group), sg);
-    long key = k.valid ? k.own : 0;
+    int key = k.valid ? k.own : 0, heads = int(args.q_heads_per_kv);
     key_row row;
     int count = 0;
-    load_row<D_FRAGMENTS>(row.K, k_source(K, call, k.seq, k.kv_head), key, D_COLUMN(sg), k.valid);
-    load_row<E_FRAGMENTS>(row.V, v_source(V, call, k.seq, k.kv_head), key, E_COLUMN(sg), k.valid);
+    load_row_paired<D_FRAGMENTS>(row.K, k_source(K, call, k.seq, k.kv_head), key, sg.slice * D_SLICE, k.valid, sg.at);
+    load_row_paired<E_FRAGMENTS>(row.V, v_source(V, call, k.seq, k.kv_head), key, sg.slice * E_SLICE, k.valid, sg.at);
     clear<D_FRAGMENTS>(row.dK);
     clear<E_FRAGMENTS>(row.dV);
-    for (long head = k.kv_head * args.q_heads_per_kv; head < (k.kv_head + 1) * args.q_heads_per_kv; head++)
-        count += walk_queries(row, k, head, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
-                              threadgroup_memory{tile, exchange});
+    for (int head = 0; head < heads; head++)
+        count += walk_queries(row, k, k.kv_head * heads + head, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L},
+                              call, sg, threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)
         visited[call.first_group + group] = uint(count);
@@ -144,8 +149,8 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
 #endif
     if (k.valid && (call.present >> MFA_METAL_BUFFER_DK & 1))
         store_row<D_FRAGMENTS>(dK + kv_offset(k.seq, args.dk, k.kv_head, key), args.dk.column, D_COLUMN(sg),
-                               args.head_dim, row.dK, args.scale);
+                               int(args.head_dim), row.dK, args.scale);
     if (k.valid && (call.present >> MFA_METAL_BUFFER_DV & 1))
         store_row<E_FRAGMENTS>(dV + kv_offset(k.seq, args.dv, k.kv_head, key), args.dv.column, E_COLUMN(sg),
-                               args.value_dim, row.dV, 1.0f);
+                               int(args.value_dim), row.dV, 1.0f);
 }

@@ -18,6 +18,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/kv_source.h"
 #include "metal/kernels/simdgroup.h"
@@ -28,30 +29,39 @@ using namespace metal;
 
 #define KEY_FRAGMENTS (BLOCK_KV / 8)
 
-/* Computes dQ, not yet scaled, of the lane's row; returns how many blocks of keys were visited. */
+/* Computes dQ, not yet scaled, of the lane's rows; returns how many blocks of keys were visited. */
 METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread const backward_operands &in,
                          constant mfa_metal_call &call, thread const simdgroup_coord &sg,
                          thread const threadgroup_memory &memory)
 {
-    threadgroup storage *K_tile = memory.tiles, *V_tile = memory.tiles + SECOND_TILE(BLOCK_KV * D_STRIDE);
+    constexpr int ROWS = LANE_ROWS, S_FRAGMENTS = ROWS * KEY_FRAGMENTS;
+    threadgroup storage *K_tile = memory.tiles, *V_tile = memory.tiles + SECOND_TILE(BLOCK_KV);
     row_source K = k_source(in.K, call, q.seq, q.kv_head), V = v_source(in.V, call, q.seq, q.kv_head);
-    long row = row_stats_index(q.seq, call.args, q.own.head, q.own.i);
-    float L = in.L[row], D = in.D[row];
+    float L[ROWS], D[ROWS];
     int visited = 0;
-    storage2 Q[D_FRAGMENTS], dO[E_FRAGMENTS];
-    load_row<D_FRAGMENTS>(Q, q_source(in.Q, call, q.seq, q.own.head), q.own.i, D_COLUMN(sg), q.own.valid);
-    load_row<E_FRAGMENTS>(dO, do_source(in.dO, call, q.seq, q.own.head), q.own.i, E_COLUMN(sg), q.own.valid);
-    clear<D_FRAGMENTS>(dQ);
+    storage2 Q[ROWS * D_FRAGMENTS], dO[ROWS * E_FRAGMENTS];
+    mask_range bands[ROWS];
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+        query own = q.own[r];
+        long row = row_stats_index(q.seq, call.args, own.head, own.i);
+        L[r] = in.L[row], D[r] = in.D[row];
+        load_row_paired<D_FRAGMENTS>(Q + r * D_FRAGMENTS, q_source(in.Q, call, q.seq, own.head), own.i,
+                                     sg.slice * D_SLICE, own.valid, sg.at);
+        load_row_paired<E_FRAGMENTS>(dO + r * E_FRAGMENTS, do_source(in.dO, call, q.seq, own.head), own.i,
+                                     sg.slice * E_SLICE, own.valid, sg.at);
+        mask_range_of_query(bands[r], call, q.seq, own);
+    }
+    clear<ROWS * D_FRAGMENTS>(dQ);
 
-    for (long first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
-        int blocks = stretch_blocks(first, q.kv_blocks.end);
+    for (int first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
         tile_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
                     V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
-        mask_range band;
-        mask_range_of_query(band, call, q.seq, q.own, first * BLOCK_KV);
-        for (int n = 0; n < blocks; n++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
-            mask_range range;
-            if (!visit_kv_block(range, band, first, n, q, in.score, call))
+        int end = stretch_end(first, q.kv_blocks.end);
+        for (int block = first; block < end;
+             block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
+            mask_range ranges[ROWS];
+            if (!visit_kv_block(ranges, bands, block, q, in.score, call))
                 continue;
             visited++;
             load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, V_at, sg.thread_index);
@@ -59,26 +69,28 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
                 load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
 
-            float2 S[KEY_FRAGMENTS], dP[KEY_FRAGMENTS], dtanh[KEY_FRAGMENTS];
-            clear<KEY_FRAGMENTS>(dP);
-            gemm_nt<KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, dO, V_tile + sg.slice * E_SLICE, sg.at);
+            float2 S[S_FRAGMENTS], dP[S_FRAGMENTS], dtanh[S_FRAGMENTS];
+            clear<S_FRAGMENTS>(dP);
+            gemm_nt<ROWS, KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(dP, dO, V_tile + E_TILE_SLICE(sg, 0), sg.at);
             if (SHARED_TILE) {
                 threadgroup_barrier(mem_flags::mem_threadgroup);
                 load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
-            clear<KEY_FRAGMENTS>(S);
-            gemm_nt<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, Q, K_tile + sg.slice * D_SLICE, sg.at);
+            clear<S_FRAGMENTS>(S);
+            gemm_nt<ROWS, KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(S, Q, K_tile + D_TILE_SLICE(sg, 0), sg.at);
             if (SPLIT > 1) {
-                store_partial_pair<KEY_FRAGMENTS>(S, dP, memory.exchange, sg);
+                store_partial_pair<S_FRAGMENTS>(S, dP, memory.exchange, sg);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
-                reduce_partial_pair<KEY_FRAGMENTS>(S, dP, memory.exchange, sg);
+                reduce_partial_pair<S_FRAGMENTS>(S, dP, memory.exchange, sg);
             }
-            score_tile<KEY_FRAGMENTS>(S, dtanh, 0, range, mask_range_is_full(range, BLOCK_KV), sg.at, call);
+            score_tile<ROWS, KEY_FRAGMENTS>(S, dtanh, 0, BLOCK_KV, ranges, sg.at, call);
             UNROLL
-            for (int f = 0; f < KEY_FRAGMENTS; f++)
-                dP[f] = score_gradient(softmax_probability(S[f], float2{L, L}), dP[f], float2{D, D}, dtanh[f]);
-            gemm_nn<KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(dQ, dP, K_tile + sg.slice * D_SLICE, sg.at);
+            for (int f = 0; f < S_FRAGMENTS; f++) {
+                float2 P = softmax_probability(S[f], float2{L[f / KEY_FRAGMENTS], L[f / KEY_FRAGMENTS]});
+                dP[f] = score_gradient(P, dP[f], float2{D[f / KEY_FRAGMENTS], D[f / KEY_FRAGMENTS]}, dtanh[f]);
+            }
+            gemm_nn<ROWS, KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(dQ, dP, K_tile + D_TILE_SLICE(sg, 0), sg.at);
             threadgroup_barrier(mem_flags::mem_threadgroup);
         }
     }
@@ -100,8 +112,8 @@ attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const 
     constant mfa_args &args = call.args;
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     q_block q = q_block_of(call, threadgroup_coord(call, group), sg);
-    float2 dQ_row[D_FRAGMENTS];
-    int count = walk_keys(dQ_row, q, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
+    float2 dQ_rows[LANE_ROWS * D_FRAGMENTS];
+    int count = walk_keys(dQ_rows, q, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
                           threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
     if (index == 0)
@@ -109,7 +121,9 @@ attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const 
 #else
     (void)count;
 #endif
-    if (q.own.valid)
-        store_row<D_FRAGMENTS>(dQ + q_offset(q.seq, args.dq, q.own.head, q.own.i), args.dq.column, D_COLUMN(sg),
-                               args.head_dim, dQ_row, args.scale);
+    UNROLL
+    for (int r = 0; r < LANE_ROWS; r++)
+        if (q.own[r].valid)
+            store_row<D_FRAGMENTS>(dQ + q_offset(q.seq, args.dq, q.own[r].head, q.own[r].i), args.dq.column,
+                                   D_COLUMN(sg), int(args.head_dim), dQ_rows + r * D_FRAGMENTS, args.scale);
 }

@@ -23,6 +23,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/kv_source.h"
 #include "metal/kernels/simdgroup.h"
@@ -35,53 +36,47 @@ using namespace metal;
 
 /* A tile of scores: of which batch and head, and where its queries and keys begin. */
 struct tile_coord {
-    long batch, head, i, key;
+    int batch, head, i, key;
 };
 
 /* The tile of dbias of this number. */
-METAL_FUNC tile_coord tile_coord_of(constant mfa_metal_call &call, long number)
+METAL_FUNC tile_coord tile_coord_of(constant mfa_metal_call &call, uint number)
 {
-    tile_coord c;
-    c.key = number % call.grid.column * BLOCK;
-    number /= call.grid.column;
-    c.i = number % call.grid.row * BLOCK;
-    number /= call.grid.row;
-    c.head = number % call.grid.head;
-    c.batch = number / call.grid.head;
-    return c;
+    grid_coord c = grid_coord_of(call.grid, number);
+    return tile_coord{c.batch, c.head, c.row * BLOCK, c.column * BLOCK};
 }
 
 /* How many tiles of scores are summed into a tile of dbias, along each dimension. */
-METAL_FUNC mfa_metal_grid summed_tiles(constant mfa_args &args)
+METAL_FUNC grid_coord summed_tiles(constant mfa_args &args)
 {
-    mfa_metal_grid n;
-    n.batch = args.dbias.batch == 0 ? args.batch : 1;
-    n.head = args.dbias.head == 0 ? args.q_heads : 1;
-    n.row = args.dbias.row == 0 ? (args.q_len + BLOCK - 1) / BLOCK : 1;
-    n.column = args.dbias.column == 0 ? (args.kv_len + BLOCK - 1) / BLOCK : 1;
+    grid_coord n;
+    n.batch = args.dbias.batch == 0 ? int(args.batch) : 1;
+    n.head = args.dbias.head == 0 ? int(args.q_heads) : 1;
+    n.row = args.dbias.row == 0 ? (int(args.q_len) + BLOCK - 1) / BLOCK : 1;
+    n.column = args.dbias.column == 0 ? (int(args.kv_len) + BLOCK - 1) / BLOCK : 1;
     return n;
 }
 
 /* S += A B^T, with rows of device memory: the lane's own of A, and 8 * FRAGMENTS rows of B from `first` on. */
-METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, long A_row, bool A_valid,
-                               thread const row_source &B, long first, lane_coord at)
+METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, int A_row, bool A_valid,
+                               thread const row_source &B, int first, lane_coord at)
 {
     device const storage *B_rows = row_address(B, first);
-    long rows = B.rows - first;
-    for (long d = 0; d < B.columns; d += 8) {
-        storage2 a[1];
-        load_row<1>(a, A, A_row, d + at.column, A_valid);
+    int rows = B.rows - first;
+    for (int d = 0; d < B.columns; d += 8) {
+        storage a[2];
+        load_run<2>(a, A, row_address(A, A_row), d + at.column, A_valid);
         bool inside = d + at.row < B.columns;
         UNROLL
         for (int n = 0; n < FRAGMENTS; n++) {
             float2 b = float2{0.0f, 0.0f};
             UNROLL
             for (int e = 0; e < 2; e++) {
-                long row = n * 8 + at.column + e;
+                int row = n * 8 + at.column + e;
                 if (inside && row < rows)
                     b[e] = widen(B_rows[row * B.row_stride + (d + at.row) * B.column_stride]);
             }
-            multiply_add(S[n], widen(a[0]), b);
+            multiply_add(S[n], float2{widen(a[0]), widen(a[1])}, b);
         }
     }
 }
@@ -94,11 +89,12 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
         return;
     constant mfa_args &args = call.args;
     sequence seq = sequence_of(call, c.batch);
-    long i = c.i + simdgroup * 8 + at.row, kv_head = c.head / args.q_heads_per_kv;
+    int i = c.i + int(simdgroup) * 8 + at.row, kv_head = c.head / int(args.q_heads_per_kv);
     bool valid = i < seq.q_len;
     query q = query{c.head, valid ? i : 0, valid};
     mask_range range;
-    mask_range_of_query(range, call, seq, q, c.key);
+    mask_range_of_query(range, call, seq, q);
+    mask_range_move(range, range, c.key);
 #if defined(ALIBI)
     mask_range_add_alibi(range, in.score, call, seq, q.head, q.i, c.key, -1.0f);
 #endif
@@ -109,7 +105,7 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
     clear<FRAGMENTS>(dP);
     gemm_nt_device(S, q_source(in.Q, call, seq, q.head), q.i, valid, k_source(in.K, call, seq, kv_head), c.key, at);
     gemm_nt_device(dP, do_source(in.dO, call, seq, q.head), q.i, valid, v_source(in.V, call, seq, kv_head), c.key, at);
-    score_tile<FRAGMENTS>(S, dtanh, 0, range, false, at, call);
+    score_tile<1, FRAGMENTS>(S, dtanh, 0, BLOCK, &range, at, call);
     long row = row_stats_index(seq, args, q.head, q.i);
     float L = in.L[row], D = in.D[row];
     UNROLL
@@ -118,8 +114,8 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
 }
 
 /* Element (row, column) of a tile of dbias; only the first row or column counts if it is summed along them. */
-METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &call, tile_coord c, long row,
-                           long column, float value)
+METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &call, tile_coord c, int row, int column,
+                           float value)
 {
     sequence seq = sequence_of(call, c.batch);
     constant mfa_strides &s = call.args.dbias;
@@ -130,14 +126,12 @@ METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &
 }
 
 /* The tile of scores of this step, among the n tiles that are summed into `own`. */
-METAL_FUNC tile_coord summed_tile(tile_coord own, mfa_metal_grid n, long step)
+METAL_FUNC tile_coord summed_tile(tile_coord own, grid_coord n, uint step)
 {
-    tile_coord c = own;
-    c.key += step % n.column * BLOCK;
-    c.i += step / n.column % n.row * BLOCK;
-    c.head += step / n.column / n.row % n.head;
-    c.batch += step / n.column / n.row / n.head;
-    return c;
+    uint columns = uint(n.column), rows = uint(n.row), heads = uint(n.head);
+    uint line = step / columns, plane = line / rows, batch = plane / heads;
+    return tile_coord{own.batch + int(batch), own.head + int(plane - batch * heads),
+                      own.i + int(line - plane * rows) * BLOCK, own.key + int(step - line * columns) * BLOCK};
 }
 
 /* Sums a tile over its rows, its columns, or both, if dbias has one element along them. */
@@ -173,24 +167,25 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
-    long index = call.first_group + group, part = index % call.splits;
-    tile_coord own = tile_coord_of(call, index / call.splits);
-    mfa_metal_grid n = summed_tiles(args);
-    long steps = n.batch * n.head * n.row * n.column;
+    uint index = uint(call.first_group) + group, splits = uint(call.splits), number = index / splits;
+    tile_coord own = tile_coord_of(call, number);
+    grid_coord n = summed_tiles(args);
+    part_range part =
+        part_range_of(uint(n.batch) * uint(n.head) * uint(n.row) * uint(n.column), index - number * splits, splits);
     lane_coord at = lane_coord_of(lane);
     backward_operands in = backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L};
     float2 sum[FRAGMENTS];
     clear<FRAGMENTS>(sum);
-    for (long step = steps * part / call.splits; step < steps * (part + 1) / call.splits; step++)
+    for (uint step = part.begin; step < part.end; step++)
         add_tile(sum, summed_tile(own, n, step), in, call, simdgroup, at);
     reduce_tile(sum, args, exchange, simdgroup, lane);
     UNROLL
     for (int f = 0; f < FRAGMENTS; f++) {
-        long row = simdgroup * 8 + at.row, column = f * 8 + at.column;
+        int row = int(simdgroup) * 8 + at.row, column = f * 8 + at.column;
         UNROLL
         for (int e = 0; e < 2; e++) {
-            if (call.splits > 1)
-                partials[(index * BLOCK + row) * BLOCK + column + e] = sum[f][e];
+            if (splits > 1)
+                partials[(long(index) * BLOCK + row) * BLOCK + column + e] = sum[f][e];
             else
                 store_bias(dbias, call, own, row, column + e, sum[f][e]);
         }
@@ -201,12 +196,12 @@ kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], dev
                                 device const float *partials [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
                                 uint index [[thread_index_in_threadgroup]])
 {
-    long number = call.first_group + group;
+    uint number = uint(call.first_group) + group, splits = uint(call.splits);
     tile_coord own = tile_coord_of(call, number);
     for (int element = int(index); element < BLOCK * BLOCK; element += 128) {
         float sum = 0.0f;
-        for (long part = 0; part < call.splits; part++)
-            sum += partials[(number * call.splits + part) * (BLOCK * BLOCK) + element];
+        for (uint part = 0; part < splits; part++)
+            sum += partials[(long(number) * splits + part) * (BLOCK * BLOCK) + element];
         store_bias(dbias, call, own, element / BLOCK, element % BLOCK, sum);
     }
 }

@@ -14,6 +14,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/kv_source.h"
 #include "metal/kernels/simdgroup.h"
@@ -22,12 +23,14 @@ using namespace metal;
 #include "metal/kernels/block_range.h"
 #include "metal/kernels/forward.h"
 
+static_assert(LANE_ROWS == 1, "decode has one block of 8 rows");
+
 /* Merges the sums of all key groups into those of the first. `memory` is that of the tiles, which are not read any
  * more: m and l of every simdgroup's lanes, then O of all but the first group. */
 METAL_FUNC void merge_key_groups(thread accumulator &acc, thread const simdgroup_coord &sg, threadgroup float2 *memory)
 {
     int simdgroup = sg.key_group * SPLIT + sg.slice, first = KEY_GROUPS * SPLIT;
-    memory[simdgroup * 32 + sg.lane] = float2{acc.state.m, acc.state.l};
+    memory[simdgroup * 32 + sg.lane] = float2{acc.state[0].m, acc.state[0].l};
     threadgroup_barrier(mem_flags::mem_threadgroup);
     softmax_state all = softmax_init();
     for (int g = 0; g < KEY_GROUPS; g++)
@@ -36,8 +39,8 @@ METAL_FUNC void merge_key_groups(thread accumulator &acc, thread const simdgroup
         float2 other = memory[(g * SPLIT + sg.slice) * 32 + sg.lane];
         all.l += softmax_rescale(other[0], all.m) * other[1];
     }
-    float alpha = softmax_rescale(acc.state.m, all.m);
-    acc.state = all;
+    float alpha = softmax_rescale(acc.state[0].m, all.m);
+    acc.state[0] = all;
     UNROLL
     for (int d = 0; d < E_FRAGMENTS; d++) {
         acc.O[d] *= alpha;
@@ -65,7 +68,7 @@ attention_decode(constant mfa_metal_call &call [[buffer(0)]], device const stora
                  uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
-    mfa_metal_grid coord = threadgroup_coord(call, group);
+    grid_coord coord = threadgroup_coord(call, group);
     q_block q = q_block_of(call, coord, sg);
     accumulator acc;
     int count = attend(acc, q, forward_operands{Q, K, V, SCORE_OPERANDS}, call, sg, threadgroup_memory{tile, exchange});
@@ -77,7 +80,7 @@ attention_decode(constant mfa_metal_call &call [[buffer(0)]], device const stora
 #endif
     if (KEY_GROUPS > 1)
         merge_key_groups(acc, sg, (threadgroup float2 *)tile);
-    q.own.valid = q.own.valid && sg.key_group == 0;
+    q.own[0].valid = q.own[0].valid && sg.key_group == 0;
     if (call.splits > 1)
         store_split(acc, q, coord.column, call, sg, partials);
     else

@@ -12,6 +12,7 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/kv_source.h"
 #include "metal/kernels/simdgroup.h"
@@ -33,7 +34,7 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
                   uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
-    mfa_metal_grid coord = threadgroup_coord(call, group);
+    grid_coord coord = threadgroup_coord(call, group);
     q_block q = q_block_of(call, coord, sg);
     accumulator acc;
     int count = attend(acc, q, forward_operands{Q, K, V, SCORE_OPERANDS}, call, sg, threadgroup_memory{tile, exchange});

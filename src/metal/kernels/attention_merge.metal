@@ -11,6 +11,7 @@
 using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/softmax.h"
 
@@ -20,24 +21,26 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
-    long number = (call.first_group + group) * 4 + simdgroup, step = args.value_dim + 2;
-    numbered_query row = query_of_number(call, number, args.kv_heads, call.pack_gqa);
+    uint number = (uint(call.first_group) + group) * 4 + simdgroup;
+    int splits = int(call.splits), columns = int(args.value_dim);
+    long step = columns + 2;
+    numbered_query row = query_of_number(call, number, uint(args.kv_heads), uint(call.pack_gqa));
     bool valid = row.q.valid;
-    device const float *parts = partials + (valid ? number : 0) * call.splits * step;
+    device const float *parts = partials + (valid ? number : 0) * (splits * step);
 
     softmax_state s = softmax_init();
-    for (long p = lane; p < call.splits; p += 32)
+    for (int p = int(lane); p < splits; p += 32)
         s.m = max(s.m, parts[p * step]);
     s.m = simd_max(s.m);
-    for (long p = lane; p < call.splits; p += 32)
+    for (int p = int(lane); p < splits; p += 32)
         s.l += softmax_rescale(parts[p * step], s.m) * parts[p * step + 1];
     s.l = simd_sum(s.l);
     float inverse = softmax_inverse(s.l);
 
     long O_row = q_offset(row.seq, args.o, row.q.head, row.q.i);
-    for (long d = lane; valid && d < args.value_dim; d += 32) {
+    for (int d = int(lane); valid && d < columns; d += 32) {
         float sum = 0.0f;
-        for (long p = 0; p < call.splits; p++)
+        for (int p = 0; p < splits; p++)
             sum += softmax_rescale(parts[p * step], s.m) * parts[p * step + 2 + d];
         O[O_row + d * args.o.column] = narrow(sum * inverse);
         if (call.present >> MFA_METAL_BUFFER_O_LOW & 1)

@@ -10,6 +10,7 @@
 using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/softmax.h"
 
@@ -22,15 +23,16 @@ kernel void backward_preprocess(constant mfa_metal_call &call [[buffer(0)]], dev
                                 uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
-    long number = (call.first_group + group) * 4 + simdgroup;
-    numbered_query row = query_of_number(call, number, args.q_heads, 1);
+    uint number = (uint(call.first_group) + group) * 4 + simdgroup;
+    int columns = int(args.value_dim);
+    numbered_query row = query_of_number(call, number, uint(args.q_heads), 1);
     bool valid = row.q.valid;
     long O_row = q_offset(row.seq, args.o, row.q.head, row.q.i);
     device const storage *dO_row = dO + q_offset(row.seq, args.d_o, row.q.head, row.q.i);
     float sum = 0.0f;
-    for (long d = lane; valid && d < args.value_dim; d += 32)
+    for (int d = int(lane); valid && d < columns; d += 32)
         sum += widen(dO_row[d * args.d_o.column]) * widen(O[O_row + d * args.o.column]);
-    for (long d = lane; valid && d < args.value_dim && (call.present >> MFA_METAL_BUFFER_O_LOW & 1); d += 32)
+    for (int d = int(lane); valid && d < columns && (call.present >> MFA_METAL_BUFFER_O_LOW & 1); d += 32)
         sum += widen(dO_row[d * args.d_o.column]) * widen(O_low[O_row + d * args.o.column]);
     sum = simd_sum(sum);
     if (!valid || lane != 0)

@@ -10,6 +10,7 @@
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
+#include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 
 kernel void block_mask(constant mfa_metal_call &call [[buffer(0)]], device const mask_storage *mask [[buffer(9)]],
@@ -17,19 +18,17 @@ kernel void block_mask(constant mfa_metal_call &call [[buffer(0)]], device const
                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_strides &strides = call.args.mask;
-    long number = (call.first_group + group) * 4 + simdgroup, blocks = call.grid.row * call.grid.column;
-    bool valid = number < call.grid.batch * call.grid.head * blocks;
-    long row = valid ? number / call.grid.column % call.grid.row * call.block_q : 0;
-    long key = valid ? number % call.grid.column * call.block_kv : 0;
-    long head = valid ? number / blocks % call.grid.head * call.pack_gqa : 0;
-    sequence seq = sequence_of(call, valid ? number / blocks / call.grid.head : 0);
-    long rows = valid ? min(call.block_q, seq.q_len * call.pack_gqa - row) : 0;
-    long keys = min(call.block_kv, seq.kv_len - key);
+    uint number = (uint(call.first_group) + group) * 4 + simdgroup;
+    grid_coord coord = grid_coord_of(call.grid, number);
+    int block_q = int(call.block_q), block_kv = int(call.block_kv), pack = int(call.pack_gqa);
+    bool valid = coord.batch < int(call.grid.batch);
+    sequence seq = sequence_of(call, valid ? coord.batch : 0);
+    int row = coord.row * block_q, key = coord.column * block_kv, head = coord.head * pack;
+    int rows = valid ? min(block_q, seq.q_len * pack - row) : 0, keys = min(block_kv, seq.kv_len - key);
     bool any_shown = false, any_changed = false;
-    for (long r = row; r < row + rows; r++) {
-        device const mask_storage *from =
-            mask + mask_offset(seq, strides, head + r % call.pack_gqa, r / call.pack_gqa, key);
-        for (long t = lane; t < keys; t += 32) {
+    for (int r = row; r < row + rows; r++) {
+        device const mask_storage *from = mask + mask_offset(seq, strides, head + r % pack, r / pack, key);
+        for (int t = int(lane); t < keys; t += 32) {
             mask_storage bits = from[t * strides.column];
             any_shown = any_shown || !masks_out(bits);
             any_changed = any_changed || changes_score(bits);

@@ -1,136 +1,172 @@
 /* All reads of K and V, and of Q and dO, which are read the same way: where row n of a head lies, its dtype, and how
  * rows become tiles in threadgroup memory or fragments in registers. */
 
-/* Walks along blocks are cut into stretches of so many blocks, so that within one 32 bits hold every distance: a block
- * has at most 64 rows. */
+/* A walk along blocks goes on from a new base after so many of them, so that 32 bits hold every offset from a base: a
+ * block has at most 64 rows. */
 #if !defined(STRETCH_BLOCKS)
-#define STRETCH_BLOCKS (1 << 24)
+#define STRETCH_BLOCKS 128
 #endif
 #define STRETCH_ROWS (STRETCH_BLOCKS * 64)
 
 /* The rows of one head of an operand. */
 struct row_source {
     device const storage *base; /* row 0, column 0 */
-    long row_stride, column_stride, rows, columns;
-    bool vec4; /* four neighbours of a row are one aligned load */
+    long row_stride, column_stride;
+    int rows, columns;
+    bool regular; /* rows are aligned groups of four elements, so near that 32 bits hold offsets within a stretch */
 };
 
-METAL_FUNC row_source k_source(device const storage *K, constant mfa_metal_call &call, thread const sequence &seq,
-                               long kv_head)
+METAL_FUNC row_source row_source_of(device const storage *base, constant mfa_metal_call &call, constant mfa_strides &s,
+                                    int rows, mfa_int columns, int buffer)
 {
-    constant mfa_args &args = call.args;
-    return row_source{K + kv_offset(seq, args.k, kv_head, 0),   args.k.row, args.k.column, seq.kv_len, args.head_dim,
-                      bool(call.vec4 >> MFA_METAL_BUFFER_K & 1)};
+    constexpr long FAR = (1l << 31) / STRETCH_ROWS;
+    bool regular = (call.vec4 >> buffer & 1) && (columns & 3) == 0 && s.row < FAR && s.row > -FAR;
+    return row_source{base, s.row, s.column, rows, int(columns), regular};
+}
+
+METAL_FUNC row_source k_source(device const storage *K, constant mfa_metal_call &call, thread const sequence &seq,
+                               int kv_head)
+{
+    constant mfa_strides &s = call.args.k;
+    return row_source_of(K + kv_offset(seq, s, kv_head, 0), call, s, seq.kv_len, call.args.head_dim,
+                         MFA_METAL_BUFFER_K);
 }
 
 METAL_FUNC row_source v_source(device const storage *V, constant mfa_metal_call &call, thread const sequence &seq,
-                               long kv_head)
+                               int kv_head)
 {
-    constant mfa_args &args = call.args;
-    return row_source{V + kv_offset(seq, args.v, kv_head, 0),   args.v.row, args.v.column, seq.kv_len, args.value_dim,
-                      bool(call.vec4 >> MFA_METAL_BUFFER_V & 1)};
+    constant mfa_strides &s = call.args.v;
+    return row_source_of(V + kv_offset(seq, s, kv_head, 0), call, s, seq.kv_len, call.args.value_dim,
+                         MFA_METAL_BUFFER_V);
 }
 
 METAL_FUNC row_source q_source(device const storage *Q, constant mfa_metal_call &call, thread const sequence &seq,
-                               long head)
+                               int head)
 {
-    constant mfa_args &args = call.args;
-    return row_source{Q + q_offset(seq, args.q, head, 0),       args.q.row, args.q.column, seq.q_len, args.head_dim,
-                      bool(call.vec4 >> MFA_METAL_BUFFER_Q & 1)};
+    constant mfa_strides &s = call.args.q;
+    return row_source_of(Q + q_offset(seq, s, head, 0), call, s, seq.q_len, call.args.head_dim, MFA_METAL_BUFFER_Q);
 }
 
 METAL_FUNC row_source do_source(device const storage *dO, constant mfa_metal_call &call, thread const sequence &seq,
-                                long head)
+                                int head)
 {
-    constant mfa_args &args = call.args;
-    return row_source{
-        dO + q_offset(seq, args.d_o, head, 0),     args.d_o.row, args.d_o.column, seq.q_len, args.value_dim,
-        bool(call.vec4 >> MFA_METAL_BUFFER_DO & 1)};
+    constant mfa_strides &s = call.args.d_o;
+    return row_source_of(dO + q_offset(seq, s, head, 0), call, s, seq.q_len, call.args.value_dim, MFA_METAL_BUFFER_DO);
 }
 
-METAL_FUNC device const storage *row_address(thread const row_source &source, long row)
+METAL_FUNC device const storage *row_address(thread const row_source &source, int row)
 {
     return source.base + row * source.row_stride;
 }
 
-/* Where a walk along the rows of a source is: at the tile of ROWS rows that begins at `at`. */
+/* Where a walk along the rows of a source is, within a stretch: at the tile of ROWS rows that begins `row` rows after
+ * `base`. */
 struct tile_cursor {
-    device const storage *at;
-    long tile_stride; /* from one tile to the next, in elements */
-    int rows;         /* from there to the end of the stretch, or of the source */
-    bool regular;     /* rows are aligned groups of four elements, so near that 32 bits hold what lies between them */
+    device const storage *base;
+    int row, rows;      /* rows: from there to the end of the source */
+    int offset, stride; /* of a regular source, in elements: from `base`, and to the next tile */
 };
 
-template <int ROWS> METAL_FUNC tile_cursor tile_cursor_of(thread const row_source &source, long first)
+template <int ROWS> METAL_FUNC tile_cursor tile_cursor_of(thread const row_source &source, int first)
 {
-    constexpr long FAR = (1l << 31) / ROWS;
-    tile_cursor cursor;
-    cursor.at = row_address(source, first);
-    cursor.tile_stride = source.row_stride * ROWS;
-    cursor.rows = int(min(source.rows - first, long(STRETCH_ROWS)));
-    cursor.regular = source.vec4 && (source.columns & 3) == 0 && source.row_stride < FAR && source.row_stride > -FAR;
-    return cursor;
+    return tile_cursor{row_address(source, first), 0, source.rows - first, 0,
+                       source.regular ? ROWS * int(source.row_stride) : 0};
 }
 
 template <int ROWS> METAL_FUNC void tile_cursor_advance(thread tile_cursor &cursor)
 {
-    cursor.at += cursor.tile_stride;
+    cursor.row += ROWS;
     cursor.rows -= ROWS;
+    cursor.offset += cursor.stride;
 }
 
-/* Copies the ROWS rows at the cursor into a tile, all LANES lanes of the threadgroup together, `thread_index` being the
- * caller's. Rows and columns past the end are 0.
+/* Stores four columns of a pair of rows into a tile. */
+METAL_FUNC void store_pair(threadgroup storage *to, storage4 a, storage4 b)
+{
+    *(threadgroup storage4 *)to = storage4{a[0], a[1], b[0], b[1]};
+    *(threadgroup storage4 *)(to + 4) = storage4{a[2], a[3], b[2], b[3]};
+}
+
+/* Copies the ROWS rows at the cursor into a tile (gemm.h), all LANES lanes of the threadgroup together, `thread_index`
+ * being the caller's. Rows and columns past the end are 0.
  *
- * A lane keeps its four columns, and LANES / RUNS rows are copied at once. Of a tile that is not whole or not regular,
- * each element is checked. */
+ * A lane keeps its four columns, of a pair of rows, and LANES / RUNS pairs are copied at once. Of a tile that is not
+ * whole or not regular, each element is checked. */
 template <int ROWS, int COLUMNS, int LANES>
 METAL_FUNC void load_tile(threadgroup storage *tile, thread const row_source &source, thread const tile_cursor &cursor,
                           uint thread_index)
 {
-    constexpr int RUNS = COLUMNS / 4, STEP = LANES / RUNS;
+    constexpr int RUNS = COLUMNS / 4, STEP = LANES / RUNS, PAIRS = ROWS / 2;
     static_assert(STEP > 0, "a row of a tile has at most as many runs of four elements as there are lanes");
-    if (cursor.regular && cursor.rows >= ROWS) {
-        int row = int(thread_index) / RUNS, column = int(thread_index) % RUNS * 4, stride = int(source.row_stride);
-        device const storage *from = cursor.at + (row * stride + column);
-        threadgroup storage *to = tile + row * PADDED(COLUMNS) + column;
-        bool inside = column < int(source.columns);
+    if (source.regular && cursor.rows >= ROWS) {
+        int pair = int(thread_index) / RUNS, column = int(thread_index) % RUNS * 4, stride = int(source.row_stride);
+        int from = 2 * pair * stride + column;
+        threadgroup storage *to = tile + pair * PAIR_STRIDE(COLUMNS) + TILE_COLUMN(column);
+        bool inside = column < source.columns;
         UNROLL
-        for (int n = 0; n * STEP < ROWS; n++)
-            if ((LANES % RUNS == 0 || row < STEP) && (ROWS % STEP == 0 || row + n * STEP < ROWS)) {
-                threadgroup storage4 *run = (threadgroup storage4 *)(to + n * STEP * PADDED(COLUMNS));
-                if (inside)
-                    *run = *(device const storage4 *)(from + n * STEP * stride);
-                else
-                    *run = storage4{0, 0, 0, 0};
+        for (int n = 0; n * STEP < PAIRS; n++)
+            if ((LANES % RUNS == 0 || pair < STEP) && (PAIRS % STEP == 0 || pair + n * STEP < PAIRS)) {
+                storage4 a = storage4{0, 0, 0, 0}, b = a;
+                if (inside) {
+                    int offset = cursor.offset + (from + 2 * n * STEP * stride);
+                    a = *(device const storage4 *)(cursor.base + offset);
+                    b = *(device const storage4 *)(cursor.base + (offset + stride));
+                }
+                store_pair(to + n * STEP * PAIR_STRIDE(COLUMNS), a, b);
             }
         return;
     }
-    for (int run = int(thread_index); run < ROWS * RUNS; run += LANES) {
-        int row = run / RUNS, column = run % RUNS * 4;
-        storage4 x = storage4{0, 0, 0, 0};
-        if (row < cursor.rows) {
-            device const storage *at = cursor.at + row * source.row_stride + column * source.column_stride;
-            UNROLL
-            for (int i = 0; i < 4; i++)
-                if (column + i < source.columns)
-                    x[i] = at[i * source.column_stride];
+    for (int run = int(thread_index); run < PAIRS * RUNS; run += LANES) {
+        int pair = run / RUNS, column = run % RUNS * 4;
+        storage4 x[2];
+        UNROLL
+        for (int r = 0; r < 2; r++) {
+            int row = 2 * pair + r;
+            x[r] = storage4{0, 0, 0, 0};
+            if (row < cursor.rows) {
+                device const storage *at =
+                    cursor.base + (cursor.row + row) * source.row_stride + column * source.column_stride;
+                UNROLL
+                for (int i = 0; i < 4; i++)
+                    if (column + i < source.columns)
+                        x[r][i] = at[i * source.column_stride];
+            }
         }
-        *(threadgroup storage4 *)(tile + row * PADDED(COLUMNS) + column) = x;
+        store_pair(tile + pair * PAIR_STRIDE(COLUMNS) + TILE_COLUMN(column), x[0], x[1]);
     }
 }
 
-/* Loads a lane's elements of a row: two from `column` on, and two of every 8 columns after it. They are 0 past the end
- * of the row, or all if the row is not valid. */
+/* Loads COUNT elements of a row from `column` on. They are 0 past the end of the row, or all if it is not valid. */
+template <int COUNT>
+METAL_FUNC void load_run(thread storage *x, thread const row_source &source, device const storage *row, int column,
+                         bool valid)
+{
+    device const storage *from = row + column * source.column_stride;
+    UNROLL
+    for (int i = 0; i < COUNT; i++, from += source.column_stride) {
+        x[i] = storage(0);
+        if (valid && column + i < source.columns)
+            x[i] = *from;
+    }
+}
+
+/* Loads a lane's elements of a row's 8 * FRAGMENTS columns from `first` on, in gemm_nt's order: of 16 columns, 0 2 4 ...
+ * are a fragment and 1 3 5 ... the next, and so a lane has four neighbours. An odd last fragment has 8 neighbours. */
 template <int FRAGMENTS>
-METAL_FUNC void load_row(thread storage2 *x, thread const row_source &source, long row, long column, bool valid)
+METAL_FUNC void load_row_paired(thread storage2 *x, thread const row_source &source, int row, int first, bool valid,
+                                lane_coord at)
 {
     device const storage *from = row_address(source, row);
     UNROLL
-    for (int d = 0; d < FRAGMENTS; d++, column += 8) {
-        x[d] = storage2{0, 0};
-        if (valid && column < source.columns)
-            x[d][0] = from[column * source.column_stride];
-        if (valid && column + 1 < source.columns)
-            x[d][1] = from[(column + 1) * source.column_stride];
+    for (int d = 0; d + 1 < FRAGMENTS; d += 2) {
+        storage run[4];
+        load_run<4>(run, source, from, first + d * 8 + at.column * 2, valid);
+        x[d] = storage2{run[0], run[2]};
+        x[d + 1] = storage2{run[1], run[3]};
+    }
+    if (FRAGMENTS % 2 == 1) {
+        storage run[2];
+        load_run<2>(run, source, from, first + (FRAGMENTS - 1) * 8 + at.column, valid);
+        x[FRAGMENTS - 1] = storage2{run[0], run[1]};
     }
 }

@@ -59,22 +59,14 @@ struct mask_range {
 /* For elements that begin with query i and key j of a head: they go on along queries (direction 1) or keys (-1). The
  * distance of element 0 is rounded to a float's 24 bits, which is as exact as its product with the slope. */
 METAL_FUNC void mask_range_add_alibi(thread mask_range &r, thread const score_operands &in,
-                                     constant mfa_metal_call &call, thread const sequence &seq, long head, long i,
-                                     long j, float direction)
+                                     constant mfa_metal_call &call, thread const sequence &seq, int head, int i, int j,
+                                     float direction)
 {
     r.slope = in.slopes[q_offset(seq, call.args.slopes, head, 0)] * call.bias_factor;
     r.distance = float(i + seq.kv_len - seq.q_len - j);
     r.direction = direction;
 }
 #endif
-
-/* Elements [low, high] as the sequence counts them, relative to element `first` of it, as far as they lie within a
- * stretch from there on. */
-METAL_FUNC void mask_range_clip(thread mask_range &r, long low, long high, long first)
-{
-    r.low = int(clamp(low - first, long(0), long(STRETCH_ROWS)));
-    r.high = int(clamp(high - first, long(-1), long(STRETCH_ROWS)));
-}
 
 /* The same range, relative to `offset` elements after its own first. */
 METAL_FUNC void mask_range_move(thread mask_range &r, thread const mask_range &from, int offset)
@@ -93,28 +85,26 @@ METAL_FUNC bool mask_range_is_full(thread const mask_range &r, int length)
     return r.low <= 0 && r.high >= length - 1;
 }
 
-/* The band of a query among the keys from `key` on. */
+/* The keys in the band of a query. */
 METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
-                                    thread const query &q, long key)
+                                    thread const query &q)
 {
-    long low = 0, high = q.valid ? seq.kv_len - 1 : -1;
+    r.low = 0, r.high = q.valid ? seq.kv_len - 1 : -1;
 #if defined(BAND)
-    low = q.i + call.args.lower;
-    high = min(high, q.i + call.args.upper);
+    r.low = q.i + int(call.args.lower);
+    r.high = min(r.high, q.i + int(call.args.upper));
 #endif
-    mask_range_clip(r, low, high, key);
 }
 
-/* The band of a key among the queries from `i` on. */
+/* The queries in whose band a key is. */
 METAL_FUNC void mask_range_of_key(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
-                                  long key, long i)
+                                  int key)
 {
-    long low = 0, high = key < seq.kv_len ? seq.q_len - 1 : -1;
+    r.low = 0, r.high = key < seq.kv_len ? seq.q_len - 1 : -1;
 #if defined(BAND)
-    low = key - call.args.upper;
-    high = min(high, key - call.args.lower);
+    r.low = key - int(call.args.upper);
+    r.high = min(r.high, key - int(call.args.lower));
 #endif
-    mask_range_clip(r, low, high, i);
 }
 
 #if defined(MASKED)
@@ -164,28 +154,48 @@ METAL_FUNC float masked_score(float x, int t, thread const mask_range &r, consta
     return shown ? x : SCORE_MASKED;
 }
 
-/* The scores S of a block's elements from `first` on, in place, and their dtanh. `full`: the block's range is full.
- * Then a score may be -inf, which exp2 makes 0. */
-template <int FRAGMENTS>
-METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, thread const mask_range &r, bool full,
-                           lane_coord at, constant mfa_metal_call &call)
+/* The same of ROWS rows. */
+template <int ROWS> METAL_FUNC bool mask_ranges_are_full(thread const mask_range *ranges, int length)
+{
+    bool full = true;
+    UNROLL
+    for (int r = 0; r < ROWS; r++)
+        full = full && mask_range_is_full(ranges[r], length);
+    return full;
+}
+
+/* The scores S of a block's elements from `first` on, in place, and their dtanh, for ROWS rows of FRAGMENTS fragments.
+ * A block of `length` elements all of whose scores count skips what hides them: then a score may be -inf, which exp2
+ * makes 0. */
+template <int ROWS, int FRAGMENTS>
+METAL_FUNC void score_tile(thread float2 *S, thread float2 *dtanh, int first, int length,
+                           thread const mask_range *ranges, lane_coord at, constant mfa_metal_call &call)
 {
     UNROLL
-    for (int n = 0; n < FRAGMENTS; n++) {
+    for (int r = 0; r < ROWS; r++) {
         UNROLL
-        for (int e = 0; e < 2; e++) {
-            float derivative;
-            S[n][e] = score(S[n][e], first + n * 8 + at.column + e, r, call, derivative);
-            dtanh[n][e] = derivative;
+        for (int n = 0; n < FRAGMENTS; n++) {
+            UNROLL
+            for (int e = 0; e < 2; e++) {
+                float derivative;
+                thread float2 &x = S[r * FRAGMENTS + n];
+                x[e] = score(x[e], first + n * 8 + at.column + e, ranges[r], call, derivative);
+                dtanh[r * FRAGMENTS + n][e] = derivative;
+            }
         }
     }
-    if (full)
+    if (mask_ranges_are_full<ROWS>(ranges, length))
         return;
     UNROLL
-    for (int n = 0; n < FRAGMENTS; n++) {
+    for (int r = 0; r < ROWS; r++) {
         UNROLL
-        for (int e = 0; e < 2; e++)
-            S[n][e] = masked_score(S[n][e], first + n * 8 + at.column + e, r, call);
+        for (int n = 0; n < FRAGMENTS; n++) {
+            UNROLL
+            for (int e = 0; e < 2; e++) {
+                thread float2 &x = S[r * FRAGMENTS + n];
+                x[e] = masked_score(x[e], first + n * 8 + at.column + e, ranges[r], call);
+            }
+        }
     }
 }
 

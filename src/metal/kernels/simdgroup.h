@@ -3,8 +3,8 @@
  * The host defines the sizes of a block and how simdgroups share it:
  *     BLOCK_Q, BLOCK_KV    rows of queries and of keys
  *     HEAD_DIM, VALUE_DIM  columns, padded to whole fragments for each of SPLIT
- *     ROW_GROUPS           simdgroups along the rows that the threadgroup owns: 8 rows each
- *     SPLIT                simdgroups that share these 8 rows; each takes a slice of the columns, so that its
+ *     ROW_GROUPS           simdgroups along the rows that the threadgroup owns; each has 8 rows, or a multiple of 8
+ *     SPLIT                simdgroups that share these rows; each takes a slice of the columns, so that its
  *                          registers hold it. Their partial sums of S are reduced through threadgroup memory
  *     KEY_GROUPS           simdgroups with the same rows and columns, and different keys of each tile (decode)
  *     SHARED_TILE          1: the two operands that are loaded as tiles share the memory of one tile; 0: they do not
@@ -14,9 +14,9 @@
 #define E_SLICE (VALUE_DIM / SPLIT)
 #define D_FRAGMENTS (D_SLICE / 8)
 #define E_FRAGMENTS (E_SLICE / 8)
-#define D_STRIDE PADDED(HEAD_DIM)
-#define E_STRIDE PADDED(VALUE_DIM)
-#define SECOND_TILE(elements) (SHARED_TILE ? 0 : (elements)) /* where the second tile begins */
+#define D_STRIDE PAIR_STRIDE(HEAD_DIM)
+#define E_STRIDE PAIR_STRIDE(VALUE_DIM)
+#define SECOND_TILE(rows) (SHARED_TILE ? 0 : TILE_ROW(rows, HEAD_DIM)) /* where the second tile begins */
 
 /* A simdgroup's part of the work, and the calling lane in it. */
 struct simdgroup_coord {
@@ -36,29 +36,19 @@ METAL_FUNC simdgroup_coord simdgroup_coord_of(uint thread_index, uint simdgroup,
                            thread_index};
 }
 
-/* The first of the lane's columns of a row of head_dim, or value_dim, elements. */
+/* The first of the lane's columns of a row of head_dim, or value_dim, elements of an accumulator. */
 #define D_COLUMN(sg) ((sg).slice * D_SLICE + (sg).at.column)
 #define E_COLUMN(sg) ((sg).slice * E_SLICE + (sg).at.column)
+
+/* Where the simdgroup's slice of row `row` of a tile begins; `row` is even. */
+#define D_TILE_SLICE(sg, row) (TILE_ROW(row, HEAD_DIM) + TILE_COLUMN((sg).slice * D_SLICE))
+#define E_TILE_SLICE(sg, row) (TILE_ROW(row, VALUE_DIM) + TILE_COLUMN((sg).slice * E_SLICE))
 
 /* Threadgroup memory: one or two tiles, and the partial sums that simdgroups exchange. */
 struct threadgroup_memory {
     threadgroup storage *tiles;
     threadgroup float2 *exchange;
 };
-
-/* Coordinates of a threadgroup in the grid of its pass. */
-METAL_FUNC mfa_metal_grid threadgroup_coord(constant mfa_metal_call &call, uint group)
-{
-    long index = call.first_group + group;
-    mfa_metal_grid coord;
-    coord.column = index % call.grid.column;
-    index /= call.grid.column;
-    coord.row = index % call.grid.row;
-    index /= call.grid.row;
-    coord.head = index % call.grid.head;
-    coord.batch = index / call.grid.head;
-    return coord;
-}
 
 /* Where columns are split, S of a slice becomes S: each simdgroup stores its partial sums, and after a barrier reduces
  * those of all simdgroups that share its rows, in the order of the slices. SLOTS fragments of a slice lie one after

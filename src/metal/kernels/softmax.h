@@ -13,32 +13,57 @@ METAL_FUNC softmax_state softmax_init()
     return softmax_state{ROW_MAX_INIT, 0.0f};
 }
 
+/* m stays as it is until some row's maximum exceeds it by more than this, in units of log 2: P is below 2^8 then, which
+ * costs no accuracy, and most tiles rescale nothing (FlashAttention-4's conditional rescaling). */
+#define RESCALE_ABOVE 8.0f
+
+METAL_FUNC bool softmax_rescales(thread const softmax_state &s, float top)
+{
+    return top > s.m + RESCALE_ABOVE;
+}
+
 /* What sums relative to the maximum m are multiplied by to become relative to new_m. */
 METAL_FUNC float softmax_rescale(float m, float new_m)
 {
     return fast::exp2(m - new_m);
 }
 
-/* Updates m, l and O for the scores S of a tile, and replaces S by P. l stays a sum of the lane's own columns. */
-template <int FRAGMENTS, int COLUMNS>
-METAL_FUNC void softmax_step(thread softmax_state &s, thread float2 *O, thread float2 *S)
+/* Updates m, l and O of a simdgroup's ROWS for the scores S of a tile, and replaces S by P. l stays a sum of the lane's
+ * own columns. */
+template <int ROWS, int FRAGMENTS, int COLUMNS>
+METAL_FUNC void softmax_step(thread softmax_state *s, thread float2 *O, thread float2 *S)
 {
-    float top = s.m;
+    float top[ROWS];
+    bool rescales = false;
     UNROLL
-    for (int n = 0; n < FRAGMENTS; n++)
-        top = max(top, max(S[n][0], S[n][1]));
-    top = row_max(top);
-    float alpha = softmax_rescale(s.m, top);
-    s.m = top;
-    s.l *= alpha;
-    UNROLL
-    for (int n = 0; n < FRAGMENTS; n++) {
-        S[n] = float2{fast::exp2(S[n][0] - top), fast::exp2(S[n][1] - top)};
-        s.l += S[n][0] + S[n][1];
+    for (int r = 0; r < ROWS; r++) {
+        top[r] = s[r].m;
+        UNROLL
+        for (int n = 0; n < FRAGMENTS; n++)
+            top[r] = max(top[r], max(S[r * FRAGMENTS + n][0], S[r * FRAGMENTS + n][1]));
+        top[r] = row_max(top[r]);
+        rescales = rescales || softmax_rescales(s[r], top[r]);
+    }
+    if (simd_any(rescales)) {
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            float alpha = softmax_rescale(s[r].m, top[r]);
+            s[r].m = top[r];
+            s[r].l *= alpha;
+            UNROLL
+            for (int d = 0; d < COLUMNS; d++)
+                O[r * COLUMNS + d] *= alpha;
+        }
     }
     UNROLL
-    for (int d = 0; d < COLUMNS; d++)
-        O[d] *= alpha;
+    for (int r = 0; r < ROWS; r++) {
+        UNROLL
+        for (int n = 0; n < FRAGMENTS; n++) {
+            thread float2 &P = S[r * FRAGMENTS + n];
+            P = float2{fast::exp2(P[0] - s[r].m), fast::exp2(P[1] - s[r].m)};
+            s[r].l += P[0] + P[1];
+        }
+    }
 }
 
 /* What O is multiplied by at the end: 0 for a row without keys. */
