@@ -57,7 +57,8 @@ int mfa_metal_tiles_family_of(const struct mfa_key *key);
 /* The kernel whose tile a key names: forward, one of decode or dQ. */
 enum mfa_metal_kernel mfa_metal_tiles_named(const struct mfa_key *key);
 
-/* The row for a kernel that has tiles: forward, both of decode, dQ, dK and dV. NULL for another kernel, or if there is none. */
+/* The row for a kernel that has tiles: forward, both of decode, dQ, dK and dV. NULL for another kernel, or if there is
+ * none. */
 const struct mfa_metal_tile *mfa_metal_tiles_find(enum mfa_metal_kernel kernel, const struct mfa_key *key);
 
 /* Columns that a tile of this split has for `dim`: whole fragments for each simdgroup. */

@@ -1,6 +1,6 @@
-/* The same as attention_decode for one or two rows of queries, where matrices of 8 rows would be mostly empty. Lanes lie
- * along the columns: COLUMN_LANES of them share a key, so a simdgroup has several keys at once, and K and V are read
- * where they lie. No barrier but at the end.
+/* The same as attention_decode for one or two rows of queries, where matrices of 8 rows would be mostly empty. Lanes
+ * lie along the columns: COLUMN_LANES of them share a key, so a simdgroup has several keys at once, and K and V are
+ * read where they lie. There is no barrier but at the end.
  *
  *     for each key of the lane's:
  *         S = scale * Q K^T, summed over its lanes; softcap, mask, band

@@ -116,8 +116,8 @@ METAL_FUNC int stretch_end(int first, int end)
     return min(first + STRETCH_BLOCKS, end);
 }
 
-/* A block of keys: sets the ranges of the lane's rows for it, `bands` being those of all their keys. false: the block is
- * EMPTY, and is skipped by the whole threadgroup. */
+/* A block of keys: sets the ranges of the lane's rows for it, `bands` being those of all their keys. false: the block
+ * is EMPTY, and is skipped by the whole threadgroup. */
 METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_range *bands, int block,
                                thread const q_block &q, thread const score_operands &in, constant mfa_metal_call &call)
 {

@@ -150,8 +150,9 @@ METAL_FUNC void load_run(thread storage *x, thread const row_source &source, dev
     }
 }
 
-/* Loads a lane's elements of a row's 8 * FRAGMENTS columns from `first` on, in gemm_nt's order: of 16 columns, 0 2 4 ...
- * are a fragment and 1 3 5 ... the next, and so a lane has four neighbours. An odd last fragment has 8 neighbours. */
+/* Loads a lane's elements of a row's 8 * FRAGMENTS columns from `first` on, in gemm_nt's order: of 16 columns,
+ * 0 2 4 ... are a fragment and 1 3 5 ... the next, and so a lane has four neighbours. An odd last fragment has 8
+ * neighbours. */
 template <int FRAGMENTS>
 METAL_FUNC void load_row_paired(thread storage2 *x, thread const row_source &source, int row, int first, bool valid,
                                 lane_coord at)
