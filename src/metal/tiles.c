@@ -26,7 +26,7 @@
  * share a tile.
  *
  * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile, so that barriers are few. The
- * vector kernel, for one or two rows, has no tiles: its blocks are those of the block mask. By the count of instructions
+ * vector kernel, for one or two rows, has no tiles: its blocks are those of the block mask. By the instruction count
  * it takes 17 cycles a key of a core for one row of 128 columns, 22 for two, and the matrices 26 for up to 8.
  *
  * Each row also has a tile with half the simdgroups, and 8 rows in each: half the rows or fewer, or half of decode's
