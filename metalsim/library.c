@@ -25,8 +25,15 @@
 #define TARGET "--target=aarch64-linux-gnu"
 #endif
 
-/* METALSIM_INCLUDE is where include/ lies, METALSIM_CLANG the compiler: the build says so. */
-#define LANGUAGE METALSIM_CLANG, TARGET, "-x", "c++", "-std=c++14", "-nostdinc", "-isystem", METALSIM_INCLUDE, "-w"
+/* The compiler: the build says METALSIM_CLANG, and the environment may name another that takes the same options. */
+static const char *compiler(void)
+{
+    const char *named = getenv("METALSIM_CLANG");
+    return named && *named ? named : METALSIM_CLANG;
+}
+
+/* METALSIM_INCLUDE is where include/ lies: the build says so. */
+#define LANGUAGE compiler(), TARGET, "-x", "c++", "-std=c++14", "-nostdinc", "-isystem", METALSIM_INCLUDE, "-w"
 
 /* No call of a barrier may come to depend on more conditions than in the text, nor be a jump that returns to the
  * caller's caller: threads that are together must see one and the same. Uninitialised variables hold a pattern, of
@@ -109,7 +116,7 @@ metalsim_status metalsim_library_preprocess(const char *path, struct metalsim_te
     struct metalsim_text errors = {0};
     metalsim_status status = METALSIM_OK;
     if (metalsim_command_run(words, result, &errors) || !result->bytes)
-        status = metalsim_fail(METALSIM_COMPILE_FAILED, "%s", errors.bytes ? errors.bytes : METALSIM_CLANG " failed");
+        status = metalsim_fail(METALSIM_COMPILE_FAILED, "%s", errors.bytes ? errors.bytes : "the compiler failed");
     free(errors.bytes);
     return status;
 }
@@ -135,7 +142,7 @@ static metalsim_status compile(const char *path, struct words *words, const char
     struct metalsim_text output = {0}, errors = {0};
     metalsim_status status = METALSIM_OK;
     if (metalsim_command_run(words->list, &output, &errors))
-        status = metalsim_fail(METALSIM_COMPILE_FAILED, "%s", errors.bytes ? errors.bytes : METALSIM_CLANG " failed");
+        status = metalsim_fail(METALSIM_COMPILE_FAILED, "%s", errors.bytes ? errors.bytes : "the compiler failed");
     else if (rename(draft, object))
         status = metalsim_fail(METALSIM_COMPILE_FAILED, "the library could not be written to %s", object);
     unlink(draft);

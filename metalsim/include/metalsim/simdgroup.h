@@ -3,70 +3,8 @@
 #ifndef METALSIM_SIMDGROUP_H
 #define METALSIM_SIMDGROUP_H
 
-namespace metal
-{
-
-enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
-
-METAL_FUNC mem_flags operator|(mem_flags a, mem_flags b)
-{
-    return mem_flags(uint(a) | uint(b));
-}
-
-METAL_FUNC void threadgroup_barrier(mem_flags flags)
-{
-    metalsim::threadgroup_barrier(uint(flags));
-}
-
-METAL_FUNC void simdgroup_barrier(mem_flags flags)
-{
-    metalsim::simdgroup_barrier(uint(flags));
-}
-
-} // namespace metal
-
 namespace metalsim
 {
-
-template <class T> struct may_shuffle {
-    static constexpr bool value = sizeof(typename element_of<T>::type) <= 4 && sizeof(T) <= 16;
-};
-
-template <class T> METALSIM_OURS void give(T x)
-{
-    __builtin_memcpy(slots_to_give() + lane()->lane * 16, &x, sizeof x);
-}
-
-template <class T> METALSIM_OURS T take(uint from)
-{
-    T x;
-    __builtin_memcpy(&x, slots_to_take() + (from & 31) * 16, sizeof x);
-    return x;
-}
-
-/* Every lane gives x and takes what lane `from` gave. */
-template <class T> METAL_FUNC T exchange(T x, uint from)
-{
-    static_assert(may_shuffle<T>::value, "simdgroup functions take scalars and vectors of at most 32 bits an element");
-    give(x);
-    meet(nullptr);
-    return take<T>(from);
-}
-
-/* As above for lanes 0 to 31; the others keep their own. */
-template <class T> METAL_FUNC T exchange_or_keep(T x, int from)
-{
-    T other = exchange(x, uint(from));
-    return from >= 0 && from < 32 ? other : x;
-}
-
-template <class T, class F> METALSIM_OURS T reduce_lanes(F f, T first, uint count)
-{
-    T x = first;
-    for (uint i = 0; i < count; i++)
-        x = f(x, take<T>(i));
-    return x;
-}
 
 struct add {
     template <class T> METALSIM_OURS T operator()(T a, T b) const
@@ -111,6 +49,53 @@ struct differ {
     }
 };
 
+} // namespace metalsim
+
+#if defined(METALSIM_COUNTED)
+#include "metalsim/counted.h"
+#else
+namespace metalsim
+{
+
+template <class T> struct may_shuffle {
+    static constexpr bool value = sizeof(typename element_of<T>::type) <= 4 && sizeof(T) <= 16;
+};
+
+template <class T> METALSIM_OURS void give(T x)
+{
+    __builtin_memcpy(slots_to_give() + lane()->lane * 16, &x, sizeof x);
+}
+
+template <class T> METALSIM_OURS T take(uint from)
+{
+    T x;
+    __builtin_memcpy(&x, slots_to_take() + (from & 31) * 16, sizeof x);
+    return x;
+}
+
+/* Every lane gives x and takes what lane `from` gave. */
+template <class T> METAL_FUNC T exchange(T x, uint from)
+{
+    static_assert(may_shuffle<T>::value, "simdgroup functions take scalars and vectors of at most 32 bits an element");
+    give(x);
+    meet(nullptr);
+    return take<T>(from);
+}
+
+/* The same from the lane whose number differs in the bits of the mask. */
+template <class T> METAL_FUNC T exchange_xor(T x, uint mask)
+{
+    return exchange(x, lane()->lane ^ mask);
+}
+
+template <class T, class F> METALSIM_OURS T reduce_lanes(F f, T first, uint count)
+{
+    T x = first;
+    for (uint i = 0; i < count; i++)
+        x = f(x, take<T>(i));
+    return x;
+}
+
 /* Reduces by halves, as the GPU does: (0 16) (1 17) ..., then (0 8) ... */
 template <class T, class F> METALSIM_OURS T reduce_halves(F f)
 {
@@ -152,9 +137,39 @@ METALSIM_OURS uint own_lane()
 }
 
 } // namespace metalsim
+#endif
+
+namespace metalsim
+{
+
+/* As exchange for lanes 0 to 31; the others keep their own. */
+template <class T> METAL_FUNC T exchange_or_keep(T x, int from)
+{
+    T other = exchange(x, uint(from));
+    return from >= 0 && from < 32 ? other : x;
+}
+
+} // namespace metalsim
 
 namespace metal
 {
+
+enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+
+METAL_FUNC mem_flags operator|(mem_flags a, mem_flags b)
+{
+    return mem_flags(uint(a) | uint(b));
+}
+
+METAL_FUNC void threadgroup_barrier(mem_flags flags)
+{
+    metalsim::threadgroup_barrier(uint(flags));
+}
+
+METAL_FUNC void simdgroup_barrier(mem_flags flags)
+{
+    metalsim::simdgroup_barrier(uint(flags));
+}
 
 template <class T> METAL_FUNC T simd_shuffle(T x, ushort from)
 {
@@ -163,7 +178,7 @@ template <class T> METAL_FUNC T simd_shuffle(T x, ushort from)
 
 template <class T> METAL_FUNC T simd_shuffle_xor(T x, ushort mask)
 {
-    return metalsim::exchange(x, metalsim::own_lane() ^ mask);
+    return metalsim::exchange_xor(x, mask);
 }
 
 template <class T> METAL_FUNC T simd_shuffle_up(T x, ushort delta)
@@ -231,6 +246,7 @@ template <class T> METAL_FUNC T simd_xor(T x)
     return metalsim::reduce(x, metalsim::differ());
 }
 
+#if !defined(METALSIM_COUNTED)
 template <class T> METAL_FUNC T simd_prefix_exclusive_sum(T x)
 {
     metalsim::give(x);
@@ -244,6 +260,7 @@ template <class T> METAL_FUNC T simd_prefix_inclusive_sum(T x)
     metalsim::meet(nullptr);
     return metalsim::reduce_lanes(metalsim::add(), T(0), metalsim::own_lane() + 1);
 }
+#endif
 
 METAL_FUNC bool simd_all(bool x)
 {

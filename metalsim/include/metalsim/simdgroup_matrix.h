@@ -13,7 +13,7 @@ struct fragment {
 
 METALSIM_OURS fragment own_fragment()
 {
-    uint l = lane()->lane, q = l / 4;
+    uint l = own_lane(), q = l / 4;
     return {(q & 4) + l / 2 % 4, (q & 2) * 2 + l % 2 * 2};
 }
 
@@ -23,6 +23,7 @@ template <class T> METAL_FUNC T unwritten()
     return __builtin_bit_cast(T, typename metal::conditional < sizeof(T) == 4, uint, ushort > ::type(~0u));
 }
 
+#if !defined(METALSIM_COUNTED)
 struct matrix_slots {
     float a[8][8], b[8][8], c[8][8];
 };
@@ -57,6 +58,15 @@ METALSIM_OURS metal::vec<float, 2> take_matrix()
     return *(metal::vec<float, 2> *)&((matrix_slots *)slots_to_take())->c[f.row][f.column];
 }
 
+/* a b + c: of three matrices, each lane's elements. */
+METAL_FUNC metal::vec<float, 2> multiply_add(metal::vec<float, 2> a, metal::vec<float, 2> b, metal::vec<float, 2> c)
+{
+    give_matrices(a, b, c);
+    meet(multiply_accumulate);
+    return take_matrix();
+}
+#endif
+
 /* Loads and stores are a matter of each lane alone, so only a checked library has the lanes meet for them,
  * to see that all are there and mean the same place. */
 #if defined(METALSIM_CHECKED)
@@ -75,19 +85,25 @@ METALSIM_OURS static void compare_places(unsigned char *slots)
 #define METALSIM_UNIFORM(pointer)
 #endif
 
-/* Where this lane's two elements of a matrix in memory are; as Metal does, the origin counts in the
+#if defined(METALSIM_COUNTED) /* what is added to an address is counted as 32 bits */
+typedef uint matrix_offset;
+#else
+typedef ulong matrix_offset;
+#endif
+
+/* Where this lane's two elements of a matrix in memory are, and how far apart; as Metal does, the origin counts in the
  * memory's rows and columns also when the matrix is read transposed. */
 struct elements {
-    ulong first, second;
+    matrix_offset first, step;
 };
 
-METALSIM_OURS elements own_elements(ulong elements_per_row, metal::vec<ulong, 2> origin, bool transposed)
+METALSIM_OURS elements own_elements(matrix_offset elements_per_row, metal::vec<ulong, 2> origin, bool transposed)
 {
     fragment f = own_fragment();
-    ulong base = origin.y * elements_per_row + origin.x;
+    matrix_offset base = matrix_offset(origin.y) * elements_per_row + matrix_offset(origin.x);
     if (transposed)
-        return {base + f.column * elements_per_row + f.row, base + (f.column + 1) * elements_per_row + f.row};
-    return {base + f.row * elements_per_row + f.column, base + f.row * elements_per_row + f.column + 1};
+        return {base + f.column * elements_per_row + f.row, elements_per_row};
+    return {base + f.row * elements_per_row + f.column, 1};
 }
 
 } // namespace metalsim
@@ -141,8 +157,9 @@ METAL_FUNC simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T x)
     {                                                                                                               \
         METALSIM_UNIFORM(source);                                                                                   \
         metalsim::elements e = metalsim::own_elements(elements_per_row, origin, transpose_matrix);                  \
-        d.elements[0] = source[e.first];                                                                            \
-        d.elements[1] = source[e.second];                                                                           \
+        const space T *own = source + e.first;                                                                      \
+        d.elements[0] = own[0];                                                                                     \
+        d.elements[1] = own[e.step];                                                                                \
     }                                                                                                               \
     template <class T>                                                                                              \
     METAL_FUNC void simdgroup_store(simdgroup_matrix<T, 8, 8> a, space T *destination, ulong elements_per_row = 8,  \
@@ -150,8 +167,9 @@ METAL_FUNC simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(T x)
     {                                                                                                               \
         METALSIM_UNIFORM(destination);                                                                              \
         metalsim::elements e = metalsim::own_elements(elements_per_row, origin, transpose_matrix);                  \
-        destination[e.first] = a.elements[0];                                                                       \
-        destination[e.second] = a.elements[1];                                                                      \
+        space T *own = destination + e.first;                                                                       \
+        own[0] = a.elements[0];                                                                                     \
+        own[e.step] = a.elements[1];                                                                                \
     }
 METALSIM_LOAD_STORE(device)
 METALSIM_LOAD_STORE(threadgroup)
@@ -162,11 +180,9 @@ template <class R, class T, class U, class V>
 METAL_FUNC void simdgroup_multiply_accumulate(simdgroup_matrix<R, 8, 8> &d, simdgroup_matrix<T, 8, 8> a,
                                               simdgroup_matrix<U, 8, 8> b, simdgroup_matrix<V, 8, 8> c)
 {
-    metalsim::give_matrices(vec<float, 2>{float(a.elements[0]), float(a.elements[1])},
-                            vec<float, 2>{float(b.elements[0]), float(b.elements[1])},
-                            vec<float, 2>{float(c.elements[0]), float(c.elements[1])});
-    metalsim::meet(metalsim::multiply_accumulate);
-    vec<float, 2> sums = metalsim::take_matrix();
+    vec<float, 2> sums = metalsim::multiply_add(vec<float, 2>{float(a.elements[0]), float(a.elements[1])},
+                                                vec<float, 2>{float(b.elements[0]), float(b.elements[1])},
+                                                vec<float, 2>{float(c.elements[0]), float(c.elements[1])});
     d.elements[0] = R(sums[0]);
     d.elements[1] = R(sums[1]);
 }

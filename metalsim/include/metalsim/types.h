@@ -18,7 +18,11 @@ using ushort = unsigned short;
 using uint = unsigned int;
 using ulong = unsigned long;
 typedef _Float16 half;
+#if defined(METALSIM_COUNTED) /* the target has no bfloat: conversions cost the same, values are wrong */
+typedef _Float16 bfloat;
+#else
 typedef __bf16 bfloat;
+#endif
 
 #define INFINITY (__builtin_inff())
 #define NAN (__builtin_nanf(""))
@@ -41,6 +45,7 @@ typedef __bf16 bfloat;
 #define M_LN2_F 0.693147180559945309417f
 #define M_PI_F 3.14159265358979323846f
 
+#if !defined(METALSIM_COUNTED)
 /* What the compiler calls to round a float to bfloat: to nearest, ties to even. */
 extern "C" METALSIM_UNWATCHED __attribute__((used)) bfloat __truncsfbf2(float x)
 {
@@ -48,6 +53,7 @@ extern "C" METALSIM_UNWATCHED __attribute__((used)) bfloat __truncsfbf2(float x)
     ushort rounded = x != x ? ushort(u >> 16 | 0x40) : ushort((u + 0x7fff + (u >> 16 & 1)) >> 16);
     return __builtin_bit_cast(bfloat, rounded);
 }
+#endif
 
 namespace metal
 {
