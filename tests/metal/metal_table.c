@@ -193,7 +193,8 @@ static void write_target(FILE *to, const char *title, struct metal_target target
 
 static void write_table(FILE *to)
 {
-    const struct metal_target first = {7, 0}, halved = {7, 1}, later = {9, 0}, later_halved = {9, 1};
+    const struct metal_target first = {.family = 7}, halved = {.family = 7, .halved = 1}, later = {.family = 9},
+                              later_halved = {.family = 9, .halved = 1};
     write_target(to, "M1 and M2 (families 7 and 8), and later ones but for the next table", first, NULL);
     write_target(to, "M3 and later (family 9 and up)", later, &first);
     write_target(to, "Where a device runs no pipeline with so many threads", halved, &first);

@@ -37,7 +37,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
     if (n % 5 == 2)
         g->problem.softcap = 3;
     g->problem.alibi = n % 7 == 3;
-    g->target = (struct metal_target){families[family], n / 96 % 2};
+    g->target = (struct metal_target){.family = families[family], .halved = n / 96 % 2};
     g->variant.dlse = n % 2;
     finish(g);
     return 1;

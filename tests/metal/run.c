@@ -111,6 +111,8 @@ void metal_choose(struct metal_target target, const mfa_problem *problem, struct
     mfa_metal_tiles_choose(mfa_metal_tiles_family(target.family), problem, choice);
     if (target.halved)
         mfa_metal_tiles_halve(problem, choice);
+    if (target.splits)
+        memcpy(choice->tiling.bytes, &(struct mfa_metal_tiling){target.splits}, sizeof(struct mfa_metal_tiling));
     mfa_metal_dispatch_measure(problem, choice);
 }
 

@@ -10,9 +10,10 @@ struct metal_trace {
     int dispatches, commands;
 };
 
-/* The tiles: those of a GPU family, with all or half of the threads. */
+/* The tiles: those of a GPU family, with all or half of the threads; and the splits of each row's keys, 0: as the
+ * backend chooses. */
 struct metal_target {
-    int family, halved;
+    int family, halved, splits;
 };
 
 /* What the Metal backend chooses for a canonical problem, the workspace included. */
