@@ -5,6 +5,7 @@
 #               these; tests/run.py --list names them
 # make test-full    the same with every case on every instruction set, and more random problems
 # make test-metal   of make test, the Metal kernels: executed, checked and linted without a GPU
+# make metal-cost   what the Metal kernels cost on an Apple GPU by a model, into the table of docs/metal-kernels.md
 # make wheels   the wheels for macOS and for Linux, all of them on Linux, into dist/
 # make bench    all that is measured, in about ten minutes: beside PyTorch, beside other libraries, ours beside ours. Tables
 #               on the terminal, rows and pictures in build/
@@ -29,7 +30,7 @@ bench_python := "$(CURDIR)/$(bench_venv)/bin/python"
 bench_rows := $(addprefix build/,bench.json peers.json relative.json)
 in_tree := PYTHONPATH="$(CURDIR)/python" MFA_LIBRARY="$(CURDIR)/build/release/libmfa.$(suffix)"
 
-.PHONY: build demo docs lint wheels test test-full test-metal bench bench-quick bench-readme clean distclean
+.PHONY: build demo docs lint wheels test test-full test-metal metal-cost bench bench-quick bench-readme clean distclean
 
 build: $(venv)/.build
 	@PATH="$(bin):$$PATH" cmake -S . -B build/release -G Ninja -DMFA_BENCH=ON
@@ -68,6 +69,11 @@ test-full: build/.packages-test $(venv)/.test
 
 test-metal:
 	@$(MAKE) --no-print-directory test STEPS="metal metal-python"
+
+metal-cost: build/.packages-test $(venv)/.test
+	@PATH="$(bin):$$PATH" cmake --preset release
+	@PATH="$(bin):$$PATH" cmake --build build/test-release --target metal_cost
+	@PATH="$(bin):$$PATH" python metalsim/cost/cost.py build/test-release/metal_cost --write docs/metal-kernels.md
 
 clean:
 	find build -mindepth 1 -maxdepth 1 ! -name 'venv*' -exec rm -rf {} +

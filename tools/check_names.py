@@ -18,7 +18,7 @@ import tree
 NOUNS = "context|problem|plan|status|isa"
 ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_precompile", "mfa_fail"}  # sentences of their own
 FOLDERS = set(
-    """.ci bench docs examples include metalsim metalsim/cuda metalsim/cuda/include metalsim/include
+    """.ci bench docs examples include metalsim metalsim/cost metalsim/cuda metalsim/cuda/include metalsim/include
     metalsim/include/metalsim metalsim/lint metalsim/macho metalsim/runtime metalsim/tests python
     python/mps_flash_attn python/mps_flash_attn/sdpa requirements src src/base src/core src/cpu src/cpu/kernels
     src/cpu/kernels/attention src/cpu/kernels/gemm src/cpu/kernels/simd src/metal src/metal/kernels tests tests/amx

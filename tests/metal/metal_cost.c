@@ -1,0 +1,205 @@
+/* Runs what metalsim/cost counts: for each row of src/metal/tiles.c, and some other problems, one threadgroup in the
+ * middle of a long sequence.
+ *
+ *     metal_cost           lists the cases, a line each
+ *     metal_cost N         runs case N; metalsim/cost/cost.py says with which compiler
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/problem.h"
+#include "metal/gpu.h"
+#include "metal/run.h"
+#include "metal/source.h"
+#include "support/test_case.h"
+
+#define LENGTH 2048        /* of the sequence that a threadgroup walks along; half of it if causal, as on average */
+#define DECODE_LENGTH 8192 /* keys of a decode step */
+
+struct item {
+    enum mfa_metal_kernel kernel;
+    int family, dtype, dim, causal;
+    int heads; /* for each KV head */
+};
+
+static const struct item *counted; /* the case that is run */
+
+/* --- Cases ---------------------------------------------------------------------------------------- */
+
+static int decodes(enum mfa_metal_kernel kernel)
+{
+    return kernel == MFA_METAL_DECODE || kernel == MFA_METAL_DECODE_VECTOR;
+}
+
+static mfa_problem problem_of(const struct item *item, int q_len, int kv_len)
+{
+    mfa_problem problem;
+    mfa_problem_init(&problem, 1, item->heads, 1, q_len, kv_len, item->dim, item->dim);
+    problem.dtype = item->dtype;
+    if (item->causal) /* a block of keys is seen by later queries only, and one of queries sees earlier keys only */
+        problem.upper = kv_len > q_len ? kv_len - q_len : 0;
+    return problem;
+}
+
+static const struct mfa_metal_tile *tile_of(const struct item *item)
+{
+    struct mfa_choice choice;
+    mfa_problem problem = problem_of(item, decodes(item->kernel) ? 1 : LENGTH, LENGTH);
+    problem.pass = item->kernel >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
+    mfa_problem_check(&problem, &problem);
+    metal_choose((struct metal_target){.family = item->family}, &problem, &choice);
+    return mfa_metal_tiles_find(item->kernel, &choice.key);
+}
+
+static mfa_problem problem_of_case(const struct item *item)
+{
+    const struct mfa_metal_tile *tile = tile_of(item);
+    const int length = item->causal ? LENGTH / 2 : LENGTH;
+    if (decodes(item->kernel))
+        return problem_of(item, 1, DECODE_LENGTH);
+    if (item->kernel == MFA_METAL_BACKWARD_DKV)
+        return problem_of(item, length, tile->block_kv);
+    return problem_of(item, tile->block_q > 8 ? tile->block_q : 16, length);
+}
+
+/* The products of 8 x 8 matrices that the scores within the band need. */
+static double useful_products(const struct item *item)
+{
+    const mfa_problem p = problem_of_case(item);
+    const int products = item->kernel == MFA_METAL_BACKWARD_DKV ? 4 : item->kernel == MFA_METAL_BACKWARD_DQ ? 3 : 2;
+    double scores = 0;
+    for (int64_t i = 0; i < p.q_len; i++) {
+        const int64_t last = item->causal ? i + p.upper : p.kv_len - 1;
+        scores += (double)(last < p.kv_len ? last + 1 : p.kv_len);
+    }
+    return scores * item->heads * item->dim * products / 512;
+}
+
+/* Family 9 is listed where its tile or the text of its program is another one. */
+static int differs(struct item item)
+{
+    const struct mfa_metal_tile *own = tile_of(&item);
+    item.family = 7;
+    return item.dtype == MFA_BF16 || memcmp(own, tile_of(&item), sizeof *own);
+}
+
+/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows. */
+static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant)
+{
+    const int usual = dim == 64 || dim == 128;
+    if (variant)
+        return dtype == MFA_F16 && usual && kernel != MFA_METAL_DECODE;
+    return usual || (dtype != MFA_BF16 && dim > 128) || (dtype == MFA_F16 && !decodes(kernel));
+}
+
+static int list_cases(struct item *items)
+{
+    static const enum mfa_metal_kernel kernels[] = {MFA_METAL_FORWARD, MFA_METAL_DECODE, MFA_METAL_DECODE_VECTOR,
+                                                    MFA_METAL_BACKWARD_DQ, MFA_METAL_BACKWARD_DKV};
+    static const int dims[] = {40, 64, 80, 96, 128, 256, 512}, dtypes[] = {MFA_F16, MFA_BF16, MFA_F32};
+    int count = 0;
+    for (int k = 0; k < 5; k++)
+        for (int t = 0; t < 3; t++)
+            for (int d = 0; d < 7; d++)
+                for (int variant = 0; variant < 2; variant++)
+                    for (int family = 7; family <= 9; family += 2) {
+                        const int causal = variant && !decodes(kernels[k]);
+                        const int heads = kernels[k] == MFA_METAL_DECODE ? 8 : variant && !causal ? 2 : 1;
+                        const struct item item = {kernels[k], family, dtypes[t], dims[d], causal, heads};
+                        if (is_case(kernels[k], dtypes[t], dims[d], variant) && (family == 7 || differs(item)))
+                            items[count++] = item;
+                    }
+    return count;
+}
+
+static void print_case(int number, const struct item *item)
+{
+    static const char *const dtypes[] = {"f32", "f16", "bf16"};
+    const struct mfa_metal_tile *tile = tile_of(item);
+    const mfa_problem problem = problem_of_case(item);
+    char name[16];
+    snprintf(name, sizeof name, "%d-head%s", item->heads, item->heads > 1 ? "s" : "");
+    printf("%d %s %d %s %d %s %dx%d %dx%dx%d %.3f %lld\n", number, mfa_metal_source_function(item->kernel),
+           item->family, dtypes[item->dtype], item->dim,
+           decodes(item->kernel) ? name
+           : item->causal        ? "causal"
+                                 : "full",
+           tile->block_q, tile->block_kv, tile->row_groups, tile->split, tile->key_groups, useful_products(item),
+           (long long)problem.kv_len);
+}
+
+/* --- A run ---------------------------------------------------------------------------------------- */
+
+/* Marks the program that is counted, and leaves out what run.c adds to the text. */
+static char *mark(enum mfa_metal_kernel kernel, char *text)
+{
+    static const char first[] = "#define DTYPE_"; /* source.c's */
+    const struct mfa_metal_tile *tile = tile_of(counted);
+    char *own = strstr(text, first), *marked = NULL, block[64];
+    size_t length;
+    FILE *memory = kernel == counted->kernel && own ? open_memstream(&marked, &length) : NULL;
+    if (!memory)
+        return text;
+    snprintf(block, sizeof block, "#define BLOCK_Q %d\n#define BLOCK_KV %d\n", tile->block_q, tile->block_kv);
+    if (!strstr(own, block)) {
+        fprintf(stderr, "the run has another tile than the case, whose text would have\n%s", block);
+        exit(2);
+    }
+    fprintf(memory, "#define METALSIM_COST %s\n%s", mfa_metal_source_function(kernel), own);
+    fclose(memory);
+    free(text);
+    return marked;
+}
+
+/* Whether the results are right, too: what is counted computes them. */
+static int run_case(const struct item *item)
+{
+    /* In a larger grid, no sequence would be split but that of a decode step. */
+    const struct metal_target target = {.family = item->family, .splits = !decodes(item->kernel)};
+    const int backward = item->kernel >= MFA_METAL_BACKWARD_DQ;
+    struct one_case one = {.problem = problem_of_case(item),
+                           .passes = backward ? CASE_FORWARD | CASE_BACKWARD : CASE_FORWARD};
+    struct test_case test_case;
+    struct operands operands;
+    struct reference results = {0};
+    struct metal_trace trace;
+    counted = item;
+    mfa_problem_print(&one.problem, one.text, sizeof one.text);
+    test_case_open(&test_case, &one, (struct variant){0}, 1);
+    operands_open(&operands, &test_case.inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    mfa_status status = metal_run(&operands, target, 0, &trace);
+    operands_collect(&operands, &results);
+    if (status == MFA_OK && backward) {
+        operands_turn(&operands, DENSE, &results);
+        status = metal_run(&operands, target, 0, &trace);
+        operands_collect(&operands, &results);
+    }
+    if (status != MFA_OK)
+        fprintf(stderr, "%s\n", mfa_last_error());
+    /* bfloat of family 9 is counted as another type (metalsim/include/metalsim/types.h). */
+    const int unknown = item->family >= 9 && item->dtype == MFA_BF16;
+    const int fine = status == MFA_OK && (unknown || test_case_is_right(&test_case, "counted", &results));
+    reference_close(&results);
+    operands_close(&operands);
+    test_case_close(&test_case);
+    return fine;
+}
+
+int main(int count, char **words)
+{
+    static struct item items[5 * 3 * 7 * 2 * 2];
+    const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
+    const int cases = list_cases(items), number = count > 1 ? atoi(words[1]) : -1;
+    for (int n = 0; count == 1 && n < cases; n++)
+        print_case(n, &items[n]);
+    if (count == 1)
+        return 0;
+    if (number < 0 || number >= cases) {
+        fprintf(stderr, "there is no case %s; they are numbered from 0 to %d\n", words[1], cases - 1);
+        return 2;
+    }
+    gpu_set(&settings);
+    metal_rewrite = mark;
+    return run_case(&items[number]) ? 0 : 1;
+}
