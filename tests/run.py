@@ -51,7 +51,7 @@ STEPS = {
     "clang": Step("another compiler", 40, ("clang",), ctest=("", "")),
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 130, ("asan-ubsan",), ctest=("", "")),
     "tsan": Step("thread sanitizer", 50, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 310, ("release",), ctest=("metal", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 325, ("release",), ctest=("metal", "")),
     "metal-python": Step(
         "the Python package on Metal", 150, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),

@@ -193,7 +193,11 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
     options = parser.parse_args()
+    if options.write and (options.quick or options.only):
+        parser.error("--write is for all cases; --quick and --only take some")
     cases = read_cases(options.program)
+    if missing := set(QUICK) - {case.name() for case in cases}:
+        parser.error(f"{options.program} has no case {', '.join(sorted(missing))}, which --quick names")
     newer = {case.name() for case in cases if case.family == 9}
     chosen = [case for case in cases if options.only in case.name()]
     if options.quick:

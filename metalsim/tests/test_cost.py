@@ -147,6 +147,13 @@ def test_the_check_finds_more_cycles_a_key(tmp_path, capsys):
     assert "it takes 21.0 cycles a key, and 20.0 in" in capsys.readouterr().out
 
 
+def test_a_part_is_not_written_over_the_whole(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cost.py", "metal_cost", "--quick", "--write", "kernels.md"])
+    with pytest.raises(SystemExit):
+        cost.main()
+    assert "--write is for all cases" in capsys.readouterr().err
+
+
 def test_the_whole_table_has_no_row_too_many(tmp_path, capsys):
     path = tmp_path / "kernels.md"
     path.write_text(f"{cost.MARKS[0]}{table('80.0')}{table('80.0', name='attention_decode')}{cost.MARKS[1]}")
