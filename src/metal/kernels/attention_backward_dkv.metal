@@ -37,8 +37,8 @@ struct key_row {
     float2 dK[D_FRAGMENTS], dV[E_FRAGMENTS];
 };
 
-/* S^T becomes P^T, dP^T becomes dZ^T, for queries whose D and L begin at these. */
-METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask_range &range, int queries,
+/* S^T becomes P^T, dP^T becomes dZ^T, for `queries` queries from `first` on; D and L are those of the head. */
+METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask_range &range, int first, int queries,
                           device const float *D, device const float *L, constant mfa_metal_call &call, lane_coord at)
 {
     float2 dtanh[QUERY_FRAGMENTS];
@@ -49,6 +49,7 @@ METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask
         int i = n * 8 + at.column, next = i + 1;
         if (!whole)
             i = min(i, queries - 1), next = min(next, queries - 1);
+        i += first, next += first;
         S[n] = softmax_probability(S[n], float2{L[i], L[next]});
         dP[n] = score_gradient(S[n], dP[n], float2{D[i], D[next]}, dtanh[n]);
     }
@@ -99,7 +100,7 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
                 threadgroup_barrier(mem_flags::mem_threadgroup);
                 reduce_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
             }
-            gradients(S, dP, range, Q_at.rows, D + block * BLOCK_Q, L + block * BLOCK_Q, call, sg.at);
+            gradients(S, dP, range, block * BLOCK_Q, Q_at.rows, D, L, call, sg.at);
             if (call.present >> MFA_METAL_BUFFER_DV & 1)
                 gemm_nn<1, QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(row.dV, S, dO_tile + E_TILE_SLICE(sg, 0), sg.at);
             if (SHARED_TILE) {
