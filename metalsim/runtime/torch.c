@@ -191,7 +191,7 @@ EXPORT(id, torch_command_encoder, (struct stream *self), "_ZN2at3mps9MPSStream14
 #endif
 
 #if defined(TORCH_ENDS)
-EXPORT(void, torch_end_kernel_coalescing, (struct stream *self), "_ZN2at3mps9MPSStream18endKernelCoalescingEv")
+EXPORT(void, torch_end_kernel_coalescing, (struct stream *self), "_ZN2at3mps9MPSStream19endKernelCoalescingEv")
 {
     if (self == &stream)
         end_kernel_coalescing();

@@ -104,7 +104,7 @@ struct mfa_metal_torch mfa_metal_stream_find_torch(void)
     find("_ZN2at3mps19getCurrentMPSStreamEv", &torch.current);
     find("_ZN2at3mps19getDefaultMPSStreamEv", &torch.standard);
     find("_ZN2at3mps9MPSStream14commandEncoderEv", &torch.encoder);
-    find("_ZN2at3mps9MPSStream18endKernelCoalescingEv", &torch.end_encoder);
+    find("_ZN2at3mps9MPSStream19endKernelCoalescingEv", &torch.end_encoder);
     const int shares = torch.current && torch.encoder;
     const int ends = (torch.current && torch.end_encoder) || torch.commit;
     /* Without MPS, PyTorch's functions throw C++ exceptions. */
