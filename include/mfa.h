@@ -205,7 +205,8 @@ MFA_API mfa_status mfa_plan_describe(const mfa_plan *plan, char *text, size_t ca
 /* `stream` is where the device's commands go. On the CPU it is NULL. On Metal:
  *     NULL              a queue of the context's own; the call returns when the results are there
  *     MFA_STREAM_TORCH  the stream of PyTorch in this process; the call returns when the commands are
- *                       encoded, in the order of PyTorch's own. MFA_UNAVAILABLE if there is none
+ *                       encoded, in the order of PyTorch's own. MFA_UNAVAILABLE if there is none;
+ *                       MFA_DEVICE_FAILED if the GPU did not complete the commands of an earlier run
  *     anything else     an MTLCommandBuffer without an open encoder; the call returns when the commands
  *                       are encoded, and the caller commits. Without a workspace each run allocates one */
 #define MFA_STREAM_TORCH ((void *)1)

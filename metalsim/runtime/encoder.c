@@ -46,6 +46,11 @@ static void finish_encoder(id self)
 
 METALSIM_CLASS(MTLComputeCommandEncoder, struct encoder, finish_encoder)
 
+/* PyTorch's class of an encoder that records a graph, and passes on what it is sent. Here an encoder changes its class
+ * when it begins to record. */
+const struct metalsim_class metalsim_class_MPSRecordingEncoder = {
+    &metalsim_metaclass, "MPSRecordingEncoder", sizeof(struct encoder), finish_encoder, "MTLComputeCommandEncoder"};
+
 id metalsim_encoder_create(id command_buffer, int concurrent, int retains)
 {
     struct encoder *encoder = (struct encoder *)metalsim_object_create(&metalsim_class_MTLComputeCommandEncoder);

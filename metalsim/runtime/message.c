@@ -7,7 +7,7 @@
 
 #include "runtime/object.h"
 
-const struct metalsim_class metalsim_metaclass = {NULL, "class", 0, NULL};
+const struct metalsim_class metalsim_metaclass = {NULL, "class", 0, NULL, NULL};
 
 static const struct {
     const struct metalsim_class *class;
@@ -23,6 +23,7 @@ static const struct metalsim_fact facts[] = {
 #define BORROWED 'b'
 #define VALUE 'v'
 #define DOCC(page) "developer.apple.com/documentation/" page
+#define MPS(member) DOCC("metalperformanceshaders/mpscommandbuffer/" member)
 #define MACIOS "github.com/dotnet/macios src/metal.cs"
 #define OBJC2(file) "docs.rs/objc2-metal src/objc2_metal/generated/" file ".rs"
 #define FOUNDATION "docs.rs/objc2-foundation"
@@ -44,7 +45,8 @@ const struct metalsim_fact *metalsim_message_fact(const struct metalsim_class *c
     for (size_t i = 0; i < FACTS; i++) {
         const struct metalsim_fact *fact = &facts[i];
         if (fact->kind == kind && !strcmp(fact->selector, selector) && fact->since <= 100 * metalsim_now.macos + 99 &&
-            (!strcmp(fact->class_name, class->name) || !strcmp(fact->class_name, "NSObject")))
+            (!strcmp(fact->class_name, class->name) || !strcmp(fact->class_name, "NSObject") ||
+             (class->acts_as && !strcmp(fact->class_name, class->acts_as))))
             return fact;
     }
     return NULL;

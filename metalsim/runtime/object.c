@@ -113,6 +113,12 @@ BOOL metalsim_object_responds(id self, SEL selector, SEL asked)
     return metalsim_message_fact(self->isa, '-', asked) != NULL;
 }
 
+BOOL metalsim_object_is_kind(id self, SEL selector, id class)
+{
+    (void)selector;
+    return (id)self->isa == class;
+}
+
 void metalsim_runtime_release(void *object)
 {
     metalsim_release(object);

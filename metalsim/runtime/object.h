@@ -23,8 +23,9 @@ typedef struct {
 struct metalsim_class {
     const struct metalsim_class *isa; /* of all classes: metalsim_metaclass */
     const char *name;
-    size_t size;        /* of an object */
-    void (*finish)(id); /* releases what it holds; NULL: nothing */
+    size_t size;         /* of an object */
+    void (*finish)(id);  /* releases what it holds; NULL: nothing */
+    const char *acts_as; /* another class, whose methods it has, too; or NULL */
 };
 
 struct metalsim_object {
@@ -38,8 +39,9 @@ extern const struct metalsim_class metalsim_metaclass;
 #include "runtime/classes.inc"
 #undef CLASS
 
-#define METALSIM_CLASS(class_name, type, finish) \
-    const struct metalsim_class metalsim_class_##class_name = {&metalsim_metaclass, #class_name, sizeof(type), finish};
+#define METALSIM_CLASS(class_name, type, finish)                                                                       \
+    const struct metalsim_class metalsim_class_##class_name = {&metalsim_metaclass, #class_name, sizeof(type), finish, \
+                                                               NULL};
 
 /* The methods: metalsim_<function>(self, selector, ...). */
 #define SELF id, SEL

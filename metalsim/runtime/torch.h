@@ -12,16 +12,20 @@ __attribute__((visibility("default"))) void metalsim_torch_set_available(int ava
 /* Whether encoders that are opened from now on are concurrent. The operations below make no barriers. */
 __attribute__((visibility("default"))) void metalsim_torch_set_concurrent(int concurrent);
 
-/* Makes another stream the current one, or this one again. */
+/* Makes another stream the current one, or the default one again. */
 __attribute__((visibility("default"))) void metalsim_torch_leave(int leave);
 
-/* An operation of PyTorch's, encoded and not committed: x *= factor for so many floats from the buffer's begin. */
+/* Whether a graph is recorded from now on: the encoder is then one that records. */
+__attribute__((visibility("default"))) void metalsim_torch_record(int record);
+
+/* An operation of PyTorch's on the current stream, encoded and not committed: x *= factor for so many floats from the
+ * buffer's begin. */
 __attribute__((visibility("default"))) void metalsim_torch_scale(void *buffer, size_t count, float factor);
 
-/* torch.mps.synchronize(). */
+/* torch.mps.synchronize(), which waits for the default stream. */
 __attribute__((visibility("default"))) void metalsim_torch_synchronize(void);
 
-/* Lets go of all that the stream holds. */
+/* Lets go of all that the streams hold. */
 __attribute__((visibility("default"))) void metalsim_torch_close(void);
 
 #endif

@@ -140,6 +140,15 @@ def _load(path: Path) -> ctypes.CDLL:
         raise ImportError(f"{path} cannot be loaded as libmfa: {error}") from None
 
 
+def _wait_for_torch() -> None:
+    """Waits for all of PyTorch's streams. torch.mps.synchronize() waits for the default one, and there is no other
+    before PyTorch 2.14."""
+    torch.mps.synchronize()  # comes first: it raises what goes wrong, which the other function cannot
+    wait_for_all = getattr(ctypes.CDLL(None), "_ZN2at3mps24synchronizeAllMPSStreamsENS0_8SyncTypeE", None)
+    if wait_for_all:
+        wait_for_all(2)  # at::mps::SyncType::COMMIT_AND_WAIT
+
+
 def torch_parallel_for() -> int | None:
     """The address of PyTorch's own thread pool, whose type is mfa_parallel_for; None before PyTorch 2.10."""
     function = getattr(ctypes.CDLL(torch._C.__file__), "torch_parallel_for", None)
@@ -217,14 +226,14 @@ class Library:
             self.check(status)
 
     def _attention_synchronized(self, problem: bytes, buffers: bytes) -> int:
-        """Runs where PyTorch's stream cannot be used: waits for that stream, and for the results. Returns the
+        """Runs where PyTorch's stream cannot be used: waits for PyTorch's streams, and for the results. Returns the
         status."""
         reason = self.last_error()
         status = self.mfa_problem_supported(self.context, problem)
         if status:
             return status  # the device itself is not available
         count(WAITED + reason)
-        torch.mps.synchronize()
+        _wait_for_torch()
         return self.mfa_attention(self.context, problem, buffers, None)
 
     def check_supported(self, problem: bytes) -> None:

@@ -21,8 +21,9 @@ struct metal {
     struct mfa_metal_device device;
     struct mfa_metal_scratch scratch;
     struct mfa_metal_torch torch; /* found by the first run on PyTorch's stream */
-    struct mfa_lock changing;     /* guards the opening of the device and torch_found */
-    atomic_int opened;            /* the device: 1 yes, -1 there is none */
+    struct mfa_metal_watched watched;
+    struct mfa_lock changing; /* guards the opening of the device and torch_found */
+    atomic_int opened;        /* the device: 1 yes, -1 there is none */
     atomic_int torch_found;
     atomic_int tested;            /* by layout_test, before the first kernel is used: 1 passed, -1 failed */
     char unavailable_reason[256]; /* why the device is not opened */
@@ -44,6 +45,7 @@ static void close_metal(void *state)
     struct metal *metal = state;
     if (atomic_load(&metal->opened) > 0 && mfa_metal_objc_is_here()) {
         void *pool = mfa_metal_objc_push();
+        mfa_metal_watched_free(&metal->watched);
         mfa_metal_scratch_free(&metal->scratch);
         mfa_metal_device_close(&metal->device);
         mfa_metal_objc_pop(pool);
@@ -204,6 +206,7 @@ static mfa_status launch(void *state, const void *kernel, const mfa_problem *pro
     const int torch = stream == MFA_STREAM_TORCH;
     const struct mfa_metal_launch run = {.device = &metal->device,
                                          .torch = torch ? &metal->torch : NULL,
+                                         .watched = &metal->watched,
                                          .scratch = &metal->scratch,
                                          .program = kernel,
                                          .problem = problem,

@@ -126,14 +126,12 @@ static mfa_status encode_dispatch(const struct run *run, struct mfa_metal_stream
     struct mfa_metal_call call = d->call;
     const MTLSize threads = {(NSUInteger)d->threads, 1, 1};
     for (int64_t first = 0; first < d->groups; first += d->chunk) {
-        if (first > 0) {
-            const mfa_status status = mfa_metal_stream_cut(stream);
-            if (status != MFA_OK)
-                return status;
-        }
+        const int64_t left = d->groups - first, count = left < d->chunk ? left : d->chunk;
+        const mfa_status status = mfa_metal_stream_cut(stream, (double)count / (double)d->chunk);
+        if (status != MFA_OK)
+            return status;
         id encoder = stream->encoder;
-        const int64_t left = d->groups - first;
-        const MTLSize groups = {(NSUInteger)(left < d->chunk ? left : d->chunk), 1, 1};
+        const MTLSize groups = {(NSUInteger)count, 1, 1};
         call.first_group = first;
         /* The pipeline comes first: with it begins what PyTorch records of its encoder when it captures a graph. */
         SEND_WITH(encoder_set_pipeline, encoder, run->launch->program->pipelines[d->kernel]);
@@ -156,7 +154,7 @@ static mfa_status encode(struct mfa_metal_stream *stream, void *argument)
             mfa_metal_stream_barrier(stream);
         status = encode_dispatch(run, stream, &run->list[n]);
     }
-    if (stream->shared)
+    if (stream->shared && stream->encoder)
         set_threadgroup_memory(stream->encoder, (const int32_t[2]){0, 0});
     return status;
 }
@@ -183,7 +181,7 @@ mfa_status mfa_metal_launch_run(const struct mfa_metal_launch *launch)
     if (!launch->stream)
         status = mfa_metal_stream_run_alone(launch->device, encode, &run);
     else if (launch->torch)
-        status = mfa_metal_stream_run_torch(launch->torch, encode, &run);
+        status = mfa_metal_stream_run_torch(launch->torch, launch->watched, encode, &run);
     else
         status = mfa_metal_stream_run_commands(launch->stream, encode, &run);
     put_back(launch->scratch, run.lent);

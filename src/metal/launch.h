@@ -23,6 +23,7 @@ void mfa_metal_scratch_free(struct mfa_metal_scratch *scratch);
 struct mfa_metal_launch {
     const struct mfa_metal_device *device;
     const struct mfa_metal_torch *torch; /* NULL, unless the stream is MFA_STREAM_TORCH */
+    struct mfa_metal_watched *watched;
     struct mfa_metal_scratch *scratch;
     const struct mfa_metal_program *program;
     const mfa_problem *problem;

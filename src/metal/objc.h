@@ -31,6 +31,7 @@ enum {
     MTL_MATH_SAFE = 0,                 /* MTLMathModeSafe */
     MTL_FAIL_ON_ARCHIVE_MISS = 1 << 2, /* MTLPipelineOptionFailOnBinaryArchiveMiss */
     MTL_COMMANDS_COMPLETED = 4,        /* MTLCommandBufferStatusCompleted */
+    MTL_COMMANDS_FAILED = 5,           /* MTLCommandBufferStatusError */
     MTL_DISPATCH_CONCURRENT = 1,       /* MTLDispatchTypeConcurrent */
     MTL_BARRIER_BUFFERS = 1,           /* MTLBarrierScopeBuffers */
     MTL_BYTES_MAX = 4096,              /* of setBytes */

@@ -46,10 +46,8 @@ static mfa_status commit(struct mfa_metal_stream *stream)
     return before ? wait_for(before) : MFA_OK;
 }
 
-mfa_status mfa_metal_stream_cut(struct mfa_metal_stream *stream)
+static mfa_status cut_alone(struct mfa_metal_stream *stream)
 {
-    if (!stream->queue)
-        return MFA_OK;
     const mfa_status status = commit(stream);
     return status == MFA_OK ? begin_commands(stream) : status;
 }
@@ -105,6 +103,8 @@ struct mfa_metal_torch mfa_metal_stream_find_torch(void)
     find("_ZN2at3mps19getDefaultMPSStreamEv", &torch.standard);
     find("_ZN2at3mps9MPSStream14commandEncoderEv", &torch.encoder);
     find("_ZN2at3mps9MPSStream19endKernelCoalescingEv", &torch.end_encoder);
+    find("_ZN2at3mps9MPSStream13commandBufferEv", &torch.stream_commands);
+    find("_ZN2at3mps9MPSStream11synchronizeENS0_8SyncTypeE", &torch.synchronize);
     const int shares = torch.current && torch.encoder;
     const int ends = (torch.current && torch.end_encoder) || torch.commit;
     /* Without MPS, PyTorch's functions throw C++ exceptions. */
@@ -114,8 +114,9 @@ struct mfa_metal_torch mfa_metal_stream_find_torch(void)
 }
 
 /* The argument of a run through dispatch_sync_f. */
-struct crossing {
+struct mfa_metal_crossing {
     const struct mfa_metal_torch *torch;
+    struct mfa_metal_watched *watched;
     void *current; /* stream */
     mfa_metal_encode *encode;
     void *argument;
@@ -123,57 +124,179 @@ struct crossing {
     char sentence[512]; /* dispatch_sync_f may run the function in another thread */
 };
 
-/* Encodes in the encoder that PyTorch keeps open between operations. */
-static mfa_status encode_in_shared(const struct crossing *crossing)
+void mfa_metal_watched_free(struct mfa_metal_watched *watched)
 {
-    struct mfa_metal_stream stream = {.order = MFA_METAL_IN_ORDER, .retains = 1, .shared = 1};
-    stream.encoder = crossing->torch->encoder(crossing->current);
-    if (!stream.encoder)
+    for (int n = 0; n < watched->count; n++)
+        mfa_metal_objc_release(watched->commands[n]);
+    watched->count = 0;
+}
+
+/* Forgets the oldest command buffers that are done. MFA_DEVICE_FAILED: one has failed. */
+static mfa_status check_watched(struct mfa_metal_watched *watched)
+{
+    mfa_status status = MFA_OK;
+    int done = 0;
+    for (; done < watched->count && status == MFA_OK; done++) {
+        id commands = watched->commands[done];
+        const NSUInteger found = SEND(commands_status, commands);
+        if (found < MTL_COMMANDS_COMPLETED)
+            break;
+        if (found == MTL_COMMANDS_FAILED)
+            status = mfa_metal_objc_fail(MFA_DEVICE_FAILED,
+                                         "the GPU did not complete earlier commands of PyTorch's stream, and what they "
+                                         "and all since then have written may be wrong",
+                                         SEND(commands_error, commands));
+        mfa_metal_objc_release(commands);
+    }
+    watched->count -= done;
+    memmove(watched->commands, watched->commands + done, (size_t)watched->count * sizeof *watched->commands);
+    return status;
+}
+
+/* Adds the stream's command buffer unless it is the newest of the list. `commands`: an MPSCommandBuffer, which goes on
+ * with another MTLCommandBuffer when one is committed. */
+static void watch(struct mfa_metal_watched *watched, id commands)
+{
+    if (!mfa_metal_objc_has(commands, MFA_METAL_METHOD_commands_root))
+        return;
+    id root = SEND(commands_root, commands);
+    if (!root || (watched->count > 0 && watched->commands[watched->count - 1] == root))
+        return;
+    if (watched->count > MFA_METAL_IN_FLIGHT) { /* a queue that allows more than is usual */
+        mfa_metal_objc_release(watched->commands[0]);
+        memmove(watched->commands, watched->commands + 1, MFA_METAL_IN_FLIGHT * sizeof *watched->commands);
+        watched->count--;
+    }
+    watched->commands[watched->count++] = SEND(retain, root);
+    watched->load = 0;
+}
+
+/* While PyTorch records a graph, its encoder is of a class of PyTorch's. */
+static int is_recording(id encoder)
+{
+    id recording = mfa_metal_objc.class_named("MPSRecordingEncoder");
+    return recording && SEND_WITH(is_kind, encoder, recording);
+}
+
+/* The encoder that PyTorch keeps open between operations. */
+static mfa_status share_encoder(struct mfa_metal_stream *stream)
+{
+    const struct mfa_metal_crossing *crossing = stream->crossing;
+    const struct mfa_metal_torch *torch = crossing->torch;
+    stream->encoder = torch->encoder(crossing->current);
+    if (!stream->encoder)
         return mfa_fail(MFA_DEVICE_FAILED, "PyTorch gives no compute encoder");
-    stream.concurrent = SEND(encoder_type, stream.encoder) == MTL_DISPATCH_CONCURRENT;
-    mfa_metal_stream_barrier(&stream);
-    const mfa_status status = crossing->encode(&stream, crossing->argument);
-    mfa_metal_stream_barrier(&stream);
+    if (torch->stream_commands)
+        watch(crossing->watched, torch->stream_commands(crossing->current));
+    stream->concurrent = SEND(encoder_type, stream->encoder) == MTL_DISPATCH_CONCURRENT;
+    return MFA_OK;
+}
+
+/* An encoder of our own in PyTorch's command buffer, where none is open. */
+static mfa_status open_own(struct mfa_metal_stream *stream)
+{
+    stream->commands = stream->crossing->torch->commands();
+    if (!stream->commands)
+        return mfa_fail(MFA_DEVICE_FAILED, "PyTorch gives no command buffer");
+    watch(stream->crossing->watched, stream->commands);
+    return open_encoder(stream);
+}
+
+/* Commits PyTorch's command buffer, with all that PyTorch has encoded in it, and goes on in its next one. */
+static mfa_status cut_torch(struct mfa_metal_stream *stream)
+{
+    enum { COMMIT = 1 }; /* at::mps::SyncType::COMMIT */
+    const struct mfa_metal_crossing *crossing = stream->crossing;
+    const struct mfa_metal_torch *torch = crossing->torch;
+    if (!stream->shared)
+        SEND(encoder_end, stream->encoder);
+    stream->encoder = NULL;
+    if (crossing->current && torch->synchronize)
+        torch->synchronize(crossing->current, COMMIT);
+    else
+        torch->commit();
+    const mfa_status status = check_watched(crossing->watched);
+    if (status != MFA_OK)
+        return status;
+    return stream->shared ? share_encoder(stream) : open_own(stream);
+}
+
+static int can_cut_torch(const struct mfa_metal_stream *stream)
+{
+    const struct mfa_metal_torch *torch = stream->crossing->torch;
+    if (stream->shared)
+        return torch->synchronize && !is_recording(stream->encoder);
+    return torch->commit || (stream->crossing->current && torch->synchronize);
+}
+
+/* Encodes in PyTorch's encoder. */
+static mfa_status encode_in_shared(struct mfa_metal_stream *stream)
+{
+    stream->shared = 1;
+    mfa_status status = share_encoder(stream);
+    if (status != MFA_OK)
+        return status;
+    stream->load = stream->crossing->watched->load;
+    mfa_metal_stream_barrier(stream);
+    status = stream->crossing->encode(stream, stream->crossing->argument);
+    if (stream->encoder)
+        mfa_metal_stream_barrier(stream);
     return status;
 }
 
 /* Encodes in an encoder of our own, after ending PyTorch's: two open encoders would abort the process. */
-static mfa_status encode_in_own(const struct crossing *crossing)
+static mfa_status encode_in_own(struct mfa_metal_stream *stream)
 {
-    const struct mfa_metal_torch *torch = crossing->torch;
-    struct mfa_metal_stream stream = {.order = MFA_METAL_IN_ORDER, .retains = 1};
-    if (crossing->current && torch->end_encoder)
-        torch->end_encoder(crossing->current);
+    const struct mfa_metal_crossing *crossing = stream->crossing;
+    if (crossing->current && crossing->torch->end_encoder)
+        crossing->torch->end_encoder(crossing->current);
     else
-        torch->commit();
-    stream.commands = torch->commands();
-    if (!stream.commands)
-        return mfa_fail(MFA_DEVICE_FAILED, "PyTorch gives no command buffer");
-    mfa_status status = open_encoder(&stream);
+        crossing->torch->commit();
+    mfa_status status = open_own(stream);
     if (status != MFA_OK)
         return status;
-    status = crossing->encode(&stream, crossing->argument);
-    SEND(encoder_end, stream.encoder);
+    stream->load = crossing->watched->load;
+    status = crossing->encode(stream, crossing->argument);
+    SEND(encoder_end, stream->encoder);
     return status;
 }
 
 static void cross(void *argument)
 {
-    struct crossing *crossing = argument;
+    struct mfa_metal_crossing *crossing = argument;
+    struct mfa_metal_stream stream = {.order = MFA_METAL_IN_ORDER, .retains = 1, .crossing = crossing};
     void *pool = mfa_metal_objc_push();
     const int shares = crossing->current && crossing->torch->encoder;
-    crossing->status = shares ? encode_in_shared(crossing) : encode_in_own(crossing);
+    crossing->status = check_watched(crossing->watched);
+    if (crossing->status == MFA_OK)
+        crossing->status = shares ? encode_in_shared(&stream) : encode_in_own(&stream);
+    crossing->watched->load = stream.load;
     if (crossing->status != MFA_OK)
         mfa_error_copy(crossing->sentence, sizeof crossing->sentence, mfa_last_error());
     mfa_metal_objc_pop(pool);
 }
 
-mfa_status mfa_metal_stream_run_torch(const struct mfa_metal_torch *torch, mfa_metal_encode *encode, void *argument)
+mfa_status mfa_metal_stream_run_torch(const struct mfa_metal_torch *torch, struct mfa_metal_watched *watched,
+                                      mfa_metal_encode *encode, void *argument)
 {
-    struct crossing crossing = {.torch = torch, .encode = encode, .argument = argument};
+    struct mfa_metal_crossing crossing = {.torch = torch, .watched = watched, .encode = encode, .argument = argument};
     crossing.current = torch->current ? torch->current() : NULL;
     if (crossing.current && torch->standard && crossing.current != torch->standard())
         return mfa_fail(MFA_UNAVAILABLE, "PyTorch's current stream is not its default one, which alone can be used");
     mfa_metal_objc.dispatch_sync(torch->queue(), &crossing, cross);
     return crossing.status == MFA_OK ? MFA_OK : mfa_fail(crossing.status, "%s", crossing.sentence);
+}
+
+/* --- Cutting -------------------------------------------------------------------------------------- */
+
+mfa_status mfa_metal_stream_cut(struct mfa_metal_stream *stream, double share)
+{
+    mfa_status status = MFA_OK;
+    const int is_due = stream->load > 0 && stream->load + share > 1;
+    if (is_due && (stream->queue || (stream->crossing && can_cut_torch(stream)))) {
+        status = stream->queue ? cut_alone(stream) : cut_torch(stream);
+        stream->load = 0;
+    }
+    stream->load += share;
+    return status;
 }

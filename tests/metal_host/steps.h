@@ -18,6 +18,12 @@ mfa_context *steps_open_warm(const char *text);
 /* Runs a problem, and asserts that the results are right. */
 void steps_run(mfa_context *context, const char *text, const struct host_options *options);
 
+/* Runs a problem that would take the GPU long, with kernels that are idle. */
+mfa_status steps_run_long(mfa_context *context, void *stream);
+
+/* Asserts that its commands together are the whole of it, each beginning where the one before it ended. */
+void steps_check_long(const struct metalsim_counts *counts);
+
 /* Prints all counts that are not 0. */
 void steps_print_counts(const char *what, const struct metalsim_counts *counts);
 

@@ -13,7 +13,6 @@
 
 #include <cmocka.h>
 
-#include "metal/kernels/contract.h"
 #include "metal_host/host.h"
 #include "metal_host/objc.h"
 #include "metal_host/steps.h"
@@ -97,27 +96,6 @@ static void test_growing(void **state)
 }
 
 /* A run that would take the GPU long is cut into command buffers, of which two are under way at any time. */
-enum { QUERIES = 5000, KEYS = 300000, DIM = 64 };
-
-static mfa_status run_long(mfa_context *context)
-{
-    static char none[64];
-    mfa_problem problem;
-    mfa_buffers buffers = {.size = sizeof buffers};
-    mfa_problem_init(&problem, 1, 1, 1, QUERIES, KEYS, DIM, DIM);
-    problem.device = MFA_DEVICE_METAL, problem.dtype = MFA_F16;
-    const size_t row = DIM * 2; /* nothing is read or written */
-    buffers.q.base = metalsim_runtime_buffer(none, QUERIES * row, 0);
-    buffers.k.base = metalsim_runtime_buffer(none, KEYS * row, 0);
-    buffers.v.base = metalsim_runtime_buffer(none, KEYS * row, 0);
-    buffers.o.base = metalsim_runtime_buffer(none, QUERIES * row, 0);
-    const mfa_status status = mfa_attention(context, &problem, &buffers, NULL);
-    void *const held[] = {buffers.q.base, buffers.k.base, buffers.v.base, buffers.o.base};
-    for (int n = 0; n < 4; n++)
-        metalsim_runtime_release(held[n]);
-    return status;
-}
-
 static void test_long_run(void **state)
 {
     (void)state;
@@ -126,32 +104,21 @@ static void test_long_run(void **state)
     metalsim_runtime_defaults(&settings);
     settings.idle = 1;
     host_set(&settings);
-    assert_int_equal(run_long(context), MFA_OK);
+    assert_int_equal(steps_run_long(context, NULL), MFA_OK);
     const struct metalsim_counts counts = host_counts();
     steps_print_counts("a long run", &counts);
     assert_true(counts.command_buffers > 1);
     assert_int_equal(counts.commits, counts.command_buffers);
     assert_int_equal(counts.waits, counts.command_buffers);
     assert_int_equal(counts.encoders, counts.command_buffers);
-    uint64_t groups = 0;
-    for (size_t n = counts.dispatches; n-- > 0;) {
-        const struct metalsim_recorded *d = metalsim_runtime_dispatch(n);
-        struct mfa_metal_call call;
-        if (strcmp(d->function, "attention_forward"))
-            continue;
-        memcpy(&call, d->buffers[MFA_METAL_BUFFER_CALL].bytes, sizeof call);
-        assert_int_equal(call.first_group, groups); /* goes on where the last one ended */
-        groups += d->threadgroups[0];
-    }
-    assert_true(groups > 0);
-    assert_int_equal(groups % ((QUERIES + 31) / 32), 0); /* each block of queries, as often as the keys are split */
+    steps_check_long(&counts);
     for (unsigned after = 0; after < counts.command_buffers; after++) {
         settings.fault = METALSIM_FAULT_COMMAND_ERROR, settings.after = after, settings.times = 1;
         host_set(&settings);
-        assert_int_equal(run_long(context), MFA_DEVICE_FAILED);
+        assert_int_equal(steps_run_long(context, NULL), MFA_DEVICE_FAILED);
         settings.fault = METALSIM_FAULT_NO_ENCODER;
         host_set(&settings);
-        assert_int_equal(run_long(context), MFA_DEVICE_FAILED);
+        assert_int_equal(steps_run_long(context, NULL), MFA_DEVICE_FAILED);
         print_message("%s\n", mfa_last_error());
         assert_true(host_is_clean(0));
     }

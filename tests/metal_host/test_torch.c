@@ -95,9 +95,9 @@ static void check_counts(void)
 {
     const uint64_t buffers = at_end.command_buffers - at_start.command_buffers;
     const uint64_t encoders = at_end.encoders - at_start.encoders, commits = at_end.commits - at_start.commits;
-    print_message("a call: %d command buffers, %d encoders, %d commits, %d waits, %d dispatch_sync\n", (int)buffers,
-                  (int)encoders, (int)commits, (int)(at_end.waits - at_start.waits),
-                  (int)(at_end.syncs - at_start.syncs));
+    print_message("a call: %d messages, %d command buffers, %d encoders, %d commits, %d waits, %d dispatch_sync\n",
+                  (int)(at_end.messages - at_start.messages), (int)buffers, (int)encoders, (int)commits,
+                  (int)(at_end.waits - at_start.waits), (int)(at_end.syncs - at_start.syncs));
     assert_int_equal(at_end.waits, at_start.waits);
     assert_int_equal(at_end.syncs, at_start.syncs + 1);
 #if defined(TORCH_SHARES)
@@ -272,6 +272,103 @@ static void test_without_mps(void **state)
     run_right(texts[0]);
 }
 
+/* A run that would take the GPU long is cut into command buffers, and none is waited for. */
+static struct metalsim_counts run_idle(void)
+{
+    struct metalsim_settings settings;
+    run_right(texts[0]);
+    metalsim_runtime_defaults(&settings);
+    settings.idle = 1;
+    host_set(&settings);
+    assert_int_equal(steps_run_long(context, MFA_STREAM_TORCH), MFA_OK);
+    const struct metalsim_counts counts = host_counts();
+    steps_print_counts("a long run", &counts);
+    steps_check_long(&counts);
+    assert_int_equal(counts.waits, 0);
+    metalsim_torch_synchronize();
+    return counts;
+}
+
+static void test_long_run(void **state)
+{
+    (void)state;
+    const struct metalsim_counts counts = run_idle();
+    assert_true(counts.commits >= 3);
+    assert_true(counts.encoders >= counts.commits);
+    assert_true(host_is_clean(0));
+}
+
+/* Runs that are short one by one, in a command buffer that PyTorch does not commit. */
+static void test_many_short_runs(void **state)
+{
+    (void)state;
+    enum { RUNS = 20 };
+    static char none[64];
+    struct metalsim_settings settings;
+    mfa_problem problem;
+    mfa_buffers buffers = {.size = sizeof buffers};
+    mfa_problem_init(&problem, 1, 32, 32, 1024, 1024, 128, 128); /* 17 GFLOP */
+    problem.device = MFA_DEVICE_METAL, problem.dtype = MFA_F16;
+    mfa_buffer *const given[] = {&buffers.q, &buffers.k, &buffers.v, &buffers.o};
+    run_right(texts[0]);
+    metalsim_runtime_defaults(&settings);
+    settings.idle = 1;
+    host_set(&settings);
+    for (int n = 0; n < 4; n++)
+        given[n]->base = metalsim_runtime_buffer(none, (size_t)32 * 1024 * 128 * 2, 0);
+    const uint64_t before = host_counts().commits;
+    for (int n = 0; n < RUNS; n++)
+        assert_int_equal(mfa_attention(context, &problem, &buffers, MFA_STREAM_TORCH), MFA_OK);
+    const uint64_t commits = host_counts().commits - before;
+    print_message("%d runs of 17 GFLOP: %d commits\n", RUNS, (int)commits);
+    assert_true(commits >= 3);
+    metalsim_torch_synchronize();
+    for (int n = 0; n < 4; n++)
+        metalsim_runtime_release(given[n]->base);
+}
+
+/* PyTorch does not ask whether the GPU has completed its commands: the next run does, and works again after that. */
+static void test_failed_commands(void **state)
+{
+    (void)state;
+    struct metalsim_settings settings;
+    struct test_case s;
+    const struct host_options options = {.stream = MFA_STREAM_TORCH, .after = wait_for_torch};
+    struct reference results;
+    run_right(texts[0]);
+    assert_true(host_test_case_open(&s, texts[1], 0, 1));
+    metalsim_runtime_defaults(&settings);
+    settings.fault = METALSIM_FAULT_COMMAND_ERROR;
+    host_set(&settings);
+    assert_int_equal(host_run(context, &s, &options, &results), MFA_OK);
+    assert_true(host_is_untouched(&results)); /* the commands failed, and nobody has said so */
+    reference_close(&results);
+    host_reset();
+    assert_int_equal(host_run(context, &s, &options, &results), MFA_DEVICE_FAILED);
+    print_message("%s\n", mfa_last_error());
+    assert_non_null(strstr(mfa_last_error(), "GPU Timeout"));
+    assert_non_null(strstr(mfa_last_error(), "PyTorch's stream"));
+    assert_true(host_is_untouched(&results));
+    reference_close(&results);
+    test_case_close(&s);
+    run_right(texts[1]);
+}
+
+#if defined(TORCH_SHARES)
+/* While a graph is recorded nothing is committed: its commands stay together. */
+static void test_recording(void **state)
+{
+    (void)state;
+    metalsim_torch_record(1);
+    for (int n = 0; n < 2; n++)
+        run_right(texts[n]);
+    const struct metalsim_counts counts = run_idle();
+    metalsim_torch_record(0);
+    assert_int_equal(counts.commits, 0);
+    assert_true(host_is_clean(0));
+}
+#endif
+
 #if defined(TORCH_ENDS)
 /* The functions that give PyTorch's command buffer are those of its default stream. */
 static void test_another_stream(void **state)
@@ -281,7 +378,8 @@ static void test_another_stream(void **state)
     struct reference results;
     assert_true(host_test_case_open(&s, texts[0], 0, 1));
     metalsim_torch_leave(1);
-    assert_int_equal(host_run(context, &s, &among, &results), MFA_UNAVAILABLE);
+    assert_int_equal(host_run(context, &s, &(struct host_options){.stream = MFA_STREAM_TORCH}, &results),
+                     MFA_UNAVAILABLE);
     metalsim_torch_leave(0);
     print_message("%s\n", mfa_last_error());
     assert_true(host_is_untouched(&results));
@@ -297,8 +395,12 @@ static void test_another_stream(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_order),          TEST(test_backward), TEST(test_concurrent), TEST(test_many_in_flight),
-        TEST(test_threads),        TEST(test_failure),  TEST(test_leftovers),  TEST(test_without_mps),
+        TEST(test_order),          TEST(test_backward),        TEST(test_concurrent),      TEST(test_many_in_flight),
+        TEST(test_threads),        TEST(test_failure),         TEST(test_leftovers),       TEST(test_without_mps),
+        TEST(test_long_run),       TEST(test_many_short_runs), TEST(test_failed_commands),
+#if defined(TORCH_SHARES)
+        TEST(test_recording),
+#endif
 #if defined(TORCH_ENDS)
         TEST(test_another_stream),
 #endif

@@ -2,6 +2,7 @@
 
 Only with MFA_BACKEND=metal; all other tests run there, too."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 import mps_flash_attn
 from mps_flash_attn import check as command
-from mps_flash_attn import explain, flash_attention
+from mps_flash_attn import explain, flash_attention, tensors
 from mps_flash_attn.library import library
 from mps_flash_attn.reference import check
 
@@ -40,12 +41,12 @@ def _strided(*shape):
 
 def test_steady_state_waits_and_copies_nothing(metal):
     """Forward and backward of a kind that was run before are commands in PyTorch's own encoder, and no more."""
-    tensors = [_strided(2, 2, 40, 24).requires_grad_() for _ in range(3)]
+    inputs = [_strided(2, 2, 40, 24).requires_grad_() for _ in range(3)]
     mask, d_out = torch.randn(40, 40, requires_grad=True), _strided(2, 2, 40, 24)
-    leaves = (*tensors, mask)
+    leaves = (*inputs, mask)
 
     def step():
-        out = flash_attention(*tensors, True, attn_mask=mask)
+        out = flash_attention(*inputs, True, attn_mask=mask)
         return out, *torch.autograd.grad(out, leaves, d_out)
 
     expected = step()
@@ -89,14 +90,27 @@ def test_growing_sequence_compiles_nothing(metal):
 
 def test_another_stream_is_waited_for(metal):
     """If PyTorch's current stream is not its default one, libmfa uses a queue of its own; and says so."""
-    tensors = [torch.randn(1, 2, 33, 16) for _ in range(3)]
+    inputs = [torch.randn(1, 2, 33, 16) for _ in range(3)]
     metal.torch.metalsim_torch_leave(1)
     try:
-        check(lambda q, k, v, _: flash_attention(q, k, v, return_lse=True), (*tensors, None))
+        check(lambda q, k, v, _: flash_attention(q, k, v, return_lse=True), (*inputs, None))
     finally:
         metal.torch.metalsim_torch_leave(0)
     (reason,) = mps_flash_attn.sdpa_stats()
     assert reason.startswith("waited for PyTorch's stream: ") and "default" in reason
+
+
+def test_commands_of_another_stream_are_waited_for(metal):
+    """What PyTorch has encoded on the current stream, which is not its default one, comes first."""
+    query, key = torch.randn(1, 2, 33, 16), torch.randn(1, 2, 50, 16)
+    expected = flash_attention(2 * query, key, key)
+    metal.torch.metalsim_torch_leave(1)
+    try:
+        scale = metal.torch.metalsim_torch_scale
+        scale(ctypes.c_void_p(tensors.metal_buffer(query)), ctypes.c_size_t(query.numel()), ctypes.c_float(2))
+        assert torch.equal(flash_attention(query, key, key), expected)
+    finally:
+        metal.torch.metalsim_torch_leave(0)
 
 
 def test_memory_of_the_runtime(metal):
