@@ -213,7 +213,8 @@ MFA_API mfa_status mfa_plan_describe(const mfa_plan *plan, char *text, size_t ca
 MFA_API mfa_status mfa_plan_run(const mfa_plan *plan, const mfa_buffers *buffers, void *stream);
 
 /* Plan and run in one call, for problems that change with each call (a decode loop with a growing
- * kv_len). Kernels and workspace are kept in the context, so a later call neither compiles nor allocates. */
+ * kv_len). Kernels and workspace are kept in the context, so a later call of the kind neither compiles nor
+ * allocates. */
 MFA_API mfa_status mfa_attention(mfa_context *context, const mfa_problem *problem, const mfa_buffers *buffers,
                                  void *stream);
 

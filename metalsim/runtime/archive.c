@@ -40,6 +40,7 @@ struct archive {
     struct metalsim_object object;
     uint64_t *functions;
     size_t count;
+    int is_of_file;
 };
 
 static void finish_archive(id self)
@@ -74,7 +75,8 @@ int metalsim_archive_has(id archives, uint64_t hash)
     for (size_t i = 0; archives && metalsim_array_object(archives, i); i++) {
         id archive = metalsim_array_object(archives, i);
         if (metalsim_object_is(archive, &metalsim_class_MTLBinaryArchive, "one of the binary archives") &&
-            has((const struct archive *)archive, hash))
+            has((const struct archive *)archive, hash) &&
+            !(((const struct archive *)archive)->is_of_file && metalsim_fails(METALSIM_FAULT_ARCHIVE_MISSES)))
             return 1;
     }
     return 0;
@@ -137,6 +139,7 @@ id metalsim_device_new_archive(id self, SEL selector, id descriptor, id *error)
         return &archive->object;
     if (!fails && read_archive(path, archive)) {
         METALSIM_COUNT(archives);
+        archive->is_of_file = 1;
         return &archive->object;
     }
     metalsim_release(&archive->object);

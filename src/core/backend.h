@@ -48,11 +48,12 @@ struct mfa_backend {
     uint64_t (*library_stamp)(void *state, const struct mfa_key *key);
     /* Text number `n` of the key's program and the name of its file, both to be freed; NULL after the last. */
     mfa_status (*text)(void *state, const struct mfa_key *key, int n, char **text, char **name);
-    /* The kernel, and its file at `path` (NULL: none). `library`: a library's file, or NULL. */
-    mfa_status (*compile)(void *state, const struct mfa_key *key, const char *library, const char *path,
+    /* The kernel, and its file at `path` (NULL: none). `library`: a library's file, or NULL. `whole`: all that any run
+     * of the key needs, for a file that is made ahead; else what every run needs, and `launch` makes the rest. */
+    mfa_status (*compile)(void *state, const struct mfa_key *key, const char *library, const char *path, int whole,
                           const void **kernel);
     /* The kernel from its file only; `compile` makes it from its text or library. */
-    mfa_status (*load)(void *state, const struct mfa_key *key, const char *library, const char *path,
+    mfa_status (*load)(void *state, const struct mfa_key *key, const char *library, const char *path, int whole,
                        const void **kernel);
     void (*unload)(void *state, const void *kernel);
 

@@ -201,11 +201,11 @@ static mfa_status load_from_disk(const mfa_context *context, const struct mfa_op
     const struct mfa_cache_name name = mfa_context_file(opened, key);
     for (int n = 0; n < 2; n++)
         if (mfa_cache_find(folders[n], &name, path) &&
-            backend->load(opened->state, key, library, path, kernel) == MFA_OK)
+            backend->load(opened->state, key, library, path, 0, kernel) == MFA_OK)
             return MFA_OK;
     struct mfa_cache_draft draft;
     const int written = mfa_cache_draft_begin(context->cache, &name, &draft);
-    const mfa_status status = backend->compile(opened->state, key, library, written ? draft.path : NULL, kernel);
+    const mfa_status status = backend->compile(opened->state, key, library, written ? draft.path : NULL, 0, kernel);
     if (status == MFA_OK)
         (void)mfa_cache_draft_keep(context->cache, &name, &draft);
     mfa_cache_draft_end(&draft);
@@ -237,7 +237,7 @@ static mfa_status load(mfa_context *context, const struct mfa_opened *opened, co
     made->next = atomic_load(&context->loaded), made->opened = opened, made->key = *key;
     const mfa_status status = opened->backend->compile
                                   ? load_from_disk(context, opened, key, &made->kernel)
-                                  : opened->backend->load(opened->state, key, NULL, NULL, &made->kernel);
+                                  : opened->backend->load(opened->state, key, NULL, NULL, 0, &made->kernel);
     made->status = status;
     if (!is_final(status) || (status != MFA_OK && !(made->error = strdup(mfa_last_error())))) {
         free(made);

@@ -85,15 +85,19 @@ static mfa_status make_kernel(const struct mfa_opened *opened, const struct mfa_
     const char *library = NULL;
     struct mfa_cache_draft draft;
     const void *kernel;
-    if (!anew && mfa_cache_find(folder, &name, path))
-        return MFA_OK;
     if (backend->library_suffix) {
         const struct mfa_cache_name library_name = mfa_context_library_file(opened, key);
         library = mfa_cache_find(folder, &library_name, library_path) ? library_path : NULL;
     }
+    /* A file that a process made for itself may have a part of it only. */
+    if (!anew && mfa_cache_find(folder, &name, path) &&
+        backend->load(opened->state, key, library, path, 1, &kernel) == MFA_OK) {
+        backend->unload(opened->state, kernel);
+        return MFA_OK;
+    }
     if (!mfa_cache_draft_begin(folder, &name, &draft))
         return cannot_write(folder);
-    mfa_status status = backend->compile(opened->state, key, library, draft.path, &kernel);
+    mfa_status status = backend->compile(opened->state, key, library, draft.path, 1, &kernel);
     if (status == MFA_OK) {
         backend->unload(opened->state, kernel);
         mfa_key_print(key, line);

@@ -92,10 +92,10 @@ static void choose(void *state, const mfa_problem *problem, int simpler, struct 
     mfa_cpu_launch_measure(kernels, problem, choice);
 }
 
-static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path,
+static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path, int whole,
                        const void **kernel)
 {
-    (void)state, (void)library, (void)path;
+    (void)state, (void)library, (void)path, (void)whole;
     *kernel = mfa_cpu_program_find(mfa_cpu_isa_named(key->machine), key->dtype);
     return MFA_OK;
 }

@@ -1,9 +1,11 @@
 /* Metal behind core/backend.h. Each function that sends messages does so within an autorelease pool: the threads that
  * call us may have none. */
+#define _GNU_SOURCE /* strdup */
 #include "metal/backend.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/error.h"
 #include "base/sync.h"
@@ -18,6 +20,7 @@
 /* The device is opened by the first problem for it, not by the context: so a process that uses the CPU only starts no
  * GPU, and a child made by fork() can still use the CPU. */
 struct metal {
+    char *cache; /* the context's folder; NULL: none */
     struct mfa_metal_device device;
     struct mfa_metal_scratch scratch;
     struct mfa_metal_torch torch; /* found by the first run on PyTorch's stream */
@@ -26,14 +29,19 @@ struct metal {
     atomic_int opened;        /* the device: 1 yes, -1 there is none */
     atomic_int torch_found;
     atomic_int tested;            /* by layout_test, before the first kernel is used: 1 passed, -1 failed */
+    struct mfa_key missed;        /* the kernel that was last looked for in its file, if */
+    int misses;                   /* an archive is of no use for it */
     char unavailable_reason[256]; /* why the device is not opened */
     char self_test_error[256];    /* why layout_test failed */
 };
 
 static mfa_status open_metal(const mfa_context_options *options, void **state)
 {
-    (void)options;
     struct metal *metal = calloc(1, sizeof *metal);
+    if (metal && options->cache && !(metal->cache = strdup(options->cache))) {
+        free(metal);
+        metal = NULL;
+    }
     if (!metal)
         return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for a context");
     *state = metal;
@@ -50,6 +58,7 @@ static void close_metal(void *state)
         mfa_metal_device_close(&metal->device);
         mfa_metal_objc_pop(pool);
     }
+    free(metal->cache);
     free(metal);
 }
 
@@ -118,7 +127,7 @@ static mfa_status text(void *state, const struct mfa_key *key, int n, char **tex
 }
 
 /* The core loads one kernel at a time, so no two self-tests run at once. */
-static mfa_status run_self_test(struct metal *metal, const struct mfa_metal_program *program)
+static mfa_status run_self_test(struct metal *metal, struct mfa_metal_program *program)
 {
     if (atomic_load(&metal->tested) > 0)
         return MFA_OK;
@@ -130,18 +139,28 @@ static mfa_status run_self_test(struct metal *metal, const struct mfa_metal_prog
     return status;
 }
 
-typedef mfa_status make_program(const struct mfa_metal_device *device, const struct mfa_key *key, const char *library,
-                                const char *path, struct mfa_metal_program **program);
-
-static mfa_status make(struct metal *metal, make_program *how, const struct mfa_key *key, const char *library,
-                       const char *path, const void **kernel)
+/* `compiles`: else it is loaded from the file at `path`. */
+static mfa_status make(struct metal *metal, const struct mfa_key *key, const char *library, const char *path,
+                       int compiles, int whole, const void **kernel)
 {
     struct mfa_metal_program *program = NULL;
     mfa_status status = need_device(metal);
     if (status != MFA_OK)
         return status;
+    const int tested = atomic_load(&metal->tested) > 0;
+    struct mfa_metal_origin origin = {
+        .device = &metal->device,
+        .key = key,
+        .library = library,
+        .cache = metal->cache,
+        .kernels = (whole ? mfa_metal_program_all(key) : mfa_metal_program_always(key)) |
+                   (tested && !whole ? 0 : MFA_METAL_KERNEL_BIT(MFA_METAL_LAYOUT_TEST)),
+        .misses = compiles && metal->misses && !memcmp(&metal->missed, key, sizeof *key),
+    };
     void *pool = mfa_metal_objc_push();
-    status = how(&metal->device, key, library, path, &program);
+    status =
+        compiles ? mfa_metal_program_compile(&origin, path, &program) : mfa_metal_program_load(&origin, path, &program);
+    metal->missed = *key, metal->misses = !compiles && origin.misses;
     if (status == MFA_OK) {
         status = run_self_test(metal, program);
         if (status == MFA_OK)
@@ -153,16 +172,16 @@ static mfa_status make(struct metal *metal, make_program *how, const struct mfa_
     return status;
 }
 
-static mfa_status compile(void *state, const struct mfa_key *key, const char *library, const char *path,
+static mfa_status compile(void *state, const struct mfa_key *key, const char *library, const char *path, int whole,
                           const void **kernel)
 {
-    return make(state, mfa_metal_program_compile, key, library, path, kernel);
+    return make(state, key, library, path, 1, whole, kernel);
 }
 
-static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path,
+static mfa_status load(void *state, const struct mfa_key *key, const char *library, const char *path, int whole,
                        const void **kernel)
 {
-    return make(state, mfa_metal_program_load, key, library, path, kernel);
+    return make(state, key, library, path, 0, whole, kernel);
 }
 
 static void unload(void *state, const void *kernel)
@@ -208,7 +227,7 @@ static mfa_status launch(void *state, const void *kernel, const mfa_problem *pro
                                          .torch = torch ? &metal->torch : NULL,
                                          .watched = &metal->watched,
                                          .scratch = &metal->scratch,
-                                         .program = kernel,
+                                         .program = (struct mfa_metal_program *)kernel,
                                          .problem = problem,
                                          .choice = choice,
                                          .buffers = buffers,

@@ -58,8 +58,9 @@ struct run {
     const struct mfa_metal_launch *launch;
     int count;
     struct mfa_metal_dispatch list[MFA_METAL_DISPATCHES];
-    id filler;    /* bound where a kernel does not use the buffer */
-    id workspace; /* with its offset */
+    id pipelines[MFA_METAL_KERNELS]; /* borrowed: those of the list */
+    id filler;                       /* bound where a kernel does not use the buffer */
+    id workspace;                    /* with its offset */
     uint64_t workspace_offset;
     id lent, made; /* the workspace, if it is put back after the run, or was made for it */
 };
@@ -134,7 +135,7 @@ static mfa_status encode_dispatch(const struct run *run, struct mfa_metal_stream
         const MTLSize groups = {(NSUInteger)count, 1, 1};
         call.first_group = first;
         /* The pipeline comes first: with it begins what PyTorch records of its encoder when it captures a graph. */
-        SEND_WITH(encoder_set_pipeline, encoder, run->launch->program->pipelines[d->kernel]);
+        SEND_WITH(encoder_set_pipeline, encoder, run->pipelines[d->kernel]);
         for (int n = 0; n < d->binding_count; n++)
             bind(run, encoder, &d->bindings[n]);
         SEND_WITH(encoder_set_bytes, encoder, &call, (NSUInteger)sizeof call, (NSUInteger)MFA_METAL_BUFFER_CALL);
@@ -170,6 +171,16 @@ static id find_filler(const mfa_buffers *buffers)
     return NULL;
 }
 
+static mfa_status find_pipelines(struct run *run)
+{
+    mfa_status status = MFA_OK;
+    for (int n = 0; n < run->count && status == MFA_OK; n++) {
+        const enum mfa_metal_kernel kernel = run->list[n].kernel;
+        status = mfa_metal_program_pipeline(run->launch->program, kernel, &run->pipelines[kernel]);
+    }
+    return status;
+}
+
 mfa_status mfa_metal_launch_run(const struct mfa_metal_launch *launch)
 {
     struct run run = {.launch = launch};
@@ -177,6 +188,9 @@ mfa_status mfa_metal_launch_run(const struct mfa_metal_launch *launch)
     run.count = mfa_metal_dispatch_list(launch->problem, launch->choice, launch->buffers, run.list);
     if (run.count == 0)
         return MFA_OK;
+    status = find_pipelines(&run);
+    if (status != MFA_OK)
+        return status;
     run.filler = find_filler(launch->buffers);
     if (!launch->stream)
         status = mfa_metal_stream_run_alone(launch->device, encode, &run);
@@ -206,11 +220,13 @@ static mfa_status encode_test(struct mfa_metal_stream *stream, void *argument)
     return MFA_OK;
 }
 
-mfa_status mfa_metal_launch_test(const struct mfa_metal_device *device, const struct mfa_metal_program *program)
+mfa_status mfa_metal_launch_test(const struct mfa_metal_device *device, struct mfa_metal_program *program)
 {
-    struct test test = {program->pipelines[MFA_METAL_LAYOUT_TEST], NULL};
+    struct test test;
     uint32_t lanes[32], wrong = 0;
-    mfa_status status = mfa_metal_device_allocate(device, sizeof lanes, MTL_STORAGE_SHARED, &test.result);
+    mfa_status status = mfa_metal_program_pipeline(program, MFA_METAL_LAYOUT_TEST, &test.pipeline);
+    if (status == MFA_OK)
+        status = mfa_metal_device_allocate(device, sizeof lanes, MTL_STORAGE_SHARED, &test.result);
     if (status != MFA_OK)
         return status;
     memset(SEND(buffer_contents, test.result), 0xff, sizeof lanes);

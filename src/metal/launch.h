@@ -25,7 +25,7 @@ struct mfa_metal_launch {
     const struct mfa_metal_torch *torch; /* NULL, unless the stream is MFA_STREAM_TORCH */
     struct mfa_metal_watched *watched;
     struct mfa_metal_scratch *scratch;
-    const struct mfa_metal_program *program;
+    struct mfa_metal_program *program;
     const mfa_problem *problem;
     const struct mfa_choice *choice;
     const mfa_buffers *buffers;
@@ -35,6 +35,6 @@ mfa_status mfa_metal_launch_run(const struct mfa_metal_launch *launch);
 
 /* Runs layout_test: MFA_UNAVAILABLE if simdgroup matrices lie otherwise in this device's lanes than the kernels
  * assume. */
-mfa_status mfa_metal_launch_test(const struct mfa_metal_device *device, const struct mfa_metal_program *program);
+mfa_status mfa_metal_launch_test(const struct mfa_metal_device *device, struct mfa_metal_program *program);
 
 #endif

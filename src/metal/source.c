@@ -198,17 +198,23 @@ static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)
     return MFA_OK;
 }
 
-mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kernel kernel, const char *defines,
-                                  char **result)
+/* The number of the kernel's file, or -1. */
+static int file_of(enum mfa_metal_kernel kernel)
+{
+    char name[64];
+    const int length = snprintf(name, sizeof name, "metal/kernels/%s.metal", entries[kernel].file);
+    return find_file(name, (size_t)length);
+}
+
+static mfa_status write_text(const struct mfa_key *key, enum mfa_metal_kernel kernel, int with_test,
+                             const char *defines, char **result)
 {
     const mfa_status status = check(key, kernel);
     if (status != MFA_OK)
         return status;
-    char name[64];
-    const int length = snprintf(name, sizeof name, "metal/kernels/%s.metal", entries[kernel].file);
-    const int file = find_file(name, (size_t)length);
-    if (file < 0)
-        return mfa_fail(MFA_UNAVAILABLE, "this library was built without the text of %s", name);
+    const int file = file_of(kernel), test = with_test ? file_of(MFA_METAL_LAYOUT_TEST) : -1;
+    if (file < 0 || (with_test && test < 0))
+        return mfa_fail(MFA_UNAVAILABLE, "this library was built without the text of %s", entries[kernel].file);
     struct text text = {.bytes = malloc(1 << 16), .capacity = 1 << 16};
     uint32_t included = 0;
     if (defines)
@@ -218,8 +224,21 @@ mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kern
     if (tile)
         define_tile(&text, key, tile);
     splice(&text, file, &included);
+    if (test >= 0)
+        splice(&text, test, &included);
     if (!text.bytes)
-        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for the text of %s", name);
+        return mfa_fail(MFA_OUT_OF_MEMORY, "no memory for the text of %s", entries[kernel].file);
     *result = text.bytes;
     return MFA_OK;
+}
+
+mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kernel kernel, const char *defines,
+                                  char **text)
+{
+    return write_text(key, kernel, 0, defines, text);
+}
+
+mfa_status mfa_metal_source_write_with_test(const struct mfa_key *key, enum mfa_metal_kernel kernel, char **text)
+{
+    return write_text(key, kernel, 1, NULL, text);
 }

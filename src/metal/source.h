@@ -22,4 +22,7 @@ uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel);
 mfa_status mfa_metal_source_write(const struct mfa_key *key, enum mfa_metal_kernel kernel, const char *defines,
                                   char **text);
 
+/* The same with layout_test behind it. */
+mfa_status mfa_metal_source_write_with_test(const struct mfa_key *key, enum mfa_metal_kernel kernel, char **text);
+
 #endif
