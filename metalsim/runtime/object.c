@@ -119,6 +119,19 @@ BOOL metalsim_object_is_kind(id self, SEL selector, id class)
     return (id)self->isa == class;
 }
 
+/* As far as a host asks whether a pointer is to an object. */
+METALSIM_EXPORT size_t malloc_size(const void *pointer);
+size_t malloc_size(const void *pointer)
+{
+    pthread_mutex_lock(&lock);
+    const struct metalsim_object *object = newest;
+    while (object && object != pointer)
+        object = object->older;
+    const size_t size = object ? object->isa->size : 0;
+    pthread_mutex_unlock(&lock);
+    return size;
+}
+
 void metalsim_runtime_release(void *object)
 {
     metalsim_release(object);

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/sync.h"
+#include "core/operand.h"
 #include "metal/device.h"
 #include "metal/dispatch.h"
 #include "metal/launch.h"
@@ -196,8 +197,22 @@ static void unload(void *state, const void *kernel)
 
 static uint64_t buffer_length(void *state, const void *base)
 {
-    (void)state; /* in a child, launch fails */
-    return mfa_metal_objc_is_here() ? SEND(buffer_length, (id)base) : UINT64_MAX;
+    (void)state; /* in a child, and without a buffer, launch fails */
+    return mfa_metal_objc_is_here() && mfa_metal_objc_is_object(base) ? SEND(buffer_length, (id)base) : UINT64_MAX;
+}
+
+/* PyTorch's storages are MTLBuffers by no promise: another version may give the address of the contents. */
+static mfa_status check_objects(const mfa_buffers *buffers)
+{
+    for (int n = 0; n < MFA_OPERAND_COUNT; n++) {
+        const void *base = mfa_operand_buffer(buffers, n)->base;
+        if (base && !mfa_metal_objc_is_object(base))
+            return mfa_fail(MFA_UNAVAILABLE,
+                            "the base of %s is %p, which is no object; it must be an MTLBuffer, as the storages of "
+                            "PyTorch's tensors are in the versions that this library knows",
+                            mfa_operands[n].name, base);
+    }
+    return MFA_OK;
 }
 
 static mfa_status find_torch(struct metal *metal)
@@ -234,6 +249,8 @@ static mfa_status launch(void *state, const void *kernel, const mfa_problem *pro
                                          .stream = stream};
     (void)workspace;
     mfa_status status = need_device(metal);
+    if (status == MFA_OK)
+        status = check_objects(buffers);
     if (status == MFA_OK && torch)
         status = find_torch(metal);
     if (status != MFA_OK)

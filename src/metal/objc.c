@@ -56,6 +56,7 @@ static mfa_status open_all(struct mfa_metal_objc *opened)
         {&objc, MFA_METAL_OBJC, "objc_autoreleasePoolPush", &opened->push},
         {&objc, MFA_METAL_OBJC, "objc_autoreleasePoolPop", &opened->pop},
         {&objc, MFA_METAL_OBJC, "dispatch_sync_f", &opened->dispatch_sync},
+        {&objc, MFA_METAL_OBJC, "malloc_size", &opened->malloc_size},
         {&objc, MFA_METAL_OBJC, "sysctlbyname", &opened->system_fact},
         {&metal, MFA_METAL_FRAMEWORK, "MTLCreateSystemDefaultDevice", &opened->default_device},
         {&metal, MFA_METAL_FRAMEWORK, "MTLCopyAllDevices", &opened->all_devices},
@@ -109,6 +110,17 @@ id mfa_metal_objc_new(const char *class_name)
 void mfa_metal_objc_release(id object)
 {
     SEND(release, object);
+}
+
+int mfa_metal_objc_is_object(const void *pointer)
+{
+    static atomic_int passed;
+    if (atomic_load_explicit(&passed, memory_order_relaxed))
+        return 1;
+    if (mfa_metal_objc.malloc_size(pointer) == 0)
+        return 0;
+    atomic_store_explicit(&passed, 1, memory_order_relaxed);
+    return 1;
 }
 
 int mfa_metal_objc_has(id object, enum mfa_metal_method method)

@@ -52,7 +52,7 @@ enum mfa_metal_method {
 /* The functions and selectors that were found. Read only after mfa_metal_objc_open has returned MFA_OK. */
 struct mfa_metal_objc {
     uint32_t process; /* the process that opened them: Metal does not survive fork() */
-    /* sysctlbyname and dispatch_sync_f are C functions of libSystem, which libobjc links with. */
+    /* sysctlbyname, malloc_size and dispatch_sync_f are C functions of libSystem, which libobjc links with. */
     void (*send)(void); /* objc_msgSend, with a type that cannot be called with arguments */
     SEL selectors[MFA_METAL_METHODS];
     id (*class_named)(const char *name);
@@ -61,6 +61,7 @@ struct mfa_metal_objc {
     id (*default_device)(void);
     id (*all_devices)(void); /* an NSArray, owned */
     void (*dispatch_sync)(void *queue, void *argument, void (*function)(void *argument));
+    size_t (*malloc_size)(const void *pointer); /* bytes of a block of malloc's; 0: it is none */
     int (*system_fact)(const char *name, void *value, size_t *length, void *new_value, size_t new_length);
 };
 extern struct mfa_metal_objc mfa_metal_objc;
@@ -86,6 +87,10 @@ id mfa_metal_objc_new(const char *class_name);
 
 /* Releases an owned object; nil is a no-op. */
 void mfa_metal_objc_release(id object);
+
+/* Whether a caller's pointer may be to an object: it is to a block of malloc's, as objects are. Once a pointer of this
+ * process has passed, no other is looked at. */
+int mfa_metal_objc_is_object(const void *pointer);
 
 /* Whether the object has the method. */
 int mfa_metal_objc_has(id object, enum mfa_metal_method method);

@@ -4,7 +4,11 @@
  *     test_host_files --run FOLDER [BYTES]
  *
  * which runs a problem with that cache folder, writing no file beyond so many bytes, and exits with 0 if it is right
- * and the runtime has found nothing. */
+ * and the runtime has found nothing; and
+ *
+ *     test_host_files --contents
+ *
+ * which gives addresses of memory in the place of MTLBuffers first, and exits with 0 if they are refused. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -369,6 +373,16 @@ static void test_second_process(void **state)
     assert_int_equal(third, 0);
 }
 
+/* Memory in the place of an MTLBuffer, to which no message can be sent. Only a process without an earlier run sees. */
+static void test_contents(void **state)
+{
+    (void)state;
+    char *words[] = {"/proc/self/exe", "--contents", NULL};
+    pid_t process = -1;
+    assert_int_equal(posix_spawn(&process, words[0], NULL, NULL, words, environ), 0);
+    assert_int_equal(wait_for(process), 0);
+}
+
 /* The settings that a process takes from its environment. */
 static void test_environment(void **state)
 {
@@ -509,24 +523,59 @@ static int run(const char *cache, const char *bytes)
     return !(host_is_clean(1) && good);
 }
 
+static int run_contents(void)
+{
+    enum { LENGTH = 4, DIM = 64 };
+    static _Alignas(64) char memory[4][LENGTH * DIM * sizeof(float)];
+    mfa_problem problem;
+    mfa_buffers buffers = {.size = sizeof buffers};
+    mfa_buffer *const given[] = {&buffers.q, &buffers.k, &buffers.v, &buffers.o};
+    mfa_context *context = host_open("/proc/none");
+    mfa_problem_init(&problem, 1, 1, 1, LENGTH, LENGTH, DIM, DIM);
+    problem.device = MFA_DEVICE_METAL;
+    for (int n = 0; n < 4; n++)
+        given[n]->base = memory[n];
+    int good = mfa_attention(context, &problem, &buffers, NULL) == MFA_UNAVAILABLE;
+    printf("%s\n", mfa_last_error());
+    good = good && strstr(mfa_last_error(), "the base of q is") && strstr(mfa_last_error(), "MTLBuffer");
+    for (int n = 0; n < 4; n++)
+        given[n]->base = metalsim_runtime_buffer(memory[n], sizeof memory[n], 0);
+    good = mfa_attention(context, &problem, &buffers, NULL) == MFA_OK && good;
+    for (int n = 0; n < 4; n++)
+        metalsim_runtime_release(given[n]->base);
+    mfa_context_destroy(context);
+    return !(host_is_clean(1) && good);
+}
+
 #undef TEST
 #define TEST(name) cmocka_unit_test_setup_teardown(name, begin, end)
 
 int main(int count, char **words)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_cached),          TEST(test_foreign),
-        TEST(test_precompile),      TEST(test_compilers_that_fail),
-        TEST(test_damage),          TEST(test_damaged_library),
-        TEST(test_refused),         TEST(test_missing),
-        TEST(test_written_in_part), TEST(test_second_process),
-        TEST(test_environment),     TEST(test_shipped),
-        TEST(test_several_at_once), TEST(test_killed_writer),
-        TEST(test_full_disk),       TEST(test_folders_that_cannot_be_written),
+        TEST(test_cached),
+        TEST(test_foreign),
+        TEST(test_precompile),
+        TEST(test_compilers_that_fail),
+        TEST(test_damage),
+        TEST(test_damaged_library),
+        TEST(test_refused),
+        TEST(test_missing),
+        TEST(test_written_in_part),
+        TEST(test_second_process),
+        TEST(test_contents),
+        TEST(test_environment),
+        TEST(test_shipped),
+        TEST(test_several_at_once),
+        TEST(test_killed_writer),
+        TEST(test_full_disk),
+        TEST(test_folders_that_cannot_be_written),
         TEST(test_strange_folders),
     };
     if (count >= 3 && !strcmp(words[1], "--run"))
         return run(words[2], count > 3 ? words[3] : NULL);
+    if (count == 2 && !strcmp(words[1], "--contents"))
+        return run_contents();
     report_begin("test_host_files", 1);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
 }
