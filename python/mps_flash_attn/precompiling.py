@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,21 @@ def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable
 
 
 def metal_compiler(errors: list[str]) -> Any:
-    """A COMPILER that calls Apple's, and appends its errors to the list; None if it is not installed."""
+    """A COMPILER that calls Apple's, and appends its errors to the list; None if it is not installed. Warns on stderr
+    if xcrun finds it and cannot run it."""
     # xcode-select comes first: without developer tools xcrun may open a window that offers to install them.
     for command in (["xcode-select", "-p"], ["xcrun", "--find", "metal"]):
         if _call(command).returncode:
             return None
+    # From Xcode 26 on, the compiler is a part of the Metal Toolchain, which is installed apart.
+    done = _call(["xcrun", "metal", "--version"])
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"its status is {done.returncode}"
+        print(
+            f"warning: xcrun finds Apple's Metal compiler, which does not run, so no metallibs are made: {said}",
+            file=sys.stderr,
+        )
+        return None
 
     def compile_texts(texts: Any, count: int, path: bytes, _: Any) -> int:
         named = [os.fsdecode(texts[n]) for n in range(count)]
@@ -76,5 +87,5 @@ def run(
     if rows:
         display.table("not compiled", rows)
     print(f"{len(lines) - len(rows)} of {len(lines)} kernels are in {folder or 'the cache'}", end="")
-    print(", with metallibs" if compiler else "; without metallibs: Apple's developer tools were not found")
+    print(", with metallibs" if compiler else "; without metallibs: Apple's Metal compiler was not found")
     return 1 if rows else 0

@@ -239,6 +239,10 @@ XCRUN = """#!{python}
 import ctypes, os, sys
 if sys.argv[1:] == ["--find", "metal"]:
     sys.exit(0)
+if os.environ.get("XCRUN_HAS_NO_TOOLCHAIN"):
+    sys.exit("error: cannot execute tool 'metal' due to missing Metal Toolchain")
+if sys.argv[1:] == ["metal", "--version"]:
+    sys.exit(0)
 assert sys.argv[1:5] == ["metal", "-std=metal3.1", "-fno-fast-math", "-o"], sys.argv
 if os.environ.get("XCRUN_FAILS"):
     sys.exit("error: no such header")
@@ -306,6 +310,15 @@ def test_precompile_says_what_the_compiler_said(tmp_path, tools):
     done = _precompile("--features", "none", "--folder", str(tmp_path / "kernels"), PATH=tools, XCRUN_FAILS="1")
     assert done.returncode == 1 and "0 of 2 kernels" in done.stdout
     assert "error: no such header" in " ".join(done.stdout.split())
+
+
+def test_precompile_without_the_toolchain(tmp_path, tools):
+    """As with Xcode 26, which finds the compiler and does not have it: archives are made all the same."""
+    folder = tmp_path / "kernels"
+    done = _precompile("--features", "none", "--folder", str(folder), PATH=tools, XCRUN_HAS_NO_TOOLCHAIN="1")
+    assert done.returncode == 0 and f"2 of 2 kernels are in {folder}; without metallibs" in done.stdout, done.stdout
+    assert "missing Metal Toolchain" in done.stderr and done.stderr.startswith("warning: ")
+    assert len(list(folder.glob("*.check"))) == 2 and not list(folder.glob("*.metallib"))
 
 
 def test_precompile_refuses(tmp_path):
