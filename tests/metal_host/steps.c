@@ -73,7 +73,7 @@ mfa_status steps_run_long(mfa_context *context, void *stream)
 
 void steps_check_long(const struct metalsim_counts *counts)
 {
-    uint64_t groups = 0;
+    uint64_t groups = 0, block = 1;
     for (size_t n = counts->dispatches; n-- > 0;) {
         const struct metalsim_recorded *d = metalsim_runtime_dispatch(n);
         struct mfa_metal_call call;
@@ -81,10 +81,11 @@ void steps_check_long(const struct metalsim_counts *counts)
             continue;
         memcpy(&call, d->buffers[MFA_METAL_BUFFER_CALL].bytes, sizeof call);
         assert_int_equal(call.first_group, groups);
-        groups += d->threadgroups[0];
+        groups += d->threadgroups[0], block = (uint64_t)call.block_q;
     }
     assert_true(groups > 0);
-    assert_int_equal(groups % ((QUERIES + 31) / 32), 0); /* each block of queries, as often as the keys are split */
+    /* each block of queries, as often as the keys are split */
+    assert_int_equal(groups % ((QUERIES + block - 1) / block), 0);
 }
 
 void steps_print_counts(const char *what, const struct metalsim_counts *counts)

@@ -110,9 +110,9 @@ static void test_steady_state(void **state)
     (void)state;
     mfa_context *context = steps_open_warm("both f16 b1 h2 q70 kv90 d64 mask_bool");
     expect_steady(context, "both f16 b1 h2 q70 kv90 d64 mask_bool", &(struct host_options){0}, 2);
-    expect_steady(context, "both f16 b1 h2 q9 kv1 d64 mask_bool", &(struct host_options){0}, 2);
+    expect_steady(context, "both f16 b1 h2 q39 kv1 d64 mask_bool", &(struct host_options){0}, 2);
     expect_steady(context, "both f16 b2 h2 q33 kv40 d61 mask_bool", &(struct host_options){.arrangement = PADDED}, 2);
-    expect_steady(context, "forward f16 b1 h2 q9 kv17 d64 mask_bool", &(struct host_options){.own_workspace = 1}, 1);
+    expect_steady(context, "forward f16 b1 h2 q39 kv17 d64 mask_bool", &(struct host_options){.own_workspace = 1}, 1);
     mfa_context_destroy(context);
 }
 

@@ -123,7 +123,8 @@ static void test_simpler_tiles(void **state)
     } cases[] = {
         {"attention_forward", "forward f16 b1 h2 q33 kv40 d64"},
         {"attention_forward", "forward f32 b1 h2 q33 kv40 d128 mask_bool"},
-        {"attention_decode", "forward bf16 b1 h4/2 q1 kv700 d64"},
+        {"attention_decode", "forward bf16 b1 h8/2 q1 kv700 d64"},
+        {"attention_decode_vector", "forward bf16 b1 h4/2 q1 kv700 d264"},
         {"attention_backward_dq", "both f16 b1 h2 q33 kv70 d64 causal"},
         {"attention_backward_dkv", "both f16 b1 h2 q33 kv70 d64 mask_f32"},
     };
