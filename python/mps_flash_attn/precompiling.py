@@ -23,7 +23,8 @@ _WORDS = {"band": "causal", "softcap": "softcap1"}  # a feature in kernel keys: 
 
 def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable[str], backward: bool) -> Iterator[str]:
     """A line for each kernel. `head_dims` are "64" or "192v128"; each of `features` is such as "band+mask_bool"."""
-    kernels = [("forward", "q64"), ("forward", "q1")]  # the second is a decode step, which has a kernel of its own
+    # A tile for many rows and one for few, and decode steps of up to 8 rows and of up to 2.
+    kernels = [("forward", "q64"), ("forward", "q16"), ("forward", "q8"), ("forward", "q1")]
     if backward:
         kernels.append(("backward", "q64"))
     for (pass_, q), dtype, head_dim, feature in itertools.product(kernels, dtypes, head_dims, features):

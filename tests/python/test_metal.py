@@ -280,11 +280,17 @@ def test_precompile_into_a_folder(tmp_path):
     folder = tmp_path / "kernels"
     done = _precompile("--backward", "--features", "none", "band+softcap", "--folder", str(folder))
     assert done.returncode == 0, done.stderr
-    assert f"6 of 6 kernels are in {folder}; without metallibs" in done.stdout
+    assert f"10 of 10 kernels are in {folder}; without metallibs" in done.stdout
     names = {path.name.rpartition("-")[0] for path in folder.iterdir()}
     assert names == {
         f"{kernel}_f16_d64_{tiles}{features}_apple7"
-        for kernel, tiles in (("forward", "q32_k32"), ("decode", "q8_k64"), ("backward", "q32_k32"))
+        for kernel, tiles in (
+            ("forward", "q64_k32"),
+            ("forward", "q16_k32"),
+            ("decode", "q8_k64"),
+            ("decode_vector", "q2_k64"),
+            ("backward", "q32_k32"),
+        )
         for features in ("", "_band_softcap")
     }
 
@@ -293,7 +299,7 @@ def test_precompiled_process_compiles_nothing(tmp_path, tools):
     """With metallibs and archives in the cache, the next process translates no text and compiles no function."""
     cache = {"MFA_CACHE": str(tmp_path / "cache")}
     done = _precompile("--features", "none", PATH=tools, **cache)
-    assert done.returncode == 0 and "2 of 2 kernels are in the cache, with metallibs" in done.stdout, done.stderr
+    assert done.returncode == 0 and "4 of 4 kernels are in the cache, with metallibs" in done.stdout, done.stderr
     code = (
         "import stand_in, torch; metal = stand_in.install(''); import mps_flash_attn\n"
         "mps_flash_attn.flash_attention(*[torch.ones(1, 1, 9, 64).half()] * 3); counts = metal.counts()\n"
@@ -308,7 +314,7 @@ def test_precompiled_process_compiles_nothing(tmp_path, tools):
 
 def test_precompile_says_what_the_compiler_said(tmp_path, tools):
     done = _precompile("--features", "none", "--folder", str(tmp_path / "kernels"), PATH=tools, XCRUN_FAILS="1")
-    assert done.returncode == 1 and "0 of 2 kernels" in done.stdout
+    assert done.returncode == 1 and "0 of 4 kernels" in done.stdout
     assert "error: no such header" in " ".join(done.stdout.split())
 
 
@@ -316,9 +322,9 @@ def test_precompile_without_the_toolchain(tmp_path, tools):
     """As with Xcode 26, which finds the compiler and does not have it: archives are made all the same."""
     folder = tmp_path / "kernels"
     done = _precompile("--features", "none", "--folder", str(folder), PATH=tools, XCRUN_HAS_NO_TOOLCHAIN="1")
-    assert done.returncode == 0 and f"2 of 2 kernels are in {folder}; without metallibs" in done.stdout, done.stdout
+    assert done.returncode == 0 and f"4 of 4 kernels are in {folder}; without metallibs" in done.stdout, done.stdout
     assert "missing Metal Toolchain" in done.stderr and done.stderr.startswith("warning: ")
-    assert len(list(folder.glob("*.check"))) == 2 and not list(folder.glob("*.metallib"))
+    assert len(list(folder.glob("*.check"))) == 4 and not list(folder.glob("*.metallib"))
 
 
 def test_precompile_refuses(tmp_path):
