@@ -12,8 +12,8 @@ from .after_fork import new_lock
 
 # The least work, in multiply-adds of the forward pass (B * H * L * S * (E + Ev)), for which libmfa replaces PyTorch:
 # for less, the call costs more than the kernel saves, in the forward pass or with backward. The values were measured on
-# the CPU by bench/overhead.py --thresholds; on MPS all calls are replaced. Users may set them: 0 replaces all calls of
-# a dtype, float("inf") none.
+# the CPU by bench/overhead.py --thresholds; MPS has others (sdpa/torch_mps.py). Users may set them: 0 replaces all
+# calls of a dtype, float("inf") none.
 sdpa_thresholds: dict[torch.dtype, float] = {
     torch.float32: 1 << 19,
     torch.float16: 1 << 13,
@@ -23,6 +23,7 @@ sdpa_thresholds: dict[torch.dtype, float] = {
 
 REPLACED, SMALL = "replaced", "small"
 DISABLED = "flash attention is disabled"
+TORCH_KERNEL = "PyTorch's own kernel"  # on MPS
 WAITED = "waited for PyTorch's stream: "  # counted in addition to the outcome
 _lock = new_lock(globals(), "_lock")
 _outcomes: Counter[str] = Counter()
@@ -37,8 +38,8 @@ def disabled_reason() -> str | None:
 
 
 def small_reason(work: int, tensor: Tensor) -> str | None:
-    """SMALL if PyTorch runs a call of `work` multiply-adds, because it is too small; else None. Symbolic lengths are
-    never too small."""
+    """SMALL if PyTorch runs a call of `work` multiply-adds on the CPU, because it is too small; else None. Symbolic
+    lengths are never too small."""
     if tensor.device.type != "cpu" or not isinstance(work, int):
         return None
     return SMALL if work < sdpa_thresholds[tensor.dtype] else None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mps_flash_attn import flash_attention, is_available, replaced_sdpa, sdpa_stats, tensors
+from mps_flash_attn.sdpa import dispatch, torch_mps
 
 SHAPE, STRIDES = (2, 4, 33, 24), (3168, 24, 96, 1)  # memory of (batch, length, heads, head_dim)
 
@@ -36,6 +37,17 @@ def test_replaced_sdpa():
         out = F.scaled_dot_product_attention(*[torch.empty(1, 1, 2, 8, device="mps") for _ in range(3)])
     assert sdpa_stats() == {"traced into a compiled graph": 1}
     assert out.device.type == "mps" and out.shape == (1, 1, 2, 8) and out.is_contiguous()
+
+
+def test_what_stays_with_pytorch(monkeypatch):
+    """A call for which PyTorch has a kernel stays with it. This PyTorch cannot run it, so a stand-in does."""
+    monkeypatch.setattr(dispatch, "original_for", lambda _: lambda query, *_, **__: query)
+    monkeypatch.setattr(torch_mps, "_kernels", torch_mps.installed_kernels("2.13.0", (15, 0)))
+    sdpa_stats(reset=True)
+    with FakeTensorMode(), replaced_sdpa():
+        operands = [torch.empty(1, 2, 33, 64, device="mps") for _ in range(3)]
+        assert F.scaled_dot_product_attention(*operands) is operands[0]
+    assert sdpa_stats() == {"PyTorch's own kernel": 1}
 
 
 def test_place_of_a_view(monkeypatch):

@@ -6,6 +6,7 @@ run.py            runs a call on libmfa, with results laid out as PyTorch's are
 gradients.py      the backward pass, and its own derivatives, which PyTorch's operator computes
 compiler_cache.py the tag in the keys of torch.compile's cache
 original.py       PyTorch's own operators, for calls that libmfa does not run
+torch_mps.py      PyTorch's own kernels on mps, and which calls stay with them
 shapes.py         the shapes that SDPA accepts
 checkpointing.py  whether SDPA is replaced for a call, also when a checkpoint recomputes it
 native_mha.py     the evaluation path of nn.MultiheadAttention, which does not call SDPA

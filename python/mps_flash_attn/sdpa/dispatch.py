@@ -16,13 +16,13 @@ from torch.autograd import forward_ad
 from .. import dispatch_cache, tensors, transforms
 from ..autograd import is_differentiated
 from ..library import DEVICES, Unsupported
-from ..stats import REPLACED, SMALL, count, disabled_reason, small_reason
+from ..stats import REPLACED, SMALL, TORCH_KERNEL, count, disabled_reason, small_reason
 from ..transforms import count_of_modes, merge_into_batch, merge_mask_into_batch
-from . import run, shapes
+from . import run, shapes, torch_mps
 from .checkpointing import handles, is_replaced, top_hooks
 from .compiler_cache import tag_compiler_cache
 from .original import OPERATOR, original, original_for
-from .run import SmallCall, options_key, run_cached
+from .run import TorchCall, options_key, run_cached
 
 _TRACERS = (FakeTensor, FunctionalTensor)  # the classes of tensors with which torch.compile runs a model
 _EAGER, _INTERCEPTED, _TRACED = "eager", "seen by modes or transforms", "traced"  # kinds of calls
@@ -60,6 +60,8 @@ def attention(
         query, key, value, attn_mask = (one.clone() if tensors.is_zero(one) else one for one in operands)
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason, support = check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa)
+    if reason is None and query.device.type == torch_mps.DEVICE:
+        reason = torch_mps.fallback_reason(query, key, value, attn_mask, is_causal, enable_gqa, support.work)
     if reason is None:
         if kind is _TRACED:
             tag_compiler_cache()
@@ -76,9 +78,9 @@ def attention(
             count("traced into a compiled graph" if kind is _TRACED else REPLACED)
             return out
     count(reason)
-    if reason == SMALL and kind is _EAGER:
+    if reason in (SMALL, TORCH_KERNEL) and kind is _EAGER:
         call_key = options_key(is_causal, scale, enable_gqa)
-        dispatch_cache.insert(query, key, value, attn_mask, call_key, SmallCall, support.work)
+        dispatch_cache.insert(query, key, value, attn_mask, call_key, TorchCall, reason, support.work)
     attend = original_for(reason)
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 

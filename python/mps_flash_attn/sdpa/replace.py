@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import transforms
 from ..after_fork import new_lock
 from ..library import library
-from . import checkpointing, dispatch, native_mha
+from . import checkpointing, dispatch, native_mha, torch_mps
 from .checkpointing import handles
 from .compiler_cache import tag_compiler_cache, untag_compiler_cache
 from .original import OPERATOR
@@ -62,9 +62,10 @@ def replace_sdpa() -> Replacement:
         handle = replace_sdpa()         until handle.remove()
         with replaced_sdpa(): ...       in the block
 
-    Calls that libmfa does not run go to PyTorch's own operator, as do those below sdpa_thresholds; sdpa_stats() counts
-    them. Replacements nest: PyTorch's own operator is restored when all have been removed. ImportError if there is no
-    libmfa."""
+    Calls that libmfa does not run go to PyTorch's own operator, as do those below sdpa_thresholds and, on MPS, those
+    for which PyTorch has a kernel that does not hold the scores; sdpa_stats() counts them. Thresholds that
+    `python -m mps_flash_attn check --tune` measured on this machine are read now. Replacements nest: PyTorch's own
+    operator is restored when all have been removed. ImportError if there is no libmfa."""
     library()
     handle = Replacement()
     with _lock:
@@ -91,6 +92,7 @@ def restore_sdpa() -> None:
 
 def _register() -> None:
     global _registration
+    torch_mps.load_thresholds()
     registration = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():

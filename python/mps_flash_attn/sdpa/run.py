@@ -18,8 +18,8 @@ from ..operators import attention_forward, run_backward_operator
 from ..options import Options
 from ..problem import NO_MORE
 from ..run import forward, forward_for_backward
-from ..stats import REPLACED, SMALL, count, disabled_reason, flash_is_enabled, small_reason
-from . import shapes
+from ..stats import REPLACED, count, disabled_reason, flash_is_enabled, small_reason
+from . import shapes, torch_mps
 from .gradients import backward
 from .original import math_attention, original
 
@@ -50,7 +50,7 @@ def torch_backend(
     enable_gqa: bool,
 ) -> int:
     """The code of the backend that PyTorch would use."""
-    if query.device.type == "mps":  # it has only one there, and no _fused_sdp_choice
+    if query.device.type == "mps":  # there all results are contiguous, and it has no _fused_sdp_choice
         return MATH
     if mask is not None and mask.requires_grad and query.dim() == 3:  # a gradient that it overlooks
         query, key, value = query[None], key[None], value[None]
@@ -60,22 +60,28 @@ def torch_backend(
 # --- Cached calls --------------------------------------------------------------------------------
 
 
-class SmallCall(CacheEntry):
-    """A call that is too small to replace."""
-
-    is_replaced = False
+class TorchCall(CacheEntry):
+    """A call that PyTorch runs, for this reason: it is too small to replace, or PyTorch has a kernel for it."""
 
     def __init__(
-        self, matches: Callable[..., bool], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, work: int
+        self,
+        matches: Callable[..., bool],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        reason: str,
+        work: int,
     ) -> None:
         super().__init__(matches)
+        self.reason: str | None = reason
         self.work = work
 
 
 class ReplacedCall(CachedCall):
     """A call that ran on libmfa."""
 
-    is_replaced = True
+    reason = None
 
     def __init__(
         self,
@@ -111,11 +117,12 @@ def run_cached(
     alignment of memory changed."""
     if not flash_is_enabled() and disabled_reason():
         return None
-    if (small_reason(cached.work, query) is None) is not cached.is_replaced:
+    # On the CPU users may have set other thresholds since; those of MPS are in force until the cache is cleared.
+    if query.device.type != torch_mps.DEVICE and small_reason(cached.work, query) != cached.reason:
         cached.evict()
         return None
-    if not cached.is_replaced:
-        count(SMALL)
+    if cached.reason is not None:
+        count(cached.reason)
         if mask is None and not is_causal and scale is None and not enable_gqa:
             return original(query, key, value)  # each further argument costs time
         return original(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
