@@ -2,7 +2,7 @@
 
 python -m mps_flash_attn info
 python -m mps_flash_attn explain forward f16 b2 h8/2 q512 kv512 d64 causal
-python -m mps_flash_attn check
+python -m mps_flash_attn check [--all | --tune]
 python -m mps_flash_attn precompile --dtype f16 --head-dim 64 128 --features none band --backward
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, display, precompiling, sdpa
+from . import check, display, precompiling, sdpa, tuning
 from .attention import Explanation
 from .library import DEVICES, changed, library, scalars, unavailable_reason
 
@@ -62,7 +62,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.rows:
         check.write_rows(arguments.rows, arguments.problem)
         return 0
-    return check.run(arguments.filter, arguments.report)
+    if arguments.tune:
+        return tuning.run()
+    return check.run(arguments.filter, arguments.report, not arguments.all)
 
 
 def _precompile(arguments: argparse.Namespace) -> int:
@@ -84,11 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     one = command(_explain, "the kernel and the workspace of a problem, or why there is none")
     one.add_argument("problem", nargs="+", help='such as "forward f16 b2 h8/2 q512 kv512 d64 causal"')
 
-    all_ = command(_check, "every kernel of this machine beside attention in float64; writes a report")
-    all_.add_argument("--filter", default="", help="only problems that contain this text")
-    all_.add_argument("--report", type=Path, default=Path("mfa-check.txt"), help="file to write (mfa-check.txt)")
-    all_.add_argument("--rows", metavar="DEVICE", help=argparse.SUPPRESS)  # one machine, in a process of its own
-    all_.add_argument("problem", nargs="*", help=argparse.SUPPRESS)
+    checked = command(_check, "kernels of this machine beside attention in float64 and PyTorch's; writes a report")
+    scope = checked.add_mutually_exclusive_group()
+    scope.add_argument("--all", action="store_true", help="every kernel, which takes minutes; without it, a quick set")
+    scope.add_argument(
+        "--tune",
+        action="store_true",
+        help="on mps, measures which calls of scaled_dot_product_attention are faster than PyTorch's own kernels, and "
+        "keeps that for replace_sdpa(); nothing is checked",
+    )
+    checked.add_argument("--filter", default="", help="only problems that contain this text")
+    checked.add_argument("--report", type=Path, default=Path("mfa-check.txt"), help="file to write (mfa-check.txt)")
+    checked.add_argument("--rows", metavar="DEVICE", help=argparse.SUPPRESS)  # one machine, in a process of its own
+    checked.add_argument("problem", nargs="*", help=argparse.SUPPRESS)
 
     made = command(_precompile, "compiles Metal kernels into the cache, or into a folder to be shipped")
     made.add_argument("--dtype", nargs="+", default=["f16", "bf16", "f32"], help="f32, f16, bf16 (all)")

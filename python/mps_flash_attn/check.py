@@ -1,7 +1,9 @@
-"""python -m mps_flash_attn check: every kernel of every backend of this machine against attention in double precision.
+"""python -m mps_flash_attn check: the kernels of this machine against attention in double precision.
 
-Each backend, and each instruction set of the CPU, is checked in a process of its own, so that a crash is reported, too.
-The report is written to a file that can be attached to a bug.
+By default that is a few problems, which together need decode, masks and grouped heads; they are timed beside PyTorch's
+own attention as well. --all checks every kernel of every backend. Each backend, and with --all each instruction set of
+the CPU, is checked in a process of its own, so that a crash is reported, too. The report is written to a file that can
+be attached to a bug.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import display, reference, tensors
+from . import apple, display, reference, speed, thresholds
 from .attention import Explanation
 from .autograd import EAGER, Attention, Call
-from .library import DEVICES, MASK_ADDITIVE, MASK_BOOL, Scalars, changed, library, scalars, unavailable_reason
+from .library import DEVICES, changed, library, scalars, unavailable_reason
 from .options import Options
-from .problem import Inputs
+from .sdpa import torch_mps
 
 Row = dict[str, Any]  # of the report, and of JSON
 Machine = tuple[str, str, dict[str, str]]  # name, device, environment
@@ -35,6 +37,16 @@ Machine = tuple[str, str, dict[str, str]]  # name, device, environment
 SEED = 1
 SILENCE = 600  # seconds after which a process that writes nothing counts as hanging
 _GPU = "mps"
+
+# The quick set: a problem to check, and the larger one to time.
+QUICK = {
+    "f16 b1 h2 q517 kv517 d64 causal": "forward f16 b1 h16 q1024 kv1024 d64 causal",
+    "bf16 b1 h4/2 q259 kv259 d80": "forward bf16 b1 h16/4 q1024 kv1024 d80",
+    "f32 b2 h4 q200 kv300 d64 mask_bool": "forward f32 b1 h16 q1024 kv1024 d64 mask_bool",
+    "f16 b1 h8/2 q1 kv1100 d128": "forward f16 b1 h32/8 q1 kv4096 d128",
+    "bf16 b1 h2 q300 kv300 d64 causal": "backward bf16 b1 h16 q512 kv512 d64 causal",
+    "f32 b1 h4/2 q200 kv200 d128 mask_f32": "backward f32 b1 h16/4 q512 kv512 d128 mask_f32",
+}
 
 # What selects a kernel: the head dimension, features, few queries, sizes that do not fill a tile.
 _SIZES = "b2 h4/2 q70 kv130"
@@ -64,7 +76,7 @@ _SHAPES = (
 
 
 def problems(device: str) -> list[str]:
-    """Lines of the problem grammar, without the pass, since forward and backward are checked for each."""
+    """All lines: of the problem grammar, without the pass, since forward and backward are checked for each."""
     dtypes = [name for name in ("f32", "f16", "bf16", "f64") if name != "f64" or device != _GPU]
     shapes = [f"{_SIZES} d{width}" for width in _WIDTHS]
     shapes += [f"{_SIZES} d{width} {feature}" for feature in _FEATURES for width in (64, 128)]
@@ -77,7 +89,7 @@ def problems(device: str) -> list[str]:
 
 def examine(line: str, device: str) -> Row:
     """The row of one problem: its kernels, the result whose error is the largest fraction of what is allowed, and what
-    is wrong; or why it is not supported."""
+    is wrong; or why it is not supported. For one of QUICK, also the times of its larger one."""
     packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")]
     found = [Explanation.of(changed(problem, device=DEVICES[device])) for problem in packed]
     kernels = [explanation.kernel for explanation in found]
@@ -92,35 +104,28 @@ def examine(line: str, device: str) -> Row:
         out, lse = Attention.apply(*moved, Call(EAGER, options, True))
         return out.cpu(), lse.cpu()
 
-    comparisons = list(reference.compare_results(ours, _operands(sizes), **options._asdict()))
+    comparisons = list(reference.compare_results(ours, reference.operands(sizes, SEED), **options._asdict()))
     worst = max(comparisons, key=lambda comparison: comparison.error / (comparison.allowed or 1.0))
     wrong = "; ".join(comparison.wrong for comparison in comparisons if comparison.wrong)
-    return {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
+    row = {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}
+    return row | _times(QUICK[line], device) if line in QUICK else row
 
 
-def _operands(sizes: Scalars) -> Inputs:
-    """The Inputs of a problem in the memory order of models: (batch, length, heads, head_dim)."""
-    generator = torch.Generator().manual_seed(SEED)
-    dtypes = {code: dtype for dtype, code in tensors.DTYPES.items()}
+def _times(line: str, device: str) -> Row:
+    """The times of a problem, and on mps which kernel of PyTorch's they are compared with; or why it was not timed."""
+    try:
+        ours, theirs = speed.compare(line, device)
+    except (RuntimeError, NotImplementedError) as error:
+        return {"timed": line, "not_timed": f"{type(error).__name__}: {error}"}
+    found: Row = {"timed": line, "ours_ms": 1e3 * ours, "torch_ms": 1e3 * theirs}
+    return found | ({"torch_kernel": _torch_kernel(line)} if device == _GPU else {})
 
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
 
-    query, key, value = (
-        tensor(sizes.batch, length, heads, columns).to(dtypes[sizes.dtype]).transpose(1, 2)
-        for length, heads, columns in (
-            (sizes.q_len, sizes.q_heads, sizes.head_dim),
-            (sizes.kv_len, sizes.kv_heads, sizes.head_dim),
-            (sizes.kv_len, sizes.kv_heads, sizes.value_dim),
-        )
-    )
-    mask = None
-    if sizes.mask == MASK_BOOL:
-        mask = tensor(sizes.batch, 1, sizes.q_len, sizes.kv_len) < 0.5
-    elif sizes.mask == MASK_ADDITIVE:
-        mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
-    slopes = tensor(sizes.batch, sizes.q_heads).abs() / 8 if sizes.alibi else None
-    return Inputs(query, key, value, mask, slopes)
+def _torch_kernel(line: str) -> str:
+    """The kernel that PyTorch has on mps for a problem."""
+    call = speed.Comparable.of(line, _GPU)
+    kernel = torch_mps.kernel_of(call.query, call.key, call.value, call.mask, call.is_causal, True)
+    return kernel.name if kernel else "holds the scores"
 
 
 def write_rows(device: str, lines: Iterable[str]) -> None:
@@ -137,9 +142,12 @@ def write_rows(device: str, lines: Iterable[str]) -> None:
 # --- All of them ---------------------------------------------------------------------------------
 
 
-def machines() -> list[Machine]:
-    """(name, device, environment) of all that runs here."""
-    found = [(f"cpu {isa}", "cpu", {"MFA_ISA": isa}) for isa in library().instruction_sets()]
+def machines(is_quick: bool = False) -> list[Machine]:
+    """(name, device, environment) of all that runs here; if it is quick, without other instruction sets of the CPU than
+    that which libmfa chooses."""
+    found: list[Machine] = [(f"cpu {isa}", "cpu", {"MFA_ISA": isa}) for isa in library().instruction_sets()]
+    if is_quick:
+        found = [("cpu", "cpu", {})]
     return found + ([] if unavailable_reason(_GPU) else [("metal", _GPU, {})])
 
 
@@ -190,15 +198,21 @@ def _answers(process: subprocess.Popen[str]) -> Iterator[Row]:
 def _about() -> list[tuple[str, object]]:
     """(name, value) of each property of this machine."""
     missing = unavailable_reason(_GPU)
-    gpu = f"not checked: {missing}" if missing else getattr(torch.backends.mps, "get_name", lambda: "checked")()
+    metal: list[tuple[str, object]] = [("Metal", f"not checked: {missing}")]
+    if not missing:
+        tuned = len(thresholds.load())
+        metal = [("Metal", apple.gpu_name()), ("GPU family", apple.gpu_family())]
+        metal += [("thresholds of mps", f"{tuned}, measured by check --tune" if tuned else "none measured")]
+    macos = f"{apple.macos_version()} ({apple.macos_build()})" if apple.macos_version() else ""
     return [
         ("libmfa", library().version),
         ("library", library().path.name),
         ("PyTorch", torch.__version__),
         ("Python", platform.python_version()),
         ("system", platform.platform()),
+        *([("macOS", macos)] if macos else []),
         ("processor", f"{platform.machine()} {platform.processor()}".strip()),
-        ("Metal", gpu),
+        *metal,
         ("threads", torch.get_num_threads()),
         ("seed", SEED),
         ("date", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
@@ -209,16 +223,29 @@ def _state(row: Row) -> str:
     return "WRONG" if row.get("wrong") else "not supported" if "unsupported" in row else "right"
 
 
-def report_text(rows: list[Row]) -> str:
-    """The whole report."""
-    lines = ["mps_flash_attn check", *(f"{what}: {which}" for what, which in _about()), ""]
+def report_text(rows: list[Row], checked: str) -> str:
+    """The whole report. `checked` says which problems."""
+    about = [("checked", checked), *_about()]
+    lines = ["mps_flash_attn check", *(f"{what}: {which}" for what, which in about), ""]
     lines += [f"{row['machine']}: {row['problem']}: {row['wrong']}" for row in rows if row.get("wrong")] + [""]
     for row in rows:
         found = row.get("unsupported") or ""
         if "error" in row:
             found = f"{row['result']} error {row['error']:.3g} allowed {row['allowed']:.3g}"
         lines.append(" | ".join([_state(row), row["machine"], row["problem"], " ".join(row["kernels"]), found]))
-    return "\n".join(lines) + "\n"
+    lines += ["", *(" | ".join(["timed", *filter(None, words)]) for words in _timed(rows))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _timed(rows: list[Row]) -> Iterator[tuple[str, ...]]:
+    """(machine, problem, ours, PyTorch's, ratio, PyTorch's kernel) of each problem to be timed; or why it was not."""
+    for row in rows:
+        if "ours_ms" in row:
+            times = f"ours {row['ours_ms']:.3g} ms", f"PyTorch {row['torch_ms']:.3g} ms"
+            ratio = f"PyTorch / ours {row['torch_ms'] / row['ours_ms']:.2f}"
+            yield row["machine"], row["timed"], *times, ratio, row.get("torch_kernel", "")
+        elif "timed" in row:
+            yield row["machine"], row["timed"], "not timed", row["not_timed"], "", ""
 
 
 def _summary(rows: list[Row]) -> Iterator[tuple[object, ...]]:
@@ -238,30 +265,39 @@ def _summary(rows: list[Row]) -> Iterator[tuple[object, ...]]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises before the check, which takes minutes, if its report could not be written."""
+    """Raises before the check, which may take minutes, if its report could not be written."""
     try:
         path.open("a").close()
     except OSError as error:
         raise ValueError(f"--report is {path}; it must be a file that can be written: {error.strerror}") from None
 
 
-def run(text: str, path: Path) -> int:
-    """Checks every problem that contains `text`, and writes a report to `path`; returns the exit status. ValueError,
-    before anything is checked, if that file cannot be written."""
+def run(text: str, path: Path, is_quick: bool = True) -> int:
+    """Checks the quick set, or else every problem, as far as they contain `text`, and writes a report to `path`.
+    Returns the exit status. ValueError, before anything is checked, if that file cannot be written."""
     _check_writable(path)
-    work = [(machine, [line for line in problems(machine[1]) if text in line]) for machine in machines()]
+    work = [
+        (machine, [line for line in (QUICK if is_quick else problems(machine[1])) if text in line])
+        for machine in machines(is_quick)
+    ]
     with display.progress(sum(len(lines) for _, lines in work)) as begin:
         rows = [row for machine, lines in work for row in _rows(machine, lines, begin)]
     header = ("machine", "dtype", "right", "wrong", "not supported", "largest error", "allowed", "at")
     display.table("forward and backward, beside attention in float64", list(_summary(rows)), header)
+    timed = list(_timed(rows))
+    if timed:
+        display.table("times, beside PyTorch's own attention", timed)
     wrong = [row for row in rows if row.get("wrong")]
     for row in wrong:
         print(f"WRONG {row['machine']}: {row['problem']}: {row['wrong']}")
     if unavailable_reason(_GPU):
         print(f"Metal was not checked: {unavailable_reason(_GPU)}")
+    if is_quick:
+        print("This was the quick set; check --all tries every kernel, which takes minutes")
+    checked = f"{'the quick set' if is_quick else 'all'}{f', what contains {text!r}' if text else ''}"
     status, report = 1 if wrong or not rows else 0, f"the report is in {path.resolve()}"
     try:
-        path.write_text(report_text(rows), encoding="utf-8", errors="backslashreplace")
+        path.write_text(report_text(rows, checked), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         status, report = 1, f"the report could not be written: {error}"
     print(f"{len(rows) - len(wrong)} passed, {len(wrong)} failed; {report}")

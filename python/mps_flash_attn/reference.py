@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .library import MASK_ADDITIVE, MASK_BOOL, Scalars
 from .options import Options
 from .problem import DIFFERENTIABLE, Inputs
+from .tensors import DTYPES
 
 # The exact result, in float64, is rounded as well: hence the number of float64.
 ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}
@@ -213,3 +215,28 @@ def agree(
     error, other = (ours - truth).abs().max().item(), (theirs - truth).abs().max().item()
     allowed = 2 * other + unit * max(size, truth.abs().max().item()) * terms**0.5
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (theirs {other:.3g})"
+
+
+def operands(sizes: Scalars, seed: int) -> Inputs:
+    """Random Inputs of a problem in the memory order of models: (batch, length, heads, head_dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = {code: dtype for dtype, code in DTYPES.items()}
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    query, key, value = (
+        tensor(sizes.batch, length, heads, columns).to(dtypes[sizes.dtype]).transpose(1, 2)
+        for length, heads, columns in (
+            (sizes.q_len, sizes.q_heads, sizes.head_dim),
+            (sizes.kv_len, sizes.kv_heads, sizes.head_dim),
+            (sizes.kv_len, sizes.kv_heads, sizes.value_dim),
+        )
+    )
+    mask = None
+    if sizes.mask == MASK_BOOL:
+        mask = tensor(sizes.batch, 1, sizes.q_len, sizes.kv_len) < 0.5
+    elif sizes.mask == MASK_ADDITIVE:
+        mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
+    slopes = tensor(sizes.batch, sizes.q_heads).abs() / 8 if sizes.alibi else None
+    return Inputs(query, key, value, mask, slopes)

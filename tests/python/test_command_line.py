@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 import mps_flash_attn
-from mps_flash_attn import check, display, precompiling, reference
-from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars
+from mps_flash_attn import apple, check, display, precompiling, reference, speed
+from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars, unavailable_reason
 
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
 
@@ -93,7 +94,8 @@ def test_without_rich(tmp_path):
     """Without rich, tables become plain lines, and nothing else is printed where there is no terminal."""
     (tmp_path / "rich.py").write_text("raise ImportError\n")
     path = os.pathsep.join([str(tmp_path), str(Path(mps_flash_attn.__file__).parents[1])])
-    for command in (["info"], ["check", "--filter", "f32 b1 h1 q1 kv1 d64", "--report", str(tmp_path / "report")]):
+    one = ["check", "--all", "--filter", "f32 b1 h1 q1 kv1 d64", "--report", str(tmp_path / "report")]
+    for command in (["info"], one):
         done = run(*command, PYTHONPATH=path)
         assert done.returncode == 0 and done.stderr == ""
         assert done.stdout.isascii() and "cpu" in done.stdout
@@ -119,10 +121,65 @@ def test_progress_without_rich(monkeypatch):
 # --- check ---------------------------------------------------------------------------------------
 
 
+def test_quick_check(tmp_path):
+    """Without --all, what libmfa chooses on this machine is checked on the quick set, and timed beside PyTorch."""
+    report = tmp_path / "report.txt"
+    done = run("check", "--filter", "h8/2 q1", "--report", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 0 failed" in done.stdout and "check --all tries every kernel" in done.stdout
+    text = report.read_text()
+    assert "checked: the quick set, what contains 'h8/2 q1'\n" in text
+    right, timed = (line.split(" | ") for line in text.splitlines() if " | " in line)
+    assert right[:3] == ["right", "cpu", "f16 b1 h8/2 q1 kv1100 d128"] and right[3].startswith("decode_f16_d128")
+    assert timed[:3] == ["timed", "cpu", check.QUICK[right[2]]]
+    ours, theirs, ratio = (float(re.sub(r"[^\d.]", "", words)) for words in timed[3:])
+    assert ours > 0 and ratio == pytest.approx(theirs / ours, rel=0.02, abs=0.01)
+
+
+def test_the_quick_set():
+    """It has each pass, decode, both kinds of masks, grouped heads and the dtypes of the GPU."""
+    lines = " ".join(check.QUICK)
+    for words in ("f32 ", "f16 ", "bf16 ", " causal", "mask_bool", "mask_f32", "h8/2 q1 "):
+        assert words in lines
+    assert {line.split()[0] for line in check.QUICK.values()} == {"forward", "backward"}
+    for line in check.QUICK:
+        library().parse(f"backward {line}")
+
+
+def test_not_timed(monkeypatch):
+    """What PyTorch cannot run is checked all the same, and the report says why it has no times."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    line = "f32 b1 h1 q5 kv7 d8"
+    monkeypatch.setitem(check.QUICK, line, f"forward {line}")
+    monkeypatch.setattr(speed, "compare", fail)
+    row = {"machine": "cpu", "problem": line} | check.examine(line, "cpu")
+    text = check.report_text([row], "all")
+    assert f"right | cpu | {line} | " in text
+    assert f"timed | cpu | forward {line} | not timed | RuntimeError: out of memory\n" in text
+
+
+def test_report_of_a_mac(monkeypatch):
+    """What the report says of a Mac with a GPU."""
+    monkeypatch.setattr(check, "unavailable_reason", lambda _: "")
+    for name, value in {
+        "gpu_name": "Apple M9",
+        "gpu_family": "apple9",
+        "macos_version": "26.2",
+        "macos_build": "25C56",
+    }.items():
+        monkeypatch.setattr(apple, name, lambda value=value: value)
+    text = check.report_text([], "the quick set")
+    for line in ("macOS: 26.2 (25C56)", "Metal: Apple M9", "GPU family: apple9", "thresholds of mps: none measured"):
+        assert f"\n{line}\n" in text
+
+
 def test_check(tmp_path):
     """Each instruction set is checked in a process of its own; the report has a line for each problem."""
     report = tmp_path / "report.txt"
-    done = run("check", "--filter", "b1 h2 q3 kv300", "--report", str(report))
+    done = run("check", "--all", "--filter", "b1 h2 q3 kv300", "--report", str(report))
     assert done.returncode == 0, done.stdout + done.stderr
     isas = library().instruction_sets()
     assert "scalar" in isas or "neon" in isas
@@ -152,7 +209,7 @@ def test_check_says_what_it_found_though_its_report_is_lost(tmp_path, monkeypatc
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    monkeypatch.setattr(check, "machines", list)
+    monkeypatch.setattr(check, "machines", lambda _: [])
     assert check.run("", tmp_path / "report") == 1
     assert "0 passed, 0 failed; the report could not be written: no space left" in capsys.readouterr().out
 
@@ -173,7 +230,7 @@ def test_check_finds_what_is_wrong(monkeypatch):
     monkeypatch.setattr(reference, "attention", lambda *given, **options: [1.001 * t for t in exact(*given, **options)])
     row = check.examine(line, "cpu")
     assert row["error"] > row["allowed"] and "out: error" in row["wrong"]
-    report = check.report_text([{"machine": "cpu", "problem": line} | row])
+    report = check.report_text([{"machine": "cpu", "problem": line} | row], "all")
     assert report.count("WRONG | cpu | f32") == 1 and f"cpu: {line}: out: error" in report
 
 
@@ -190,11 +247,25 @@ def test_check_survives_a_process_that_ends(tmp_path):
     )
     path = os.pathsep.join([str(tmp_path), str(Path(mps_flash_attn.__file__).parents[1])])
     report = tmp_path / "report.txt"
-    command = ("check", "--filter", "b1 h1 q1 kv1 d64", "--report", str(report))
+    command = ("check", "--all", "--filter", "b1 h1 q1 kv1 d64", "--report", str(report))
     done = run(*command, PYTHONPATH=path)
     machines = len(library().instruction_sets())
     assert done.returncode == 1 and f"{3 * machines} passed, {machines} failed" in done.stdout
     assert "bf16 b1 h1 q1 kv1 d64: the process ended with the status -6" in report.read_text()
+
+
+def test_tune_is_for_metal():
+    """On a machine with no Metal device, --tune explains which thresholds there are."""
+    if not unavailable_reason("mps"):
+        pytest.skip("Metal is here")
+    done = run("check", "--tune")
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "check --tune measures thresholds of mps" in done.stderr and "sdpa_thresholds" in done.stderr
+
+
+def test_tune_and_all_exclude_each_other():
+    done = run("check", "--tune", "--all")
+    assert done.returncode == 2 and "not allowed with argument" in done.stderr
 
 
 # --- precompile ----------------------------------------------------------------------------------

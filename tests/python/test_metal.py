@@ -14,7 +14,7 @@ import torch
 
 import mps_flash_attn
 from mps_flash_attn import check as command
-from mps_flash_attn import explain, flash_attention, tensors
+from mps_flash_attn import explain, flash_attention, speed, tensors, thresholds
 from mps_flash_attn.library import library
 from mps_flash_attn.reference import check
 
@@ -120,6 +120,12 @@ def test_memory_of_the_runtime(metal):
     flash_attention(query, query, query)
     after = metal.counts()
     assert after["objects"] == before["objects"] and after["pools"] == 0
+
+
+def test_check_times_metal():
+    """Problems are timed on Metal beside PyTorch."""
+    ours, theirs = speed.compare("forward f16 b1 h2/1 q9 kv11 d24 causal", "cpu")  # the stand-in's
+    assert ours > 0 and theirs > 0
 
 
 def test_check_examines_metal():
@@ -310,6 +316,15 @@ def test_precompiled_process_compiles_nothing(tmp_path, tools):
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path} | cache, capture_output=True, text=True
     )
     assert done.stdout.split() == ["True", "0", "0", "1"], done.stderr
+
+
+def test_thresholds_are_kept_beside_compiled_kernels(tmp_path, monkeypatch):
+    """The package finds the folder by the library's own rule."""
+    monkeypatch.setenv("MFA_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = _precompile("--features", "none")
+    assert done.returncode == 0, done.stderr
+    assert list(thresholds.cache_folder().glob("forward_f16_d64_*"))
 
 
 def test_precompile_says_what_the_compiler_said(tmp_path, tools):
