@@ -71,12 +71,28 @@ def path() -> Path | None:
     return folder / re.sub(r"[^\w.-]+", "-", f"thresholds-{'-'.join(words)}.json")
 
 
-def save(found: Mapping[Key, float], measured: list[dict[str, Any]]) -> Path:
-    """Writes the thresholds, and beside them the times that they come from; returns the file. OSError if it cannot be
-    written, ValueError if there is no folder for it."""
+def writable_path() -> Path:
+    """The file of this machine, in a folder that exists. ValueError if it could not be written."""
     file = path()
     if file is None:
         raise ValueError("there is no folder for the thresholds; set MFA_CACHE to one, or HOME")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _draft(file).touch()
+        _draft(file).unlink()
+    except OSError as error:
+        raise ValueError(f"the thresholds cannot be written to {file.parent}: {error.strerror}") from None
+    return file
+
+
+def _draft(file: Path) -> Path:
+    return file.with_name(f"{file.name}.{os.getpid()}")
+
+
+def save(found: Mapping[Key, float], measured: list[dict[str, Any]]) -> Path:
+    """Writes the thresholds, and beside them the times that they come from; returns the file. ValueError or OSError if
+    it cannot be written."""
+    file = writable_path()
     rows = [
         {"dtype": _NAMES[key.dtype], "head_dim": key.head_dim, "few": key.few, "causal": key.is_causal}
         | {"work": None if math.isinf(work) else work}
@@ -84,8 +100,7 @@ def save(found: Mapping[Key, float], measured: list[dict[str, Any]]) -> Path:
     ]
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     text = json.dumps({"for": identity(), "date": date, "thresholds": rows, "measured": measured}, indent=1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    draft = _draft(file)  # so that no other process reads a part of it
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(file)
     return file
@@ -95,14 +110,16 @@ def load() -> Thresholds:
     """The thresholds of this machine; {} if none were measured. A file that is broken, or was measured elsewhere, is
     ignored with a warning."""
     file = path()
-    if file is None or not file.exists():
+    if file is None or not os.path.lexists(file):
         return {}
+    if not os.path.isfile(file):  # a FIFO would be waited for
+        return _ignored(file, "it is not a file that can be read")
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
         if contents["for"] != identity():
             return _ignored(file, f"it holds for {contents['for']}, and this is {identity()}")
         return dict(map(_threshold, contents["thresholds"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return _ignored(file, f"it cannot be read ({type(error).__name__}: {error})")
 
 
@@ -110,7 +127,7 @@ def _threshold(row: Mapping[str, Any]) -> tuple[Key, float]:
     key = Key(_DTYPES[row["dtype"]], row["head_dim"], row["few"], row["causal"])
     work = math.inf if row["work"] is None else row["work"]
     kinds = [type(value) for value in key[1:]]
-    if kinds != [int, bool, bool] or not isinstance(work, (int, float)) or not work >= 0:
+    if kinds != [int, bool, bool] or type(work) not in (int, float) or not work >= 0:
         raise ValueError(f"a threshold is {dict(row)}")
     return key, work
 

@@ -80,8 +80,7 @@ def run(measure: Measure = speed.compare, device: str = "mps") -> int:
             f"check --tune measures thresholds of mps, and libmfa does not run there: {missing}; those of the CPU are "
             "sdpa_thresholds, which it does not measure"
         )
-    if thresholds.path() is None:
-        raise ValueError("there is no folder for the thresholds; set MFA_CACHE to one, or HOME")
+    thresholds.writable_path()  # raises before minutes of measuring
     found, measured, failed = measure_all(measure, device)
     rows = [
         (str(kind.dtype).removeprefix("torch."), kind.head_dim, _calls(kind), "none" if math.isinf(work) else int(work))

@@ -4,6 +4,7 @@ No machine with a GPU is needed: tensors of the CPU stand in for those of mps.""
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -246,7 +247,9 @@ BROKEN = {
     "a dtype": lambda text: text.replace("float16", "float15"),
     "a head dimension": lambda text: text.replace('"head_dim": 64', '"head_dim": "64"'),
     "work": lambda text: text.replace('"work": 0', '"work": -1'),
-    "work that is none": lambda text: text.replace('"work": 0', '"work": NaN'),
+    "nested": lambda text: "[" * 100_000,
+    "work that is no number": lambda text: text.replace('"work": 0', '"work": true'),
+    "work that is not a number": lambda text: text.replace('"work": 0', '"work": NaN'),
     "no causal": lambda text: text.replace('"causal"', '"casual"'),
 }
 
@@ -259,6 +262,21 @@ def test_broken_file(name):
     with pytest.warns(UserWarning, match=words), replaced_sdpa():
         _attend(*_call())
     assert sdpa_stats() == {OWN: 1}
+
+
+def test_what_is_no_file():
+    """A FIFO would be waited for."""
+    os.mkfifo(thresholds.path())
+    with pytest.warns(UserWarning, match="are ignored: it is not a file that can be read"):
+        assert thresholds.load() == {}
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MFA_CACHE", str(tmp_path / "file/folder"))
+    with pytest.raises(ValueError, match=r"the thresholds cannot be written to .*/file/folder: Not a directory"):
+        thresholds.save({KEY: 0}, [])
+    assert thresholds.load() == {}
 
 
 @pytest.mark.parametrize("name", ["gpu", "macos", "torch", "libmfa"])
