@@ -14,6 +14,7 @@ import torch
 import mps_flash_attn
 from mps_flash_attn import apple, check, display, precompiling, reference, speed
 from mps_flash_attn.library import DEVICE_METAL, Unsupported, library, scalars, unavailable_reason
+from mps_flash_attn.sdpa import torch_mps
 
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
 
@@ -159,6 +160,19 @@ def test_not_timed(monkeypatch):
     text = check.report_text([row], "all")
     assert f"right | cpu | {line} | " in text
     assert f"timed | cpu | forward {line} | not timed | RuntimeError: out of memory\n" in text
+
+
+@pytest.mark.parametrize("which, kernel", [("forward", "prefill"), ("backward", "holds the scores")])
+def test_kernel_of_pytorch(monkeypatch, which, kernel):
+    """On mps, the times name the kernel of PyTorch's that they are compared with."""
+    monkeypatch.setattr(check, "_GPU", "cpu")
+    monkeypatch.setattr(torch_mps, "_kernels", torch_mps.installed_kernels("2.13.0", (26, 2)))
+    line = f"{which} f32 b1 h2 q9 kv9 d64"
+    monkeypatch.setattr(speed, "compare", lambda *_: speed.Speed(0.002, 0.003))
+    row = {"machine": "metal", "problem": line} | check._times(line, "cpu")
+    assert row["torch_kernel"] == kernel
+    (words,) = check._timed([row])
+    assert words == ("metal", line, "ours 2 ms", "PyTorch 3 ms", "PyTorch / ours 1.50", kernel)
 
 
 def test_report_of_a_mac(monkeypatch):
