@@ -74,14 +74,18 @@ typedef struct mfa_layout {
  *     s = s - slope * |i + kv_len - q_len - j|     if alibi; slope of this batch entry and query head
  *     visible iff lower <= j - i <= upper, and a bool mask allows it
  *
+ * With sinks, each query head has one more logit in the softmax, which has no key and no value: L_i = log(exp(sink) +
+ * sum_j exp(s_ij)), and the P of a query add up to less than 1.
+ *
  * The band expresses a causal mask (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window of
  * the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN_LOWER and MFA_BAND_OPEN_UPPER leave a side open. A query
- * with no visible key gets O = 0, L = -inf and zero gradients.
+ * with no visible key gets O = 0, L = -inf (with sinks: the sink) and zero gradients.
  *
  * Backward takes o and lse from the caller, so they may be merged from several devices, and computes
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (dP - D), dP = dO V^T
  *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
  *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K
+ *     dsink = -sum_i exp(sink - L_i) * D_i, over the queries of the head
  * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low.
  * Results are bitwise the same for any number of threads, and in every run. */
 typedef struct mfa_problem {
@@ -100,6 +104,11 @@ typedef struct mfa_problem {
     mfa_layout dbias_layout; /* stride 0 along a dimension: the gradient is summed over it */
 
     mfa_layout slopes_layout; /* of a (batch, q_heads) tensor: its rows and columns are one */
+
+    int32_t sinks;            /* 1: attention sinks, that the buffers give; 0: none */
+    int32_t reserved;         /* 0 */
+    mfa_layout sinks_layout;  /* of a (batch, q_heads) tensor */
+    mfa_layout dsinks_layout; /* the same, backward only; stride 0 along the batch: the gradient is summed over it */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -113,9 +122,9 @@ typedef struct mfa_buffer {
 } mfa_buffer;
 
 /* What a run reads and writes. Unused members are zero.
- * forward:  reads q, k, v, mask, slopes; writes o, and lse (f32; f64 for f64) and o_low if given.
- * backward: reads q, k, v, mask, slopes, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of dq, dk,
- *           dv, dbias that are given. Outputs must not overlap anything.
+ * forward:  reads q, k, v, mask, slopes, sinks; writes o, and lse (f32; f64 for f64) and o_low if given.
+ * backward: reads q, k, v, mask, slopes, sinks, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of
+ *           dq, dk, dv, dbias, dsinks that are given. Outputs must not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
@@ -126,7 +135,8 @@ typedef struct mfa_buffers {
      * of o. Forward writes O - o, the rounding error of o, rounded to the dtype (0 where o is not finite), so that
      * o + o_low has about twice the digits of o. Backward reads it and computes D from o + o_low. */
     mfa_buffer o_low;
-    mfa_buffer slopes; /* of ALiBi: f32, whatever the dtype. They are constants: they get no gradient */
+    mfa_buffer slopes;        /* of ALiBi: f32, whatever the dtype. They are constants: they get no gradient */
+    mfa_buffer sinks, dsinks; /* f32, whatever the dtype */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
@@ -178,7 +188,8 @@ MFA_API void mfa_context_destroy(mfa_context *context); /* NULL is a no-op; dest
 MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads);
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
- * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi. */
+ * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi,
+ * no sinks. */
 MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
                               int64_t kv_len, int64_t head_dim, int64_t value_dim);
 

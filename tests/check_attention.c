@@ -107,8 +107,11 @@ static int check_same(struct test_run *t, int repeats)
 /* Forward without L, backward with each of its outputs alone. */
 static int check_partial(struct test_run *t, int threads)
 {
-    static const unsigned alone[] = {OUTPUT(dQ), OUTPUT(dK), OUTPUT(dV), OUTPUT(DBIAS), OUTPUT(dQ) | OUTPUT(dV)};
+    static const unsigned alone[] = {OUTPUT(dQ),    OUTPUT(dK),     OUTPUT(dV),
+                                     OUTPUT(DBIAS), OUTPUT(DSINKS), OUTPUT(dQ) | OUTPUT(dV)};
     const int passes = t->test_case.passes;
+    const mfa_problem *p = &t->test_case.inputs.problem;
+    const unsigned absent = (p->mask == MFA_MASK_ADDITIVE ? 0 : OUTPUT(DBIAS)) | (p->sinks ? 0 : OUTPUT(DSINKS));
     int good = 1;
     if (passes & CASE_FORWARD) {
         t->test_case.passes = CASE_FORWARD;
@@ -117,7 +120,7 @@ static int check_partial(struct test_run *t, int threads)
         t->test_case.passes = passes;
     }
     for (size_t n = 0; n < sizeof alone / sizeof *alone && (passes & CASE_BACKWARD); n++)
-        if (t->test_case.inputs.problem.mask == MFA_MASK_ADDITIVE || alone[n] != OUTPUT(DBIAS))
+        if (alone[n] & ~absent)
             good = check(t, DENSE, FORWARD_OUTPUTS | alone[n], threads) && good;
     return good;
 }
@@ -137,12 +140,14 @@ static int list_variants(const mfa_problem *p, int quick, int line, struct varia
         const int sums[] = {along, 0, along ^ 15}; /* dbias summed as the mask is broadcast, not, otherwise */
         variants[count++] = (struct variant){.mask_broadcast = along,
                                              .dbias_broadcast = sums[(along + line) % 3],
-                                             .slopes_broadcast = along % 4,
+                                             .heads_broadcast = along % 4,
                                              .dlse = (along + line) % 2};
     }
+    if (small && p->sinks && p->batch * p->q_heads > 1)
+        variants[count++] = (struct variant){.heads_broadcast = 1 + line % 3, .dlse = 1};
     for (int along = 1; along < 4 && small && p->mask == MFA_MASK_NONE && p->batch * p->kv_heads > 1; along++)
         variants[count++] =
-            (struct variant){.kv_broadcast = along, .slopes_broadcast = along, .dlse = (along + line) % 2};
+            (struct variant){.kv_broadcast = along, .heads_broadcast = along, .dlse = (along + line) % 2};
     return count;
 }
 

@@ -239,6 +239,8 @@ static void run_backward(struct test_run *t)
         const struct mfa_cpu_dbias_tiles tiles = mfa_cpu_dbias_tiles(call, k->panel);
         run_phase(t, k->dbias, tiles.batch * tiles.heads * tiles.rows * tiles.columns, scratch, 0);
     }
+    if (call->dsinks)
+        run_phase(t, k->dsinks, mfa_cpu_dsinks_count(&call->args), scratch, 0);
     for (int n = 0; n < SHARED; n++)
         guarded_close(&memory[n]);
 }
@@ -381,7 +383,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
     const struct variant variant = {.mask_broadcast = along,
                                     .dbias_broadcast = one->number % 3 ? along : along ^ 15,
                                     .kv_broadcast = along ? 0 : one->number % 4,
-                                    .slopes_broadcast = one->number % 4,
+                                    .heads_broadcast = one->number % 4,
                                     .dlse = one->number % 2};
     const long long before = report_failed();
     struct test_case test_case;
@@ -412,7 +414,10 @@ static void write_case(char text[CASE_TEXT], int q_len, int kv_len, int head_dim
     case 3: snprintf(band, sizeof band, " upper-%d", q_len / 4 + 1); break;
     }
     snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
-             n % 4 == 3 ? " softcap3" : "", masks[n % 7], n % 9 == 4 ? " alibi" : "");
+             n % 4 == 3 ? " softcap3" : "", masks[n % 7],
+             n % 9 == 4   ? " alibi"
+             : n % 9 == 7 ? " sinks"
+                          : "");
 }
 
 /* Problems for the decode kernels: up to the most query rows that any set takes, and one more; with enough blocks of
@@ -422,7 +427,7 @@ static const char *const decode_cases[] = {
     "both any b2 h2 q3 kv193 d128 softcap3",
     "both any b1 h4/1 q1 kv500 d64v16",
     "both any b1 h5/1 q1 kv97 d111v63 mask_bool",
-    "both any b2 h6/2 q2 kv150 d32 mask_f32 alibi",
+    "both any b2 h6/2 q2 kv150 d32 mask_f32 alibi sinks",
     "both any b1 h6/2 q2 kv290 d128 upper288",
     "both any b1 h7/1 q1 kv193 d17 mask_f32",
     "both any b1 h8/1 q1 kv400 d128",

@@ -145,7 +145,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
         const struct variant broadcast = {.mask_broadcast = masked ? along : 0,
                                           .dbias_broadcast = masked ? (number % 3 ? along : along ^ 15) : 0,
                                           .kv_broadcast = masked ? 0 : 1 + number % 3,
-                                          .slopes_broadcast = number % 4,
+                                          .heads_broadcast = number % 4,
                                           .dlse = number % 2};
         good = check_variant(&t, one, broadcast, arguments->seed, (number + 1) % ARRANGEMENTS, ONCE) && good;
     }

@@ -38,6 +38,8 @@ static void not_a_dtype(mfa_problem *p) { p->dtype = 4; }
 static void not_a_mask(mfa_problem *p) { p->mask = 3; }
 static void not_a_mask_dtype(mfa_problem *p) { p->mask = MFA_MASK_ADDITIVE; p->mask_dtype = -1; }
 static void unknown_alibi(mfa_problem *p) { p->alibi = 2; }
+static void unknown_sinks(mfa_problem *p) { p->sinks = 2; }
+static void reserved(mfa_problem *p) { p->reserved = 1; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
 static void negative_batch(mfa_problem *p) { p->batch = -1; }
@@ -73,6 +75,8 @@ static const struct {
     {not_a_mask, MFA_INVALID, "mask is 3"},
     {not_a_mask_dtype, MFA_INVALID, "mask_dtype is -1"},
     {unknown_alibi, MFA_INVALID, "alibi is 2; it must be 0 (none) or 1 (by the slopes given)"},
+    {unknown_sinks, MFA_INVALID, "sinks is 2; it must be 0 (none) or 1 (those given)"},
+    {reserved, MFA_INVALID, "reserved is 1; it must be 0"},
     {another_size, MFA_INVALID, "size"},
     {size_of_the_future, MFA_INVALID, "size"},
     {negative_batch, MFA_INVALID, "batch is -1"},
@@ -132,7 +136,7 @@ static void no_mask(mfa_buffers *b) { b->mask.base = NULL; }
 static void no_o(mfa_buffers *b) { b->o.base = NULL; }
 static void no_lse(mfa_buffers *b) { b->lse.base = NULL; }
 static void no_d_o(mfa_buffers *b) { b->d_o.base = NULL; }
-static void small_buffers(mfa_buffers *b) { b->size -= 40; }
+static void small_buffers(mfa_buffers *b) { b->size = offsetof(mfa_buffers, o_low) - 1; }
 static void q_off_by_a_byte(mfa_buffers *b) { b->q.offset = 1; }
 static void mask_off_by_a_byte(mfa_buffers *b) { b->mask.offset = 3; }
 static void lse_off_by_two(mfa_buffers *b) { b->lse.offset = 2; }
@@ -140,6 +144,7 @@ static void dq_off_by_a_byte(mfa_buffers *b) { b->dq.base = (char *)b->dq.base +
 static void workspace_off(mfa_buffers *b) { b->workspace.offset = 32; }
 static void unused_dq(mfa_buffers *b) { b->dq = b->o; }
 static void no_slopes(mfa_buffers *b) { b->slopes.base = NULL; }
+static void no_sinks(mfa_buffers *b) { b->sinks.base = NULL; }
 static void some_slopes(mfa_buffers *b) { b->slopes = b->q; }
 static void slopes_off_by_two(mfa_buffers *b) { b->slopes.base = b->q.base, b->slopes.offset = 2; }
 static void some_o_low(mfa_buffers *b) { b->o_low = b->workspace; }
@@ -171,6 +176,7 @@ static const struct {
     {"forward f16 b1 h2 q8 kv8 d16 alibi", no_slopes, "slopes is NULL; the forward pass needs it"},
     {"backward f64 b1 h2 q8 kv8 d16 alibi", no_slopes, "slopes is NULL; the backward pass needs it"},
     {"backward f64 b1 h2 q8 kv8 d16 alibi", slopes_off_by_two, "slopes begins at"},
+    {"backward f32 b1 h2 q8 kv8 d16 sinks", no_sinks, "sinks is NULL; the backward pass needs it"},
     {"forward f16 b1 h2 q8 kv8 d16 mask_f16", some_slopes, "slopes is given; only problems with alibi have it"},
     {"forward f16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
     {"backward bf16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},

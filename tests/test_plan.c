@@ -124,7 +124,7 @@ static void test_plan_and_one_call_are_the_same(void **state)
                 memset(&given, 0xff, sizeof given);
                 mfa_buffers buffers = operands.buffers;
                 if (pass == 0)
-                    buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias =
+                    buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias = buffers.dsinks =
                         (mfa_buffer){NULL, 0};
                 assert_int_equal(form == FORMS - 1 ? mfa_plan_run(plan, &buffers, NULL)
                                                    : operands_run(&operands, test_context, form),

@@ -243,7 +243,7 @@ static const char *const lines[] = {
     "forward f32 b1 h1 q1 kv1 d8 scale0.30000000000000004",
     "forward f32 b1 h1 q1 kv1 d8 scale0",
     "forward f32 b1 h1 q1 kv1 d8 scale-0 metal",
-    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 mask_bool alibi metal",
+    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 mask_bool alibi sinks metal",
 };
 
 static void test_lines(void **state)
@@ -303,7 +303,7 @@ static mfa_problem draw_problem(struct generator *r)
     p.dtype = (int32_t)random_between(r, MFA_F32, MFA_F64);
     p.mask = (int32_t)random_between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
     p.mask_dtype = (int32_t)random_between(r, MFA_F32, p.mask == MFA_MASK_ADDITIVE ? MFA_F64 : 9);
-    p.alibi = (int32_t)random_between(r, 0, 1);
+    p.alibi = (int32_t)random_between(r, 0, 1), p.sinks = (int32_t)random_between(r, 0, 1);
     p.lower = draw_bound(r);
     p.upper = draw_bound(r);
     if (random_between(r, 0, 1))
@@ -471,10 +471,10 @@ static void test_keys(void **state)
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
     key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX,
-                           INT32_MIN,    INT32_MIN,          31,       MFA_BF16,  "sixteen_letters"};
+                           INT32_MIN,    INT32_MIN,          63,       MFA_BF16,  "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
-    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sixteen_letters!"));
+    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_sixteen_letters!"));
 }
 
 /* The first word of a plan's key says which kernel runs. */

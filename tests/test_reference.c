@@ -22,7 +22,8 @@ static void allocate(const mfa_problem *problem, struct reference *results, int 
 {
     memset(results, 0, sizeof *results);
     for (int tensor = REFERENCE_O; tensor < (backward ? REFERENCE_TENSORS : REFERENCE_dQ); tensor++)
-        if (tensor != REFERENCE_O_LOW && (tensor != REFERENCE_DBIAS || problem->mask == MFA_MASK_ADDITIVE))
+        if (tensor != REFERENCE_O_LOW && (tensor != REFERENCE_DBIAS || problem->mask == MFA_MASK_ADDITIVE) &&
+            (tensor != REFERENCE_DSINKS || problem->sinks))
             *reference_member(results, tensor) = reference_allocate(reference_count(problem, tensor));
 }
 
@@ -54,7 +55,7 @@ static double loss(const struct inputs *inputs)
 /* (f(x + h) - f(x - h)) / 2h for two steps, extrapolated: the error is of the order of h^4. */
 static double central_difference(struct inputs *inputs, double *x)
 {
-    const double h = 1e-3, kept = *x;
+    const double h = 0x1p-10, kept = *x;
     double difference[2];
     for (int n = 0; n < 2; n++) {
         double step = n ? h : 2 * h;
@@ -72,16 +73,20 @@ static void differentiate(const char *text, struct variant variant)
     static const enum reference_tensor pairs[][2] = {{REFERENCE_Q, REFERENCE_dQ},
                                                      {REFERENCE_K, REFERENCE_dK},
                                                      {REFERENCE_V, REFERENCE_dV},
-                                                     {REFERENCE_MASK, REFERENCE_DBIAS}};
+                                                     {REFERENCE_MASK, REFERENCE_DBIAS},
+                                                     {REFERENCE_SINKS, REFERENCE_DSINKS}};
     mfa_problem problem;
     struct inputs inputs;
     struct reference results;
     int64_t compared = 0;
     assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
     inputs_open(&inputs, &problem, variant, SEED, text);
+    double *sinks = inputs.values[REFERENCE_SINKS]; /* f32: whole steps, so that their sums with a step are exact */
+    for (int64_t at = 0; sinks && at < reference_count(&inputs.problem, REFERENCE_SINKS); at++)
+        sinks[at] = round(sinks[at] * 0x1p10) * 0x1p-10;
     allocate(&inputs.problem, &results, 1);
     solve(&inputs, &results);
-    for (int pair = 0; pair < 4; pair++) {
+    for (size_t pair = 0; pair < sizeof pairs / sizeof *pairs; pair++) {
         const double *gradient = *reference_member(&results, pairs[pair][1]);
         double *values = inputs.values[pairs[pair][0]];
         int64_t count = gradient ? reference_count(&inputs.problem, pairs[pair][1]) : 0;
@@ -118,10 +123,19 @@ static void test_gradients_are_finite_differences(void **state)
         "forward f64 b2 h4/2 q6 kv7 d3v2 lower-3 upper2 scale1 softcap2 mask_f64",
         "forward f64 b2 h4/2 q6 kv4 d3v2 alibi",
         "forward f64 b1 h2 q4 kv7 d3 upper3 softcap2 mask_f64 alibi",
+        "forward f64 b2 h4/2 q5 kv7 d3v2 sinks",
+        "forward f64 b1 h2 q7 kv4 d3 upper-3 softcap2 mask_f64 alibi sinks",
     };
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)
         for (int dlse = 0; dlse < 2; dlse++)
             differentiate(problems[n], (struct variant){.dlse = dlse});
+}
+
+static void test_dsinks_are_summed_along_stride_0(void **state)
+{
+    (void)state;
+    for (int along = 1; along < 4; along++)
+        differentiate("forward f64 b2 h2 q4 kv5 d3 sinks", (struct variant){.heads_broadcast = along, .dlse = 1});
 }
 
 static void test_dbias_of_a_broadcast_mask_is_summed(void **state)
@@ -285,6 +299,7 @@ int main(void)
         cmocka_unit_test(test_band_and_mask_by_counting),
         cmocka_unit_test(test_grouped_heads_are_repeated_ones),
         cmocka_unit_test(test_gradients_are_finite_differences),
+        cmocka_unit_test(test_dsinks_are_summed_along_stride_0),
         cmocka_unit_test(test_dbias_of_a_broadcast_mask_is_summed),
         cmocka_unit_test(test_tolerances_are_a_few_ulp),
     };

@@ -79,13 +79,14 @@ static void *find_copy(const void *base)
 static const char *arguments_of(const char *function)
 {
     static const char *const table[][2] = {
-        {"attention_forward", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), T(1), GROUP, "
+        {"attention_forward", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), T(0), T(1), GROUP, "
                               "INDEX, SIMDGROUP, LANE"},
-        {"attention_decode", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), T(1), GROUP, "
+        {"attention_decode", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), T(0), T(1), GROUP, "
                              "INDEX, SIMDGROUP, LANE"},
-        {"attention_decode_vector", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(2), B(5), T(0), GROUP, INDEX, "
-                                    "SIMDGROUP, LANE"},
-        {"attention_merge", "C, B(10), B(11), B(18), B(2), GROUP, SIMDGROUP, LANE"},
+        {"attention_decode_vector",
+         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), T(0), GROUP, INDEX, "
+         "SIMDGROUP, LANE"},
+        {"attention_merge", "C, B(10), B(11), B(18), B(20), B(2), GROUP, SIMDGROUP, LANE"},
         {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq", "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), T(0), T(1), GROUP, "
                                   "INDEX, SIMDGROUP, LANE"},
@@ -93,6 +94,7 @@ static const char *arguments_of(const char *function)
                                    "T(1), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_dbias", "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), T(1), GROUP, SIMDGROUP, LANE"},
         {"attention_dbias_sum", "C, B(17), B(2), GROUP, INDEX"},
+        {"attention_dsinks", "C, B(20), B(21), B(3), B(4), T(0), GROUP, INDEX, SIMDGROUP, LANE"},
         {"block_mask", "C, B(9), B(1), GROUP, SIMDGROUP, LANE"},
         {"layout_test", "B(2), T(0), LANE"},
         {"narrow_test", "B(1), B(2), B(3), POSITION"},

@@ -33,7 +33,7 @@ struct mfa_key { /* no padding: compared and hashed as bytes */
     char machine[16];
 };
 
-#define MFA_KEY_TEXT 128 /* enough for any key's text and its end */
+#define MFA_KEY_TEXT 160 /* enough for any key's text and its end */
 
 /* The set of enum mfa_feature that a canonical problem needs. */
 int32_t mfa_key_features(const mfa_problem *problem);

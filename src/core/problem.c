@@ -82,6 +82,9 @@ static mfa_status check_enums(const mfa_problem *problem)
 #define WORD(word, member, value, values)                   \
     if (problem->member != 0 && problem->member != (value)) \
         return mfa_fail(MFA_INVALID, #member " is %d; it must be " values, problem->member);
+#define RESERVED(member)      \
+    if (problem->member != 0) \
+        return mfa_fail(MFA_INVALID, #member " is %d; it must be 0", problem->member);
 #include "core/options.inc"
     if (!mfa_dtype_name(problem->dtype))
         return mfa_fail(MFA_INVALID, "dtype is %d; it must be 0 (f32), 1 (f16), 2 (bf16) or 3 (f64)", problem->dtype);

@@ -167,6 +167,8 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
         struct mfa_cpu_dbias_tiles t = mfa_cpu_dbias_tiles(call, kernels->panel);
         mfa_cpu_threads_run(threads, workers, t.batch * t.heads * t.rows * t.columns, kernels->dbias, call);
     }
+    if (call->dsinks)
+        mfa_cpu_threads_run(threads, workers, mfa_cpu_dsinks_count(a), kernels->dsinks, call);
 }
 
 void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,

@@ -274,6 +274,17 @@ static void list_bias(struct run *run)
     }
 }
 
+static void list_dsinks(struct run *run)
+{
+    const mfa_problem *p = run->problem;
+    const struct mfa_metal_grid grid = {p->dsinks_layout.batch ? p->batch : 1, p->dsinks_layout.head ? p->q_heads : 1,
+                                        1, 1};
+    struct mfa_metal_dispatch *d = begin(run, MFA_METAL_DSINKS, 0, groups_of(&grid));
+    d->call.grid = grid;
+    d->threadgroup_bytes[0] = ROWS_OF_GROUP * (int32_t)sizeof(float);
+    finish(run, d, 4.0 * (double)(p->batch * p->q_heads * p->q_len) / (double)(d->groups + 1));
+}
+
 static void list_backward(struct run *run, const mfa_buffers *buffers)
 {
     const mfa_problem *p = run->problem;
@@ -295,6 +306,8 @@ static void list_backward(struct run *run, const mfa_buffers *buffers)
                       (columns + values));
     if (buffers->dbias.base)
         list_bias(run);
+    if (buffers->dsinks.base)
+        list_dsinks(run);
 }
 
 int mfa_metal_dispatch_list(const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,

@@ -38,8 +38,10 @@ uint32_t mfa_metal_program_all(const struct mfa_key *key)
     uint32_t kernels = mfa_metal_program_always(key);
     if (key->pass == MFA_FORWARD)
         kernels |= BIT(MFA_METAL_MERGE);
-    else if (key->features & MFA_FEATURE_MASK_ADDITIVE)
+    if (key->pass == MFA_BACKWARD && (key->features & MFA_FEATURE_MASK_ADDITIVE))
         kernels |= BIT(MFA_METAL_DBIAS) | BIT(MFA_METAL_DBIAS_SUM);
+    if (key->pass == MFA_BACKWARD && (key->features & MFA_FEATURE_SINKS))
+        kernels |= BIT(MFA_METAL_DSINKS);
     return kernels;
 }
 

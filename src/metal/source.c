@@ -37,12 +37,13 @@ static const struct entry {
     uint32_t buffers;
 } entries[MFA_METAL_KERNELS] = {
     [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE,
-                           CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
+                           CALL | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
     [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE,
-                          CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
+                          CALL | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
     [MFA_METAL_DECODE_VECTOR] = {"attention_decode_vector", "attention_decode_vector", FORWARD, NONE,
-                                 CALL | QKV | SCORE | RESULTS | PART(PARTIALS)},
-    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE, CALL | RESULTS | PART(PARTIALS)},
+                                 CALL | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
+    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE,
+                         CALL | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
     [MFA_METAL_BACKWARD_PREPROCESS] = {"backward_preprocess", "backward_preprocess", BACKWARD, NONE,
                                        CALL | RESULTS | OPERAND(d_o) | OPERAND(dlse) | PART(D) | PART(L)},
     [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NONE,
@@ -53,6 +54,8 @@ static const struct entry {
                          CALL | GRADIENTS | OPERAND(dbias) | PART(PARTIALS)},
     [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE,
                              CALL | OPERAND(dbias) | PART(PARTIALS)},
+    [MFA_METAL_DSINKS] = {"attention_dsinks", "attention_dsinks", BACKWARD, NONE,
+                          CALL | OPERAND(sinks) | OPERAND(dsinks) | PART(D) | PART(L)},
     [MFA_METAL_BLOCK_MASK] = {"block_mask", "block_mask", BOTH, ANY, CALL | OPERAND(mask) | PART(BLOCK_MASK)},
     [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, PART(PARTIALS)},
 };

@@ -36,7 +36,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
         g->problem.upper = decode ? g->problem.kv_len - g->problem.q_len : 20;
     if (n % 5 == 2)
         g->problem.softcap = 3;
-    g->problem.alibi = n % 7 == 3;
+    g->problem.alibi = n % 7 == 3, g->problem.sinks = n % 5 == 2;
     g->target = (struct metal_target){.family = families[family], .halved = n / 96 % 2};
     g->variant.dlse = n % 2;
     finish(g);
@@ -58,7 +58,7 @@ static void draw_program(struct generated *g, struct generator *r)
     g->problem.upper = random_between(r, 0, 1); /* whether there is a band */
     g->target.family = random_between(r, 0, 1) ? 7 : 9;
     g->target.halved = !random_between(r, 0, 3);
-    g->problem.alibi = !random_between(r, 0, 3);
+    g->problem.alibi = !random_between(r, 0, 3), g->problem.sinks = !random_between(r, 0, 3);
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -80,7 +80,7 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     g->problem.dtype = program.problem.dtype;
     g->problem.mask = program.problem.mask, g->problem.mask_dtype = program.problem.mask_dtype;
     g->problem.softcap = program.problem.softcap;
-    g->problem.alibi = program.problem.alibi;
+    g->problem.alibi = program.problem.alibi, g->problem.sinks = program.problem.sinks;
     g->problem.scale = random_between(&r, 0, 3) ? g->problem.scale : 0.7;
     if (program.problem.upper)
         random_band(&r, &g->problem);

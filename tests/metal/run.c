@@ -17,8 +17,11 @@ enum { WORKSPACE = MFA_OPERAND_COUNT, VISITED, FILLER, BUFFERS };
 
 /* The tensors of reference/attention.h in the order of mfa_operands. */
 static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
-    REFERENCE_Q,  REFERENCE_K,  REFERENCE_V,  REFERENCE_MASK, REFERENCE_O,     REFERENCE_L,     REFERENCE_dO,
-    REFERENCE_dL, REFERENCE_dQ, REFERENCE_dK, REFERENCE_dV,   REFERENCE_DBIAS, REFERENCE_O_LOW, REFERENCE_SLOPES};
+    REFERENCE_Q,     REFERENCE_K,      REFERENCE_V,     REFERENCE_MASK,  REFERENCE_O,  REFERENCE_L,
+    REFERENCE_dO,    REFERENCE_dL,     REFERENCE_dQ,    REFERENCE_dK,    REFERENCE_dV, REFERENCE_DBIAS,
+    REFERENCE_O_LOW, REFERENCE_SLOPES, REFERENCE_SINKS, REFERENCE_DSINKS};
+
+_Static_assert(sizeof tensors / sizeof *tensors == MFA_OPERAND_COUNT, "a tensor for each operand");
 
 /* A buffer begins at a multiple of 64 bytes, so that the offset alone determines an operand's alignment. */
 static void attach(struct operands *operands, const mfa_problem *problem, struct gpu_buffer *buffers,

@@ -192,7 +192,7 @@ static void test_unsupported_keys(void **state)
     const struct mfa_key good = key_of(MFA_FORWARD, MFA_F16, 64, 64, 7);
     struct mfa_key key = good;
     (void)state;
-    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 11");
+    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 12");
     expect_unsupported(&good, -1, "kernel is -1");
     expect_unsupported(&good, MFA_METAL_BACKWARD_DQ, "pass is 0; attention_backward_dq");
     expect_unsupported(&good, MFA_METAL_BLOCK_MASK, "no mask; block_mask");

@@ -23,7 +23,7 @@ void (*const metal_host_send)(void) = objc_msgSend;
 static struct variant variant_of(const mfa_problem *problem, int number)
 {
     const int masked = problem->mask != MFA_MASK_NONE, along = number % 16;
-    return (struct variant){.slopes_broadcast = number % 4,
+    return (struct variant){.heads_broadcast = number % 4,
                             .mask_broadcast = masked ? along : 0,
                             .dbias_broadcast = masked ? (number % 3 ? along : (along ^ 15) * (number > 0)) : 0,
                             .kv_broadcast = masked ? 0 : number % 4,

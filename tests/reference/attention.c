@@ -1,6 +1,7 @@
 /* The reference, one row of S at a time:
  *
  *     S_j = scale * Q_i K_j, softcap, mask, ALiBi  P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
+ *     with a sink, L_i = log(exp(sink) + sum(exp(S))), P = exp(S - L_i), dsink -= exp(sink - L_i) D_i
  *     dP_j = dO_i V_j, D_i = sum_j P_j dP_j - dL_i, dS_j = P_j (dP_j - D_i)
  *     dV_j += P_j dO_i      dbias_ij = dS_j      dQ_i = scale * dS K      dK_j += scale * dS_j Q_i
  *
@@ -19,13 +20,14 @@ struct row {
     double *S, *P, *dP, *dS, *dtanh; /* along keys; dtanh = dS after / dS before softcap */
     double *Q, *dO, *O, *dQ;         /* along columns */
     int64_t first, end;              /* of the keys in the band; nothing else is touched */
-    double L;
+    double L, sink;                  /* sink: -infinity without sinks */
+    double dsink;                    /* what the row adds to it */
 };
 
 struct work {
     const mfa_problem *problem;
     const struct reference *results;
-    struct reference_view Q, K, V, mask, slopes, dO, dL, dbias;
+    struct reference_view Q, K, V, mask, slopes, sinks, dO, dL, dbias, dsinks;
     int backward;
     struct head head;
     struct row row;
@@ -64,9 +66,10 @@ static void forward_row(struct work *w)
 {
     const mfa_problem *p = w->problem;
     struct row *row = &w->row;
-    double largest = -INFINITY, sum = 0;
+    double largest = row->sink, sum;
     for (int64_t j = row->first; j < row->end; j++)
         largest = fmax(largest, row->S[j]);
+    sum = largest == -INFINITY ? 0 : exp(row->sink - largest);
     for (int64_t j = row->first; j < row->end; j++) {
         row->P[j] = largest == -INFINITY ? 0 : exp(row->S[j] - largest);
         sum += row->P[j];
@@ -95,6 +98,7 @@ static void backward_row(struct work *w, double dL)
             row->dP[j] += row->dO[c] * head->V_transposed[c * p->kv_len + j];
     for (int64_t j = row->first; j < row->end; j++)
         D += row->P[j] * row->dP[j];
+    row->dsink = row->L == -INFINITY ? 0 : -exp(row->sink - row->L) * D;
     for (int64_t c = 0; c < p->head_dim; c++)
         row->dQ[c] = 0;
     for (int64_t j = row->first; j < row->end; j++) {
@@ -119,6 +123,7 @@ static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
     struct reference_view Q_i = w->Q;
     Q_i.values += i * Q_i.row;
     reference_gather(Q_i, b, h, 1, p->head_dim, row->Q);
+    row->sink = p->sinks ? w->sinks.values[b * w->sinks.batch + h * w->sinks.head] : -INFINITY;
     scores(w, b, h, i);
     forward_row(w);
     for (int64_t c = 0; c < p->value_dim && results->O; c++)
@@ -134,6 +139,8 @@ static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
     backward_row(w, w->dL.values ? w->dL.values[b * w->dL.batch + h * w->dL.head + i * w->dL.row] : 0);
     for (int64_t c = 0; c < p->head_dim && results->dQ; c++)
         results->dQ[at * p->head_dim + c] = row->dQ[c];
+    if (results->dsinks)
+        results->dsinks[b * w->dsinks.batch + h * w->dsinks.head] += row->dsink;
     if (results->dbias) {
         double *dbias = results->dbias + b * w->dbias.batch + h * w->dbias.head + i * w->dbias.row;
         for (int64_t j = row->first; j < row->end; j++)
@@ -168,7 +175,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
 {
     const mfa_problem *p = problem;
     struct work w = {.problem = p, .results = results};
-    w.backward = results->dQ || results->dK || results->dV || results->dbias;
+    w.backward = results->dQ || results->dK || results->dV || results->dbias || results->dsinks;
     w.Q = reference_load(p, REFERENCE_Q, buffers);
     w.K = reference_load(p, REFERENCE_K, buffers);
     w.V = reference_load(p, REFERENCE_V, buffers);
@@ -176,6 +183,8 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         w.mask = reference_load(p, REFERENCE_MASK, buffers);
     if (p->alibi)
         w.slopes = reference_load(p, REFERENCE_SLOPES, buffers);
+    if (p->sinks)
+        w.sinks = reference_load(p, REFERENCE_SINKS, buffers);
     if (w.backward)
         w.dO = reference_load(p, REFERENCE_dO, buffers);
     if (w.backward && buffers->dlse.base)
@@ -184,6 +193,11 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         w.dbias = reference_view(p, REFERENCE_DBIAS, results->dbias);
         for (int64_t at = 0; at < reference_count(p, REFERENCE_DBIAS); at++)
             results->dbias[at] = 0;
+    }
+    if (results->dsinks) {
+        w.dsinks = reference_view(p, REFERENCE_DSINKS, results->dsinks);
+        for (int64_t at = 0; at < reference_count(p, REFERENCE_DSINKS); at++)
+            results->dsinks[at] = 0;
     }
     double **along_keys[] = {&w.row.S, &w.row.P, &w.row.dP, &w.row.dS, &w.row.dtanh};
     double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ};
@@ -206,7 +220,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         free(*along_columns[n]);
     for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
         free(*of_head[n]);
-    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.dO, &w.dL};
+    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.sinks, &w.dO, &w.dL};
     for (size_t n = 0; n < sizeof views / sizeof *views; n++)
         free(views[n]->values);
 }

@@ -17,6 +17,7 @@ enum reference_tensor {
     REFERENCE_V,
     REFERENCE_MASK,
     REFERENCE_SLOPES,
+    REFERENCE_SINKS,
     REFERENCE_dO,
     REFERENCE_dL,
     /* Results. */
@@ -27,21 +28,22 @@ enum reference_tensor {
     REFERENCE_dK,
     REFERENCE_dV,
     REFERENCE_DBIAS,
+    REFERENCE_DSINKS,
     REFERENCE_TENSORS
 };
 
 struct reference {
-    double *O, *L, *O_low, *dQ, *dK, *dV, *dbias; /* NULL: not computed. O_low is never computed here */
+    double *O, *L, *O_low, *dQ, *dK, *dV, *dbias, *dsinks; /* NULL: not computed. O_low is never computed here */
 };
 
 /* Extents of a tensor. One whose layout has stride 0 along a dimension has one element along it: for an
- * input all its indices hold the same, for dbias the gradient is summed. */
+ * input all its indices hold the same, for dbias and dsinks the gradient is summed. */
 void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, int64_t shape[4]);
 
 /* Elements of that shape. */
 int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
 
-/* Reads q, k, v, mask, slopes, and for gradients d_o, and dlse if given. It computes O and L itself. */
+/* Reads q, k, v, mask, slopes, sinks, and for gradients d_o, and dlse if given. It computes O and L itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */

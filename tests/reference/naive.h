@@ -15,6 +15,7 @@ struct LOCAL(head) {
     double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
     double *rounding;                                         /* of O, by that of P */
     double *off, L_off;                                       /* errors of S_ij, of L_i */
+    REAL L;                                                   /* L_i */
 };
 
 static REAL LOCAL(dot)(const REAL *a, const REAL *b, int64_t length)
@@ -71,7 +72,8 @@ static double LOCAL(score_off)(const struct naive *n, const struct LOCAL(head) *
 static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
 {
     const mfa_problem *p = n->problem;
-    REAL largest = (REAL)-INFINITY, sum = 0, *P = head->P;
+    const REAL sink = (REAL)naive_sink(n, &head->at);
+    REAL largest = sink, sum, *P = head->P;
     for (int64_t j = head->at.first; j < head->at.end; j++) {
         REAL z = LOCAL(dot)(head->Q, head->K + j * p->head_dim, p->head_dim), s = (REAL)p->scale * z;
         REAL tanh_x = p->softcap > 0 ? (REAL)tanh(s / (REAL)p->softcap) : 0;
@@ -89,6 +91,7 @@ static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
         P[j] = s;
         largest = s > largest ? s : largest;
     }
+    sum = largest == (REAL)-INFINITY ? 0 : (REAL)exp(sink - largest);
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         P[j] = largest == (REAL)-INFINITY ? 0 : (REAL)exp(P[j] - largest);
         sum += P[j];
@@ -133,6 +136,7 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
         n->rounded_P_off = fmax(n->rounded_P_off, LOCAL(rounded_P_off)(n, head, exp2(0.25 * quarter)));
     head->L_off = sqrt(L_squares) + n->unit * (isfinite(L) ? fabs((double)L) : 0);
     n->L_off = fmax(n->L_off, head->L_off);
+    head->L = L;
     n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
     for (int64_t c = 0; c < p->value_dim; c++)
         n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
@@ -153,6 +157,7 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
         O_squares += (double)dO[c] * (double)dO[c] * head->O_squares[c];
     double D_off = n->unit * (dO_norm * O_norm + fabs(dL)) + sqrt(O_squares) +
                    naive_unit(p->dtype) * dO_norm * O_norm / sqrt((double)values);
+    naive_add_dsink(n, &head->at, (double)head->L, head->L_off, (double)D, D_off);
     for (int64_t c = 0; c < columns; c++)
         dQ[c] = 0, head->dQ_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {

@@ -11,7 +11,8 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
     const mfa_layout *layouts[REFERENCE_TENSORS] = {
         [REFERENCE_Q] = &problem->q_layout,           [REFERENCE_K] = &problem->k_layout,
         [REFERENCE_V] = &problem->v_layout,           [REFERENCE_MASK] = &problem->mask_layout,
-        [REFERENCE_SLOPES] = &problem->slopes_layout, [REFERENCE_dO] = &problem->d_o_layout,
+        [REFERENCE_SLOPES] = &problem->slopes_layout, [REFERENCE_SINKS] = &problem->sinks_layout,
+        [REFERENCE_DSINKS] = &problem->dsinks_layout, [REFERENCE_dO] = &problem->d_o_layout,
         [REFERENCE_dL] = &problem->dlse_layout,       [REFERENCE_O] = &problem->o_layout,
         [REFERENCE_L] = &problem->lse_layout,         [REFERENCE_O_LOW] = &problem->o_layout,
         [REFERENCE_dQ] = &problem->dq_layout,         [REFERENCE_dK] = &problem->dk_layout,
@@ -22,11 +23,14 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
 const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_tensor tensor)
 {
     const mfa_buffer *operands[REFERENCE_TENSORS] = {
-        [REFERENCE_Q] = &buffers->q,         [REFERENCE_K] = &buffers->k,           [REFERENCE_V] = &buffers->v,
-        [REFERENCE_MASK] = &buffers->mask,   [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_dO] = &buffers->d_o,
-        [REFERENCE_dL] = &buffers->dlse,     [REFERENCE_O] = &buffers->o,           [REFERENCE_L] = &buffers->lse,
-        [REFERENCE_dQ] = &buffers->dq,       [REFERENCE_dK] = &buffers->dk,         [REFERENCE_dV] = &buffers->dv,
-        [REFERENCE_DBIAS] = &buffers->dbias, [REFERENCE_O_LOW] = &buffers->o_low};
+        [REFERENCE_Q] = &buffers->q,           [REFERENCE_K] = &buffers->k,
+        [REFERENCE_V] = &buffers->v,           [REFERENCE_MASK] = &buffers->mask,
+        [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_SINKS] = &buffers->sinks,
+        [REFERENCE_DSINKS] = &buffers->dsinks, [REFERENCE_dO] = &buffers->d_o,
+        [REFERENCE_dL] = &buffers->dlse,       [REFERENCE_O] = &buffers->o,
+        [REFERENCE_L] = &buffers->lse,         [REFERENCE_dQ] = &buffers->dq,
+        [REFERENCE_dK] = &buffers->dk,         [REFERENCE_dV] = &buffers->dv,
+        [REFERENCE_DBIAS] = &buffers->dbias,   [REFERENCE_O_LOW] = &buffers->o_low};
     return operands[tensor];
 }
 
@@ -35,7 +39,9 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     switch (tensor) {
     case REFERENCE_MASK: return problem->mask == MFA_MASK_BOOL ? ELEMENT_BOOL : problem->mask_dtype;
     case REFERENCE_DBIAS: return problem->mask_dtype;
-    case REFERENCE_SLOPES: return MFA_F32;
+    case REFERENCE_SLOPES:
+    case REFERENCE_SINKS:
+    case REFERENCE_DSINKS: return MFA_F32;
     case REFERENCE_L:
     case REFERENCE_dL: return problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32;
     default: return problem->dtype;
@@ -48,7 +54,8 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V || tensor == REFERENCE_dK || tensor == REFERENCE_dV;
     shape[0] = p->batch;
     shape[1] = of_keys ? p->kv_heads : p->q_heads;
-    shape[2] = tensor == REFERENCE_SLOPES ? 1 : of_keys ? p->kv_len : p->q_len;
+    int of_heads = tensor == REFERENCE_SLOPES || tensor == REFERENCE_SINKS || tensor == REFERENCE_DSINKS;
+    shape[2] = of_heads ? 1 : of_keys ? p->kv_len : p->q_len;
     switch (tensor) {
     case REFERENCE_Q:
     case REFERENCE_K:
@@ -58,7 +65,9 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
     case REFERENCE_L:
     case REFERENCE_dL:
-    case REFERENCE_SLOPES: shape[3] = 1; break;
+    case REFERENCE_SLOPES:
+    case REFERENCE_SINKS:
+    case REFERENCE_DSINKS: shape[3] = 1; break;
     default: shape[3] = p->value_dim; break;
     }
     const mfa_layout *layout = reference_layout(problem, tensor);

@@ -23,13 +23,13 @@ struct position {
 
 struct naive {
     const mfa_problem *problem;
-    struct reference_view Q, K, V, mask, slopes, dO, dL, dbias;
+    struct reference_view Q, K, V, mask, slopes, sinks, dO, dL, dbias, dsinks;
     int backward;
     double unit; /* one rounding of the working precision */
     struct reference results;
-    double *dbias_squares;
-    double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off; /* the errors of tolerance.h; without scale */
-    double rounded_P_off;                                   /* what rounding P to bf16 does to O */
+    double *dbias_squares, *dsinks_squares;
+    double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off, dsinks_off; /* the errors of tolerance.h; without scale */
+    double rounded_P_off;                                               /* what rounding P to bf16 does to O */
 };
 
 static double naive_unit(int32_t dtype)
@@ -50,6 +50,12 @@ static double naive_alibi(const struct naive *n, const struct position *at, int6
     return reference_alibi(n->problem, n->slopes.values[at->b * n->slopes.batch + at->h * n->slopes.head], at->i, j);
 }
 
+/* The query head's sink; -infinity without sinks. */
+static double naive_sink(const struct naive *n, const struct position *at)
+{
+    return n->problem->sinks ? n->sinks.values[at->b * n->sinks.batch + at->h * n->sinks.head] : -INFINITY;
+}
+
 static double naive_dL(const struct naive *n, const struct position *at)
 {
     return n->dL.values ? n->dL.values[at->b * n->dL.batch + at->h * n->dL.head + at->i * n->dL.row] : 0;
@@ -68,6 +74,19 @@ static void naive_add_dbias(struct naive *n, const struct position *at, int64_t 
     n->results.dbias[element] = n->problem->dtype == MFA_F64 ? sum : (float)sum;
     n->dbias_squares[element] += own * own + (view->column ? P * P : P) * D_off * D_off + rounded * rounded;
     n->dbias_off = fmax(n->dbias_off, sqrt(n->dbias_squares[element]));
+}
+
+/* A query's part of dsink, -exp(sink - L) D, and its error: that of L counts as one of the exponent. */
+static void naive_add_dsink(struct naive *n, const struct position *at, double L, double L_off, double D, double D_off)
+{
+    if (!n->results.dsinks || L == -INFINITY)
+        return;
+    const int64_t element = at->b * n->dsinks.batch + at->h * n->dsinks.head;
+    const double sink = naive_sink(n, at), P = exp(sink - L);
+    const double own = P * fabs(D) * (L_off + n->unit * (1 + fabs(sink))), sum = n->results.dsinks[element] - P * D;
+    n->results.dsinks[element] = n->problem->dtype == MFA_F64 ? sum : (float)sum;
+    n->dsinks_squares[element] += own * own + P * P * D_off * D_off + n->unit * sum * n->unit * sum;
+    n->dsinks_off = fmax(n->dsinks_off, sqrt(n->dsinks_squares[element]));
 }
 
 static double largest(const double *values, int64_t count)
@@ -113,7 +132,7 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
 {
     const mfa_problem *p = problem;
     struct naive n = {.problem = p, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
-    n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias;
+    n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias || truth->dsinks;
     struct {
         struct reference_view *view;
         enum reference_tensor tensor;
@@ -123,6 +142,7 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
                   {&n.V, REFERENCE_V, 1},
                   {&n.mask, REFERENCE_MASK, p->mask != MFA_MASK_NONE},
                   {&n.slopes, REFERENCE_SLOPES, p->alibi},
+                  {&n.sinks, REFERENCE_SINKS, p->sinks},
                   {&n.dO, REFERENCE_dO, n.backward},
                   {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
     struct {
@@ -135,7 +155,9 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
                    {&n.results.dK, REFERENCE_dK, n.backward},
                    {&n.results.dV, REFERENCE_dV, n.backward},
                    {&n.results.dbias, REFERENCE_DBIAS, truth->dbias != NULL},
-                   {&n.dbias_squares, REFERENCE_DBIAS, truth->dbias != NULL}};
+                   {&n.dbias_squares, REFERENCE_DBIAS, truth->dbias != NULL},
+                   {&n.results.dsinks, REFERENCE_DSINKS, truth->dsinks != NULL},
+                   {&n.dsinks_squares, REFERENCE_DSINKS, truth->dsinks != NULL}};
     const size_t input_count = sizeof inputs / sizeof *inputs, output_count = sizeof outputs / sizeof *outputs;
     for (size_t at = 0; at < input_count; at++)
         if (inputs[at].needed)
@@ -145,6 +167,8 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
             *outputs[at].values = reference_allocate(reference_count(p, outputs[at].tensor));
     if (truth->dbias)
         n.dbias = reference_view(p, REFERENCE_DBIAS, n.results.dbias);
+    if (truth->dsinks)
+        n.dsinks = reference_view(p, REFERENCE_DSINKS, n.results.dsinks);
 
     if (p->dtype == MFA_F64)
         naive_double(&n);
@@ -162,6 +186,8 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     tolerance->dK = allow(p, REFERENCE_dK, truth->dK, n.results.dK, floor_factor(p->dtype) * n.dK_off * scale);
     tolerance->dV = allow(p, REFERENCE_dV, truth->dV, n.results.dV, floor_factor(p->dtype) * n.dV_off);
     tolerance->dbias = allow(p, REFERENCE_DBIAS, truth->dbias, n.results.dbias, floor_factor(p->dtype) * n.dbias_off);
+    tolerance->dsinks =
+        allow(p, REFERENCE_DSINKS, truth->dsinks, n.results.dsinks, floor_factor(p->dtype) * n.dsinks_off);
 
     for (size_t at = 0; at < input_count; at++)
         free(inputs[at].view->values);

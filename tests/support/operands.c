@@ -10,8 +10,8 @@
 
 const char *tensor_name(enum reference_tensor tensor)
 {
-    static const char *const names[REFERENCE_TENSORS] = {"Q", "K", "V",     "mask", "slopes", "dO", "dL",
-                                                         "O", "L", "o_low", "dQ",   "dK",     "dV", "dbias"};
+    static const char *const names[REFERENCE_TENSORS] = {
+        "Q", "K", "V", "mask", "slopes", "sinks", "dO", "dL", "O", "L", "o_low", "dQ", "dK", "dV", "dbias", "dsinks"};
     return names[tensor];
 }
 
@@ -24,6 +24,7 @@ double **reference_member(struct reference *results, enum reference_tensor tenso
     case REFERENCE_dQ: return &results->dQ;
     case REFERENCE_dK: return &results->dK;
     case REFERENCE_dV: return &results->dV;
+    case REFERENCE_DSINKS: return &results->dsinks;
     default: return &results->dbias;
     }
 }
@@ -83,12 +84,15 @@ void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct varia
     broadcast(&inputs->problem.v_layout, variant.kv_broadcast);
     broadcast(&inputs->problem.mask_layout, variant.mask_broadcast);
     broadcast(&inputs->problem.dbias_layout, variant.dbias_broadcast);
-    broadcast(&inputs->problem.slopes_layout, variant.slopes_broadcast);
+    broadcast(&inputs->problem.slopes_layout, variant.heads_broadcast);
+    broadcast(&inputs->problem.sinks_layout, variant.heads_broadcast);
+    broadcast(&inputs->problem.dsinks_layout, variant.heads_broadcast);
     struct generator generator;
     generator_seed(&generator, seed, text);
     for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++)
         if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) &&
-            (tensor != REFERENCE_SLOPES || problem->alibi) && (tensor != REFERENCE_dL || variant.dlse))
+            (tensor != REFERENCE_SLOPES || problem->alibi) && (tensor != REFERENCE_SINKS || problem->sinks) &&
+            (tensor != REFERENCE_dL || variant.dlse))
             fill(inputs, tensor, &generator);
 }
 
@@ -126,7 +130,12 @@ void operands_open(struct operands *operands, const struct inputs *inputs, enum 
 static int has(const mfa_problem *problem, enum reference_tensor tensor)
 {
     const int is_half = problem->dtype == MFA_F16 || problem->dtype == MFA_BF16;
-    return tensor == REFERENCE_DBIAS ? problem->mask == MFA_MASK_ADDITIVE : tensor == REFERENCE_O_LOW ? is_half : 1;
+    switch (tensor) {
+    case REFERENCE_DBIAS: return problem->mask == MFA_MASK_ADDITIVE;
+    case REFERENCE_DSINKS: return problem->sinks;
+    case REFERENCE_O_LOW: return is_half;
+    default: return 1;
+    }
 }
 
 void operands_open_outputs(struct operands *operands, enum arrangement arrangement, unsigned outputs)
@@ -137,7 +146,7 @@ void operands_open_outputs(struct operands *operands, enum arrangement arrangeme
             reference_shape(&operands->problem, tensor, shape);
             tensor_open_output(&operands->tensors[tensor], tensor_name(tensor),
                                reference_dtype(&operands->problem, tensor), shape, arrangement,
-                               tensor == REFERENCE_DBIAS);
+                               tensor == REFERENCE_DBIAS || tensor == REFERENCE_DSINKS);
             attach(operands, tensor);
         }
 }
@@ -153,7 +162,8 @@ mfa_status operands_run(struct operands *operands, mfa_context *context, int pla
 {
     mfa_buffers buffers = operands->buffers;
     if (operands->problem.pass == MFA_FORWARD)
-        buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias = (mfa_buffer){NULL, 0};
+        buffers.d_o = buffers.dlse = buffers.dq = buffers.dk = buffers.dv = buffers.dbias = buffers.dsinks =
+            (mfa_buffer){NULL, 0};
     if (!planned)
         return mfa_attention(context, &operands->problem, &buffers, NULL);
 

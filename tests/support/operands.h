@@ -12,15 +12,16 @@ enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };
 
 /* Properties of a run that the problem's text does not state. */
 struct variant {
-    int mask_broadcast, dbias_broadcast, kv_broadcast, slopes_broadcast; /* stride 0 along these */
-    int dlse;                                                            /* given to backward */
+    int mask_broadcast, dbias_broadcast, kv_broadcast; /* stride 0 along these */
+    int heads_broadcast;                               /* of slopes, sinks and dsinks, which have a number a head */
+    int dlse;                                          /* given to backward */
 };
 
 /* Values of all inputs, dense and already rounded to their dtypes. */
 struct inputs {
     mfa_problem problem; /* forward; its layouts have stride 0 where the variant broadcasts */
     struct variant variant;
-    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes dO dL; NULL: the problem has none */
+    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes sinks dO dL; NULL: the problem has none */
 };
 
 /* Masks exclude about one key in four, some whole rows, and a third of the keys for half of the rows. */
@@ -37,9 +38,9 @@ struct operands {
 /* Outputs as bits, 1 << REFERENCE_O and so on. */
 #define OUTPUT(tensor) (1U << REFERENCE_##tensor)
 #define FORWARD_OUTPUTS (OUTPUT(O) | OUTPUT(L))
-#define BACKWARD_OUTPUTS (OUTPUT(dQ) | OUTPUT(dK) | OUTPUT(dV) | OUTPUT(DBIAS))
+#define BACKWARD_OUTPUTS (OUTPUT(dQ) | OUTPUT(dK) | OUTPUT(dV) | OUTPUT(DBIAS) | OUTPUT(DSINKS))
 
-/* `outputs` says which outputs exist; dbias only exists for an additive mask, o_low for f16 and bf16. */
+/* `outputs` says which outputs exist; dbias only exists for an additive mask, dsinks with sinks, o_low for f16 and bf16. */
 void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
                    unsigned outputs);
 

@@ -83,5 +83,6 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
         random_band(&r, p);
     random_memory(&r, p, &drawn->variant, &drawn->arrangement);
     p->alibi = !random_between(&r, 0, 4);
-    drawn->variant.slopes_broadcast = (int)random_between(&r, 0, 3);
+    p->sinks = !random_between(&r, 0, 4);
+    drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);
 }

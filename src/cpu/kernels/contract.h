@@ -74,6 +74,8 @@ struct mfa_cpu_kernels {
     mfa_cpu_task_function *backward_preprocess, *backward, *decode_backward;
     /* if dbias is wanted: one task for each tile of it (mfa_cpu_dbias_tiles) */
     mfa_cpu_task_function *dbias;
+    /* if dsinks is wanted: one task for each element of it (mfa_cpu_dsinks_count) */
+    mfa_cpu_task_function *dsinks;
 
     /* Bytes of scratch that a worker needs, whole multiples of 64; only sizes and tiling of the call are read. That of
      * forward or decode is for merge too, that of backward for backward_preprocess and dbias. */
@@ -108,6 +110,11 @@ static inline struct mfa_cpu_dbias_tiles mfa_cpu_dbias_tiles(const struct mfa_cp
         .columns = a->dbias.column ? mfa_cpu_ceil(a->kv_len, call->block_kv) : 1,
     };
     return t;
+}
+
+static inline int64_t mfa_cpu_dsinks_count(const struct mfa_args *a)
+{
+    return (a->dsinks.batch ? a->batch : 1) * (a->dsinks.head ? a->q_heads : 1);
 }
 
 #endif

@@ -19,6 +19,7 @@
 #include "cpu/kernels/attention/kv_source.h"
 #include "cpu/kernels/attention/bias.h"
 #include "cpu/kernels/attention/score.h"
+#include "cpu/kernels/attention/sinks.h"
 #include "cpu/kernels/attention/softmax.h"
 #include "cpu/kernels/attention/gradients.h"
 
@@ -31,6 +32,7 @@
 #include "cpu/kernels/attention/backward.h"
 #include "cpu/kernels/attention/decode_backward.h"
 #include "cpu/kernels/attention/dbias.h"
+#include "cpu/kernels/attention/dsinks.h"
 
 const struct mfa_cpu_kernels KERNEL_SET = {
     .lanes = LANES,
@@ -45,6 +47,7 @@ const struct mfa_cpu_kernels KERNEL_SET = {
     .backward = backward,
     .decode_backward = decode_backward,
     .dbias = dbias,
+    .dsinks = dsinks,
     .forward_scratch = forward_scratch,
     .decode_scratch = decode_scratch,
     .backward_scratch = backward_scratch,

@@ -20,6 +20,7 @@ using namespace metal;
 #include "metal/kernels/simdgroup.h"
 #include "metal/kernels/score.h"
 #include "metal/kernels/softmax.h"
+#include "metal/kernels/sinks.h"
 #include "metal/kernels/block_range.h"
 #include "metal/kernels/forward.h"
 
@@ -59,7 +60,7 @@ METAL_FUNC void merge_key_groups(thread accumulator &acc, thread const simdgroup
 attention_decode(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
                  device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                  device storage *O [[buffer(10)]], device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
-                 device float *partials [[buffer(2)]],
+                 device const float *sinks [[buffer(20)]], device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                  device uint *visited [[buffer(5)]],
 #endif
@@ -84,5 +85,5 @@ attention_decode(constant mfa_metal_call &call [[buffer(0)]], device const stora
     if (call.splits > 1)
         store_split(acc, q, coord.column, call, sg, partials);
     else
-        store_rows(acc, q, call, sg, forward_results{O, O_low, L});
+        store_rows(acc, q, call, sg, forward_results{O, O_low, L, sinks});
 }

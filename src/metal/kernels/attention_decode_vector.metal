@@ -30,6 +30,7 @@ using namespace metal;
 #include "metal/kernels/simdgroup.h"
 #include "metal/kernels/score.h"
 #include "metal/kernels/softmax.h"
+#include "metal/kernels/sinks.h"
 #include "metal/kernels/block_range.h"
 
 /* A lane has runs of four columns of a row: the first at 4 times its number among COLUMN_LANES, then RUN_STRIDE apart,
@@ -207,6 +208,7 @@ METAL_FUNC void store_sums(thread const accumulator &acc, threadgroup float *sum
 struct results {
     device storage *O, *O_low;
     device uint *L;
+    device const float *sinks;
     device float *partials;
 };
 
@@ -221,7 +223,8 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
         all.m = max(all.m, sums[SUM_OF(g, r)]);
     for (int g = 0; g < KEY_GROUPS; g++)
         all.l += softmax_rescale(sums[SUM_OF(g, r)], all.m) * sums[SUM_OF(g, r) + 1];
-    float inverse = softmax_inverse(all.l);
+    softmax_state end = all;
+    float inverse = softmax_end(end, out.sinks, args, q.seq, own.head);
     long row = (q.seq.batch * args.kv_heads + q.kv_head) * q.seq.q_len * call.pack_gqa + q.row[r];
     device float *partial = out.partials + (row * call.splits + split) * (args.value_dim + 2);
     long O_row = q_offset(q.seq, args.o, own.head, own.i);
@@ -241,7 +244,7 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
         partial[0] = all.m;
         partial[1] = all.l;
     } else if (thread_index == 0 && (call.present >> MFA_METAL_BUFFER_LSE & 1)) {
-        out.L[q_offset(q.seq, args.lse, own.head, own.i)] = log_sum_exp(all.m, all.l);
+        out.L[q_offset(q.seq, args.lse, own.head, own.i)] = log_sum_exp(end.m, end.l);
     }
 }
 
@@ -249,7 +252,8 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
 attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
                         device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                         device storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
-                        device storage *O_low [[buffer(18)]], device float *partials [[buffer(2)]],
+                        device storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
+                        device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                         device uint *visited [[buffer(5)]],
 #endif
@@ -274,5 +278,5 @@ attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]], device cons
     UNROLL
     for (int r = 0; r < LANE_ROWS; r++)
         if (q.own[r].valid)
-            merge_row(sums, q, r, coord.column, call, int(index), results{O, O_low, L, partials});
+            merge_row(sums, q, r, coord.column, call, int(index), results{O, O_low, L, sinks, partials});
 }

@@ -14,10 +14,12 @@ using namespace metal;
 #include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/softmax.h"
+#include "metal/kernels/sinks.h"
 
 kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device storage *O [[buffer(10)]],
                             device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
-                            device const float *partials [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+                            device const float *sinks [[buffer(20)]], device const float *partials [[buffer(2)]],
+                            uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
@@ -35,7 +37,8 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
     for (int p = int(lane); p < splits; p += 32)
         s.l += softmax_rescale(parts[p * step], s.m) * parts[p * step + 1];
     s.l = simd_sum(s.l);
-    float inverse = softmax_inverse(s.l);
+    softmax_state end = s;
+    float inverse = softmax_end(end, sinks, args, row.seq, row.q.head);
 
     long O_row = q_offset(row.seq, args.o, row.q.head, row.q.i);
     for (int d = int(lane); valid && d < columns; d += 32) {
@@ -47,5 +50,5 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
             O_low[O_row + d * args.o.column] = narrow_rest(sum * inverse);
     }
     if (valid && lane == 0 && (call.present >> MFA_METAL_BUFFER_LSE & 1))
-        L[q_offset(row.seq, args.lse, row.q.head, row.q.i)] = log_sum_exp(s.m, s.l);
+        L[q_offset(row.seq, args.lse, row.q.head, row.q.i)] = log_sum_exp(end.m, end.l);
 }

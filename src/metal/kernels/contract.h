@@ -25,6 +25,8 @@
 #define MFA_METAL_BUFFER_DK 15
 #define MFA_METAL_BUFFER_DV 16
 #define MFA_METAL_BUFFER_O_LOW 18
+#define MFA_METAL_BUFFER_SINKS 20
+#define MFA_METAL_BUFFER_DSINKS 21
 
 /* The block mask: what the mask leaves of each block of block_q rows x block_kv keys, one byte a block. */
 #define MFA_METAL_BLOCK_EMPTY 0   /* the mask excludes every score: the block is not visited */

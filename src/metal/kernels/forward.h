@@ -23,6 +23,7 @@ struct forward_operands {
 struct forward_results {
     device storage *O, *O_low;
     device uint *L;
+    device const float *sinks;
 };
 
 /* Of the lane's rows. All simdgroups that share rows and keys have the same m and l, and each its slice of O. */
@@ -117,7 +118,8 @@ METAL_FUNC void store_split(thread const accumulator &acc, thread const q_block 
     }
 }
 
-/* The epilogue: O = O / l, L = ln(2) * (m + log2(l)); 0 and -inf for a row without keys. O_low gets what rounding takes
+/* The epilogue: O = O / l, L = ln(2) * (m + log2(l)); 0 and -inf for a row without keys; with sinks, 0 and the
+ * sink. O_low gets what rounding takes
  * off O. */
 METAL_FUNC void store_rows(thread const accumulator &acc, thread const q_block &q, constant mfa_metal_call &call,
                            thread const simdgroup_coord &sg, thread const forward_results &out)
@@ -128,12 +130,13 @@ METAL_FUNC void store_rows(thread const accumulator &acc, thread const q_block &
         if (!q.own[r].valid)
             continue;
         thread const float2 *O = acc.O + r * E_FRAGMENTS;
-        float inverse = softmax_inverse(acc.state[r].l);
+        softmax_state end = acc.state[r];
+        float inverse = softmax_end(end, out.sinks, args, q.seq, q.own[r].head);
         long row = q_offset(q.seq, args.o, q.own[r].head, q.own[r].i);
         store_row<E_FRAGMENTS>(out.O + row, args.o.column, E_COLUMN(sg), int(args.value_dim), O, inverse);
         if (call.present >> MFA_METAL_BUFFER_O_LOW & 1)
             store_row<E_FRAGMENTS, true>(out.O_low + row, args.o.column, E_COLUMN(sg), int(args.value_dim), O, inverse);
         if ((call.present >> MFA_METAL_BUFFER_LSE & 1) && sg.slice == 0 && sg.at.column == 0)
-            out.L[q_offset(q.seq, args.lse, q.own[r].head, q.own[r].i)] = log_sum_exp(acc.state[r].m, acc.state[r].l);
+            out.L[q_offset(q.seq, args.lse, q.own[r].head, q.own[r].i)] = log_sum_exp(end.m, end.l);
     }
 }

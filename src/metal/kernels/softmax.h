@@ -2,6 +2,7 @@
  * l the sum of P = exp2(S - m), O the sum of P V. */
 
 #define ROW_MAX_INIT (-0.95e38f) /* m of a row before its first key: below any score that is not masked (score.h) */
+#define SINK_MIN (-1.0e38f)      /* below ROW_MAX_INIT: exp2(SINK_MIN - m) is 0 */
 #define LSE_EMPTY_ROW 1.0e38f    /* L of a row without keys, for the backward pass: exp(S - L) is 0 for all its S */
 
 struct softmax_state {

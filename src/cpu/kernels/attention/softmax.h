@@ -1,5 +1,5 @@
 /* The online softmax: m, l and O of queries, started, kept up to date and brought to an end here, for forward, decode
- * and merge. A sink would enter where they start or end.
+ * and merge. A sink (sinks.h) enters where they end.
  *
  * m is a reference, not the maximum itself: it lags by at most RESCALE_THRESHOLD, which keeps P = exp(S - m) below
  * RESCALE_THRESHOLD_EXP and saves nearly all rescaling. The result is the same function. */
@@ -160,6 +160,23 @@ static void decode_softmax_step(int R, real *S, int64_t vectors, struct accumula
 
 /* --- The end ---------------------------------------------------------------------------------- */
 
+/* What O of a lane is multiplied by at the end, and L = m + log(l). */
+struct softmax_end {
+    real weight, L;
+};
+
+static inline struct softmax_end softmax_end(const struct mfa_cpu_call *call, const struct panel *panel,
+                                             struct accumulators acc, int64_t lane)
+{
+    const real m = acc.m[lane], l = acc.l[lane];
+    if (!(call->features & CPU_SINKS))
+        return (struct softmax_end){l == 0 ? 0 : *acc.unit / l,
+                                    l == 0 ? -(real)INFINITY : (real)((double)m / S_UNIT + log((double)l))};
+    const struct sink_sum with = add_sink((double)m, (double)l, sink_of(call, &panel->seq, panel->head[lane]));
+    return (struct softmax_end){with.l == 0 ? 0 : (real)((double)*acc.unit * with.alpha / with.l),
+                                with.l == 0 ? -(real)INFINITY : (real)(with.m / S_UNIT + log(with.l))};
+}
+
 /* O = unit * O / l and L = m + log(l): writes the panel's rows of O and L, and of what rounding takes off O if that is
  * wanted. rows: room for LANES rows of O. */
 static void softmax_epilogue(const struct mfa_cpu_call *call, const struct panel *panel, struct accumulators acc,
@@ -171,19 +188,16 @@ static void softmax_epilogue(const struct mfa_cpu_call *call, const struct panel
         real *row = rows + i % LANES * e;
         if (i % LANES == 0)
             transpose(acc.O + i, PANEL, rows, e, e, LANES);
-        scale_vectors(row, e, acc.l[i] == 0 ? 0 : *acc.unit / acc.l[i]);
+        const struct softmax_end end = softmax_end(call, panel, acc, i);
+        scale_vectors(row, e, end.weight);
+        if (call->lse)
+            *(real *)panel_row(panel, call->lse, sizeof(real), &a->lse, i) = end.L;
         char *to = (char *)panel_row(panel, call->o, bytes, &a->o, i);
         if (call->o_low)
             store_row_and_rest(to, (char *)panel_row(panel, call->o_low, bytes, &a->o, i), call->dtype, a->o.column,
                                row, a->value_dim);
         else
             store_row(to, call->dtype, a->o.column, row, a->value_dim);
-    }
-    if (!call->lse)
-        return;
-    for (int64_t i = 0; i < panel->lanes; i++) {
-        real *at = (real *)panel_row(panel, call->lse, sizeof(real), &a->lse, i);
-        *at = acc.l[i] == 0 ? -(real)INFINITY : (real)((double)acc.m[i] / S_UNIT + log((double)acc.l[i]));
     }
 }
 

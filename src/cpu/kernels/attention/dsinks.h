@@ -1,0 +1,32 @@
+/* dsink = -sum of exp(sink - L) * D over the queries of a head: a task for each element of dsinks. */
+
+static double dsink_of_head(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head)
+{
+    const double sink = sink_of(call, seq, head);
+    double sum = 0;
+    for (int64_t block = 0; block < q_blocks(call); block++) {
+        const struct q_block q = q_block_of(call, seq, head, block);
+        const real *D = q_block_D(call, &q, 0), *L = q_block_L(call, &q, 0);
+        for (int64_t i = 0; i < q.rows; i++)
+            sum -= exp((sink - (double)L[i]) / S_UNIT) * ((double)D[i] / (OPERANDS_AS_GIVEN ? 1 : call->dS_factor));
+    }
+    return sum;
+}
+
+/* An element of dsinks, summed over the dimensions along which it has stride 0. */
+static void dsinks(void *data, int64_t task, int worker)
+{
+    const struct mfa_cpu_call *call = data;
+    const struct mfa_args *a = &call->args;
+    const int64_t batches = a->dsinks.batch ? 1 : a->batch, heads = a->dsinks.head ? 1 : a->q_heads;
+    const int64_t head = task * heads % a->q_heads, batch = task * heads / a->q_heads;
+    const struct sequence first = sequence_of(call, batch);
+    double sum = 0;
+    (void)worker;
+    for (int64_t b = batch; b < batch + batches; b++) {
+        const struct sequence seq = sequence_of(call, b);
+        for (int64_t h = head; h < head + heads; h++)
+            sum += dsink_of_head(call, &seq, h);
+    }
+    *(float *)(void *)sequence_row(&first, call->dsinks, sizeof(float), &a->dsinks, head, 0) = (float)sum;
+}

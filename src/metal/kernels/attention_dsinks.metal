@@ -1,0 +1,47 @@
+/* dsink = -sum of exp(sink - L) * D over the queries of a head, and over the dimensions along which dsinks has stride 0:
+ *
+ *     each threadgroup has an element of dsinks
+ *         each thread sums its share of the rows; the sums of all threads are added, in order
+ */
+#include <metal_stdlib>
+#include "core/args.h"
+#include "metal/kernels/contract.h"
+using namespace metal;
+#include "metal/kernels/element.h"
+#include "metal/kernels/fragment.h"
+#include "metal/kernels/grid.h"
+#include "metal/kernels/sequence.h"
+#include "metal/kernels/softmax.h"
+#include "metal/kernels/sinks.h"
+
+#define SIMDGROUPS 4
+
+kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]], device const float *sinks [[buffer(20)]],
+                             device float *dsinks [[buffer(21)]], device const float *D [[buffer(3)]],
+                             device const float *L [[buffer(4)]], threadgroup float *exchange TG_ARG(0),
+                             uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
+{
+    constant mfa_args &args = call.args;
+    grid_coord own = threadgroup_coord(call, group);
+    int batches = args.dsinks.batch == 0 ? int(args.batch) : 1, heads = args.dsinks.head == 0 ? int(args.q_heads) : 1;
+    float sum = 0.0f;
+    for (int batch = own.batch; batch < own.batch + batches; batch++) {
+        sequence seq = sequence_of(call, batch);
+        for (int head = own.head; head < own.head + heads; head++) {
+            float sink = sink_of(sinks, args, seq, head);
+            long first = row_stats_index(seq, args, head, 0);
+            for (int i = int(index); i < seq.q_len; i += SIMDGROUPS * 32)
+                sum -= fast::exp2(sink - L[first + i] * LOG2E) * D[first + i];
+        }
+    }
+    sum = simd_sum(sum);
+    if (lane == 0)
+        exchange[simdgroup] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (index != 0)
+        return;
+    for (int s = 1; s < SIMDGROUPS; s++)
+        sum += exchange[s];
+    dsinks[q_offset(sequence_of(call, own.batch), args.dsinks, own.head, 0)] = sum;
+}
