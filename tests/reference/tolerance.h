@@ -27,7 +27,8 @@
  *     of the O that backward is given do to it; dS_ij by P_ij times these, and as P_ij by that times |dP_ij - D_i|
  *     of O, dV, dbias, dQ and dK each term is off by this times the element of V, dO, 1, K or Q (and scale) beside it,
  *     and each sum by its own roundings; for the last two a softcap's derivative is off as well
- *     dsink: a term P_i D_i, P_i being exp(sink - L_i), by P_i |D_i| (l_i + u + u |sink|) and by P_i times the error of D_i
+ *     dsink: a term P_i D_i, P_i being exp(sink - L_i), by P_i |D_i| (l_i + u + u |sink|) and by P_i times the error of
+ *     D_i
  * |x| being the length of a row.
  *
  * o + o_low is O before it was rounded. Its tolerance is the floor alone, with the rounding of o_low in place of an

@@ -40,7 +40,8 @@ struct operands {
 #define FORWARD_OUTPUTS (OUTPUT(O) | OUTPUT(L))
 #define BACKWARD_OUTPUTS (OUTPUT(dQ) | OUTPUT(dK) | OUTPUT(dV) | OUTPUT(DBIAS) | OUTPUT(DSINKS))
 
-/* `outputs` says which outputs exist; dbias only exists for an additive mask, dsinks with sinks, o_low for f16 and bf16. */
+/* `outputs` says which outputs exist; dbias only exists for an additive mask, dsinks with sinks, o_low for f16 and
+ * bf16. */
 void operands_open(struct operands *operands, const struct inputs *inputs, enum arrangement arrangement,
                    unsigned outputs);
 

@@ -1,4 +1,5 @@
-/* dsink = -sum of exp(sink - L) * D over the queries of a head, and over the dimensions along which dsinks has stride 0:
+/* dsink = -sum of exp(sink - L) * D over the queries of a head, and over the dimensions along which dsinks has
+ * stride 0:
  *
  *     each threadgroup has an element of dsinks
  *         each thread sums its share of the rows; the sums of all threads are added, in order

@@ -1,5 +1,5 @@
-/* Attention sinks: one more logit of each query head in the softmax, which has no key and no value. Nothing is different
- * while keys are visited; the sink enters at the end (softmax_end), and its gradient
+/* Attention sinks: one more logit of each query head in the softmax, which has no key and no value. Nothing is
+ * different while keys are visited; the sink enters at the end (softmax_end), and its gradient
  * (dsinks.h) needs D and L alone. */
 
 /* The sink of a query head, in the unit of S. */
