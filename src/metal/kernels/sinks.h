@@ -1,5 +1,6 @@
 /* Attention sinks: one more logit of each query head in the softmax, which has no key and no value. Nothing is
- * different while keys are visited; the sink enters at the end, and its gradient (attention_dsinks) needs D and L alone. */
+ * different while keys are visited; the sink enters at the end, and its gradient (attention_dsinks) needs D and L
+ * alone. */
 
 /* The sink of a query head, in units of log 2; finite, so that no difference is NaN unless it is itself. */
 METAL_FUNC float sink_of(device const float *sinks, constant mfa_args &args, thread const sequence &seq, int head)
