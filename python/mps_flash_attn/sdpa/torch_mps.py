@@ -47,8 +47,9 @@ KERNELS = (
     # #181852 for 256 columns, #181855 for causal calls, #183458 for additive masks, which SDPA makes of bool ones, and
     # #183280 for grouped heads, whose keys and values were copied once for each query head before.
     Kernel("sdpa_vector", "2.13", True, (64, 96, 128, 256), _FLOATS),
-    # #152781. Later ones corrected its results: #163598 (2.9), #169222 (2.10), and those of issue #174861 (2.11).
-    Kernel("sdpa_vector", "2.8", True, (64, 96, 128), _FLOATS, is_general=False),
+    # It came with 2.8 (#152781), but its results were wrong for some calls until 2.11: #163598 (2.9), #169222 (2.10),
+    # and those of issue #174861 (2.11). Before, libmfa runs those calls.
+    Kernel("sdpa_vector", "2.11", True, (64, 96, 128), _FLOATS, is_general=False),
 )
 
 _STRIDED_MACOS = (15,)  # before it, calls with tensors that are not contiguous go to the composite operator
