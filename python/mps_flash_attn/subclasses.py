@@ -56,7 +56,8 @@ def upper_bound(bias: Any, q_len: int, kv_len: int) -> int:
     """The upper bound of j - i that a CausalBias stands for."""
     module = sys.modules["torch.nn.attention.bias"]
     variant = getattr(bias, "variant", None)
-    if type(bias) is not module.CausalBias or variant not in list(module.CausalVariant):
+    variants = module.CausalVariant.UPPER_LEFT, module.CausalVariant.LOWER_RIGHT
+    if type(bias) is not module.CausalBias or variant not in variants:
         raise TypeError(
             f"attn_mask is a {type(bias).__name__} that does not say which bias it is, as one that an operation "
             "returned; it must be as causal_upper_left or causal_lower_right made it"

@@ -23,6 +23,8 @@ COMPILED = {
     "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q[..., :1] * 2).flatten(2),
     "other width": lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :7]).flatten(1),
     "grouped": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True),
+    "one head of keys": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]),
+    "one head of queries": lambda q, k, v: F.scaled_dot_product_attention(q[:, :1], k, v),
     "three dimensions": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
     "broadcast": lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]),
 }

@@ -122,17 +122,23 @@ WITHOUT_MEANING = "attn_mask is a CausalBias that does not say which bias it is"
 ELSEWHERE = "is a {}, whose values may be elsewhere than in its memory; it must be a plain tensor"
 
 
-@pytest.mark.parametrize("case", ["lengths", "part", "sum", "moved", "subclass"])
+class Mine(CausalBias):
+    pass
+
+
+REFUSED = {
+    "lengths": (lambda: causal_upper_left(9, 5), ValueError, "for 9 queries and 5 keys; it must be .* 5 and 9"),
+    "part": (lambda: causal_lower_right(5, 9)[1:], TypeError, WITHOUT_MEANING),
+    "sum": (lambda: causal_lower_right(5, 9) + 1, TypeError, WITHOUT_MEANING),
+    "moved": (lambda: causal_lower_right(5, 9).to(torch.float64), TypeError, WITHOUT_MEANING),
+    "subclass": (lambda: Mine(CausalVariant.LOWER_RIGHT, 5, 9), TypeError, "is a Mine that does not say"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
 def test_causal_bias_refused(case):
-    bias = causal_lower_right(5, 9)
-    mine = type("Mine", (CausalBias,), {})
-    mask, exception, sentence = {
-        "lengths": (causal_upper_left(9, 5), ValueError, "for 9 queries and 5 keys; it must be .* 5 and 9"),
-        "part": (bias[1:], TypeError, WITHOUT_MEANING),
-        "sum": (bias + 1, TypeError, WITHOUT_MEANING),
-        "moved": (bias.to(torch.float64), TypeError, WITHOUT_MEANING),
-        "subclass": (mine(CausalVariant.LOWER_RIGHT, 5, 9), TypeError, "is a Mine that does not say"),
-    }[case]
+    make, exception, sentence = REFUSED[case]
+    mask = make()
     for function in (flash_attention, explain):
         with pytest.raises(exception, match=sentence):
             function(*operands(), attn_mask=mask, enable_gqa=True)

@@ -193,11 +193,19 @@ def run_by_operator(
     return out if support.fits else out.view(shape)
 
 
-def _torch_backend_by_operator(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> int | None:
+def _torch_backend_by_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> int | None:
     """torch_backend(), without an operator that modes would see."""
     if all(map(tensors.is_plain, (query, key, value))):
         with torch._C._DisableTorchDispatch():
-            return torch_backend(query, key, value, *others)
-    if flash_is_enabled() and shapes.is_fused(query, key, value, others[0]):
+            return torch_backend(query, key, value, mask, is_causal, scale, enable_gqa)
+    if flash_is_enabled() and shapes.is_fused(query, key, value, mask, enable_gqa):
         return FUSED
     return MATH if torch._C._get_math_sdp_enabled() or query.device.type == "mps" else None

@@ -18,7 +18,11 @@ Shape = Sequence[int]
 
 HEAD_DIM_MAX = 512
 LENGTHS = "lengths of key and value"  # PyTorch's fused kernel would read past the end of the shorter one
-_FUSES_THREE_DIMENSIONS = torch.__version__ >= "2.14"  # PyTorch's fused kernel takes tensors without a batch, too
+# What PyTorch's fused kernel takes, too: grouped heads with enable_gqa; one head of K and V for all of Q without it;
+# tensors without a batch.
+_FUSES_GROUPED_HEADS = torch.__version__ >= "2.9"
+_FUSES_SHARED_HEAD = torch.__version__ >= "2.14"
+_FUSES_THREE_DIMENSIONS = torch.__version__ >= "2.14"
 
 
 class Support(NamedTuple):
@@ -134,7 +138,7 @@ def _in_front(tensor: Tensor, place: int, rank: int) -> Tensor:
     return tensor[index]
 
 
-def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> bool:
     """Whether PyTorch's fused CPU kernel accepts such tensors. Its result has the layout of the query; that of the
     unfused path is contiguous."""
     if _FUSES_THREE_DIMENSIONS and query.dim() == key.dim() == value.dim() == 3:
@@ -144,6 +148,10 @@ def is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[0] != key.shape[0]:
         return False
     if query.device.type != "cpu" or key.shape[:2] != value.shape[:2] or query.shape[3] != value.shape[3]:
+        return False
+    if query.shape[1] != key.shape[1] and not (
+        _FUSES_GROUPED_HEADS if enable_gqa else _FUSES_SHARED_HEAD and key.shape[1] == 1
+    ):
         return False
     if mask is not None and (mask.requires_grad or mask.dim() == 3):
         return False
