@@ -2,7 +2,8 @@
 sets another, and MFA_RANDOM=1 draws a new one.
 
 A test whose library is missing fails. On a machine that does not have it, --without NAME leaves its tests out, and the
-run says so. The rest needs PyTorch, pytest and hypothesis.
+run says so. The rest needs PyTorch, pytest, hypothesis and matplotlib. What fails with an old PyTorch by its own fault
+is listed in versions.py, and expected.
 
 With MFA_BACKEND=metal the same tests run on the Metal backend (stand_in.py); what it cannot do is left out, and said.
 """
@@ -20,6 +21,7 @@ from mps_flash_attn import restore_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn.attention import Explanation
 from mps_flash_attn.library import DEVICES, changed, library
 from stand_in import BACKEND, ON_METAL
+from versions import expect_failures
 
 LIBRARIES = ("diffusers", "expecttest", "rich", "transformers")
 # What these files test lies above the backends, in code that does not know which it has: once, on the CPU, is enough.
@@ -56,6 +58,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    expect_failures(items)
     for item in items:
         for mark in item.iter_markers("needs"):
             if mark.args[0] in config.getoption("--without"):
