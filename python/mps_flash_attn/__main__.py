@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "--features",
         nargs="+",
         default=["none", "band"],
-        help="none, band (causal, windows), mask_bool, mask_f32 etc., softcap, alibi; both: band+softcap (none band)",
+        help="none, band (causal, windows), mask_bool, mask_f32 etc., softcap, alibi, sinks; "
+        "both: band+softcap (none band)",
     )
     made.add_argument("--backward", action="store_true", help="those of the backward pass, too")
     made.add_argument("--folder", type=Path, help="where the files go; without it, libmfa's cache")

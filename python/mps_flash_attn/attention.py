@@ -40,6 +40,7 @@ def flash_attention(
     return_lse: Literal[False] = False,
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -58,6 +59,7 @@ def flash_attention(
     return_lse: Literal[True],
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -76,6 +78,7 @@ def flash_attention(
     return_lse: bool,
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -93,6 +96,7 @@ def flash_attention(
     return_lse: bool = False,
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key.T + attn_mask) @ value, never holding the L x S matrix of scores.
 
@@ -105,7 +109,8 @@ def flash_attention(
         s = s + attn_mask[i, j]                  if the mask is of a float dtype
         s = s - slope * |i + S - L - j|          if alibi_slopes are given
 
-    and the result is zero for a query that may see no key.
+    and the result is zero for a query that may see no key. With sinks, each query head has one more logit in its
+    softmax, which has no key and no value: a query's weights are exp(s) / (exp(sink) + sum of exp(s)).
 
     is_causal     True or "top_left": query i sees keys j <= i, as in scaled_dot_product_attention.
                   "bottom_right": j <= i + S - L, so that the last query sees the last key.
@@ -121,8 +126,12 @@ def flash_attention(
     enable_gqa    allows fewer heads in key and value: query head h uses head h // (H // Hkv).
     return_lse    returns (out, lse), where lse is (B, H, L), the logarithm of each row's sum of exp(s): float32
                   (float64 for float64), -inf where a query may see no key. It is differentiable.
+                  With sinks exp(sink) is in the sum: lse is the sink where a query may see no key.
     alibi_slopes  ALiBi, as in flash-attn: float32, (H,) or (B, H), the slope of each query head. It gets no gradient:
                   TypeError if it requires one.
+    sinks         attention sinks, gpt-oss's `s_aux` and flash-attn's `learnable_sink`: (H,) or (B, H), the logit of
+                  each query head, neither scaled nor capped, -inf being none. Float32 or of the query's dtype, and
+                  read as float32. They get a gradient of their own shape and dtype if they require one.
     bf16_backward exists for mps-flash-attn on PyPI; ValueError if True.
 
     Arguments that do not fit together raise ValueError or TypeError, which say what is accepted. A valid call that
@@ -135,35 +144,37 @@ def flash_attention(
         # The type is in the key because 2.0 == 2, but a window of 2.0 raises an error.
         window_type = repr(window_size) if type(window_size) is tuple else type(window_size)
         options_key = (is_causal, scale, window_size, window_type, softcap, enable_gqa, return_lse, bf16_backward)
-        cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key) if alibi_slopes is None else None
-        if cached is not None:
-            return cached.attend(query, key, value, attn_mask)
+        if alibi_slopes is None and sinks is None:
+            cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key)
+            if cached is not None:
+                return cached.attend(query, key, value, attn_mask)
     if bf16_backward:
         raise ValueError(
             f"bf16_backward is {bf16_backward!r}; leave it out: gradients have the precision of the operands, which "
             "may be bfloat16"
         )
     mask, bias = subclasses.split(attn_mask)
-    given = [query, key, value, *(tensor for tensor in (mask, alibi_slopes) if tensor is not None)]
+    given = [query, key, value, *(tensor for tensor in (mask, sinks, alibi_slopes) if tensor is not None)]
     if not by_operator and needs_operator(*given):
         by_operator = True
         if subclasses.have_torch_function(*given):
             keywords: dict[str, Any] = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
-            keywords["alibi_slopes"] = alibi_slopes
+            keywords |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
             arguments: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
             return handle_torch_function(flash_attention, given, *arguments, **keywords)
-        query, key, value, mask, alibi_slopes = _check_readable(query, key, value, mask, alibi_slopes)
+        query, key, value, mask, sinks, alibi_slopes = _check_readable(query, key, value, mask, sinks, alibi_slopes)
+    sinks = _sinks(sinks, query)
     is_cast = not by_operator and tensors.is_autocast(query)
     if is_cast:  # the operators have a rule for autocast of their own
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
-    inputs = query, key, value, mask, _of_batch(alibi_slopes, query)
+    inputs = query, key, value, mask, problem.of_heads("sinks", sinks, query), _slopes(alibi_slopes, query)
     if by_operator:
         out, lse = attention_forward(*inputs, *options)
         return (out, lse) if return_lse else out
     call = Call(EAGER, options, bool(return_lse))
-    if not is_cast and bias is None and alibi_slopes is None:
+    if not is_cast and bias is None and sinks is None and alibi_slopes is None:
         dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, call)
     if is_differentiated(*inputs):
         return Attention.apply(*inputs, call)
@@ -232,6 +243,7 @@ def explain(
     enable_gqa: bool = False,
     backward: bool = False,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Explanation:
     """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
     needs beside the operands; or why the call is not supported. Nothing is computed.
@@ -240,19 +252,21 @@ def explain(
     arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is not supported
     does not raise."""
     mask, bias = subclasses.split(attn_mask)
-    *operands, slopes = _check_readable(query, key, value, mask, alibi_slopes)
+    *operands, sinks, slopes = _check_readable(query, key, value, mask, sinks, alibi_slopes)
+    sinks = _sinks(sinks, query)
     if tensors.is_autocast(query):
         operands = list(tensors.autocast(*operands))
     query, key, value, mask = operands
     _check_heads(query, key, value, mask, enable_gqa)
     options = _options(query, key, bias, is_causal, window_size, scale, softcap)
-    inputs = problem.Inputs(query, key, value, mask, _of_batch(slopes, query))
+    sinks = problem.of_heads("sinks", sinks, query)
+    inputs = problem.Inputs(query, key, value, mask, sinks, _slopes(slopes, query))
     problem.check(inputs)
     tensors.refuse_short_storage(**inputs._asdict())
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
         if backward:
-            wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool)
+            wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool, sinks is not None)
             gradients = map(tensors.gradient, inputs, wanted)
             of_backward = problem.Operands(inputs, out, rows, out, None)
             return Explanation.of(problem.pack_backward(of_backward, options, gradients))
@@ -268,15 +282,22 @@ def _check_readable(*inputs: Tensor | None) -> list[Any]:
     return [None if one is None and name in _OPTIONAL else tensors.check(name, one) for name, one in named]
 
 
-def _of_batch(slopes: Tensor | None, query: Tensor) -> Tensor | None:
+def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """The sinks in float32. `query`: before autocast."""
+    if not isinstance(sinks, torch.Tensor) or sinks.dtype is torch.float32:
+        return sinks
+    if sinks.dtype is not query.dtype:
+        accepted = "float32" if query.dtype is torch.float32 else f"float32, or {tensors.dtype_name(query)} as query"
+        raise TypeError(f"sinks is {tensors.dtype_name(sinks)}; it must be {accepted}")
+    return sinks.float()
+
+
+def _slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
     """ALiBi's slopes as (batch, heads)."""
-    if slopes is None:
-        return None
-    if not isinstance(slopes, torch.Tensor):
-        raise TypeError(f"alibi_slopes is a {type(slopes).__name__}; it must be a torch.Tensor")
-    if slopes.requires_grad:
+    slopes = problem.of_heads("alibi_slopes", slopes, query)
+    if slopes is not None and slopes.requires_grad:
         raise TypeError("alibi_slopes requires a gradient; it gets none, so it must be a tensor that does not")
-    return slopes.expand(query.shape[0], -1) if slopes.dim() == 1 else slopes
+    return slopes
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> None:

@@ -25,7 +25,7 @@ from .problem import DIFFERENTIABLE, NO_MORE, Inputs, InputsTuple, OperandsTuple
 from .transforms import below, beneath_autograd, count_of_modes, needs_operator
 
 _INPUTS = len(Inputs._fields)
-_NO_GRADIENTS = (*NO_MORE, None)  # of the other inputs, and of the call
+_NO_GRADIENTS = (None,) * (_INPUTS - DIFFERENTIABLE)  # of the other inputs
 
 
 # --- The function --------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Attention(transforms.Function):
         if d_out is None:
             d_out = tensors.incoming(None, out)
         operands = inputs, out, lse, d_out, d_lse, low[0] if low else None  # as in Operands
-        return (*ctx.call.backward(operands, ctx.needs_input_grad[:DIFFERENTIABLE]), *_NO_GRADIENTS)
+        return (*ctx.call.backward(operands, ctx.needs_input_grad[:DIFFERENTIABLE]), *_NO_GRADIENTS, None)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
@@ -98,7 +98,7 @@ class _Gradients(transforms.Function):
             *options, wanted = ctx.options
             found = ctx.second(incoming, ctx.saved_tensors, Options(*options), wanted)
         d_out, *inputs = found
-        return None, None, d_out, None, *inputs, *NO_MORE, None, None, *(None for _ in ctx.options)
+        return None, None, d_out, None, *inputs, *_NO_GRADIENTS, None, None, *(None for _ in ctx.options)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
@@ -165,7 +165,8 @@ def differentiated_by(
 ) -> Iterator[None]:
     """In the block attention_forward is differentiated by `backward`, as in a Route, and the gradients that
     attention_backward returns by `second`: (incoming, (d_out, *inputs), options, wanted) -> gradients of d_out and of
-    the DIFFERENTIABLE inputs. `incoming` are the gradients of dQ, dK, dV and dbias, None where there is none."""
+    the DIFFERENTIABLE inputs. `incoming` are the gradients of dQ, dK, dV, dbias and dsinks, None where there is
+    none."""
     outer = _rules.backward, _rules.second
     _rules.backward, _rules.second = backward, second
     try:

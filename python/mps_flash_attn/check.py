@@ -63,6 +63,8 @@ _FEATURES = (
     "lower-50 upper60 mask_f32 softcap5",
     "alibi",
     "causal mask_bool alibi",
+    "sinks",
+    "lower-50 upper60 mask_f32 softcap5 sinks",
 )
 _SHAPES = (
     "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -70,6 +72,7 @@ _SHAPES = (
     "b2 h8/2 q1 kv1100 d64",
     "b1 h8/1 q1 kv300 d128 mask_bool",
     "b1 h2 q3 kv300 d256 lower-100 upper0 mask_f32 softcap5",
+    "b2 h8/2 q1 kv1100 d64 sinks",
     "b1 h1 q1 kv1 d64",
     "b2 h2 q5 kv0 d64",
 )

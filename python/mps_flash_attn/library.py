@@ -42,13 +42,15 @@ PROBLEM_FIELDS = (
     *((name + "_layout", _LAYOUT) for name in ("q", "k", "v", "o", "lse", "mask")),
     *((name + "_layout", _LAYOUT) for name in ("d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("slopes_layout", _LAYOUT),
+    *((name, "i") for name in ("sinks", "reserved")),
+    *((name + "_layout", _LAYOUT) for name in ("sinks", "dsinks")),
 )
 BUFFERS_FIELDS = (
     ("size", "Q"),
     *((name, _BUFFER) for name in ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("workspace", _BUFFER),
     ("workspace_size", "Q"),
-    *((name, _BUFFER) for name in ("o_low", "slopes")),
+    *((name, _BUFFER) for name in ("o_low", "slopes", "sinks", "dsinks")),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
@@ -60,8 +62,8 @@ def _struct(fields: Iterable[tuple[str, str]]) -> struct.Struct:
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
-# dbias o_low slopes, with zeros between them.
-BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 2)
+# dbias o_low slopes sinks dsinks, with zeros between them.
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 4)
 
 _number_of_threads = torch.get_num_threads  # a global name: each attribute lookup costs time in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
@@ -73,7 +75,8 @@ COMPILER = ctypes.CFUNCTYPE(
 
 
 class Scalars(NamedTuple):
-    """The fields of a problem that are the same in forward and backward: all between `pass` and the layouts."""
+    """The fields of a problem that are the same in forward and backward: all between `pass` and the layouts, and the
+    one after them."""
 
     device: int
     dtype: int
@@ -91,18 +94,24 @@ class Scalars(NamedTuple):
     upper: int
     scale: float
     softcap: float
+    sinks: int
+
+
+_LAYOUTS = 1 + len(Scalars._fields)  # where they begin in an unpacked problem, after size, pass and all but sinks
+_SINKS = _LAYOUTS + 4 * 13
 
 
 def scalars(problem: bytes) -> Scalars:
     """The Scalars of a packed problem."""
-    return Scalars(*PROBLEM.unpack(problem)[2 : 2 + len(Scalars._fields)])
+    fields = PROBLEM.unpack(problem)
+    return Scalars._make((*fields[2:_LAYOUTS], fields[_SINKS]))
 
 
 def changed(problem: bytes, **numbers: Any) -> bytes:
     """A packed problem with some scalars replaced."""
     fields = PROBLEM.unpack(problem)
-    layouts = fields[2 + len(Scalars._fields) :]
-    return PROBLEM.pack(*fields[:2], *scalars(problem)._replace(**numbers), *layouts)
+    *others, sinks = scalars(problem)._replace(**numbers)
+    return PROBLEM.pack(*fields[:2], *others, *fields[_LAYOUTS:_SINKS], sinks, *fields[_SINKS + 1 :])
 
 
 class Unsupported(NotImplementedError):

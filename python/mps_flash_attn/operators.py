@@ -3,7 +3,7 @@ torch.export know: their schemas, kernels, fake rules (shapes and strides withou
 
     attention_forward(*Inputs, *Options) -> (out, lse)
     attention_backward(d_out, d_lse, *Inputs, out, lse, *Options, wanted)
-        -> (dQ, dK, dV, dbias), of size 0 where not wanted
+        -> (dQ, dK, dV, dbias, dsinks), of size 0 where not wanted
 
 The backward operator accepts any `out` and `lse`, so that results merged from several devices work. Its rule for
 autograd is in autograd.py; those for vmap and autocast are in transforms.py.
@@ -26,13 +26,14 @@ from .subclasses import as_plain
 
 Shape = tuple[int, ...]
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alibi_slopes"  # those of problem.Inputs
+# Those of problem.Inputs.
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes"
 _OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     (
         f"attention_backward(Tensor d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
-        " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)"
+        " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     ),
 )
 # With this tag compiled code gives the kernels the strides that the fake rule saw. A PyTorch without it keeps the order
@@ -80,7 +81,7 @@ def _forward(*arguments: Any) -> tuple[Any, ...]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     (inputs, *others), options, wanted = _split_backward(arguments)
     if len(wanted) != DIFFERENTIABLE:
-        raise ValueError(f"wanted is {wanted}; it must be four bools, for query, key, value and mask")
+        raise ValueError(f"wanted is {wanted}; it must be five bools, for query, key, value, mask and sinks")
     inputs = as_plain(Inputs._fields, inputs)
     operands = Operands(inputs, *as_plain(Operands._fields[1:], others))
     return _empty_for_none(run.backward(operands, options, wanted), inputs[0])

@@ -31,23 +31,26 @@ _NO_GRADIENTS = (0,) * 24  # layouts
 
 
 class Inputs(NamedTuple):
-    """The tensors that a forward pass reads, everywhere in this order; None where there is none. The first
-    DIFFERENTIABLE may require gradients, and autocast casts them. Layers pass them on as a whole, so that a new one is
-    named where it is given (attention.py), described to PyTorch (operators.py), packed (here) and bound (run.py). All
-    but the mask have four dimensions or as many as a vmap can add one to: their first is the batch."""
+    """The tensors that a forward pass reads, everywhere in this order; None where there is none. The first OF_SDPA are
+    those of scaled_dot_product_attention, which autocast casts; the first DIFFERENTIABLE may require gradients. Layers
+    pass them on as a whole, so that a new one is named where it is given (attention.py), described to PyTorch
+    (operators.py), packed (here) and bound (run.py). All but the mask have four dimensions or as many as a vmap can add
+    one to: their first is the batch."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     attn_mask: Tensor | None = None
-    alibi_slopes: Tensor | None = None  # (batch, heads)
+    sinks: Tensor | None = None  # (batch, heads), float32
+    alibi_slopes: Tensor | None = None  # likewise
 
 
-DIFFERENTIABLE = 4
+OF_SDPA = 4
+DIFFERENTIABLE = 5
 # (query, key, value, mask, *NO_MORE) is faster than Inputs().
-NO_MORE = cast("tuple[None]", (None,) * (len(Inputs._fields) - DIFFERENTIABLE))
+NO_MORE = cast("tuple[None, None]", (None,) * (len(Inputs._fields) - OF_SDPA))
 # Plain tuples in the order of Inputs and Operands.
-InputsTuple = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+InputsTuple = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 OperandsTuple = tuple[InputsTuple, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -66,7 +69,7 @@ class Operands(NamedTuple):
 
 def check(inputs: InputsTuple) -> None:
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
-    query, key, value, mask, slopes = inputs
+    query, key, value, mask, sinks, slopes = inputs
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -84,8 +87,10 @@ def check(inputs: InputsTuple) -> None:
         _refuse_shapes(query, key, value)
     if mask is not None:
         _check_mask(mask, (batch, q_heads, q_len, kv_len))
+    if sinks is not None:
+        _check_of_heads("sinks", sinks, query)
     if slopes is not None:
-        _check_slopes(slopes, query)
+        _check_of_heads("alibi_slopes", slopes, query)
 
 
 def check_saved(operands: OperandsTuple) -> None:
@@ -117,12 +122,13 @@ def expand_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
 
 def pack_forward(inputs: InputsTuple, options: Options, out: Tensor) -> bytes:
     """The mfa_problem of a forward pass, as bytes."""
-    query, key, value, mask, slopes = inputs
+    query, key, value, mask, sinks, slopes = inputs
     layout = tensors.layout
+    *numbers, has_sinks = _scalars(inputs, options)
     return PROBLEM.pack(
         PROBLEM.size,
         FORWARD,
-        *_scalars(inputs, options),
+        *numbers,
         *layout(query),
         *layout(key),
         *layout(value),
@@ -130,20 +136,26 @@ def pack_forward(inputs: InputsTuple, options: Options, out: Tensor) -> bytes:
         *_dense_rows(query),
         *layout(expand_mask(mask, query, key)),
         *_NO_GRADIENTS,
-        *_slopes_layout(slopes),
+        *_heads_layout(slopes),
+        has_sinks,
+        0,
+        *_heads_layout(sinks),
+        *_heads_layout(None),
     )
 
 
 def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable[Tensor | None]) -> bytes:
-    """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV and dbias, None where not wanted."""
+    """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV, dbias and dsinks, None where not
+    wanted."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask, slopes = inputs
-    dq, dk, dv, dbias = gradients
+    query, key, value, mask, sinks, slopes = inputs
+    dq, dk, dv, dbias, dsinks = gradients
     layout, rows = tensors.layout, tensors.rows_layout
+    *numbers, has_sinks = _scalars(inputs, options)
     return PROBLEM.pack(
         PROBLEM.size,
         BACKWARD,
-        *_scalars(inputs, options),
+        *numbers,
         *layout(query),
         *layout(key),
         *layout(value),
@@ -156,12 +168,16 @@ def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable
         *layout(dk),
         *layout(dv),
         *layout(expand_mask(dbias, query, key)),
-        *_slopes_layout(slopes),
+        *_heads_layout(slopes),
+        has_sinks,
+        0,
+        *_heads_layout(sinks),
+        *_heads_layout(dsinks),
     )
 
 
 def _scalars(inputs: InputsTuple, options: Options) -> Scalars:
-    query, key, value, mask, slopes = inputs
+    query, key, value, mask, sinks, slopes = inputs
     batch, q_heads, q_len, head_dim = query.shape
     lower, upper, scale, softcap = options
     mask_kind, mask_dtype = MASK_NONE, 0
@@ -185,6 +201,7 @@ def _scalars(inputs: InputsTuple, options: Options) -> Scalars:
         BAND_OPEN_UPPER if upper is None else upper,
         max(head_dim, 1) ** -0.5 if scale is None else scale,
         softcap,
+        int(sinks is not None),
     )
 
 
@@ -194,20 +211,31 @@ def _dense_rows(query: Tensor) -> tuple[int, int, int, int]:
     return q_heads * q_len, q_len, 1, 0
 
 
-def _slopes_layout(slopes: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if slopes is None else (*slopes.stride(), 0, 0)
+def _heads_layout(tensor: Tensor | None) -> tuple[int, ...]:
+    """The layout of a (batch, heads) tensor."""
+    return (0, 0, 0, 0) if tensor is None else (*tensor.stride(), 0, 0)
 
 
-def _check_slopes(slopes: Tensor, query: Tensor) -> None:
-    if slopes.dtype is not torch.float32:
-        raise TypeError(f"alibi_slopes is {tensors.dtype_name(slopes)}; it must be float32")
-    if slopes.shape != query.shape[:2]:
+def of_heads(name: str, tensor: Tensor | None, query: Tensor) -> Tensor | None:
+    """A tensor with a number for each query head, (heads,) or (batch, heads), as (batch, heads); None for None. A
+    tensor of another shape stays as it is, for check() to refuse."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    return tensor.expand(query.shape[0], -1) if tensor.shape == query.shape[1:2] else tensor
+
+
+def _check_of_heads(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype is not torch.float32:
+        raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be float32")
+    if tensor.shape != query.shape[:2]:
         raise ValueError(
-            f"alibi_slopes has the shape {tuple(slopes.shape)}; it must be (heads,) or (batch, heads), those of query: "
+            f"{name} has the shape {tuple(tensor.shape)}; it must be (heads,) or (batch, heads), those of query: "
             f"{tuple(query.shape[1:2])} or {tuple(query.shape[:2])}"
         )
-    if slopes.device != query.device:
-        raise ValueError(f"alibi_slopes is on {slopes.device} and query on {query.device}; they must be on one device")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -26,7 +26,7 @@ ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64
 
 
 def _weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, slopes: Tensor | None, options: Options
+    query: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor | None, slopes: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
     """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
     lower, upper, scale, softcap = options
@@ -49,16 +49,24 @@ def _weights(
     if slopes is not None:
         distance = (offset - (key.shape[2] - query.shape[2])).abs().to(scores.dtype)
         scores = scores - slopes.to(scores.dtype)[..., None, None] * distance
-    if key.shape[2] == 0:
+    logits = scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:  # one more column, without a value
+        logits = torch.cat([scores, _column(sinks, scores)], -1)
+        visible = torch.cat([visible.expand(scores.shape), visible.new_ones(*scores.shape[:3], 1)], -1)
+    if logits.shape[3] == 0:
         return scores, scores.sum(-1) - torch.inf, scores, dtanh
-    scores = scores.masked_fill(~visible, -torch.inf)
-    largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    weights = torch.exp(scores - largest) * visible
+    largest = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(logits - largest) * visible
     total = weights.sum(-1, keepdim=True)
     visible_rows = total > 0
     total = total.masked_fill(~visible_rows, 1)
     lse = (largest + total.log()).masked_fill(~visible_rows, -torch.inf)
-    return weights / total, lse.squeeze(-1), scores, dtanh
+    return weights[..., : key.shape[2]] / total, lse.squeeze(-1), scores, dtanh
+
+
+def _column(sinks: Tensor, scores: Tensor) -> Tensor:
+    """The sinks of each query, beside its scores."""
+    return sinks.to(scores.dtype)[..., None, None].expand(*scores.shape[:3], 1)
 
 
 def attention(
@@ -66,12 +74,13 @@ def attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
     group = query.shape[1] // key.shape[1]
-    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, slopes, Options(**options))
+    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, sinks, slopes, Options(**options))
     return weights @ value.repeat_interleave(group, 1), lse
 
 
@@ -80,10 +89,10 @@ def _magnitudes(
 ) -> tuple[dict[str, Tensor], float]:
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
     scale = options.scale
-    query, key, value, mask, slopes = Inputs(*tensors)
+    query, key, value, mask, sinks, slopes = Inputs(*tensors)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    P, lse, scores, dtanh = _weights(query, key, mask, slopes, options)
+    P, lse, scores, dtanh = _weights(query, key, mask, sinks, slopes, options)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
     D = (dO * (P @ value).abs()).sum(-1) + dL
     dS = P * (dO @ value.abs().transpose(-1, -2) + D[..., None])
@@ -98,6 +107,11 @@ def _magnitudes(
     }
     if mask is not None:
         sizes["dbias"] = dS.sum_to_size(mask.shape)
+    if sinks is not None:
+        column = _column(sinks, scores).squeeze(-1)
+        D = (dO * (P @ value.abs())).sum(-1) + dL
+        sizes["dsinks"] = ((column - lse).exp().nan_to_num(0) * D).sum(-1).sum_to_size(sinks.shape)
+        largest = max([largest, *column[column.isfinite()].abs().flatten().tolist()])
     return sizes, largest
 
 
@@ -108,7 +122,7 @@ def results(
     inputs = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors[:DIFFERENTIABLE]]
     inputs += tensors[DIFFERENTIABLE:]
     out, lse = function(*inputs)
-    wanted = {n: t for n, t in zip(("dQ", "dK", "dV", "dbias"), inputs) if t is not None and t.requires_grad}
+    wanted = {n: t for n, t in zip(("dQ", "dK", "dV", "dbias", "dsinks"), inputs) if t is not None and t.requires_grad}
     loss = (out * d_out.to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * d_lse.to(lse.dtype)).sum()
     gradients = torch.autograd.grad(loss, tuple(wanted.values()))
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
@@ -239,4 +253,5 @@ def operands(sizes: Scalars, seed: int) -> Inputs:
     elif sizes.mask == MASK_ADDITIVE:
         mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
     slopes = tensor(sizes.batch, sizes.q_heads).abs() / 8 if sizes.alibi else None
-    return Inputs(query, key, value, mask, slopes)
+    sinks = tensor(sizes.batch, sizes.q_heads) if sizes.sinks else None
+    return Inputs(query, key, value, mask, sinks, slopes)

@@ -25,7 +25,7 @@ _cached, _pack_bases, _BUFFERS_SIZE = dispatch_cache.get, BASES.pack, BUFFERS.si
 
 _OWN_WORKSPACE = (0, 0, 0)  # that of libmfa's context
 _BEFORE_WORKSPACE = 2 * 12  # numbers of mfa_buffers, two a buffer
-_NO_TENSORS = (None,) * 6  # a forward pass has no d_out, d_lse, dQ, dK, dV and dbias
+_NO_TENSORS = (None,) * 6  # a forward pass has no d_out, d_lse, dQ, dK, dV and dbias, and no dsinks
 _NO_ADDRESSES = (0,) * 6
 
 
@@ -48,7 +48,7 @@ class Backward(NamedTuple):
     device: int
     extents: tuple[int, ...]  # tensors.extent of the Inputs, out, lse, d_out and d_lse
     itemsize: int
-    wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias
+    wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias, dsinks
     gradients: tuple[EmptyLayout | None, ...]  # None where it is not wanted
 
 
@@ -66,12 +66,13 @@ def forward_for_backward(inputs: InputsTuple, options: Options, allocate: Alloca
 
 def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> Forward:
     """The Forward of these Inputs. Raises as problem.check() does."""
-    query, key, value, mask, slopes = inputs
+    query, key, value, mask, sinks, slopes = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
         *(value.shape, value.stride(), value.dtype, value.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
+        None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         *(options, allocate),
     )
@@ -92,17 +93,19 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
 
 def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low: bool = False) -> tuple[Any, ...]:
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
-    query, key, value, mask, slopes = inputs
+    query, key, value, mask, sinks, slopes = inputs
     problem, device, extents, size, out_layout, rows_layout, low_layout = prepared
-    q_extent, k_extent, v_extent, mask_extent, slopes_extent = extents
+    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent = extents
     if (  # written out for speed
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
         or _storage(value).nbytes() - _offset(value) * size < v_extent
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
+        or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
     ):
-        tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask, alibi_slopes=slopes)
+        of_heads = {"sinks": sinks, "alibi_slopes": slopes}
+        tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask, **of_heads)
     out_low = None
     if device == DEVICE_CPU:
         out = _empty_on_cpu(*out_layout)
@@ -120,6 +123,8 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
             *_NO_ADDRESSES,
             0 if out_low is None else _address(out_low),
             0 if slopes is None else _address(slopes),
+            0 if sinks is None else _address(sinks),
+            0,
         )
         library().attention(problem, buffers)
     else:
@@ -127,12 +132,12 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
         lse = tensors.empty(query, rows_layout) if with_lse else None
         if with_low:
             out_low = tensors.empty(query, low_layout)
-        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low, slopes))
+        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low, slopes, sinks, None))
     return (out, lse) if out_low is None else (out, lse, out_low)
 
 
 def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """(dQ, dK, dV, dbias), each None if not `wanted`. `operands`: problem.Operands, where d_out may be None
+    """(dQ, dK, dV, dbias, dsinks), each None if not `wanted`. `operands`: problem.Operands, where d_out may be None
     for zeros."""
     inputs, out, lse, d_out, d_lse, out_low = operands
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
@@ -147,7 +152,7 @@ def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) 
 def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> Backward:
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask, slopes = inputs
+    query, key, value, mask, sinks, slopes = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -157,6 +162,7 @@ def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence
         *(d_out.shape, d_out.stride(), d_out.dtype, d_out.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         None if d_lse is None else (d_lse.shape, d_lse.stride(), d_lse.dtype, d_lse.device),
+        None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         *(options, *wanted),
     )
@@ -176,11 +182,11 @@ def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence
 
 
 def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | None, ...]:
-    """(dQ, dK, dV, dbias), each None if the prepared pass does not want it."""
+    """(dQ, dK, dV, dbias, dsinks), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
-    query, key, value, mask, slopes = inputs
-    q_extent, k_extent, v_extent, mask_extent, slopes_extent, *others = extents
+    query, key, value, mask, sinks, slopes = inputs
+    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent, *others = extents
     out_extent, lse_extent, d_out_extent, d_lse_extent = others
     if (
         _storage(query).nbytes() - _offset(query) * size < q_extent
@@ -192,12 +198,13 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
         or (d_lse is not None and _storage(d_lse).nbytes() - _offset(d_lse) * d_lse.itemsize < d_lse_extent)
         or (out_low is not None and _storage(out_low).nbytes() - _offset(out_low) * size < out_extent)
+        or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
     ):
-        saved = {"query": query, "key": key, "value": value, "attn_mask": mask, "out": out, "lse": lse}
-        tensors.refuse_short_storage(**saved, d_out=d_out, d_lse=d_lse, out_low=out_low, alibi_slopes=slopes)
+        given = {"query": query, "key": key, "value": value, "attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes}
+        tensors.refuse_short_storage(**given, out=out, lse=lse, d_out=d_out, d_lse=d_lse, out_low=out_low)
     if device == DEVICE_CPU:
-        dq, dk, dv, dbias = gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
+        dq, dk, dv, dbias, dsinks = gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
         buffers = _pack_bases(
             _BUFFERS_SIZE,
             _address(query),
@@ -214,11 +221,14 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
             0 if dbias is None else _address(dbias),
             0 if out_low is None else _address(out_low),
             0 if slopes is None else _address(slopes),
+            0 if sinks is None else _address(sinks),
+            0 if dsinks is None else _address(dsinks),
         )
         library().attention(problem, buffers)
     else:
-        gradients = [tensors.empty(query, layout) for layout in layouts]
-        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, out_low, slopes))
+        *gradients, dsinks = [tensors.empty(query, layout) for layout in layouts]
+        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, out_low, slopes, sinks, dsinks))
+        gradients.append(dsinks)
     return tuple(gradients)
 
 

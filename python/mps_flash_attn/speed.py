@@ -85,7 +85,7 @@ class Comparable(NamedTuple):
         sizes = scalars(library().parse(line))
         if not _is_plain(sizes):
             raise ValueError(f'the problem is "{line}"; PyTorch has causal, bool masks and additive ones only')
-        *operands, mask, _ = reference.operands(sizes, 1)
+        *operands, mask, _, _ = reference.operands(sizes, 1)
         # Contiguous, since before macOS 15 PyTorch's kernels for mps take no others.
         query, key, value = (tensor.contiguous().to(device) for tensor in operands)
         mask = None if mask is None else mask.to(device)
@@ -120,4 +120,4 @@ class Comparable(NamedTuple):
 
 def _is_plain(sizes: Scalars) -> bool:
     band = sizes.lower == BAND_OPEN_LOWER and sizes.upper in (0, BAND_OPEN_UPPER)
-    return band and not sizes.softcap and not sizes.alibi
+    return band and not (sizes.softcap or sizes.alibi or sizes.sinks)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import tensors
 from .operators import attention_backward, attention_forward, registration
-from .problem import DIFFERENTIABLE, Inputs
+from .problem import OF_SDPA, Inputs
 
 try:  # not public in PyTorch
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_functorch_wrapped_tensor
@@ -134,9 +134,9 @@ def _register_autocast(key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast_and_run(*arguments: Any) -> Any:
-        cast = tensors.autocast(*arguments[:DIFFERENTIABLE])
+        cast = tensors.autocast(*arguments[:OF_SDPA])
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return attention_forward(*cast, *arguments[DIFFERENTIABLE:])
+            return attention_forward(*cast, *arguments[OF_SDPA:])
 
     registration.impl("attention_forward", cast_and_run, key)
 
@@ -193,7 +193,7 @@ def _vmap_backward(
     d_out, d_lse = (merge_into_batch(t, d, size) for t, d in zip((d_out, d_lse), dimensions))
     out, lse = (merge_into_batch(t, d, size) for t, d in zip((out, lse), dimensions[2 + _INPUTS :]))
     operands = d_out, d_lse, *inputs, out, lse
-    *gradients, dbias = (
+    *gradients, dbias, dsinks = (
         gradient.unflatten(0, (size, batch)) if is_wanted else gradient
         for gradient, is_wanted in zip(attention_backward(*operands, *options), wanted)
     )
@@ -201,7 +201,7 @@ def _vmap_backward(
         while dbias.dim() > 1 + len(mask_shape):
             dbias = dbias.sum(1)
         dbias = dbias.sum_to_size(size, *mask_shape)
-    return (*gradients, dbias), tuple(0 if is_wanted else None for is_wanted in wanted)
+    return (*gradients, dbias, dsinks), tuple(0 if is_wanted else None for is_wanted in wanted)
 
 
 def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int, ...] | None:

@@ -40,12 +40,12 @@ def test_results_and_gradients(dtype, sizes, mask):
     scores = query.shape[2], key.shape[2]
     masks = {"none": lambda: None, "bool": lambda: torch.rand(scores) < 0.7, "float": lambda: torch.randn(4, *scores)}
 
-    def ours(query, key, value, mask, slopes):
+    def ours(query, key, value, mask, _, slopes):
         options = {"attn_mask": mask, "enable_gqa": True, "return_lse": True, "window_size": (-1, 9), "softcap": 5}
         return flash_attention(query, key, value, alibi_slopes=slopes, **options)
 
     band = {"upper": key.shape[2] - query.shape[2] + 9, "softcap": 5.0}
-    reference.check(ours, (query, key, value, masks[mask](), slopes), **band)
+    reference.check(ours, (query, key, value, masks[mask](), None, slopes), **band)
 
 
 @FLOAT64
@@ -81,7 +81,7 @@ def test_same_shapes_with_and_without():
 @pytest.mark.usefixtures("one_thread")
 def test_opcheck():
     query, key, value, slopes = problem()
-    opcheck(FORWARD, (*Inputs(query.requires_grad_(), key, value, None, slopes), *Options()))
+    opcheck(FORWARD, (*Inputs(query.requires_grad_(), key, value, alibi_slopes=slopes), *Options()))
 
 
 def gradients(function, *tensors):

@@ -55,6 +55,7 @@ def test_work_counts_visible_pairs(options):
         ("forward f32 b1 q4", "expected h<q_heads>"),
         ("sideways f32 b1 h1 q4 kv4 d8", "expected forward or backward"),
         ("forward f32 b1 h1 q4 kv4 d8 alibi", "no benchmark"),
+        ("forward f32 b1 h1 q4 kv4 d8 sinks", "no benchmark"),
     ),
 )
 def test_what_is_no_problem_is_refused(text, sentence):

@@ -64,20 +64,20 @@ def test_opcheck_backward(mask):
     for tensors in layouts():
         options = (None, 2, None, 0.0)
         given = saved(tensors, MASKS[mask](), options)
-        opcheck(backward, (*given, *options, [True, True, True, mask == "float"]))
-        opcheck(backward, (given[0], None, *given[2:], *options, [False, True, False, False]))
+        opcheck(backward, (*given, *options, [True, True, True, mask == "float", False]))
+        opcheck(backward, (given[0], None, *given[2:], *options, [False, True, False, False, False]))
 
 
 def test_schema_is_stable():
     """Graphs that were exported name these operators and arguments."""
     assert str(forward._schema) == (
-        "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, "
+        "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, "
         "Tensor? alibi_slopes, SymInt? lower, SymInt? upper, float? scale, float softcap) -> (Tensor out, Tensor lse)"
     )
     assert str(backward._schema) == (
         "mfa::attention_backward(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-        "Tensor? alibi_slopes, Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, float softcap, "
-        "bool[] wanted) -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias)"
+        "Tensor? sinks, Tensor? alibi_slopes, Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, "
+        "float softcap, bool[] wanted) -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     )
 
 
@@ -111,7 +111,7 @@ def test_backward_takes_results_merged_from_parts():
     d_out = torch.randn_like(out)
     wanted = torch.autograd.grad(whole, (query, key, value), d_out)
     found = [
-        backward(d_out, None, *inputs, out, lse, *NO_BAND, [True, True, True, False])
+        backward(d_out, None, *inputs, out, lse, *NO_BAND, [True, True, True, False, False])
         for inputs in (Inputs(query.detach(), k.detach(), v.detach()) for k, v in parts)
     ]
     torch.testing.assert_close(found[0][0] + found[1][0], wanted[0])
@@ -121,14 +121,15 @@ def test_backward_takes_results_merged_from_parts():
 
 def test_unwanted_gradients_are_empty():
     given = saved(problem())
-    for wanted in ([True, False, False, False], [False, True, False, False], [False, False, True, False]):
+    for place in range(3):
+        wanted = [n == place for n in range(5)]
         found = backward(*given, *NO_BAND, wanted)
         assert [tensor.numel() > 0 for tensor in found] == wanted
 
 
-@pytest.mark.parametrize("wanted", [[True] * 3, [False] * 5])
+@pytest.mark.parametrize("wanted", [[True] * 4, [False] * 6])
 def test_wrong_number_of_wanted(wanted):
-    with pytest.raises(ValueError, match=r"wanted is \[.*\]; it must be four bools"):
+    with pytest.raises(ValueError, match=r"wanted is \[.*\]; it must be five bools"):
         backward(*saved(problem()), *NO_BAND, wanted)
 
 
@@ -156,7 +157,7 @@ def test_wrong_arguments_of_backward(case):
     given = list(saved(problem()))
     given[place] = change(given[place])
     with pytest.raises(exception, match=sentence):
-        backward(*given, *NO_BAND, [True, True, True, False])
+        backward(*given, *NO_BAND, [True, True, True, False, False])
 
 
 # --- differentiation -----------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_second_derivative_raises(route):
 
 def test_backward_operator_is_not_differentiable():
     given = [t if t is None else t.requires_grad_() for t in saved(problem())]
-    found = backward(*given, *NO_BAND, [True, False, False, False])
+    found = backward(*given, *NO_BAND, [True, False, False, False, False])
     with pytest.raises(NotImplementedError, match="no second derivative"):
         found[0].sum().backward()
 
@@ -242,11 +243,11 @@ def test_vmap_of_backward(case, mask_shape):
     given = saved(problem(), torch.randn(mask_shape))
     places = (0, None, *VMAPS[case], *NO_MORE, 0, 0)
     mapped = [stacked(t, place) for t, place in zip(given, places, strict=True)]
-    wanted = [True, False, True, True]
-    found = torch.vmap(lambda *each: backward(*each, *NO_BAND, wanted)[::3], places)(*mapped)
+    wanted = [True, False, True, True, False]
+    found = torch.vmap(lambda *each: backward(*each, *NO_BAND, wanted)[:4:3], places)(*mapped)
     for n in range(3):
         each = [t if place is None else t.select(place, n) for t, place in zip(mapped, places, strict=True)]
-        expected = backward(*each, *NO_BAND, wanted)[::3]
+        expected = backward(*each, *NO_BAND, wanted)[:4:3]
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got[n], want, rtol=1e-4, atol=1e-4)
 
@@ -313,6 +314,7 @@ CALLS = {
     "bool mask": lambda q, k, v: flash_attention(q, k, v, attn_mask=(q[:, :1, :, :1] > 0), enable_gqa=True),
     "float mask": lambda q, k, v: flash_attention(q, k, v, attn_mask=q[..., :1] * 2, enable_gqa=True),
     "self": lambda q, k, v: flash_attention(q, q, q),
+    "sinks": lambda q, k, v: flash_attention(q, k, v, True, enable_gqa=True, sinks=q[:, :, 0, 0]),
     "layout": lambda q, k, v: flash_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2),
 }
 

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     def of_one_result(q: Tensor, slopes: Tensor) -> None:
         assert_type(flash_attention(q, q, q), Tensor)
-        assert_type(flash_attention(q, q, q, "bottom_right", 0.1, q, (3, -1), softcap=5, alibi_slopes=slopes), Tensor)
+        assert_type(flash_attention(q, q, q, "bottom_right", 0.1, q, (3, -1), softcap=5, sinks=slopes), Tensor)
+        assert_type(flash_attention(q, q, q, alibi_slopes=slopes, return_lse=True), tuple[Tensor, Tensor])
         assert_type(flash_attention(q, q, q, return_lse=False), Tensor)
 
     def of_two_results(q: Tensor, return_lse: bool) -> None:

@@ -15,7 +15,7 @@ from .. import transforms
 from ..autograd import differentiated_by
 from ..library import Unsupported
 from ..options import Options
-from ..problem import DIFFERENTIABLE, OperandsTuple
+from ..problem import DIFFERENTIABLE, OF_SDPA, OperandsTuple
 from ..stats import count
 
 
@@ -38,8 +38,8 @@ def backward(
         except Unsupported as error:
             reason = str(error)
     count(reason)
-    (query, key, value, mask, *_), _, _, d_out, _, _ = operands
-    return _gradients(original, (d_out, query, key, value, mask), options, wanted)
+    inputs, _, _, d_out, _, _ = operands
+    return _gradients(original, (d_out, *inputs[:DIFFERENTIABLE]), options, wanted)
 
 
 def _second(
@@ -49,8 +49,8 @@ def _second(
     options: Options,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As differentiated_by() describes it. `operands`: d_out, query, key, value, mask, and nothing else, since
-    PyTorch's operator has no other inputs."""
+    """As differentiated_by() describes it. `operands`: d_out and the inputs, of which PyTorch's operator has the first
+    OF_SDPA, and the others are None."""
     count("a second derivative")
     operands = operands[: 1 + DIFFERENTIABLE]
     places = [place for place, tensor in enumerate(operands) if tensor is not None and tensor.requires_grad]
@@ -66,15 +66,17 @@ def _second(
 def _gradients(
     original: Callable[..., Any], operands: Sequence[Any], options: Options, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of query, key, value and mask by PyTorch's operator; None where not wanted."""
-    d_out, query, key, value, mask = operands
+    """The gradients of the DIFFERENTIABLE inputs by PyTorch's operator; None where not wanted. `operands`: d_out and
+    these inputs."""
+    d_out, *inputs = operands
+    query, key, *_ = inputs
     keywords = {"scale": options.scale, "enable_gqa": query.shape[1] != key.shape[1]}
     places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
 
     def attend(*operands: Tensor | None) -> Any:
-        return original(*operands, 0.0, options.upper is not None, **keywords)
+        return original(*operands[:OF_SDPA], 0.0, options.upper is not None, **keywords)
 
-    return _vjp(attend, (query, key, value, mask), places, d_out)
+    return _vjp(attend, tuple(inputs), places, d_out)
 
 
 def _vjp(
