@@ -25,9 +25,9 @@
  * as fit into 32 KB of threadgroup memory with the exchange of a split. f32 above 256 columns fits only if K and V
  * share a tile.
  *
- * K and V are read through tiles on every GPU. Metal-flash-attention reads them directly from M3 on; with tiles in pairs
- * of rows that would save the stores, barriers and checks of load_tile, 0.3 instructions a product by the count, and
- * cost as many: a load more for each two fragments of K^T, and an address that no constant offset reaches for each.
+ * K and V are read through tiles on every GPU. Metal-flash-attention reads them directly from M3 on; with tiles in
+ * pairs of rows that would save the stores, barriers and checks of load_tile, 0.3 instructions a product by the count,
+ * and cost as many: a load more for each two fragments of K^T, and an address that no constant offset reaches for each.
  *
  * Decode: simdgroups take different keys, unless columns are split; 64 keys a tile, so that barriers are few. The
  * vector kernel, for one or two rows, has no tiles: its blocks are those of the block mask. By the instruction count
