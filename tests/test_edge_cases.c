@@ -165,17 +165,20 @@ static void test_lowest_finite_mask(void **state)
         }
 }
 
-/* No query heads, and a gradient for a mask that is broadcast over them. */
+/* No query heads, and gradients for a mask and a sink that are broadcast over them. */
 static void test_no_query_heads(void **state)
 {
     mfa_problem p;
+    float dsink = NAN;
     (void)state;
     mfa_problem_init(&p, 1, 0, 2, Q_LEN, KV_LEN, DIM, DIM);
-    p.pass = MFA_BACKWARD, p.mask = MFA_MASK_ADDITIVE;
+    p.pass = MFA_BACKWARD, p.mask = MFA_MASK_ADDITIVE, p.sinks = 1;
     p.mask_layout = p.dbias_layout = (mfa_layout){0, 0, KV_LEN, 1};
+    p.dsinks_layout = (mfa_layout){0, 0, 0, 0};
     mfa_buffers b = buffers_of(&p);
-    b.dbias.base = dbias;
+    b.dbias.base = dbias, b.dsinks.base = &dsink;
     assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
+    assert_true(dsink == 0);
     for (int n = 0; n < Q_LEN * KV_LEN; n++)
         assert_true(dbias[n] == 0);
     for (int n = 0; n < 2 * KV_LEN * DIM; n++)

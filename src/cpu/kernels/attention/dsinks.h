@@ -19,7 +19,8 @@ static void dsinks(void *data, int64_t task, int worker)
     const struct mfa_cpu_call *call = data;
     const struct mfa_args *a = &call->args;
     const int64_t batches = a->dsinks.batch ? 1 : a->batch, heads = a->dsinks.head ? 1 : a->q_heads;
-    const int64_t head = task * heads % a->q_heads, batch = task * heads / a->q_heads;
+    const int64_t elements = a->dsinks.head ? a->q_heads : 1; /* of a batch entry */
+    const int64_t head = task % elements, batch = task / elements;
     const struct sequence first = sequence_of(call, batch);
     double sum = 0;
     (void)worker;
