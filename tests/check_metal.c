@@ -209,6 +209,7 @@ int main(int count, char **words)
     if (!arguments.problem_count && arguments.shard == 0) {
         basics_check_layout();
         basics_check_lowest_mask();
+        basics_check_large_sinks();
         if (!settings.fast_math) /* fast math assumes that there are no NaN */
             basics_check_rounding();
     }

@@ -1,5 +1,5 @@
 /* Unusual inputs through the public interface: NaN with every payload, masks of the lowest finite number, no heads or
- * very many, workspaces that are too small, extreme softcaps. */
+ * very many, large sinks, workspaces that are too small, extreme softcaps. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -185,6 +185,39 @@ static void test_no_query_heads(void **state)
         assert_true(dk[n] == 0 && dv[n] == 0);
 }
 
+/* dsink of queries without keys, for dL = 1, 2, ...: L is the sink, and dsink the sum of dL. */
+static void check_large_sink(int32_t dtype, int64_t q_len, float sink)
+{
+    mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, q_len);
+    float dL[Q_LEN], sum = 0, dsink = NAN;
+    p.dtype = dtype, p.sinks = 1, p.upper = -q_len;
+    mfa_buffers b = buffers_of(&p);
+    b.sinks.base = &sink;
+    assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
+    for (int64_t n = 0; n < q_len; n++)
+        sum += dL[n] = (float)(n + 1);
+    p.pass = MFA_BACKWARD;
+    b = buffers_of(&p);
+    b.sinks.base = &sink, b.dlse.base = dL, b.dsinks.base = &dsink;
+    assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
+    if (dsink != sum)
+        fail_msg("%s, q_len %d, sink %g: dsink is %g; the sum of dL is %g", dtype == MFA_F32 ? "f32" : "bf16",
+                 (int)q_len, (double)sink, (double)dsink, (double)sum);
+}
+
+/* The difference of the sink and L is exact, however large they are. */
+static void test_gradient_of_large_sinks(void **state)
+{
+    static const float sinks[] = {1e4f, -3e5f, 1e30f, -1e30f, -6e37f, 1e38f};
+    static const int32_t dtypes[] = {MFA_F32, MFA_BF16};
+    (void)state;
+    memset(d_o, 0, sizeof d_o);
+    for (size_t i = 0; i < sizeof sinks / sizeof *sinks; i++)
+        for (size_t j = 0; j < sizeof dtypes / sizeof *dtypes; j++)
+            for (int64_t q_len = 1; q_len <= Q_LEN; q_len += Q_LEN - 1)
+                check_large_sink(dtypes[j], q_len, sinks[i]);
+}
+
 static void test_workspace_too_small(void **state)
 {
     const mfa_problem p = problem_of(MFA_FORWARD, MFA_MASK_NONE, Q_LEN);
@@ -286,16 +319,10 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, test_context_close)
     const struct CMUnitTest tests[] = {
-        TEST(test_nan_of_any_payload_stays),
-        TEST(test_nan_beside_bf16),
-        TEST(test_mask_hides_nan_scores),
-        TEST(test_lowest_finite_mask),
-        TEST(test_no_query_heads),
-        TEST(test_workspace_too_small),
-        TEST(test_strange_caps),
-        TEST(test_stride_of_one_row),
-        TEST(test_workspace_of_many_heads),
-        TEST(test_too_many_threads),
+        TEST(test_nan_of_any_payload_stays), TEST(test_nan_beside_bf16),  TEST(test_mask_hides_nan_scores),
+        TEST(test_lowest_finite_mask),       TEST(test_no_query_heads),   TEST(test_gradient_of_large_sinks),
+        TEST(test_workspace_too_small),      TEST(test_strange_caps),     TEST(test_stride_of_one_row),
+        TEST(test_workspace_of_many_heads),  TEST(test_too_many_threads),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     printf("%d passed, %d failed\n", (int)(sizeof tests / sizeof *tests) - failed, failed);

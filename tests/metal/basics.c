@@ -149,3 +149,47 @@ void basics_check_lowest_mask(void)
     operands_close(&operands);
     inputs_close(&inputs);
 }
+
+/* Of queries that see no key L is the sink, to an ulp, and dsink the sum of dL. */
+static void check_large_sink(double sink)
+{
+    enum { QUERIES = 40, KEYS = 70, COLUMNS = 16 };
+    const double sum = QUERIES * (QUERIES + 1) / 2.0;
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    struct reference forward = {0}, backward = {0};
+    struct metal_trace trace;
+    const struct metal_target target = {.family = 7};
+    mfa_problem_init(&problem, 1, 1, 1, QUERIES, KEYS, COLUMNS, COLUMNS);
+    problem.sinks = 1, problem.upper = -QUERIES;
+    inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, 1, "large sinks");
+    inputs.values[REFERENCE_SINKS][0] = sink;
+    for (int i = 0; i < QUERIES; i++)
+        inputs.values[REFERENCE_dL][i] = i + 1;
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    int good = metal_run(&operands, target, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &forward);
+    for (int i = 0; i < QUERIES; i++) {
+        good = good && fabs(forward.L[i] - sink) <= fabs(sink) * 0x1p-23;
+        forward.L[i] = sink;
+    }
+    operands_turn(&operands, DENSE, &forward);
+    good = good && metal_run(&operands, target, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &backward);
+    if (good && fabs(backward.dsinks[0] - sum) < 1e-3)
+        report_pass();
+    else
+        report_fail("a sink of %g whose gradient is %g has the gradient %g", sink, sum, backward.dsinks[0]);
+    reference_close(&forward);
+    reference_close(&backward);
+    operands_close(&operands);
+    inputs_close(&inputs);
+}
+
+void basics_check_large_sinks(void)
+{
+    static const float sinks[] = {1e4f, -3e5f, 1e30f, -1e30f, -6e37f, 1e38f};
+    for (size_t n = 0; n < sizeof sinks / sizeof *sinks; n++)
+        check_large_sink((double)sinks[n]);
+}

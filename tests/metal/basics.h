@@ -11,4 +11,7 @@ void basics_check_rounding(void);
 /* The lowest finite number as a mask is not -inf: a row of nothing else attends to all its keys. */
 void basics_check_lowest_mask(void);
 
+/* Sinks far larger than a float's digits: their gradient has the difference of the sink and L, which is small. */
+void basics_check_large_sinks(void);
+
 #endif

@@ -25,15 +25,17 @@ kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]], device
 {
     constant mfa_args &args = call.args;
     grid_coord own = threadgroup_coord(call, group);
-    int batches = args.dsinks.batch == 0 ? int(args.batch) : 1, heads = args.dsinks.head == 0 ? int(args.q_heads) : 1;
+    uint batches = args.dsinks.batch == 0 ? uint(args.batch) : 1;
+    uint heads = args.dsinks.head == 0 ? uint(args.q_heads) : 1;
     float sum = 0.0f;
-    for (int batch = own.batch; batch < own.batch + batches; batch++) {
-        sequence seq = sequence_of(call, batch);
-        for (int head = own.head; head < own.head + heads; head++) {
-            float sink = sink_of(sinks, args, seq, head);
+    for (uint b = 0; b < batches; b++) {
+        sequence seq = sequence_of(call, own.batch + int(b));
+        for (uint h = 0; h < heads; h++) {
+            int head = own.head + int(h);
+            float sink = sinks[q_offset(seq, args.sinks, head, 0)];
             long first = row_stats_index(seq, args, head, 0);
             for (int i = int(index); i < seq.q_len; i += SIMDGROUPS * 32)
-                sum -= fast::exp2(sink - L[first + i] * LOG2E) * D[first + i];
+                sum -= sink_probability(sink, L[first + i]) * D[first + i];
         }
     }
     sum = simd_sum(sum);

@@ -1,4 +1,4 @@
-/* Merges the partial results that attention_forward and attention_decode store for each row:
+/* Merges the partial results that attention_forward and the kernels of decode store for each row; a sink enters here:
  *
  *     m = max of the m_p over the parts p
  *     l = sum of exp2(m_p - m) l_p

@@ -118,9 +118,8 @@ METAL_FUNC void store_split(thread const accumulator &acc, thread const q_block 
     }
 }
 
-/* The epilogue: O = O / l, L = ln(2) * (m + log2(l)); 0 and -inf for a row without keys; with sinks, 0 and the
- * sink. O_low gets what rounding takes
- * off O. */
+/* The epilogue: O = O / l, L = ln(2) * (m + log2(l)); 0 and -inf for a row without keys; with sinks, 0 and the sink.
+ * O_low gets what rounding takes off O. */
 METAL_FUNC void store_rows(thread const accumulator &acc, thread const q_block &q, constant mfa_metal_call &call,
                            thread const simdgroup_coord &sg, thread const forward_results &out)
 {

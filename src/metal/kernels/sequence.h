@@ -1,8 +1,8 @@
 /* The lengths of one batch entry, and where its rows lie. Kernels read q_len, kv_len and strides of batches and heads
  * through these functions.
  *
- * Lengths, and so the numbers of rows, keys and blocks, are below 2^30, as mfa_metal_tiles_supports sees to: 32 bits
- * hold them, their sums and differences. Offsets of elements are 64-bit. */
+ * Lengths, and so the numbers of rows, keys and blocks of a head, are at most 2^30, as mfa_metal_tiles_supports sees
+ * to: 32 bits hold them, and the sums and differences of their indices. Offsets of elements are 64-bit. */
 
 struct sequence {
     int batch, q_len, kv_len;

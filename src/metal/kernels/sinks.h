@@ -21,3 +21,10 @@ METAL_FUNC float softmax_end(thread softmax_state &s, device const float *sinks,
     return softmax_inverse(s.l);
 #endif
 }
+
+/* exp(sink - L), for a sink and L as they are given: their difference is exact where both are large. */
+METAL_FUNC float sink_probability(float sink, float L)
+{
+    float distance = sink - L;
+    return fast::exp2((distance < SINK_MIN ? SINK_MIN : distance) * LOG2E); /* -inf counts as SINK_MIN */
+}

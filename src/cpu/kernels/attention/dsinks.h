@@ -1,4 +1,5 @@
-/* dsink = -sum of exp(sink - L) * D over the queries of a head: a task for each element of dsinks. */
+/* dsink = -sum of exp(sink - L) * D over the queries of a head: a task for each element of dsinks. L is the
+ * caller's, so that sink - L is exact where both are large; a query whose L is -inf has no part in it. */
 
 static double dsink_of_head(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head)
 {
@@ -6,9 +7,12 @@ static double dsink_of_head(const struct mfa_cpu_call *call, const struct sequen
     double sum = 0;
     for (int64_t block = 0; block < q_blocks(call); block++) {
         const struct q_block q = q_block_of(call, seq, head, block);
-        const real *D = q_block_D(call, &q, 0), *L = q_block_L(call, &q, 0);
-        for (int64_t i = 0; i < q.rows; i++)
-            sum -= exp((sink - (double)L[i]) / S_UNIT) * ((double)D[i] / (OPERANDS_AS_GIVEN ? 1 : call->dS_factor));
+        const real *D = q_block_D(call, &q, 0);
+        for (int64_t i = 0; i < q.rows; i++) {
+            const real L = *(const real *)q_block_row(&q, call->lse, sizeof(real), &call->args.lse, i);
+            const double P = L == -(real)INFINITY ? 0 : exp(sink - (double)L);
+            sum -= P * ((double)D[i] / (OPERANDS_AS_GIVEN ? 1 : call->dS_factor));
+        }
     }
     return sum;
 }

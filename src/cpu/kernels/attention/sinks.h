@@ -2,14 +2,14 @@
  * different while keys are visited; the sink enters at the end (softmax_end), and its gradient
  * (dsinks.h) needs D and L alone. */
 
-/* The sink of a query head, in the unit of S. */
+/* The sink of a query head. */
 static inline double sink_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head)
 {
     const void *sink = sequence_row(seq, call->sinks, sizeof(float), &call->args.sinks, head, 0);
-    return (double)*(const float *)sink * S_UNIT;
+    return (double)*(const float *)sink;
 }
 
-/* m and l with a sink, and what O is multiplied by, to be relative to the new m. */
+/* m and l with a sink, in the unit of S as m is, and what O is multiplied by, to be relative to the new m. */
 struct sink_sum {
     double m, l, alpha;
 };
