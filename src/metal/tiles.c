@@ -189,8 +189,8 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
     bytes[1] = tile->split > 1 ? simdgroups * scores * fragment : 16;
 }
 
-/* Lengths and numbers of rows of a KV head, and the numbers of all rows, keys and blocks, which kernels count in 32
- * bits. A grid has at most one threadgroup for 8 keys or for 4 of the others. */
+/* Lengths and numbers of rows of a KV head, and the numbers of all rows, keys, blocks and sinks, which kernels count in
+ * 32 bits. A grid has at most one threadgroup for 8 keys, for 4 of the others, or for a sink. */
 static mfa_status supports_sizes(const mfa_problem *p)
 {
     const double most = 0x1p30, q_len = (double)p->q_len, kv_len = (double)p->kv_len;
@@ -202,10 +202,11 @@ static mfa_status supports_sizes(const mfa_problem *p)
     if (kv_len > most)
         return mfa_fail(MFA_UNSUPPORTED, "kv_len is %lld; Metal kernels exist for up to 2^30", (long long)p->kv_len);
     const double blocks = p->mask == MFA_MASK_NONE ? 0 : q_heads * (q_len / 8 + 1) * (kv_len / 8 + 1);
-    if (q_heads * q_len > 0x1p31 || kv_heads * kv_len > 0x1p31 || blocks > 0x1p31)
-        return mfa_fail(MFA_UNSUPPORTED,
-                        "batch is %lld; Metal kernels exist for up to 2^31 queries, keys and blocks of a mask in all",
-                        (long long)p->batch);
+    if (q_heads * q_len > 0x1p31 || kv_heads * kv_len > 0x1p31 || blocks > 0x1p31 || (p->sinks && q_heads > 0x1p31))
+        return mfa_fail(
+            MFA_UNSUPPORTED,
+            "batch is %lld; Metal kernels exist for up to 2^31 queries, keys, sinks and blocks of a mask in all",
+            (long long)p->batch);
     return MFA_OK;
 }
 

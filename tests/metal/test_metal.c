@@ -247,6 +247,10 @@ static void test_unsupported_sizes(void **state)
     assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
     p.mask = MFA_MASK_BOOL; /* 2^34 blocks of it */
     assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    mfa_problem_init(&p, 1 << 30, 4, 4, 0, 0, 8, 8);
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
+    p.sinks = 1; /* dsinks has an element for each head, with or without queries */
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
 }
 
 /* --- Dispatches ----------------------------------------------------------------------------------- */
@@ -275,7 +279,9 @@ static void list(const mfa_problem *problem, struct listed *l)
                                  .dk = b,
                                  .dv = b,
                                  .dbias = b,
-                                 .o_low = b};
+                                 .o_low = b,
+                                 .sinks = {problem->sinks ? &memory : NULL, 0},
+                                 .dsinks = {problem->sinks ? &memory : NULL, 0}};
     mfa_problem canonical;
     assert_int_equal(mfa_problem_check(problem, &canonical), MFA_OK);
     mfa_metal_tiles_choose(7, &canonical, &l->choice);
@@ -313,6 +319,8 @@ static void test_lists(void **state)
     p.pass = MFA_BACKWARD;
     expect_kernels(&p, 6, MFA_METAL_BACKWARD_PREPROCESS, MFA_METAL_BLOCK_MASK, MFA_METAL_BACKWARD_DQ,
                    MFA_METAL_BLOCK_MASK, MFA_METAL_BACKWARD_DKV, MFA_METAL_DBIAS);
+    p.q_len = p.kv_len = 0, p.mask = MFA_MASK_NONE, p.sinks = 1;
+    expect_kernels(&p, 1, MFA_METAL_DSINKS); /* dsinks is 0, and must be written */
     mfa_problem_init(&p, 1, 8, 2, 2, 4096, 64, 64);
     expect_kernels(&p, 2, MFA_METAL_DECODE, MFA_METAL_MERGE);
     p.q_len = 3; /* 12 rows: more than a block of 8 */
