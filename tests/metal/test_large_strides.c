@@ -1,5 +1,6 @@
-/* Strides beyond 2^31 elements: the elements of small tensors are spread over a large mapping, of which few pages are
- * touched. Every result must be bitwise that of the same tensors with dense strides. */
+/* Strides beyond 2^31 elements, and those about the largest whose offsets kernels hold in 32 bits: the elements of
+ * small tensors are spread over a large mapping, of which few pages are touched. Every result must be bitwise that of
+ * the same tensors with dense strides. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -51,96 +52,120 @@ static void move(struct operands *operands, enum reference_tensor which, int dim
     double *values = tensor_read(tensor);
     tensor_close(tensor);
     tensor->layout = large_stride_layout(tensor, dimension, stride);
+    tensor->origin = stride < 0 && tensor->shape[dimension] > 1 ? (1 - tensor->shape[dimension]) * stride : 0;
     struct guarded *memory = &tensor->memory;
-    memory->size = (size_t)span_of(tensor->shape, &tensor->layout) * element_size(tensor->dtype);
+    memory->size = (size_t)(span_of(tensor->shape, &tensor->layout) + 2 * tensor->origin) * element_size(tensor->dtype);
     memory->mapped = memory->size + 2 * guarded_page();
     memory->mapping =
         mmap(NULL, memory->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     assert_ptr_not_equal(memory->mapping, MAP_FAILED);
     memory->bytes = memory->mapping + guarded_page();
     for (int64_t n = 0; n < tensor_count(tensor); n++)
-        element_store(tensor->dtype, memory->bytes, element_index(n, tensor->shape, &tensor->layout), values[n]);
+        element_store(tensor->dtype, memory->bytes, tensor->origin + element_index(n, tensor->shape, &tensor->layout),
+                      values[n]);
     free(values);
     *(mfa_layout *)reference_layout(&operands->problem, which) = tensor->layout;
     *(mfa_buffer *)reference_buffer(&operands->buffers, which) = tensor_buffer(tensor);
 }
 
-static void run(struct operands *operands)
+static void run(struct operands *operands, int splits)
 {
     struct metal_trace trace;
-    if (metal_run(operands, (struct metal_target){.family = 7}, 0, &trace) != MFA_OK)
+    if (metal_run(operands, (struct metal_target){.family = 7, .splits = splits}, 0, &trace) != MFA_OK)
         fail_msg("%s", mfa_last_error());
 }
 
 /* Both passes; the results are read where they are. */
-static void run_passes(const struct inputs *inputs, int dimension, int64_t stride, struct reference *results)
+static void run_passes(const struct inputs *inputs, int splits, int dimension, int64_t stride,
+                       struct reference *results)
 {
     struct operands operands;
     operands_open(&operands, inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     for (int tensor = 0; tensor < REFERENCE_TENSORS; tensor++)
         move(&operands, tensor, dimension, stride);
-    run(&operands);
+    run(&operands, splits);
     results->O = tensor_read(&operands.tensors[REFERENCE_O]);
     results->L = tensor_read(&operands.tensors[REFERENCE_L]);
     operands_turn(&operands, DENSE, results);
     move(&operands, REFERENCE_O, dimension, stride);
     move(&operands, REFERENCE_L, dimension, stride);
-    run(&operands);
+    run(&operands, splits);
     for (int tensor = REFERENCE_dQ; tensor < REFERENCE_TENSORS; tensor++)
         if (operands.tensors[tensor].memory.mapping)
             *reference_member(results, tensor) = tensor_read(&operands.tensors[tensor]);
     operands_close(&operands);
 }
 
-static void check_dimension(const char *text, const struct inputs *inputs, int dimension, struct reference *dense)
+struct strides {
+    const int64_t *values;
+    size_t count;
+};
+
+static void check_dimension(const char *text, const struct inputs *inputs, int splits, int dimension,
+                            struct strides strides, struct reference *dense)
 {
-    /* Past 2^31 and 2^32; one that runs of four elements can be read at, and one that they cannot. */
-    static const int64_t strides[] = {(INT64_C(1) << 31) + 4, (INT64_C(1) << 32) + 3};
-    for (size_t s = 0; s < sizeof strides / sizeof *strides; s++) {
+    for (size_t s = 0; s < strides.count; s++) {
         struct reference spread = {0};
-        run_passes(inputs, dimension, strides[s], &spread);
+        run_passes(inputs, splits, dimension, strides.values[s], &spread);
         for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
             const double *got = *reference_member(&spread, tensor), *right = *reference_member(dense, tensor);
             const size_t bytes = (size_t)reference_count(&inputs->problem, tensor) * sizeof *got;
             if (got && right && memcmp(got, right, bytes))
                 fail_msg("%s: %s differs where dimension %d has stride %lld", text, tensor_name(tensor), dimension,
-                         (long long)strides[s]);
+                         (long long)strides.values[s]);
         }
         reference_close(&spread);
     }
 }
 
-static void check(const char *text)
+/* Dimensions from the first to the last. `splits` of the keys; 0: as the backend chooses. */
+static void check(const char *text, int splits, int first, int last, struct strides strides)
 {
     mfa_problem problem;
     struct inputs inputs;
     struct reference dense = {0};
     assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
     inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, 1, text);
-    run_passes(&inputs, NOWHERE, 0, &dense);
-    for (int dimension = 0; dimension < 4; dimension++)
-        check_dimension(text, &inputs, dimension, &dense);
+    run_passes(&inputs, splits, NOWHERE, 0, &dense);
+    for (int dimension = first; dimension <= last; dimension++)
+        check_dimension(text, &inputs, splits, dimension, strides, &dense);
     reference_close(&dense);
     inputs_close(&inputs);
 }
+
+/* Past 2^31 and 2^32; one that runs of four elements can be read at, and one that they cannot. */
+static const int64_t large[] = {(INT64_C(1) << 31) + 4, (INT64_C(1) << 32) + 3};
 
 /* block_mask, attention_forward, and all of the backward pass. */
 static void test_blocks(void **state)
 {
     (void)state;
-    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 mask_f32");
+    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 mask_f32", 0, 0, 3, (struct strides){large, 2});
 }
 
 /* attention_decode and attention_merge. */
 static void test_decode(void **state)
 {
     (void)state;
-    check("forward f32 b2 h4/2 q2 kv600 d24 mask_bool");
+    check("forward f32 b2 h4/2 q2 kv600 d24 mask_bool", 0, 0, 3, (struct strides){large, 2});
+}
+
+/* More blocks than a stretch of 32-bit offsets has (kv_source.h), of K and V in attention_decode_vector and
+ * attention_backward_dq, and of Q and dO in attention_backward_dkv: rows so far apart that the offsets just fit, or do
+ * not. */
+static void test_stretches(void **state)
+{
+    enum { ROW = 2, FAR = 1 << 18 };
+    static const int64_t strides[] = {FAR - 4, FAR + 64, 4 - FAR, -FAR - 64};
+    (void)state;
+    check("forward f16 b1 h1 q1 kv8300 d8", 1, ROW, ROW, (struct strides){strides, 4});
+    check("forward f16 b1 h1 q4200 kv9 d8", 1, ROW, ROW, (struct strides){strides, 4});
 }
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_blocks), cmocka_unit_test(test_decode)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_blocks), cmocka_unit_test(test_decode),
+                                       cmocka_unit_test(test_stretches)};
     const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
     gpu_set(&settings);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
