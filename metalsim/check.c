@@ -8,6 +8,7 @@
 #include "check.h"
 
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -141,7 +142,16 @@ static void refine(struct region *region, size_t unit)
 
 /* --- Findings ------------------------------------------------------------------------------------- */
 
-static const char *const region_names[] = {"buffer", "threadgroup argument", "bytes at index"};
+const char *metalsim_region_name(const struct metalsim_region *region, char name[METALSIM_REGION_NAME])
+{
+    static const char *const kinds[] = {"buffer", "threadgroup argument", "bytes at index"};
+    if (region->name)
+        snprintf(name, METALSIM_REGION_NAME, "threadgroup array %s", region->name);
+    else
+        snprintf(name, METALSIM_REGION_NAME, "%s %u", kinds[region->kind], region->index);
+    return name;
+}
+
 static const char *const memory_names[] = {"mem_device", "mem_threadgroup", "mem_device"};
 
 struct access {
@@ -156,11 +166,12 @@ static void find_race(const struct access *a, size_t offset, const struct touch 
 {
     const struct metalsim_region *what = &a->region->what;
     const void *other = current->begin + earlier->site;
+    char name[METALSIM_REGION_NAME];
     int apart = earlier->group != a->touch.group || earlier->others & OTHER_GROUP;
     metalsim_findings_add(&current->machine->findings, a->site, other,
-                          "race at byte %zu of %s %u: %s by thread %u of threadgroup %u, after %s by thread %u of "
+                          "race at byte %zu of %s: %s by thread %u of threadgroup %u, after %s by thread %u of "
                           "threadgroup %u; %s%s",
-                          offset, region_names[what->kind], what->index, a->verb, a->touch.thread, a->touch.group, verb,
+                          offset, metalsim_region_name(what, name), a->verb, a->touch.thread, a->touch.group, verb,
                           earlier->thread, earlier->group,
                           apart ? "nothing orders threadgroups" : "no barrier between them has ",
                           apart ? "" : memory_names[what->kind]);
@@ -168,10 +179,10 @@ static void find_race(const struct access *a, size_t offset, const struct touch 
 
 static void find_unwritten(const struct access *a, size_t offset)
 {
+    char name[METALSIM_REGION_NAME];
     metalsim_findings_add(&current->machine->findings, a->site, NULL,
-                          "unwritten: thread %u of threadgroup %u reads byte %zu of %s %u, which nothing has written",
-                          a->touch.thread, a->touch.group, offset, region_names[a->region->what.kind],
-                          a->region->what.index);
+                          "unwritten: thread %u of threadgroup %u reads byte %zu of %s, which nothing has written",
+                          a->touch.thread, a->touch.group, offset, metalsim_region_name(&a->region->what, name));
 }
 
 /* An access that no region has. What it would do is anybody's guess, so the kernel ends here. */
@@ -182,11 +193,12 @@ _Noreturn static void find_out_of_bounds(const struct metalsim_lane *lane, const
     uintptr_t at = (uintptr_t)address - (uintptr_t)current->space;
     if (at >> SLOT_BITS < current->count) {
         const struct region *near = &current->regions[at >> SLOT_BITS];
+        char name[METALSIM_REGION_NAME];
         metalsim_findings_add(findings, site, NULL,
-                              "out of bounds: %s of %zu bytes at byte %lld of %s %u, which has %zu, by thread %u of "
+                              "out of bounds: %s of %zu bytes at byte %lld of %s, which has %zu, by thread %u of "
                               "threadgroup %u",
-                              verb, bytes, (long long)(address - near->memory), region_names[near->what.kind],
-                              near->what.index, near->what.length, lane->index, current->group);
+                              verb, bytes, (long long)(address - near->memory), metalsim_region_name(&near->what, name),
+                              near->what.length, lane->index, current->group);
     } else {
         metalsim_findings_add(findings, site, NULL,
                               "out of bounds: %s of %zu bytes at an address of no buffer, by thread %u of "

@@ -12,10 +12,15 @@ struct metalsim_check;
 /* A stretch of memory that a kernel may touch. */
 struct metalsim_region {
     enum { METALSIM_REGION_DEVICE, METALSIM_REGION_THREADGROUP, METALSIM_REGION_CONSTANT } kind;
-    unsigned index; /* of the buffer or threadgroup argument that it was bound at first */
+    unsigned index;   /* of the buffer or threadgroup argument that it was bound at first */
+    const char *name; /* of an array that the kernel declares in threadgroup memory; else NULL */
     size_t length;
     int unwritten; /* its contents count as never written */
 };
+
+/* What messages call it, written to `name`, which is returned. */
+#define METALSIM_REGION_NAME 80
+const char *metalsim_region_name(const struct metalsim_region *region, char name[METALSIM_REGION_NAME]);
 
 /* A checker with room for `count` regions, and their memory: region i is at metalsim_check_memory(i), far
  * from all others. NULL: out of memory. */

@@ -14,7 +14,8 @@
 #include "report.h"
 
 #define CPUS_MAX 64
-#define GUARD 4096 /* bytes before and after each threadgroup argument */
+#define GUARD 4096 /* bytes before and after each stretch of threadgroup memory */
+#define UNIT 64    /* bytes: where each begins is a multiple of it */
 
 /* --- What Metal refuses --------------------------------------------------------------------------- */
 
@@ -55,7 +56,7 @@ static metalsim_status check_parameter(const struct metalsim_entry *e, const str
 static metalsim_status check_threadgroup(const struct metalsim_kernel *kernel, const struct metalsim_dispatch *d)
 {
     const char *name = kernel->entry->name;
-    size_t threads = d->threads[0], total = 0;
+    size_t threads = d->threads[0];
     for (int i = 1; i < 3; i++)
         threads = d->threads[i] && threads <= SIZE_MAX / d->threads[i] ? threads * d->threads[i] : 0;
     if (!threads || threads > metalsim_kernel_threads(kernel))
@@ -66,13 +67,15 @@ static metalsim_status check_threadgroup(const struct metalsim_kernel *kernel, c
         if (length % 16)
             return metalsim_fail(METALSIM_REFUSED, "%s: threadgroup length %u is %zu; it must be a multiple of 16",
                                  name, i, length);
-        if (length > METALSIM_THREADGROUP_MAX - total)
-            return metalsim_fail(METALSIM_REFUSED,
-                                 "%s: threadgroup length %u is %zu, after %zu bytes before it; all lengths together "
-                                 "may be %d",
-                                 name, i, length, total, METALSIM_THREADGROUP_MAX);
-        total += length;
+        if (length > METALSIM_THREADGROUP_MAX)
+            return metalsim_fail(METALSIM_REFUSED, "%s: threadgroup length %u is %zu; it may be %d", name, i, length,
+                                 METALSIM_THREADGROUP_MAX);
     }
+    size_t bytes = metalsim_kernel_threadgroup_bytes(kernel, d->threadgroup_lengths);
+    if (bytes > METALSIM_THREADGROUP_MAX)
+        return metalsim_fail(METALSIM_REFUSED,
+                             "%s: its arrays and arguments have %zu bytes of threadgroup memory; they may have %d",
+                             name, bytes, METALSIM_THREADGROUP_MAX);
     for (int i = 0; i < 3; i++)
         if (d->threadgroups[i] > UINT32_MAX / d->threads[i])
             return metalsim_fail(METALSIM_REFUSED,
@@ -94,14 +97,21 @@ static metalsim_status check_dispatch(const struct metalsim_kernel *kernel, cons
 
 /* --- Running -------------------------------------------------------------------------------------- */
 
+/* A stretch of threadgroup memory: an argument, or an array that the kernel declares. */
+struct local {
+    const char *name; /* of an array */
+    size_t length;    /* 0: there is none */
+};
+
 /* What the CPU threads of a dispatch share. */
 struct run {
     const struct metalsim_kernel *kernel;
     const struct metalsim_dispatch *dispatch;
     void *buffers[METALSIM_BUFFERS];
-    struct metalsim_check *check;        /* NULL: the library is not a checked one */
-    void *threadgroup[METALSIM_BUFFERS]; /* if checked: on one thread, so one of each */
-    uint64_t count;                      /* threadgroups */
+    struct local locals[METALSIM_LOCALS];
+    struct metalsim_check *check;       /* NULL: the library is not a checked one */
+    void *threadgroup[METALSIM_LOCALS]; /* if checked: on one thread, so one of each */
+    uint64_t count;                     /* threadgroups */
     atomic_uint_fast64_t next;
     atomic_int stopped;
     pthread_mutex_t lock; /* of findings */
@@ -109,41 +119,59 @@ struct run {
     int out_of_memory;
 };
 
-/* Threadgroup memory of one CPU thread, each argument between guards. */
-static char *lay_out(const struct metalsim_dispatch *d, void *threadgroup[METALSIM_BUFFERS], size_t *bytes)
+static void find_locals(struct run *run)
+{
+    for (unsigned i = 0; i < run->kernel->entry->parameter_count; i++) {
+        const struct metalsim_parameter *p = &run->kernel->entry->parameters[i];
+        if (p->kind == METALSIM_THREADGROUP)
+            run->locals[p->index].length = run->dispatch->threadgroup_lengths[p->index];
+        else if (p->kind == METALSIM_ARRAY)
+            run->locals[METALSIM_BUFFERS + p->index] = (struct local){p->name, p->bytes};
+    }
+}
+
+static size_t room_of(const struct local *local)
+{
+    return local->length ? (local->length + UNIT - 1) / UNIT * UNIT + GUARD : 0;
+}
+
+/* Threadgroup memory of one CPU thread, each stretch between guards. */
+static char *lay_out(const struct run *run, void *threadgroup[METALSIM_LOCALS], size_t *bytes)
 {
     *bytes = GUARD;
-    for (int i = 0; i < METALSIM_BUFFERS; i++)
-        *bytes += d->threadgroup_lengths[i] ? d->threadgroup_lengths[i] + GUARD : 0;
-    char *memory = aligned_alloc(GUARD, (*bytes + GUARD - 1) / GUARD * GUARD), *at = memory + GUARD;
-    for (int i = 0; memory && i < METALSIM_BUFFERS; i++)
-        if (d->threadgroup_lengths[i]) {
-            threadgroup[i] = at;
-            at += d->threadgroup_lengths[i] + GUARD;
-        }
+    for (int i = 0; i < METALSIM_LOCALS; i++)
+        *bytes += room_of(&run->locals[i]);
+    *bytes = (*bytes + GUARD - 1) / GUARD * GUARD;
+    char *memory = aligned_alloc(GUARD, *bytes), *at = memory + GUARD;
+    for (int i = 0; memory && i < METALSIM_LOCALS; at += room_of(&run->locals[i++]))
+        threadgroup[i] = at;
     return memory;
 }
 
 /* Bytes 0xff are NaNs in every type. */
-static void forget(const struct metalsim_dispatch *d, void *const threadgroup[METALSIM_BUFFERS])
+static void forget(const struct run *run, void *const threadgroup[METALSIM_LOCALS])
 {
-    for (int i = 0; i < METALSIM_BUFFERS; i++)
-        if (d->threadgroup_lengths[i])
-            memset(threadgroup[i], 0xff, d->threadgroup_lengths[i]);
+    for (int i = 0; i < METALSIM_LOCALS; i++)
+        if (run->locals[i].length)
+            memset(threadgroup[i], 0xff, run->locals[i].length);
 }
 
-/* Were the guards before and after each argument written to? */
-static void look_at_guards(const struct metalsim_dispatch *d, void *const threadgroup[METALSIM_BUFFERS],
+/* Were the guards before and after each stretch written to? */
+static void look_at_guards(const struct run *run, void *const threadgroup[METALSIM_LOCALS],
                            struct metalsim_machine *machine)
 {
-    for (int i = 0; i < METALSIM_BUFFERS; i++) {
-        if (!d->threadgroup_lengths[i])
+    for (int i = 0; i < METALSIM_LOCALS; i++) {
+        const struct local *local = &run->locals[i];
+        if (!local->length)
             continue;
-        const unsigned char *begin = threadgroup[i], *end = begin + d->threadgroup_lengths[i];
+        const unsigned char *begin = threadgroup[i], *end = begin + local->length;
         for (int b = 0; b < GUARD; b++)
             if (end[b] != 0xa5 || begin[-1 - b] != 0xa5) {
+                char name[METALSIM_REGION_NAME];
+                const struct metalsim_region region = {METALSIM_REGION_THREADGROUP, (unsigned)i, local->name, 0, 0};
                 metalsim_findings_add(&machine->findings, NULL, NULL,
-                                      "out of bounds: something wrote to memory beside threadgroup argument %d", i);
+                                      "out of bounds: something wrote to memory beside %s",
+                                      metalsim_region_name(&region, name));
                 machine->stopped = 1;
                 return;
             }
@@ -172,12 +200,12 @@ static void run_threadgroups(struct run *run, struct metalsim_machine *machine, 
     while (!atomic_load(&run->stopped) && (i = atomic_fetch_add(&run->next, 1)) < run->count) {
         uint64_t number = turn(run, i);
         machine->grid.position = grid_coord(number, d->threadgroups);
-        forget(d, threadgroup);
+        forget(run, threadgroup);
         if (run->check)
             metalsim_check_threadgroup(run->check, (unsigned)number);
         metalsim_machine_run(machine, d->schedule, d->seed + number);
         if (!run->check)
-            look_at_guards(d, threadgroup, machine);
+            look_at_guards(run, threadgroup, machine);
         if (machine->stopped)
             atomic_store(&run->stopped, 1);
     }
@@ -190,9 +218,9 @@ static void *work(void *argument)
     const struct metalsim_dispatch *d = run->dispatch;
     struct metalsim_machine *machine =
         metalsim_machine_borrow((unsigned)(d->threads[0] * d->threads[1] * d->threads[2]));
-    void *own[METALSIM_BUFFERS] = {0};
+    void *own[METALSIM_LOCALS] = {0};
     size_t bytes;
-    char *memory = lay_out(d, own, &bytes);
+    char *memory = lay_out(run, own, &bytes);
     if (machine && memory) {
         void *const *threadgroup = run->check ? run->threadgroup : own;
         memset(memory, 0xa5, bytes);
@@ -251,14 +279,16 @@ static void run_all(struct run *run)
 
 /* A checked kernel works on copies that lie far apart: nothing but a region's own bytes is near it. */
 struct copies {
-    struct metalsim_region regions[2 * METALSIM_BUFFERS];
+    struct metalsim_region regions[METALSIM_BUFFERS + METALSIM_LOCALS];
     const struct metalsim_argument *sources[METALSIM_BUFFERS]; /* of the device and constant regions */
     size_t count, sources_count;
     int of_buffer[METALSIM_BUFFERS]; /* the region of a buffer index */
 };
 
-static metalsim_status plan_copies(const struct metalsim_dispatch *d, const char *kernel, struct copies *c)
+static metalsim_status plan_copies(const struct run *run, struct copies *c)
 {
+    const struct metalsim_dispatch *d = run->dispatch;
+    const char *kernel = run->kernel->entry->name;
     for (unsigned i = 0; i < METALSIM_BUFFERS; i++) {
         const struct metalsim_argument *a = &d->buffers[i];
         if (a->binding == METALSIM_NONE)
@@ -288,10 +318,12 @@ static metalsim_status plan_copies(const struct metalsim_dispatch *d, const char
         }
         c->of_buffer[i] = same;
     }
-    for (unsigned i = 0; i < METALSIM_BUFFERS; i++)
-        if (d->threadgroup_lengths[i])
-            c->regions[c->count++] = (struct metalsim_region){
-                .kind = METALSIM_REGION_THREADGROUP, .index = i, .length = d->threadgroup_lengths[i]};
+    for (unsigned i = 0; i < METALSIM_LOCALS; i++)
+        if (run->locals[i].length)
+            c->regions[c->count++] = (struct metalsim_region){.kind = METALSIM_REGION_THREADGROUP,
+                                                              .index = i,
+                                                              .name = run->locals[i].name,
+                                                              .length = run->locals[i].length};
     return METALSIM_OK;
 }
 
@@ -299,7 +331,7 @@ static metalsim_status run_checked(struct run *run)
 {
     const struct metalsim_dispatch *d = run->dispatch;
     struct copies c = {.count = 0};
-    metalsim_status status = plan_copies(d, run->kernel->entry->name, &c);
+    metalsim_status status = plan_copies(run, &c);
     if (status != METALSIM_OK)
         return status;
     run->check = metalsim_check_create(c.regions, c.count);
@@ -330,6 +362,7 @@ metalsim_status metalsim_dispatch_run(const metalsim_kernel *kernel, const struc
     run.count = (uint64_t)groups[0] * groups[1] * groups[2];
     if (!run.count)
         return METALSIM_OK;
+    find_locals(&run);
     if (kernel->library->build & METALSIM_CHECKED) {
         status = run_checked(&run);
     } else {

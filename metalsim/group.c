@@ -254,6 +254,15 @@ void metalsim_group_threadgroup_barrier(unsigned memory, const void *site)
     machine->barriers++;
 }
 
+void *metalsim_group_threadgroup_array(const char *name)
+{
+    const struct metalsim_machine *machine = metalsim_lane_team(metalsim_self())->machine;
+    const struct metalsim_parameter *p = machine->entry->parameters;
+    while (p->kind != METALSIM_ARRAY || strcmp(p->name, name)) /* parameters.c has found all that the text has */
+        p++;
+    return machine->threadgroup[METALSIM_BUFFERS + p->index];
+}
+
 /* --- A threadgroup -------------------------------------------------------------------------------- */
 
 static uint64_t draw(uint64_t *state) /* splitmix64 */

@@ -45,6 +45,8 @@ struct metalsim_team { /* a simdgroup */
     struct metalsim_epochs epochs;
 };
 
+#define METALSIM_LOCALS (METALSIM_BUFFERS + METALSIM_ARRAYS)
+
 struct metalsim_machine {
     struct metalsim_grid grid;
     struct metalsim_team *teams;
@@ -59,8 +61,8 @@ struct metalsim_machine {
     struct metalsim_epochs epochs;
     const struct metalsim_entry *entry;
     void *const *buffers;
-    void *const *threadgroup;
-    void *host; /* the stack pointer of whoever runs the machine */
+    void *const *threadgroup; /* of METALSIM_LOCALS: arguments by their index, then the kernel's arrays */
+    void *host;               /* the stack pointer of whoever runs the machine */
     struct metalsim_findings findings;
     int stopped; /* by a finding after which nothing can go on */
     struct metalsim_machine *next_idle;
@@ -87,5 +89,8 @@ static inline struct metalsim_team *metalsim_lane_team(const struct metalsim_lan
 void metalsim_group_meet(void (*operate)(unsigned char *slots), const void *site);
 void metalsim_group_simdgroup_barrier(unsigned memory, const void *site);
 void metalsim_group_threadgroup_barrier(unsigned memory, const void *site);
+
+/* The memory of the array that the running kernel declares under this name. */
+void *metalsim_group_threadgroup_array(const char *name);
 
 #endif

@@ -212,6 +212,7 @@ static metalsim_status load(const char *path, unsigned build, metalsim_library *
         .meet = metalsim_group_meet,
         .simdgroup_barrier = metalsim_group_simdgroup_barrier,
         .threadgroup_barrier = metalsim_group_threadgroup_barrier,
+        .threadgroup_array = metalsim_group_threadgroup_array,
         .read = metalsim_check_read,
         .write = metalsim_check_write,
         .atomic = metalsim_check_atomic,
@@ -289,4 +290,17 @@ const char *metalsim_kernel_name(const metalsim_kernel *kernel)
 size_t metalsim_kernel_threads(const metalsim_kernel *kernel)
 {
     return kernel->entry->max_threads ? kernel->entry->max_threads : METALSIM_THREADS_MAX;
+}
+
+size_t metalsim_kernel_threadgroup_bytes(const metalsim_kernel *kernel, const size_t lengths[METALSIM_BUFFERS])
+{
+    size_t bytes = 0;
+    for (unsigned i = 0; i < kernel->entry->parameter_count; i++) {
+        const struct metalsim_parameter *p = &kernel->entry->parameters[i];
+        const size_t own = p->kind == METALSIM_ARRAY         ? p->bytes
+                           : p->kind == METALSIM_THREADGROUP ? lengths[p->index]
+                                                             : 0;
+        bytes += (own + 15) / 16 * 16;
+    }
+    return bytes;
 }

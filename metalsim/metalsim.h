@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #define METALSIM_BUFFERS 31            /* buffer and threadgroup indices are 0 to 30 */
+#define METALSIM_ARRAYS 31             /* THREADGROUP_ARRAYs of a kernel, at most */
 #define METALSIM_BYTES_MAX 4096        /* of setBytes */
 #define METALSIM_THREADGROUP_MAX 32768 /* bytes of threadgroup memory in all */
 #define METALSIM_THREADS_MAX 1024      /* threads of a threadgroup */
@@ -55,6 +56,10 @@ const char *metalsim_kernel_name(const metalsim_kernel *kernel);
 /* The most threads of a threadgroup: max_total_threads_per_threadgroup, or METALSIM_THREADS_MAX. */
 size_t metalsim_kernel_threads(const metalsim_kernel *kernel);
 
+/* Bytes of threadgroup memory: the arrays that the kernel declares, and its arguments with these lengths. Lengths at
+ * other indices do not count. */
+size_t metalsim_kernel_threadgroup_bytes(const metalsim_kernel *kernel, const size_t lengths[METALSIM_BUFFERS]);
+
 enum metalsim_binding { METALSIM_NONE, METALSIM_BUFFER_BINDING, METALSIM_BYTES_BINDING };
 
 /* What is bound at an index. A buffer is all of its memory, `length` bytes from `base`, of which the
@@ -73,7 +78,7 @@ struct metalsim_dispatch {
     size_t threadgroups[3]; /* of the grid; with a 0 nothing runs */
     size_t threads[3];      /* of a threadgroup */
     struct metalsim_argument buffers[METALSIM_BUFFERS];
-    size_t threadgroup_lengths[METALSIM_BUFFERS]; /* bytes, multiples of 16; 0: none */
+    size_t threadgroup_lengths[METALSIM_BUFFERS]; /* of threadgroup arguments: bytes, multiples of 16; 0: none */
     enum metalsim_schedule schedule;
     uint64_t seed; /* of METALSIM_SHUFFLED */
     int cpus;      /* most CPU threads; 0: one for each that this process may use */

@@ -100,14 +100,14 @@ static int numbered(struct span attribute, const char *name, unsigned *n)
 
 struct kernel {
     struct span name;
-    unsigned count, max_threads;
+    unsigned count, arrays, max_threads;
     uint32_t used[2]; /* indices, of buffers and of threadgroup memory */
 };
 
-static int refuse(const struct kernel *kernel, struct span parameter, const char *why, struct metalsim_text *error)
+static int refuse(const struct kernel *kernel, struct span what, const char *why, struct metalsim_text *error)
 {
-    metalsim_text_add(error, "kernel %.*s: parameter \"%.*s\": %s\n", (int)(kernel->name.end - kernel->name.begin),
-                      kernel->name.begin, (int)(parameter.end - parameter.begin), parameter.begin, why);
+    metalsim_text_add(error, "kernel %.*s: \"%.*s\": %s\n", (int)(kernel->name.end - kernel->name.begin),
+                      kernel->name.begin, (int)(what.end - what.begin), what.begin, why);
     return 0;
 }
 
@@ -184,6 +184,52 @@ static int write_parameters(struct kernel *kernel, struct span list, struct meta
     return 1;
 }
 
+/* --- Arrays in threadgroup memory ----------------------------------------------------------------- */
+
+/* What THREADGROUP_ARRAY becomes in the text that is read here. */
+static const char *const array_word = "metalsim_threadgroup_array";
+
+/* Adds the array whose (type, name, count) are in `list` to the table. */
+static int write_array(struct kernel *kernel, struct span list, int depth, struct metalsim_text *table,
+                       struct metalsim_text *error)
+{
+    if (depth != 1)
+        return refuse(kernel, list, "a THREADGROUP_ARRAY must be in the kernel's outermost scope", error);
+    if (kernel->arrays == METALSIM_ARRAYS)
+        return refuse(kernel, list, "a kernel has up to 31 of THREADGROUP_ARRAY", error);
+    const char *first = strchr(list.begin, ','), *second = strchr(first + 1, ','); /* the macro has three arguments */
+    struct span type = trim((struct span){list.begin, first}), name = trim((struct span){first + 1, second});
+    struct span count = trim((struct span){second + 1, list.end});
+    metalsim_text_add(table, "    {\"%.*s\", METALSIM_ARRAY, %u, 0, sizeof(%.*s) * (%.*s)},\n",
+                      (int)(name.end - name.begin), name.begin, kernel->arrays++, (int)(type.end - type.begin),
+                      type.begin, (int)(count.end - count.begin), count.begin);
+    kernel->count++;
+    return 1;
+}
+
+/* The arrays that the kernel's body declares, which ends at `end`. */
+static int write_arrays(struct kernel *kernel, struct span body, struct metalsim_text *table,
+                        struct metalsim_text *error)
+{
+    int depth = 0;
+    const size_t length = strlen(array_word);
+    for (const char *at = body.begin; at < body.end; at++) {
+        depth += *at == '{';
+        depth -= *at == '}';
+        if (word_char(at[-1]) || strncmp(at, array_word, length) || at[length] != '(')
+            continue;
+        const char *open = at + length, *past = past_bracket(open, body.end);
+        if (!past)
+            return refuse(kernel, (struct span){at, open}, "its bracket does not close", error);
+        if (!write_array(kernel, (struct span){open + 1, past - 1}, depth, table, error))
+            return 0;
+        at = past - 1;
+    }
+    return 1;
+}
+
+/* --- Kernels -------------------------------------------------------------------------------------- */
+
 static const char *const threads_attribute = "max_total_threads_per_threadgroup";
 
 /* Reads that attribute, which may stand anywhere in a kernel's head. */
@@ -219,7 +265,15 @@ static const char *find_list(const char *at, struct kernel *kernel)
     return NULL;
 }
 
-/* The kernel whose head begins at `head` and goes on behind the word "kernel"; *at moves past its head. */
+/* The kernel's body, of which the head ends at `at`; empty if the kernel is only declared. */
+static struct span find_body(const char *at)
+{
+    const char *end = at + strlen(at), *open = trim((struct span){at, end}).begin;
+    const char *past = *open == '{' ? past_bracket(open, end) : NULL;
+    return past ? (struct span){open, past} : (struct span){at, at};
+}
+
+/* The kernel whose head begins at `head` and goes on behind the word "kernel"; *at moves past its body. */
 static int write_kernel(const char *head, const char **at, struct kernel *kernel, struct metalsim_text *code,
                         struct metalsim_text *error)
 {
@@ -233,7 +287,9 @@ static int write_kernel(const char *head, const char **at, struct kernel *kernel
     struct metalsim_text table = {0}, call = {0};
     const char *name = kernel->name.begin;
     int length = (int)(kernel->name.end - name);
-    int fine = write_parameters(kernel, (struct span){open + 1, close - 1}, &table, &call, error);
+    const struct span body = find_body(close);
+    int fine = write_parameters(kernel, (struct span){open + 1, close - 1}, &table, &call, error) &&
+               write_arrays(kernel, body, &table, error);
     if (fine)
         metalsim_text_add(code,
                           "namespace metalsim_of_%.*s {\n"
@@ -245,17 +301,17 @@ static int write_kernel(const char *head, const char **at, struct kernel *kernel
                           call.bytes ? call.bytes : "");
     free(table.bytes);
     free(call.bytes);
-    *at = close;
+    *at = body.end;
     return fine;
 }
 
 int metalsim_parameters_write(const char *text, struct metalsim_text *code, struct metalsim_text *error)
 {
     struct metalsim_text entries = {0};
-    unsigned count = 0;
+    unsigned count = 0, arrays = 0;
     const char *at = text;
     while ((at = find_word(at, "kernel"))) {
-        struct kernel kernel = {{NULL, NULL}, 0, 0, {0, 0}};
+        struct kernel kernel = {.name = {NULL, NULL}};
         const char *head = at;
         while (head > text && head[-1] != ';' && head[-1] != '}')
             head--;
@@ -269,6 +325,14 @@ int metalsim_parameters_write(const char *text, struct metalsim_text *code, stru
                           length, kernel.name.begin, length, kernel.name.begin, length, kernel.name.begin, kernel.count,
                           kernel.max_threads);
         count++;
+        arrays += kernel.arrays;
+    }
+    for (at = text; (at = find_word(at, array_word)); at += strlen(array_word))
+        arrays--;
+    if (arrays) {
+        metalsim_text_add(error, "a THREADGROUP_ARRAY is outside of a kernel\n");
+        free(entries.bytes);
+        return 0;
     }
     metalsim_text_add(
         code,

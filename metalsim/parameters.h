@@ -1,4 +1,5 @@
-/* Reads the kernels' parameters and their [[attributes]], which clang does not keep. */
+/* Reads the kernels' parameters with their [[attributes]], which clang does not keep, and their arrays in threadgroup
+ * memory. */
 #ifndef METALSIM_PARAMETERS_H
 #define METALSIM_PARAMETERS_H
 

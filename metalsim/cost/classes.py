@@ -24,6 +24,7 @@ OPERATIONS = {  # calls of metalsim/include/metalsim/counted.h
     "cost_threadgroup_barrier": "barrier",
     "cost_simdgroup_barrier": "simdgroup barrier",
     "cost_own_lane": "",
+    "cost_threadgroup_array": "",  # a constant address
 }
 INTRINSICS: tuple[tuple[str, dict[str, int]], ...] = (  # a part of the name, classes of one element
     (r"(?:exp|log)2\.", {"exp2": 1}),

@@ -42,7 +42,9 @@ class Liveness:
             return self.uniform[value]
         made = self.function.made.get(value)
         self.uniform[value] = False
-        if made and made.op not in ("phi", "call", "alloca"):
+        if made and made.op == "call":
+            self.uniform[value] = "@cost_threadgroup_array(" in made.operands
+        elif made and made.op not in ("phi", "alloca"):
             if made.op != "load" or ir.space_of(made.operands) == "constant":
                 self.uniform[value] = all(self.is_uniform(use) for use in made.uses)
         return self.uniform[value]

@@ -74,29 +74,27 @@ static void *find_copy(const void *base)
 
 /* --- Programs ------------------------------------------------------------------------------------- */
 
-/* What each kernel is called with: C the call, B(n) buffer n, SCORE those of score.h, T(n) threadgroup memory n, then
- * positions. */
+/* What each kernel is called with: C the call, B(n) buffer n, SCORE those of score.h, then positions. */
 static const char *arguments_of(const char *function)
 {
     static const char *const table[][2] = {
-        {"attention_forward", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), T(0), T(1), GROUP, "
-                              "INDEX, SIMDGROUP, LANE"},
-        {"attention_decode", "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), T(0), T(1), GROUP, "
-                             "INDEX, SIMDGROUP, LANE"},
+        {"attention_forward",
+         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_decode",
+         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_decode_vector",
-         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), T(0), GROUP, INDEX, "
-         "SIMDGROUP, LANE"},
+         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_merge", "C, B(10), B(11), B(18), B(20), B(2), GROUP, SIMDGROUP, LANE"},
         {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
-        {"attention_backward_dq", "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), T(0), T(1), GROUP, "
-                                  "INDEX, SIMDGROUP, LANE"},
-        {"attention_backward_dkv", "C, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), T(0), "
-                                   "T(1), GROUP, INDEX, SIMDGROUP, LANE"},
-        {"attention_dbias", "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), T(1), GROUP, SIMDGROUP, LANE"},
+        {"attention_backward_dq",
+         "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_backward_dkv",
+         "C, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_dbias", "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_dbias_sum", "C, B(17), B(2), GROUP, INDEX"},
-        {"attention_dsinks", "C, B(20), B(21), B(3), B(4), T(0), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_dsinks", "C, B(20), B(21), B(3), B(4), GROUP, INDEX, SIMDGROUP, LANE"},
         {"block_mask", "C, B(9), B(1), GROUP, SIMDGROUP, LANE"},
-        {"layout_test", "B(2), T(0), LANE"},
+        {"layout_test", "B(2), LANE"},
         {"narrow_test", "B(1), B(2), B(3), POSITION"},
     };
     for (size_t n = 0; n < sizeof table / sizeof *table; n++)
@@ -105,8 +103,8 @@ static const char *arguments_of(const char *function)
     return NULL;
 }
 
-/* The entry that CUDA launches: fills threadgroup memory with NaN and calls the kernel. Kernels with tiles define how
- * many THREADS they have, up to 512, and must leave registers for all of them. */
+/* The entry that CUDA launches, which calls the kernel. Kernels with tiles define how many THREADS they have, up to
+ * 512, and must leave registers for all of them. */
 static const char entry[] =
     "\n#include \"core/args.h\"\n#include \"metal/kernels/contract.h\"\n"
     "struct any_pointer {\n    void *at;\n    template <class T> __device__ operator T *() const { return (T *)at; "
@@ -114,11 +112,8 @@ static const char entry[] =
     "struct any_buffers {\n    void *at[%d];\n};\n"
     "#if defined(THREADS)\n#define BOUNDS __launch_bounds__(THREADS)\n#else\n#define BOUNDS\n#endif\n"
     "extern \"C\" __global__ void BOUNDS entry(const __grid_constant__ mfa_metal_call call,\n"
-    "    const __grid_constant__ any_buffers buffers, uint first_bytes, uint all_bytes)\n{\n"
-    "    extern __shared__ __align__(16) char memory[];\n"
-    "    for (uint n = threadIdx.x; n < all_bytes / 4; n += blockDim.x)\n        ((uint *)memory)[n] = ~0u;\n"
-    "    __syncthreads();\n"
-    "#define C call\n#define B(n) any_pointer{buffers.at[n]}\n#define T(n) any_pointer{memory + (n) * first_bytes}\n"
+    "    const __grid_constant__ any_buffers buffers)\n{\n"
+    "#define C call\n#define B(n) any_pointer{buffers.at[n]}\n"
     "#if defined(ALIBI)\n#define SCORE B(9), B(1), B(19)\n#else\n#define SCORE B(9), B(1)\n#endif\n"
     "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
     "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"
@@ -215,16 +210,15 @@ const char *gpu_run(const struct gpu_launch *launch)
         void *at[MFA_METAL_BUFFERS];
     } buffers = {{NULL}};
     struct mfa_metal_call call = launch->call;
-    unsigned first = (unsigned)launch->threadgroup_bytes[0], all = first + (unsigned)launch->threadgroup_bytes[1];
     const char *why = find_kernel(launch, &kernel);
     if (why || getenv("METALSIM_CUDA_ARCH"))
         return why;
     for (int n = 0; n < MFA_METAL_BUFFERS; n++)
         if (launch->buffers[n].base)
             buffers.at[n] = (char *)find_copy(launch->buffers[n].base) + launch->buffers[n].offset;
-    void *arguments[] = {&call, &buffers, &first, &all};
+    void *arguments[] = {&call, &buffers};
     const dim3 grid = {(unsigned)launch->groups, 1, 1}, block = {(unsigned)launch->threads, 1, 1};
-    cudaError_t error = cudaLaunchKernel((const void *)kernel, grid, block, arguments, all, 0);
+    cudaError_t error = cudaLaunchKernel((const void *)kernel, grid, block, arguments, 0, 0);
     if (error == cudaSuccess)
         error = cudaDeviceSynchronize();
     return error == cudaSuccess ? NULL : failed(launch->function, error);

@@ -112,9 +112,23 @@ kernel void signed_index(device float *a [[buffer(0)]], int i [[thread_index_in_
 {
     a[i] = 0.0f;
 }
-kernel void written_out(threadgroup float *a [[threadgroup(0)]]) { a[0] = 0.0f; } // EXPECT-ERROR: TG_ARG
-kernel void good(device float *a [[buffer(0)]], threadgroup float *t TG_ARG(0), uint i [[thread_position_in_grid]])
+kernel void written_out(threadgroup float *a [[threadgroup(0)]]) { a[0] = 0.0f; } // EXPECT-ERROR: THREADGROUP_ARRAY
+kernel void by_length(threadgroup float *a TG_ARG(0)) { a[0] = 0.0f; } // EXPECT-ERROR: THREADGROUP_ARRAY
+METAL_FUNC float array_in_helper(float x)
 {
+    THREADGROUP_ARRAY(float, shared, 32); // EXPECT-ERROR: in kernels only
+    return shared[0] + x;
+}
+kernel void array_in_a_block(device float *a [[buffer(0)]], uint i [[thread_position_in_grid]])
+{
+    for (uint j = 0; j < 4; j++) {
+        THREADGROUP_ARRAY(float, shared, 32); // EXPECT-ERROR: outermost scope
+        a[i] = shared[j];
+    }
+}
+kernel void good(device float *a [[buffer(0)]], uint i [[thread_position_in_grid]])
+{
+    THREADGROUP_ARRAY(float, t, 4);
     t[0] = third(&t[0] == nullptr ? nullptr : nullptr) + good_number;
     a[i] = t[0];
 }

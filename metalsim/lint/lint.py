@@ -55,7 +55,7 @@ RESERVED = set(
     texture1d texture2d texture3d texturecube texture_buffer depth2d depthcube patch_control_point
     command_buffer""".split()
 )
-SPACES = ("__global", "__local", "__private", "__constant")
+SPACES = ("__global", "__local", "__private", "__constant", "threadgroup_array::memory")  # the last: THREADGROUP_ARRAY
 POSITIONS = (
     "thread_position_in_grid|threads_per_grid|thread_position_in_threadgroup|threads_per_threadgroup"
     "|threadgroup_position_in_grid|threadgroups_per_grid"
@@ -133,8 +133,10 @@ class Tree:
     """Walks clang's tree in the order in which it was printed, since a place is printed only where it changes."""
 
     def __init__(self, text, defines, *options):
-        # The tree is printed after errors, too: what is sound in it is looked at.
-        done = clang(text.path, defines, "-std=c++14", "-w", "-fsyntax-only", "-Xclang", "-ast-dump=json", *options)
+        # The tree is printed after errors, too: what is sound in it is looked at. After too many, templates would stay
+        # without their types.
+        options = ("-w", "-ferror-limit=0", "-fsyntax-only", "-Xclang", "-ast-dump=json", *options)
+        done = clang(text.path, defines, "-std=c++14", *options)
         self.root = json.loads(done.stdout)
         self.text = text
         self.file, self.line = "", 0
@@ -189,7 +191,7 @@ def check_declaration(node, line, ancestors, report):
             report(line, "Metal has no double")
         if re.search(r"\blong long\b|__int128", where):
             report(line, "Metal has no long long")
-        if "(*" in where or "(&" in where:
+        if re.search(r"\([*&][^()]*\)\(", where):
             report(line, "Metal has no function pointers in kernels")
     if name in RESERVED:
         report(line, f"{name} is a keyword of Metal: take another name")
@@ -274,6 +276,18 @@ def check_functions(tree, kernels, report):
                 report(line, "no early return: other threads may wait for this one at a barrier")
 
 
+def check_arrays(tree, kernels, report):
+    """Arrays in threadgroup memory are declared where Metal allows it."""
+    for node, line, ancestors in tree.nodes:
+        if node["kind"] == "VarDecl" and "threadgroup_array<" in node.get("type", {}).get("qualType", ""):
+            functions = [a.get("name") for a in ancestors if a["kind"] in ("FunctionDecl", "CXXMethodDecl")]
+            scopes = [a for a in ancestors if a["kind"] == "CompoundStmt"]
+            if not functions or functions[-1] not in kernels:
+                report(line, f"{node.get('name')}: Metal has threadgroup variables in kernels only")
+            elif len(scopes) > 1:
+                report(line, f"{node.get('name')}: threadgroup variables belong to a kernel's outermost scope")
+
+
 # --- The text ---------------------------------------------------------------------------------------------------------
 
 
@@ -282,8 +296,8 @@ def check_words(text, findings):
         for word in re.findall(r"\b[A-Za-z_]\w*", line if not line.lstrip().startswith("#") else ""):
             if word in WORDS:
                 findings.add(text.place(number), f"{word}: {WORDS[word]}")
-        if re.search(r"\[\[\s*threadgroup\b", line) and "define" not in line:
-            findings.add(text.place(number), "write TG_ARG(n): threadgroup is a macro elsewhere")
+        if re.search(r"\[\[\s*threadgroup\b|\bTG_ARG\b", line) and "define" not in line:
+            findings.add(text.place(number), "threadgroup memory is no argument: declare a THREADGROUP_ARRAY")
 
 
 def kernels_of(text, defines, findings):
@@ -339,6 +353,7 @@ def lint(path, defines):
         check_declaration(node, line, ancestors, report)
         check_expression(node, line, report)
     check_functions(tree, kernels, report)
+    check_arrays(tree, kernels, report)
     for node, line, _ in Tree(text, defines, "-DMETALSIM_LINT").nodes:
         if node["kind"] in ("VarDecl", "ParmVarDecl", "FieldDecl", "FunctionDecl") and unqualified(type_of(node)):
             report(line, f"{node.get('name', 'a parameter')}: its pointer or reference has no address space")

@@ -203,21 +203,22 @@ static void record(const struct dispatch *d)
 /* Whether the dispatch may be made. */
 static int check(SEL selector, const struct dispatch *d)
 {
-    uint64_t threads = 1, groups = 1, bytes = 0;
+    uint64_t threads = 1, groups = 1;
     for (int i = 0; i < 3; i++)
         threads *= d->threads[i], groups *= d->threadgroups[i];
-    for (int i = 0; i < PROGRAM_BUFFERS; i++)
-        bytes += d->threadgroup_lengths[i];
-    if (!d->pipeline)
+    const struct function *function = d->pipeline ? (const struct function *)d->pipeline->function : NULL;
+    const uint64_t bytes =
+        function ? metalsim_program_threadgroup_bytes(function->program, function->name, d->threadgroup_lengths) : 0;
+    if (!function)
         metalsim_find("%s: no pipeline state is set", selector);
     else if (threads < 1 || threads > d->pipeline->threads)
         metalsim_find("%s: a threadgroup has %llu threads; %s allows 1 to %llu", selector, (unsigned long long)threads,
-                      ((struct function *)d->pipeline->function)->name, (unsigned long long)d->pipeline->threads);
+                      function->name, (unsigned long long)d->pipeline->threads);
     else if (groups < 1)
         metalsim_find("%s: there are no threadgroups", selector);
     else if (bytes > METALSIM_THREADGROUP_MAX)
-        metalsim_find("%s: %llu bytes of threadgroup memory are set; there are %d", selector, (unsigned long long)bytes,
-                      METALSIM_THREADGROUP_MAX);
+        metalsim_find("%s: %s has %llu bytes of threadgroup memory, declared and set; there are %d", selector,
+                      function->name, (unsigned long long)bytes, METALSIM_THREADGROUP_MAX);
     else
         return 1;
     return 0;

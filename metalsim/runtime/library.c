@@ -266,6 +266,14 @@ static id make_pipeline(struct function *function, int archived, id *error)
             *error = metalsim_error("Compute function exceeds available stack space");
         return NULL;
     }
+    const uint64_t none[PROGRAM_BUFFERS] = {0};
+    const uint64_t declared = metalsim_program_threadgroup_bytes(function->program, function->name, none);
+    if (declared > METALSIM_THREADGROUP_MAX) {
+        if (error)
+            *error = metalsim_error("%s declares %llu bytes of threadgroup memory; there are %d", function->name,
+                                    (unsigned long long)declared, METALSIM_THREADGROUP_MAX);
+        return NULL;
+    }
     if (archived)
         METALSIM_COUNT(archived);
     else

@@ -24,6 +24,16 @@ uint64_t metalsim_program_threads(const struct program *program, const char *ker
     return found ? metalsim_kernel_threads(found) : 0;
 }
 
+uint64_t metalsim_program_threadgroup_bytes(const struct program *program, const char *kernel,
+                                            const uint64_t lengths[PROGRAM_BUFFERS])
+{
+    size_t own[METALSIM_BUFFERS];
+    for (int i = 0; i < PROGRAM_BUFFERS; i++)
+        own[i] = lengths[i];
+    const metalsim_kernel *found = metalsim_library_find((const metalsim_library *)program, kernel);
+    return found ? metalsim_kernel_threadgroup_bytes(found, own) : 0;
+}
+
 const char *metalsim_program_run(struct program *program, const struct program_run *run)
 {
     struct metalsim_dispatch d = {.schedule = (enum metalsim_schedule)metalsim_now.schedule, .seed = metalsim_now.seed};

@@ -28,6 +28,10 @@ void metalsim_program_close(struct program *program);
 /* The most threads that a kernel's text allows; 0: there is no such kernel. */
 uint64_t metalsim_program_threads(const struct program *program, const char *kernel);
 
+/* Bytes of threadgroup memory that a dispatch of the kernel has, with these lengths set. */
+uint64_t metalsim_program_threadgroup_bytes(const struct program *program, const char *kernel,
+                                            const uint64_t lengths[PROGRAM_BUFFERS]);
+
 /* NULL, or what went wrong: valid until the thread's next call. */
 const char *metalsim_program_run(struct program *program, const struct program_run *run);
 

@@ -267,8 +267,8 @@ struct scale {
     float factor;
 };
 
-/* Leaves threadgroup memory set, as some of PyTorch's kernels do, and takes nearly all there is: whoever shares the
- * encoder sets all that is needed, and leaves next to nothing set at other indices. */
+/* Leaves the length of a threadgroup argument set, as some of PyTorch's kernels do, and takes nearly all there is. It
+ * does not count for kernels that have no such argument. */
 static void encode_scale(void *argument)
 {
     const struct scale *scale = argument;

@@ -1,5 +1,5 @@
 /* One fault for each value of FAULT: the kernel is right without it, and the checker must find it. A number for
- * every lane of a threadgroup of 64 goes through threadgroup memory, to be read in the opposite order. */
+ * every lane of a threadgroup of 64 goes through an array in threadgroup memory, to be read in the opposite order. */
 #include <metal_stdlib>
 using namespace metal;
 
@@ -14,10 +14,11 @@ struct fault_args {
 
 kernel void turn_round(device const float *from [[buffer(0)]], device float *to [[buffer(1)]],
                        constant fault_args &args [[buffer(2)]], device atomic_uint *counter [[buffer(3)]],
-                       threadgroup float *shared TG_ARG(0), threadgroup ushort *narrow TG_ARG(1),
                        uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                        uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]])
 {
+    THREADGROUP_ARRAY(float, shared, 64);
+    THREADGROUP_ARRAY(ushort, narrow, 64);
     uint i = group * 64 + index;
     float sum = 0.0f;
 #if FAULT == 1 /* a thread leaves before a barrier */
@@ -30,11 +31,13 @@ kernel void turn_round(device const float *from [[buffer(0)]], device float *to 
         x = from[i];
 #endif
 #if FAULT == 3 /* writes beyond its threadgroup memory */
+        (shared + 1)[index] = x;
+#elif FAULT == 26 /* the same, by an index */
         shared[index + 1] = x;
-#elif FAULT == 4 /* leaves an element unwritten */
+#elif FAULT == 4  /* leaves an element unwritten */
         if (index != 5)
             shared[index] = x;
-#elif FAULT == 5 /* several write one element */
+#elif FAULT == 5  /* several write one element */
         shared[index & ~1u] = x;
         shared[index] = x;
 #else
@@ -122,9 +125,9 @@ kernel void wide(device const ELEMENT *from [[buffer(0)]], device ELEMENT *to [[
 
 /* No mistake, but an invitation to the optimiser: all that depends on `first` could be put together, and the barrier
  * between would then be there twice, for threads that must meet at one. */
-kernel void split_in_two(device float *to [[buffer(0)]], threadgroup float *shared TG_ARG(0),
-                         uint index [[thread_index_in_threadgroup]])
+kernel void split_in_two(device float *to [[buffer(0)]], uint index [[thread_index_in_threadgroup]])
 {
+    THREADGROUP_ARRAY(float, shared, 128);
     bool first = index < 32;
     float x[4];
     // clang-format off
@@ -144,7 +147,7 @@ kernel void split_in_two(device float *to [[buffer(0)]], threadgroup float *shar
     to[index] = x[0] + x[1] + x[2] + x[3];
 }
 
-#if FAULT == 26 /* each half of the threads ends with a barrier of its own */
+#if FAULT == 27 /* each half of the threads ends with a barrier of its own */
 kernel void end_apart(device uint *to [[buffer(0)]], uint index [[thread_index_in_threadgroup]])
 {
     if (index & 1) {

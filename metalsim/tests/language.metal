@@ -45,6 +45,9 @@ constant float table[3] = {0.5f, 0.25f, 0.125f};
 kernel void facts(device uint *to [[buffer(0)]], device const packed_float4 *unaligned [[buffer(1)]],
                   threadgroup float *fresh TG_ARG(0), threadgroup half *fresh_half TG_ARG(3))
 {
+    THREADGROUP_ARRAY(half4, array, 5 + 1);
+    THREADGROUP_ARRAY(uchar, small, 3);
+    THREADGROUP_ARRAY(float2, last, 1);
     float4 v = float4{1.0f, 2.0f, 3.0f, 4.0f};
     float uninitialised;
     to[0] = isnan(fresh[0]) && isnan(fresh[63]);
@@ -66,4 +69,6 @@ kernel void facts(device uint *to [[buffer(0)]], device const packed_float4 *una
     to[16] = isnan(uninitialised);
     to[17] = as_type<uint>(1.0f) == 0x3f800000u && clz(1u) == 31u && popcount(7u) == 3u;
     to[18] = max(-3, 2) == 2 && abs(-3) == 3 && min(3u, 2u) == 2u;
+    to[19] = isnan(float(array[0].x)) && isnan(float(array[5].w)) && small[2] == 255 && isnan(last[0].y);
+    to[20] = sizeof(array) == 48 && sizeof(small) == 3 && (ulong)&array[0] % 16 == 0 && (ulong)&last[0] % 16 == 0;
 }

@@ -55,6 +55,12 @@ def test_neighbours_are_loaded_as_vectors(tmp_path):
     assert counts["device load"] == 2
 
 
+def test_a_declared_array_is_an_address(tmp_path):
+    body = "%s[lane] = in[index]; threadgroup_barrier(mem_flags::mem_threadgroup); out[index] = %s[lane ^ 1];"
+    declared = "THREADGROUP_ARRAY(float, shared, 32); " + body % ("shared", "shared")
+    assert count(tmp_path, declared) == count(tmp_path, body % ("tile", "tile"))
+
+
 def test_a_barrier_separates_neighbours(tmp_path):
     barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
     body = "threadgroup float *p = tile + 2 * lane; float x = p[0]; %s out[index] = x + p[1];"

@@ -25,7 +25,19 @@ static const char *const text =
     "[[max_total_threads_per_threadgroup(32)]] kernel void\n"
     "fewer(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = i; }\n"
     "kernel void sum(device uint *to [[buffer(0)]], uint i [[thread_position_in_grid]]) { to[i] = simd_sum(i); }\n"
-    "kernel void nothing() {}\n";
+    "kernel void nothing() {}\n"
+    "kernel void shift(device const float *from [[buffer(0)]], device float *to [[buffer(30)]],\n"
+    "    constant sizes &s [[buffer(1)]], threadgroup float *memory TG_ARG(2),\n"
+    "    uint i [[thread_position_in_grid]], uint own [[thread_index_in_threadgroup]]) {\n"
+    "    THREADGROUP_ARRAY(float, first, 128);\n"
+    "    THREADGROUP_ARRAY(float2, second, sizeof(float) * 32);\n"
+    "    first[own] = i < s.count ? from[i] : 0.0f;\n"
+    "    second[own] = float2{float(i), 1.0f};\n"
+    "    memory[own] = -1.0f;\n"
+    "    threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+    "    uint other = own ^ 1;\n"
+    "    if (i < s.count) to[i] = first[other] + second[other].x + second[other].y + memory[other];\n"
+    "}\n";
 
 struct sizes {
     uint64_t count;
@@ -67,9 +79,7 @@ static void test_limits(void **state)
     EXPECT_ERROR(d.threads[2] = SIZE_MAX / 2, "1 to 1024");
     EXPECT_ERROR(d.threadgroups[0] = (size_t)1 << 33, "threads along a dimension");
     EXPECT_ERROR(d.threadgroup_lengths[0] = 24, "threadgroup length 0 is 24; it must be a multiple of 16");
-    EXPECT_ERROR(d.threadgroup_lengths[0] = 32784, "all lengths together may be 32768");
-    EXPECT_ERROR((d.threadgroup_lengths[1] = 16384, d.threadgroup_lengths[30] = 16384),
-                 "threadgroup length 30 is 16384, after");
+    EXPECT_ERROR(d.threadgroup_lengths[0] = 32784, "threadgroup length 0 is 32784; it may be 32768");
     EXPECT_ERROR(d.threadgroup_lengths[0] = 0, "threadgroup length 0 is 0; parameter memory needs 4");
     EXPECT_ERROR(d.buffers[0].binding = METALSIM_NONE, "nothing is bound at index 0, where parameter from reads");
     EXPECT_ERROR(d.buffers[30].base = NULL, "bound at index 30 has a base of NULL");
@@ -108,11 +118,11 @@ static void test_partial_simdgroup(void **state)
 
 static void test_kernels(void **state)
 {
-    const char *const names[] = {"scale", "few", "fewer", "sum", "nothing"};
+    const char *const names[] = {"scale", "few", "fewer", "sum", "nothing", "shift"};
     metalsim_library *library = support_compile(text, 0);
     (void)state;
-    assert_int_equal(metalsim_library_count(library), 5);
-    for (size_t i = 0; i < 5; i++)
+    assert_int_equal(metalsim_library_count(library), 6);
+    for (size_t i = 0; i < 6; i++)
         assert_string_equal(metalsim_kernel_name(metalsim_library_kernel(library, i)), names[i]);
     assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "scale")), 1024);
     assert_int_equal(metalsim_kernel_threads(metalsim_library_find(library, "few")), 64);
@@ -127,6 +137,31 @@ static void fill(void)
 {
     for (int i = 0; i < COUNT; i++)
         from[i] = (float)i, to[i] = -1;
+}
+
+/* Arrays that a kernel declares, beside an argument. */
+static void test_arrays(void **state)
+{
+    (void)state;
+    for (unsigned build = 0; build <= METALSIM_CHECKED; build++) {
+        metalsim_library *library = support_compile(text, build);
+        const metalsim_kernel *kernel = metalsim_library_find(library, "shift");
+        const size_t declared = 128 * sizeof(float) + 128 * 2 * sizeof(float);
+        struct metalsim_dispatch d = sound();
+        d.threadgroup_lengths[2] = 128 * sizeof(float);
+        assert_int_equal(metalsim_kernel_threadgroup_bytes(kernel, d.threadgroup_lengths), declared + 512);
+        fill();
+        assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_OK);
+        for (int i = 0; i < COUNT; i++)
+            assert_true(to[i] == (float)(2 * (i ^ 1)));
+        d.threadgroup_lengths[0] = METALSIM_THREADGROUP_MAX; /* of no argument, so it does not count */
+        d.threadgroup_lengths[2] = METALSIM_THREADGROUP_MAX - declared;
+        assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_OK);
+        d.threadgroup_lengths[2] += 16;
+        expect_error(library, "shift", &d,
+                     "shift: its arrays and arguments have 32784 bytes of threadgroup memory; they may have 32768");
+        metalsim_library_destroy(library);
+    }
 }
 
 static void test_cpus(void **state)
@@ -185,6 +220,24 @@ static void test_buffer_ends(void **state)
     assert_int_equal(metalsim_dispatch_run(kernel, &d), METALSIM_FAULT);
     support_expect_error("out of bounds: write of 4 bytes at byte 3996 of buffer 30, which has 3998");
     metalsim_library_destroy(library);
+}
+
+/* A write past the end of a threadgroup argument is found in every build. */
+static void test_argument_ends(void **state)
+{
+    const char *const words[] = {
+        "out of bounds: something wrote to memory beside threadgroup argument 0",
+        "out of bounds: write of 4 bytes at byte 496 of threadgroup argument 0, which has 496"};
+    (void)state;
+    fill();
+    for (unsigned build = 0; build <= METALSIM_CHECKED; build++) {
+        metalsim_library *library = support_compile(text, build);
+        struct metalsim_dispatch d = sound();
+        d.threadgroup_lengths[0] = 496;
+        assert_int_equal(metalsim_dispatch_run(metalsim_library_find(library, "scale"), &d), METALSIM_FAULT);
+        support_expect_error(words[build]);
+        metalsim_library_destroy(library);
+    }
 }
 
 static void *run_often(void *argument)
@@ -287,9 +340,11 @@ static void test_cache(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_limits), cmocka_unit_test(test_partial_simdgroup),     cmocka_unit_test(test_kernels),
-        cmocka_unit_test(test_cpus),   cmocka_unit_test(test_shared_buffer),         cmocka_unit_test(test_buffer_ends),
-        cmocka_unit_test(test_cache),  cmocka_unit_test(test_concurrent_dispatches),
+        cmocka_unit_test(test_limits),        cmocka_unit_test(test_partial_simdgroup),
+        cmocka_unit_test(test_kernels),       cmocka_unit_test(test_cpus),
+        cmocka_unit_test(test_shared_buffer), cmocka_unit_test(test_buffer_ends),
+        cmocka_unit_test(test_arrays),        cmocka_unit_test(test_argument_ends),
+        cmocka_unit_test(test_cache),         cmocka_unit_test(test_concurrent_dispatches),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -15,7 +15,7 @@ struct injected_fault {
 static const struct injected_fault faults[] = {
     [1] = {"divergence", "as it should be"},
     [2] = {"out of bounds: read", "x = from[i];"},
-    [3] = {"out of bounds: write", "shared[index + 1]"},
+    [3] = {"of threadgroup array shared, which has 256", "(shared + 1)[index]"},
     [4] = {"unwritten", "shared[63 - index]"},
     [5] = {"race", "shared[index & ~1u]"},
     [6] = {"mem_threadgroup", "shared[63 - index]"},
@@ -38,6 +38,7 @@ static const struct injected_fault faults[] = {
     [23] = {"nothing orders threadgroups", "to[i - 64]"},
     [24] = {"race", "atomic_fetch_add_explicit"},
     [25] = {"an address of no buffer", "<< 40"},
+    [26] = {"an index beyond the end of an array", "shared[index + 1]"},
 };
 #define FAULTS (sizeof faults / sizeof *faults)
 
@@ -56,7 +57,6 @@ static metalsim_status run(const metalsim_library *library, enum metalsim_schedu
         .threads = {64, 1, 1},
         .buffers = {support_buffer(from, sizeof from), support_output(to, sizeof from),
                     support_bytes(&args, sizeof args), support_buffer(&counter, sizeof counter)},
-        .threadgroup_lengths = {64 * sizeof(float), 64 * sizeof(uint16_t)},
         .schedule = schedule,
         .seed = 9,
     };
@@ -185,7 +185,6 @@ static void test_one_barrier(void **state)
             .threadgroups = {1, 1, 1},
             .threads = {64, 1, 1},
             .buffers = {support_output(to, sizeof to)},
-            .threadgroup_lengths = {128 * sizeof(float)},
         };
         if (metalsim_dispatch_run(metalsim_library_find(library, "split_in_two"), &dispatch) != METALSIM_OK)
             fail_msg("%s", metalsim_last_error());
@@ -201,7 +200,7 @@ static void test_two_barriers(void **state)
     const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
-        metalsim_library *library = support_load("injected_faults.metal", "FAULT 26", builds[b]);
+        metalsim_library *library = support_load("injected_faults.metal", "FAULT 27", builds[b]);
         uint32_t to[65];
         const struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1}, .threads = {64, 1, 1}, .buffers = {support_output(to, sizeof to)}};
@@ -225,7 +224,7 @@ static void test_plain_build_shows_some(void **state)
 
     library = support_load("injected_faults.metal", "FAULT 3", 0);
     assert_int_equal(run(library, METALSIM_NATURAL, natural), METALSIM_FAULT);
-    support_expect_error("beside threadgroup argument 0");
+    support_expect_error("beside threadgroup array shared");
     metalsim_library_destroy(library);
 
     library = support_load("injected_faults.metal", "FAULT 14", 0); /* divergence is found in every build */

@@ -132,7 +132,7 @@ static void test_places(void **state)
 
 static void test_facts(void **state)
 {
-    enum { FACTS = 19 };
+    enum { FACTS = 21 };
     const float unaligned[5] = {0, 0, 7, 0, 0};
     uint32_t to[FACTS];
     struct metalsim_dispatch dispatch = {
@@ -188,6 +188,11 @@ static void test_rejections(void **state)
         {HEAD "kernel void k(float *a [[buffer(0)]]) {}", "device or constant pointer"},
         {HEAD "kernel void k(threadgroup float *a [[buffer(0)]]) {}", "device or constant pointer"},
         {HEAD "kernel void k(device float *a TG_ARG(0)) {}", "threadgroup pointer"},
+        {HEAD "METAL_FUNC void f() { THREADGROUP_ARRAY(float, x, 4); }\nkernel void k() { f(); }",
+         "outside of a kernel"},
+        {HEAD "kernel void k() { for (;;) { THREADGROUP_ARRAY(float, x, 4); } }", "outermost scope"},
+        {KERNEL("THREADGROUP_ARRAY(float, x, c[0]);"), "constant expression"},
+        {KERNEL("THREADGROUP_ARRAY(float, x, 4); device float *p = x;"), "__local"},
         {HEAD "template <class X> kernel void k(device X *a [[buffer(0)]]) {}", "template"},
         {HEAD "kernel void k(device float *a [[buffer(0)]]", "does not end"},
         {HEAD "[[max_total_threads_per_threadgroup(32 * 4)]] kernel void k() {}", "must be a number from 1 to 1024"},

@@ -71,12 +71,10 @@ static int is_caught(const char *text)
         .threads = {64, 1, 1},
         .buffers = {support_buffer(from, sizeof from), support_output(to, sizeof to), support_bytes(&args, sizeof args),
                     support_buffer(&counter, sizeof counter)},
-        .threadgroup_lengths = {64 * sizeof(float), 64 * sizeof(uint16_t)},
     };
     struct metalsim_dispatch other = dispatch;
     other.threadgroups[0] = 1;
     other.buffers[0] = support_output(to, sizeof to);
-    other.threadgroup_lengths[0] = 128 * sizeof(float);
     int caught = metalsim_dispatch_run(metalsim_library_find(library, "turn_round"), &dispatch) != METALSIM_OK ||
                  metalsim_dispatch_run(metalsim_library_find(library, "split_in_two"), &other) != METALSIM_OK;
     metalsim_library_destroy(library);

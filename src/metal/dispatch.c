@@ -228,7 +228,6 @@ static void add_tiled(struct run *run, enum mfa_metal_kernel kernel, const struc
     d = begin(run, kernel, table, groups_of(&grid));
     d->call.grid = grid, d->call.pack_gqa = pack_gqa, d->call.block_mask = strides, d->call.splits = grid.column;
     d->call.block_q = tile->block_q, d->call.block_kv = tile->block_kv;
-    mfa_metal_tiles_memory(kernel, tile, &run->choice->key, d->threadgroup_bytes);
     finish(run, d, flop);
 }
 
@@ -265,7 +264,6 @@ static void list_bias(struct run *run)
     const double all = (double)(p->batch * p->q_heads) * rows * columns;
     struct mfa_metal_dispatch *d = begin(run, MFA_METAL_DBIAS, 0, groups_of(&tiles) * splits);
     d->call.grid = tiles;
-    d->threadgroup_bytes[1] = 4096;
     finish(run, d, 2.0 * (double)(block * block * (p->head_dim + p->value_dim)) * all / (double)(d->groups + 1));
     if (splits > 1) {
         d = begin(run, MFA_METAL_DBIAS_SUM, 0, groups_of(&tiles));
@@ -281,7 +279,6 @@ static void list_dsinks(struct run *run)
                                         1, 1};
     struct mfa_metal_dispatch *d = begin(run, MFA_METAL_DSINKS, 0, groups_of(&grid));
     d->call.grid = grid;
-    d->threadgroup_bytes[0] = ROWS_OF_GROUP * (int32_t)sizeof(float);
     finish(run, d, 4.0 * (double)(p->batch * p->q_heads * p->q_len) / (double)(d->groups + 1));
 }
 

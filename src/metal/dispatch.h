@@ -27,9 +27,8 @@ struct mfa_metal_dispatch {
     int64_t groups; /* threadgroups, 1 or more */
     int64_t
         chunk; /* the most of them in one command, so that commands are short; call.first_group is where one begins */
-    int32_t threads;              /* of a threadgroup */
-    int32_t threadgroup_bytes[2]; /* at threadgroup indices 0 and 1; 0: none */
-    struct mfa_metal_call call;   /* for buffer 0, with first_group = 0 */
+    int32_t threads;            /* of a threadgroup */
+    struct mfa_metal_call call; /* for buffer 0, with first_group = 0 */
     int32_t binding_count;
     struct mfa_metal_binding bindings[MFA_METAL_BINDINGS];
 };

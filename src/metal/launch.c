@@ -110,17 +110,6 @@ static void bind(const struct run *run, id encoder, const struct mfa_metal_bindi
     SEND_WITH(encoder_set_buffer, encoder, buffer, (NSUInteger)offset, (NSUInteger)binding->buffer);
 }
 
-/* Lengths stay set in an encoder, and that of an index which a kernel does not use may count for it all the same:
- * so both are set, to no more than is needed. */
-static void set_threadgroup_memory(id encoder, const int32_t bytes[2])
-{
-    const NSUInteger unit = MTL_THREADGROUP_MEMORY_UNIT;
-    for (NSUInteger n = 0; n < 2; n++) {
-        const NSUInteger units = ((NSUInteger)bytes[n] + unit - 1) / unit;
-        SEND_WITH(encoder_set_threadgroup_memory, encoder, (units ? units : 1) * unit, n);
-    }
-}
-
 static mfa_status encode_dispatch(const struct run *run, struct mfa_metal_stream *stream,
                                   const struct mfa_metal_dispatch *d)
 {
@@ -139,8 +128,6 @@ static mfa_status encode_dispatch(const struct run *run, struct mfa_metal_stream
         for (int n = 0; n < d->binding_count; n++)
             bind(run, encoder, &d->bindings[n]);
         SEND_WITH(encoder_set_bytes, encoder, &call, (NSUInteger)sizeof call, (NSUInteger)MFA_METAL_BUFFER_CALL);
-        if (d->threadgroup_bytes[0] || d->threadgroup_bytes[1])
-            set_threadgroup_memory(encoder, d->threadgroup_bytes);
         SEND_WITH(encoder_dispatch, encoder, groups, threads);
     }
     return MFA_OK;
@@ -155,8 +142,6 @@ static mfa_status encode(struct mfa_metal_stream *stream, void *argument)
             mfa_metal_stream_barrier(stream);
         status = encode_dispatch(run, stream, &run->list[n]);
     }
-    if (stream->shared && stream->encoder)
-        set_threadgroup_memory(stream->encoder, (const int32_t[2]){0, 0});
     return status;
 }
 
@@ -215,7 +200,6 @@ static mfa_status encode_test(struct mfa_metal_stream *stream, void *argument)
     const MTLSize one = {1, 1, 1}, simdgroup = {32, 1, 1};
     SEND_WITH(encoder_set_pipeline, stream->encoder, test->pipeline);
     SEND_WITH(encoder_set_buffer, stream->encoder, test->result, (NSUInteger)0, (NSUInteger)MFA_METAL_BUFFER_PARTIALS);
-    SEND_WITH(encoder_set_threadgroup_memory, stream->encoder, (NSUInteger)(64 * sizeof(float)), (NSUInteger)0);
     SEND_WITH(encoder_dispatch, stream->encoder, one, simdgroup);
     return MFA_OK;
 }

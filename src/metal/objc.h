@@ -34,8 +34,7 @@ enum {
     MTL_COMMANDS_FAILED = 5,           /* MTLCommandBufferStatusError */
     MTL_DISPATCH_CONCURRENT = 1,       /* MTLDispatchTypeConcurrent */
     MTL_BARRIER_BUFFERS = 1,           /* MTLBarrierScopeBuffers */
-    MTL_BYTES_MAX = 4096,              /* of setBytes */
-    MTL_THREADGROUP_MEMORY_UNIT = 16   /* of setThreadgroupMemoryLength */
+    MTL_BYTES_MAX = 4096               /* of setBytes */
 };
 
 enum mfa_metal_method {

@@ -160,8 +160,11 @@ static void define_types(struct text *text, const struct mfa_key *key, int famil
         append_line(text, "#define MASK_%s", dtypes[key->mask_dtype]);
 }
 
-static void define_tile(struct text *text, const struct mfa_key *key, const struct mfa_metal_tile *tile)
+static void define_tile(struct text *text, const struct mfa_key *key, enum mfa_metal_kernel kernel,
+                        const struct mfa_metal_tile *tile)
 {
+    int32_t bytes[2];
+    mfa_metal_tiles_memory(kernel, tile, key, bytes);
     append_line(text, "#define HEAD_DIM %d", mfa_metal_tiles_columns(tile, key->head_dim));
     append_line(text, "#define VALUE_DIM %d", mfa_metal_tiles_columns(tile, key->value_dim));
     append_line(text, "#define BLOCK_Q %d", tile->block_q);
@@ -171,6 +174,8 @@ static void define_tile(struct text *text, const struct mfa_key *key, const stru
     append_line(text, "#define KEY_GROUPS %d", tile->key_groups);
     append_line(text, "#define THREADS %d", mfa_metal_tiles_threads(tile));
     append_line(text, "#define SHARED_TILE %d", tile->shared);
+    append_line(text, "#define TILE_BYTES %d", bytes[0]);
+    append_line(text, "#define EXCHANGE_BYTES %d", bytes[1]);
 }
 
 static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)
@@ -225,7 +230,7 @@ static mfa_status write_text(const struct mfa_key *key, enum mfa_metal_kernel ke
     define_types(&text, key, mfa_metal_tiles_family_of(key));
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, key);
     if (tile)
-        define_tile(&text, key, tile);
+        define_tile(&text, key, kernel, tile);
     splice(&text, file, &included);
     if (test >= 0)
         splice(&text, test, &included);

@@ -20,7 +20,7 @@ struct gpu_buffer {
 struct gpu_launch {
     const char *name, *text, *function; /* the program, under a name for messages, and its kernel */
     int64_t groups;
-    int32_t threads, threadgroup_bytes[2];
+    int32_t threads;
     struct mfa_metal_call call;
     struct gpu_buffer buffers[MFA_METAL_BUFFERS]; /* but for that of the call */
 };

@@ -60,7 +60,6 @@ static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal
     if (metal_rewrite)
         text = metal_rewrite(d->kernel, text);
     launch.text = text, launch.function = launch.name = mfa_metal_source_function(d->kernel);
-    memcpy(launch.threadgroup_bytes, d->threadgroup_bytes, sizeof launch.threadgroup_bytes);
     for (int n = 0; n < d->binding_count; n++) {
         const struct mfa_metal_binding *b = &d->bindings[n];
         struct gpu_buffer *to = &launch.buffers[b->buffer];
@@ -151,7 +150,7 @@ mfa_status metal_run(struct operands *operands, struct metal_target target, int6
 int metal_run_layout_test(int family)
 {
     uint32_t wrong[32];
-    struct gpu_launch launch = {.groups = 1, .threads = 32, .threadgroup_bytes = {256, 0}};
+    struct gpu_launch launch = {.groups = 1, .threads = 32};
     struct mfa_key key = {.pass = MFA_FORWARD, .dtype = MFA_F32, .head_dim = 8, .value_dim = 8};
     char *text;
     snprintf(key.machine, sizeof key.machine, "apple%d", family);

@@ -52,7 +52,6 @@ const char *gpu_run(const struct gpu_launch *launch)
     struct metalsim_dispatch dispatch = {
         .threadgroups = {(size_t)launch->groups, 1, 1},
         .threads = {(size_t)launch->threads, 1, 1},
-        .threadgroup_lengths = {(size_t)launch->threadgroup_bytes[0], (size_t)launch->threadgroup_bytes[1]},
         .schedule = (enum metalsim_schedule)settings.schedule,
         .seed = settings.seed,
     };

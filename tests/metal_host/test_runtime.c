@@ -23,7 +23,10 @@ static const char source[] = "#include <metal_stdlib>\n"
                              "kernel void add(device float *x [[buffer(0)]], constant float &step [[buffer(3)]],\n"
                              "                uint i [[thread_position_in_grid]]) { x[i] += step; }\n"
                              "kernel void negate(device float *x [[buffer(0)]], uint i [[thread_position_in_grid]])\n"
-                             "{ x[i] = -x[i]; }\n";
+                             "{ x[i] = -x[i]; }\n"
+                             "kernel void hold(device float *x [[buffer(0)]], threadgroup float *set TG_ARG(1))\n"
+                             "{ THREADGROUP_ARRAY(float, own, 4096); own[0] = set[0] = 1.0f; x[0] = own[0]; }\n"
+                             "kernel void overflow() { THREADGROUP_ARRAY(float, own, 8193); own[0] = 1.0f; }\n";
 
 static void *pool;
 static id device, queue, library, buffer;
@@ -243,9 +246,18 @@ static void test_limits(void **state)
     SEND(void, (id, SEL, id), encoder, sel_registerName("setComputePipelineState:"), pipeline);
     DO(pipeline, "release");
     SEND(void, (id, SEL, unsigned long, unsigned long), encoder, set_threadgroup, 32768UL, 0UL);
-    SEND(void, (id, SEL, unsigned long, unsigned long), encoder, set_threadgroup, 16UL, 1UL);
+    SEND(void, (id, SEL, unsigned long, unsigned long), encoder, set_threadgroup, 16400UL, 1UL);
     add(encoder, 1, 4);
-    assert_int_equal(found("32784 bytes of threadgroup memory are set; there are 32768"), 1);
+    assert_int_equal(found("threadgroup memory"), 0); /* lengths count where the kernel has an argument */
+    pipeline = make_pipeline("hold");
+    SEND(void, (id, SEL, id), encoder, sel_registerName("setComputePipelineState:"), pipeline);
+    DO(pipeline, "release");
+    add(encoder, 1, 1);
+    assert_int_equal(found("hold has 32784 bytes of threadgroup memory, declared and set; there are 32768"), 1);
+    pipeline = make_pipeline("add");
+    SEND(void, (id, SEL, id), encoder, sel_registerName("setComputePipelineState:"), pipeline);
+    DO(pipeline, "release");
+    assert_null(make_pipeline("overflow"));
     SEND(void, (id, SEL, struct size, struct size), encoder,
          sel_registerName("dispatchThreadgroups:threadsPerThreadgroup:"), (struct size){1, 1, 1},
          (struct size){1025, 1, 1});

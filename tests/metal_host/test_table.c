@@ -24,9 +24,12 @@ static const struct row {
 #define ROWS (sizeof rows / sizeof *rows)
 
 /* Messages that only the tests and the substitute for PyTorch send. */
-static const char *const of_others[] = {
-    "newComputePipelineStateWithFunction:error:", "computeCommandEncoderWithDispatchType:",
-    "commandBufferWithUnretainedReferences", "commandBufferFromCommandQueue:", "commitAndContinue"};
+static const char *const of_others[] = {"newComputePipelineStateWithFunction:error:",
+                                        "computeCommandEncoderWithDispatchType:",
+                                        "commandBufferWithUnretainedReferences",
+                                        "commandBufferFromCommandQueue:",
+                                        "commitAndContinue",
+                                        "setThreadgroupMemoryLength:atIndex:"};
 
 static const struct metalsim_fact *find_fact(const struct row *row)
 {

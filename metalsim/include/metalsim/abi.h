@@ -10,7 +10,7 @@
 /* Values as in metal::mem_flags. */
 enum metalsim_memory { METALSIM_MEMORY_DEVICE = 1, METALSIM_MEMORY_THREADGROUP = 2 };
 
-enum metalsim_parameter_kind { METALSIM_BUFFER, METALSIM_THREADGROUP, METALSIM_POSITION };
+enum metalsim_parameter_kind { METALSIM_BUFFER, METALSIM_THREADGROUP, METALSIM_POSITION, METALSIM_ARRAY };
 
 struct metalsim_coord {
     unsigned x, y, z;
@@ -68,6 +68,7 @@ struct metalsim_runtime {
     void (*meet)(void (*operate)(unsigned char *slots), const void *site);
     void (*simdgroup_barrier)(unsigned memory, const void *site);
     void (*threadgroup_barrier)(unsigned memory, const void *site);
+    void *(*threadgroup_array)(const char *name); /* of the running kernel */
     /* A checked library reports every access to memory, and what the language leaves undefined. */
     void (*read)(const void *address, unsigned long bytes, const void *site);
     void (*write)(const void *address, unsigned long bytes, const void *site);
@@ -75,17 +76,18 @@ struct metalsim_runtime {
     void (*undefined)(const char *what, const void *site); /* NULL: where the lanes have met */
 };
 
+/* A parameter of a kernel, or an array in threadgroup memory that it declares. */
 struct metalsim_parameter {
     const char *name;
     int kind;            /* enum metalsim_parameter_kind */
-    unsigned index;      /* n of [[buffer(n)]], [[threadgroup(n)]] */
+    unsigned index;      /* n of [[buffer(n)]], [[threadgroup(n)]]; the number of an array among the kernel's */
     int constant;        /* a buffer in the constant address space */
-    unsigned long bytes; /* that must be there: the size of what a reference refers to, else of one element */
+    unsigned long bytes; /* of an array; else those that must be there, of what a reference refers to or one element */
 };
 
 struct metalsim_entry {
     const char *name;
-    void (*enter)(void *const *buffers, void *const *threadgroup);
+    void (*enter)(void *const *buffers, void *const *threadgroup); /* the arguments, by their index */
     const struct metalsim_parameter *parameters;
     unsigned parameter_count;
     unsigned max_threads; /* max_total_threads_per_threadgroup; 0: not said */

@@ -36,6 +36,7 @@ METALSIM_PURE uint cost_shuffle_xor(uint x, uint mask);
 METALSIM_PURE uint cost_ballot(bool x);
 METALSIM_REDUCTIONS(METALSIM_DECLARE)
 __attribute__((const, nothrow)) uint cost_own_lane();
+__attribute__((const, nothrow)) threadgroup void *cost_threadgroup_array(const char *name);
 METALSIM_SYNC void cost_threadgroup_barrier(uint memory);
 METALSIM_SYNC void cost_simdgroup_barrier(uint memory);
 }
@@ -46,6 +47,11 @@ namespace metalsim
 METAL_FUNC uint own_lane()
 {
     return cost_own_lane() & 31;
+}
+
+METAL_FUNC threadgroup void *find_array(const char *name)
+{
+    return cost_threadgroup_array(name);
 }
 
 METAL_FUNC void threadgroup_barrier(uint memory)
@@ -147,6 +153,11 @@ METALSIM_REDUCTIONS(METALSIM_DEFINE)
 uint cost_own_lane()
 {
     return metalsim::own_lane();
+}
+
+threadgroup void *cost_threadgroup_array(const char *name)
+{
+    return (threadgroup void *)metalsim::find_array(name);
 }
 
 void cost_threadgroup_barrier(uint memory)

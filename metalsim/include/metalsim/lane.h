@@ -45,6 +45,11 @@ METALSIM_TOGETHER void threadgroup_barrier(unsigned memory)
     metalsim_functions.threadgroup_barrier(memory, __builtin_return_address(0));
 }
 
+METALSIM_OURS void *find_array(const char *name)
+{
+    return metalsim_functions.threadgroup_array(name);
+}
+
 /* The slots of the lane's next meeting, and of its last. */
 METALSIM_OURS unsigned char *slots_to_give()
 {

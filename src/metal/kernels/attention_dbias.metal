@@ -162,10 +162,10 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
                             device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                             device const storage *dO [[buffer(12)]], device mask_storage *dbias [[buffer(17)]],
                             device float *partials [[buffer(2)]], device const float *D [[buffer(3)]],
-                            device const float *L [[buffer(4)]], threadgroup float2 *exchange TG_ARG(1),
-                            uint group [[threadgroup_position_in_grid]],
+                            device const float *L [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
+    THREADGROUP_ARRAY(float2, exchange, ROW_GROUPS * FRAGMENTS * 32);
     constant mfa_args &args = call.args;
     uint index = uint(call.first_group) + group, splits = uint(call.splits), number = index / splits;
     tile_coord own = tile_coord_of(call, number);

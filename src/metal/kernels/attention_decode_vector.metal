@@ -257,10 +257,10 @@ attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]], device cons
 #if defined(COUNT_TILES)
                         device uint *visited [[buffer(5)]],
 #endif
-                        threadgroup float *sums TG_ARG(0), uint group [[threadgroup_position_in_grid]],
-                        uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                        uint lane [[thread_index_in_simdgroup]])
+                        uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
+    THREADGROUP_ARRAY(float, sums, TILE_BYTES / sizeof(float));
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     grid_coord coord = threadgroup_coord(call, group);
     q_block q = q_block_of(call, coord, sg);

@@ -19,10 +19,11 @@ using namespace metal;
 
 kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]], device const float *sinks [[buffer(20)]],
                              device float *dsinks [[buffer(21)]], device const float *D [[buffer(3)]],
-                             device const float *L [[buffer(4)]], threadgroup float *exchange TG_ARG(0),
-                             uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+                             device const float *L [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+                             uint index [[thread_index_in_threadgroup]],
                              uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
+    THREADGROUP_ARRAY(float, exchange, SIMDGROUPS);
     constant mfa_args &args = call.args;
     grid_coord own = threadgroup_coord(call, group);
     uint batches = args.dsinks.batch == 0 ? uint(args.batch) : 1;

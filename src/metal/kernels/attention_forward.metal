@@ -30,10 +30,11 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
 #if defined(COUNT_TILES)
                   device uint *visited [[buffer(5)]],
 #endif
-                  threadgroup storage *tile TG_ARG(0), threadgroup float2 *exchange TG_ARG(1),
                   uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                   uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
+    THREADGROUP_ARRAY(storage, tile, TILE_BYTES / sizeof(storage));
+    THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     grid_coord coord = threadgroup_coord(call, group);
     q_block q = q_block_of(call, coord, sg);

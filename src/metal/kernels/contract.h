@@ -3,6 +3,7 @@
  *
  * Buffer 0 is the call, 1 to 4 are parts of the workspace, and 5 is the counter of the tests:
  *     1 block mask, 2 partial results, 3 row sums D, 4 L for the backward pass, 5 visited blocks
+ * Threadgroup memory is not an argument: kernels declare theirs, and the host sets no length.
  * Buffer 6 + n is the operand n of core/operands.inc; those that C or the kernels' code name stand below. */
 #ifndef MFA_METAL_KERNELS_CONTRACT_H
 #define MFA_METAL_KERNELS_CONTRACT_H

@@ -8,8 +8,10 @@
  * so that the four lanes of a row differ in bits 0 and 3 of their number. Apple does not document this; it has held
  * from M1 on, and layout_test (layout_test.metal) checks it on the device at hand. */
 
-#if !defined(TG_ARG)
-#define TG_ARG(n) [[threadgroup(n)]]
+/* An array in threadgroup memory, in the outermost scope of a kernel. Its size is a constant, so that the compiler
+ * knows how much memory a threadgroup has; its alignment is that of the widest load. */
+#if !defined(THREADGROUP_ARRAY)
+#define THREADGROUP_ARRAY(type, name, count) alignas(16) threadgroup type name[count]
 #endif
 #if !defined(UNROLL) /* fragments are arrays, and stay in registers only if every index is a constant */
 #define UNROLL _Pragma("clang loop unroll(full)")

@@ -7,9 +7,9 @@ using namespace metal;
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 
-kernel void layout_test(device uint *wrong [[buffer(2)]], threadgroup float *numbers TG_ARG(0),
-                        uint lane [[thread_index_in_simdgroup]])
+kernel void layout_test(device uint *wrong [[buffer(2)]], uint lane [[thread_index_in_simdgroup]])
 {
+    THREADGROUP_ARRAY(float, numbers, 64);
     lane_coord at = lane_coord_of(lane);
     int row = at.row, column = at.column;
     numbers[lane] = float(lane);

@@ -8,7 +8,9 @@
  *                          registers hold it. Their partial sums of S are reduced through threadgroup memory
  *     KEY_GROUPS           simdgroups with the same rows and columns, and different keys of each tile (decode)
  *     SHARED_TILE          1: the two operands that are loaded as tiles share the memory of one tile; 0: they do not
- *     THREADS              32 for each of these simdgroups */
+ *     THREADS              32 for each of these simdgroups
+ *     TILE_BYTES           of the tiles in threadgroup memory, or of the sums of attention_decode_vector
+ *     EXCHANGE_BYTES       of the partial sums there */
 
 #define D_SLICE (HEAD_DIM / SPLIT)
 #define E_SLICE (VALUE_DIM / SPLIT)
@@ -44,7 +46,8 @@ METAL_FUNC simdgroup_coord simdgroup_coord_of(uint thread_index, uint simdgroup,
 #define D_TILE_SLICE(sg, row) (TILE_ROW(row, HEAD_DIM) + TILE_COLUMN((sg).slice * D_SLICE))
 #define E_TILE_SLICE(sg, row) (TILE_ROW(row, VALUE_DIM) + TILE_COLUMN((sg).slice * E_SLICE))
 
-/* Threadgroup memory: one or two tiles, and the partial sums that simdgroups exchange. */
+/* The arrays in threadgroup memory that a kernel declares: one or two tiles, and the partial sums that simdgroups
+ * exchange. */
 struct threadgroup_memory {
     threadgroup storage *tiles;
     threadgroup float2 *exchange;
