@@ -26,7 +26,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
         return 0;
     memset(g, 0, sizeof *g);
     if (decode)
-        mfa_problem_init(&g->problem, 1, 3, 1, 1 + (n / 8 + n) % 4, 530, columns[c][0], columns[c][1]);
+        mfa_problem_init(&g->problem, 1, 1 + n % 3, 1, 1 + (n / 8 + n) % 4, 530, columns[c][0], columns[c][1]);
     else
         mfa_problem_init(&g->problem, 1, 2, 1, 41, 75, columns[c][0], columns[c][1]);
     g->problem.dtype = dtypes[dtype];
@@ -38,7 +38,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
         g->problem.softcap = 3;
     g->problem.alibi = n % 7 == 3, g->problem.sinks = n % 5 == 2;
     g->target = (struct metal_target){.family = families[family], .halved = n / 96 % 2};
-    g->variant.dlse = n % 2;
+    g->variant.dlse = n % 2, g->variant.heads_broadcast = n % 4;
     finish(g);
     return 1;
 }
@@ -85,6 +85,7 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     if (program.problem.upper)
         random_band(&r, &g->problem);
     random_memory(&r, &g->problem, &g->variant, &g->arrangement);
+    g->variant.heads_broadcast = (int)random_between(&r, 0, 3);
     finish(g);
     return 1;
 }

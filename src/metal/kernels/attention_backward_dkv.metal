@@ -17,6 +17,9 @@
 #include "core/args.h"
 #include "metal/kernels/contract.h"
 using namespace metal;
+
+#define KEYS_ARE_ROWS
+
 #include "metal/kernels/element.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"

@@ -1,5 +1,6 @@
 /* Which blocks of keys a block of queries attends to, and which blocks of queries a block of keys: the band bounds the
- * range, and blocks of it that the mask leaves EMPTY are skipped. */
+ * range, and blocks of it that the mask leaves EMPTY are skipped. A kernel whose threadgroups own keys in place of
+ * queries defines KEYS_ARE_ROWS. */
 
 /* Blocks [begin, end). */
 struct block_range {
@@ -45,6 +46,7 @@ METAL_FUNC bool block_in_band(constant mfa_metal_call &call, int i, int key)
 #endif
 }
 
+#if !defined(KEYS_ARE_ROWS)
 /* The rows of a lane, and the number of row r among those of the threadgroup: one of each 8 of the simdgroup's, or, in
  * the vector kernel, all. */
 #if defined(COLUMN_LANES)
@@ -83,7 +85,7 @@ METAL_FUNC q_block q_block_of(constant mfa_metal_call &call, grid_coord coord, t
     q.kv_blocks = block_range{all.begin + int(part.begin), all.begin + int(part.end)};
     return q;
 }
-
+#else
 /* The keys of a threadgroup: the first, and the lane's own. */
 struct kv_block {
     sequence seq;
@@ -101,6 +103,7 @@ METAL_FUNC kv_block kv_block_of(constant mfa_metal_call &call, grid_coord coord,
     k.valid = k.own < k.seq.kv_len;
     return k;
 }
+#endif
 
 /* The index in the block mask of a block of queries (row) and of keys (column); `head` counts groups of pack_gqa
  * heads. */
@@ -116,6 +119,7 @@ METAL_FUNC int stretch_end(int first, int end)
     return min(first + STRETCH_BLOCKS, end);
 }
 
+#if !defined(KEYS_ARE_ROWS)
 /* A block of keys: sets the ranges of the lane's rows for it, `bands` being those of all their keys. false: the block
  * is EMPTY, and is skipped by the whole threadgroup. */
 METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_range *bands, int block,
@@ -140,8 +144,8 @@ METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_rang
     }
     return true;
 }
-
-/* The same for a block of queries of a head, and the lane's key. */
+#else
+/* A block of queries of a head: the same for the lane's key. */
 METAL_FUNC bool visit_q_block(thread mask_range &range, thread const mask_range &band, int block, int head,
                               thread const kv_block &k, thread const score_operands &in, constant mfa_metal_call &call)
 {
@@ -159,3 +163,4 @@ METAL_FUNC bool visit_q_block(thread mask_range &range, thread const mask_range 
     return true;
 #endif
 }
+#endif
