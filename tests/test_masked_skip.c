@@ -1,7 +1,7 @@
 /* Kernels skip the tiles of keys that the band or the mask excludes for every query, forward and backward. The
  * rows of such keys in K and V lie on pages that must not be read, or, in another run, hold NaN. Results must be
- * the same bit for bit as with ordinary rows. Since kernels skip whole tiles, only keys with no visible key within
- * NEAR of them count. Each run has a child process, so that a fault fails its test alone. */
+ * the same bit for bit as with ordinary rows. Since kernels skip whole blocks, only keys with no visible key near
+ * them count. Each run has a child process, so that a fault fails its test alone. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -19,7 +19,7 @@
 #include "support/operands.h"
 #include "support/report.h"
 
-enum { SEED = 1, NEAR = 256 };
+enum { SEED = 1 };
 enum rows { ORDINARY, FORBIDDEN, NANS };
 
 /* The mask excludes the second and third quarter of the keys for all queries. */
@@ -35,19 +35,26 @@ static void mask_quarters(struct inputs *inputs)
     }
 }
 
-/* Sets `skipped` to 1 for each key that is further than NEAR from all visible ones; returns their number. */
+/* How far from a visible key keys may be read, in the problems below: to the end of its block. Where bf16 is multiplied
+ * by AMX, blocks have 512 keys (src/cpu/tiles.c). */
+static int64_t near_of(const mfa_problem *p)
+{
+    return p->dtype == MFA_BF16 ? 512 : 256;
+}
+
+/* Sets `skipped` to 1 for each key that is further than near_of from all visible ones; returns their number. */
 static int64_t find_skipped(const struct inputs *inputs, char *skipped)
 {
     const mfa_problem *p = &inputs->problem;
     const double *mask = inputs->values[REFERENCE_MASK];
-    int64_t count = 0;
+    int64_t count = 0, near = near_of(p);
     memset(skipped, 1, (size_t)p->kv_len);
     for (int64_t i = 0; i < p->q_len; i++) {
         int64_t first, end;
         reference_band(p, i, &first, &end);
         for (int64_t j = first; j < end; j++)
             if (!mask || mask[j] != (p->mask == MFA_MASK_BOOL ? 0 : -INFINITY))
-                for (int64_t at = j > NEAR ? j - NEAR : 0; at < p->kv_len && at <= j + NEAR; at++)
+                for (int64_t at = j > near ? j - near : 0; at < p->kv_len && at <= j + near; at++)
                     skipped[at] = 0;
     }
     for (int64_t j = 0; j < p->kv_len; j++)
