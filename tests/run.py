@@ -37,23 +37,23 @@ METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEAS
 # Seconds are those of two fast cores. CTest is given the label of the tests to run, and that of those not to run.
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
-    "checks": Step("includes, names, documents, style; and what checks them", 20, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 155, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 140, ("release",), pytest=["tests/python"], environment=CPU),
+    "checks": Step("includes, names, documents, style; and what checks them", 45, (), pytest=["tests/tools"]),
+    "release": Step("the shipped library on every instruction set", 185, ("release",), ctest=("", "metal")),
+    "python": Step("the Python package", 235, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
-        80,
+        90,
         ("wheels",),
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 170, ("wheels", "arm64"), ctest=("", "")),
-    "clang": Step("another compiler", 40, ("clang",), ctest=("", "")),
-    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 130, ("asan-ubsan",), ctest=("", "")),
-    "tsan": Step("thread sanitizer", 50, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 325, ("release",), ctest=("metal", "")),
+    "arm64": Step("NEON and the macOS library, emulated", 160, ("wheels", "arm64"), ctest=("", "")),
+    "clang": Step("another compiler", 50, ("clang",), ctest=("", "")),
+    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 120, ("asan-ubsan",), ctest=("", "")),
+    "tsan": Step("thread sanitizer", 65, ("tsan",), ctest=("", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 295, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 150, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 200, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
