@@ -48,7 +48,7 @@ static void attach(struct operands *operands, const mfa_problem *problem, struct
 static mfa_status run_dispatch(const struct mfa_key *key, const struct mfa_metal_dispatch *d, int64_t chunk,
                                struct gpu_buffer *buffers, struct metal_trace *trace)
 {
-    /* On one of the families, walks are cut after two blocks, as those along 2^24 blocks would be. */
+    /* On one of the families, walks go on from a new base after two blocks, as they do after 128 (kv_source.h). */
     static const char shared[] = "#define COUNT_TILES\n#define UNROLL\n";
     static const char short_stretches[] = "#define COUNT_TILES\n#define UNROLL\n#define STRETCH_BLOCKS 2\n";
     const char *defines = mfa_metal_tiles_family_of(key) == 9 ? short_stretches : shared;

@@ -128,10 +128,8 @@ METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &
 /* The tile of scores of this step, among the n tiles that are summed into `own`. */
 METAL_FUNC tile_coord summed_tile(tile_coord own, grid_coord n, uint step)
 {
-    uint columns = uint(n.column), rows = uint(n.row), heads = uint(n.head);
-    uint line = step / columns, plane = line / rows, batch = plane / heads;
-    return tile_coord{own.batch + int(batch), own.head + int(plane - batch * heads),
-                      own.i + int(line - plane * rows) * BLOCK, own.key + int(step - line * columns) * BLOCK};
+    grid_coord c = grid_coord_of(uint(n.head), uint(n.row), uint(n.column), step);
+    return tile_coord{own.batch + c.batch, own.head + c.head, own.i + c.row * BLOCK, own.key + c.column * BLOCK};
 }
 
 /* Sums a tile over its rows, its columns, or both, if dbias has one element along them. */

@@ -5,12 +5,17 @@ struct grid_coord {
     int batch, head, row, column;
 };
 
-/* The place with this number, which is below 2^32 (mfa_metal_tiles_supports). */
-METAL_FUNC grid_coord grid_coord_of(constant mfa_metal_grid &grid, uint number)
+/* The place with this number in a grid of these extents; `column` runs fastest. */
+METAL_FUNC grid_coord grid_coord_of(uint heads, uint rows, uint columns, uint number)
 {
-    uint columns = uint(grid.column), rows = uint(grid.row), heads = uint(grid.head);
     uint line = number / columns, plane = line / rows, batch = plane / heads;
     return grid_coord{int(batch), int(plane - batch * heads), int(line - plane * rows), int(number - line * columns)};
+}
+
+/* Numbers in the grid of a pass are below 2^32 (mfa_metal_tiles_supports). */
+METAL_FUNC grid_coord grid_coord_of(constant mfa_metal_grid &grid, uint number)
+{
+    return grid_coord_of(uint(grid.head), uint(grid.row), uint(grid.column), number);
 }
 
 METAL_FUNC grid_coord threadgroup_coord(constant mfa_metal_call &call, uint group)
