@@ -77,14 +77,21 @@ typedef struct mfa_layout {
  * With sinks, each query head has one more logit in the softmax, which has no key and no value: L_i = log(exp(sink) +
  * sum_j exp(s_ij)), and the P of a query add up to less than 1.
  *
+ * With dropout, O = sum_j Z_ij P_ij V_j: Z_ij is 0 with the probability `dropout`, else 1 / (1 - dropout). L is that
+ * without dropout. Z depends on the seed, the batch entry, the query head, i and j alone, and so is the same on every
+ * device and in both passes: with x = Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11)
+ * of the counter (j / 8, i, query head, batch entry) under the key (low, high word of the seed), key j has half j % 8
+ * of x, the low half of x[0] first; it is dropped if that is below the integer nearest to 2^16 * dropout, which is at
+ * most 2^16 - 1 where dropout is below 1. mfa_problem_dropout_mask() gives Z != 0.
+ *
  * The band expresses a causal mask (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window of
  * the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN_LOWER and MFA_BAND_OPEN_UPPER leave a side open. A query
  * with no visible key gets O = 0, L = -inf (with sinks: the sink) and zero gradients.
  *
  * Backward takes o and lse from the caller, so they may be merged from several devices, and computes
- *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (dP - D), dP = dO V^T
+ *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (Z * dP - D), dP = dO V^T        (Z = 1 without dropout)
  *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
- *     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K
+ *     dV = (Z * P)^T dO, dK = scale * dS^T Q, dQ = scale * dS K
  *     dsink = -sum_i exp(sink - L_i) * D_i, over the queries of the head
  * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low.
  * Results are bitwise the same for any number of threads, and in every run. */
@@ -109,6 +116,9 @@ typedef struct mfa_problem {
     int32_t reserved;         /* 0 */
     mfa_layout sinks_layout;  /* of a (batch, q_heads) tensor */
     mfa_layout dsinks_layout; /* the same, backward only; stride 0 along the batch: the gradient is summed over it */
+
+    double dropout;         /* the probability, 0 to 1, with which a P is dropped; 0: none */
+    mfa_layout seed_layout; /* of a (batch) tensor; stride 0 along the batch: one seed for all */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -122,9 +132,9 @@ typedef struct mfa_buffer {
 } mfa_buffer;
 
 /* What a run reads and writes. Unused members are zero.
- * forward:  reads q, k, v, mask, slopes, sinks; writes o, and lse (f32; f64 for f64) and o_low if given.
- * backward: reads q, k, v, mask, slopes, sinks, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of
- *           dq, dk, dv, dbias, dsinks that are given. Outputs must not overlap anything.
+ * forward:  reads q, k, v, mask, slopes, sinks, seed; writes o, and lse (f32; f64 for f64) and o_low if given.
+ * backward: reads q, k, v, mask, slopes, sinks, seed, o, lse, d_o, and dlse (like lse) and o_low if given; writes those
+ *           of dq, dk, dv, dbias, dsinks that are given. Outputs must not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
@@ -137,6 +147,7 @@ typedef struct mfa_buffers {
     mfa_buffer o_low;
     mfa_buffer slopes;        /* of ALiBi: f32, whatever the dtype. They are constants: they get no gradient */
     mfa_buffer sinks, dsinks; /* f32, whatever the dtype */
+    mfa_buffer seed;          /* of dropout: 64-bit integers, any; in backward those of forward */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
@@ -189,7 +200,7 @@ MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
  * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi,
- * no sinks. */
+ * no sinks, no dropout. */
 MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
                               int64_t kv_len, int64_t head_dim, int64_t value_dim);
 
@@ -199,6 +210,10 @@ MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_hea
  * negative size or a NaN. */
 MFA_API mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity);
 MFA_API mfa_status mfa_problem_parse(const char *text, mfa_problem *problem);
+
+/* Which P dropout keeps: kept[batch][q_heads][q_len][kv_len], dense, 1 where P is kept and 0 where it is dropped, by
+ * the problem's sizes, dropout and seed_layout, from seeds in this process's memory. MFA_INVALID, MFA_UNSUPPORTED. */
+MFA_API mfa_status mfa_problem_dropout_mask(const mfa_problem *problem, const uint64_t *seed, uint8_t *kept);
 
 /* MFA_OK if a backend of this context runs it; else MFA_INVALID or MFA_UNSUPPORTED or MFA_UNAVAILABLE. */
 MFA_API mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem);

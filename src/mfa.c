@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/sync.h"
+#include "core/dropout.h"
 #include "core/plan.h"
 #include "core/precompile.h"
 #include "core/problem.h"
@@ -117,6 +118,14 @@ mfa_status mfa_plan_create(mfa_context *context, const mfa_problem *problem, mfa
     else
         free(made);
     return end_call(cancellation, status);
+}
+
+mfa_status mfa_problem_dropout_mask(const mfa_problem *problem, const uint64_t *seed, uint8_t *kept)
+{
+    NEED(problem);
+    NEED(seed);
+    NEED(kept);
+    return mfa_dropout_write_mask(problem, seed, kept);
 }
 
 void mfa_plan_destroy(mfa_plan *plan)

@@ -39,6 +39,9 @@ static void not_a_mask(mfa_problem *p) { p->mask = 3; }
 static void not_a_mask_dtype(mfa_problem *p) { p->mask = MFA_MASK_ADDITIVE; p->mask_dtype = -1; }
 static void unknown_alibi(mfa_problem *p) { p->alibi = 2; }
 static void unknown_sinks(mfa_problem *p) { p->sinks = 2; }
+static void dropout_above_one(mfa_problem *p) { p->dropout = 1.5; }
+static void dropout_negative(mfa_problem *p) { p->dropout = -0.1; }
+static void dropout_of_long_rows(mfa_problem *p) { p->dropout = 0.1, p->kv_len = INT64_C(1) << 36; }
 static void reserved(mfa_problem *p) { p->reserved = 1; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
@@ -75,6 +78,10 @@ static const struct {
     {not_a_mask, MFA_INVALID, "mask is 3"},
     {not_a_mask_dtype, MFA_INVALID, "mask_dtype is -1"},
     {unknown_alibi, MFA_INVALID, "alibi is 2; it must be 0 (none) or 1 (by the slopes given)"},
+    {dropout_above_one, MFA_INVALID, "dropout is 1.5; it must be 0 to 1"},
+    {dropout_negative, MFA_INVALID, "dropout is -0.1; it must be 0 to 1"},
+    {dropout_of_long_rows, MFA_UNSUPPORTED,
+     "kv_len 68719476736; with dropout kernels exist for up to 2^32, and 2^35 keys"},
     {unknown_sinks, MFA_INVALID, "sinks is 2; it must be 0 (none) or 1 (those given)"},
     {reserved, MFA_INVALID, "reserved is 1; it must be 0"},
     {another_size, MFA_INVALID, "size"},
@@ -145,6 +152,7 @@ static void workspace_off(mfa_buffers *b) { b->workspace.offset = 32; }
 static void unused_dq(mfa_buffers *b) { b->dq = b->o; }
 static void no_slopes(mfa_buffers *b) { b->slopes.base = NULL; }
 static void no_sinks(mfa_buffers *b) { b->sinks.base = NULL; }
+static void no_seed(mfa_buffers *b) { b->seed.base = NULL; }
 static void some_slopes(mfa_buffers *b) { b->slopes = b->q; }
 static void slopes_off_by_two(mfa_buffers *b) { b->slopes.base = b->q.base, b->slopes.offset = 2; }
 static void some_o_low(mfa_buffers *b) { b->o_low = b->workspace; }
@@ -177,6 +185,7 @@ static const struct {
     {"backward f64 b1 h2 q8 kv8 d16 alibi", no_slopes, "slopes is NULL; the backward pass needs it"},
     {"backward f64 b1 h2 q8 kv8 d16 alibi", slopes_off_by_two, "slopes begins at"},
     {"backward f32 b1 h2 q8 kv8 d16 sinks", no_sinks, "sinks is NULL; the backward pass needs it"},
+    {"forward f32 b1 h2 q8 kv8 d16 dropout0.1", no_seed, "seed is NULL; the forward pass needs it"},
     {"forward f16 b1 h2 q8 kv8 d16 mask_f16", some_slopes, "slopes is given; only problems with alibi have it"},
     {"forward f16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
     {"backward bf16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},

@@ -243,7 +243,7 @@ static const char *const lines[] = {
     "forward f32 b1 h1 q1 kv1 d8 scale0.30000000000000004",
     "forward f32 b1 h1 q1 kv1 d8 scale0",
     "forward f32 b1 h1 q1 kv1 d8 scale-0 metal",
-    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 mask_bool alibi sinks metal",
+    "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 dropout0.1 mask_bool alibi sinks metal",
 };
 
 static void test_lines(void **state)
@@ -310,11 +310,13 @@ static mfa_problem draw_problem(struct generator *r)
         p.scale = draw_number(r);
     if (random_between(r, 0, 1))
         p.softcap = draw_number(r);
+    if (random_between(r, 0, 1))
+        p.dropout = draw_number(r);
     return p;
 }
 
 /* Any problem is printed as what parses to it, or refused with a sentence: what means nothing in it (the dtype of a
- * mask that is not there, the sign of a softcap of 0) has one form. */
+ * mask that is not there, the sign of a softcap or dropout of 0) has one form. */
 static void test_any_problem(void **state)
 {
     (void)state;
@@ -327,7 +329,8 @@ static void test_any_problem(void **state)
         const mfa_problem *p = &problem;
         char text[512] = "before";
         const int sound = p->batch >= 0 && p->q_heads >= 0 && p->kv_heads >= 0 && p->q_len >= 0 && p->kv_len >= 0 &&
-                          p->head_dim >= 0 && p->value_dim >= 0 && !isnan(p->scale) && !isnan(p->softcap);
+                          p->head_dim >= 0 && p->value_dim >= 0 && !isnan(p->scale) && !isnan(p->softcap) &&
+                          !isnan(p->dropout);
         const mfa_status status = mfa_problem_print(&problem, text, sizeof text);
         assert_int_equal(status, sound ? MFA_OK : MFA_INVALID);
         if (!sound) {
@@ -340,6 +343,8 @@ static void test_any_problem(void **state)
             problem.mask_dtype = MFA_F32;
         if (problem.softcap == 0)
             problem.softcap = 0;
+        if (problem.dropout == 0)
+            problem.dropout = 0;
         if (mfa_problem_parse(text, &again) != MFA_OK || memcmp(&problem, &again, sizeof problem) != 0)
             print_error("%s: %s\n", text, mfa_last_error());
         assert_int_equal(mfa_problem_parse(text, &again), MFA_OK);
@@ -471,10 +476,10 @@ static void test_keys(void **state)
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
     key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX,
-                           INT32_MIN,    INT32_MIN,          63,       MFA_BF16,  "sixteen_letters"};
+                           INT32_MIN,    INT32_MIN,          127,      MFA_BF16,  "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
-    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_sixteen_letters!"));
+    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_sixteen_letters!"));
 }
 
 /* The first word of a plan's key says which kernel runs. */

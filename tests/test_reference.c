@@ -125,6 +125,9 @@ static void test_gradients_are_finite_differences(void **state)
         "forward f64 b1 h2 q4 kv7 d3 upper3 softcap2 mask_f64 alibi",
         "forward f64 b2 h4/2 q5 kv7 d3v2 sinks",
         "forward f64 b1 h2 q7 kv4 d3 upper-3 softcap2 mask_f64 alibi sinks",
+        "forward f64 b2 h4/2 q5 kv17 d3v2 dropout0.3",
+        "forward f64 b1 h2 q7 kv14 d3 upper8 softcap2 mask_f64 alibi sinks dropout0.6",
+        "forward f64 b1 h2 q4 kv9 d3 sinks dropout1",
     };
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++)
         for (int dlse = 0; dlse < 2; dlse++)

@@ -3,8 +3,8 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; f32 or f64; the mask's; f32. */
-enum element { DATA, ROW_SUM, MASK, FLOAT };
+/* The problem's dtype; f32 or f64; the mask's; f32; 64-bit integers. */
+enum element { DATA, ROW_SUM, MASK, FLOAT, INTEGER64 };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
@@ -60,7 +60,7 @@ void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *pro
 {
     const char *base = (const char *)problem;
     shape[0] = problem->batch;
-    shape[1] = *(const int64_t *)(base + operand->heads);
+    shape[1] = operand->heads ? *(const int64_t *)(base + operand->heads) : 1;
     shape[2] = operand->rows ? *(const int64_t *)(base + operand->rows) : 1;
     shape[3] = operand->columns ? *(const int64_t *)(base + operand->columns) : 1;
 }
@@ -83,6 +83,7 @@ size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem 
     case ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
     case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
     case FLOAT: return 4;
+    case INTEGER64: return 8;
     default: return mfa_dtype_size(problem->dtype);
     }
 }

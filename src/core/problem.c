@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/sized.h"
+#include "core/dropout.h"
 #include "core/operand.h"
 
 #define FIRST_SIZE (offsetof(mfa_problem, dbias_layout) + sizeof(mfa_layout)) /* in version 0.1 */
@@ -162,6 +163,21 @@ static mfa_status check_numbers(const mfa_problem *problem)
     if (problem->softcap > 0 && !(problem->softcap >= 1e-30 && problem->softcap <= 1e30))
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g; kernels exist for 0 (none) and 1e-30 to 1e30",
                         problem->softcap);
+    if (!(problem->dropout >= 0 && problem->dropout <= 1))
+        return mfa_fail(MFA_INVALID, "dropout is %g; it must be 0 to 1", problem->dropout);
+    return MFA_OK;
+}
+
+/* The counters of dropout have 32 bits for each of these. */
+static mfa_status check_dropout(const mfa_problem *p)
+{
+    const int64_t most = INT64_C(1) << 32;
+    if (p->dropout > 0 && (p->batch > most || p->q_heads > most || p->q_len > most || p->kv_len / 8 > most))
+        return mfa_fail(
+            MFA_UNSUPPORTED,
+            "dropout is %g, batch %lld, q_heads %lld, q_len %lld and kv_len %lld; with dropout kernels exist "
+            "for up to 2^32, and 2^35 keys",
+            p->dropout, (long long)p->batch, (long long)p->q_heads, (long long)p->q_len, (long long)p->kv_len);
     return MFA_OK;
 }
 
@@ -225,6 +241,8 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
         status = check_sizes(&problem);
     if (status == MFA_OK)
         status = check_numbers(&problem);
+    if (status == MFA_OK)
+        status = check_dropout(&problem);
     if (status != MFA_OK)
         return status;
 
@@ -265,10 +283,12 @@ struct mfa_args mfa_problem_args(const mfa_problem *p)
         .value_dim = p->value_dim,
         .lower = p->lower,
         .upper = p->upper,
+        .drop_below = mfa_dropout_below(p->dropout),
 #define INPUT(name, ...) .name = strides(&p->name##_layout),
 #define RESULT(name, ...) .name = strides(&p->name##_layout),
 #include "core/operands.inc"
         .scale = (float)p->scale,
         .softcap = (float)p->softcap,
+        .keep_scale = (float)(1 / mfa_dropout_kept(p->dropout)),
     };
 }

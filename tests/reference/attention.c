@@ -3,6 +3,7 @@
  *     S_j = scale * Q_i K_j, softcap, mask, ALiBi  P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
  *     with a sink, L_i = log(exp(sink) + sum(exp(S))), P = exp(S - L_i), dsink -= exp(sink - L_i) D_i
  *     dP_j = dO_i V_j, D_i = sum_j P_j dP_j - dL_i, dS_j = P_j (dP_j - D_i)
+ *     with dropout, Z_j P_j takes the place of P_j in O and dV, and Z_j dP_j that of dP_j, Z_j being 0 or 1 / (1 - p)
  *     dV_j += P_j dO_i      dbias_ij = dS_j      dQ_i = scale * dS K      dK_j += scale * dS_j Q_i
  *
  * where dS is taken through the softcap before dQ and dK. All inner loops run along memory; each number is
@@ -17,17 +18,17 @@ struct head { /* of one batch and KV head: keys and values, and sums for their g
 };
 
 struct row {
-    double *S, *P, *dP, *dS, *dtanh; /* along keys; dtanh = dS after / dS before softcap */
-    double *Q, *dO, *O, *dQ;         /* along columns */
-    int64_t first, end;              /* of the keys in the band; nothing else is touched */
-    double L, sink;                  /* sink: -infinity without sinks */
-    double dsink;                    /* what the row adds to it */
+    double *S, *P, *Z, *dP, *dS, *dtanh; /* along keys; dtanh = dS after / dS before softcap */
+    double *Q, *dO, *O, *dQ;             /* along columns */
+    int64_t first, end;                  /* of the keys in the band; nothing else is touched */
+    double L, sink;                      /* sink: -infinity without sinks */
+    double dsink;                        /* what the row adds to it */
 };
 
 struct work {
     const mfa_problem *problem;
     const struct reference *results;
-    struct reference_view Q, K, V, mask, slopes, sinks, dO, dL, dbias, dsinks;
+    struct reference_view Q, K, V, mask, slopes, sinks, seed, dO, dL, dbias, dsinks;
     int backward;
     struct head head;
     struct row row;
@@ -81,7 +82,7 @@ static void forward_row(struct work *w)
         if (sum > 0)
             row->P[j] /= sum;
         for (int64_t c = 0; c < p->value_dim; c++)
-            row->O[c] += row->P[j] * w->head.V[j * p->value_dim + c];
+            row->O[c] += row->Z[j] * row->P[j] * w->head.V[j * p->value_dim + c];
     }
 }
 
@@ -96,8 +97,10 @@ static void backward_row(struct work *w, double dL)
     for (int64_t c = 0; c < p->value_dim; c++)
         for (int64_t j = row->first; j < row->end; j++)
             row->dP[j] += row->dO[c] * head->V_transposed[c * p->kv_len + j];
-    for (int64_t j = row->first; j < row->end; j++)
+    for (int64_t j = row->first; j < row->end; j++) {
+        row->dP[j] *= row->Z[j];
         D += row->P[j] * row->dP[j];
+    }
     row->dsink = row->L == -INFINITY ? 0 : -exp(row->sink - row->L) * D;
     for (int64_t c = 0; c < p->head_dim; c++)
         row->dQ[c] = 0;
@@ -109,7 +112,7 @@ static void backward_row(struct work *w, double dL)
             head->dK[j * p->head_dim + c] += dQK * row->Q[c];
         }
         for (int64_t c = 0; c < p->value_dim; c++)
-            head->dV[j * p->value_dim + c] += row->P[j] * row->dO[c];
+            head->dV[j * p->value_dim + c] += row->Z[j] * row->P[j] * row->dO[c];
     }
 }
 
@@ -124,6 +127,8 @@ static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
     Q_i.values += i * Q_i.row;
     reference_gather(Q_i, b, h, 1, p->head_dim, row->Q);
     row->sink = p->sinks ? w->sinks.values[b * w->sinks.batch + h * w->sinks.head] : -INFINITY;
+    const uint64_t seed = p->dropout > 0 ? (uint64_t)w->seed.values[b * w->seed.batch] : 0;
+    reference_dropout(p, seed, b, h, i, row->first, row->end, row->Z);
     scores(w, b, h, i);
     forward_row(w);
     for (int64_t c = 0; c < p->value_dim && results->O; c++)
@@ -185,6 +190,8 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         w.slopes = reference_load(p, REFERENCE_SLOPES, buffers);
     if (p->sinks)
         w.sinks = reference_load(p, REFERENCE_SINKS, buffers);
+    if (p->dropout > 0)
+        w.seed = reference_load(p, REFERENCE_SEED, buffers);
     if (w.backward)
         w.dO = reference_load(p, REFERENCE_dO, buffers);
     if (w.backward && buffers->dlse.base)
@@ -199,7 +206,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         for (int64_t at = 0; at < reference_count(p, REFERENCE_DSINKS); at++)
             results->dsinks[at] = 0;
     }
-    double **along_keys[] = {&w.row.S, &w.row.P, &w.row.dP, &w.row.dS, &w.row.dtanh};
+    double **along_keys[] = {&w.row.S, &w.row.P, &w.row.Z, &w.row.dP, &w.row.dS, &w.row.dtanh};
     double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ};
     double **of_head[] = {&w.head.K, &w.head.V, &w.head.K_transposed, &w.head.V_transposed, &w.head.dK, &w.head.dV};
     int64_t widest = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;
@@ -220,7 +227,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         free(*along_columns[n]);
     for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
         free(*of_head[n]);
-    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.sinks, &w.dO, &w.dL};
+    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.sinks, &w.seed, &w.dO, &w.dL};
     for (size_t n = 0; n < sizeof views / sizeof *views; n++)
         free(views[n]->values);
 }

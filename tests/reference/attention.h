@@ -18,6 +18,7 @@ enum reference_tensor {
     REFERENCE_MASK,
     REFERENCE_SLOPES,
     REFERENCE_SINKS,
+    REFERENCE_SEED,
     REFERENCE_dO,
     REFERENCE_dL,
     /* Results. */
@@ -43,7 +44,7 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
 /* Elements of that shape. */
 int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
 
-/* Reads q, k, v, mask, slopes, sinks, and for gradients d_o, and dlse if given. It computes O and L itself. */
+/* Reads q, k, v, mask, slopes, sinks, seed, and for gradients d_o, and dlse if given. It computes O and L itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */
@@ -72,6 +73,13 @@ void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64
 
 /* What ALiBi adds to the score of query i and key j, for a slope. */
 double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j);
+
+/* What dropout multiplies P of a query and its keys [first, end) by: 0, or 1 / (1 - dropout); 1 without dropout. */
+void reference_dropout(const mfa_problem *problem, uint64_t seed, int64_t b, int64_t h, int64_t i, int64_t first,
+                       int64_t end, double *Z);
+
+/* The four words of Philox4x32-10 of a counter under a key of two words. */
+void reference_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);
 
 /* calloc of `count` doubles, at least one; ends the program if there is no memory. */
 double *reference_allocate(int64_t count);

@@ -53,6 +53,7 @@ static double decode(uint16_t bits, int exponent_bits, int fraction_bits)
 size_t element_size(int32_t dtype)
 {
     switch (dtype) {
+    case ELEMENT_U64:
     case MFA_F64: return 8;
     case MFA_F32: return 4;
     case MFA_F16:
@@ -64,6 +65,7 @@ size_t element_size(int32_t dtype)
 double element_load(int32_t dtype, const void *elements, int64_t index)
 {
     switch (dtype) {
+    case ELEMENT_U64: return (double)((const uint64_t *)elements)[index];
     case MFA_F64: return ((const double *)elements)[index];
     case MFA_F32: return ((const float *)elements)[index];
     case MFA_F16: return decode(((const uint16_t *)elements)[index], F16_EXPONENT, F16_FRACTION);
@@ -75,6 +77,7 @@ double element_load(int32_t dtype, const void *elements, int64_t index)
 void element_store(int32_t dtype, void *elements, int64_t index, double value)
 {
     switch (dtype) {
+    case ELEMENT_U64: ((uint64_t *)elements)[index] = (uint64_t)value; break;
     case MFA_F64: ((double *)elements)[index] = value; break;
     case MFA_F32: ((float *)elements)[index] = (float)value; break;
     case MFA_F16: ((uint16_t *)elements)[index] = encode(value, F16_EXPONENT, F16_FRACTION); break;
@@ -86,6 +89,7 @@ void element_store(int32_t dtype, void *elements, int64_t index, double value)
 double element_round(int32_t dtype, double value)
 {
     switch (dtype) {
+    case ELEMENT_U64:
     case MFA_F64: return value;
     case MFA_F32: return (float)value;
     case MFA_F16: return decode(encode(value, F16_EXPONENT, F16_FRACTION), F16_EXPONENT, F16_FRACTION);
@@ -108,6 +112,7 @@ double element_ulp(int32_t dtype)
 const char *element_name(int32_t dtype)
 {
     switch (dtype) {
+    case ELEMENT_U64: return "u64";
     case MFA_F64: return "f64";
     case MFA_F32: return "f32";
     case MFA_F16: return "f16";

@@ -1,5 +1,6 @@
 /* Elements of tensors, read and written one at a time through double: the four dtypes of the library and
- * the bytes of a bool mask. The conversions are our own and round to nearest, ties to even, in one step. */
+ * the bytes of a bool mask, the integers of seeds. The conversions are our own and round to nearest, ties to even, in
+ * one step. */
 #ifndef REFERENCE_ELEMENT_H
 #define REFERENCE_ELEMENT_H
 
@@ -8,7 +9,9 @@
 
 #include "mfa.h"
 
-#define ELEMENT_BOOL 64 /* beside the mfa_dtypes: a byte, nonzero is true */
+/* Beside the mfa_dtypes: a byte, nonzero is true; and a 64-bit integer below 2^53. */
+#define ELEMENT_BOOL 64
+#define ELEMENT_U64 65
 
 size_t element_size(int32_t dtype);
 double element_load(int32_t dtype, const void *elements, int64_t index);
@@ -20,7 +23,7 @@ double element_round(int32_t dtype, double value);
 /* The distance from 1 to the next larger number of the dtype. */
 double element_ulp(int32_t dtype);
 
-/* "f32" and so on; "bool". */
+/* "f32" and so on; "bool", "u64". */
 const char *element_name(int32_t dtype);
 
 #endif

@@ -14,6 +14,7 @@ struct LOCAL(head) {
     double Q_norm, *K_norm, *V_norm;                          /* of query i, and of each key */
     double *O_squares, *dQ_squares, *dK_squares, *dV_squares; /* of the errors of each element */
     double *rounding;                                         /* of O, by that of P */
+    double *Z;                                                /* of dropout, of query i */
     double *off, L_off;                                       /* errors of S_ij, of L_i */
     REAL L;                                                   /* L_i */
 };
@@ -110,7 +111,7 @@ static double LOCAL(rounded_P_off)(const struct naive *n, struct LOCAL(head) *he
     for (int64_t j = head->at.first; j < head->at.end; j++) {
         const double P = (double)head->P[j], rest = element_round(p->dtype, P / unit) * unit - P;
         for (int64_t c = 0; c < p->value_dim; c++)
-            head->rounding[c] += rest * (double)head->V[j * p->value_dim + c];
+            head->rounding[c] += rest * head->Z[j] * (double)head->V[j * p->value_dim + c];
     }
     return largest(head->rounding, p->value_dim);
 }
@@ -122,13 +123,16 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
     LOCAL(gather)(n->Q, head->at.b, head->at.h, head->at.i, 1, p->head_dim, head->Q);
     head->Q_norm = LOCAL(norm)(head->Q, p->head_dim);
     REAL L = LOCAL(softmax)(n, head);
+    const uint64_t seed = p->dropout > 0 ? (uint64_t)n->seed.values[head->at.b * n->seed.batch] : 0;
+    reference_dropout(p, seed, head->at.b, head->at.h, head->at.i, head->at.first, head->at.end, head->Z);
     double L_squares = 0;
     for (int64_t c = 0; c < p->value_dim; c++)
         head->O[c] = 0, head->O_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         REAL P = (REAL)element_round(p->dtype, head->P[j]);
         double P_off = head->off[j] * (double)head->P[j];
-        LOCAL(add)(head->O, head->O_squares, P, P_off, head->V + j * p->value_dim, p->value_dim, n->unit);
+        const double Z = head->Z[j];
+        LOCAL(add)(head->O, head->O_squares, (REAL)Z * P, Z * P_off, head->V + j * p->value_dim, p->value_dim, n->unit);
         L_squares += P_off * P_off;
     }
     n->O_off = fmax(n->O_off, sqrt(largest(head->O_squares, p->value_dim)));
@@ -161,17 +165,18 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
     for (int64_t c = 0; c < columns; c++)
         dQ[c] = 0, head->dQ_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
-        REAL dP = LOCAL(dot)(dO, head->V + j * values, values);
+        const double Z = head->Z[j];
+        REAL dP = (REAL)Z * LOCAL(dot)(dO, head->V + j * values, values);
         REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(p->dtype, head->P[j]);
         REAL dQK = (REAL)element_round(p->dtype, dS * head->dtanh[j]);
 
         double dtanh = head->dtanh[j], P_off = (head->off[j] + head->L_off) * head->P[j];
-        double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * dO_norm * head->V_norm[j];
+        double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * Z * dO_norm * head->V_norm[j];
         double dtanh_off = p->softcap > 0 ? n->unit + 2 * dtanh * head->off[j] / p->softcap : 0;
         double dQK_off = (own_off + head->P[j] * D_off) * dtanh + fabs((double)dS) * dtanh_off;
         LOCAL(add)(dQ, head->dQ_squares, dQK, dQK_off, head->K + j * columns, columns, n->unit);
         LOCAL(add)(head->dK + j * columns, head->dK_squares + j * columns, dQK, dQK_off, head->Q, columns, n->unit);
-        LOCAL(add)(head->dV + j * values, head->dV_squares + j * values, P, P_off, dO, values, n->unit);
+        LOCAL(add)(head->dV + j * values, head->dV_squares + j * values, (REAL)Z * P, Z * P_off, dO, values, n->unit);
         naive_add_dbias(n, &head->at, j, dS, own_off, head->P[j], D_off);
     }
     n->dQ_off = fmax(n->dQ_off, sqrt(largest(head->dQ_squares, columns)));
@@ -231,7 +236,8 @@ static void NAIVE(struct naive *n)
                        {&h.dQ_squares, columns},
                        {&h.dK_squares, keys * columns},
                        {&h.dV_squares, keys * values},
-                       {&h.rounding, values}};
+                       {&h.rounding, values},
+                       {&h.Z, keys}};
         const size_t count = sizeof reals / sizeof *reals, double_count = sizeof doubles / sizeof *doubles;
         for (size_t at = 0; at < count; at++)
             *reals[at].row = (REAL *)reference_allocate(reals[at].count);

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "reference/attention.h"
 #include "reference/element.h"
@@ -12,11 +13,12 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
         [REFERENCE_Q] = &problem->q_layout,           [REFERENCE_K] = &problem->k_layout,
         [REFERENCE_V] = &problem->v_layout,           [REFERENCE_MASK] = &problem->mask_layout,
         [REFERENCE_SLOPES] = &problem->slopes_layout, [REFERENCE_SINKS] = &problem->sinks_layout,
-        [REFERENCE_DSINKS] = &problem->dsinks_layout, [REFERENCE_dO] = &problem->d_o_layout,
-        [REFERENCE_dL] = &problem->dlse_layout,       [REFERENCE_O] = &problem->o_layout,
-        [REFERENCE_L] = &problem->lse_layout,         [REFERENCE_O_LOW] = &problem->o_layout,
-        [REFERENCE_dQ] = &problem->dq_layout,         [REFERENCE_dK] = &problem->dk_layout,
-        [REFERENCE_dV] = &problem->dv_layout,         [REFERENCE_DBIAS] = &problem->dbias_layout};
+        [REFERENCE_DSINKS] = &problem->dsinks_layout, [REFERENCE_SEED] = &problem->seed_layout,
+        [REFERENCE_dO] = &problem->d_o_layout,        [REFERENCE_dL] = &problem->dlse_layout,
+        [REFERENCE_O] = &problem->o_layout,           [REFERENCE_L] = &problem->lse_layout,
+        [REFERENCE_O_LOW] = &problem->o_layout,       [REFERENCE_dQ] = &problem->dq_layout,
+        [REFERENCE_dK] = &problem->dk_layout,         [REFERENCE_dV] = &problem->dv_layout,
+        [REFERENCE_DBIAS] = &problem->dbias_layout};
     return layouts[tensor];
 }
 
@@ -26,11 +28,12 @@ const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_te
         [REFERENCE_Q] = &buffers->q,           [REFERENCE_K] = &buffers->k,
         [REFERENCE_V] = &buffers->v,           [REFERENCE_MASK] = &buffers->mask,
         [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_SINKS] = &buffers->sinks,
-        [REFERENCE_DSINKS] = &buffers->dsinks, [REFERENCE_dO] = &buffers->d_o,
-        [REFERENCE_dL] = &buffers->dlse,       [REFERENCE_O] = &buffers->o,
-        [REFERENCE_L] = &buffers->lse,         [REFERENCE_dQ] = &buffers->dq,
-        [REFERENCE_dK] = &buffers->dk,         [REFERENCE_dV] = &buffers->dv,
-        [REFERENCE_DBIAS] = &buffers->dbias,   [REFERENCE_O_LOW] = &buffers->o_low};
+        [REFERENCE_DSINKS] = &buffers->dsinks, [REFERENCE_SEED] = &buffers->seed,
+        [REFERENCE_dO] = &buffers->d_o,        [REFERENCE_dL] = &buffers->dlse,
+        [REFERENCE_O] = &buffers->o,           [REFERENCE_L] = &buffers->lse,
+        [REFERENCE_dQ] = &buffers->dq,         [REFERENCE_dK] = &buffers->dk,
+        [REFERENCE_dV] = &buffers->dv,         [REFERENCE_DBIAS] = &buffers->dbias,
+        [REFERENCE_O_LOW] = &buffers->o_low};
     return operands[tensor];
 }
 
@@ -42,6 +45,7 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     case REFERENCE_SLOPES:
     case REFERENCE_SINKS:
     case REFERENCE_DSINKS: return MFA_F32;
+    case REFERENCE_SEED: return ELEMENT_U64;
     case REFERENCE_L:
     case REFERENCE_dL: return problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32;
     default: return problem->dtype;
@@ -53,9 +57,10 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     const mfa_problem *p = problem;
     int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V || tensor == REFERENCE_dK || tensor == REFERENCE_dV;
     shape[0] = p->batch;
-    shape[1] = of_keys ? p->kv_heads : p->q_heads;
-    int of_heads = tensor == REFERENCE_SLOPES || tensor == REFERENCE_SINKS || tensor == REFERENCE_DSINKS;
-    shape[2] = of_heads ? 1 : of_keys ? p->kv_len : p->q_len;
+    shape[1] = tensor == REFERENCE_SEED ? 1 : of_keys ? p->kv_heads : p->q_heads;
+    int has_rows = tensor != REFERENCE_SLOPES && tensor != REFERENCE_SINKS && tensor != REFERENCE_DSINKS &&
+                   tensor != REFERENCE_SEED;
+    shape[2] = !has_rows ? 1 : of_keys ? p->kv_len : p->q_len;
     switch (tensor) {
     case REFERENCE_Q:
     case REFERENCE_K:
@@ -67,7 +72,8 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     case REFERENCE_dL:
     case REFERENCE_SLOPES:
     case REFERENCE_SINKS:
-    case REFERENCE_DSINKS: shape[3] = 1; break;
+    case REFERENCE_DSINKS:
+    case REFERENCE_SEED: shape[3] = 1; break;
     default: shape[3] = p->value_dim; break;
     }
     const mfa_layout *layout = reference_layout(problem, tensor);
@@ -142,6 +148,37 @@ void reference_gather_transposed(struct reference_view view, int64_t b, int64_t 
 double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j)
 {
     return -slope * fabs((double)(i + problem->kv_len - problem->q_len - j));
+}
+
+/* As its authors state it, for any machine: no code is shared with the library. */
+void reference_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4])
+{
+    uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]}, k[2] = {key[0], key[1]};
+    for (int round = 0; round < 10; round++) {
+        const uint64_t first = UINT64_C(0xD2511F53) * c[0], second = UINT64_C(0xCD9E8D57) * c[2];
+        const uint32_t next[4] = {(uint32_t)(second >> 32) ^ c[1] ^ k[0], (uint32_t)second,
+                                  (uint32_t)(first >> 32) ^ c[3] ^ k[1], (uint32_t)first};
+        memcpy(c, next, sizeof c);
+        k[0] += 0x9E3779B9, k[1] += 0xBB67AE85;
+    }
+    memcpy(words, c, sizeof c);
+}
+
+void reference_dropout(const mfa_problem *problem, uint64_t seed, int64_t b, int64_t h, int64_t i, int64_t first,
+                       int64_t end, double *Z)
+{
+    const double p = problem->dropout, rounded = nearbyint(p * 65536);
+    const double below = p < 1 && rounded > 65535 ? 65535 : rounded;
+    const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    uint32_t words[4] = {0};
+    for (int64_t j = first; j < end; j++) {
+        if (p > 0 && (j == first || j % 8 == 0)) {
+            const uint32_t counter[4] = {(uint32_t)(j / 8), (uint32_t)i, (uint32_t)h, (uint32_t)b};
+            reference_philox(counter, key, words);
+        }
+        const uint32_t half = j % 2 ? words[j % 8 / 2] >> 16 : words[j % 8 / 2] & 0xffff;
+        Z[j] = p == 0 ? 1 : half < below ? 0 : 1 / (1 - p);
+    }
 }
 
 void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end)

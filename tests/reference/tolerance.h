@@ -29,7 +29,7 @@
  *     and each sum by its own roundings; for the last two a softcap's derivative is off as well
  *     dsink: a term P_i D_i, P_i being exp(sink - L_i), by P_i |D_i| (l_i + u + u |sink|) and by P_i times the error of
  *     D_i
- * |x| being the length of a row.
+ * |x| being the length of a row. Dropout's factors of P and dP are factors of their errors, too.
  *
  * o + o_low is O before it was rounded. Its tolerance is the floor alone, with the rounding of o_low in place of an
  * ulp. Kernels that multiply bf16 round P to the dtype: they may also be off by twice the change that this makes to O.

@@ -10,8 +10,9 @@
 
 const char *tensor_name(enum reference_tensor tensor)
 {
-    static const char *const names[REFERENCE_TENSORS] = {
-        "Q", "K", "V", "mask", "slopes", "sinks", "dO", "dL", "O", "L", "o_low", "dQ", "dK", "dV", "dbias", "dsinks"};
+    static const char *const names[REFERENCE_TENSORS] = {"Q",    "K",  "V",  "mask",  "slopes", "sinks",
+                                                         "seed", "dO", "dL", "O",     "L",      "o_low",
+                                                         "dQ",   "dK", "dV", "dbias", "dsinks"};
     return names[tensor];
 }
 
@@ -57,6 +58,8 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
         int masked = tensor == REFERENCE_MASK && is_masked(generator, shape, at / shape[3] % shape[2], at % shape[3]);
         if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
             values[at] = masked ? 0 : (double)(1 + generator_next(generator) % 255);
+        else if (dtype == ELEMENT_U64)
+            values[at] = (double)(generator_next(generator) >> 11);
         else
             values[at] = masked ? -INFINITY : element_round(dtype, size * generator_normal(generator));
     }
@@ -87,12 +90,13 @@ void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct varia
     broadcast(&inputs->problem.slopes_layout, variant.heads_broadcast);
     broadcast(&inputs->problem.sinks_layout, variant.heads_broadcast);
     broadcast(&inputs->problem.dsinks_layout, variant.heads_broadcast);
+    broadcast(&inputs->problem.seed_layout, variant.heads_broadcast);
     struct generator generator;
     generator_seed(&generator, seed, text);
     for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++)
         if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) &&
             (tensor != REFERENCE_SLOPES || problem->alibi) && (tensor != REFERENCE_SINKS || problem->sinks) &&
-            (tensor != REFERENCE_dL || variant.dlse))
+            (tensor != REFERENCE_SEED || problem->dropout > 0) && (tensor != REFERENCE_dL || variant.dlse))
             fill(inputs, tensor, &generator);
 }
 

@@ -13,7 +13,7 @@ enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };
 /* Properties of a run that the problem's text does not state. */
 struct variant {
     int mask_broadcast, dbias_broadcast, kv_broadcast; /* stride 0 along these */
-    int heads_broadcast;                               /* of slopes, sinks and dsinks, which have a number a head */
+    int heads_broadcast;                               /* of slopes, sinks, dsinks, seed */
     int dlse;                                          /* given to backward */
 };
 
@@ -21,7 +21,7 @@ struct variant {
 struct inputs {
     mfa_problem problem; /* forward; its layouts have stride 0 where the variant broadcasts */
     struct variant variant;
-    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes sinks dO dL; NULL: the problem has none */
+    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes sinks seed dO dL; NULL: the problem has none */
 };
 
 /* Masks exclude about one key in four, some whole rows, and a third of the keys for half of the rows. */
