@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/dropout.h"
 #include "core/problem.h"
 #include "cpu/device.h"
 #include "cpu/kernels/contract.h"
@@ -168,6 +169,7 @@ static void make_call(struct test_run *t)
         .scale = p.scale,
         .softcap = p.softcap,
         .dS_factor = 1,
+        .kept = mfa_dropout_kept(p.dropout),
         .dtype = p.dtype,
         .features = mfa_key_features(&p),
         .mask_dtype = p.mask_dtype,
@@ -306,7 +308,7 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
 static int may_decode(const struct test_run *t)
 {
     const mfa_problem *p = &t->operands.problem;
-    return p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->decode_rows;
+    return p->dropout == 0 && p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->decode_rows;
 }
 
 static int list_forward(const struct test_run *t, struct tiling tilings[MAX_TILINGS])
@@ -415,7 +417,8 @@ static void write_case(char text[CASE_TEXT], int q_len, int kv_len, int head_dim
     }
     snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
              n % 4 == 3 ? " softcap3" : "", masks[n % 7],
-             n % 9 == 4   ? " alibi"
+             n % 9 == 2   ? " dropout0.3"
+             : n % 9 == 4 ? " alibi"
              : n % 9 == 7 ? " sinks"
                           : "");
 }

@@ -1,5 +1,6 @@
-/* The numbers of dropout: Philox against its authors' known answers, mfa_problem_dropout_mask against the reference, and the
- * statistics of a mask: its rate, and that queries, keys, heads and batch entries do not depend on each other. */
+/* The numbers of dropout: Philox against its authors' known answers, mfa_problem_dropout_mask against the reference,
+ * and the statistics of a mask: its rate, and that queries, keys, heads and batch entries do not depend on each
+ * other. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/dropout.h"
 #include "core/problem.h"
 #include "cpu/tiles.h"
 
@@ -39,6 +40,7 @@ static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, 
     call->args = mfa_problem_args(p);
     clear_unused_strides(&call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
+    call->kept = mfa_dropout_kept(p->dropout);
     call->dtype = p->dtype, call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels, call->splits = tiling.splits;

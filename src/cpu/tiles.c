@@ -118,7 +118,8 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     const struct row *row = row_of(isa, p);
     const int forward = p->pass == MFA_FORWARD;
     const int decode_rows = forward ? kernels->decode_rows : kernels->decode_backward_rows;
-    const int decodes = queries_of(p) > 0 && queries_of(p) <= decode_rows;
+    /* Training is what has dropout, and the decode kernels have not. */
+    const int decodes = queries_of(p) > 0 && queries_of(p) <= decode_rows && !(p->dropout > 0);
 
     memset(&choice->key, 0, sizeof choice->key);
     choice->key.pass = p->pass, choice->key.dtype = p->dtype;

@@ -109,6 +109,17 @@ double element_ulp(int32_t dtype)
     }
 }
 
+double element_least(int32_t dtype)
+{
+    switch (dtype) {
+    case MFA_F64: return 0x1p-1074;
+    case MFA_F32: return 0x1p-149;
+    case MFA_F16: return 0x1p-24;
+    case MFA_BF16: return 0x1p-133;
+    default: return 1;
+    }
+}
+
 const char *element_name(int32_t dtype)
 {
     switch (dtype) {

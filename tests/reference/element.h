@@ -23,6 +23,9 @@ double element_round(int32_t dtype, double value);
 /* The distance from 1 to the next larger number of the dtype. */
 double element_ulp(int32_t dtype);
 
+/* The least number of the dtype above 0. */
+double element_least(int32_t dtype);
+
 /* "f32" and so on; "bool", "u64". */
 const char *element_name(int32_t dtype);
 

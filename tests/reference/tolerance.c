@@ -110,6 +110,7 @@ static double largest(const double *values, int64_t count)
 static double allow(const mfa_problem *p, enum reference_tensor tensor, const double *truth, const double *naive,
                     double floor)
 {
+    const int32_t dtype = reference_dtype(p, tensor);
     int64_t count = reference_count(p, tensor);
     double error = 0;
     if (!truth)
@@ -117,13 +118,13 @@ static double allow(const mfa_problem *p, enum reference_tensor tensor, const do
     for (int64_t at = 0; at < count; at++)
         if (isfinite(truth[at]))
             error = fmax(error, fabs(naive[at] - truth[at]));
-    return fmax(2 * error, floor + element_ulp(reference_dtype(p, tensor)) * largest(truth, count));
+    return fmax(2 * error, floor + fmax(element_ulp(dtype) * largest(truth, count), element_least(dtype)));
 }
 
 /* Of o + o_low: `floor` and the rounding of o_low, which may be subnormal. */
 static double allow_low(const mfa_problem *p, const double *truth, double floor)
 {
-    const double ulp = element_ulp(p->dtype), least = p->dtype == MFA_F16 ? 0x1p-25 : 0;
+    const double ulp = element_ulp(p->dtype), least = element_least(p->dtype) / 2;
     return truth ? floor + ulp * ulp * largest(truth, reference_count(p, REFERENCE_O)) + least : 0;
 }
 

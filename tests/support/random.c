@@ -67,7 +67,7 @@ static void draw_sizes(struct generator *r, mfa_problem *p)
 void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
 {
     static const int32_t dtypes[] = {MFA_F32, MFA_F16, MFA_BF16, MFA_F64};
-    static const double scales[] = {0.05, 0.7, -0.3, 2, 4}, caps[] = {2, 20};
+    static const double scales[] = {0.05, 0.7, -0.3, 2, 4}, caps[] = {2, 20}, rates[] = {0.1, 0.5, 0.9, 1};
     mfa_problem *p = &drawn->problem;
     struct generator r;
     generator_seed(&r, seed + (uint64_t)n, "problem");
@@ -84,5 +84,7 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
     random_memory(&r, p, &drawn->variant, &drawn->arrangement);
     p->alibi = !random_between(&r, 0, 4);
     p->sinks = !random_between(&r, 0, 4);
+    if (!random_between(&r, 0, 3))
+        p->dropout = rates[random_between(&r, 0, COUNT(rates) - 1)];
     drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);
 }

@@ -30,6 +30,7 @@ enum mfa_cpu_feature {
 struct mfa_cpu_call {
     struct mfa_args args;
     double scale, softcap;
+    double kept;      /* 1 - dropout, or 1: what P, and with it results, are still to be divided by */
     double dS_factor; /* backward: a power of two that dS is multiplied by, near the scale where that is far from 1 */
     int32_t dtype, mask_dtype;
     int32_t features; /* a set of enum mfa_cpu_feature */

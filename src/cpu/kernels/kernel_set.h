@@ -3,6 +3,7 @@
 #include <float.h>
 #include <sched.h>
 
+#include "core/philox.h"
 #include "cpu/kernels/contract.h"
 #include "cpu/kernels/tensor_rows.h"
 
@@ -19,6 +20,7 @@
 #include "cpu/kernels/attention/kv_source.h"
 #include "cpu/kernels/attention/bias.h"
 #include "cpu/kernels/attention/score.h"
+#include "cpu/kernels/attention/dropout.h"
 #include "cpu/kernels/attention/sinks.h"
 #include "cpu/kernels/attention/softmax.h"
 #include "cpu/kernels/attention/gradients.h"

@@ -4,6 +4,7 @@
  *         for each panel of the block of queries:
  *             P = exp(S - L), S = score(K Q^T)
  *             dS = P * (dP - D), dP = V dO^T              (times 1 - tanh^2 with softcap)
+ *             with dropout, some P and dP become 0 (gradients.h)
  *         dV += P^T dO, dK += dS^T Q
  *         when the block of keys after this one has added its part: dQ += dS K
  *     dK *= scale; and the last block of keys to add to a dQ: dQ *= scale
@@ -148,7 +149,8 @@ struct backward_step {
     int64_t first;
     struct keys *keys;
     struct range r;
-    const real *bias, *L, *D; /* bias: of the first key of r; or NULL */
+    const real *bias, *L, *D;      /* bias: of the first key of r; or NULL */
+    const struct dropout *dropout; /* or NULL */
 };
 
 /* Loads Q and dO of the panel, and the keys if that is not done; makes the bias. How the panel sees the keys. */
@@ -235,7 +237,8 @@ static void step_gradients(const struct mfa_cpu_call *call, const struct backwar
         real *dtanh = call->softcap > 0 ? s->dtanh : NULL;
         panel_scores(call, s, step, part, S, dP, bias, dtanh);
         panel_dS(part.vectors, n,
-                 (struct scores){S.data + lane, dP.data + lane, S.stride, dtanh ? dtanh + lane : NULL, 1},
+                 (struct scores){S.data + lane, dP.data + lane, S.stride, dtanh ? dtanh + lane : NULL, 1, step->dropout,
+                                 part.vector, step->keys->first + r.from},
                  step->L + lane, step->D + lane, gradients_from(to, 0, lane));
         clear_gradients(call, s, step->first, lane, part.keys);
         clear_gradients(call, s, step->first + end, panel->vectors * LANES - end, part.keys);
@@ -253,14 +256,15 @@ static struct prefetch_cursor next_panel_cursor(const struct mfa_cpu_call *call,
     return (struct prefetch_cursor){at, at + bytes, bytes, s->row * each - bytes, per_pack};
 }
 
-/* P and dS of the panel: at once for the keys that all its lanes see. */
+/* P and dS of the panel: at once for the keys that all its lanes see, but with dropout. */
 static void step_run(const struct mfa_cpu_call *call, const struct backward_scratch *s,
                      const struct backward_step *step)
 {
     const struct mfa_args *a = &call->args;
     const struct panel *panel = step->panel;
     const struct keys *keys = step->keys;
-    const struct range r = step->r, full = full_range(call, panel, keys->first, r);
+    const struct range r = step->r;
+    const struct range none = {r.to, r.to}, full = step->dropout ? none : full_range(call, panel, keys->first, r);
     const int64_t n = full.to - full.from;
     const int prefetching = n > 0 && a->q.column == 1 && a->d_o.column == 1 && panel->row[0] + PANEL < panel->seq.q_len;
     const real *bias = step->bias;
@@ -385,8 +389,11 @@ static void visit_q_block(const struct mfa_cpu_call *call, const struct backward
                 v < panel.vectors ? vector_band_range(&panel, v, keys->first, r) : (struct range){r.to, r.to};
         if (r.from >= r.to)
             continue;
-        struct backward_step step = {
-            &panel, first, keys, r, NULL, q_block_L(call, q, first), q_block_D(call, q, first)};
+        struct backward_step step = {&panel, first, keys, r, NULL, q_block_L(call, q, first), q_block_D(call, q, first),
+                                     NULL};
+        struct dropout dropout;
+        if (has_dropout(call))
+            dropout_start(&dropout, call, &panel), step.dropout = &dropout;
         if (step_start(call, s, &step) == BLOCK_EMPTY) {
             clear_gradients(call, s, first, panel.vectors * LANES, r);
             continue;
@@ -428,7 +435,9 @@ static void backward(void *data, int64_t task, int worker)
             if (q.kv_blocks.first <= block && block <= q.kv_blocks.last)
                 visit_q_block(call, &s, &q, &keys, block);
         }
-    scale_vectors(s.dK, keys.n * padded(a->head_dim), call->scale / call->dS_factor);
+    scale_vectors(s.dK, keys.n * padded(a->head_dim), dS_scale(call));
+    if (call->kept != 1)
+        scale_vectors(s.dV, keys.n * padded(a->value_dim), 1 / call->kept);
     store_keys(call, call->dk, &a->dk, &keys, s.dK, a->head_dim);
     store_keys(call, call->dv, &a->dv, &keys, s.dV, a->value_dim);
     gemm_end();

@@ -9,7 +9,7 @@ static void store_dbias(const struct mfa_cpu_call *call, const struct panel *pan
     const struct mfa_strides *s = &call->args.dbias;
     const int64_t bytes = bytes_of(call->mask_dtype);
     const int64_t rows = s->row ? panel->lanes : 1, columns = s->column ? keys->n : 1;
-    const real unit = (real)(1 / call->dS_factor);
+    const real unit = (real)(1 / (call->dS_factor * call->kept));
     for (int64_t i = 0; i < rows; i++) {
         char *to = (char *)sequence_row(&panel->seq, call->dbias, bytes, s, head, panel->row[i]);
         for (int64_t k = 0; k < columns; k++)
@@ -27,6 +27,11 @@ static void add_dbias(const struct mfa_cpu_call *call, const struct backward_scr
         return;
     const struct matrix S = {GRADIENTS_IN_PLACE ? s->P : s->S, PANEL}, dP = {GRADIENTS_IN_PLACE ? s->dS : s->dP, PANEL};
     panel_scores(call, s, step, (struct band_part){r, 0, panel->vectors}, S, dP, step->bias, NULL);
+    struct dropout dropout;
+    if (has_dropout(call))
+        dropout_start(&dropout, call, panel);
+    for (int v = 0; v < panel->vectors && has_dropout(call); v++)
+        drop_rows(&dropout, v, step->keys->first + r.from, r.to - r.from, matrix_from(dP, 0, v * LANES));
     for (int64_t k = r.from; k < r.to; k++) {
         real *to = s->dbias + (call->args.dbias.column ? k * PANEL : 0);
         for (int64_t i = 0; i < panel->vectors * LANES; i += LANES) {

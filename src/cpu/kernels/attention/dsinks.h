@@ -11,7 +11,7 @@ static double dsink_of_head(const struct mfa_cpu_call *call, const struct sequen
         for (int64_t i = 0; i < q.rows; i++) {
             const real L = *(const real *)q_block_row(&q, call->lse, sizeof(real), &call->args.lse, i);
             const double P = L == -(real)INFINITY ? 0 : exp(sink - (double)L);
-            sum -= P * ((double)D[i] / (OPERANDS_AS_GIVEN ? 1 : call->dS_factor));
+            sum -= P * ((double)D[i] / (call->kept * (OPERANDS_AS_GIVEN ? 1 : call->dS_factor)));
         }
     }
     return sum;

@@ -3,7 +3,7 @@
  *     for each block of keys that the chunk's queries see:
  *         for each panel of the chunk that sees it:
  *             S = score(K Q^T)
- *             m, l, O, P = softmax_step(S)
+ *             m, l, O, P = softmax_step(S)                (with dropout, some P become 0)
  *             O^T += V^T P^T
  *     O, L = softmax_epilogue(m, l, O)
  *
@@ -101,7 +101,8 @@ struct forward_step {
     struct kv_block K;
     struct packed_at V;
     struct packed_b Q;
-    const real *bias; /* of the first key visited; or NULL */
+    const real *bias;              /* of the first key visited; or NULL */
+    const struct dropout *dropout; /* or NULL */
     struct accumulators acc;
 };
 
@@ -117,12 +118,14 @@ static void multiply_keys(const struct mfa_cpu_call *call, const struct forward_
     }
 }
 
-/* O^T += V^T P^T, likewise; P begins with key r.from. */
+/* O^T += V^T P^T, likewise, of the P that are kept; P begins with key r.from. */
 static void add_values(const struct mfa_cpu_call *call, const struct forward_step *step, struct range r,
                        struct packed_b P)
 {
     for (struct band_part part; r.from < r.to; P = b_from(P, part.keys.to - r.from, 0), r.from = part.keys.to) {
         part = band_part(step->panel, step->key, r);
+        for (int v = part.vector; v < part.vector + part.vectors && step->dropout; v++)
+            drop_b(step->dropout, v, step->key + r.from, part.keys.to - r.from, b_from(P, 0, v * LANES));
         gemm_tn_acc(call->args.value_dim, part.vectors, at_from(step->V, r.from), b_from(P, 0, part.vector * LANES),
                     (struct matrix){step->acc.O + part.vector * LANES, PANEL}, k_packs(part.keys.to - r.from));
     }
@@ -234,12 +237,16 @@ static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, 
             K.next = by_product[0], V.next = by_product[1];
             for (; packed_panels <= p; packed_panels++)
                 pack_queries(call, &panels[packed_panels], s->rows, panel_Q(call, s, packed_panels));
+            struct dropout dropout;
+            if (has_dropout(call))
+                dropout_start(&dropout, call, &panels[p]);
             const struct forward_step step = {&panels[p],
                                               key,
                                               K,
                                               V,
                                               panel_Q(call, s, p),
                                               seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL,
+                                              has_dropout(call) ? &dropout : NULL,
                                               accumulators_at(s->acc, a, p)};
             attend(call, s, &step, r);
         }

@@ -77,13 +77,19 @@ static void clear_dQ(const struct mfa_cpu_call *call, const struct q_block *q)
             fill(dQ.data + i * dQ.stride, d, 0);
 }
 
+/* What sums of dS are multiplied by where they are written. */
+static inline double dS_scale(const struct mfa_cpu_call *call)
+{
+    return call->scale / (call->dS_factor * call->kept);
+}
+
 /* dQ = scale * dQ, written to the caller's. rows: room for LANES rows, if dQ is transposed. */
 static void dQ_epilogue(const struct mfa_cpu_call *call, const struct q_block *q, real *rows)
 {
     const struct mfa_args *a = &call->args;
     const int64_t d = padded(a->head_dim), bytes = bytes_of(call->dtype);
     const struct matrix dQ = q_block_dQ(call, q);
-    const double scale = call->scale / call->dS_factor;
+    const double scale = dS_scale(call);
     for (int64_t i = 0; i < q->rows; i++) {
         real *row = dQ.data + i * dQ.stride;
         if (dQ_is_transposed(call)) {
@@ -165,6 +171,8 @@ static void preprocess_q_block(const struct mfa_cpu_call *call, const struct q_b
         L[i] = l == -(real)INFINITY ? (real)INFINITY : (real)((double)l * S_UNIT);
     }
     scale_gradients(call, D, lanes);
+    if (call->kept != 1)
+        scale_vectors(D, lanes, call->kept); /* dP is that before it is divided by `kept` */
     quiet_nans(D, lanes);
     quiet_nans(L, lanes);
     atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], q->kv_blocks.last, memory_order_relaxed);

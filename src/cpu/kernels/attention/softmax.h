@@ -1,5 +1,6 @@
 /* The online softmax: m, l and O of queries, started, kept up to date and brought to an end here, for forward, decode
- * and merge. A sink (sinks.h) enters where they end.
+ * and merge. A sink (sinks.h) enters where they end; P is dropped
+ * (dropout.h) between its sum and its product with V.
  *
  * m is a reference, not the maximum itself: it lags by at most RESCALE_THRESHOLD, which keeps P = exp(S - m) below
  * RESCALE_THRESHOLD_EXP and saves nearly all rescaling. The result is the same function. */
@@ -170,11 +171,11 @@ static inline struct softmax_end softmax_end(const struct mfa_cpu_call *call, co
 {
     const real m = acc.m[lane], l = acc.l[lane];
     if (!(call->features & CPU_SINKS))
-        return (struct softmax_end){l == 0 ? 0 : *acc.unit / l,
+        return (struct softmax_end){l == 0 ? 0 : *acc.unit / (l * (real)call->kept),
                                     l == 0 ? -(real)INFINITY : (real)((double)m / S_UNIT + log((double)l))};
     const double sink = sink_of(call, &panel->seq, panel->head[lane]) * S_UNIT;
     const struct sink_sum with = add_sink((double)m, (double)l, sink);
-    return (struct softmax_end){with.l == 0 ? 0 : (real)((double)*acc.unit * with.alpha / with.l),
+    return (struct softmax_end){with.l == 0 ? 0 : (real)((double)*acc.unit * with.alpha / (with.l * call->kept)),
                                 with.l == 0 ? -(real)INFINITY : (real)(with.m / S_UNIT + log(with.l))};
 }
 

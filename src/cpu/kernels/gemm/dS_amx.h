@@ -12,8 +12,8 @@ static __attribute__((noinline)) int64_t gemm_dS(int64_t keys, struct kv_block K
         gemm_nn(R, PANEL_VECTORS, block_from(V, done), dO, (struct matrix){dP, PANEL}, v, 1);
         for (int64_t i = 0; e.bias && i < R * PANEL; i += LANES)
             vec_store(S + i, score_plus(vec_mul(vec_load(S + i), vec_set1(e.factor)), e.bias + done * PANEL + i));
-        panel_dS(PANEL_VECTORS, R, (struct scores){S, dP, PANEL, NULL, e.bias ? 1 : e.factor}, e.L, e.D,
-                 gradients_from(e.to, done, 0));
+        panel_dS(PANEL_VECTORS, R, (struct scores){.S = S, .dP = dP, .stride = PANEL, .factor = e.bias ? 1 : e.factor},
+                 e.L, e.D, gradients_from(e.to, done, 0));
     }
     return done;
 }

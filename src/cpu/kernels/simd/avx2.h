@@ -13,6 +13,13 @@ typedef __m256 vec;
 #define TILE_ROWS_2 4
 #define TILE_ROWS_1 8
 
+typedef uint64_t wide_vec __attribute__((vector_size(32)));
+
+static inline wide_vec wide_mul(wide_vec a, uint32_t b)
+{
+    return (wide_vec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+}
+
 static inline vec vec_load(const real *p)
 {
     return _mm256_loadu_ps(p);

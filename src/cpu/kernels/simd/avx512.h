@@ -21,6 +21,13 @@ typedef __m512 vec;
 #define PART_UNROLL _Pragma("GCC unroll 2")
 #endif
 
+typedef uint64_t wide_vec __attribute__((vector_size(64)));
+
+static inline wide_vec wide_mul(wide_vec a, uint32_t b)
+{
+    return (wide_vec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+
 static inline vec vec_load(const real *p)
 {
     return _mm512_loadu_ps(p);

@@ -13,6 +13,13 @@ typedef float32x4_t vec;
 #define TILE_ROWS_2 12
 #define TILE_ROWS_1 12
 
+typedef uint64_t wide_vec __attribute__((vector_size(16)));
+
+static inline wide_vec wide_mul(wide_vec a, uint32_t b)
+{
+    return (wide_vec)vmull_n_u32(vmovn_u64((uint64x2_t)a), b);
+}
+
 static inline vec vec_load(const real *p)
 {
     return vld1q_f32(p);

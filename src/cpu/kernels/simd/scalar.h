@@ -38,6 +38,15 @@ typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef __typeof__(_Generic((real)0, double: (int64_t)0, float: (int32_t)0)) bits;
 typedef bits bits_vec __attribute__((vector_size(VECTOR_BYTES)));
 
+/* Unsigned integers of 64 bits. */
+typedef uint64_t wide_vec __attribute__((vector_size(VECTOR_BYTES)));
+
+/* The low 32 bits of each, times b. */
+static inline wide_vec wide_mul(wide_vec a, uint32_t b)
+{
+    return (a & 0xffffffff) * b;
+}
+
 static inline vec vec_load(const real *p)
 {
     vec v;
