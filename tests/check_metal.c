@@ -210,6 +210,7 @@ int main(int count, char **words)
         basics_check_layout();
         basics_check_lowest_mask();
         basics_check_large_sinks();
+        basics_check_dropout();
         if (!settings.fast_math) /* fast math assumes that there are no NaN */
             basics_check_rounding();
     }

@@ -1,6 +1,7 @@
 /* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
  * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
- * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. */
+ * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. So must
+ * mistakes in the random numbers of dropout, which are made in each kernel that has them. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +11,7 @@
 #include "metal/gpu.h"
 #include "metal/run.h"
 #include "metal/test_case.h"
+#include "metalsim/error.h"
 #include "metalsim/metalsim.h"
 #include "metalsim/mutants.h"
 #include "support/arguments.h"
@@ -29,9 +31,18 @@ static const struct {
     {"both f16 b1 h1 q3 kv150 d40", 7, {0}},
     {"both f16 b1 h1 q3 kv150 d256", 7, {0}},
     {"forward f16 b1 h2 q1 kv150 d64", 7, {0}},
+    {"both f16 b1 h1 q20 kv40 d16 mask_f32 dropout0.4", 7, {0}},
+    {"forward f16 b1 h2 q1 kv150 d64 dropout0.4", 7, {0}},
 };
 
-enum { MIN_MUTANTS = 81 }; /* mutants, as long as no barrier is taken out of the kernels */
+static const struct {
+    const char *name, *right, *wrong;
+} mistakes[] = {
+    {"the bound of dropout is half of it", ">= below", ">= below / 2"},
+    {"the words of a counter are swapped", "random.x[n / 2]", "random.x[3 - n / 2]"},
+};
+
+enum { MIN_MUTANTS = 91 }; /* mutants, as long as no barrier is taken out of the kernels */
 
 struct mutant {
     struct mutant *next;
@@ -117,25 +128,56 @@ static enum verdict run_layout_test(void *argument, const char **why)
     return verdict_of(*why);
 }
 
+/* Tries a mutant of a kernel's text, unless it was caught before. */
+static void try_mutant(enum mfa_metal_kernel kernel, const char *mutated, struct mutant *m, run_function *run,
+                       void *argument, int verbose)
+{
+    const char *why = NULL;
+    if (m->caught)
+        return;
+    replacement.kernel = kernel, replacement.text = mutated;
+    const enum verdict verdict = run(argument, &why);
+    replacement.text = NULL;
+    m->runs++;
+    m->caught = verdict == CAUGHT;
+    if (verdict == BROKEN)
+        report_fail("%s: %s", m->name, why);
+    if (verbose && m->caught)
+        printf("%s\n    %s\n", m->name, why);
+}
+
+/* Puts a mistake in the place of what is right, wherever that stands; NULL: nowhere. */
+static char *make_mistake(const char *text, size_t n)
+{
+    const size_t length = strlen(mistakes[n].right);
+    struct metalsim_text made = {0};
+    const char *from = text, *at;
+    while ((at = strstr(from, mistakes[n].right))) {
+        metalsim_text_add_bytes(&made, from, (size_t)(at - from));
+        metalsim_text_add(&made, "%s", mistakes[n].wrong);
+        from = at + length;
+    }
+    if (from > text)
+        metalsim_text_add(&made, "%s", from);
+    return made.bytes;
+}
+
 static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_function *run, void *argument, int verbose)
 {
     const size_t count = metalsim_mutants_count(text);
+    char name[METALSIM_MUTANT_NAME];
     for (size_t n = 0; n < count; n++) {
-        char name[METALSIM_MUTANT_NAME];
         char *mutated = metalsim_mutants_make(text, n, name);
         struct mutant *m = find(name);
-        if (mutated && !m->caught && metalsim_mutants_differ(text, mutated, cache) != 0) {
-            const char *why = NULL;
-            replacement.kernel = kernel, replacement.text = mutated;
-            const enum verdict verdict = run(argument, &why);
-            replacement.text = NULL;
-            m->runs++;
-            m->caught = verdict == CAUGHT;
-            if (verdict == BROKEN)
-                report_fail("%s: %s", name, why);
-            if (verbose && m->caught)
-                printf("%s\n    %s\n", name, why);
-        }
+        if (mutated && metalsim_mutants_differ(text, mutated, cache) != 0)
+            try_mutant(kernel, mutated, m, run, argument, verbose);
+        free(mutated);
+    }
+    for (size_t n = 0; n < sizeof mistakes / sizeof *mistakes; n++) {
+        char *mutated = make_mistake(text, n);
+        snprintf(name, sizeof name, "%s: %s", mfa_metal_source_function(kernel), mistakes[n].name);
+        if (mutated && metalsim_mutants_differ(text, mutated, cache) != 0)
+            try_mutant(kernel, mutated, find(name), run, argument, verbose);
         free(mutated);
     }
 }

@@ -21,6 +21,7 @@ OPERATIONS = {  # calls of metalsim/include/metalsim/counted.h
     "cost_shuffle": "shuffle",
     "cost_shuffle_xor": "shuffle",
     "cost_ballot": "vote",
+    "cost_mulhi": "i32 mulhi",
     "cost_threadgroup_barrier": "barrier",
     "cost_simdgroup_barrier": "simdgroup barrier",
     "cost_own_lane": "",

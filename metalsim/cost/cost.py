@@ -29,6 +29,7 @@ SLOWER = 1.03  # times as many cycles a key
 QUICK = (
     "attention_forward f16 64 full",
     "attention_forward f16 64 causal",
+    "attention_forward f16 64 dropout",
     "attention_forward f16 80 full",
     "attention_forward f16 128 full",
     "attention_forward bf16 64 full",
@@ -38,13 +39,14 @@ QUICK = (
     "attention_backward_dq f16 64 full",
     "attention_backward_dq f16 128 full",
     "attention_backward_dkv f16 64 full",
+    "attention_backward_dkv f16 64 dropout",
     "attention_backward_dkv f16 128 full",
 )
 COLUMNS = {  # of instructions: classes that are added
     "float": ("f32", "f16"),
     "exp2": ("exp2", "recip"),
     "select": ("select",),
-    "i32": ("i32", "shift", "i32 mul", "division"),
+    "i32": ("i32", "shift", "i32 mul", "i32 mulhi", "division"),
     "i64": ("i64", "i64 mul", "i64 shift", "i64 division"),
     "branch": ("branch",),
     "tg load": ("threadgroup load",),

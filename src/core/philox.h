@@ -6,9 +6,13 @@
 
 #if defined(__METAL_VERSION__)
 typedef uint mfa_word;
+#define MFA_PHILOX_FUNC METAL_FUNC
+#define MFA_PHILOX_UNROLL UNROLL /* metal/kernels/fragment.h */
 #else
 #include <stdint.h>
 typedef uint32_t mfa_word;
+#define MFA_PHILOX_FUNC static inline
+#define MFA_PHILOX_UNROLL
 #endif
 
 #define MFA_PHILOX_ROUNDS 10
@@ -23,7 +27,7 @@ struct mfa_philox {
     mfa_word x[4];
 };
 
-static inline mfa_word mfa_high_word(mfa_word a, mfa_word b)
+MFA_PHILOX_FUNC mfa_word mfa_high_word(mfa_word a, mfa_word b)
 {
 #if defined(__METAL_VERSION__)
     return mulhi(a, b);
@@ -33,9 +37,10 @@ static inline mfa_word mfa_high_word(mfa_word a, mfa_word b)
 }
 
 /* The numbers of a counter, under the key (low, high). */
-static inline struct mfa_philox mfa_philox(struct mfa_philox counter, mfa_word low, mfa_word high)
+MFA_PHILOX_FUNC struct mfa_philox mfa_philox(struct mfa_philox counter, mfa_word low, mfa_word high)
 {
     struct mfa_philox c = counter;
+    MFA_PHILOX_UNROLL
     for (int round = 0; round < MFA_PHILOX_ROUNDS; round++) {
         const mfa_word high0 = mfa_high_word(MFA_PHILOX_M0, c.x[0]), low0 = MFA_PHILOX_M0 * c.x[0];
         const mfa_word high1 = mfa_high_word(MFA_PHILOX_M1, c.x[2]), low1 = MFA_PHILOX_M1 * c.x[2];

@@ -18,6 +18,8 @@ static const struct file {
 #endif
     {NULL, NULL}};
 
+_Static_assert(sizeof files / sizeof *files <= 33, "a bit for each file in a set of 32");
+
 enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD | BACKWARD };
 
 /* Sets of buffers. */
@@ -26,7 +28,7 @@ enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD 
 #define PART(name) ONE(MFA_METAL_BUFFER_##name)
 #define CALL PART(CALL)
 #define QKV (OPERAND(q) | OPERAND(k) | OPERAND(v))
-#define SCORE (OPERAND(mask) | PART(BLOCK_MASK) | OPERAND(slopes)) /* SCORE_BUFFERS of score.h */
+#define SCORE (OPERAND(mask) | PART(BLOCK_MASK) | OPERAND(slopes) | OPERAND(seed)) /* SCORE_BUFFERS of score.h */
 #define RESULTS (OPERAND(o) | OPERAND(lse) | OPERAND(o_low))
 #define GRADIENTS (QKV | SCORE | OPERAND(d_o) | PART(D) | PART(L)) /* what every kernel of gradients reads */
 

@@ -223,8 +223,6 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->softcap > 0 && size / p->softcap > 0x1p60)
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g and scale %g; Metal kernels exist for quotients up to 2^60",
                         p->softcap, p->scale);
-    if (p->dropout > 0)
-        return mfa_fail(MFA_UNSUPPORTED, "dropout is %g; Metal kernels have none", p->dropout);
     return supports_sizes(p);
 }
 

@@ -193,3 +193,79 @@ void basics_check_large_sinks(void)
     for (size_t n = 0; n < sizeof sinks / sizeof *sinks; n++)
         check_large_sink((double)sinks[n]);
 }
+
+enum { DROPOUT_LENGTH = 256, DROPOUT_COLUMNS = 16 };
+
+/* Sums of powers of two show whose terms they have: column c of a row of V, or dO, is 2^n in row 16 c + n, else 0, and
+ * every P is the same. */
+static void set_powers(double *values)
+{
+    for (int row = 0; row < DROPOUT_LENGTH; row++)
+        for (int c = 0; c < DROPOUT_COLUMNS; c++)
+            values[row * DROPOUT_COLUMNS + c] = row / 16 == c ? ldexp(1, row % 16) : 0;
+}
+
+/* How many of the terms of sums, in O or dV, are others than the mask keeps. `step`: of the mask from one sum to the
+ * next, 1 or DROPOUT_LENGTH, and so from one term to the next the other one. */
+static int count_wrong_terms(const double *sums, const uint8_t *kept, int step)
+{
+    int wrong = 0;
+    for (int row = 0; row < DROPOUT_LENGTH; row++)
+        for (int term = 0; term < DROPOUT_LENGTH; term++) {
+            const double sum = sums[row * DROPOUT_COLUMNS + term / 16] * DROPOUT_LENGTH / 2;
+            const int has = sum >= 0 && sum < 65536 && (long)nearbyint(sum) >> term % 16 & 1;
+            wrong += has != kept[row * step + term * (step == 1 ? DROPOUT_LENGTH : 1)];
+        }
+    return wrong;
+}
+
+/* Masks of 65536 random numbers differ if the bound does by 1. */
+static int masks_differ(const mfa_problem *problem, uint64_t seed, double dropout, const uint8_t *kept)
+{
+    static uint8_t other[DROPOUT_LENGTH * DROPOUT_LENGTH];
+    mfa_problem p = *problem;
+    p.dropout = dropout;
+    return mfa_problem_dropout_mask(&p, &seed, other) == MFA_OK && memcmp(other, kept, sizeof other) != 0;
+}
+
+void basics_check_dropout(void)
+{
+    static uint8_t kept[DROPOUT_LENGTH * DROPOUT_LENGTH];
+    const struct metal_target target = {.family = 7};
+    const double dropout = 0.5;
+    uint64_t seed = UINT64_C(0x0001234567890abc);
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    struct reference forward = {0}, backward = {0};
+    struct metal_trace trace;
+    mfa_problem_init(&problem, 1, 1, 1, DROPOUT_LENGTH, DROPOUT_LENGTH, DROPOUT_COLUMNS, DROPOUT_COLUMNS);
+    problem.dropout = dropout;
+    do
+        seed++;
+    while (mfa_problem_dropout_mask(&problem, &seed, kept) == MFA_OK &&
+           !(masks_differ(&problem, seed, dropout - 0x1p-16, kept) &&
+             masks_differ(&problem, seed, dropout + 0x1p-16, kept)));
+    inputs_open(&inputs, &problem, (struct variant){0}, 1, "dropout");
+    memset(inputs.values[REFERENCE_Q], 0, sizeof(double) * DROPOUT_LENGTH * DROPOUT_COLUMNS);
+    set_powers(inputs.values[REFERENCE_V]);
+    set_powers(inputs.values[REFERENCE_dO]);
+    inputs.values[REFERENCE_SEED][0] = (double)seed;
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    int good = metal_run(&operands, target, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &forward);
+    const int forward_wrong = good ? count_wrong_terms(forward.O, kept, DROPOUT_LENGTH) : -1;
+    operands_turn(&operands, DENSE, &forward);
+    good = good && metal_run(&operands, target, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &backward);
+    const int backward_wrong = good ? count_wrong_terms(backward.dV, kept, 1) : -1;
+    if (forward_wrong == 0 && backward_wrong == 0)
+        report_pass();
+    else
+        report_fail("of 65536 elements of the mask of dropout, %d are wrong in O and %d in dV", forward_wrong,
+                    backward_wrong);
+    reference_close(&forward);
+    reference_close(&backward);
+    operands_close(&operands);
+    inputs_close(&inputs);
+}

@@ -14,4 +14,8 @@ void basics_check_lowest_mask(void);
 /* Sinks far larger than a float's digits: their gradient has the difference of the sink and L, which is small. */
 void basics_check_large_sinks(void);
 
+/* The mask of dropout is that of mfa_problem_dropout_mask in every element, in both passes; some have random numbers
+ * that are just below, or just, the bound. */
+void basics_check_dropout(void);
+
 #endif

@@ -19,7 +19,7 @@
 
 struct item {
     enum mfa_metal_kernel kernel;
-    int family, dtype, dim, causal;
+    int family, dtype, dim, causal, dropout;
     int heads; /* for each KV head */
 };
 
@@ -37,6 +37,7 @@ static mfa_problem problem_of(const struct item *item, int q_len, int kv_len)
     mfa_problem problem;
     mfa_problem_init(&problem, 1, item->heads, 1, q_len, kv_len, item->dim, item->dim);
     problem.dtype = item->dtype;
+    problem.dropout = item->dropout ? 0.1 : 0;
     if (item->causal) /* a block of keys is seen by later queries only, and one of queries sees earlier keys only */
         problem.upper = kv_len > q_len ? kv_len - q_len : 0;
     return problem;
@@ -84,10 +85,14 @@ static int differs(struct item item)
     return item.dtype == MFA_BF16 || memcmp(own, tile_of(&item), sizeof *own);
 }
 
-/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows. */
+enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, VARIANTS };
+
+/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows, and with dropout. */
 static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant)
 {
     const int usual = dim == 64 || dim == 128;
+    if (variant == DROPOUT)
+        return dtype == MFA_F16 && usual && !decodes(kernel);
     if (variant)
         return dtype == MFA_F16 && usual && kernel != MFA_METAL_DECODE;
     return usual || (dtype != MFA_BF16 && dim > 128) || (dtype == MFA_F16 && !decodes(kernel));
@@ -102,11 +107,14 @@ static int list_cases(struct item *items)
     for (int k = 0; k < 5; k++)
         for (int t = 0; t < 3; t++)
             for (int d = 0; d < 7; d++)
-                for (int variant = 0; variant < 2; variant++)
+                for (int variant = 0; variant < VARIANTS; variant++)
                     for (int family = 7; family <= 9; family += 2) {
-                        const int causal = variant && !decodes(kernels[k]);
-                        const int heads = kernels[k] == MFA_METAL_DECODE ? 8 : variant && !causal ? 2 : 1;
-                        const struct item item = {kernels[k], family, dtypes[t], dims[d], causal, heads};
+                        const int causal = variant == CAUSAL_OR_TWO_ROWS && !decodes(kernels[k]);
+                        const int heads = kernels[k] == MFA_METAL_DECODE             ? 8
+                                          : variant == CAUSAL_OR_TWO_ROWS && !causal ? 2
+                                                                                     : 1;
+                        const struct item item = {kernels[k],         family, dtypes[t], dims[d], causal,
+                                                  variant == DROPOUT, heads};
                         if (is_case(kernels[k], dtypes[t], dims[d], variant) && (family == 7 || differs(item)))
                             items[count++] = item;
                     }
@@ -124,6 +132,7 @@ static void print_case(int number, const struct item *item)
            item->family, dtypes[item->dtype], item->dim,
            decodes(item->kernel) ? name
            : item->causal        ? "causal"
+           : item->dropout       ? "dropout"
                                  : "full",
            tile->block_q, tile->block_kv, tile->row_groups, tile->split, tile->key_groups, useful_products(item),
            (long long)problem.kv_len);
@@ -188,7 +197,7 @@ static int run_case(const struct item *item)
 
 int main(int count, char **words)
 {
-    static struct item items[5 * 3 * 7 * 2 * 2];
+    static struct item items[5 * 3 * 7 * VARIANTS * 2];
     const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
     const int cases = list_cases(items), number = count > 1 ? atoi(words[1]) : -1;
     for (int n = 0; count == 1 && n < cases; n++)

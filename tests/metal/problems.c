@@ -37,6 +37,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
     if (n % 5 == 2)
         g->problem.softcap = 3;
     g->problem.alibi = n % 7 == 3, g->problem.sinks = n % 5 == 2;
+    g->problem.dropout = (c + family + decode + n / 96) % 2 ? 0.25 : 0; /* with half of the threads, or with all */
     g->target = (struct metal_target){.family = families[family], .halved = n / 96 % 2};
     g->variant.dlse = n % 2, g->variant.heads_broadcast = n % 4;
     finish(g);
@@ -59,6 +60,7 @@ static void draw_program(struct generated *g, struct generator *r)
     g->target.family = random_between(r, 0, 1) ? 7 : 9;
     g->target.halved = !random_between(r, 0, 3);
     g->problem.alibi = !random_between(r, 0, 3), g->problem.sinks = !random_between(r, 0, 3);
+    g->problem.dropout = !random_between(r, 0, 2); /* whether there is any */
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -82,6 +84,9 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     g->problem.softcap = program.problem.softcap;
     g->problem.alibi = program.problem.alibi, g->problem.sinks = program.problem.sinks;
     g->problem.scale = random_between(&r, 0, 3) ? g->problem.scale : 0.7;
+    static const double dropouts[] = {0.1, 0.5, 0.9, 1, 1e-6}; /* the last drops nothing */
+    if (program.problem.dropout > 0)
+        g->problem.dropout = dropouts[random_between(&r, 0, 4)];
     if (program.problem.upper)
         random_band(&r, &g->problem);
     random_memory(&r, &g->problem, &g->variant, &g->arrangement);

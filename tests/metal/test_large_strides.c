@@ -140,7 +140,7 @@ static const int64_t large[] = {(INT64_C(1) << 31) + 4, (INT64_C(1) << 32) + 3};
 static void test_blocks(void **state)
 {
     (void)state;
-    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 mask_f32", 0, 0, 3, (struct strides){large, 2});
+    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 mask_f32 dropout0.2", 0, 0, 3, (struct strides){large, 2});
 }
 
 /* attention_decode and attention_merge. */

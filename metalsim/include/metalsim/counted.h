@@ -150,6 +150,11 @@ uint cost_ballot(bool x)
 METALSIM_REDUCTIONS(METALSIM_DEFINE)
 #undef METALSIM_DEFINE
 
+uint cost_mulhi(uint x, uint y)
+{
+    return metal::mulhi(x, y);
+}
+
 uint cost_own_lane()
 {
     return metalsim::own_lane();

@@ -35,6 +35,19 @@ METAL_FUNC uint ctz(uint x)
     return x ? uint(__builtin_ctz(x)) : 32u;
 }
 
+#if defined(METALSIM_COUNTED)
+extern "C" __attribute__((const, nothrow)) uint cost_mulhi(uint x, uint y);
+METAL_FUNC uint mulhi(uint x, uint y)
+{
+    return cost_mulhi(x, y);
+}
+#else
+METAL_FUNC uint mulhi(uint x, uint y)
+{
+    return uint(ulong(x) * y >> 32);
+}
+#endif
+
 template <class T> METAL_FUNC T max(T x, T y)
 {
     return __builtin_elementwise_max(x, y);

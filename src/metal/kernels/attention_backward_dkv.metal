@@ -5,7 +5,7 @@
  *     for each query head of the KV head, for each block of queries that is not EMPTY:
  *         load Q and dO tiles
  *         S^T = scale * K Q^T, softcap, mask, band;   P^T = exp(S^T - L)
- *         dP^T = V dO^T
+ *         dP^T = V dO^T, dropout of P^T
  *         dZ^T = P^T * (dP^T - D) * derivative of the softcap
  *         dV = dV + P^T dO
  *         dK = dK + dZ^T Q
@@ -30,6 +30,7 @@ using namespace metal;
 #include "metal/kernels/score.h"
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/block_range.h"
+#include "metal/kernels/dropout.h"
 #include "metal/kernels/backward.h"
 
 #define QUERY_FRAGMENTS (BLOCK_Q / 8)
@@ -40,8 +41,10 @@ struct key_row {
     float2 dK[D_FRAGMENTS], dV[E_FRAGMENTS];
 };
 
-/* S^T becomes P^T, dP^T becomes dZ^T, for `queries` queries from `first` on; D and L are those of the head. */
-METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask_range &range, int first, int queries,
+/* S^T becomes P^T, dP^T becomes dZ^T, for `queries` queries from `first` on; D and L are those of the head. P that are
+ * not kept become 0. */
+METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask_range &range,
+                          thread const kept_tile<1, QUERY_FRAGMENTS> &kept, int first, int queries,
                           device const float *D, device const float *L, constant mfa_metal_call &call, lane_coord at)
 {
     float2 dtanh[QUERY_FRAGMENTS];
@@ -54,8 +57,9 @@ METAL_FUNC void gradients(thread float2 *S, thread float2 *dP, thread const mask
             i = min(i, queries - 1), next = min(next, queries - 1);
         i += first, next += first;
         S[n] = softmax_probability(S[n], float2{L[i], L[next]});
-        dP[n] = score_gradient(S[n], dP[n], float2{D[i], D[next]}, dtanh[n]);
+        dP[n] = score_gradient(S[n], dropout_gradient(dP[n], call.args, kept, n), float2{D[i], D[next]}, dtanh[n]);
     }
+    drop(S, kept);
 }
 
 /* Adds to the gradients of the lane's key those of the queries of one head; returns how many blocks of queries were
@@ -71,6 +75,7 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
     block_range q_blocks = q_blocks_of(call, k.seq, k.first, min(k.first + BLOCK_KV, k.seq.kv_len) - 1);
     mask_range band;
     mask_range_of_key(band, call, k.seq, k.own);
+    dropout dropped = dropout_of(in.score, call, k.seq);
     int visited = 0;
 
     for (int first = q_blocks.begin; first < q_blocks.end; first += STRETCH_BLOCKS) {
@@ -83,6 +88,8 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
             if (!visit_q_block(range, band, block, head, k, in.score, call))
                 continue;
             visited++;
+            kept_tile<1, QUERY_FRAGMENTS> kept;
+            keep_queries(kept, dropped, call.args, head, block * BLOCK_Q, k.first + sg.row_group * 8, sg.at);
             load_tile<BLOCK_Q, HEAD_DIM, THREADS>(Q_tile, Q, Q_at, sg.thread_index);
             if (!SHARED_TILE)
                 load_tile<BLOCK_Q, VALUE_DIM, THREADS>(dO_tile, dO, dO_at, sg.thread_index);
@@ -103,7 +110,7 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
                 threadgroup_barrier(mem_flags::mem_threadgroup);
                 reduce_partial_pair<QUERY_FRAGMENTS>(S, dP, memory.exchange, sg);
             }
-            gradients(S, dP, range, block * BLOCK_Q, Q_at.rows, D, L, call, sg.at);
+            gradients(S, dP, range, kept, block * BLOCK_Q, Q_at.rows, D, L, call, sg.at);
             if (call.present >> MFA_METAL_BUFFER_DV & 1)
                 gemm_nn<1, QUERY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(row.dV, S, dO_tile + E_TILE_SLICE(sg, 0), sg.at);
             if (SHARED_TILE) {
@@ -157,5 +164,5 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
                                int(args.head_dim), row.dK, args.scale);
     if (k.valid && (call.present >> MFA_METAL_BUFFER_DV & 1))
         store_row<E_FRAGMENTS>(dV + kv_offset(k.seq, args.dv, k.kv_head, key), args.dv.column, E_COLUMN(sg),
-                               int(args.value_dim), row.dV, 1.0f);
+                               int(args.value_dim), row.dV, dropout_scale(args));
 }

@@ -4,7 +4,7 @@
  *     for each block of keys that is not EMPTY:
  *         load K and V tiles
  *         S = scale * Q K^T, softcap, mask, band;   P = exp(S - L)
- *         dP = dO V^T
+ *         dP = dO V^T, dropout of P
  *         dZ = P * (dP - D) * derivative of the softcap
  *         dQ = dQ + dZ K
  *     dQ = scale * dQ
@@ -25,6 +25,7 @@ using namespace metal;
 #include "metal/kernels/score.h"
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/block_range.h"
+#include "metal/kernels/dropout.h"
 #include "metal/kernels/backward.h"
 
 #define KEY_FRAGMENTS (BLOCK_KV / 8)
@@ -41,6 +42,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
     int visited = 0;
     storage2 Q[ROWS * D_FRAGMENTS], dO[ROWS * E_FRAGMENTS];
     mask_range bands[ROWS];
+    dropout dropped = dropout_of(in.score, call, q.seq);
     UNROLL
     for (int r = 0; r < ROWS; r++) {
         query own = q.own[r];
@@ -64,6 +66,8 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
             if (!visit_kv_block(ranges, bands, block, q, in.score, call))
                 continue;
             visited++;
+            kept_tile<ROWS, KEY_FRAGMENTS> kept;
+            keep_keys(kept, dropped, call.args, q.own, block * BLOCK_KV, sg.at);
             load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, V_at, sg.thread_index);
             if (!SHARED_TILE)
                 load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
@@ -88,7 +92,8 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
             UNROLL
             for (int f = 0; f < S_FRAGMENTS; f++) {
                 float2 P = softmax_probability(S[f], float2{L[f / KEY_FRAGMENTS], L[f / KEY_FRAGMENTS]});
-                dP[f] = score_gradient(P, dP[f], float2{D[f / KEY_FRAGMENTS], D[f / KEY_FRAGMENTS]}, dtanh[f]);
+                dP[f] = score_gradient(P, dropout_gradient(dP[f], call.args, kept, f),
+                                       float2{D[f / KEY_FRAGMENTS], D[f / KEY_FRAGMENTS]}, dtanh[f]);
             }
             gemm_nn<ROWS, KEY_FRAGMENTS, D_FRAGMENTS, D_STRIDE>(dQ, dP, K_tile + D_TILE_SLICE(sg, 0), sg.at);
             threadgroup_barrier(mem_flags::mem_threadgroup);

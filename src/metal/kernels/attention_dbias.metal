@@ -4,7 +4,7 @@
  *         B = 0
  *         for each tile of scores of that split:
  *             S = scale * Q K^T, softcap, mask, band;   P = exp(S - L)
- *             B = B + P * (dO V^T - D)
+ *             B = B + P * (dO V^T with dropout - D)
  *         B = sum of its rows, of its columns, or both, if dbias has one element along them
  *
  * With more than one split, attention_dbias_sum adds the partial sums, in order. Each simdgroup has 8 queries; operands
@@ -30,6 +30,7 @@ using namespace metal;
 #include "metal/kernels/score.h"
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/block_range.h"
+#include "metal/kernels/dropout.h"
 #include "metal/kernels/backward.h"
 
 #define FRAGMENTS (BLOCK / 8)
@@ -106,11 +107,14 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
     gemm_nt_device(S, q_source(in.Q, call, seq, q.head), q.i, valid, k_source(in.K, call, seq, kv_head), c.key, at);
     gemm_nt_device(dP, do_source(in.dO, call, seq, q.head), q.i, valid, v_source(in.V, call, seq, kv_head), c.key, at);
     score_tile<1, FRAGMENTS>(S, dtanh, 0, BLOCK, &range, at, call);
+    dropout dropped = dropout_of(in.score, call, seq);
+    kept_tile<1, FRAGMENTS> kept;
+    keep_keys(kept, dropped, args, &q, c.key, at);
     long row = row_stats_index(seq, args, q.head, q.i);
     float L = in.L[row], D = in.D[row];
     UNROLL
     for (int n = 0; n < FRAGMENTS; n++)
-        sum[n] += softmax_probability(S[n], float2{L, L}) * (dP[n] - D);
+        sum[n] += softmax_probability(S[n], float2{L, L}) * (dropout_gradient(dP[n], args, kept, n) - D);
 }
 
 /* Element (row, column) of a tile of dbias; only the first row or column counts if it is summed along them. */

@@ -22,6 +22,7 @@ using namespace metal;
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/sinks.h"
 #include "metal/kernels/block_range.h"
+#include "metal/kernels/dropout.h"
 #include "metal/kernels/forward.h"
 
 static_assert(LANE_ROWS == 1, "decode has one block of 8 rows");

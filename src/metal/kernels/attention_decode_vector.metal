@@ -7,7 +7,7 @@
  *         where S exceeds m by more than 8 in some lane: m' = max(m, S), alpha = exp2(m - m'), m = m'
  *             l = alpha * l, O = alpha * O
  *         P = exp2(S - m)
- *         l = l + P
+ *         l = l + P, dropout of P
  *         O = O + P V
  *     m, l, O of all keys of a simdgroup are merged, and then those of all simdgroups
  *     O = O / l, L = ln(2) * (m + log2(l))
@@ -19,6 +19,7 @@
 using namespace metal;
 
 #define WIDER_DIM (HEAD_DIM > VALUE_DIM ? HEAD_DIM : VALUE_DIM)
+#define KEYS_OF_SIMDGROUP (BLOCK_KV / KEY_GROUPS) /* of a block */
 #define COLUMN_LANES (WIDER_DIM > 128 ? 32 : WIDER_DIM > 64 ? 16 : WIDER_DIM > 32 ? 8 : 4)
 
 #include "metal/kernels/element.h"
@@ -32,6 +33,7 @@ using namespace metal;
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/sinks.h"
 #include "metal/kernels/block_range.h"
+#include "metal/kernels/dropout.h"
 
 /* A lane has runs of four columns of a row: the first at 4 times its number among COLUMN_LANES, then RUN_STRIDE apart,
  * so that the lanes of a key read neighbours. */
@@ -39,7 +41,6 @@ using namespace metal;
 #define D_RUNS ((HEAD_DIM + RUN_STRIDE - 1) / RUN_STRIDE)
 #define E_RUNS ((VALUE_DIM + RUN_STRIDE - 1) / RUN_STRIDE)
 #define KEYS_AT_ONCE (32 / COLUMN_LANES)
-#define KEYS_OF_SIMDGROUP (BLOCK_KV / KEY_GROUPS) /* of a block */
 
 struct accumulator {
     softmax_state state[LANE_ROWS];
@@ -75,8 +76,9 @@ METAL_FUNC void load_vector(thread float *x, thread const row_source &source, th
         x[n] = widen(storage(run[n / 4][n % 4]));
 }
 
-/* Updates m, l and O of the first rows for the scores of the lane's key. */
-METAL_FUNC void add_key(thread accumulator &acc, thread const float *S, thread const float *V, int rows)
+/* Updates m, l and O of the first rows for the scores of the lane's key, number `key` of the simdgroup's. */
+METAL_FUNC void add_key(thread accumulator &acc, thread const float *S, thread const float *V,
+                        thread const kept_rows &kept, int key, int rows)
 {
     bool rescales = false;
     UNROLL
@@ -96,6 +98,7 @@ METAL_FUNC void add_key(thread accumulator &acc, thread const float *S, thread c
     for (int r = 0; r < LANE_ROWS && (r == 0 || rows > r); r++) {
         float P = fast::exp2(S[r] - acc.state[r].m);
         acc.state[r].l += P;
+        P = kept_of(P, kept, r, key);
         UNROLL
         for (int e = 0; e < E_RUNS * 4; e++)
             acc.O[r * E_RUNS * 4 + e] = fma(P, V[e], acc.O[r * E_RUNS * 4 + e]);
@@ -112,6 +115,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
     int first_key = sg.key_group * KEYS_OF_SIMDGROUP + sg.lane / COLUMN_LANES;
     float Q[LANE_ROWS * D_RUNS * 4];
     mask_range bands[LANE_ROWS];
+    dropout dropped = dropout_of(in, call, q.seq);
+    kept_ahead ahead = kept_ahead_init();
     UNROLL
     for (int r = 0; r < LANE_ROWS; r++) {
         row_source source = q_source(Q_base, call, q.seq, q.own[r].head);
@@ -134,6 +139,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
             if (!visit_kv_block(ranges, bands, block, q, in, call))
                 continue;
             visited++;
+            kept_rows kept;
+            keep_rows(kept, ahead, dropped, call.args, q, block, sg);
             bool full = mask_ranges_are_full<LANE_ROWS>(ranges, BLOCK_KV);
             for (int t = first_key; t < first_key + KEYS_OF_SIMDGROUP; t += KEYS_AT_ONCE) {
                 float k[D_RUNS * 4], v[E_RUNS * 4], S[LANE_ROWS];
@@ -155,7 +162,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
                     if (!full)
                         S[r] = masked_score(S[r], t, ranges[r], call);
                 }
-                add_key(acc, S, v, rows);
+                add_key(acc, S, v, kept, t - sg.key_group * KEYS_OF_SIMDGROUP, rows);
             }
         }
     }

@@ -20,6 +20,7 @@ using namespace metal;
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/sinks.h"
 #include "metal/kernels/block_range.h"
+#include "metal/kernels/dropout.h"
 #include "metal/kernels/forward.h"
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void

@@ -7,7 +7,7 @@
  *         where rowmax(S) exceeds m by more than 8: m' = rowmax(S), alpha = exp2(m - m'), m = m'
  *             l = alpha * l, O = alpha * O
  *         P = exp2(S - m)
- *         l = l + rowsum(P)
+ *         l = l + rowsum(P), dropout of P
  *         O = O + P V
  *
  * Q, S, P, O, m and l stay in registers. Two barriers a block; one more where columns are split, and one more where
@@ -43,6 +43,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
     int first_key = sg.key_group * (BLOCK_KV / KEY_GROUPS), visited = 0;
     storage2 Q[ROWS * D_FRAGMENTS];
     mask_range bands[ROWS];
+    dropout dropped = dropout_of(in.score, call, q.seq);
     UNROLL
     for (int r = 0; r < ROWS; r++) {
         load_row_paired<D_FRAGMENTS>(Q + r * D_FRAGMENTS, q_source(in.Q, call, q.seq, q.own[r].head), q.own[r].i,
@@ -62,6 +63,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
             if (!visit_kv_block(ranges, bands, block, q, in.score, call))
                 continue;
             visited++;
+            kept_tile<ROWS, KEY_FRAGMENTS> kept;
+            keep_keys(kept, dropped, call.args, q.own, block * BLOCK_KV + first_key, sg.at);
             load_tile<BLOCK_KV, HEAD_DIM, THREADS>(K_tile, K, K_at, sg.thread_index);
             if (!SHARED_TILE)
                 load_tile<BLOCK_KV, VALUE_DIM, THREADS>(V_tile, V, V_at, sg.thread_index);
@@ -80,6 +83,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
             }
             score_tile<ROWS, KEY_FRAGMENTS>(S, dtanh, first_key, BLOCK_KV, ranges, sg.at, call);
             softmax_step<ROWS, KEY_FRAGMENTS, E_FRAGMENTS>(acc.state, acc.O, S);
+            drop(S, kept);
             if (SHARED_TILE)
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             gemm_nn<ROWS, KEY_FRAGMENTS, E_FRAGMENTS, E_STRIDE>(acc.O, S, V_tile + E_TILE_SLICE(sg, first_key), sg.at);

@@ -15,31 +15,39 @@
 #define SCORE_MIN (-0.9e38f)
 #define BIAS_MIN (-4.2535296e37f) /* -2^125 */
 
-/* What scores are made of beside Q and K, as arguments of a kernel and as one struct: the mask, and what is known of
- * its blocks, which only MASKED kernels read; and ALiBi's slopes. */
+/* What P is made of beside Q and K, as arguments of a kernel and as one struct: the mask, and what is known of its
+ * blocks, which only MASKED kernels read; ALiBi's slopes; the seed of dropout, in words. */
 #if defined(ALIBI)
-#define SCORE_BUFFERS                                                                            \
-    device const mask_storage *mask [[buffer(9)]], device const uchar *block_mask [[buffer(1)]], \
-        device const float *slopes [[buffer(19)]]
-#define SCORE_OPERANDS           \
-    score_operands               \
-    {                            \
-        mask, block_mask, slopes \
-    }
+#define SLOPES_BUFFER , device const float *slopes [[buffer(19)]]
+#define SLOPES_OPERAND , slopes
 #else
-#define SCORE_BUFFERS device const mask_storage *mask [[buffer(9)]], device const uchar *block_mask [[buffer(1)]]
-#define SCORE_OPERANDS   \
-    score_operands       \
-    {                    \
-        mask, block_mask \
-    }
+#define SLOPES_BUFFER
+#define SLOPES_OPERAND
 #endif
+#if defined(DROPOUT)
+#define SEED_BUFFER , device const uint *seed [[buffer(22)]]
+#define SEED_OPERAND , seed
+#else
+#define SEED_BUFFER
+#define SEED_OPERAND
+#endif
+#define SCORE_BUFFERS                              \
+    device const mask_storage *mask [[buffer(9)]], \
+        device const uchar *block_mask [[buffer(1)]] SLOPES_BUFFER SEED_BUFFER
+#define SCORE_OPERANDS                               \
+    score_operands                                   \
+    {                                                \
+        mask, block_mask SLOPES_OPERAND SEED_OPERAND \
+    }
 
 struct score_operands {
     device const mask_storage *mask;
     device const uchar *block_mask;
 #if defined(ALIBI)
     device const float *slopes;
+#endif
+#if defined(DROPOUT)
+    device const uint *seed;
 #endif
 };
 

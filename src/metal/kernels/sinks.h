@@ -16,10 +16,14 @@ METAL_FUNC float softmax_end(thread softmax_state &s, device const float *sinks,
 #if defined(SINKS)
     float sink = sink_of(sinks, args, seq, head), m = sink > s.m ? sink : s.m, alpha = softmax_rescale(s.m, m);
     s = softmax_state{m, s.l * alpha + softmax_rescale(sink, m)};
-    return softmax_inverse(s.l) * alpha;
+    float inverse = softmax_inverse(s.l) * alpha;
 #else
-    return softmax_inverse(s.l);
+    float inverse = softmax_inverse(s.l);
 #endif
+#if defined(DROPOUT)
+    inverse *= args.keep_scale;
+#endif
+    return inverse;
 }
 
 /* exp(sink - L), for a sink and L as they are given: their difference is exact where both are large. */
