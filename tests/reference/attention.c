@@ -13,6 +13,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "reference/vectorize.h"
+
 struct head { /* of one batch and KV head: keys and values, and sums for their gradients */
     double *K, *V, *K_transposed, *V_transposed, *dK, *dV;
 };
@@ -153,7 +155,7 @@ static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
     }
 }
 
-static void kv_head(struct work *w, int64_t b, int64_t h)
+VECTORIZE static void kv_head(struct work *w, int64_t b, int64_t h)
 {
     const mfa_problem *p = w->problem;
     struct head *head = &w->head;

@@ -62,28 +62,54 @@ size_t element_size(int32_t dtype)
     }
 }
 
+/* The switch lies outside of the loops, which tests spend much of their time in. */
+void element_load_row(int32_t dtype, const void *elements, int64_t index, int64_t stride, int64_t count, double *values)
+{
+#define LOAD_ROW(type, value)                                              \
+    for (int64_t at = 0; at < count; at++) {                               \
+        const type stored = ((const type *)elements)[index + at * stride]; \
+        values[at] = value;                                                \
+    }                                                                      \
+    break
+    switch (dtype) {
+    case ELEMENT_U64: LOAD_ROW(uint64_t, (double)stored);
+    case MFA_F64: LOAD_ROW(double, stored);
+    case MFA_F32: LOAD_ROW(float, stored);
+    case MFA_F16: LOAD_ROW(uint16_t, decode(stored, F16_EXPONENT, F16_FRACTION));
+    case MFA_BF16: LOAD_ROW(uint16_t, decode(stored, BF16_EXPONENT, BF16_FRACTION));
+    default: LOAD_ROW(uint8_t, stored != 0);
+    }
+#undef LOAD_ROW
+}
+
+void element_store_row(int32_t dtype, void *elements, int64_t index, int64_t stride, int64_t count,
+                       const double *values)
+{
+#define STORE_ROW(type, value)                           \
+    for (int64_t at = 0; at < count; at++)               \
+        ((type *)elements)[index + at * stride] = value; \
+    break
+    switch (dtype) {
+    case ELEMENT_U64: STORE_ROW(uint64_t, (uint64_t)values[at]);
+    case MFA_F64: STORE_ROW(double, values[at]);
+    case MFA_F32: STORE_ROW(float, (float)values[at]);
+    case MFA_F16: STORE_ROW(uint16_t, encode(values[at], F16_EXPONENT, F16_FRACTION));
+    case MFA_BF16: STORE_ROW(uint16_t, encode(values[at], BF16_EXPONENT, BF16_FRACTION));
+    default: STORE_ROW(uint8_t, (uint8_t)values[at]);
+    }
+#undef STORE_ROW
+}
+
 double element_load(int32_t dtype, const void *elements, int64_t index)
 {
-    switch (dtype) {
-    case ELEMENT_U64: return (double)((const uint64_t *)elements)[index];
-    case MFA_F64: return ((const double *)elements)[index];
-    case MFA_F32: return ((const float *)elements)[index];
-    case MFA_F16: return decode(((const uint16_t *)elements)[index], F16_EXPONENT, F16_FRACTION);
-    case MFA_BF16: return decode(((const uint16_t *)elements)[index], BF16_EXPONENT, BF16_FRACTION);
-    default: return ((const uint8_t *)elements)[index] != 0;
-    }
+    double value;
+    element_load_row(dtype, elements, index, 1, 1, &value);
+    return value;
 }
 
 void element_store(int32_t dtype, void *elements, int64_t index, double value)
 {
-    switch (dtype) {
-    case ELEMENT_U64: ((uint64_t *)elements)[index] = (uint64_t)value; break;
-    case MFA_F64: ((double *)elements)[index] = value; break;
-    case MFA_F32: ((float *)elements)[index] = (float)value; break;
-    case MFA_F16: ((uint16_t *)elements)[index] = encode(value, F16_EXPONENT, F16_FRACTION); break;
-    case MFA_BF16: ((uint16_t *)elements)[index] = encode(value, BF16_EXPONENT, BF16_FRACTION); break;
-    default: ((uint8_t *)elements)[index] = (uint8_t)value; break;
-    }
+    element_store_row(dtype, elements, index, 1, 1, &value);
 }
 
 double element_round(int32_t dtype, double value)

@@ -1,6 +1,5 @@
-/* Elements of tensors, read and written one at a time through double: the four dtypes of the library and
- * the bytes of a bool mask, the integers of seeds. The conversions are our own and round to nearest, ties to even, in
- * one step. */
+/* Elements of tensors, read and written through double: the four dtypes of the library, the bytes of a bool mask and
+ * the integers of seeds. The conversions are our own and round to nearest, ties to even, in one step. */
 #ifndef REFERENCE_ELEMENT_H
 #define REFERENCE_ELEMENT_H
 
@@ -16,6 +15,12 @@
 size_t element_size(int32_t dtype);
 double element_load(int32_t dtype, const void *elements, int64_t index);
 void element_store(int32_t dtype, void *elements, int64_t index, double value);
+
+/* `count` of them, from `index` on, `stride` apart. */
+void element_load_row(int32_t dtype, const void *elements, int64_t index, int64_t stride, int64_t count,
+                      double *values);
+void element_store_row(int32_t dtype, void *elements, int64_t index, int64_t stride, int64_t count,
+                       const double *values);
 
 /* `value` as the dtype holds it. */
 double element_round(int32_t dtype, double value);

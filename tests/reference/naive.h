@@ -214,7 +214,7 @@ static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, in
     }
 }
 
-static void NAIVE(struct naive *n)
+VECTORIZE static void NAIVE(struct naive *n)
 {
     const mfa_problem *p = n->problem;
     const int64_t keys = p->kv_len, columns = p->head_dim, values = p->value_dim;

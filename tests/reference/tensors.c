@@ -121,10 +121,8 @@ struct reference_view reference_load(const mfa_problem *problem, enum reference_
     int32_t dtype = reference_dtype(problem, tensor);
     for (int64_t b = 0; b < n[0]; b++)
         for (int64_t h = 0; h < n[1]; h++)
-            for (int64_t r = 0; r < n[2]; r++)
-                for (int64_t c = 0; c < n[3]; c++)
-                    dense[at++] =
-                        element_load(dtype, elements, b * s->batch + h * s->head + r * s->row + c * s->column);
+            for (int64_t r = 0; r < n[2]; r++, at += n[3])
+                element_load_row(dtype, elements, b * s->batch + h * s->head + r * s->row, s->column, n[3], dense + at);
     return reference_view(problem, tensor, dense);
 }
 

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "reference/element.h"
+#include "reference/vectorize.h"
 
 enum { LANES = 8 };
 

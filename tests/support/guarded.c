@@ -11,7 +11,7 @@
 
 #include "support/report.h"
 
-enum { MAX_MEMORIES = 64 };
+enum { MAX_MEMORIES = 64, MAX_FREE = 64, MAX_FREE_SIZE = 1 << 22 };
 
 static struct guarded known[MAX_MEMORIES]; /* a fault is looked up here; the handler only reads */
 static const char *testing = "nothing yet";
@@ -29,6 +29,46 @@ static void protect(unsigned char *pages, size_t size, int protection)
     }
 }
 
+/* Mappings that are closed, and so forbidden, for the next memory of their size: their pages are there already. */
+static struct {
+    unsigned char *mapping;
+    size_t mapped;
+} closed[MAX_FREE];
+static int next_closed;
+
+static unsigned char *map(size_t mapped)
+{
+    const size_t page = guarded_page();
+    unsigned char *mapping = NULL;
+    for (int slot = 0; slot < MAX_FREE && !mapping; slot++)
+        if (closed[slot].mapped == mapped) {
+            mapping = closed[slot].mapping;
+            closed[slot].mapped = 0;
+        }
+    if (!mapping)
+        mapping = mmap(NULL, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) {
+        perror("mmap");
+        exit(2);
+    }
+    protect(mapping + page, mapped - 2 * page, PROT_READ | PROT_WRITE);
+    return mapping;
+}
+
+static void unmap(unsigned char *mapping, size_t mapped)
+{
+    if (mapped > MAX_FREE_SIZE) {
+        munmap(mapping, mapped);
+        return;
+    }
+    protect(mapping, mapped, PROT_NONE);
+    if (closed[next_closed].mapped)
+        munmap(closed[next_closed].mapping, closed[next_closed].mapped);
+    closed[next_closed].mapping = mapping;
+    closed[next_closed].mapped = mapped;
+    next_closed = (next_closed + 1) % MAX_FREE;
+}
+
 void guarded_open(struct guarded *memory, const char *name, size_t size, size_t alignment,
                   enum guarded_placement placement, unsigned char filler)
 {
@@ -36,16 +76,10 @@ void guarded_open(struct guarded *memory, const char *name, size_t size, size_t 
     memory->name = name;
     memory->size = size;
     memory->mapped = inside + 2 * page;
-    memory->mapping = mmap(NULL, memory->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory->mapping == MAP_FAILED) {
-        perror("mmap");
-        exit(2);
-    }
+    memory->mapping = map(memory->mapped);
     size_t before = placement == GUARDED_END ? (inside - size) / alignment * alignment : 0;
     memory->bytes = memory->mapping + page + before;
     memset(memory->mapping + page, filler, inside);
-    protect(memory->mapping, page, PROT_NONE);
-    protect(memory->mapping + page + inside, page, PROT_NONE);
     for (int slot = 0; slot < MAX_MEMORIES; slot++)
         if (!known[slot].mapping) {
             known[slot] = *memory;
@@ -59,7 +93,7 @@ void guarded_close(struct guarded *memory)
         if (memory->mapping && known[slot].mapping == memory->mapping)
             known[slot].mapping = NULL;
     if (memory->mapping)
-        munmap(memory->mapping, memory->mapped);
+        unmap(memory->mapping, memory->mapped);
     memory->mapping = NULL;
 }
 

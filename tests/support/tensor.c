@@ -55,20 +55,41 @@ static void open_tensor(struct tensor *tensor, const char *name, int32_t dtype, 
     guarded_open(&tensor->memory, name, (size_t)span * size, size, placement, filler);
 }
 
-static int64_t place(const struct tensor *tensor, int64_t index)
+/* The first element of row n, counted through all heads and batches. */
+static int64_t row_begin(const struct tensor *tensor, int64_t n)
 {
-    const int64_t *n = tensor->shape;
     const mfa_layout *s = &tensor->layout;
-    int64_t c = index % n[3], r = index / n[3] % n[2], h = index / n[3] / n[2] % n[1], b = index / n[3] / n[2] / n[1];
-    return tensor->origin + b * s->batch + h * s->head + r * s->row + c * s->column;
+    const int64_t rows = tensor->shape[2], heads = tensor->shape[1];
+    return tensor->origin + n / rows / heads * s->batch + n / rows % heads * s->head + n % rows * s->row;
+}
+
+static int64_t row_count(const struct tensor *tensor)
+{
+    return tensor_count(tensor) ? tensor->shape[0] * tensor->shape[1] * tensor->shape[2] : 0;
+}
+
+/* Sets all bytes of the elements, and none between them. */
+static void fill(struct tensor *tensor, unsigned char byte)
+{
+    const size_t size = element_size(tensor->dtype);
+    if (tensor->memory.size == (size_t)tensor_count(tensor) * size) { /* nothing lies between them */
+        memset(tensor->memory.bytes, byte, tensor->memory.size);
+        return;
+    }
+    for (int64_t n = 0; n < row_count(tensor); n++) {
+        unsigned char *row = tensor->memory.bytes + row_begin(tensor, n) * (int64_t)size;
+        for (int64_t c = 0; c < tensor->shape[3]; c++)
+            memset(row + c * tensor->layout.column * (int64_t)size, byte, size);
+    }
 }
 
 void tensor_open_input(struct tensor *tensor, const char *name, int32_t dtype, const int64_t shape[4],
                        enum arrangement arrangement, const double *values)
 {
     open_tensor(tensor, name, dtype, shape, arrangement, NAN_BYTE, 1);
-    for (int64_t index = 0; index < tensor_count(tensor); index++)
-        element_store(dtype, tensor->memory.bytes, place(tensor, index), values[index]);
+    for (int64_t n = 0; n < row_count(tensor); n++)
+        element_store_row(dtype, tensor->memory.bytes, row_begin(tensor, n), tensor->layout.column, shape[3],
+                          values + n * shape[3]);
     guarded_seal(&tensor->memory);
 }
 
@@ -76,9 +97,7 @@ void tensor_open_output(struct tensor *tensor, const char *name, int32_t dtype, 
                         enum arrangement arrangement, int broadcast)
 {
     open_tensor(tensor, name, dtype, shape, arrangement, CANARY, broadcast);
-    size_t size = element_size(dtype);
-    for (int64_t index = 0; index < tensor_count(tensor); index++)
-        memset(tensor->memory.bytes + (size_t)place(tensor, index) * size, NAN_BYTE, size);
+    fill(tensor, NAN_BYTE);
 }
 
 void tensor_close(struct tensor *tensor)
@@ -88,23 +107,20 @@ void tensor_close(struct tensor *tensor)
 
 double *tensor_read(const struct tensor *tensor)
 {
-    int64_t count = tensor_count(tensor);
-    double *values = reference_allocate(count);
-    for (int64_t index = 0; index < count; index++)
-        values[index] = element_load(tensor->dtype, tensor->memory.bytes, place(tensor, index));
+    double *values = reference_allocate(tensor_count(tensor));
+    for (int64_t n = 0; n < row_count(tensor); n++)
+        element_load_row(tensor->dtype, tensor->memory.bytes, row_begin(tensor, n), tensor->layout.column,
+                         tensor->shape[3], values + n * tensor->shape[3]);
     return values;
 }
 
 int tensor_gaps_intact(struct tensor *tensor)
 {
-    size_t size = element_size(tensor->dtype), page = guarded_page();
+    const size_t page = guarded_page(), inside = tensor->memory.mapped - 2 * page;
+    const unsigned char *first = tensor->memory.mapping + page;
     guarded_unseal(&tensor->memory);
-    for (int64_t index = 0; index < tensor_count(tensor); index++)
-        memset(tensor->memory.bytes + (size_t)place(tensor, index) * size, CANARY, size);
-    const unsigned char *at = tensor->memory.mapping + page, *end = at + tensor->memory.mapped - 2 * page;
-    while (at < end && *at == CANARY)
-        at++;
-    return at == end;
+    fill(tensor, CANARY);
+    return !inside || (*first == CANARY && !memcmp(first, first + 1, inside - 1)); /* each byte is as the one before */
 }
 
 int64_t tensor_count(const struct tensor *tensor)
