@@ -7,6 +7,8 @@ glibc that its library really needs, as auditwheel finds it. Run it through `mak
 """
 
 import argparse
+import concurrent.futures
+import itertools
 import os
 import pathlib
 import platform
@@ -62,6 +64,17 @@ def name_for_glibc(wheel):
     return renamed
 
 
+def make(name, to):
+    """Builds the wheel for that platform into the folder; its path."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = build(*PLATFORMS[name], pathlib.Path(folder))
+        if name.startswith("linux"):
+            wheel = name_for_glibc(wheel)
+        made = to / wheel.name
+        made.write_bytes(wheel.read_bytes())
+    return made
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=pathlib.Path, default=ROOT / "dist", help="folder for the wheels (default: dist)")
@@ -71,13 +84,8 @@ def main():
         if name not in PLATFORMS:
             parser.error(f"no platform {name}; there are: {' '.join(PLATFORMS)}")
     options.to.mkdir(parents=True, exist_ok=True)
-    for name in options.platforms or PLATFORMS:
-        with tempfile.TemporaryDirectory() as folder:
-            wheel = build(*PLATFORMS[name], pathlib.Path(folder))
-            if name.startswith("linux"):
-                wheel = name_for_glibc(wheel)
-            made = options.to / wheel.name
-            made.write_bytes(wheel.read_bytes())
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # at once: each ends with a wait for one long file
+        for made in pool.map(make, options.platforms or PLATFORMS, itertools.repeat(options.to)):
             print(f"{made}  {made.stat().st_size / 1024:.0f} KiB", flush=True)
 
 
