@@ -20,7 +20,7 @@ from mps_flash_attn.reference import agree
 from stand_in import DTYPES, FULL, ON_METAL
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
-DRAWS = (600 if ON_METAL else 2200) // (1 if FULL else 2)
+DRAWS = (600 if ON_METAL else 2200) // (1 if FULL else 4)
 REPLACED = "replaced"
 
 

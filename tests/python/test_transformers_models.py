@@ -13,6 +13,7 @@ import torch
 
 from mps_flash_attn import register_transformers, replaced_sdpa, sdpa_stats
 from small_transformers import BATCH, LENGTH, inputs, model_classes, random, small, text
+from stand_in import FULL
 
 pytestmark = [
     pytest.mark.needs("transformers"),
@@ -228,8 +229,9 @@ def computes_attention(model, arguments):
 
 
 def test_every_class(capsys):
+    """Without MFA_TEST_FULL, of every fourth type of model."""
     started = time.process_time()
-    classes, missing = model_classes()
+    classes, missing = model_classes(1 if FULL else 4)
     sweep = Sweep(len(classes) + len(missing))
     for name, error in missing.items():
         sweep.untried[reason("not imported", error)].append(name)
@@ -239,9 +241,9 @@ def test_every_class(capsys):
         print("", *sweep.report(time.process_time() - started), sep="\n")
     assert not sweep.wrong, "\n".join(sweep.wrong)
     tried = len(sweep.ran) + len(sweep.refused) + len(sweep.without)
-    assert tried >= 0.75 * sweep.classes and len(sweep.ran) >= 0.5 * sweep.classes
+    assert tried >= 0.7 * sweep.classes and len(sweep.ran) >= 0.45 * sweep.classes
     assert len(sweep.refused) >= 0.1 * sweep.classes
-    assert len(sweep.replaced) >= 0.5 * sweep.classes and len(sweep.causal) >= 0.25 * sweep.classes
+    assert len(sweep.replaced) >= 0.45 * sweep.classes and len(sweep.causal) >= 0.25 * sweep.classes
     assert len(sweep.without) <= 0.05 * sweep.classes and len(sweep.like_sdpa) <= 0.02 * sweep.classes
 
 
