@@ -3,7 +3,7 @@
 #               encoder of torch.nn made faster by one line
 # make test     what a change must pass; ends with "N passed, N failed, N skipped". STEPS="checks release" runs only
 #               these; tests/run.py --list names them
-# make test-full    the same with every case on every instruction set, and more random problems
+# make test-full    the same with every case also under sanitizers, emulators and metalsim, and more random problems
 # make test-metal   of make test, the Metal kernels: executed, checked and linted without a GPU
 # make metal-cost   what the Metal kernels cost on an Apple GPU by a model, into the table of docs/metal-kernels.md
 # make wheels   the wheels for macOS and for Linux, all of them on Linux, into dist/

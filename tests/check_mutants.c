@@ -1,7 +1,8 @@
 /* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
  * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
  * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. So must
- * mistakes in the random numbers of dropout, which are made in each kernel that has them. */
+ * mistakes in the random numbers of dropout, which are made in each kernel that has them. --shard K/N
+ * takes one mutant in N. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,9 +48,10 @@ enum { MIN_MUTANTS = 91 }; /* mutants, as long as no barrier is taken out of the
 struct mutant {
     struct mutant *next;
     char name[METALSIM_MUTANT_NAME];
-    int runs, caught;
+    int taken, runs, caught;
 };
 
+static struct arguments arguments;
 static struct mutant *mutants;
 static const char *cache;
 
@@ -70,6 +72,7 @@ static char *rewrite(enum mfa_metal_kernel kernel, char *text)
     return strdup(replacement.text);
 }
 
+/* The mutant of this name; whether it is the shard's goes by the order in which names appear. */
 static struct mutant *find(const char *name)
 {
     for (struct mutant *m = mutants; m; m = m->next)
@@ -79,6 +82,7 @@ static struct mutant *find(const char *name)
     if (!m)
         abort();
     snprintf(m->name, sizeof m->name, "%s", name);
+    m->taken = arguments_take(&arguments);
     m->next = mutants;
     return mutants = m;
 }
@@ -133,7 +137,7 @@ static void try_mutant(enum mfa_metal_kernel kernel, const char *mutated, struct
                        void *argument, int verbose)
 {
     const char *why = NULL;
-    if (m->caught)
+    if (m->caught || !m->taken)
         return;
     replacement.kernel = kernel, replacement.text = mutated;
     const enum verdict verdict = run(argument, &why);
@@ -169,7 +173,7 @@ static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_func
     for (size_t n = 0; n < count; n++) {
         char *mutated = metalsim_mutants_make(text, n, name);
         struct mutant *m = find(name);
-        if (mutated && metalsim_mutants_differ(text, mutated, cache) != 0)
+        if (mutated && m->taken && !m->caught && metalsim_mutants_differ(text, mutated, cache) != 0)
             try_mutant(kernel, mutated, m, run, argument, verbose);
         free(mutated);
     }
@@ -223,7 +227,7 @@ static void report_mutants(void)
             report_pass();
         else if (m->runs)
             report_fail("%s: not caught in any of %d runs", m->name, m->runs);
-        else
+        else if (m->taken)
             report_fail("%s: no problem of the list compiles it", m->name);
         free(m);
     }
@@ -233,7 +237,6 @@ static void report_mutants(void)
 
 int main(int count, char **words)
 {
-    struct arguments arguments;
     if (!arguments_parse(&arguments, count, words, NULL))
         return 2;
     report_begin("check_mutants", arguments.seed);

@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -34,26 +35,26 @@ CPU = {"PYTHONPATH": str(ROOT / "python"), "MFA_LIBRARY": str(RELEASE / "libmfa.
 METAL = CPU | {"MFA_LIBRARY": str(RELEASE / "libmfa_metalsim.so"), "MFA_BACKEND": "metal"}
 METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEASE / "metalsim/metalsim_cover")}
 
-# Seconds are those of two fast cores. CTest is given the label of the tests to run, and that of those not to run.
+# Seconds are estimates for two fast cores. CTest is given the label of the tests to run, and that of those not to run.
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
-    "checks": Step("includes, names, documents, style; and what checks them", 45, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 185, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 235, ("release",), pytest=["tests/python"], environment=CPU),
+    "checks": Step("includes, names, documents, style; and what checks them", 44, (), pytest=["tests/tools"]),
+    "release": Step("the shipped library on every instruction set", 140, ("release",), ctest=("", "metal")),
+    "python": Step("the Python package", 130, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
-        90,
+        75,
         ("wheels",),
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 160, ("wheels", "arm64"), ctest=("", "")),
-    "clang": Step("another compiler", 50, ("clang",), ctest=("", "")),
-    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 120, ("asan-ubsan",), ctest=("", "")),
-    "tsan": Step("thread sanitizer", 65, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 295, ("release",), ctest=("metal", "")),
+    "arm64": Step("NEON and the macOS library, emulated", 125, ("wheels", "arm64"), ctest=("", "")),
+    "clang": Step("another compiler", 43, ("clang",), ctest=("", "")),
+    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 72, ("asan-ubsan",), ctest=("", "")),
+    "tsan": Step("thread sanitizer", 42, ("tsan",), ctest=("", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 200, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 200, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 110, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
@@ -134,6 +135,12 @@ def count(tally, step, report, code):
         tally.add(f"{step}: exit code {code}, {len(cases)} tests", 0, 1)
 
 
+def cpu_seconds():
+    """Of all processes so far that this one has waited for, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_step(tally, name, step, full):
     for target in step.builds:
         if not build(target):
@@ -142,7 +149,7 @@ def run_step(tally, name, step, full):
     report = BUILD / f"test-{name}.xml"
     report.unlink(missing_ok=True)
     if step.pytest:
-        options = ["-q", "-n", min(JOBS, 8), f"--timeout={TIMEOUT}", f"--junitxml={report}"]
+        options = ["-q", "-n", min(JOBS, 8), "--dist=worksteal", f"--timeout={TIMEOUT}", f"--junitxml={report}"]
         code = run(sys.executable, "-m", "pytest", *options, *step.pytest, **step.environment)
     else:
         output = [f"--test-output-size-{kind}={1 << 20}" for kind in ("passed", "failed")]
@@ -167,7 +174,7 @@ def main():
     chosen = {name: step for name, step in STEPS.items() if not options.steps or name in options.steps}
     for name, step in chosen.items():
         print(f"{name:13} {step.seconds:4} s  {step.about}")
-    seconds = sum(step.seconds for step in chosen.values()) * (3 if options.full else 1)
+    seconds = sum(step.seconds for step in chosen.values()) * (4 if options.full else 1)
     print(f"in all about {seconds // 60 + 1} minutes on two cores with AVX-512; twice as long on slow ones", flush=True)
     if options.list:
         return 0
@@ -178,11 +185,11 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or the threads of two PyTorchs spin, each for a core
     tally, lines = Tally(), []
     for name, step in chosen.items():
-        began, passed, failed = time.monotonic(), tally.passed, tally.failed
+        began, used, passed, failed = time.monotonic(), cpu_seconds(), tally.passed, tally.failed
         print(f"\n=== {name}: {step.about}", flush=True)
         run_step(tally, name, step, options.full)
         numbers = f"{tally.passed - passed:7} passed {tally.failed - failed:5} failed"
-        lines.append(f"{name:13} {numbers} {time.monotonic() - began:7.1f} s")
+        lines.append(f"{name:13} {numbers} {time.monotonic() - began:7.1f} s, CPU {cpu_seconds() - used:7.1f} s")
     print("\n=== summary", *lines, sep="\n")
     for reason, number in tally.skipped.items():
         print(f"SKIPPED {number}: {reason}")
