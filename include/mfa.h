@@ -96,7 +96,7 @@ typedef struct mfa_layout {
  * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low.
  * Results are bitwise the same for any number of threads, and in every run. */
 typedef struct mfa_problem {
-    uint64_t size; /* sizeof(mfa_problem), set by mfa_problem_init */
+    uint64_t size; /* sizeof(mfa_problem), of the caller's header; mfa_problem_init sets it */
     int32_t pass, device, dtype, mask;
     int32_t mask_dtype; /* of an additive mask: any mfa_dtype. dbias has it too */
     int32_t alibi;      /* 1: ALiBi, with the slopes that the buffers give; 0: none */
@@ -200,16 +200,25 @@ MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
  * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi,
- * no sinks, no dropout. */
-MFA_API void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
-                              int64_t kv_len, int64_t head_dim, int64_t value_dim);
+ * no sinks, no dropout. `size` is the caller's sizeof(mfa_problem), of which no byte more is written. */
+MFA_API void mfa_problem_init_sized(mfa_problem *problem, size_t size, int64_t batch, int64_t q_heads, int64_t kv_heads,
+                                    int64_t q_len, int64_t kv_len, int64_t head_dim, int64_t value_dim);
+static inline void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads,
+                                    int64_t q_len, int64_t kv_len, int64_t head_dim, int64_t value_dim)
+{
+    mfa_problem_init_sized(problem, sizeof *problem, batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim);
+}
 
 /* One line of text for logs and case lists, and back; docs/abi.md has the grammar. For example
  * "forward f16 b2 h8/2 q512 kv512 d64 causal softcap30 mask_bool". Layouts are not in it: parsing gives dense ones.
  * print writes at most `capacity` bytes. MFA_INVALID: the line does not fit, or the problem has none, as with a
- * negative size or a NaN. */
+ * negative size or a NaN; parsing, also a line with an option that a caller's mfa_problem of `size` bytes lacks. */
 MFA_API mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity);
-MFA_API mfa_status mfa_problem_parse(const char *text, mfa_problem *problem);
+MFA_API mfa_status mfa_problem_parse_sized(const char *text, mfa_problem *problem, size_t size);
+static inline mfa_status mfa_problem_parse(const char *text, mfa_problem *problem)
+{
+    return mfa_problem_parse_sized(text, problem, sizeof *problem);
+}
 
 /* Which P dropout keeps: kept[batch][q_heads][q_len][kv_len], dense, 1 where P is kept and 0 where it is dropped, by
  * the problem's sizes, dropout and seed_layout, from seeds in this process's memory. MFA_INVALID, MFA_UNSUPPORTED. */

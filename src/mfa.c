@@ -3,6 +3,7 @@
 #include "mfa.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/error.h"
 #include "base/sync.h"
@@ -67,11 +68,16 @@ mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads)
     return end_call(cancellation, mfa_context_limit(context, threads));
 }
 
-void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
-                      int64_t kv_len, int64_t head_dim, int64_t value_dim)
+void mfa_problem_init_sized(mfa_problem *problem, size_t size, int64_t batch, int64_t q_heads, int64_t kv_heads,
+                            int64_t q_len, int64_t kv_len, int64_t head_dim, int64_t value_dim)
 {
-    if (problem)
-        mfa_problem_make(problem, batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim);
+    if (!problem)
+        return;
+    mfa_problem made;
+    mfa_problem_make(&made, batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim);
+    made.size = size;
+    memset(problem, 0, size);
+    memcpy(problem, &made, size < sizeof made ? size : sizeof made);
 }
 
 mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capacity)
@@ -82,12 +88,12 @@ mfa_status mfa_problem_print(const mfa_problem *problem, char *text, size_t capa
     return end_call(cancellation, mfa_problem_write(problem, text, capacity));
 }
 
-mfa_status mfa_problem_parse(const char *text, mfa_problem *problem)
+mfa_status mfa_problem_parse_sized(const char *text, mfa_problem *problem, size_t size)
 {
     NEED(text);
     NEED(problem);
     const int cancellation = mfa_cancellation_hold();
-    return end_call(cancellation, mfa_problem_read(text, problem));
+    return end_call(cancellation, mfa_problem_read(text, problem, size));
 }
 
 mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem)

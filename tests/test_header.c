@@ -53,9 +53,10 @@ static const struct {
     mfa_status (*context_create)(const mfa_context_options *, mfa_context **);
     void (*context_destroy)(mfa_context *);
     mfa_status (*context_set_threads)(mfa_context *, int32_t);
-    void (*problem_init)(mfa_problem *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+    void (*problem_init_sized)(mfa_problem *, size_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
     mfa_status (*problem_print)(const mfa_problem *, char *, size_t);
-    mfa_status (*problem_parse)(const char *, mfa_problem *);
+    mfa_status (*problem_parse_sized)(const char *, mfa_problem *, size_t);
+    mfa_status (*problem_dropout_mask)(const mfa_problem *, const uint64_t *, uint8_t *);
     mfa_status (*problem_supported)(mfa_context *, const mfa_problem *);
     mfa_status (*plan_create)(mfa_context *, const mfa_problem *, mfa_plan **);
     void (*plan_destroy)(mfa_plan *);
@@ -63,11 +64,13 @@ static const struct {
     mfa_status (*plan_describe)(const mfa_plan *, char *, size_t);
     mfa_status (*plan_run)(const mfa_plan *, const mfa_buffers *, void *);
     mfa_status (*attention)(mfa_context *, const mfa_problem *, const mfa_buffers *, void *);
-} mfa = {mfa_version,       mfa_last_error,     mfa_status_name,     mfa_isa_name,
-         mfa_isa_supported, mfa_context_create, mfa_context_destroy, mfa_context_set_threads,
-         mfa_problem_init,  mfa_problem_print,  mfa_problem_parse,   mfa_problem_supported,
-         mfa_plan_create,   mfa_plan_destroy,   mfa_plan_workspace,  mfa_plan_describe,
-         mfa_plan_run,      mfa_attention};
+} mfa = {mfa_version,           mfa_last_error,          mfa_status_name,
+         mfa_isa_name,          mfa_isa_supported,       mfa_context_create,
+         mfa_context_destroy,   mfa_context_set_threads, mfa_problem_init_sized,
+         mfa_problem_print,     mfa_problem_parse_sized, mfa_problem_dropout_mask,
+         mfa_problem_supported, mfa_plan_create,         mfa_plan_destroy,
+         mfa_plan_workspace,    mfa_plan_describe,       mfa_plan_run,
+         mfa_attention};
 
 static int passed, failed;
 
@@ -98,9 +101,10 @@ int main(void)
     check(mfa.isa_supported("scalar") == MFA_OK, "every machine has scalar");
     check(mfa.isa_supported("sse") == MFA_INVALID && strstr(mfa.last_error(), "it must be scalar, "), "no such name");
     check(mfa.isa_supported(NULL) == MFA_INVALID && strstr(mfa.last_error(), "isa is NULL"), "no name");
-    mfa.problem_init(&problem, 1, 1, 1, 1, 1, 1, 1);
+    mfa.problem_init_sized(&problem, sizeof problem, 1, 1, 1, 1, 1, 1, 1);
     check(mfa.problem_print(&problem, text, sizeof text) == MFA_OK, "print");
-    check(mfa.problem_parse(text, &same) == MFA_OK && !memcmp(&problem, &same, sizeof same), "parse gives it back");
+    check(mfa.problem_parse_sized(text, &same, sizeof same) == MFA_OK && !memcmp(&problem, &same, sizeof same),
+          "parse gives it back");
     check(mfa.context_create(NULL, &context) == MFA_OK, "context");
     check(mfa.context_set_threads(context, 1) == MFA_OK, "threads");
     check(mfa.problem_supported(context, &problem) == MFA_OK, "supported");

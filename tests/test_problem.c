@@ -443,6 +443,34 @@ static void test_parse_errors(void **state)
     }
 }
 
+/* Of a program compiled with an older header nothing is written beyond its struct, and nothing is lost in silence. */
+static void test_older_structs(void **state)
+{
+    enum { OLDER = offsetof(mfa_problem, dropout) };
+    _Alignas(8) unsigned char memory[sizeof(mfa_problem) + 64];
+    mfa_problem *problem = (mfa_problem *)(void *)memory, whole;
+    (void)state;
+    memset(memory, 0xa5, sizeof memory);
+    mfa_problem_init_sized(problem, OLDER, 1, 2, 2, 3, 4, 5, 6);
+    mfa_problem_init(&whole, 1, 2, 2, 3, 4, 5, 6);
+    whole.size = OLDER;
+    assert_memory_equal(problem, &whole, OLDER);
+    assert_int_equal(mfa_problem_parse_sized("backward f16 b1 h1 q8 kv8 d8 causal sinks", problem, OLDER), MFA_OK);
+    assert_int_equal(problem->size, OLDER);
+    assert_int_equal(problem->sinks, 1);
+    assert_int_equal(mfa_problem_parse_sized("backward f16 b1 h1 q8 kv8 d8 dropout0.1", problem, OLDER), MFA_INVALID);
+    assert_non_null(strstr(mfa_last_error(), "has options that an mfa_problem of 608 bytes, the caller's, lacks"));
+    assert_int_equal(problem->sinks, 1);
+    assert_int_equal(mfa_problem_parse_sized("forward f16 b1 h1 q8 kv8 d8", problem, 8), MFA_INVALID);
+    assert_non_null(strstr(mfa_last_error(), "size of mfa_problem is 8"));
+    for (size_t n = OLDER; n < sizeof memory; n++)
+        assert_int_equal(memory[n], 0xa5);
+    mfa_problem_init_sized(problem, sizeof memory, 1, 2, 2, 3, 4, 5, 6); /* of a newer header: it is refused later */
+    assert_int_equal(problem->size, sizeof memory);
+    for (size_t n = sizeof whole; n < sizeof memory; n++)
+        assert_int_equal(memory[n], 0);
+}
+
 static void test_foreign_locale(void **state)
 {
     (void)state;
@@ -517,7 +545,8 @@ int main(void)
         cmocka_unit_test(test_lines),         cmocka_unit_test(test_any_problem),
         cmocka_unit_test(test_print_refuses), cmocka_unit_test(test_parsed_values),
         cmocka_unit_test(test_parse_errors),  cmocka_unit_test(test_foreign_locale),
-        cmocka_unit_test(test_keys),          cmocka_unit_test(test_kernel_words),
+        cmocka_unit_test(test_older_structs), cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_kernel_words),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -185,7 +185,7 @@ class Library:
             ("mfa_context_create", status, pointer, pointer),
             ("mfa_context_destroy", None, pointer),
             ("mfa_context_set_threads", status, pointer, ctypes.c_int32),
-            ("mfa_problem_parse", status, text, pointer),
+            ("mfa_problem_parse_sized", status, text, pointer, ctypes.c_size_t),
             ("mfa_problem_supported", status, pointer, pointer),
             ("mfa_plan_create", status, pointer, pointer, pointer),
             ("mfa_plan_destroy", None, pointer),
@@ -268,7 +268,7 @@ class Library:
     def parse(self, line: str) -> bytes:
         """The packed problem of a line such as "forward f32 b1 h8 q512 kv512 d64"."""
         problem = ctypes.create_string_buffer(PROBLEM.size)
-        self.check(self.mfa_problem_parse(line.encode(errors="replace"), problem))
+        self.check(self.mfa_problem_parse_sized(line.encode(errors="replace"), problem, PROBLEM.size))
         return problem.raw
 
     def plan(self, problem: bytes) -> tuple[str, int]:

@@ -20,11 +20,11 @@ size_t mfa_dtype_size(int32_t dtype);
 /* The scale that a problem has if nothing else is said: 1/sqrt(head_dim). */
 double mfa_problem_scale(int64_t head_dim);
 
-/* The bodies of mfa_problem_init, mfa_problem_print and mfa_problem_parse. */
+/* The bodies of mfa_problem_init_sized (for the size of this library), mfa_problem_print, mfa_problem_parse_sized. */
 void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
                       int64_t kv_len, int64_t head_dim, int64_t value_dim);
 mfa_status mfa_problem_write(const mfa_problem *problem, char *text, size_t capacity);
-mfa_status mfa_problem_read(const char *text, mfa_problem *problem);
+mfa_status mfa_problem_read(const char *text, mfa_problem *problem, size_t size);
 
 /* Copies the caller's struct, which may be that of an older version. After it, the enums of the copy are valid.
  * MFA_INVALID: its size or one of its enums is wrong. */

@@ -21,6 +21,8 @@
 #include <xlocale.h>
 #endif
 
+#define LINE_MAX_BYTES 512 /* the longest line has about 400 characters */
+
 struct writer {
     char *text;
     size_t capacity, length; /* length may pass the capacity: then it did not fit */
@@ -122,7 +124,7 @@ mfa_status mfa_problem_write(const mfa_problem *given, char *text, size_t capaci
         return status;
     if (!enter_plain_locale(&locale))
         return without_locale();
-    char line[512]; /* the longest has about 340 characters */
+    char line[LINE_MAX_BYTES];
     struct writer writer = {line, sizeof line, 0};
     put_line(&writer, &problem);
     leave_plain_locale(locale);
@@ -322,16 +324,37 @@ static mfa_status read_line(struct reader *reader, mfa_problem *problem)
     return read_options(reader, problem);
 }
 
-mfa_status mfa_problem_read(const char *text, mfa_problem *problem)
+/* MFA_INVALID if the caller's struct of `size` bytes has no room for an option of the problem. */
+static mfa_status check_room(const mfa_problem *problem, size_t size)
+{
+    if (size == sizeof *problem)
+        return MFA_OK;
+    mfa_problem caller = *problem;
+    char line[LINE_MAX_BYTES], of_caller[LINE_MAX_BYTES];
+    caller.size = size;
+    mfa_status status = mfa_problem_write(&caller, of_caller, sizeof of_caller);
+    if (status == MFA_OK)
+        status = mfa_problem_write(problem, line, sizeof line);
+    if (status == MFA_OK && strcmp(line, of_caller) != 0)
+        return mfa_fail(MFA_INVALID, "\"%s\" has options that an mfa_problem of %zu bytes, the caller's, lacks", line,
+                        size);
+    return status;
+}
+
+mfa_status mfa_problem_read(const char *text, mfa_problem *problem, size_t size)
 {
     struct reader reader = {text, ""};
     struct plain_locale locale;
     mfa_problem read;
     if (!enter_plain_locale(&locale))
         return without_locale();
-    const mfa_status status = read_line(&reader, &read);
+    mfa_status status = read_line(&reader, &read);
     leave_plain_locale(locale);
     if (status == MFA_OK)
-        *problem = read;
-    return status;
+        status = check_room(&read, size);
+    if (status != MFA_OK)
+        return status;
+    read.size = size;
+    memcpy(problem, &read, size);
+    return MFA_OK;
 }
