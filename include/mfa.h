@@ -72,7 +72,8 @@ typedef struct mfa_layout {
  *     s = softcap * tanh(s / softcap)     if softcap > 0
  *     s = s + mask_ij                     if mask is MFA_MASK_ADDITIVE
  *     s = s - slope * |i + kv_len - q_len - j|     if alibi; slope of this batch entry and query head
- *     visible iff lower <= j - i <= upper, and a bool mask allows it
+ *     visible iff lower <= j - i <= upper, a bool mask allows it, and so does block (i / block_map_q, j / block_map_kv)
+ *         of the block map
  *
  * With sinks, each query head has one more logit in the softmax, which has no key and no value: L_i = log(exp(sink) +
  * sum_j exp(s_ij)), and the P of a query add up to less than 1.
@@ -87,6 +88,10 @@ typedef struct mfa_layout {
  * The band expresses a causal mask (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window of
  * the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN_LOWER and MFA_BAND_OPEN_UPPER leave a side open. A query
  * with no visible key gets O = 0, L = -inf (with sinks: the sink) and zero gradients.
+ *
+ * A block map divides the scores of a head into blocks of block_map_q queries by block_map_kv keys, and has a bool for
+ * each: where it is 0 the block is hidden. Hidden blocks are not visited, so their work is not done. Its tensor is
+ * (batch, q_heads, ceil(q_len / block_map_q), ceil(kv_len / block_map_kv)).
  *
  * Backward takes o and lse from the caller, so they may be merged from several devices, and computes
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (Z * dP - D), dP = dO V^T        (Z = 1 without dropout)
@@ -119,6 +124,9 @@ typedef struct mfa_problem {
 
     double dropout;         /* the probability, 0 to 1, with which a P is dropped; 0: none */
     mfa_layout seed_layout; /* of a (batch) tensor; stride 0 along the batch: one seed for all */
+
+    int64_t block_map_q, block_map_kv; /* queries and keys of a block of the map, multiples of 16; 0 and 0: no map */
+    mfa_layout block_map_layout;       /* its rows are blocks of queries, its columns blocks of keys */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -132,9 +140,10 @@ typedef struct mfa_buffer {
 } mfa_buffer;
 
 /* What a run reads and writes. Unused members are zero.
- * forward:  reads q, k, v, mask, slopes, sinks, seed; writes o, and lse (f32; f64 for f64) and o_low if given.
- * backward: reads q, k, v, mask, slopes, sinks, seed, o, lse, d_o, and dlse (like lse) and o_low if given; writes those
- *           of dq, dk, dv, dbias, dsinks that are given. Outputs must not overlap anything.
+ * forward:  reads q, k, v, mask, slopes, sinks, seed, block_map; writes o, and lse (f32; f64 for f64) and o_low if
+ *           given.
+ * backward: reads q, k, v, mask, slopes, sinks, seed, block_map, o, lse, d_o, and dlse (like lse) and o_low if given;
+ *           writes those of dq, dk, dv, dbias, dsinks that are given. Outputs must not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
@@ -148,6 +157,7 @@ typedef struct mfa_buffers {
     mfa_buffer slopes;        /* of ALiBi: f32, whatever the dtype. They are constants: they get no gradient */
     mfa_buffer sinks, dsinks; /* f32, whatever the dtype */
     mfa_buffer seed;          /* of dropout: 64-bit integers, any; in backward those of forward */
+    mfa_buffer block_map;     /* one byte per block; nonzero: it is visible */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
@@ -200,7 +210,8 @@ MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
  * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi,
- * no sinks, no dropout. `size` is the caller's sizeof(mfa_problem), of which no byte more is written. */
+ * no sinks, no dropout, no block map, whose layout is zeros: it is for the caller to set. `size` is the caller's
+ * sizeof(mfa_problem), of which no byte more is written. */
 MFA_API void mfa_problem_init_sized(mfa_problem *problem, size_t size, int64_t batch, int64_t q_heads, int64_t kv_heads,
                                     int64_t q_len, int64_t kv_len, int64_t head_dim, int64_t value_dim);
 static inline void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads,

@@ -141,10 +141,13 @@ static int list_variants(const mfa_problem *p, int quick, int line, struct varia
         variants[count++] = (struct variant){.mask_broadcast = along,
                                              .dbias_broadcast = sums[(along + line) % 3],
                                              .heads_broadcast = along % 4,
+                                             .map_broadcast = along % 12,
                                              .dlse = (along + line) % 2};
     }
     if (small && p->sinks && p->batch * p->q_heads > 1)
         variants[count++] = (struct variant){.heads_broadcast = 1 + line % 3, .dlse = 1};
+    for (int along = 1; along < 12 && small && p->block_map_q && p->mask == MFA_MASK_NONE; along++)
+        variants[count++] = (struct variant){.map_broadcast = along, .dlse = (along + line) % 2};
     for (int along = 1; along < 4 && small && p->mask == MFA_MASK_NONE && p->batch * p->kv_heads > 1; along++)
         variants[count++] =
             (struct variant){.kv_broadcast = along, .heads_broadcast = along, .dlse = (along + line) % 2};

@@ -188,8 +188,7 @@ static void run_forward(struct test_run *t)
 {
     const struct mfa_cpu_kernels *k = t->set->kernels;
     const struct mfa_args *a = &t->call.args;
-    const int64_t rows = (int64_t)t->tiling.panels * k->panel;
-    const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, rows);
+    const int64_t chunks = a->batch * a->kv_heads * mfa_cpu_chunks(&t->call, k->panel);
     const uint64_t scratch = t->tiling.decode ? k->decode_scratch(&t->call) : k->forward_scratch(&t->call);
     struct guarded partials = {.mapping = NULL};
     if (t->tiling.splits > 1) {
@@ -208,22 +207,19 @@ static void run_backward(struct test_run *t)
     const struct mfa_cpu_kernels *k = t->set->kernels;
     struct mfa_cpu_call *call = &t->call;
     const struct mfa_args *a = &call->args;
-    const int64_t rows = (int64_t)t->tiling.panels * k->panel, heads = a->batch * a->q_heads;
-    const int64_t groups = heads * mfa_cpu_ceil(a->q_len, rows);
+    const int64_t groups = a->batch * a->q_heads * mfa_cpu_q_blocks(call, k->panel);
+    const int64_t rows = groups * t->tiling.panels * k->panel;
     const int64_t blocks = a->batch * a->kv_heads * mfa_cpu_ceil(a->kv_len, call->block_kv);
     const size_t real = call->dtype == CPU_F64 ? 8 : 4;
     const struct {
         const char *name;
         void **at;
         size_t size;
-    } shared[] = {{"D", &call->D, (size_t)(groups * rows) * real},
-                  {"L of rows", &call->L, (size_t)(groups * rows) * real},
+    } shared[] = {{"D", &call->D, (size_t)rows * real},
+                  {"L of rows", &call->L, (size_t)rows * real},
                   {"dq_semaphore", (void **)&call->dq_semaphore, (size_t)groups * sizeof *call->dq_semaphore},
                   {"sums of dQ", &call->dq_sums,
-                   t->tiling.own_dQ ? 0
-                                    : (size_t)(heads * mfa_cpu_ceil(a->q_len, k->panel) * k->panel *
-                                               mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) *
-                                          real}};
+                   t->tiling.own_dQ ? 0 : (size_t)(rows * mfa_cpu_ceil(a->head_dim, k->lanes) * k->lanes) * real}};
     enum { SHARED = sizeof shared / sizeof *shared };
     struct guarded memory[SHARED] = {{.mapping = NULL}};
     for (int n = 0; n < SHARED; n++)
@@ -386,6 +382,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
                                     .dbias_broadcast = one->number % 3 ? along : along ^ 15,
                                     .kv_broadcast = along ? 0 : one->number % 4,
                                     .heads_broadcast = one->number % 4,
+                                    .map_broadcast = one->number % 12,
                                     .dlse = one->number % 2};
     const long long before = report_failed();
     struct test_case test_case;

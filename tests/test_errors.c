@@ -42,6 +42,11 @@ static void unknown_sinks(mfa_problem *p) { p->sinks = 2; }
 static void dropout_above_one(mfa_problem *p) { p->dropout = 1.5; }
 static void dropout_negative(mfa_problem *p) { p->dropout = -0.1; }
 static void dropout_of_long_rows(mfa_problem *p) { p->dropout = 0.1, p->kv_len = INT64_C(1) << 36; }
+static void odd_block_map_q(mfa_problem *p) { p->block_map_q = 40; p->block_map_kv = 64; }
+static void negative_block_map_kv(mfa_problem *p) { p->block_map_q = 64; p->block_map_kv = -16; }
+static void half_a_block_map(mfa_problem *p) { p->block_map_kv = 64; }
+static void block_map_without_layout(mfa_problem *p) { p->q_len = 200; p->block_map_q = p->block_map_kv = 16; }
+static void block_map_overflows(mfa_problem *p) { block_map_without_layout(p); p->block_map_layout.row = INT64_MAX; }
 static void reserved(mfa_problem *p) { p->reserved = 1; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
@@ -83,6 +88,11 @@ static const struct {
     {dropout_of_long_rows, MFA_UNSUPPORTED,
      "kv_len 68719476736; with dropout kernels exist for up to 2^32, and 2^35 keys"},
     {unknown_sinks, MFA_INVALID, "sinks is 2; it must be 0 (none) or 1 (those given)"},
+    {odd_block_map_q, MFA_INVALID, "block_map_q is 40; it must be a multiple of 16, or 0 (no block map)"},
+    {negative_block_map_kv, MFA_INVALID, "block_map_kv is -16; it must be a multiple of 16, or 0 (no block map)"},
+    {half_a_block_map, MFA_INVALID, "block_map_q is 0 and block_map_kv is 64; both must be 0 (no block map), or"},
+    {block_map_without_layout, MFA_INVALID, "block_map_layout.row and .column are 0 for 13 x"},
+    {block_map_overflows, MFA_INVALID, "block_map_layout is 0, 0, 9223372036854775807, 0 for sizes"},
     {reserved, MFA_INVALID, "reserved is 1; it must be 0"},
     {another_size, MFA_INVALID, "size"},
     {size_of_the_future, MFA_INVALID, "size"},
@@ -153,6 +163,8 @@ static void unused_dq(mfa_buffers *b) { b->dq = b->o; }
 static void no_slopes(mfa_buffers *b) { b->slopes.base = NULL; }
 static void no_sinks(mfa_buffers *b) { b->sinks.base = NULL; }
 static void no_seed(mfa_buffers *b) { b->seed.base = NULL; }
+static void no_block_map(mfa_buffers *b) { b->block_map.base = NULL; }
+static void some_block_map(mfa_buffers *b) { b->block_map = b->q; }
 static void some_slopes(mfa_buffers *b) { b->slopes = b->q; }
 static void slopes_off_by_two(mfa_buffers *b) { b->slopes.base = b->q.base, b->slopes.offset = 2; }
 static void some_o_low(mfa_buffers *b) { b->o_low = b->workspace; }
@@ -186,6 +198,9 @@ static const struct {
     {"backward f64 b1 h2 q8 kv8 d16 alibi", slopes_off_by_two, "slopes begins at"},
     {"backward f32 b1 h2 q8 kv8 d16 sinks", no_sinks, "sinks is NULL; the backward pass needs it"},
     {"forward f32 b1 h2 q8 kv8 d16 dropout0.1", no_seed, "seed is NULL; the forward pass needs it"},
+    {"forward f32 b1 h2 q8 kv8 d16 block_map_q16 block_map_kv16", no_block_map, "block_map is NULL; the forward pass"},
+    {"backward f32 b1 h2 q8 kv8 d16 block_map_q16 block_map_kv16", no_block_map, "block_map is NULL; the backward"},
+    {"forward f16 b1 h2 q8 kv8 d16", some_block_map, "block_map is given; only problems with a block map have it"},
     {"forward f16 b1 h2 q8 kv8 d16 mask_f16", some_slopes, "slopes is given; only problems with alibi have it"},
     {"forward f16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},
     {"backward bf16 b1 h2 q8 kv8 d16", o_low_off_by_a_byte, "o_low begins at"},

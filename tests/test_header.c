@@ -8,7 +8,7 @@
 
 static_assert(sizeof(mfa_layout) == 32, "four strides of 8 bytes");
 static_assert(sizeof(mfa_buffer) == 16 && offsetof(mfa_buffer, offset) == 8, "64-bit machines");
-static_assert(sizeof(mfa_problem) == 648, "mfa_problem");
+static_assert(sizeof(mfa_problem) == 696, "mfa_problem");
 static_assert(offsetof(mfa_problem, pass) == 8, "pass");
 static_assert(offsetof(mfa_problem, mask_dtype) == 24, "mask_dtype");
 static_assert(offsetof(mfa_problem, batch) == 32, "batch");
@@ -23,7 +23,9 @@ static_assert(offsetof(mfa_problem, sinks) == 536, "sinks");
 static_assert(offsetof(mfa_problem, sinks_layout) == 544, "sinks_layout");
 static_assert(offsetof(mfa_problem, dropout) == 608, "dropout");
 static_assert(offsetof(mfa_problem, seed_layout) == 616, "seed_layout");
-static_assert(sizeof(mfa_buffers) == 304, "mfa_buffers");
+static_assert(offsetof(mfa_problem, block_map_q) == 648, "block_map_q");
+static_assert(offsetof(mfa_problem, block_map_layout) == 664, "block_map_layout");
+static_assert(sizeof(mfa_buffers) == 320, "mfa_buffers");
 static_assert(offsetof(mfa_buffers, q) == 8, "q");
 static_assert(offsetof(mfa_buffers, dbias) == 184, "dbias");
 static_assert(offsetof(mfa_buffers, workspace) == 200, "workspace");
@@ -31,6 +33,7 @@ static_assert(offsetof(mfa_buffers, o_low) == 224, "o_low");
 static_assert(offsetof(mfa_buffers, slopes) == 240, "slopes");
 static_assert(offsetof(mfa_buffers, sinks) == 256, "sinks");
 static_assert(offsetof(mfa_buffers, seed) == 288, "seed");
+static_assert(offsetof(mfa_buffers, block_map) == 304, "block_map");
 static_assert(sizeof(mfa_context_options) == 40, "mfa_context_options");
 static_assert(offsetof(mfa_context_options, isa) == 16, "isa");
 static_assert(offsetof(mfa_context_options, host) == 32, "host");

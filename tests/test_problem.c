@@ -243,6 +243,9 @@ static const char *const lines[] = {
     "forward f32 b1 h1 q1 kv1 d8 scale0.30000000000000004",
     "forward f32 b1 h1 q1 kv1 d8 scale0",
     "forward f32 b1 h1 q1 kv1 d8 scale-0 metal",
+    "forward f32 b1 h4/2 q300 kv500 d8 block_map_q128 block_map_kv64",
+    "backward bf16 b1 h1 q17 kv1 d8 causal block_map_q16 block_map_kv48 scale2 mask_bool metal",
+    "forward f32 b1 h1 q1 kv1 d8 block_map_q-3 block_map_kv17",
     "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 dropout0.1 mask_bool alibi sinks metal",
 };
 
@@ -312,6 +315,10 @@ static mfa_problem draw_problem(struct generator *r)
         p.softcap = draw_number(r);
     if (random_between(r, 0, 1))
         p.dropout = draw_number(r);
+    if (random_between(r, 0, 1)) {
+        p.block_map_q = draw_bound(r), p.block_map_kv = draw_bound(r);
+        mfa_problem_make_dense(&p);
+    }
     return p;
 }
 
@@ -504,10 +511,10 @@ static void test_keys(void **state)
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
     key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX,
-                           INT32_MIN,    INT32_MIN,          127,      MFA_BF16,  "sixteen_letters"};
+                           INT32_MIN,    INT32_MIN,          255,      MFA_BF16,  "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
-    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_sixteen_letters!"));
+    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_block_map_sixteen_letters!"));
 }
 
 /* The first word of a plan's key says which kernel runs. */

@@ -125,6 +125,7 @@ static void test_gradients_are_finite_differences(void **state)
         "forward f64 b1 h2 q4 kv7 d3 upper3 softcap2 mask_f64 alibi",
         "forward f64 b2 h4/2 q5 kv7 d3v2 sinks",
         "forward f64 b1 h2 q7 kv4 d3 upper-3 softcap2 mask_f64 alibi sinks",
+        "forward f64 b1 h2 q20 kv37 d2 block_map_q16 block_map_kv16 mask_f64",
         "forward f64 b2 h4/2 q5 kv17 d3v2 dropout0.3",
         "forward f64 b1 h2 q7 kv14 d3 upper8 softcap2 mask_f64 alibi sinks dropout0.6",
         "forward f64 b1 h2 q4 kv9 d3 sinks dropout1",
@@ -182,6 +183,48 @@ static void test_band_and_mask_by_counting(void **state)
         inputs_close(&inputs);
     }
     print_message("%d bands\n", count * count);
+}
+
+/* A block map is a bool mask of which each block has one value. */
+static void test_block_map_is_a_mask(void **state)
+{
+    (void)state;
+    static const char *const sizes = "forward f64 b2 h4/2 q50 kv70 d3v2 lower-30 softcap2";
+    mfa_problem mapped, masked;
+    for (int along = 0; along < 12; along++) {
+        struct inputs map_inputs, mask_inputs;
+        struct reference of_map, of_mask;
+        char text[128];
+        snprintf(text, sizeof text, "%s block_map_q16 block_map_kv32", sizes);
+        assert_int_equal(mfa_problem_parse(text, &mapped), MFA_OK);
+        snprintf(text, sizeof text, "%s mask_bool", sizes);
+        assert_int_equal(mfa_problem_parse(text, &masked), MFA_OK);
+        inputs_open(&map_inputs, &mapped, (struct variant){.map_broadcast = along}, SEED, NULL);
+        inputs_open(&mask_inputs, &masked, (struct variant){0}, SEED, NULL);
+        const struct reference_view map =
+            reference_view(&map_inputs.problem, REFERENCE_BLOCK_MAP, map_inputs.values[REFERENCE_BLOCK_MAP]);
+        for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dO; tensor++)
+            if (map_inputs.values[tensor] && mask_inputs.values[tensor])
+                memcpy(mask_inputs.values[tensor], map_inputs.values[tensor],
+                       (size_t)reference_count(&masked, tensor) * sizeof(double));
+        double *mask = mask_inputs.values[REFERENCE_MASK];
+        for (int64_t at = 0; at < reference_count(&masked, REFERENCE_MASK); at++) {
+            const int64_t j = at % 70, i = at / 70 % 50, h = at / 3500 % 4, b = at / 14000;
+            mask[at] = map.values[b * map.batch + h * map.head + i / 16 * map.row + j / 32 * map.column];
+        }
+        allocate(&mapped, &of_map, 1);
+        allocate(&masked, &of_mask, 1);
+        solve(&map_inputs, &of_map);
+        solve(&mask_inputs, &of_mask);
+        for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++)
+            if (*reference_member(&of_map, tensor))
+                assert_memory_equal(*reference_member(&of_map, tensor), *reference_member(&of_mask, tensor),
+                                    (size_t)reference_count(&mapped, tensor) * sizeof(double));
+        reference_close(&of_map);
+        reference_close(&of_mask);
+        inputs_close(&map_inputs);
+        inputs_close(&mask_inputs);
+    }
 }
 
 static void test_grouped_heads_are_repeated_ones(void **state)
@@ -300,6 +343,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_conversions),
         cmocka_unit_test(test_band_and_mask_by_counting),
+        cmocka_unit_test(test_block_map_is_a_mask),
         cmocka_unit_test(test_grouped_heads_are_repeated_ones),
         cmocka_unit_test(test_gradients_are_finite_differences),
         cmocka_unit_test(test_dsinks_are_summed_along_stride_0),

@@ -17,8 +17,9 @@ struct mfa_strides { /* in elements */
 struct mfa_args {
     mfa_int batch, q_heads, kv_heads, q_heads_per_kv;
     mfa_int q_len, kv_len, head_dim, value_dim;
-    mfa_int lower, upper; /* the band, brought within [-q_len, kv_len] */
-    mfa_int drop_below;   /* dropout: 16 random bits below it drop a P; 0 to 2^16 */
+    mfa_int lower, upper;              /* the band, brought within [-q_len, kv_len] */
+    mfa_int drop_below;                /* dropout: 16 random bits below it drop a P; 0 to 2^16 */
+    mfa_int block_map_q, block_map_kv; /* queries and keys of a block of the map; 0: no map */
 #define INPUT(name, ...) struct mfa_strides name;
 #define RESULT(name, ...) struct mfa_strides name;
 #include "core/operands.inc"

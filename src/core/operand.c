@@ -3,14 +3,16 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; f32 or f64; the mask's; f32; 64-bit integers. */
-enum element { DATA, ROW_SUM, MASK, FLOAT, INTEGER64 };
+/* The problem's dtype; f32 or f64; the mask's; f32; 64-bit integers; bytes. */
+enum element { DATA, ROW_SUM, MASK, FLOAT, INTEGER64, BYTE };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
-/* Offsets in mfa_problem of the members that operands.inc names. */
+/* Offsets in mfa_problem of the members that operands.inc names; of a count of blocks, that of the size of one. */
 enum size {
     ONE = 0,
+    q_blocks = offsetof(mfa_problem, block_map_q),
+    kv_blocks = offsetof(mfa_problem, block_map_kv),
     q_heads = offsetof(mfa_problem, q_heads),
     kv_heads = offsetof(mfa_problem, kv_heads),
     q_len = offsetof(mfa_problem, q_len),
@@ -56,13 +58,29 @@ int mfa_operand_role(const struct mfa_operand *operand, const mfa_problem *probl
     return role && exists((int)(operand - mfa_operands), problem) ? role : 0;
 }
 
+/* Blocks of `size` among n rows; none without a size. */
+static int64_t count_blocks(int64_t n, int64_t size)
+{
+    return size > 0 ? n / size + (n % size != 0) : 0;
+}
+
+/* The number that one of enum size stands for. */
+static int64_t size_of(const mfa_problem *problem, size_t size)
+{
+    switch (size) {
+    case ONE: return 1;
+    case q_blocks: return count_blocks(problem->q_len, problem->block_map_q);
+    case kv_blocks: return count_blocks(problem->kv_len, problem->block_map_kv);
+    default: return *(const int64_t *)((const char *)problem + size);
+    }
+}
+
 void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4])
 {
-    const char *base = (const char *)problem;
     shape[0] = problem->batch;
-    shape[1] = operand->heads ? *(const int64_t *)(base + operand->heads) : 1;
-    shape[2] = operand->rows ? *(const int64_t *)(base + operand->rows) : 1;
-    shape[3] = operand->columns ? *(const int64_t *)(base + operand->columns) : 1;
+    shape[1] = size_of(problem, operand->heads);
+    shape[2] = size_of(problem, operand->rows);
+    shape[3] = size_of(problem, operand->columns);
 }
 
 int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4])
@@ -84,6 +102,7 @@ size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem 
     case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
     case FLOAT: return 4;
     case INTEGER64: return 8;
+    case BYTE: return 1;
     default: return mfa_dtype_size(problem->dtype);
     }
 }

@@ -48,6 +48,17 @@ static mfa_layout dense(const int64_t shape[4])
     return (mfa_layout){(int64_t)batch, (int64_t)head, shape[3], 1};
 }
 
+void mfa_problem_make_dense(mfa_problem *problem)
+{
+    for (int n = 0; n < MFA_OPERAND_COUNT; n++) {
+        int64_t shape[4];
+        mfa_operand_shape(&mfa_operands[n], problem, shape);
+        *(mfa_layout *)((char *)problem + mfa_operands[n].layout) = dense(shape);
+    }
+    if (problem->block_map_q == 0)
+        problem->block_map_layout = (mfa_layout){0, 0, 0, 0}; /* its sizes are not known */
+}
+
 void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
                       int64_t kv_len, int64_t head_dim, int64_t value_dim)
 {
@@ -69,11 +80,7 @@ void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int6
         .upper = MFA_BAND_OPEN_UPPER,
         .scale = mfa_problem_scale(head_dim),
     };
-    for (int n = 0; n < MFA_OPERAND_COUNT; n++) {
-        int64_t shape[4];
-        mfa_operand_shape(&mfa_operands[n], problem, shape);
-        *(mfa_layout *)((char *)problem + mfa_operands[n].layout) = dense(shape);
-    }
+    mfa_problem_make_dense(problem);
 }
 
 static mfa_status check_enums(const mfa_problem *problem)
@@ -145,6 +152,27 @@ static mfa_status check_sizes(const mfa_problem *problem)
     if (!rows_fit(problem->batch, kv_heads, problem->kv_len))
         return mfa_fail(MFA_INVALID, "batch is %lld, kv_heads %lld and kv_len %lld; their product must be at most 2^43",
                         (long long)problem->batch, (long long)kv_heads, (long long)problem->kv_len);
+    return MFA_OK;
+}
+
+static mfa_status check_block_map(const mfa_problem *p)
+{
+    const long long q = p->block_map_q, kv = p->block_map_kv;
+    if (q < 0 || q % 16 != 0)
+        return mfa_fail(MFA_INVALID, "block_map_q is %lld; it must be a multiple of 16, or 0 (no block map)", q);
+    if (kv < 0 || kv % 16 != 0)
+        return mfa_fail(MFA_INVALID, "block_map_kv is %lld; it must be a multiple of 16, or 0 (no block map)", kv);
+    if (!q != !kv)
+        return mfa_fail(MFA_INVALID,
+                        "block_map_q is %lld and block_map_kv is %lld; both must be 0 (no block map), or neither", q,
+                        kv);
+    int64_t shape[4];
+    const int any = mfa_operand_extent(&mfa_operands[MFA_OPERAND_block_map], p, shape);
+    if (any && p->block_map_layout.row == 0 && p->block_map_layout.column == 0 && (shape[2] > 1 || shape[3] > 1))
+        return mfa_fail(MFA_INVALID,
+                        "block_map_layout.row and .column are 0 for %lld x %lld blocks; one of them must not be: "
+                        "mfa_problem_init gives a block map no layout",
+                        (long long)shape[2], (long long)shape[3]);
     return MFA_OK;
 }
 
@@ -233,6 +261,12 @@ static int64_t clamp(int64_t value, int64_t low, int64_t high)
     return value < low ? low : value > high ? high : value;
 }
 
+/* A block of a map that has more than `rows` rows is one of as many as they are, in whole units of 16. */
+static int64_t clamp_block(int64_t block, int64_t rows)
+{
+    return clamp(block, 0, rows > 0 ? (rows + 15) / 16 * 16 : 16);
+}
+
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
 {
     mfa_problem problem;
@@ -243,6 +277,8 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
         status = check_numbers(&problem);
     if (status == MFA_OK)
         status = check_dropout(&problem);
+    if (status == MFA_OK)
+        status = check_block_map(&problem);
     if (status != MFA_OK)
         return status;
 
@@ -250,6 +286,8 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
         problem.mask_dtype = problem.dtype;
     problem.lower = clamp(problem.lower, -problem.q_len, problem.kv_len);
     problem.upper = clamp(problem.upper, -problem.q_len, problem.kv_len);
+    problem.block_map_q = clamp_block(problem.block_map_q, problem.q_len);
+    problem.block_map_kv = clamp_block(problem.block_map_kv, problem.kv_len);
 
     for (int i = 0; i < MFA_OPERAND_COUNT && status == MFA_OK; i++) {
         const int role = mfa_operand_role(&mfa_operands[i], &problem);
@@ -284,6 +322,8 @@ struct mfa_args mfa_problem_args(const mfa_problem *p)
         .lower = p->lower,
         .upper = p->upper,
         .drop_below = mfa_dropout_below(p->dropout),
+        .block_map_q = p->block_map_q,
+        .block_map_kv = p->block_map_kv,
 #define INPUT(name, ...) .name = strides(&p->name##_layout),
 #define RESULT(name, ...) .name = strides(&p->name##_layout),
 #include "core/operands.inc"

@@ -26,6 +26,9 @@ void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int6
 mfa_status mfa_problem_write(const mfa_problem *problem, char *text, size_t capacity);
 mfa_status mfa_problem_read(const char *text, mfa_problem *problem, size_t size);
 
+/* Gives each tensor a dense layout, (batch, head, row, column); a block map that there is not gets zeros. */
+void mfa_problem_make_dense(mfa_problem *problem);
+
 /* Copies the caller's struct, which may be that of an older version. After it, the enums of the copy are valid.
  * MFA_INVALID: its size or one of its enums is wrong. */
 mfa_status mfa_problem_copy(const mfa_problem *given, mfa_problem *copy);
@@ -40,6 +43,7 @@ mfa_status mfa_problem_check_signs(const mfa_problem *problem);
  *   - batch * q_heads * q_len and batch * kv_heads * kv_len, with 1 in place of 0, are at most 2^43;
  *   - the bytes from an operand's lowest element to its highest fit in an int64_t;
  *   - lower and upper are within [-q_len, kv_len], and so i + lower and i + upper fit too;
+ *   - block_map_q and block_map_kv are multiples of 16, not above the lengths in such units, or both 0;
  *   - mask_dtype is dtype unless the mask is additive. */
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical);
 

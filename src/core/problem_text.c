@@ -1,7 +1,7 @@
 /* The line of text that stands for a problem in logs, case lists and bench rows:
  *     <pass> <dtype> b<batch> h<q_heads>[/<kv_heads>] q<q_len> kv<kv_len> d<head_dim>[v<value_dim>]
- *     [causal] [lower<int>] [upper<int>] [scale<float>] [softcap<float>]
- *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [metal]
+ *     [causal] [lower<int>] [upper<int>] [block_map_q<int>] [block_map_kv<int>] [scale<float>] [softcap<float>]
+ *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [alibi] [sinks] [metal]
  * causal is upper0; mask_<dtype> is an additive mask of that dtype. What is left out has the value that
  * mfa_problem_init gives. */
 #define _GNU_SOURCE
@@ -50,19 +50,22 @@ static void put_number(struct writer *writer, const char *word, double number)
     put(writer, " %s%s", word, digits);
 }
 
-static void put_line(struct writer *writer, const mfa_problem *p)
+static void put_line(struct writer *writer, const mfa_problem *given)
 {
+    mfa_problem rest = *given; /* what is not written yet */
+    const mfa_problem *p = &rest;
     put(writer, "%s %s b%" PRId64 " h%" PRId64, mfa_pass_name(p->pass), mfa_dtype_name(p->dtype), p->batch, p->q_heads);
     if (p->kv_heads != p->q_heads)
         put(writer, "/%" PRId64, p->kv_heads);
     put(writer, " q%" PRId64 " kv%" PRId64 " d%" PRId64, p->q_len, p->kv_len, p->head_dim);
     if (p->value_dim != p->head_dim)
         put(writer, "v%" PRId64, p->value_dim);
-    const int causal = p->upper == 0 && p->lower == MFA_BAND_OPEN_LOWER;
-    if (causal)
+    if (p->upper == 0 && p->lower == MFA_BAND_OPEN_LOWER) {
         put(writer, " causal");
-#define INTEGER(word, none)           \
-    if (p->word != (none) && !causal) \
+        rest.upper = MFA_BAND_OPEN_UPPER;
+    }
+#define INTEGER(word, none) \
+    if (p->word != (none))  \
         put(writer, " " #word "%" PRId64, p->word);
 #define NUMBER(word, none) \
     if (p->word != (none)) \
@@ -321,7 +324,9 @@ static mfa_status read_line(struct reader *reader, mfa_problem *problem)
     mfa_problem_make(problem, batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim);
     problem->pass = pass;
     problem->dtype = dtype;
-    return read_options(reader, problem);
+    status = read_options(reader, problem);
+    mfa_problem_make_dense(problem); /* the options may say the sizes of a block map */
+    return status;
 }
 
 /* MFA_INVALID if the caller's struct of `size` bytes has no room for an option of the problem. */

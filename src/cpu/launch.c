@@ -73,20 +73,19 @@ static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, c
 {
     struct offsets at = {0};
     uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
-    int64_t rows = (int64_t)call->panels * kernels->panel;
     if (p->pass == MFA_FORWARD) {
-        int64_t chunks = p->batch * p->kv_heads * mfa_cpu_ceil(call->args.q_heads_per_kv * p->q_len, rows);
+        int64_t chunks = p->batch * p->kv_heads * mfa_cpu_chunks(call, kernels->panel);
         if (call->splits > 1)
             at.end = align((uint64_t)(chunks * call->splits) * kernels->partial_bytes(call));
         return at;
     }
-    int64_t heads = p->batch * p->q_heads, q_blocks = heads * mfa_cpu_ceil(p->q_len, rows);
-    at.L = at.D + align((uint64_t)(q_blocks * rows) * real);
-    at.dq_sums = at.L + align((uint64_t)(q_blocks * rows) * real);
+    int64_t q_blocks = p->batch * p->q_heads * mfa_cpu_q_blocks(call, kernels->panel);
+    int64_t rows = q_blocks * call->panels * kernels->panel;
+    at.L = at.D + align((uint64_t)rows * real);
+    at.dq_sums = at.L + align((uint64_t)rows * real);
     at.dq_semaphore = at.dq_sums;
     if (!sums_in_place(kernels, p))
-        at.dq_semaphore += align(
-            (uint64_t)(heads * round_up(p->q_len, kernels->panel) * round_up(p->head_dim, kernels->lanes)) * real);
+        at.dq_semaphore += align((uint64_t)(rows * round_up(p->head_dim, kernels->lanes)) * real);
     at.end = at.dq_semaphore + align((uint64_t)q_blocks * sizeof *call->dq_semaphore);
     return at;
 }
@@ -122,8 +121,7 @@ static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_
                         struct mfa_cpu_call *call)
 {
     const struct mfa_args *a = &call->args;
-    int64_t rows = (int64_t)call->panels * kernels->panel;
-    int64_t chunks = a->batch * a->kv_heads * mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, rows);
+    int64_t chunks = a->batch * a->kv_heads * mfa_cpu_chunks(call, kernels->panel);
     mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->decode ? kernels->decode : kernels->forward,
                         call);
     if (call->splits > 1)
@@ -157,8 +155,7 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
                          struct mfa_cpu_call *call)
 {
     const struct mfa_args *a = &call->args;
-    int64_t rows = (int64_t)call->panels * kernels->panel;
-    int64_t q_blocks = a->batch * a->q_heads * mfa_cpu_ceil(a->q_len, rows);
+    int64_t q_blocks = a->batch * a->q_heads * mfa_cpu_q_blocks(call, kernels->panel);
     int64_t all = a->batch * a->kv_heads, by_block = all < (int64_t)2 * workers ? all : workers + all % workers;
     struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - by_block, by_block,
                           mfa_cpu_ceil(a->kv_len, call->block_kv)};

@@ -1,6 +1,7 @@
 /* The reference, one row of S at a time:
  *
- *     S_j = scale * Q_i K_j, softcap, mask, ALiBi  P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
+ *     S_j = scale * Q_i K_j, softcap, mask, ALiBi; hidden by the block map: -infinity
+ *     P = softmax(S)      O_i = P V      L_i = log(sum(exp(S)))
  *     with a sink, L_i = log(exp(sink) + sum(exp(S))), P = exp(S - L_i), dsink -= exp(sink - L_i) D_i
  *     dP_j = dO_i V_j, D_i = sum_j P_j dP_j - dL_i, dS_j = P_j (dP_j - D_i)
  *     with dropout, Z_j P_j takes the place of P_j in O and dV, and Z_j dP_j that of dP_j, Z_j being 0 or 1 / (1 - p)
@@ -30,7 +31,7 @@ struct row {
 struct work {
     const mfa_problem *problem;
     const struct reference *results;
-    struct reference_view Q, K, V, mask, slopes, sinks, seed, dO, dL, dbias, dsinks;
+    struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
     int backward;
     struct head head;
     struct row row;
@@ -61,7 +62,7 @@ static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
         }
         if (p->alibi)
             s += reference_alibi(p, w->slopes.values[b * w->slopes.batch + h * w->slopes.head], i, j);
-        row->S[j] = s;
+        row->S[j] = reference_is_mapped(p, &w->map, b, h, i, j) ? s : -INFINITY;
     }
 }
 
@@ -194,6 +195,8 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         w.sinks = reference_load(p, REFERENCE_SINKS, buffers);
     if (p->dropout > 0)
         w.seed = reference_load(p, REFERENCE_SEED, buffers);
+    if (p->block_map_q)
+        w.map = reference_load(p, REFERENCE_BLOCK_MAP, buffers);
     if (w.backward)
         w.dO = reference_load(p, REFERENCE_dO, buffers);
     if (w.backward && buffers->dlse.base)
@@ -229,7 +232,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         free(*along_columns[n]);
     for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
         free(*of_head[n]);
-    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.sinks, &w.seed, &w.dO, &w.dL};
+    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.sinks, &w.seed, &w.map, &w.dO, &w.dL};
     for (size_t n = 0; n < sizeof views / sizeof *views; n++)
         free(views[n]->values);
 }

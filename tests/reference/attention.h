@@ -19,6 +19,7 @@ enum reference_tensor {
     REFERENCE_SLOPES,
     REFERENCE_SINKS,
     REFERENCE_SEED,
+    REFERENCE_BLOCK_MAP,
     REFERENCE_dO,
     REFERENCE_dL,
     /* Results. */
@@ -44,7 +45,8 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
 /* Elements of that shape. */
 int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
 
-/* Reads q, k, v, mask, slopes, sinks, seed, and for gradients d_o, and dlse if given. It computes O and L itself. */
+/* Reads q, k, v, mask, slopes, sinks, seed, block_map, and for gradients d_o, and dlse if given. It computes O and L
+ * itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */
@@ -70,6 +72,10 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
 
 /* First key of query i's band, and the one after its last: an empty range if nothing is visible. */
 void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end);
+
+/* Whether the block map, loaded as `map`, shows key j to query i of head h; 1 without a map. */
+int reference_is_mapped(const mfa_problem *problem, const struct reference_view *map, int64_t b, int64_t h, int64_t i,
+                        int64_t j);
 
 /* What ALiBi adds to the score of query i and key j, for a slope. */
 double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j);

@@ -89,6 +89,8 @@ static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
         else if (mask == 0)
             s = (REAL)-INFINITY;
         s += (REAL)alibi;
+        if (!reference_is_mapped(p, &n->map, head->at.b, head->at.h, head->at.i, j))
+            s = (REAL)-INFINITY;
         P[j] = s;
         largest = s > largest ? s : largest;
     }

@@ -18,7 +18,7 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
         [REFERENCE_O] = &problem->o_layout,           [REFERENCE_L] = &problem->lse_layout,
         [REFERENCE_O_LOW] = &problem->o_layout,       [REFERENCE_dQ] = &problem->dq_layout,
         [REFERENCE_dK] = &problem->dk_layout,         [REFERENCE_dV] = &problem->dv_layout,
-        [REFERENCE_DBIAS] = &problem->dbias_layout};
+        [REFERENCE_DBIAS] = &problem->dbias_layout,   [REFERENCE_BLOCK_MAP] = &problem->block_map_layout};
     return layouts[tensor];
 }
 
@@ -33,7 +33,7 @@ const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_te
         [REFERENCE_O] = &buffers->o,           [REFERENCE_L] = &buffers->lse,
         [REFERENCE_dQ] = &buffers->dq,         [REFERENCE_dK] = &buffers->dk,
         [REFERENCE_dV] = &buffers->dv,         [REFERENCE_DBIAS] = &buffers->dbias,
-        [REFERENCE_O_LOW] = &buffers->o_low};
+        [REFERENCE_O_LOW] = &buffers->o_low,   [REFERENCE_BLOCK_MAP] = &buffers->block_map};
     return operands[tensor];
 }
 
@@ -41,6 +41,7 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
 {
     switch (tensor) {
     case REFERENCE_MASK: return problem->mask == MFA_MASK_BOOL ? ELEMENT_BOOL : problem->mask_dtype;
+    case REFERENCE_BLOCK_MAP: return ELEMENT_BOOL;
     case REFERENCE_DBIAS: return problem->mask_dtype;
     case REFERENCE_SLOPES:
     case REFERENCE_SINKS:
@@ -52,6 +53,12 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     }
 }
 
+/* Blocks of `size` among n rows; none without a size. */
+static int64_t blocks(int64_t n, int64_t size)
+{
+    return size > 0 ? n / size + (n % size > 0) : 0;
+}
+
 void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, int64_t shape[4])
 {
     const mfa_problem *p = problem;
@@ -61,6 +68,8 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     int has_rows = tensor != REFERENCE_SLOPES && tensor != REFERENCE_SINKS && tensor != REFERENCE_DSINKS &&
                    tensor != REFERENCE_SEED;
     shape[2] = !has_rows ? 1 : of_keys ? p->kv_len : p->q_len;
+    if (tensor == REFERENCE_BLOCK_MAP)
+        shape[2] = blocks(p->q_len, p->block_map_q);
     switch (tensor) {
     case REFERENCE_Q:
     case REFERENCE_K:
@@ -68,6 +77,7 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
     case REFERENCE_dK: shape[3] = p->head_dim; break;
     case REFERENCE_MASK:
     case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
+    case REFERENCE_BLOCK_MAP: shape[3] = blocks(p->kv_len, p->block_map_kv); break;
     case REFERENCE_L:
     case REFERENCE_dL:
     case REFERENCE_SLOPES:
@@ -141,6 +151,15 @@ void reference_gather_transposed(struct reference_view view, int64_t b, int64_t 
     for (int64_t c = 0; c < columns; c++)
         for (int64_t r = 0; r < rows; r++)
             out[c * rows + r] = from[r * view.row + c * view.column];
+}
+
+int reference_is_mapped(const mfa_problem *problem, const struct reference_view *map, int64_t b, int64_t h, int64_t i,
+                        int64_t j)
+{
+    if (!problem->block_map_q)
+        return 1;
+    return map->values[b * map->batch + h * map->head + i / problem->block_map_q * map->row +
+                       j / problem->block_map_kv * map->column] != 0;
 }
 
 double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j)

@@ -24,7 +24,7 @@ struct position {
 
 struct naive {
     const mfa_problem *problem;
-    struct reference_view Q, K, V, mask, slopes, sinks, seed, dO, dL, dbias, dsinks;
+    struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
     int backward;
     double unit; /* one rounding of the working precision */
     struct reference results;
@@ -146,6 +146,7 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
                   {&n.slopes, REFERENCE_SLOPES, p->alibi},
                   {&n.sinks, REFERENCE_SINKS, p->sinks},
                   {&n.seed, REFERENCE_SEED, p->dropout > 0},
+                  {&n.map, REFERENCE_BLOCK_MAP, p->block_map_q > 0},
                   {&n.dO, REFERENCE_dO, n.backward},
                   {&n.dL, REFERENCE_dL, n.backward && buffers->dlse.base}};
     struct {

@@ -10,9 +10,9 @@
 
 const char *tensor_name(enum reference_tensor tensor)
 {
-    static const char *const names[REFERENCE_TENSORS] = {"Q",    "K",  "V",  "mask",  "slopes", "sinks",
-                                                         "seed", "dO", "dL", "O",     "L",      "o_low",
-                                                         "dQ",   "dK", "dV", "dbias", "dsinks"};
+    static const char *const names[REFERENCE_TENSORS] = {"Q",     "K",         "V",  "mask", "slopes", "sinks",
+                                                         "seed",  "block map", "dO", "dL",   "O",      "L",
+                                                         "o_low", "dQ",        "dK", "dV",   "dbias",  "dsinks"};
     return names[tensor];
 }
 
@@ -46,6 +46,11 @@ static int is_masked(struct generator *generator, const int64_t shape[4], int64_
     return one_in_four || whole_row || whole_tile;
 }
 
+static int is_hidden(struct generator *generator, int64_t row, int64_t column)
+{
+    return generator_next(generator) % 2 || row % 5 == 3 || column % 7 == 4;
+}
+
 static void fill(struct inputs *inputs, enum reference_tensor tensor, struct generator *generator)
 {
     const mfa_problem *p = &inputs->problem;
@@ -55,7 +60,9 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
     double *values = inputs->values[tensor] = reference_allocate(count);
     const double size = tensor == REFERENCE_SLOPES ? 0.1 : 1;
     for (int64_t at = 0; at < count; at++) {
-        int masked = tensor == REFERENCE_MASK && is_masked(generator, shape, at / shape[3] % shape[2], at % shape[3]);
+        const int64_t row = at / shape[3] % shape[2], column = at % shape[3];
+        int masked = (tensor == REFERENCE_MASK && is_masked(generator, shape, row, column)) ||
+                     (tensor == REFERENCE_BLOCK_MAP && is_hidden(generator, row, column));
         if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
             values[at] = masked ? 0 : (double)(1 + generator_next(generator) % 255);
         else if (dtype == ELEMENT_U64)
@@ -77,6 +84,15 @@ static void broadcast(mfa_layout *layout, int along)
         layout->column = 0;
 }
 
+/* A map of one row of blocks is not broadcast along its columns, nor the other way round. */
+static void broadcast_map(mfa_problem *problem, int along)
+{
+    int64_t shape[4];
+    reference_shape(problem, REFERENCE_BLOCK_MAP, shape);
+    broadcast(&problem->block_map_layout,
+              along & ~(shape[2] == 1 ? ALONG_COLUMN : 0) & ~(shape[3] == 1 ? ALONG_ROW : 0));
+}
+
 void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
                  const char *text)
 {
@@ -91,12 +107,14 @@ void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct varia
     broadcast(&inputs->problem.sinks_layout, variant.heads_broadcast);
     broadcast(&inputs->problem.dsinks_layout, variant.heads_broadcast);
     broadcast(&inputs->problem.seed_layout, variant.heads_broadcast);
+    broadcast_map(&inputs->problem, variant.map_broadcast);
     struct generator generator;
     generator_seed(&generator, seed, text);
     for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++)
         if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) &&
             (tensor != REFERENCE_SLOPES || problem->alibi) && (tensor != REFERENCE_SINKS || problem->sinks) &&
-            (tensor != REFERENCE_SEED || problem->dropout > 0) && (tensor != REFERENCE_dL || variant.dlse))
+            (tensor != REFERENCE_SEED || problem->dropout > 0) &&
+            (tensor != REFERENCE_BLOCK_MAP || problem->block_map_q) && (tensor != REFERENCE_dL || variant.dlse))
             fill(inputs, tensor, &generator);
 }
 

@@ -14,6 +14,7 @@ enum { ALONG_BATCH = 1, ALONG_HEAD = 2, ALONG_ROW = 4, ALONG_COLUMN = 8 };
 struct variant {
     int mask_broadcast, dbias_broadcast, kv_broadcast; /* stride 0 along these */
     int heads_broadcast;                               /* of slopes, sinks, dsinks, seed */
+    int map_broadcast;                                 /* of the block map; along rows or columns, but not both */
     int dlse;                                          /* given to backward */
 };
 
@@ -21,10 +22,11 @@ struct variant {
 struct inputs {
     mfa_problem problem; /* forward; its layouts have stride 0 where the variant broadcasts */
     struct variant variant;
-    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes sinks seed dO dL; NULL: the problem has none */
+    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes sinks seed map dO dL; NULL: the problem has none */
 };
 
-/* Masks exclude about one key in four, some whole rows, and a third of the keys for half of the rows. */
+/* Masks exclude about one key in four, some whole rows, and a third of the keys for half of the rows; block maps hide
+ * about half of the blocks, some whole rows and some whole columns of them. */
 void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
                  const char *text);
 void inputs_close(struct inputs *inputs);

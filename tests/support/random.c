@@ -30,6 +30,16 @@ void random_band(struct generator *generator, mfa_problem *problem)
         problem->upper = problem->lower = random_between(generator, -q_len / 2, kv_len / 2);
 }
 
+void random_block_map(struct generator *generator, mfa_problem *problem)
+{
+    static const int64_t sizes[] = {16, 32, 48, 64, 64, 80, 128, 128, 208, 256};
+    problem->block_map_q = sizes[random_between(generator, 0, COUNT(sizes) - 1)];
+    problem->block_map_kv = sizes[random_between(generator, 0, COUNT(sizes) - 1)];
+    const int64_t rows = (problem->q_len + problem->block_map_q - 1) / problem->block_map_q;
+    const int64_t columns = (problem->kv_len + problem->block_map_kv - 1) / problem->block_map_kv;
+    problem->block_map_layout = (mfa_layout){problem->q_heads * rows * columns, rows * columns, columns, 1};
+}
+
 void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
                    enum arrangement *arrangement)
 {
@@ -86,5 +96,8 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
     p->sinks = !random_between(&r, 0, 4);
     if (!random_between(&r, 0, 3))
         p->dropout = rates[random_between(&r, 0, COUNT(rates) - 1)];
+    if (!random_between(&r, 0, 2))
+        random_block_map(&r, p);
+    drawn->variant.map_broadcast = (int)random_between(&r, 0, 11);
     drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);
 }

@@ -17,10 +17,11 @@ struct random_problem {
 void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n);
 
 /* The parts of that draw, for other series: a number from low to high; a length, often short, sometimes longer than
- * one tile or several, rarely 0; a band; what is broadcast, whether dL is given, and the arrangement. */
+ * one tile or several, rarely 0; a band; a block map; what is broadcast, whether dL is given, and the arrangement. */
 int64_t random_between(struct generator *generator, int64_t low, int64_t high);
 int64_t random_length(struct generator *generator, int64_t max);
 void random_band(struct generator *generator, mfa_problem *problem);
+void random_block_map(struct generator *generator, mfa_problem *problem);
 void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
                    enum arrangement *arrangement);
 

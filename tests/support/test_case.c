@@ -44,8 +44,10 @@ const char *test_case_describe(const struct test_case *s, const char *format, ..
     const struct {
         const char *name;
         int along;
-    } broadcasts[] = {
-        {"mask", variant->mask_broadcast}, {"dbias", variant->dbias_broadcast}, {"K V", variant->kv_broadcast}};
+    } broadcasts[] = {{"mask", variant->mask_broadcast},
+                      {"dbias", variant->dbias_broadcast},
+                      {"K V", variant->kv_broadcast},
+                      {"map", variant->map_broadcast}};
     int length = snprintf(what, sizeof what, "%s |", s->text);
     for (size_t n = 0; n < sizeof broadcasts / sizeof *broadcasts; n++)
         if (broadcasts[n].along)

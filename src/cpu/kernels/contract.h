@@ -49,8 +49,8 @@ struct mfa_cpu_call {
     void *partials; /* forward, if splits > 1: real [batch][kv_heads][chunks][splits] of panel sums */
     void *D;        /* backward: real [batch][q_heads][blocks of queries * rows of one] */
     void *L;        /* the same of L, in the unit of the set's scores */
-    /* backward: real [batch][q_heads][q_len in whole panels][padded head_dim], in the set's own order; NULL: sum in dq
-     * itself, if rows there are whole vectors of reals */
+    /* backward: real [batch][q_heads][blocks of queries * rows of one][padded head_dim], in the set's own order; NULL:
+     * sum in dq itself, if rows there are whole vectors of reals */
     void *dq_sums;
     _Atomic int64_t
         *dq_semaphore; /* backward: [batch][q_heads][blocks of queries], the kv block that may add to dQ next */
@@ -96,6 +96,65 @@ static inline int64_t mfa_cpu_ceil(int64_t n, int64_t unit)
     return (n + unit - 1) / unit;
 }
 
+/* Queries of a stretch, at whose end a panel ends, however few queries it has: those of a block of the map, so that a
+ * panel lies in one row of the map. 0: there are no stretches, as smaller blocks would leave panels half empty. */
+static inline int64_t mfa_cpu_stretch(const struct mfa_cpu_call *call, int panel)
+{
+    const int64_t queries = call->args.block_map_q;
+    return call->decode || queries < panel ? 0 : queries;
+}
+
+/* How many units of so many queries a head has, if stretches begin with a new one. */
+static inline int64_t mfa_cpu_units_of_head(const struct mfa_cpu_call *call, int panel, int64_t unit)
+{
+    const int64_t q_len = call->args.q_len, stretch = mfa_cpu_stretch(call, panel);
+    if (!stretch)
+        return mfa_cpu_ceil(q_len, unit);
+    return q_len / stretch * mfa_cpu_ceil(stretch, unit) + mfa_cpu_ceil(q_len % stretch, unit);
+}
+
+/* Queries [first, end) of a head. */
+struct mfa_cpu_queries {
+    int64_t first, end;
+};
+
+/* Those of unit number n of a head. */
+static inline struct mfa_cpu_queries mfa_cpu_unit_of_head(const struct mfa_cpu_call *call, int panel, int64_t unit,
+                                                          int64_t n)
+{
+    const int64_t q_len = call->args.q_len, stretch = mfa_cpu_stretch(call, panel);
+    const int64_t units = stretch ? mfa_cpu_ceil(stretch, unit) : n + 1, begin = n / units * stretch;
+    const int64_t first = begin + n % units * unit, end = stretch && begin + stretch < q_len ? begin + stretch : q_len;
+    return (struct mfa_cpu_queries){first, first + unit < end ? first + unit : end};
+}
+
+/* Panels of a KV head. Without stretches the rows of its query heads follow each other in them. */
+static inline int64_t mfa_cpu_panels(const struct mfa_cpu_call *call, int panel)
+{
+    const struct mfa_args *a = &call->args;
+    return mfa_cpu_stretch(call, panel) ? a->q_heads_per_kv * mfa_cpu_units_of_head(call, panel, panel)
+                                        : mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, panel);
+}
+
+/* Chunks of a KV head. */
+static inline int64_t mfa_cpu_chunks(const struct mfa_cpu_call *call, int panel)
+{
+    return mfa_cpu_ceil(mfa_cpu_panels(call, panel), call->panels);
+}
+
+/* Blocks of queries of a query head. */
+static inline int64_t mfa_cpu_q_blocks(const struct mfa_cpu_call *call, int panel)
+{
+    return mfa_cpu_units_of_head(call, panel, (int64_t)call->panels * panel);
+}
+
+/* Panels of a query head in backward: of each of its blocks of queries `panels`, of which the last may have none. */
+static inline int64_t mfa_cpu_q_panels(const struct mfa_cpu_call *call, int panel)
+{
+    return mfa_cpu_stretch(call, panel) ? mfa_cpu_q_blocks(call, panel) * call->panels
+                                        : mfa_cpu_ceil(call->args.q_len, panel);
+}
+
 /* Along a dimension over which dbias is summed (stride 0), it has one tile. */
 struct mfa_cpu_dbias_tiles {
     int64_t batch, heads, rows, columns; /* counts of tiles */
@@ -107,7 +166,7 @@ static inline struct mfa_cpu_dbias_tiles mfa_cpu_dbias_tiles(const struct mfa_cp
     struct mfa_cpu_dbias_tiles t = {
         .batch = a->dbias.batch ? a->batch : 1,
         .heads = a->dbias.head ? a->q_heads : 1,
-        .rows = a->dbias.row ? mfa_cpu_ceil(a->q_len, panel) : 1,
+        .rows = a->dbias.row ? mfa_cpu_q_panels(call, panel) : 1,
         .columns = a->dbias.column ? mfa_cpu_ceil(a->kv_len, call->block_kv) : 1,
     };
     return t;

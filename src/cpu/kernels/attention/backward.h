@@ -1,6 +1,6 @@
 /* dQ, dK, dV by blocks of keys; each task owns the dK and dV of one block, over all queries that see it:
  *
- *     for each block of queries (of each query head of the KV head) that sees the block of keys:
+ *     for each block of queries (of each query head of the KV head), and keys of the block that it sees:
  *         for each panel of the block of queries:
  *             P = exp(S - L), S = score(K Q^T)
  *             dS = P * (dP - D), dP = V dO^T              (times 1 - tanh^2 with softcap)
@@ -18,7 +18,8 @@
 #ifndef MASK_GRANULE
 #define MASK_GRANULE 24 /* keys of a block that are skipped together where a block of queries does not see them */
 #endif
-#define MASK_GRANULES_MAX 16 /* of a block: 384 keys (src/cpu/tiles.c) */
+#define MASK_GRANULES_MAX 16                         /* of a block: 384 keys (src/cpu/tiles.c) */
+#define RUN_UNIT (USE_AMX ? MASK_GRANULE : KEY_UNIT) /* in which keys that the map shows are visited */
 
 struct backward_scratch {
     packed *rows;     /* of a panel of Q or dO */
@@ -287,24 +288,26 @@ static void step_run(const struct mfa_cpu_call *call, const struct backward_scra
 
 /* --- dQ, dK, dV --------------------------------------------------------------------------------- */
 
-/* Which keys of a block the panels of a block of queries see, in whole granules, and their vectors; and which vectors,
- * counted from the block's first, see each granule. Under a band these are neighbours. */
+/* Which of keys `keys` of a block the panels of a block of queries see, in whole granules of them, and their vectors;
+ * and which vectors, counted from the block's first, see each granule. Under a band these are neighbours. */
 struct visible {
+    struct range keys;
     struct range panels[MFA_CPU_PANELS_MAX]; /* keys of each; empty: sees none */
     struct range vectors[MFA_CPU_PANELS_MAX][PANEL_VECTORS];
     struct range granules[MASK_GRANULES_MAX];
     int64_t count; /* of granules */
 };
 
-static void visible_granules(struct visible *visible, int64_t panels, int64_t n)
+static void visible_granules(struct visible *visible, int64_t panels)
 {
-    visible->count = mfa_cpu_ceil(n, MASK_GRANULE);
+    visible->count = mfa_cpu_ceil(visible->keys.to - visible->keys.from, MASK_GRANULE);
     for (int64_t i = 0; i < visible->count; i++) {
+        const int64_t from = visible->keys.from + i * MASK_GRANULE, to = from + MASK_GRANULE;
         struct range *r = &visible->granules[i];
         *r = (struct range){panels * PANEL_VECTORS, 0};
         for (int64_t v = 0; v < panels * PANEL_VECTORS; v++) {
             const struct range keys = visible->vectors[v / PANEL_VECTORS][v % PANEL_VECTORS];
-            if (keys.from < keys.to && keys.from < (i + 1) * MASK_GRANULE && i * MASK_GRANULE < keys.to) {
+            if (keys.from < keys.to && keys.from < to && from < keys.to) {
                 r->from = v < r->from ? v : r->from;
                 r->to = v + 1;
             }
@@ -312,17 +315,30 @@ static void visible_granules(struct visible *visible, int64_t panels, int64_t n)
     }
 }
 
-/* Waits until the blocks of keys after this one have added to dQ, then adds this block's. Panels that see the same keys
- * are taken together. */
+/* Waits until the blocks of keys after this one have added to dQ. The first to add begins with zeros. */
+static void begin_dQ(const struct mfa_cpu_call *call, const struct q_block *q, int64_t block)
+{
+    dq_wait_order(&call->dq_semaphore[q_block_index(call, q)], block);
+    if (next_kv_block(call, q, block, 1) > q->kv_blocks.last)
+        clear_dQ(call, q);
+}
+
+/* The last to add writes dQ. */
+static void end_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
+                   int64_t block)
+{
+    const int64_t next = next_kv_block(call, q, block, -1);
+    if (next < q->kv_blocks.first)
+        dQ_epilogue(call, q, s->dQ);
+    dq_pass_order(&call->dq_semaphore[q_block_index(call, q)], next);
+}
+
+/* dQ += dS K. Panels that see the same keys are taken together. */
 static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
-                   const struct keys *keys, int64_t block, const struct visible *visible)
+                   const struct keys *keys, const struct visible *visible)
 {
     const int64_t panels = mfa_cpu_ceil(q->rows, PANEL), d = call->args.head_dim;
-    _Atomic int64_t *semaphore = &call->dq_semaphore[q_block_index(call, q)];
-    dq_wait_order(semaphore, block);
     const struct matrix dQ = q_block_dQ(call, q);
-    if (block == q->kv_blocks.last)
-        clear_dQ(call, q);
     for (int64_t p = 0, next; p < panels; p = next) {
         const struct range r = visible->panels[p];
         for (next = p + 1; next < panels && visible->panels[next].from == r.from && visible->panels[next].to == r.to;)
@@ -339,14 +355,11 @@ static void add_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
             gemm_tn_acc(rows, (int)(padded(d) / LANES), at_of_b(dS), b_of_at(K), matrix_from(dQ, first, 0),
                         k_packs(r.to - r.from));
     }
-    if (block == q->kv_blocks.first)
-        dQ_epilogue(call, q, s->dQ);
-    dq_pass_order(semaphore, block);
 }
 
 /* dV += P^T dO and dK += dS^T Q; granules that are seen by the same vectors are taken together. */
 static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
-                      const struct keys *keys, const struct visible *visible)
+                      const struct visible *visible)
 {
     const struct mfa_args *a = &call->args;
     const int64_t d = padded(a->head_dim), e = padded(a->value_dim);
@@ -358,8 +371,8 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
             next++;
         if (r.from >= r.to)
             continue;
-        const int64_t key = i * MASK_GRANULE;
-        const int64_t rows = (next * MASK_GRANULE < keys->n ? next * MASK_GRANULE : keys->n) - key;
+        const int64_t key = visible->keys.from + i * MASK_GRANULE, end_key = visible->keys.from + next * MASK_GRANULE;
+        const int64_t rows = (end_key < visible->keys.to ? end_key : visible->keys.to) - key;
         const int64_t first = r.from * LANES, end = r.to * LANES < q->rows ? r.to * LANES : round_up_queries(q->rows);
         const int64_t k = (end - first) / PACK_ELEMENTS;
         if (call->dv)
@@ -371,21 +384,21 @@ static void add_dK_dV(const struct mfa_cpu_call *call, const struct backward_scr
     }
 }
 
-/* What one block of queries adds to dK, dV of the block of keys and gets from it as dQ. */
-static void visit_q_block(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
-                          struct keys *keys, int64_t block)
+/* P and dS of the block of queries for keys visible->keys of the block of keys; and which of these the queries see. */
+static void visit_panels(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
+                         struct keys *keys, struct visible *visible)
 {
-    const int64_t panels = mfa_cpu_ceil(q->rows, PANEL);
+    const int64_t panels = mfa_cpu_ceil(q->rows, PANEL), from = visible->keys.from, n = visible->keys.to - from;
     int any = 0;
-    struct visible visible;
     for (int64_t p = 0; p < panels; p++) {
         struct panel panel;
         const int64_t first = p * PANEL;
-        panel_of_head(&panel, &q->seq, &call->args, q->head, q->first + first);
-        const struct range r = band_range(&panel, keys->first, keys->n, MASK_GRANULE);
-        visible.panels[p] = r;
+        panel_of_head(&panel, &q->seq, &call->args, q->head, q->first + first, q->first + q->rows);
+        struct range r = band_range(&panel, keys->first + from, n, MASK_GRANULE);
+        r.from += from, r.to += from;
+        visible->panels[p] = r;
         for (int v = 0; v < PANEL_VECTORS; v++)
-            visible.vectors[p][v] =
+            visible->vectors[p][v] =
                 v < panel.vectors ? vector_band_range(&panel, v, keys->first, r) : (struct range){r.to, r.to};
         if (r.from >= r.to)
             continue;
@@ -402,12 +415,30 @@ static void visit_q_block(const struct mfa_cpu_call *call, const struct backward
         any = 1;
     }
     if (any)
-        visible_granules(&visible, panels, keys->n);
+        visible_granules(visible, panels);
     else
-        visible = (struct visible){.count = 0};
-    add_dK_dV(call, s, q, keys, &visible);
-    if (call->dq)
-        add_dQ(call, s, q, keys, block, &visible);
+        *visible = (struct visible){.count = 0};
+}
+
+/* What one block of queries adds to dK, dV of the block of keys and gets from it as dQ. */
+static void visit_q_block(const struct mfa_cpu_call *call, const struct backward_scratch *s, const struct q_block *q,
+                          struct keys *keys, int64_t block)
+{
+    struct visible visible;
+    struct range rest = {0, keys->n}, first = map_range(call, q_block_queries(q), keys->first, rest, RUN_UNIT), r;
+    for (r = first; r.from < r.to; r = map_range(call, q_block_queries(q), keys->first, rest, RUN_UNIT)) {
+        visible.keys = r;
+        rest.from = r.to;
+        visit_panels(call, s, q, keys, &visible);
+        add_dK_dV(call, s, q, &visible);
+        if (!call->dq)
+            continue;
+        if (r.from == first.from)
+            begin_dQ(call, q, block);
+        add_dQ(call, s, q, keys, &visible);
+    }
+    if (call->dq && first.from < first.to)
+        end_dQ(call, s, q, block);
 }
 
 static void store_keys(const struct mfa_cpu_call *call, void *to, const struct mfa_strides *strides,

@@ -1,6 +1,6 @@
-/* The bias tile: what a mask and ALiBi add to the scores of a panel and a block of keys, transposed like the scores,
- * [key][PANEL]. A new additive term of the score, one that is known for each query and key, enters here (has_bias,
- * panel_bias), and reaches every kernel.
+/* The bias tile: what a mask, ALiBi and a block map that hides keys from some of the panel add to the scores of a panel
+ * and a block of keys, transposed like the scores, [key][PANEL]. A new additive term of the score, one that is known for
+ * each query and key, enters here (has_bias, panel_bias), and reaches every kernel.
  *
  * A bool mask is transposed before it is widened: as many keys as a real has bytes move together. */
 
@@ -19,7 +19,7 @@ static inline int has_mask(const struct mfa_cpu_call *call)
 /* Whether scores may need a bias tile, and so the scratch memory for it. */
 static inline int has_bias(const struct mfa_cpu_call *call)
 {
-    return has_mask(call) || (call->features & CPU_ALIBI);
+    return has_mask(call) || (call->features & (CPU_ALIBI | CPU_BLOCK_MAP));
 }
 
 /* Reals that a row of the mask takes up for n keys. */
@@ -177,14 +177,43 @@ static __attribute__((noinline)) void panel_alibi(const struct panel *panel, con
     }
 }
 
+/* -inf in the tile where the map hides keys, which are otherwise seen as `seen` says. Keys that all lanes see, as where
+ * the panel lies in one row of the map, need no tile. */
+static __attribute__((noinline)) enum block_mask panel_block_map(const struct panel *panel,
+                                                                 const struct mfa_cpu_call *call, int64_t key,
+                                                                 int64_t n, enum block_mask seen, real *tile)
+{
+    const int64_t size = call->args.block_map_kv, lanes = panel->vectors * LANES;
+    int64_t rows;
+    for (struct queries q = panel_queries(panel); q.count > 0; q = queries_after(q, rows)) {
+        rows = map_rows(call, q);
+        const int64_t lane = panel->lanes - q.count, end = rows == q.count ? lanes : lane + rows;
+        for (int64_t k = 0, next; k < n; k = next) {
+            const int64_t column = (key + k) / size;
+            next = (column + 1) * size - key < n ? (column + 1) * size - key : n;
+            if (map_shows(call, q, column))
+                continue;
+            for (int64_t i = 0; i < n && seen != BLOCK_PARTIAL_BIAS; i++)
+                fill(tile + i * PANEL, lanes, 0);
+            seen = BLOCK_PARTIAL_BIAS;
+            for (; k < next; k++)
+                fill(tile + k * PANEL + lane, end - lane, -(real)INFINITY);
+        }
+    }
+    return seen;
+}
+
 /* How the panel sees keys [key, key + n); if BLOCK_PARTIAL_BIAS, tile[k][lane] is what must be added to the scores.
  * rows and tile are room for PANEL x padded(n). */
 static enum block_mask panel_bias(const struct panel *panel, const struct mfa_cpu_call *call, int64_t key, int64_t n,
                                   real *rows, real *tile)
 {
-    const enum block_mask seen = panel_mask_bias(panel, call, key, n, rows, tile);
-    if (!(call->features & CPU_ALIBI) || seen == BLOCK_EMPTY)
+    enum block_mask seen = panel_mask_bias(panel, call, key, n, rows, tile);
+    if (seen == BLOCK_EMPTY)
         return seen;
-    panel_alibi(panel, call, key, n, seen == BLOCK_PARTIAL_BIAS, tile);
-    return BLOCK_PARTIAL_BIAS;
+    if (call->features & CPU_ALIBI) {
+        panel_alibi(panel, call, key, n, seen == BLOCK_PARTIAL_BIAS, tile);
+        seen = BLOCK_PARTIAL_BIAS;
+    }
+    return has_block_map(call) ? panel_block_map(panel, call, key, n, seen, tile) : seen;
 }

@@ -1,4 +1,4 @@
-/* Which keys a panel sees and which queries a block of keys sees, as far as the band says it. */
+/* Which keys a panel sees and which queries a block of keys sees, as far as the band and the block map say it. */
 
 /* How a panel sees a block of keys, or a part of one. */
 enum block_mask {
@@ -102,6 +102,82 @@ static struct range block_keys(const struct mfa_cpu_call *call, const struct seq
     return keys;
 }
 
+/* --- The block map ----------------------------------------------------------------------------- */
+
+static inline int has_block_map(const struct mfa_cpu_call *call)
+{
+    return (call->features & CPU_BLOCK_MAP) != 0;
+}
+
+/* `count` of the rows of a KV head, in the order of panels, from query `row` of query head `head` on. */
+struct queries {
+    const struct sequence *seq;
+    int64_t head, row, count;
+};
+
+static inline struct queries panel_queries(const struct panel *panel)
+{
+    return (struct queries){&panel->seq, panel->head[0], panel->row[0], panel->lanes};
+}
+
+/* How many of them, from the first on, lie in one row of the map. */
+static inline int64_t map_rows(const struct mfa_cpu_call *call, struct queries q)
+{
+    const int64_t size = call->args.block_map_q, in_block = size - q.row % size, in_head = q.seq->q_len - q.row;
+    const int64_t n = in_block < in_head ? in_block : in_head;
+    return n < q.count ? n : q.count;
+}
+
+/* The queries after the first n, which end where map_rows says. */
+static inline struct queries queries_after(struct queries q, int64_t n)
+{
+    q.row += n, q.count -= n;
+    if (q.row == q.seq->q_len)
+        q.row = 0, q.head++;
+    return q;
+}
+
+/* What the map says of a column and the row of the first query. */
+static inline int map_shows(const struct mfa_cpu_call *call, struct queries q, int64_t column)
+{
+    const struct mfa_strides *s = &call->args.block_map;
+    return sequence_row(q.seq, call->block_map, 1, s, q.head, q.row / call->args.block_map_q)[column * s->column] != 0;
+}
+
+/* Whether the map shows a column to one of the queries. */
+static int map_shows_any(const struct mfa_cpu_call *call, struct queries q, int64_t column)
+{
+    for (int64_t n; q.count > 0; q = queries_after(q, n)) {
+        if (map_shows(call, q, column))
+            return 1;
+        n = map_rows(call, q);
+    }
+    return 0;
+}
+
+/* The first keys among r, neighbours, that the map shows to one of the queries, rounded outward to multiples of `unit`
+ * as r is; all of r without a map; {r.to, r.to}: there are none. Keys count from `key`. */
+static struct range map_range(const struct mfa_cpu_call *call, struct queries q, int64_t key, struct range r,
+                              int64_t unit)
+{
+    const int64_t size = call->args.block_map_kv;
+    if (!has_block_map(call) || r.from >= r.to)
+        return r;
+    const int64_t last = (key + r.to - 1) / size;
+    int64_t column = (key + r.from) / size;
+    while (column <= last && !map_shows_any(call, q, column))
+        column++;
+    if (column > last)
+        return (struct range){r.to, r.to};
+    const int64_t from = (column * size - key) / unit * unit;
+    while (column <= last && map_shows_any(call, q, column))
+        column++;
+    const int64_t to = mfa_cpu_ceil(column * size - key, unit) * unit;
+    return (struct range){from < r.from ? r.from : from, to < r.to ? to : r.to};
+}
+
+/* --- Blocks of keys and panels of a head ------------------------------------------------------- */
+
 /* The blocks of block_kv keys that queries [first, first + rows) see. */
 static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t first,
                                        int64_t rows)
@@ -113,9 +189,12 @@ static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const st
     return (struct bounds){from, high < low ? from - 1 : high / call->block_kv};
 }
 
-/* The panels among [from, to) with a query that sees one of the n keys from `key` on. */
-static struct range panels_of_keys(const struct sequence *seq, int64_t key, int64_t n, struct range panels)
+/* The panels among [from, to) of a query head that may see one of the n keys from `key` on. */
+static struct range panels_of_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t key, int64_t n,
+                                   struct range panels)
 {
+    if (mfa_cpu_stretch(call, PANEL))
+        return panels;
     int64_t first = key - seq->upper, last = key + n - 1 - seq->lower; /* queries */
     first = first < 0 ? 0 : first / PANEL;
     last = last < 0 ? -1 : last / PANEL;

@@ -17,13 +17,13 @@ static void store_dbias(const struct mfa_cpu_call *call, const struct panel *pan
     }
 }
 
-/* Adds dS of one (batch, query head, panel, block of keys) to the tile. */
-static void add_dbias(const struct mfa_cpu_call *call, const struct backward_scratch *s, struct backward_step *step)
+/* Adds dS of one (batch, query head, panel, block of keys) to the tile, for keys r of the block. */
+static void add_dbias(const struct mfa_cpu_call *call, const struct backward_scratch *s, struct backward_step *step,
+                      struct range r)
 {
     const struct panel *panel = step->panel;
-    const struct range r = band_range(panel, step->keys->first, step->keys->n, KEY_UNIT);
     step->r = r;
-    if (r.from >= r.to || step_start(call, s, step) == BLOCK_EMPTY)
+    if (step_start(call, s, step) == BLOCK_EMPTY)
         return;
     const struct matrix S = {GRADIENTS_IN_PLACE ? s->P : s->S, PANEL}, dP = {GRADIENTS_IN_PLACE ? s->dS : s->dP, PANEL};
     panel_scores(call, s, step, (struct band_part){r, 0, panel->vectors}, S, dP, step->bias, NULL);
@@ -43,41 +43,56 @@ static void add_dbias(const struct mfa_cpu_call *call, const struct backward_scr
     }
 }
 
+/* Panel number n of a query head, of which each block of queries has `panels`. 0: it has no queries. */
+static int q_panel_init(struct panel *panel, const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
+                        int64_t n)
+{
+    const struct q_block q = q_block_of(call, seq, head, n / call->panels);
+    const int64_t first = n % call->panels * PANEL;
+    if (first < q.rows)
+        panel_of_head(panel, seq, &call->args, head, q.first + first, q.first + q.rows);
+    return first < q.rows;
+}
+
 static void dbias(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
     backward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    gemm_begin();
     struct mfa_cpu_dbias_tiles t = mfa_cpu_dbias_tiles(call, PANEL);
     int64_t column = task % t.columns, row = task / t.columns % t.rows;
     int64_t head = task / t.columns / t.rows % t.heads, batch = task / t.columns / t.rows / t.heads;
     int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
-    int64_t rows = a->dbias.row ? 1 : mfa_cpu_ceil(a->q_len, PANEL);
+    int64_t rows = a->dbias.row ? 1 : mfa_cpu_q_panels(call, PANEL);
     int64_t columns = a->dbias.column ? 1 : mfa_cpu_ceil(a->kv_len, call->block_kv);
     struct keys keys = keys_of(call, batch, 0, column); /* where the tile is, should nothing be summed into it */
     struct panel panel = {.seq = keys.seq, .lanes = 0};
-    if (a->q_len > 0)
-        panel_init(&panel, &keys.seq, a, 0, row * PANEL,
-                   a->q_len - row * PANEL < PANEL ? a->q_len - row * PANEL : PANEL);
+    if (a->q_len > 0 && !q_panel_init(&panel, call, &keys.seq, 0, row))
+        return;
+    gemm_begin();
     fill(s.dbias, (int64_t)call->block_kv * PANEL, 0);
 
     for (int64_t b = batch; b < batch + batches; b++)
         for (int64_t h = head; h < head + heads; h++)
             for (int64_t j = column; j < column + columns; j++) {
                 keys = keys_of(call, b, h / a->q_heads_per_kv, j);
-                const struct range see = panels_of_keys(&keys.seq, keys.first, keys.n, (struct range){row, row + rows});
+                const struct range see =
+                    panels_of_keys(call, &keys.seq, keys.first, keys.n, (struct range){row, row + rows});
                 for (int64_t p = see.from; p < see.to; p++) {
                     const struct q_block q = q_block_of(call, &keys.seq, h, p / call->panels);
                     const int64_t offset = p % call->panels * PANEL;
-                    panel_of_head(&panel, &keys.seq, a, h, p * PANEL);
+                    if (!q_panel_init(&panel, call, &keys.seq, h, p))
+                        continue;
                     struct backward_step step = {.panel = &panel,
                                                  .first = 0,
                                                  .keys = &keys,
                                                  .L = q_block_L(call, &q, offset),
                                                  .D = q_block_D(call, &q, offset)};
-                    add_dbias(call, &s, &step);
+                    struct range r, rest = band_range(&panel, keys.first, keys.n, KEY_UNIT);
+                    for (; r = map_range(call, panel_queries(&panel), keys.first, rest, KEY_UNIT), r.from < r.to;
+                         rest.from = r.to)
+                        add_dbias(call, &s, &step, r);
                 }
             }
     if (!a->dbias.row)

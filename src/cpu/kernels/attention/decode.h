@@ -1,6 +1,6 @@
 /* Forward where a KV head has few queries, as in a decode step, by blocks of keys:
  *
- *     for each block of keys that the queries see:
+ *     for each block of keys, or part of one, that the queries see:
  *         S = score(Q K^T)
  *         m, l, O, P = softmax_step(S)
  *         O += P V
@@ -65,34 +65,45 @@ static void decode_outputs(const struct decode_walk *w, const packed *P, packed 
     }
 }
 
+/* What the queries get from n keys from `key` on. */
+static void decode_attend_keys(const struct mfa_cpu_call *call, const struct decode_scratch *s,
+                               const struct panel *panel, const struct kv_source sources[2], int64_t key, int64_t n,
+                               struct accumulators acc)
+{
+    const int R = decode_width(panel->lanes);
+    const int64_t whole = round_up_decode_keys(n, R), vectors = whole * R / LANES;
+    const enum block_mask seen = panel_bias(panel, call, key, n, s->mask_rows, s->bias);
+    if (seen == BLOCK_EMPTY)
+        return;
+    const struct kv_source *K = &sources[0], *V = &sources[1];
+    const struct decode_walk of_K = {K, V, key, n, key, R}, of_V = {V, K, key, n, key + n, R};
+    decode_scores(&of_K, s->Q, (real)score_factor(call), s->K, s->S);
+    decode_score(
+        call, panel, seen,
+        (struct decode_tile){R, key, n, whole, s->S, NULL, s->bias_rows, seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL});
+    decode_softmax_step(R, s->S, vectors, acc, interleaved_columns(call->args.value_dim));
+    decode_outputs(&of_V, decode_pack(s->S, vectors, s->S), s->V, acc.O);
+}
+
 /* m, l and O of the queries from their part `split` of the keys. */
 static void decode_attend(const struct mfa_cpu_call *call, const struct chunk *c, const struct decode_scratch *s,
                           const struct panel *panel, int64_t split, struct accumulators acc)
 {
-    const int R = decode_width(panel->lanes);
     const int64_t e = interleaved_columns(call->args.value_dim);
     fill(s->S, DECODE_KEYS * LANES, 0);
     fill(acc.O, LANES * e, 0);
     fill(acc.m, LANES, -REAL_MAX);
     fill(acc.l, LANES, 0);
 
-    const struct kv_source K = k_source(call, &c->seq, c->kv_head);
-    const struct kv_source V = v_source(call, &c->seq, c->kv_head, c->shrinks_V);
+    const struct kv_source sources[2] = {k_source(call, &c->seq, c->kv_head),
+                                         v_source(call, &c->seq, c->kv_head, c->shrinks_V)};
     const struct range blocks =
         split_blocks(call, split, (struct bounds){panel->any_low, panel->any_high}, DECODE_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
-        const int64_t key = j * DECODE_KEYS, rest = c->seq.kv_len - key, n = rest < DECODE_KEYS ? rest : DECODE_KEYS;
-        const int64_t whole = round_up_decode_keys(n, R), vectors = whole * R / LANES;
-        const enum block_mask seen = panel_bias(panel, call, key, n, s->mask_rows, s->bias);
-        if (seen == BLOCK_EMPTY)
-            continue;
-        const struct decode_walk of_K = {&K, &V, key, n, key, R}, of_V = {&V, &K, key, n, key + n, R};
-        decode_scores(&of_K, s->Q, (real)score_factor(call), s->K, s->S);
-        decode_score(call, panel, seen,
-                     (struct decode_tile){R, key, n, whole, s->S, NULL, s->bias_rows,
-                                          seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL});
-        decode_softmax_step(R, s->S, vectors, acc, e);
-        decode_outputs(&of_V, decode_pack(s->S, vectors, s->S), s->V, acc.O);
+        const int64_t key = j * DECODE_KEYS, left = c->seq.kv_len - key, n = left < DECODE_KEYS ? left : DECODE_KEYS;
+        struct range r, rest = {0, n};
+        for (; r = map_range(call, panel_queries(panel), key, rest, 1), r.from < r.to; rest.from = r.to)
+            decode_attend_keys(call, s, panel, sources, key + r.from, r.to - r.from, acc);
     }
 }
 
@@ -104,7 +115,7 @@ static void decode(void *data, int64_t task, int worker)
     decode_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
     struct chunk c = chunk_of(call, task / call->splits);
     struct panel panel;
-    chunk_panel(&c, a, 0, &panel);
+    chunk_panel(call, &c, 0, &panel);
     const int R = decode_width(panel.lanes);
     const int64_t d = row_packs(a->head_dim), e = interleaved_columns(a->value_dim);
     real m[LANES], l[LANES];

@@ -174,7 +174,7 @@ static void decode_add_dQ(const struct mfa_cpu_call *call, const struct decode_b
         if (block == q.kv_blocks.first && panel->row[i] + 1 == q.rows)
             dQ_epilogue(call, &q, NULL);
     }
-    dq_pass_order(semaphore, block);
+    dq_pass_order(semaphore, block - 1);
 }
 
 static void decode_backward(void *data, int64_t task, int worker)
@@ -208,8 +208,15 @@ static void decode_backward(void *data, int64_t task, int worker)
     fill(s.dP, DECODE_KEYS * LANES, 0);
     fill(s.dQ, DECODE_ROWS * interleaved_columns(a->head_dim), 0);
     for (int64_t key = keys.first, end = keys.first + keys.n; key < end; key += DECODE_KEYS) {
-        const struct decode_step step = {&panel, &keys, R, key, end - key < DECODE_KEYS ? end - key : DECODE_KEYS};
-        store_dK_dV(call, &s, &step, decode_backward_keys(call, &s, &step, L, D));
+        struct range r, rest = {0, end - key < DECODE_KEYS ? end - key : DECODE_KEYS};
+        for (; rest.from < rest.to; rest.from = r.to) {
+            r = map_range(call, panel_queries(&panel), key, rest, 1);
+            const struct decode_step hidden = {&panel, &keys, R, key + rest.from, r.from - rest.from};
+            const struct decode_step step = {&panel, &keys, R, key + r.from, r.to - r.from};
+            store_dK_dV(call, &s, &hidden, 0);
+            if (r.from < r.to)
+                store_dK_dV(call, &s, &step, decode_backward_keys(call, &s, &step, L, D));
+        }
     }
     const struct q_block q = q_block_of(call, &keys.seq, panel.head[0], 0);
     if (call->dq && q.kv_blocks.first <= block && block <= q.kv_blocks.last)

@@ -1,7 +1,7 @@
 /* O = softmax(S) V and L, by blocks of keys:
  *
  *     for each block of keys that the chunk's queries see:
- *         for each panel of the chunk that sees it:
+ *         for each panel of the chunk, and keys of the block that it sees:
  *             S = score(K Q^T)
  *             m, l, O, P = softmax_step(S)                (with dropout, some P become 0)
  *             O^T += V^T P^T
@@ -50,27 +50,24 @@ static uint64_t partial_bytes(const struct mfa_cpu_call *call)
 /* A chunk: up to `panels` panels of one KV head's rows. */
 struct chunk {
     struct sequence seq;
-    int64_t kv_head, first, rows, panels;
+    int64_t kv_head, first_panel, panels;
     int shrinks_V;
 };
 
 static struct chunk chunk_of(const struct mfa_cpu_call *call, int64_t task)
 {
     const struct mfa_args *a = &call->args;
-    int64_t rows = a->q_heads_per_kv * a->q_len, size = (int64_t)call->panels * PANEL;
-    int64_t chunks = mfa_cpu_ceil(rows, size);
+    int64_t panels = mfa_cpu_panels(call, PANEL), chunks = mfa_cpu_chunks(call, PANEL);
     int64_t index = chunks - 1 - task % chunks; /* last first: under a causal band it has the most to do */
     struct chunk c = {.seq = sequence_of(call, task / chunks / a->kv_heads), .kv_head = task / chunks % a->kv_heads};
-    c.first = index * size;
-    c.rows = rows - c.first < size ? rows - c.first : size;
-    c.panels = mfa_cpu_ceil(c.rows, PANEL);
+    c.first_panel = index * call->panels;
+    c.panels = panels - c.first_panel < call->panels ? panels - c.first_panel : call->panels;
     return c;
 }
 
-static void chunk_panel(const struct chunk *c, const struct mfa_args *a, int64_t p, struct panel *panel)
+static void chunk_panel(const struct mfa_cpu_call *call, const struct chunk *c, int64_t p, struct panel *panel)
 {
-    const int64_t rest = c->rows - p * PANEL;
-    panel_init(panel, &c->seq, a, c->kv_head, c->first + p * PANEL, rest < PANEL ? rest : PANEL);
+    panel_of_kv_head(panel, call, &c->seq, c->kv_head, c->first_panel + p);
 }
 
 /* The packed operands of a panel: Q^T[d][lane], and P^T[key][lane]. */
@@ -189,7 +186,7 @@ static struct bounds chunk_start(const struct mfa_cpu_call *call, const struct c
     const struct mfa_args *a = &call->args;
     struct bounds seen = {c->seq.kv_len, -1};
     for (int64_t p = 0; p < c->panels; p++) {
-        chunk_panel(c, a, p, &panels[p]);
+        chunk_panel(call, c, p, &panels[p]);
         softmax_start(a, accumulators_at(s->acc, a, p), c->shrinks_V);
         seen.first = panels[p].any_low < seen.first ? panels[p].any_low : seen.first;
         seen.last = panels[p].any_high > seen.last ? panels[p].any_high : seen.last;
@@ -213,42 +210,43 @@ static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, 
         struct kv_block K = {0};
         struct packed_at V = {0};
         for (int64_t p = 0; p < c->panels; p++) {
-            const struct range r = band_range(&panels[p], key, n, KEY_UNIT);
-            if (r.from >= r.to)
-                continue;
-            const int64_t count = r.to - r.from;
-            const enum block_mask seen = panel_bias(&panels[p], call, key + r.from, count, s->mask_rows, s->bias);
-            if (seen == BLOCK_EMPTY)
-                continue;
-            const struct visit visit = {!K.rows,
-                                        packed_panels <= p,
-                                        panels[p].any_high < key + n,
-                                        p,
-                                        c->panels,
-                                        count,
-                                        j + 1 < blocks.to ? (j + 1) * (int64_t)call->block_kv : -1};
-            if (!K.rows) {
-                K = kv_load(&sources[0], key, n, !a_fits_tiles(n, &a->k, a->head_dim), s->K);
-                V = pack_at(kv_load(&sources[1], key, n, !at_fits_vectors(a->value_dim), s->V), n, a->value_dim,
-                            s->packed_V);
+            const struct queries queries = panel_queries(&panels[p]);
+            struct range r, rest = band_range(&panels[p], key, n, KEY_UNIT);
+            for (; r = map_range(call, queries, key, rest, KEY_UNIT), r.from < r.to; rest.from = r.to) {
+                const int64_t count = r.to - r.from;
+                const enum block_mask seen = panel_bias(&panels[p], call, key + r.from, count, s->mask_rows, s->bias);
+                if (seen == BLOCK_EMPTY)
+                    continue;
+                const struct visit visit = {!K.rows,
+                                            packed_panels <= p,
+                                            panels[p].any_high < key + n,
+                                            p,
+                                            c->panels,
+                                            count,
+                                            j + 1 < blocks.to ? (j + 1) * (int64_t)call->block_kv : -1};
+                if (!K.rows) {
+                    K = kv_load(&sources[0], key, n, !a_fits_tiles(n, &a->k, a->head_dim), s->K);
+                    V = pack_at(kv_load(&sources[1], key, n, !at_fits_vectors(a->value_dim), s->V), n, a->value_dim,
+                                s->packed_V);
+                }
+                struct prefetch_cursor next[2], *by_product[2];
+                visit_prefetch(call, panels, visit, sources, next, by_product);
+                K.next = by_product[0], V.next = by_product[1];
+                for (; packed_panels <= p; packed_panels++)
+                    pack_queries(call, &panels[packed_panels], s->rows, panel_Q(call, s, packed_panels));
+                struct dropout dropout;
+                if (has_dropout(call))
+                    dropout_start(&dropout, call, &panels[p]);
+                const struct forward_step step = {&panels[p],
+                                                  key,
+                                                  K,
+                                                  V,
+                                                  panel_Q(call, s, p),
+                                                  seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL,
+                                                  has_dropout(call) ? &dropout : NULL,
+                                                  accumulators_at(s->acc, a, p)};
+                attend(call, s, &step, r);
             }
-            struct prefetch_cursor next[2], *by_product[2];
-            visit_prefetch(call, panels, visit, sources, next, by_product);
-            K.next = by_product[0], V.next = by_product[1];
-            for (; packed_panels <= p; packed_panels++)
-                pack_queries(call, &panels[packed_panels], s->rows, panel_Q(call, s, packed_panels));
-            struct dropout dropout;
-            if (has_dropout(call))
-                dropout_start(&dropout, call, &panels[p]);
-            const struct forward_step step = {&panels[p],
-                                              key,
-                                              K,
-                                              V,
-                                              panel_Q(call, s, p),
-                                              seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL,
-                                              has_dropout(call) ? &dropout : NULL,
-                                              accumulators_at(s->acc, a, p)};
-            attend(call, s, &step, r);
         }
     }
     int finite = 1;
@@ -303,7 +301,7 @@ static void merge(void *data, int64_t task, int worker)
     char *parts = (char *)call->partials + (uint64_t)(task * call->splits) * partial_bytes(call);
     for (int64_t p = 0; p < c.panels; p++) {
         struct panel panel;
-        chunk_panel(&c, a, p, &panel);
+        chunk_panel(call, &c, p, &panel);
         const struct accumulators whole = accumulators_at((real *)(void *)parts, a, p);
         const real unit = merged_unit(call, parts, p);
         scale_vectors(whole.O, a->value_dim * PANEL, (double)(*whole.unit / unit));

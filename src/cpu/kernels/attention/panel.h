@@ -68,13 +68,27 @@ static void panel_init(struct panel *panel, const struct sequence *seq, const st
             panel->vector_low[v - 1] = panel->vector_low[v];
 }
 
-/* The panel of one query head's queries from `first` on. */
+/* The panel of queries [first, end) of one query head, of which it takes as many as it has lanes. */
 static void panel_of_head(struct panel *panel, const struct sequence *seq, const struct mfa_args *a, int64_t head,
-                          int64_t first)
+                          int64_t first, int64_t end)
 {
-    const int64_t rest = seq->q_len - first;
     panel_init(panel, seq, a, head / a->q_heads_per_kv, head % a->q_heads_per_kv * seq->q_len + first,
-               rest < PANEL ? rest : PANEL);
+               end - first < PANEL ? end - first : PANEL);
+}
+
+/* Panel number n of a KV head. */
+static void panel_of_kv_head(struct panel *panel, const struct mfa_cpu_call *call, const struct sequence *seq,
+                             int64_t kv_head, int64_t n)
+{
+    const struct mfa_args *a = &call->args;
+    if (mfa_cpu_stretch(call, PANEL)) {
+        const int64_t of_head = mfa_cpu_units_of_head(call, PANEL, PANEL);
+        const struct mfa_cpu_queries q = mfa_cpu_unit_of_head(call, PANEL, PANEL, n % of_head);
+        panel_of_head(panel, seq, a, kv_head * a->q_heads_per_kv + n / of_head, q.first, q.end);
+        return;
+    }
+    const int64_t rest = a->q_heads_per_kv * seq->q_len - n * PANEL;
+    panel_init(panel, seq, a, kv_head, n * PANEL, rest < PANEL ? rest : PANEL);
 }
 
 /* Where the row of a lane begins in a tensor of queries. */

@@ -1,7 +1,6 @@
 /* Blocks of queries in backward: their D and L, and dQ, which blocks of keys add to one after another. */
 
-/* Queries [first, first + rows) of one query head, and the kv blocks that they see, `to` included: none if from > to.
- */
+/* Queries [first, first + rows) of one query head, and the blocks of keys that the band lets them see. */
 struct q_block {
     struct sequence seq;
     int64_t head, index, first, rows;
@@ -11,17 +10,21 @@ struct q_block {
 static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
                                  int64_t index)
 {
-    const int64_t size = (int64_t)call->panels * PANEL;
-    struct q_block q = {.seq = *seq, .head = head, .index = index, .first = index * size};
-    q.rows = seq->q_len - q.first < size ? seq->q_len - q.first : size;
+    const struct mfa_cpu_queries rows = mfa_cpu_unit_of_head(call, PANEL, (int64_t)call->panels * PANEL, index);
+    struct q_block q = {.seq = *seq, .head = head, .index = index, .first = rows.first, .rows = rows.end - rows.first};
     q.kv_blocks = blocks_of_queries(call, seq, q.first, q.rows);
     return q;
+}
+
+static inline struct queries q_block_queries(const struct q_block *q)
+{
+    return (struct queries){&q->seq, q->head, q->first, q->rows};
 }
 
 /* Of one head. */
 static inline int64_t q_blocks(const struct mfa_cpu_call *call)
 {
-    return mfa_cpu_ceil(call->args.q_len, (int64_t)call->panels * PANEL);
+    return mfa_cpu_q_blocks(call, PANEL);
 }
 
 static inline int64_t q_block_index(const struct mfa_cpu_call *call, const struct q_block *q)
@@ -61,8 +64,8 @@ static struct matrix q_block_dQ(const struct mfa_cpu_call *call, const struct q_
     const struct mfa_args *a = &call->args;
     if (!call->dq_sums)
         return (struct matrix){(real *)q_block_row(q, call->dq, sizeof(real), &a->dq, 0), a->dq.row};
-    int64_t d = padded(a->head_dim), rows = mfa_cpu_ceil(q->seq.q_len, PANEL) * PANEL;
-    return (struct matrix){(real *)call->dq_sums + ((q->seq.batch * a->q_heads + q->head) * rows + q->first) * d,
+    int64_t d = padded(a->head_dim), first = q_block_index(call, q) * call->panels * PANEL;
+    return (struct matrix){(real *)call->dq_sums + first * d,
                            dQ_is_transposed(call) ? mfa_cpu_ceil(q->rows, PANEL) * PANEL : d};
 }
 
@@ -103,7 +106,22 @@ static void dQ_epilogue(const struct mfa_cpu_call *call, const struct q_block *q
     }
 }
 
-/* Blocks of keys add to a block's dQ from the last to the first. Waits for the turn of this one. */
+/* Of the blocks of keys of which some are seen, the first after (step 1) or the last before (step -1) a block; beyond
+ * kv_blocks: there is none. Decode passes through all that the band lets its queries see. */
+static int64_t next_kv_block(const struct mfa_cpu_call *call, const struct q_block *q, int64_t block, int64_t step)
+{
+    const struct range all = {0, call->block_kv};
+    for (block += step; !call->decode && q->kv_blocks.first <= block && block <= q->kv_blocks.last; block += step) {
+        const int64_t key = block * call->block_kv, rest = q->seq.kv_len - key;
+        const struct range keys = {0, rest < all.to ? rest : all.to},
+                           r = map_range(call, q_block_queries(q), key, keys, 1);
+        if (r.from < r.to)
+            break;
+    }
+    return block;
+}
+
+/* Blocks of keys that are seen add to a block's dQ from the last to the first. Waits for the turn of this one. */
 static void dq_wait_order(_Atomic int64_t *semaphore, int64_t block)
 {
     for (unsigned spins = 0; atomic_load_explicit(semaphore, memory_order_acquire) != block; spins++)
@@ -111,9 +129,9 @@ static void dq_wait_order(_Atomic int64_t *semaphore, int64_t block)
             sched_yield();
 }
 
-static inline void dq_pass_order(_Atomic int64_t *semaphore, int64_t block)
+static inline void dq_pass_order(_Atomic int64_t *semaphore, int64_t next)
 {
-    atomic_store_explicit(semaphore, block - 1, memory_order_release);
+    atomic_store_explicit(semaphore, next, memory_order_release);
 }
 
 /* --- Preprocess: D and L ---------------------------------------------------------------------- */
@@ -175,8 +193,9 @@ static void preprocess_q_block(const struct mfa_cpu_call *call, const struct q_b
         scale_vectors(D, lanes, call->kept); /* dP is that before it is divided by `kept` */
     quiet_nans(D, lanes);
     quiet_nans(L, lanes);
-    atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], q->kv_blocks.last, memory_order_relaxed);
-    if (call->dq && q->kv_blocks.first > q->kv_blocks.last) {
+    const int64_t last = next_kv_block(call, q, q->kv_blocks.last + 1, -1);
+    atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], last, memory_order_relaxed);
+    if (call->dq && last < q->kv_blocks.first) {
         clear_dQ(call, q);
         dQ_epilogue(call, q, dQ_rows);
     }
