@@ -46,20 +46,20 @@ static int64_t queries_of(const mfa_problem *p)
     return p->kv_heads ? p->q_heads / p->kv_heads * p->q_len : 0;
 }
 
-/* Whether the band's upper edge masks keys, whose number then differs from query to query. */
-static int hides_later_keys(const mfa_problem *p)
+/* Whether the number of visible keys differs from query to query: the band's upper edge masks some, or a map does. */
+static int sees_unequally(const mfa_problem *p)
 {
-    return p->upper < p->kv_len - 1;
+    return p->upper < p->kv_len - 1 || p->block_map_q > 0;
 }
 
 /* Panels of a chunk, at most `most`: as many as possible, so that a block is loaded for many, but such that no thread
- * is idle for long. Under a band the chunks take unequal times. */
+ * is idle for long. Under a band or a map the chunks take unequal times. */
 static int32_t choose_panels(const mfa_problem *p, int32_t most, int64_t block_q, int64_t threads)
 {
     const int64_t heads = p->batch * p->kv_heads, queries = queries_of(p);
     int32_t best = 1;
     double panels = (double)(heads * mfa_cpu_ceil(queries, block_q)), least = INFINITY;
-    double unequal = hides_later_keys(p) ? 0.5 : 0.3; /* a head may end with a short one */
+    double unequal = sees_unequally(p) ? 0.5 : 0.3; /* a head may end with a short one */
     for (; most >= 1; most /= 2) {
         int64_t tasks = heads * mfa_cpu_ceil(queries, most * block_q);
         double rounds = (double)mfa_cpu_ceil(tasks, threads) + unequal;
@@ -93,7 +93,7 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
 }
 
 /* Returns the number of tasks. Where blocks are few, they are halved, and where these are very few, there is an even
- * number of blocks of one size, unless a band makes their times unequal. Groups are then twice as large, and take as
+ * number of blocks of one size, unless a band or a map makes their times unequal. Groups are then twice as large, and take as
  * much memory as before. */
 static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_cpu_tiling *tiling)
 {
@@ -103,7 +103,7 @@ static int64_t choose_backward(const mfa_problem *p, const struct row *row, stru
         tiling->block_kv /= 2;
         tiling->panels *= 2;
         blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);
-        if (heads * blocks < EQUAL_TASKS && blocks > 1 && !hides_later_keys(p)) {
+        if (heads * blocks < EQUAL_TASKS && blocks > 1 && !sees_unequally(p)) {
             blocks += blocks * heads % 2;
             tiling->block_kv = (int32_t)(mfa_cpu_ceil(mfa_cpu_ceil(p->kv_len, blocks), BLOCK_UNIT) * BLOCK_UNIT);
             blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);

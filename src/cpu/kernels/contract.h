@@ -97,17 +97,17 @@ static inline int64_t mfa_cpu_ceil(int64_t n, int64_t unit)
 }
 
 /* Queries of a stretch, at whose end a panel ends, however few queries it has: those of a block of the map, so that a
- * panel lies in one row of the map. 0: there are no stretches, as smaller blocks would leave panels half empty. */
-static inline int64_t mfa_cpu_stretch(const struct mfa_cpu_call *call, int panel)
+ * panel lies in one row of the map and sees all of a block or nothing. 0: no stretches; decode's panel is a whole KV
+ * head. */
+static inline int64_t mfa_cpu_stretch(const struct mfa_cpu_call *call)
 {
-    const int64_t queries = call->args.block_map_q;
-    return call->decode || queries < panel ? 0 : queries;
+    return call->decode ? 0 : call->args.block_map_q;
 }
 
 /* How many units of so many queries a head has, if stretches begin with a new one. */
-static inline int64_t mfa_cpu_units_of_head(const struct mfa_cpu_call *call, int panel, int64_t unit)
+static inline int64_t mfa_cpu_units_of_head(const struct mfa_cpu_call *call, int64_t unit)
 {
-    const int64_t q_len = call->args.q_len, stretch = mfa_cpu_stretch(call, panel);
+    const int64_t q_len = call->args.q_len, stretch = mfa_cpu_stretch(call);
     if (!stretch)
         return mfa_cpu_ceil(q_len, unit);
     return q_len / stretch * mfa_cpu_ceil(stretch, unit) + mfa_cpu_ceil(q_len % stretch, unit);
@@ -119,10 +119,9 @@ struct mfa_cpu_queries {
 };
 
 /* Those of unit number n of a head. */
-static inline struct mfa_cpu_queries mfa_cpu_unit_of_head(const struct mfa_cpu_call *call, int panel, int64_t unit,
-                                                          int64_t n)
+static inline struct mfa_cpu_queries mfa_cpu_unit_of_head(const struct mfa_cpu_call *call, int64_t unit, int64_t n)
 {
-    const int64_t q_len = call->args.q_len, stretch = mfa_cpu_stretch(call, panel);
+    const int64_t q_len = call->args.q_len, stretch = mfa_cpu_stretch(call);
     const int64_t units = stretch ? mfa_cpu_ceil(stretch, unit) : n + 1, begin = n / units * stretch;
     const int64_t first = begin + n % units * unit, end = stretch && begin + stretch < q_len ? begin + stretch : q_len;
     return (struct mfa_cpu_queries){first, first + unit < end ? first + unit : end};
@@ -132,8 +131,8 @@ static inline struct mfa_cpu_queries mfa_cpu_unit_of_head(const struct mfa_cpu_c
 static inline int64_t mfa_cpu_panels(const struct mfa_cpu_call *call, int panel)
 {
     const struct mfa_args *a = &call->args;
-    return mfa_cpu_stretch(call, panel) ? a->q_heads_per_kv * mfa_cpu_units_of_head(call, panel, panel)
-                                        : mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, panel);
+    return mfa_cpu_stretch(call) ? a->q_heads_per_kv * mfa_cpu_units_of_head(call, panel)
+                                 : mfa_cpu_ceil(a->q_heads_per_kv * a->q_len, panel);
 }
 
 /* Chunks of a KV head. */
@@ -145,14 +144,13 @@ static inline int64_t mfa_cpu_chunks(const struct mfa_cpu_call *call, int panel)
 /* Blocks of queries of a query head. */
 static inline int64_t mfa_cpu_q_blocks(const struct mfa_cpu_call *call, int panel)
 {
-    return mfa_cpu_units_of_head(call, panel, (int64_t)call->panels * panel);
+    return mfa_cpu_units_of_head(call, (int64_t)call->panels * panel);
 }
 
 /* Panels of a query head in backward: of each of its blocks of queries `panels`, of which the last may have none. */
 static inline int64_t mfa_cpu_q_panels(const struct mfa_cpu_call *call, int panel)
 {
-    return mfa_cpu_stretch(call, panel) ? mfa_cpu_q_blocks(call, panel) * call->panels
-                                        : mfa_cpu_ceil(call->args.q_len, panel);
+    return mfa_cpu_stretch(call) ? mfa_cpu_q_blocks(call, panel) * call->panels : mfa_cpu_ceil(call->args.q_len, panel);
 }
 
 /* Along a dimension over which dbias is summed (stride 0), it has one tile. */

@@ -193,7 +193,7 @@ static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const st
 static struct range panels_of_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t key, int64_t n,
                                    struct range panels)
 {
-    if (mfa_cpu_stretch(call, PANEL))
+    if (mfa_cpu_stretch(call))
         return panels;
     int64_t first = key - seq->upper, last = key + n - 1 - seq->lower; /* queries */
     first = first < 0 ? 0 : first / PANEL;

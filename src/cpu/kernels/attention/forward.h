@@ -194,6 +194,22 @@ static struct bounds chunk_start(const struct mfa_cpu_call *call, const struct c
     return seen;
 }
 
+/* The first block from j on that the map shows to a panel of the chunk; `end`: there is none before that. */
+static int64_t next_block(const struct mfa_cpu_call *call, const struct chunk *c, const struct panel *panels, int64_t j,
+                          int64_t end)
+{
+    for (; j < end && has_block_map(call); j++)
+        for (int64_t p = 0; p < c->panels; p++) {
+            const int64_t key = j * call->block_kv, rest = c->seq.kv_len - key;
+            const int64_t n = rest < call->block_kv ? rest : call->block_kv;
+            const struct range keys = band_range(&panels[p], key, n, KEY_UNIT);
+            const struct range r = map_range(call, panel_queries(&panels[p]), key, keys, KEY_UNIT);
+            if (r.from < r.to)
+                return j;
+        }
+    return j;
+}
+
 /* m, l and O of the chunk's panels from their part `split` of the keys. 0 if an O is not finite. */
 static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
                         int64_t split, struct panel *panels)
@@ -204,7 +220,8 @@ static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, 
     const struct bounds seen_keys = chunk_start(call, c, s, panels);
     const struct range blocks = split_blocks(call, split, seen_keys, call->block_kv);
     int64_t packed_panels = 0;
-    for (int64_t j = blocks.from; j < blocks.to; j++) {
+    for (int64_t j = next_block(call, c, panels, blocks.from, blocks.to), next_j; j < blocks.to; j = next_j) {
+        next_j = next_block(call, c, panels, j + 1, blocks.to);
         const struct range keys = block_keys(call, &c->seq, j, seen_keys);
         const int64_t key = keys.from, n = keys.to - key;
         struct kv_block K = {0};
@@ -223,7 +240,7 @@ static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, 
                                             p,
                                             c->panels,
                                             count,
-                                            j + 1 < blocks.to ? (j + 1) * (int64_t)call->block_kv : -1};
+                                            next_j < blocks.to ? next_j * (int64_t)call->block_kv : -1};
                 if (!K.rows) {
                     K = kv_load(&sources[0], key, n, !a_fits_tiles(n, &a->k, a->head_dim), s->K);
                     V = pack_at(kv_load(&sources[1], key, n, !at_fits_vectors(a->value_dim), s->V), n, a->value_dim,

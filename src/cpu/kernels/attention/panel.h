@@ -81,9 +81,9 @@ static void panel_of_kv_head(struct panel *panel, const struct mfa_cpu_call *cal
                              int64_t kv_head, int64_t n)
 {
     const struct mfa_args *a = &call->args;
-    if (mfa_cpu_stretch(call, PANEL)) {
-        const int64_t of_head = mfa_cpu_units_of_head(call, PANEL, PANEL);
-        const struct mfa_cpu_queries q = mfa_cpu_unit_of_head(call, PANEL, PANEL, n % of_head);
+    if (mfa_cpu_stretch(call)) {
+        const int64_t of_head = mfa_cpu_units_of_head(call, PANEL);
+        const struct mfa_cpu_queries q = mfa_cpu_unit_of_head(call, PANEL, n % of_head);
         panel_of_head(panel, seq, a, kv_head * a->q_heads_per_kv + n / of_head, q.first, q.end);
         return;
     }

@@ -10,7 +10,7 @@ struct q_block {
 static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
                                  int64_t index)
 {
-    const struct mfa_cpu_queries rows = mfa_cpu_unit_of_head(call, PANEL, (int64_t)call->panels * PANEL, index);
+    const struct mfa_cpu_queries rows = mfa_cpu_unit_of_head(call, (int64_t)call->panels * PANEL, index);
     struct q_block q = {.seq = *seq, .head = head, .index = index, .first = rows.first, .rows = rows.end - rows.first};
     q.kv_blocks = blocks_of_queries(call, seq, q.first, q.rows);
     return q;
