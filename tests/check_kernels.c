@@ -399,21 +399,24 @@ static void check_case(const struct arguments *arguments, const struct one_case 
     test_case_close(&test_case);
 }
 
-/* Heads such that the case stays small, by number; bands, softcaps and masks in turn. */
+/* Heads such that the case stays small, by number; bands, block maps, softcaps and masks in turn. */
 static void write_case(char text[CASE_TEXT], int q_len, int kv_len, int head_dim, int value_dim, int n)
 {
     static const char *const small[] = {"b2 h2", "b1 h3/1", "b2 h4/2", "b1 h1", "b1 h6/2"};
     static const char *const masks[] = {"", "", " mask_bool", " mask_f32", "", " mask_f16", " mask_bf16"};
     const char *heads = (double)q_len * kv_len * (head_dim + value_dim) > 1e6 ? "b1 h1" : small[n % 5];
-    char band[64] = "";
+    static const int sizes[] = {16, 32, 48, 64, 128};
+    char band[64] = "", map[64] = "";
     switch (n / 2 % 5) {
     case 0: snprintf(band, sizeof band, " causal"); break;
     case 1: snprintf(band, sizeof band, " upper%d", kv_len - q_len); break;
     case 2: snprintf(band, sizeof band, " lower-%d upper%d", q_len / 3, kv_len / 4); break;
     case 3: snprintf(band, sizeof band, " upper-%d", q_len / 4 + 1); break;
     }
-    snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
-             n % 4 == 3 ? " softcap3" : "", masks[n % 7],
+    if (n % 4 == 1)
+        snprintf(map, sizeof map, " block_map_q%d block_map_kv%d", sizes[n / 4 % 5], sizes[n / 20 % 5]);
+    snprintf(text, CASE_TEXT, "both any %s q%d kv%d d%dv%d%s%s%s%s%s", heads, q_len, kv_len, head_dim, value_dim, band,
+             map, n % 4 == 3 ? " softcap3" : "", masks[n % 7],
              n % 9 == 2   ? " dropout0.3"
              : n % 9 == 4 ? " alibi"
              : n % 9 == 7 ? " sinks"
@@ -426,6 +429,8 @@ static const char *const decode_cases[] = {
     "both any b1 h2/1 q1 kv300 d64",
     "both any b2 h2 q3 kv193 d128 softcap3",
     "both any b1 h4/1 q1 kv500 d64v16",
+    "both any b1 h4/1 q1 kv500 d64 block_map_q16 block_map_kv48",
+    "both any b2 h6/2 q2 kv300 d33 upper250 block_map_q16 block_map_kv64 mask_f16",
     "both any b1 h5/1 q1 kv97 d111v63 mask_bool",
     "both any b2 h6/2 q2 kv150 d32 mask_f32 alibi sinks",
     "both any b1 h6/2 q2 kv290 d128 upper288",

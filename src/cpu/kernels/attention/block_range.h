@@ -155,25 +155,29 @@ static int map_shows_any(const struct mfa_cpu_call *call, struct queries q, int6
     return 0;
 }
 
-/* The first keys among r, neighbours, that the map shows to one of the queries, rounded outward to multiples of `unit`
- * as r is; all of r without a map; {r.to, r.to}: there are none. Keys count from `key`. */
-static struct range map_range(const struct mfa_cpu_call *call, struct queries q, int64_t key, struct range r,
-                              int64_t unit)
+/* map_range of a map; r has keys. */
+static __attribute__((noinline)) struct range find_map_range(const struct mfa_cpu_call *call, const struct queries *q,
+                                                             int64_t key, struct range r, int64_t unit)
 {
-    const int64_t size = call->args.block_map_kv;
-    if (!has_block_map(call) || r.from >= r.to)
-        return r;
-    const int64_t last = (key + r.to - 1) / size;
+    const int64_t size = call->args.block_map_kv, last = (key + r.to - 1) / size;
     int64_t column = (key + r.from) / size;
-    while (column <= last && !map_shows_any(call, q, column))
+    while (column <= last && !map_shows_any(call, *q, column))
         column++;
     if (column > last)
         return (struct range){r.to, r.to};
     const int64_t from = (column * size - key) / unit * unit;
-    while (column <= last && map_shows_any(call, q, column))
+    while (column <= last && map_shows_any(call, *q, column))
         column++;
     const int64_t to = mfa_cpu_ceil(column * size - key, unit) * unit;
     return (struct range){from < r.from ? r.from : from, to < r.to ? to : r.to};
+}
+
+/* The first keys among r, neighbours, that the map shows to one of the queries, rounded outward to multiples of `unit`
+ * as r is; all of r without a map; {r.to, r.to}: there are none. Keys count from `key`. */
+static inline struct range map_range(const struct mfa_cpu_call *call, struct queries q, int64_t key, struct range r,
+                                     int64_t unit)
+{
+    return has_block_map(call) && r.from < r.to ? find_map_range(call, &q, key, r, unit) : r;
 }
 
 /* --- Blocks of keys and panels of a head ------------------------------------------------------- */

@@ -210,60 +210,71 @@ static int64_t next_block(const struct mfa_cpu_call *call, const struct chunk *c
     return j;
 }
 
+/* A chunk's walk over the blocks of keys: the block where it is, which is loaded when the first panel visits it. */
+struct walk {
+    struct kv_source sources[2];
+    int64_t key, n, next_block; /* its first key and its keys; the first key of the next block, or -1: there is none */
+    struct kv_block K;
+    struct packed_at V;
+    int64_t packed_panels; /* whose queries have been packed */
+};
+
+/* Panel p visits keys r of the block. */
+static void visit_keys(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
+                       const struct panel *panels, struct walk *w, int64_t p, struct range r)
+{
+    const struct mfa_args *a = &call->args;
+    const struct panel *panel = &panels[p];
+    const int64_t count = r.to - r.from;
+    const enum block_mask seen = panel_bias(panel, call, w->key + r.from, count, s->mask_rows, s->bias);
+    if (seen == BLOCK_EMPTY)
+        return;
+    const struct visit visit = {!w->K.rows, w->packed_panels <= p, panel->any_high < w->key + w->n, p, c->panels,
+                                count,      w->next_block};
+    if (!w->K.rows) {
+        w->K = kv_load(&w->sources[0], w->key, w->n, !a_fits_tiles(w->n, &a->k, a->head_dim), s->K);
+        w->V = pack_at(kv_load(&w->sources[1], w->key, w->n, !at_fits_vectors(a->value_dim), s->V), w->n, a->value_dim,
+                       s->packed_V);
+    }
+    struct prefetch_cursor next[2], *by_product[2];
+    visit_prefetch(call, panels, visit, w->sources, next, by_product);
+    w->K.next = by_product[0], w->V.next = by_product[1];
+    for (; w->packed_panels <= p; w->packed_panels++)
+        pack_queries(call, &panels[w->packed_panels], s->rows, panel_Q(call, s, w->packed_panels));
+    struct dropout dropout;
+    if (has_dropout(call))
+        dropout_start(&dropout, call, panel);
+    const struct forward_step step = {panel,
+                                      w->key,
+                                      w->K,
+                                      w->V,
+                                      panel_Q(call, s, p),
+                                      seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL,
+                                      has_dropout(call) ? &dropout : NULL,
+                                      accumulators_at(s->acc, a, p)};
+    attend(call, s, &step, r);
+}
+
 /* m, l and O of the chunk's panels from their part `split` of the keys. 0 if an O is not finite. */
 static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
                         int64_t split, struct panel *panels)
 {
     const struct mfa_args *a = &call->args;
-    const struct kv_source sources[2] = {k_source(call, &c->seq, c->kv_head),
-                                         v_source(call, &c->seq, c->kv_head, c->shrinks_V)};
+    struct walk w = {
+        .sources = {k_source(call, &c->seq, c->kv_head), v_source(call, &c->seq, c->kv_head, c->shrinks_V)}};
     const struct bounds seen_keys = chunk_start(call, c, s, panels);
     const struct range blocks = split_blocks(call, split, seen_keys, call->block_kv);
-    int64_t packed_panels = 0;
-    for (int64_t j = next_block(call, c, panels, blocks.from, blocks.to), next_j; j < blocks.to; j = next_j) {
-        next_j = next_block(call, c, panels, j + 1, blocks.to);
+    for (int64_t j = next_block(call, c, panels, blocks.from, blocks.to), next; j < blocks.to; j = next) {
+        next = next_block(call, c, panels, j + 1, blocks.to);
         const struct range keys = block_keys(call, &c->seq, j, seen_keys);
-        const int64_t key = keys.from, n = keys.to - key;
-        struct kv_block K = {0};
-        struct packed_at V = {0};
+        w.key = keys.from, w.n = keys.to - keys.from;
+        w.next_block = next < blocks.to ? next * (int64_t)call->block_kv : -1;
+        w.K.rows = NULL;
         for (int64_t p = 0; p < c->panels; p++) {
             const struct queries queries = panel_queries(&panels[p]);
-            struct range r, rest = band_range(&panels[p], key, n, KEY_UNIT);
-            for (; r = map_range(call, queries, key, rest, KEY_UNIT), r.from < r.to; rest.from = r.to) {
-                const int64_t count = r.to - r.from;
-                const enum block_mask seen = panel_bias(&panels[p], call, key + r.from, count, s->mask_rows, s->bias);
-                if (seen == BLOCK_EMPTY)
-                    continue;
-                const struct visit visit = {!K.rows,
-                                            packed_panels <= p,
-                                            panels[p].any_high < key + n,
-                                            p,
-                                            c->panels,
-                                            count,
-                                            next_j < blocks.to ? next_j * (int64_t)call->block_kv : -1};
-                if (!K.rows) {
-                    K = kv_load(&sources[0], key, n, !a_fits_tiles(n, &a->k, a->head_dim), s->K);
-                    V = pack_at(kv_load(&sources[1], key, n, !at_fits_vectors(a->value_dim), s->V), n, a->value_dim,
-                                s->packed_V);
-                }
-                struct prefetch_cursor next[2], *by_product[2];
-                visit_prefetch(call, panels, visit, sources, next, by_product);
-                K.next = by_product[0], V.next = by_product[1];
-                for (; packed_panels <= p; packed_panels++)
-                    pack_queries(call, &panels[packed_panels], s->rows, panel_Q(call, s, packed_panels));
-                struct dropout dropout;
-                if (has_dropout(call))
-                    dropout_start(&dropout, call, &panels[p]);
-                const struct forward_step step = {&panels[p],
-                                                  key,
-                                                  K,
-                                                  V,
-                                                  panel_Q(call, s, p),
-                                                  seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL,
-                                                  has_dropout(call) ? &dropout : NULL,
-                                                  accumulators_at(s->acc, a, p)};
-                attend(call, s, &step, r);
-            }
+            struct range r, rest = band_range(&panels[p], w.key, w.n, KEY_UNIT);
+            for (; r = map_range(call, queries, w.key, rest, KEY_UNIT), r.from < r.to; rest.from = r.to)
+                visit_keys(call, c, s, panels, &w, p, r);
         }
     }
     int finite = 1;
