@@ -194,18 +194,34 @@ static int ascending(const void *a, const void *b)
     return difference < 0 ? -1 : difference > 0;
 }
 
-/* Prints the median time of the operands' pass. Only pairs within the band count as operations. */
+/* The pairs of a query and a key, of all heads, that the band and the block map show. */
+static double visible_pairs(const struct inputs *inputs)
+{
+    const mfa_problem *p = &inputs->problem;
+    const int64_t size = p->block_map_q ? p->block_map_kv : p->kv_len;
+    struct reference_view map = {NULL, 0, 0, 0, 0};
+    double pairs = 0;
+    if (p->block_map_q)
+        map = reference_view(p, REFERENCE_BLOCK_MAP, inputs->values[REFERENCE_BLOCK_MAP]);
+    for (int64_t at = 0; at < p->batch * p->q_heads * p->q_len; at++) {
+        const int64_t i = at % p->q_len, h = at / p->q_len % p->q_heads, b = at / p->q_len / p->q_heads;
+        int64_t first, end;
+        reference_band(p, i, &first, &end);
+        for (int64_t j = first, next; j < end; j = next) {
+            next = (j / size + 1) * size < end ? (j / size + 1) * size : end;
+            pairs += reference_is_mapped(p, &map, b, h, i, j) ? (double)(next - j) : 0;
+        }
+    }
+    return pairs;
+}
+
+/* Prints the median time of the operands' pass. Only visible pairs count as operations. */
 static void time_pass(struct test_run *t, struct operands *operands)
 {
     enum { MAX_RUNS = 101 };
     const mfa_problem *p = &operands->problem;
-    double times[MAX_RUNS], begin = seconds(), pairs = 0;
+    double times[MAX_RUNS], begin = seconds(), pairs = visible_pairs(&t->test_case.inputs);
     int count = 0;
-    for (int64_t i = 0; i < p->q_len; i++) {
-        int64_t first, end;
-        reference_band(p, i, &first, &end);
-        pairs += (double)(end - first);
-    }
     double columns = (double)p->head_dim, values = (double)p->value_dim;
     double each = p->pass == MFA_FORWARD ? 2 * (columns + values) : 2 * (3 * columns + 2 * values);
     while (count < 5 || (count < MAX_RUNS && seconds() - begin < 1)) {
@@ -216,8 +232,7 @@ static void time_pass(struct test_run *t, struct operands *operands)
     }
     qsort(times, (size_t)count, sizeof *times, ascending);
     double median = times[count / 2];
-    printf("%10.3f ms %8.1f GFLOP/s  %-8s %s\n", median * 1e3,
-           pairs * each * (double)(p->batch * p->q_heads) / median * 1e-9,
+    printf("%10.3f ms %8.1f GFLOP/s  %-8s %s\n", median * 1e3, pairs * each / median * 1e-9,
            p->pass == MFA_FORWARD ? "forward" : "backward", strchr(t->test_case.text, ' ') + 1);
     fflush(stdout);
 }

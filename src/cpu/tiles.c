@@ -92,10 +92,21 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
     return tasks * tiling->splits;
 }
 
+/* Panels of a block of queries, about `most`, but such that the blocks of a row of the map are of one size. */
+static int32_t fit_panels(const mfa_problem *p, int32_t most, int64_t block_q)
+{
+    const int64_t panels = mfa_cpu_ceil(p->block_map_q, block_q), blocks = panels > most ? panels / most : 1;
+    const int64_t fit = mfa_cpu_ceil(panels, blocks);
+    if (p->block_map_q == 0)
+        return most;
+    return (int32_t)(fit < MFA_CPU_PANELS_MAX ? fit : MFA_CPU_PANELS_MAX);
+}
+
 /* Returns the number of tasks. Where blocks are few, they are halved, and where these are very few, there is an even
- * number of blocks of one size, unless a band or a map makes their times unequal. Groups are then twice as large, and take as
- * much memory as before. */
-static int64_t choose_backward(const mfa_problem *p, const struct row *row, struct mfa_cpu_tiling *tiling)
+ * number of blocks of one size, unless a band or a map makes their times unequal. Groups are then twice as large, and
+ * take as much memory as before. */
+static int64_t choose_backward(const mfa_problem *p, const struct row *row, int64_t block_q,
+                               struct mfa_cpu_tiling *tiling)
 {
     int64_t heads = p->batch * p->kv_heads, blocks = mfa_cpu_ceil(p->kv_len, row->backward_kv);
     tiling->panels = row->backward_panels;
@@ -109,6 +120,7 @@ static int64_t choose_backward(const mfa_problem *p, const struct row *row, stru
             blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);
         }
     }
+    tiling->panels = fit_panels(p, tiling->panels, block_q);
     return heads * blocks;
 }
 
@@ -131,7 +143,8 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
     struct mfa_cpu_tiling tiling = {.splits = 1, .block_kv = choice->key.block_kv};
-    int64_t tasks = forward ? choose_forward(p, row, kernels, choice, &tiling) : choose_backward(p, row, &tiling);
+    int64_t tasks =
+        forward ? choose_forward(p, row, kernels, choice, &tiling) : choose_backward(p, row, kernels->panel, &tiling);
     memcpy(choice->tiling.bytes, &tiling, sizeof tiling);
     const double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
     if (flop < SERIAL_FLOP || tasks < 1)
