@@ -1,6 +1,6 @@
 /* The bias tile: what a mask, ALiBi and a block map that hides keys from some of the panel add to the scores of a panel
- * and a block of keys, transposed like the scores, [key][PANEL]. A new additive term of the score, one that is known for
- * each query and key, enters here (has_bias, panel_bias), and reaches every kernel.
+ * and a block of keys, transposed like the scores, [key][PANEL]. A new additive term of the score, one that is known
+ * for each query and key, enters here (has_bias, panel_bias), and reaches every kernel.
  *
  * A bool mask is transposed before it is widened: as many keys as a real has bytes move together. */
 
