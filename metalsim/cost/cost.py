@@ -30,6 +30,7 @@ QUICK = (
     "attention_forward f16 64 full",
     "attention_forward f16 64 causal",
     "attention_forward f16 64 dropout",
+    "attention_forward f16 64 map",
     "attention_forward f32 64 full",
     "attention_decode f16 128 8-heads",
     "attention_decode_vector f16 128 1-head",

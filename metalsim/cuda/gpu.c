@@ -115,7 +115,9 @@ static const char entry[] =
     "    const __grid_constant__ any_buffers buffers)\n{\n"
     "#define C call\n#define B(n) any_pointer{buffers.at[n]}\n"
     "#if defined(ALIBI)\n#define SLOPES , B(19)\n#else\n#define SLOPES\n#endif\n"
-    "#if defined(DROPOUT)\n#define SEED , B(22)\n#else\n#define SEED\n#endif\n#define SCORE B(9), B(1) SLOPES SEED\n"
+    "#if defined(DROPOUT)\n#define SEED , B(22)\n#else\n#define SEED\n#endif\n"
+    "#if defined(BLOCK_MAP)\n#define MAP , B(23)\n#else\n#define MAP\n#endif\n"
+    "#define SCORE B(9), B(1) SLOPES SEED MAP\n"
     "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
     "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"
     "    %s(%s);\n}\n";

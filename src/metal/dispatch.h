@@ -7,11 +7,11 @@
 
 #include "core/backend.h"
 #include "metal/kernels/contract.h"
+#include "metal/source.h"
 #include "metal/tiles.h"
 #include "mfa.h"
 
 #define MFA_METAL_DISPATCHES 8 /* the most of one run */
-#define MFA_METAL_BINDINGS 12  /* the most of one kernel, without the call */
 
 /* Where the memory of one of the kernel's buffers is: an operand, or the workspace. */
 struct mfa_metal_binding {
@@ -30,7 +30,7 @@ struct mfa_metal_dispatch {
     int32_t threads;            /* of a threadgroup */
     struct mfa_metal_call call; /* for buffer 0, with first_group = 0 */
     int32_t binding_count;
-    struct mfa_metal_binding bindings[MFA_METAL_BINDINGS];
+    struct mfa_metal_binding bindings[MFA_METAL_BUFFERS];
 };
 
 /* Fills in choice->shared, the bytes of the workspace; the rest of the choice has been made. */

@@ -28,7 +28,8 @@ enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD 
 #define PART(name) ONE(MFA_METAL_BUFFER_##name)
 #define CALL PART(CALL)
 #define QKV (OPERAND(q) | OPERAND(k) | OPERAND(v))
-#define SCORE (OPERAND(mask) | PART(BLOCK_MASK) | OPERAND(slopes) | OPERAND(seed)) /* SCORE_BUFFERS of score.h */
+#define SCORE /* SCORE_BUFFERS of score.h */ \
+    (OPERAND(mask) | PART(BLOCK_MASK) | OPERAND(slopes) | OPERAND(seed) | OPERAND(block_map))
 #define RESULTS (OPERAND(o) | OPERAND(lse) | OPERAND(o_low))
 #define GRADIENTS (QKV | SCORE | OPERAND(d_o) | PART(D) | PART(L)) /* what every kernel of gradients reads */
 

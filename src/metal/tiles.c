@@ -216,9 +216,6 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
         return mfa_fail(MFA_UNSUPPORTED, "dtype is f64; Metal kernels exist for f32, f16 and bf16");
     if (p->mask == MFA_MASK_ADDITIVE && p->mask_dtype == MFA_F64)
         return mfa_fail(MFA_UNSUPPORTED, "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
-    if (p->block_map_q > 0)
-        return mfa_fail(MFA_UNSUPPORTED, "block_map_q is %lld; Metal kernels exist for 0 (no block map)",
-                        (long long)p->block_map_q);
     const double size = fabs(p->scale); /* the factor of the product of Q and K */
     if (size != 0 && !(size >= 0x1p-100 && size <= 0x1p100))
         return mfa_fail(MFA_UNSUPPORTED, "scale is %g; Metal kernels exist for 0 and, of either sign, 2^-100 to 2^100",

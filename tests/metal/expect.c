@@ -1,4 +1,4 @@
-/* The number of blocks that are not EMPTY, counted element by element from the definition. */
+/* The number of blocks that are not EMPTY nor hidden, counted element by element from the definition. */
 #include <math.h>
 #include <string.h>
 
@@ -23,15 +23,20 @@ static int mask_keeps(const struct inputs *inputs, int64_t batch, int64_t head, 
 
 static int block_is_nonempty(const struct inputs *inputs, const struct extent *e)
 {
-    int band = 0, mask = 0;
+    const struct reference_view view =
+        reference_view(&inputs->problem, REFERENCE_BLOCK_MAP, inputs->values[REFERENCE_BLOCK_MAP]);
+    int band = 0, mask = 0, map = 0;
     for (int64_t r = e->row; r < e->row + e->rows; r++) {
         int64_t first, end;
         reference_band(&inputs->problem, r / e->pack_gqa, &first, &end);
         band |= first < e->key + e->keys && end > e->key && first < end;
         for (int64_t j = e->key; j < e->key + e->keys && !mask; j++)
             mask = mask_keeps(inputs, e->batch, e->first_head + r % e->pack_gqa, r / e->pack_gqa, j);
+        for (int64_t j = e->key; j < e->key + e->keys && !map; j++)
+            map = reference_is_mapped(&inputs->problem, &view, e->batch, e->first_head + r % e->pack_gqa,
+                                      r / e->pack_gqa, j);
     }
-    return band && mask;
+    return band && mask && map;
 }
 
 static int64_t count_blocks(const struct inputs *inputs, const struct mfa_metal_tile *tile, int64_t pack_gqa)

@@ -16,10 +16,12 @@
 
 #define LENGTH 2048        /* of the sequence that a threadgroup walks along; half of it if causal, as on average */
 #define DECODE_LENGTH 8192 /* keys of a decode step */
+#define MAP_BLOCK 64       /* queries, and keys, of a block of a map */
+#define SEED 1             /* of the inputs */
 
 struct item {
     enum mfa_metal_kernel kernel;
-    int family, dtype, dim, causal, dropout;
+    int family, dtype, dim, causal, dropout, map;
     int heads; /* for each KV head */
 };
 
@@ -40,6 +42,10 @@ static mfa_problem problem_of(const struct item *item, int q_len, int kv_len)
     problem.dropout = item->dropout ? 0.1 : 0;
     if (item->causal) /* a block of keys is seen by later queries only, and one of queries sees earlier keys only */
         problem.upper = kv_len > q_len ? kv_len - q_len : 0;
+    if (item->map) {
+        problem.block_map_q = problem.block_map_kv = MAP_BLOCK;
+        mfa_problem_make_dense(&problem);
+    }
     return problem;
 }
 
@@ -64,16 +70,23 @@ static mfa_problem problem_of_case(const struct item *item)
     return problem_of(item, tile->block_q > 8 ? tile->block_q : 16, length);
 }
 
-/* The products of 8 x 8 matrices that the scores within the band need. */
+/* The products of 8 x 8 matrices that the visible scores need. */
 static double useful_products(const struct item *item)
 {
     const mfa_problem p = problem_of_case(item);
     const int products = item->kernel == MFA_METAL_BACKWARD_DKV ? 4 : item->kernel == MFA_METAL_BACKWARD_DQ ? 3 : 2;
+    struct inputs inputs; /* for the block map */
     double scores = 0;
+    char text[256];
+    mfa_problem_print(&p, text, sizeof text);
+    inputs_open(&inputs, &p, (struct variant){0}, SEED, text);
+    const struct reference_view map = reference_view(&p, REFERENCE_BLOCK_MAP, inputs.values[REFERENCE_BLOCK_MAP]);
     for (int64_t i = 0; i < p.q_len; i++) {
         const int64_t last = item->causal ? i + p.upper : p.kv_len - 1;
-        scores += (double)(last < p.kv_len ? last + 1 : p.kv_len);
+        for (int64_t j = 0; j < p.kv_len && j <= last; j++)
+            scores += reference_is_mapped(&p, &map, 0, 0, i, j);
     }
+    inputs_close(&inputs);
     return scores * item->heads * item->dim * products / 512;
 }
 
@@ -85,14 +98,17 @@ static int differs(struct item item)
     return item.dtype == MFA_BF16 || memcmp(own, tile_of(&item), sizeof *own);
 }
 
-enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, VARIANTS };
+enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, MAP, VARIANTS };
 
-/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows, and with dropout. */
+/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows, with dropout, and with a block
+ * map. */
 static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant)
 {
     const int usual = dim == 64 || dim == 128;
     if (variant == DROPOUT)
         return dtype == MFA_F16 && usual && !decodes(kernel);
+    if (variant == MAP)
+        return dtype == MFA_F16 && dim == 64 && !decodes(kernel);
     if (variant)
         return dtype == MFA_F16 && usual && kernel != MFA_METAL_DECODE;
     return usual || (dtype != MFA_BF16 && dim > 128) || (dtype == MFA_F16 && !decodes(kernel));
@@ -113,8 +129,8 @@ static int list_cases(struct item *items)
                         const int heads = kernels[k] == MFA_METAL_DECODE             ? 8
                                           : variant == CAUSAL_OR_TWO_ROWS && !causal ? 2
                                                                                      : 1;
-                        const struct item item = {kernels[k],         family, dtypes[t], dims[d], causal,
-                                                  variant == DROPOUT, heads};
+                        const struct item item = {kernels[k],         family,         dtypes[t], dims[d], causal,
+                                                  variant == DROPOUT, variant == MAP, heads};
                         if (is_case(kernels[k], dtypes[t], dims[d], variant) && (family == 7 || differs(item)))
                             items[count++] = item;
                     }
@@ -133,6 +149,7 @@ static void print_case(int number, const struct item *item)
            decodes(item->kernel) ? name
            : item->causal        ? "causal"
            : item->dropout       ? "dropout"
+           : item->map           ? "map"
                                  : "full",
            tile->block_q, tile->block_kv, tile->row_groups, tile->split, tile->key_groups, useful_products(item),
            (long long)problem.kv_len);
@@ -175,7 +192,7 @@ static int run_case(const struct item *item)
     struct metal_trace trace;
     counted = item;
     mfa_problem_print(&one.problem, one.text, sizeof one.text);
-    test_case_open(&test_case, &one, (struct variant){0}, 1);
+    test_case_open(&test_case, &one, (struct variant){0}, SEED);
     operands_open(&operands, &test_case.inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     mfa_status status = metal_run(&operands, target, 0, &trace);
     operands_collect(&operands, &results);

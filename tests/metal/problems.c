@@ -40,6 +40,11 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
     g->problem.dropout = (c + family + decode + n / 96) % 2 ? 0.25 : 0; /* with half of the threads, or with all */
     g->target = (struct metal_target){.family = families[family], .halved = n / 96 % 2};
     g->variant.dlse = n % 2, g->variant.heads_broadcast = n % 4;
+    if ((n / 2 + family + decode) % 2) { /* sizes that tiles divide, or that do not */
+        g->problem.block_map_q = n % 5 == 0 ? 48 : 32, g->problem.block_map_kv = n % 3 == 0 ? 48 : n % 3 == 1 ? 64 : 16;
+        mfa_problem_make_dense(&g->problem);
+        g->variant.map_broadcast = n % 3 ? 0 : ALONG_HEAD;
+    }
     finish(g);
     return 1;
 }
@@ -60,7 +65,8 @@ static void draw_program(struct generated *g, struct generator *r)
     g->target.family = random_between(r, 0, 1) ? 7 : 9;
     g->target.halved = !random_between(r, 0, 3);
     g->problem.alibi = !random_between(r, 0, 3), g->problem.sinks = !random_between(r, 0, 3);
-    g->problem.dropout = !random_between(r, 0, 2); /* whether there is any */
+    g->problem.dropout = !random_between(r, 0, 2);     /* whether there is any */
+    g->problem.block_map_q = !random_between(r, 0, 2); /* whether there is a map */
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -89,7 +95,10 @@ int problems_random(struct generated *g, uint64_t seed, int n)
         g->problem.dropout = dropouts[random_between(&r, 0, 4)];
     if (program.problem.upper)
         random_band(&r, &g->problem);
+    if (program.problem.block_map_q)
+        random_block_map(&r, &g->problem);
     random_memory(&r, &g->problem, &g->variant, &g->arrangement);
+    g->variant.map_broadcast = (int)random_between(&r, 0, 11);
     g->variant.heads_broadcast = (int)random_between(&r, 0, 3);
     finish(g);
     return 1;

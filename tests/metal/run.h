@@ -29,7 +29,8 @@ int metal_run_layout_test(int family);
 /* If set, replaces the text of a kernel's program. Both texts are from malloc; the callee frees the old one. */
 extern char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 
-/* The number of blocks that each kernel of the pass has to visit: those that are not EMPTY by the band or the mask. */
+/* The number of blocks that each kernel of the pass has to visit: those that neither the band, nor the mask, nor the
+ * block map leaves empty. */
 void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target target,
                   int64_t expected[MFA_METAL_KERNELS]);
 

@@ -28,7 +28,7 @@ static const char *run_pass(const struct test_case *s, struct metal_target targe
         const int64_t visited = trace.visited[tiled[n]], nonempty = expected[tiled[n]];
         if (visited < 0 || visited == nonempty)
             continue;
-        snprintf(wrong, sizeof wrong, "%s visits %lld blocks, and %lld are not EMPTY",
+        snprintf(wrong, sizeof wrong, "%s visits %lld blocks, and has to visit %lld",
                  mfa_metal_source_function(tiled[n]), (long long)visited, (long long)nonempty);
         return wrong;
     }

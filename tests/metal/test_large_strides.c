@@ -140,14 +140,16 @@ static const int64_t large[] = {(INT64_C(1) << 31) + 4, (INT64_C(1) << 32) + 3};
 static void test_blocks(void **state)
 {
     (void)state;
-    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 mask_f32 dropout0.2", 0, 0, 3, (struct strides){large, 2});
+    check("forward f16 b2 h4/2 q40 kv70 d24v16 upper30 block_map_q16 block_map_kv16 dropout0.2 mask_f32", 0, 0, 3,
+          (struct strides){large, 2});
 }
 
 /* attention_decode and attention_merge. */
 static void test_decode(void **state)
 {
     (void)state;
-    check("forward f32 b2 h4/2 q2 kv600 d24 mask_bool", 0, 0, 3, (struct strides){large, 2});
+    check("forward f32 b2 h4/2 q2 kv600 d24 block_map_q16 block_map_kv48 mask_bool", 0, 0, 3,
+          (struct strides){large, 2});
 }
 
 /* More blocks than a stretch of 32-bit offsets has (kv_source.h), of K and V in attention_decode_vector and

@@ -290,7 +290,7 @@ static void list(const mfa_problem *problem, struct listed *l)
     for (int n = 0; n < l->count; n++) {
         const struct mfa_metal_dispatch *d = &l->list[n];
         assert_true(d->groups > 0 && d->chunk > 0 && d->call.first_group == 0);
-        assert_in_range(d->binding_count, 1, MFA_METAL_BINDINGS);
+        assert_in_range(d->binding_count, 1, MFA_METAL_BUFFERS);
         for (int i = 0; i < d->binding_count; i++)
             assert_true(d->bindings[i].operand >= 0 || d->bindings[i].offset <= l->choice.shared);
     }

@@ -74,7 +74,8 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
     device const float *D = in.D + stats, *L = in.L + stats;
     block_range q_blocks = q_blocks_of(call, k.seq, k.first, min(k.first + BLOCK_KV, k.seq.kv_len) - 1);
     mask_range band;
-    mask_range_of_key(band, call, k.seq, k.own);
+    mask_range_of_key(band, in.score, call, k.seq, head, k.own);
+    map_walk map = map_walk_init();
     dropout dropped = dropout_of(in.score, call, k.seq);
     int visited = 0;
 
@@ -85,7 +86,7 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_Q>(Q_at), tile_cursor_advance<BLOCK_Q>(dO_at)) {
             mask_range range;
-            if (!visit_q_block(range, band, block, head, k, in.score, call))
+            if (!visit_q_block(range, band, map, block, head, k, in.score, call, sg.lane))
                 continue;
             visited++;
             kept_tile<1, QUERY_FRAGMENTS> kept;

@@ -42,6 +42,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
     int visited = 0;
     storage2 Q[ROWS * D_FRAGMENTS], dO[ROWS * E_FRAGMENTS];
     mask_range bands[ROWS];
+    map_walk map = map_walk_init();
     dropout dropped = dropout_of(in.score, call, q.seq);
     UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -52,7 +53,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
                                      sg.slice * D_SLICE, own.valid, sg.at);
         load_row_paired<E_FRAGMENTS>(dO + r * E_FRAGMENTS, do_source(in.dO, call, q.seq, own.head), own.i,
                                      sg.slice * E_SLICE, own.valid, sg.at);
-        mask_range_of_query(bands[r], call, q.seq, own);
+        mask_range_of_query(bands[r], in.score, call, q.seq, own);
     }
     clear<ROWS * D_FRAGMENTS>(dQ);
 
@@ -63,7 +64,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
             mask_range ranges[ROWS];
-            if (!visit_kv_block(ranges, bands, block, q, in.score, call))
+            if (!visit_kv_block(ranges, bands, map, block, q, in.score, call, sg.lane))
                 continue;
             visited++;
             kept_tile<ROWS, KEY_FRAGMENTS> kept;

@@ -86,16 +86,19 @@ METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, int
 METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward_operands &in,
                          constant mfa_metal_call &call, uint simdgroup, lane_coord at)
 {
-    if (!block_in_band(call, c.i, c.key))
-        return;
     constant mfa_args &args = call.args;
     sequence seq = sequence_of(call, c.batch);
+    if (!block_is_visible(in.score, call, seq, c.head, c.i, c.key))
+        return;
     int i = c.i + int(simdgroup) * 8 + at.row, kv_head = c.head / int(args.q_heads_per_kv);
     bool valid = i < seq.q_len;
     query q = query{c.head, valid ? i : 0, valid};
     mask_range range;
-    mask_range_of_query(range, call, seq, q);
+    mask_range_of_query(range, in.score, call, seq, q);
     mask_range_move(range, range, c.key);
+#if defined(BLOCK_MAP)
+    mask_range_add_map<BLOCK>(range, range.map, args.block_map_kv, args.block_map.column, c.key, seq.kv_len - 1);
+#endif
 #if defined(ALIBI)
     mask_range_add_alibi(range, in.score, call, seq, q.head, q.i, c.key, -1.0f);
 #endif

@@ -115,6 +115,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
     int first_key = sg.key_group * KEYS_OF_SIMDGROUP + sg.lane / COLUMN_LANES;
     float Q[LANE_ROWS * D_RUNS * 4];
     mask_range bands[LANE_ROWS];
+    map_walk map = map_walk_init();
     dropout dropped = dropout_of(in, call, q.seq);
     kept_ahead ahead = kept_ahead_init();
     UNROLL
@@ -122,7 +123,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
         row_source source = q_source(Q_base, call, q.seq, q.own[r].head);
         tile_cursor own = tile_cursor_of<1>(source, q.own[r].i);
         load_vector<D_RUNS>(Q + r * D_RUNS * 4, source, own, 0, column);
-        mask_range_of_query(bands[r], call, q.seq, q.own[r]);
+        mask_range_of_query(bands[r], in, call, q.seq, q.own[r]);
         acc.state[r] = softmax_init();
         UNROLL
         for (int e = 0; e < E_RUNS * 4; e++)
@@ -136,7 +137,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
             mask_range ranges[LANE_ROWS];
-            if (!visit_kv_block(ranges, bands, block, q, in, call))
+            if (!visit_kv_block(ranges, bands, map, block, q, in, call, sg.lane))
                 continue;
             visited++;
             kept_rows kept;

@@ -1,6 +1,6 @@
 /* Which blocks of keys a block of queries attends to, and which blocks of queries a block of keys: the band bounds the
- * range, and blocks of it that the mask leaves EMPTY are skipped. A kernel whose threadgroups own keys in place of
- * queries defines KEYS_ARE_ROWS. */
+ * range, and blocks of it that the mask leaves EMPTY, or the block map hides, are skipped. A kernel whose threadgroups
+ * own keys in place of queries defines KEYS_ARE_ROWS. */
 
 /* Blocks [begin, end). */
 struct block_range {
@@ -35,14 +35,51 @@ METAL_FUNC block_range q_blocks_of(constant mfa_metal_call &call, thread const s
     return range;
 }
 
-/* Whether some query of the block from `i` on attends to some key of the block from `key` on, as far as the band says.
- */
-METAL_FUNC bool block_in_band(constant mfa_metal_call &call, int i, int key)
+#if defined(BLOCK_MAP)
+/* Whether the block map shows some of keys [key, last_key] to some of queries [i, last_i] of a head. */
+METAL_FUNC bool map_shows(thread const score_operands &in, constant mfa_metal_call &call, thread const sequence &seq,
+                          int head, int i, int last_i, int key, int last_key)
+{
+    uint rows = uint(call.args.block_map_q), columns = uint(call.args.block_map_kv);
+    for (uint row = uint(i) / rows; row <= uint(last_i) / rows; row++)
+        for (uint column = uint(key) / columns; column <= uint(last_key) / columns; column++)
+            if (in.block_map[mask_offset(seq, call.args.block_map, head, int(row), int(column))] != 0)
+                return true;
+    return false;
+}
+#endif
+
+/* Whether some query of a head in the block from `i` on attends to some key of the block from `key` on, as far as the
+ * band and the block map say. */
+METAL_FUNC bool block_is_visible(thread const score_operands &in, constant mfa_metal_call &call,
+                                 thread const sequence &seq, int head, int i, int key)
 {
 #if defined(BAND)
-    return key - (BLOCK_Q - 1) <= i + int(call.args.upper) && key + (BLOCK_KV - 1) >= i + int(call.args.lower);
+    if (key - (BLOCK_Q - 1) > i + int(call.args.upper) || key + (BLOCK_KV - 1) < i + int(call.args.lower))
+        return false;
+#endif
+#if defined(BLOCK_MAP)
+    return map_shows(in, call, seq, head, i, min(i + BLOCK_Q, seq.q_len) - 1, key, min(key + BLOCK_KV, seq.kv_len) - 1);
 #else
     return true;
+#endif
+}
+
+/* What a walk knows of the block map: which of 32 blocks it shows. They are looked up together, a block by each lane,
+ * for one load would be waited for about as long as a block takes. */
+struct map_walk {
+#if defined(BLOCK_MAP)
+    uint shown; /* bit n: block end - 32 + n */
+    int end;
+#endif
+};
+
+METAL_FUNC map_walk map_walk_init()
+{
+#if defined(BLOCK_MAP)
+    return map_walk{0, 0};
+#else
+    return map_walk{};
 #endif
 }
 
@@ -120,11 +157,38 @@ METAL_FUNC int stretch_end(int first, int end)
 }
 
 #if !defined(KEYS_ARE_ROWS)
-/* A block of keys: sets the ranges of the lane's rows for it, `bands` being those of all their keys. false: the block
- * is EMPTY, and is skipped by the whole threadgroup. */
-METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_range *bands, int block,
-                               thread const q_block &q, thread const score_operands &in, constant mfa_metal_call &call)
+#if defined(BLOCK_MAP)
+/* Whether the map shows some key of a block to some row of the threadgroup. */
+METAL_FUNC bool map_shows_kv_block(thread const score_operands &in, constant mfa_metal_call &call,
+                                   thread const q_block &q, int block)
 {
+    int pack = int(call.pack_gqa), last = min(q.first + BLOCK_Q, q.seq.q_len * pack) - 1;
+    int key = block * BLOCK_KV, last_key = min(key + BLOCK_KV, q.seq.kv_len) - 1, head = q.kv_head * pack;
+    if (key > last_key)
+        return false;
+    if (call.args.block_map.head == 0)
+        return map_shows(in, call, q.seq, head, q.first / pack, last / pack, key, last_key);
+    for (int h = 0; h < pack && h <= last; h++) { /* rows h, h + pack ... */
+        int i = (q.first - h + pack - 1) / pack, last_i = (last - h) / pack;
+        if (i <= last_i && map_shows(in, call, q.seq, head + h, i, last_i, key, last_key))
+            return true;
+    }
+    return false;
+}
+#endif
+
+/* A block of keys: sets the ranges of the lane's rows for it, `bands` being those of all their keys. false: the block
+ * is EMPTY or hidden, and is skipped by the whole threadgroup. */
+METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_range *bands, thread map_walk &map,
+                               int block, thread const q_block &q, thread const score_operands &in,
+                               constant mfa_metal_call &call, int lane)
+{
+#if defined(BLOCK_MAP)
+    if (block >= map.end)
+        map = map_walk{simd_or(map_shows_kv_block(in, call, q, block + lane) ? 1u << lane : 0u), block + 32};
+    if ((map.shown >> (block - (map.end - 32)) & 1u) == 0)
+        return false;
+#endif
 #if defined(MASKED)
     constant mfa_strides &s = call.args.mask;
     uchar state = in.block_mask[block_mask_index(call, q.seq.batch, q.kv_head, q.first / BLOCK_Q, block)];
@@ -134,6 +198,10 @@ METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_rang
     UNROLL
     for (int r = 0; r < LANE_ROWS; r++) {
         mask_range_move(ranges[r], bands[r], block * BLOCK_KV);
+#if defined(BLOCK_MAP)
+        mask_range_add_map<BLOCK_KV>(ranges[r], bands[r].map, call.args.block_map_kv, call.args.block_map.column,
+                                     block * BLOCK_KV, q.seq.kv_len - 1);
+#endif
 #if defined(ALIBI)
         mask_range_add_alibi(ranges[r], in, call, q.seq, q.own[r].head, q.own[r].i, block * BLOCK_KV, -1.0f);
 #endif
@@ -146,10 +214,25 @@ METAL_FUNC bool visit_kv_block(thread mask_range *ranges, thread const mask_rang
 }
 #else
 /* A block of queries of a head: the same for the lane's key. */
-METAL_FUNC bool visit_q_block(thread mask_range &range, thread const mask_range &band, int block, int head,
-                              thread const kv_block &k, thread const score_operands &in, constant mfa_metal_call &call)
+METAL_FUNC bool visit_q_block(thread mask_range &range, thread const mask_range &band, thread map_walk &map, int block,
+                              int head, thread const kv_block &k, thread const score_operands &in,
+                              constant mfa_metal_call &call, int lane)
 {
+#if defined(BLOCK_MAP)
+    if (block >= map.end) {
+        int i = (block + lane) * BLOCK_Q, last_i = min(i + BLOCK_Q, k.seq.q_len) - 1;
+        bool shows = i <= last_i &&
+                     map_shows(in, call, k.seq, head, i, last_i, k.first, min(k.first + BLOCK_KV, k.seq.kv_len) - 1);
+        map = map_walk{simd_or(shows ? 1u << lane : 0u), block + 32};
+    }
+    if ((map.shown >> (block - (map.end - 32)) & 1u) == 0)
+        return false;
+#endif
     mask_range_move(range, band, block * BLOCK_Q);
+#if defined(BLOCK_MAP)
+    mask_range_add_map<BLOCK_Q>(range, band.map, call.args.block_map_q, call.args.block_map.row, block * BLOCK_Q,
+                                k.seq.q_len - 1);
+#endif
 #if defined(ALIBI)
     mask_range_add_alibi(range, in, call, k.seq, head, block * BLOCK_Q, k.own, 1.0f);
 #endif

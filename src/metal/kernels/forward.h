@@ -43,12 +43,13 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
     int first_key = sg.key_group * (BLOCK_KV / KEY_GROUPS), visited = 0;
     storage2 Q[ROWS * D_FRAGMENTS];
     mask_range bands[ROWS];
+    map_walk map = map_walk_init();
     dropout dropped = dropout_of(in.score, call, q.seq);
     UNROLL
     for (int r = 0; r < ROWS; r++) {
         load_row_paired<D_FRAGMENTS>(Q + r * D_FRAGMENTS, q_source(in.Q, call, q.seq, q.own[r].head), q.own[r].i,
                                      sg.slice * D_SLICE, q.own[r].valid, sg.at);
-        mask_range_of_query(bands[r], call, q.seq, q.own[r]);
+        mask_range_of_query(bands[r], in.score, call, q.seq, q.own[r]);
         acc.state[r] = softmax_init();
     }
     clear<ROWS * E_FRAGMENTS>(acc.O);
@@ -60,7 +61,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
             mask_range ranges[ROWS];
-            if (!visit_kv_block(ranges, bands, block, q, in.score, call))
+            if (!visit_kv_block(ranges, bands, map, block, q, in.score, call, sg.lane))
                 continue;
             visited++;
             kept_tile<ROWS, KEY_FRAGMENTS> kept;

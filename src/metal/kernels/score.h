@@ -1,5 +1,5 @@
-/* From Q K^T to scores: scale, softcap, additive mask, ALiBi, band and masks, and the softcap's derivative. In the
- * forward pass scores are in units of log 2, so that P = exp2(S - m).
+/* From Q K^T to scores: scale, softcap, additive mask, ALiBi, band, masks and block map, and the softcap's derivative.
+ * In the forward pass scores are in units of log 2, so that P = exp2(S - m).
  *
  * Kernels walk along blocks of keys, for a lane that has a query, or along blocks of queries, for a lane that has a
  * key. Either way the lane computes the elements t = 0, 1, ... of a block, and a `mask_range` says which of them are
@@ -16,7 +16,7 @@
 #define BIAS_MIN (-4.2535296e37f) /* -2^125 */
 
 /* What P is made of beside Q and K, as arguments of a kernel and as one struct: the mask, and what is known of its
- * blocks, which only MASKED kernels read; ALiBi's slopes; the seed of dropout, in words. */
+ * blocks, which only MASKED kernels read; ALiBi's slopes; the seed of dropout, in words; the block map. */
 #if defined(ALIBI)
 #define SLOPES_BUFFER , device const float *slopes [[buffer(19)]]
 #define SLOPES_OPERAND , slopes
@@ -31,13 +31,20 @@
 #define SEED_BUFFER
 #define SEED_OPERAND
 #endif
+#if defined(BLOCK_MAP)
+#define MAP_BUFFER , device const uchar *block_map [[buffer(23)]]
+#define MAP_OPERAND , block_map
+#else
+#define MAP_BUFFER
+#define MAP_OPERAND
+#endif
 #define SCORE_BUFFERS                              \
     device const mask_storage *mask [[buffer(9)]], \
-        device const uchar *block_mask [[buffer(1)]] SLOPES_BUFFER SEED_BUFFER
-#define SCORE_OPERANDS                               \
-    score_operands                                   \
-    {                                                \
-        mask, block_mask SLOPES_OPERAND SEED_OPERAND \
+        device const uchar *block_mask [[buffer(1)]] SLOPES_BUFFER SEED_BUFFER MAP_BUFFER
+#define SCORE_OPERANDS                                           \
+    score_operands                                               \
+    {                                                            \
+        mask, block_mask SLOPES_OPERAND SEED_OPERAND MAP_OPERAND \
     }
 
 struct score_operands {
@@ -49,10 +56,17 @@ struct score_operands {
 #if defined(DROPOUT)
     device const uint *seed;
 #endif
+#if defined(BLOCK_MAP)
+    device const uchar *block_map;
+#endif
 };
 
 struct mask_range {
     int low, high; /* elements outside [low, high] are masked out */
+#if defined(BLOCK_MAP)
+    device const uchar *map; /* its row with the query, or its column with the key */
+    uint shown;              /* bit n: elements 16 n to 16 n + 15 are in a visible block of the map */
+#endif
 #if defined(MASKED)
     device const mask_storage *mask; /* of element 0 */
     long step;
@@ -90,13 +104,21 @@ METAL_FUNC bool mask_range_is_full(thread const mask_range &r, int length)
     if (r.partial)
         return false;
 #endif
+#if defined(BLOCK_MAP)
+    if (r.shown != (2u << (length - 1) / 16) - 1)
+        return false;
+#endif
     return r.low <= 0 && r.high >= length - 1;
 }
 
 /* The keys in the band of a query. */
-METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
-                                    thread const query &q)
+METAL_FUNC void mask_range_of_query(thread mask_range &r, thread const score_operands &in,
+                                    constant mfa_metal_call &call, thread const sequence &seq, thread const query &q)
 {
+#if defined(BLOCK_MAP)
+    r.map =
+        in.block_map + mask_offset(seq, call.args.block_map, q.head, int(uint(q.i) / uint(call.args.block_map_q)), 0);
+#endif
     r.low = 0, r.high = q.valid ? seq.kv_len - 1 : -1;
 #if defined(BAND)
     r.low = q.i + int(call.args.lower);
@@ -104,10 +126,14 @@ METAL_FUNC void mask_range_of_query(thread mask_range &r, constant mfa_metal_cal
 #endif
 }
 
-/* The queries in whose band a key is. */
-METAL_FUNC void mask_range_of_key(thread mask_range &r, constant mfa_metal_call &call, thread const sequence &seq,
-                                  int key)
+/* The queries of a head in whose band a key is. */
+METAL_FUNC void mask_range_of_key(thread mask_range &r, thread const score_operands &in, constant mfa_metal_call &call,
+                                  thread const sequence &seq, int head, int key)
 {
+#if defined(BLOCK_MAP)
+    int column = int(uint(min(key, seq.kv_len - 1)) / uint(call.args.block_map_kv));
+    r.map = in.block_map + mask_offset(seq, call.args.block_map, head, 0, column);
+#endif
     r.low = 0, r.high = key < seq.kv_len ? seq.q_len - 1 : -1;
 #if defined(BAND)
     r.low = key - int(call.args.upper);
@@ -122,6 +148,20 @@ METAL_FUNC void mask_range_add_mask(thread mask_range &r, device const mask_stor
     r.mask = mask;
     r.step = step;
     r.partial = state == MFA_METAL_BLOCK_PARTIAL;
+}
+#endif
+
+#if defined(BLOCK_MAP)
+/* Adds the map for the LENGTH elements of a block from query or key number `first` on, of which `last` is the last:
+ * `size` of them are a block of the map, whose own elements lie `step` apart. A block of 16 is in one of the map. */
+template <int LENGTH>
+METAL_FUNC void mask_range_add_map(thread mask_range &r, device const uchar *map, mfa_int size, mfa_int step, int first,
+                                   int last)
+{
+    r.shown = 0;
+    UNROLL
+    for (int n = 0; n < (LENGTH + 15) / 16; n++)
+        r.shown |= map[int(uint(min(first + 16 * n, last)) / uint(size)) * step] != 0 ? 1u << n : 0u;
 }
 #endif
 
@@ -147,6 +187,9 @@ METAL_FUNC float score(float product, int t, thread const mask_range &r, constan
 METAL_FUNC float masked_score(float x, int t, thread const mask_range &r, constant mfa_metal_call &call)
 {
     bool shown = t >= r.low && t <= r.high;
+#if defined(BLOCK_MAP)
+    shown = shown && (r.shown >> (uint(t) / 16) & 1u) != 0;
+#endif
 #if defined(MASKED)
     if (shown && r.partial) {
         mask_storage bits = r.mask[t * r.step];
