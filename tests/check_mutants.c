@@ -38,11 +38,12 @@ static const struct {
 
 static const struct {
     const char *name, *right, *wrong;
+    int walk; /* in a walk along blocks, which dbias has none of */
 } mistakes[] = {
-    {"the bound of dropout is half of it", ">= below", ">= below / 2"},
-    {"the words of a counter are swapped", "random.x[n / 2]", "random.x[3 - n / 2]"},
-    {"a block of the map that is hidden is visited", "(map.shown >> (block - (map.end - 32)) & 1u) == 0", "false"},
-    {"a part of a block that the map hides is visible", "(r.shown >> (uint(t) / 16) & 1u) != 0", "true"},
+    {"the bound of dropout is half of it", ">= below", ">= below / 2", 0},
+    {"the words of a counter are swapped", "random.x[n / 2]", "random.x[3 - n / 2]", 0},
+    {"a block of the map that is hidden is visited", "(map.shown >> (block - (map.end - 32)) & 1u) == 0", "false", 1},
+    {"a part of a block that the map hides is visible", "(r.shown >> (uint(t) / 16) & 1u) != 0", "true", 0},
 };
 
 enum { MIN_MUTANTS = 100 }; /* mutants, as long as no barrier is taken out of the kernels */
@@ -183,7 +184,8 @@ static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_func
     for (size_t n = 0; n < sizeof mistakes / sizeof *mistakes; n++) {
         char *mutated = make_mistake(text, n);
         snprintf(name, sizeof name, "%s: %s", mfa_metal_source_function(kernel), mistakes[n].name);
-        if (mutated && metalsim_mutants_differ(text, mutated, cache) != 0)
+        const int made = !mistakes[n].walk || kernel != MFA_METAL_DBIAS;
+        if (mutated && made && metalsim_mutants_differ(text, mutated, cache) != 0)
             try_mutant(kernel, mutated, find(name), run, argument, verbose);
         free(mutated);
     }
