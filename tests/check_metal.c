@@ -146,6 +146,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
                                           .dbias_broadcast = masked ? (number % 3 ? along : along ^ 15) : 0,
                                           .kv_broadcast = masked ? 0 : 1 + number % 3,
                                           .heads_broadcast = number % 4,
+                                          .map_broadcast = number % 12,
                                           .dlse = number % 2};
         good = check_variant(&t, one, broadcast, arguments->seed, (number + 1) % ARRANGEMENTS, ONCE) && good;
     }

@@ -166,7 +166,7 @@ METAL_FUNC bool map_shows_kv_block(thread const score_operands &in, constant mfa
     int key = block * BLOCK_KV, last_key = min(key + BLOCK_KV, q.seq.kv_len) - 1, head = q.kv_head * pack;
     if (key > last_key)
         return false;
-    if (call.args.block_map.head == 0)
+    if (pack == 1 || call.args.block_map.head == 0)
         return map_shows(in, call, q.seq, head, q.first / pack, last / pack, key, last_key);
     for (int h = 0; h < pack && h <= last; h++) { /* rows h, h + pack ... */
         int i = (q.first - h + pack - 1) / pack, last_i = (last - h) / pack;

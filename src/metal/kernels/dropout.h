@@ -78,7 +78,7 @@ template <int ROWS, int FRAGMENTS>
 METAL_FUNC void keep_keys(thread kept_tile<ROWS, FRAGMENTS> &kept, thread const dropout &drop, constant mfa_args &args,
                           thread const query *own, int first, lane_coord at)
 {
-    constexpr int COUNT = ROWS * FRAGMENTS, SHARED = COUNT < 4 ? COUNT : 4;
+    constexpr int COUNT = ROWS * FRAGMENTS, SHARED = 1 + (COUNT > 1) + 2 * (COUNT > 3);
     static_assert(4 % SHARED == 0 && COUNT % SHARED == 0 && (COUNT <= 4 || FRAGMENTS % 4 == 0),
                   "lanes share the counters of 1, 2 or 4 fragments");
     int share = at.column / 2 % SHARED;

@@ -100,12 +100,12 @@ METAL_FUNC void mask_range_move(thread mask_range &r, thread const mask_range &f
 /* Whether the first `length` elements all count, and nothing but their own score does. */
 METAL_FUNC bool mask_range_is_full(thread const mask_range &r, int length)
 {
-#if defined(MASKED)
-    if (r.partial)
-        return false;
-#endif
 #if defined(BLOCK_MAP)
     if (r.shown != (2u << (length - 1) / 16) - 1)
+        return false;
+#endif
+#if defined(MASKED)
+    if (r.partial)
         return false;
 #endif
     return r.low <= 0 && r.high >= length - 1;
