@@ -59,8 +59,8 @@ class Problem:
         problem = cls(text=text, passes=passes, **{name: {**given, **chosen}[name] for name in names})
         if problem.window and problem.q_len != problem.kv_len:
             raise ValueError(f'"{text}" has a window and q_len differs from kv_len; windows need equal ones here')
-        if given["alibi"] or given["sinks"] or given["device"] != DEVICE_CPU or " scale" in text:
-            raise ValueError(f'"{text}" has a scale, alibi, sinks or a device, which no benchmark here has')
+        if given["alibi"] or given["sinks"] or given["dropout"] or given["device"] != DEVICE_CPU or " scale" in text:
+            raise ValueError(f'"{text}" has a scale, alibi, sinks, dropout or a device, which no benchmark here has')
         return problem
 
     @property

@@ -6,6 +6,7 @@ from mps_flash_attn import flash_attention, replace_sdpa
 from __future__ import annotations
 
 from .attention import Explanation, explain, flash_attention
+from .dropout import dropout_mask
 from .frameworks import comfyui_attention, register_transformers
 from .library import Unsupported, is_available
 from .library import library as _library
@@ -19,6 +20,7 @@ __all__ = [
     "Unsupported",
     "comfyui_attention",
     "convert_mask",
+    "dropout_mask",
     "explain",
     "flash_attention",
     "is_available",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from . import dispatch_cache, problem, subclasses, tensors
+from . import dispatch_cache, dropout, problem, subclasses, tensors
 from .autograd import EAGER, Attention, CachedCall, Call, is_differentiated
 from .library import Unsupported, library
 from .operators import attention_forward
@@ -41,6 +41,8 @@ def flash_attention(
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
 ) -> Tensor: ...
 
 
@@ -60,6 +62,8 @@ def flash_attention(
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -79,6 +83,8 @@ def flash_attention(
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -97,6 +103,8 @@ def flash_attention(
     bf16_backward: bool = False,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key.T + attn_mask) @ value, never holding the L x S matrix of scores.
 
@@ -132,6 +140,11 @@ def flash_attention(
     sinks         attention sinks, gpt-oss's `s_aux` and flash-attn's `learnable_sink`: (H,) or (B, H), the logit of
                   each query head, neither scaled nor capped, -inf being none. Float32 or of the query's dtype, and
                   read as float32. They get a gradient of their own shape and dtype if they require one.
+    dropout_p     the probability, 0 to 1, with which a weight is dropped after the softmax, rounded to a multiple of
+                  2**-16. Those that are kept are multiplied by 1 / (1 - dropout_p); lse is that without dropout.
+    dropout_seed  makes the dropout of a call reproducible: an int64 tensor with one element, on the query's device, or
+                  a number. dropout_mask() returns what it drops. Without it PyTorch's default generator of the device
+                  draws one, so torch.manual_seed() makes a program reproducible; dropout_p 0 draws none.
     bf16_backward exists for mps-flash-attn on PyPI; ValueError if True.
 
     Arguments that do not fit together raise ValueError or TypeError, which say what is accepted. A valid call that
@@ -143,8 +156,8 @@ def flash_attention(
     if not by_operator:
         # The type is in the key because 2.0 == 2, but a window of 2.0 raises an error.
         window_type = repr(window_size) if type(window_size) is tuple else type(window_size)
-        options_key = (is_causal, scale, window_size, window_type, softcap, enable_gqa, return_lse, bf16_backward)
-        if alibi_slopes is None and sinks is None:
+        options_key = (is_causal, scale, window_size, window_type, softcap, dropout_p, enable_gqa, return_lse)
+        if alibi_slopes is None and sinks is None and not bf16_backward:
             cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key)
             if cached is not None:
                 return cached.attend(query, key, value, attn_mask)
@@ -154,27 +167,32 @@ def flash_attention(
             "may be bfloat16"
         )
     mask, bias = subclasses.split(attn_mask)
-    given = [query, key, value, *(tensor for tensor in (mask, sinks, alibi_slopes) if tensor is not None)]
+    seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
+    given = [query, key, value, *(tensor for tensor in (mask, sinks, alibi_slopes, seed) if tensor is not None)]
     if not by_operator and needs_operator(*given):
         by_operator = True
         if subclasses.have_torch_function(*given):
             keywords: dict[str, Any] = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
             keywords |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+            keywords |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
             arguments: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
             return handle_torch_function(flash_attention, given, *arguments, **keywords)
-        query, key, value, mask, sinks, alibi_slopes = _check_readable(query, key, value, mask, sinks, alibi_slopes)
+        readable = _check_readable(query, key, value, mask, sinks, alibi_slopes, seed)
+        query, key, value, mask, sinks, alibi_slopes, seed = readable
     sinks = _sinks(sinks, query)
     is_cast = not by_operator and tensors.is_autocast(query)
     if is_cast:  # the operators have a rule for autocast of their own
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     _check_heads(query, key, value, mask, enable_gqa)
-    options = _options(query, key, bias, is_causal, window_size, scale, softcap)
-    inputs = query, key, value, mask, problem.of_heads("sinks", sinks, query), _slopes(alibi_slopes, query)
+    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p)
+    seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query)
+    sinks, slopes = problem.of_heads("sinks", sinks, query), _slopes(alibi_slopes, query)
+    inputs = query, key, value, mask, sinks, slopes, seed
     if by_operator:
         out, lse = attention_forward(*inputs, *options)
         return (out, lse) if return_lse else out
     call = Call(EAGER, options, bool(return_lse))
-    if not is_cast and bias is None and sinks is None and alibi_slopes is None:
+    if not is_cast and bias is None and all(one is None for one in inputs[problem.OF_SDPA :]):
         dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, call)
     if is_differentiated(*inputs):
         return Attention.apply(*inputs, call)
@@ -244,6 +262,8 @@ def explain(
     backward: bool = False,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
 ) -> Explanation:
     """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
     needs beside the operands; or why the call is not supported. Nothing is computed.
@@ -252,15 +272,19 @@ def explain(
     arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is not supported
     does not raise."""
     mask, bias = subclasses.split(attn_mask)
-    *operands, sinks, slopes = _check_readable(query, key, value, mask, sinks, alibi_slopes)
+    seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
+    *operands, sinks, slopes, seed = _check_readable(query, key, value, mask, sinks, alibi_slopes, seed)
     sinks = _sinks(sinks, query)
     if tensors.is_autocast(query):
         operands = list(tensors.autocast(*operands))
     query, key, value, mask = operands
     _check_heads(query, key, value, mask, enable_gqa)
-    options = _options(query, key, bias, is_causal, window_size, scale, softcap)
+    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p)
+    if options.dropout and dropout_seed is None:  # none is drawn where nothing is computed
+        seed = query.new_empty(1, dtype=torch.int64)
+    seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query)
     sinks = problem.of_heads("sinks", sinks, query)
-    inputs = problem.Inputs(query, key, value, mask, sinks, _slopes(slopes, query))
+    inputs = problem.Inputs(query, key, value, mask, sinks, _slopes(slopes, query), seed)
     problem.check(inputs)
     tensors.refuse_short_storage(**inputs._asdict())
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
@@ -317,6 +341,7 @@ def _options(
     window_size: int | tuple[int, int],
     scale: float | None,
     softcap: float,
+    dropout_p: float,
 ) -> Options:
     """The Options of a call. `bias`: a CausalBias, or None."""
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -324,18 +349,8 @@ def _options(
     if bias is not None:
         bound = subclasses.upper_bound(bias, q_len, kv_len)
         upper = bound if upper is None else min(upper, bound)
-    return Options(lower, upper, None if scale is None else _number("scale", scale), _number("softcap", softcap))
-
-
-def _number(name: str, number: Any) -> float:
-    if getattr(number, "requires_grad", False):
-        raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
-    try:
-        if not isinstance(number, str):
-            return float(number)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
-        pass
-    raise TypeError(f"{name} is {number!r}; it must be a number")
+    scale = None if scale is None else problem.number("scale", scale)
+    return Options(lower, upper, scale, problem.number("softcap", softcap), dropout.probability(dropout_p))
 
 
 def _band(is_causal: Causal, window_size: Any, q_len: int, kv_len: int) -> tuple[int | None, int | None]:

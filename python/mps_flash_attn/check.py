@@ -65,6 +65,8 @@ _FEATURES = (
     "causal mask_bool alibi",
     "sinks",
     "lower-50 upper60 mask_f32 softcap5 sinks",
+    "dropout0.1",
+    "causal mask_bool alibi sinks dropout0.5",
 )
 _SHAPES = (
     "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -73,6 +75,7 @@ _SHAPES = (
     "b1 h8/1 q1 kv300 d128 mask_bool",
     "b1 h2 q3 kv300 d256 lower-100 upper0 mask_f32 softcap5",
     "b2 h8/2 q1 kv1100 d64 sinks",
+    "b2 h8/2 q1 kv1100 d64 dropout0.1",
     "b1 h1 q1 kv1 d64",
     "b2 h2 q5 kv0 d64",
 )
@@ -100,7 +103,7 @@ def examine(line: str, device: str) -> Row:
         if not explanation:
             return {"kernels": kernels, "unsupported": explanation.reason}
     sizes = scalars(packed[0])
-    options = Options(sizes.lower, sizes.upper, sizes.scale, sizes.softcap)
+    options = Options(sizes.lower, sizes.upper, sizes.scale, sizes.softcap, sizes.dropout)
 
     def ours(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
         moved = [None if operand is None else operand.to(device) for operand in operands]

@@ -72,8 +72,8 @@ def transformers_attention(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     try:
-        if dropout or options.get("cache") is not None:
-            raise Unsupported("dropout" if dropout else "a paged cache")
+        if options.get("cache") is not None:
+            raise Unsupported("a paged cache")
         out = flash_attention(
             query,
             key,
@@ -83,6 +83,7 @@ def transformers_attention(
             attn_mask=_with_bias(attention_mask, position_bias),
             softcap=softcap or 0,
             enable_gqa=True,
+            dropout_p=dropout,
         )
     except Unsupported as error:
         count(str(error))

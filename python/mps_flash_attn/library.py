@@ -44,13 +44,15 @@ PROBLEM_FIELDS = (
     ("slopes_layout", _LAYOUT),
     *((name, "i") for name in ("sinks", "reserved")),
     *((name + "_layout", _LAYOUT) for name in ("sinks", "dsinks")),
+    ("dropout", "d"),
+    ("seed_layout", _LAYOUT),
 )
 BUFFERS_FIELDS = (
     ("size", "Q"),
     *((name, _BUFFER) for name in ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("workspace", _BUFFER),
     ("workspace_size", "Q"),
-    *((name, _BUFFER) for name in ("o_low", "slopes", "sinks", "dsinks")),
+    *((name, _BUFFER) for name in ("o_low", "slopes", "sinks", "dsinks", "seed")),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
@@ -62,8 +64,8 @@ def _struct(fields: Iterable[tuple[str, str]]) -> struct.Struct:
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
-# dbias o_low slopes sinks dsinks, with zeros between them.
-BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 4)
+# dbias o_low slopes sinks dsinks seed, with zeros between them.
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 5)
 
 _number_of_threads = torch.get_num_threads  # a global name: each attribute lookup costs time in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
@@ -75,8 +77,7 @@ COMPILER = ctypes.CFUNCTYPE(
 
 
 class Scalars(NamedTuple):
-    """The fields of a problem that are the same in forward and backward: all between `pass` and the layouts, and the
-    one after them."""
+    """The fields of a problem that are the same in forward and backward and no layouts."""
 
     device: int
     dtype: int
@@ -95,23 +96,26 @@ class Scalars(NamedTuple):
     scale: float
     softcap: float
     sinks: int
+    dropout: float
 
 
-_LAYOUTS = 1 + len(Scalars._fields)  # where they begin in an unpacked problem, after size, pass and all but sinks
-_SINKS = _LAYOUTS + 4 * 13
+# The name of each number of an unpacked problem; the four of a layout have one name.
+_NAMES = [name for name, form in PROBLEM_FIELDS for _ in range(4 if form == _LAYOUT else 1)]
+_PLACES = [_NAMES.index(name) for name in Scalars._fields]
 
 
 def scalars(problem: bytes) -> Scalars:
     """The Scalars of a packed problem."""
-    fields = PROBLEM.unpack(problem)
-    return Scalars._make((*fields[2:_LAYOUTS], fields[_SINKS]))
+    numbers = PROBLEM.unpack(problem)
+    return Scalars._make(numbers[place] for place in _PLACES)
 
 
 def changed(problem: bytes, **numbers: Any) -> bytes:
     """A packed problem with some scalars replaced."""
-    fields = PROBLEM.unpack(problem)
-    *others, sinks = scalars(problem)._replace(**numbers)
-    return PROBLEM.pack(*fields[:2], *others, *fields[_LAYOUTS:_SINKS], sinks, *fields[_SINKS + 1 :])
+    changed = list(PROBLEM.unpack(problem))
+    for name, number in numbers.items():
+        changed[_NAMES.index(name)] = number
+    return PROBLEM.pack(*changed)
 
 
 class Unsupported(NotImplementedError):
@@ -186,6 +190,7 @@ class Library:
             ("mfa_context_destroy", None, pointer),
             ("mfa_context_set_threads", status, pointer, ctypes.c_int32),
             ("mfa_problem_parse_sized", status, text, pointer, ctypes.c_size_t),
+            ("mfa_problem_dropout_mask", status, pointer, pointer, pointer),
             ("mfa_problem_supported", status, pointer, pointer),
             ("mfa_plan_create", status, pointer, pointer, pointer),
             ("mfa_plan_destroy", None, pointer),
@@ -270,6 +275,10 @@ class Library:
         problem = ctypes.create_string_buffer(PROBLEM.size)
         self.check(self.mfa_problem_parse_sized(line.encode(errors="replace"), problem, PROBLEM.size))
         return problem.raw
+
+    def dropout_mask(self, problem: bytes, seed: int, kept: int) -> None:
+        """Writes which weights of a packed problem dropout keeps, a byte each. `seed`, `kept`: addresses."""
+        self.check(self.mfa_problem_dropout_mask(problem, seed, kept))
 
     def plan(self, problem: bytes) -> tuple[str, int]:
         """The plan of a packed problem: (one line of text, workspace bytes)."""

@@ -4,6 +4,7 @@ torch.export know: their schemas, kernels, fake rules (shapes and strides withou
     attention_forward(*Inputs, *Options) -> (out, lse)
     attention_backward(d_out, d_lse, *Inputs, out, lse, *Options, wanted)
         -> (dQ, dK, dV, dbias, dsinks), of size 0 where not wanted
+    dropout_mask(seed, heads, q_len, kv_len, dropout) -> which weights dropout keeps
 
 The backward operator accepts any `out` and `lse`, so that results merged from several devices work. Its rule for
 autograd is in autograd.py; those for vmap and autocast are in transforms.py.
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import run, tensors
-from .library import DEVICES
+from .library import DEVICES, library
 from .options import Options
 from .problem import DIFFERENTIABLE, Inputs, Operands, OperandsTuple, check, check_saved
 from .subclasses import as_plain
@@ -27,14 +28,17 @@ from .subclasses import as_plain
 Shape = tuple[int, ...]
 
 # Those of problem.Inputs.
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes"
-_OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed"
+)
+_OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout"
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     (
         f"attention_backward(Tensor d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
         " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     ),
+    "dropout_mask(Tensor seed, SymInt heads, SymInt q_len, SymInt kv_len, float dropout) -> Tensor",
 )
 # With this tag compiled code gives the kernels the strides that the fake rule saw. A PyTorch without it keeps the order
 # of the strides.
@@ -47,6 +51,7 @@ for _schema in _SCHEMAS:
     registration.define(_schema, tags=_TAGS)
 attention_forward = torch.ops.mfa.attention_forward.default
 attention_backward = torch.ops.mfa.attention_backward.default
+dropout_mask = torch.ops.mfa.dropout_mask.default
 
 
 def run_backward_operator(
@@ -87,9 +92,20 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return _empty_for_none(run.backward(operands, options, wanted), inputs[0])
 
 
+def _dropout_mask(seed: Tensor, heads: int, q_len: int, kv_len: int, dropout: float) -> Tensor:
+    (seed,) = as_plain(("seed",), (seed,))
+    seeds = seed.cpu().contiguous()
+    kept = torch.empty((*seed.shape, heads, q_len, kv_len), dtype=torch.bool)
+    problem = library().parse(f"forward f32 b{len(seeds)} h{heads} q{q_len} kv{kv_len} d1 dropout{dropout!r}")
+    if kept.numel():
+        library().dropout_mask(problem, tensors.address(seeds), tensors.address(kept))
+    return kept.to(seed.device)
+
+
 for _device in (name.upper() for name in DEVICES):
     registration.impl("attention_forward", _forward, _device)
     registration.impl("attention_backward", _backward, _device)
+    registration.impl("dropout_mask", _dropout_mask, _device)
 
 
 @torch.library.register_fake("mfa::attention_forward", lib=registration)
@@ -105,6 +121,11 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     check(operands.inputs)
     check_saved(operands)
     return _empty_for_none(map(tensors.gradient, operands.inputs, wanted), operands.inputs[0])
+
+
+@torch.library.register_fake("mfa::dropout_mask", lib=registration)
+def _(seed: Tensor, heads: int, q_len: int, kv_len: int, dropout: float) -> Tensor:
+    return seed.new_empty((*seed.shape, heads, q_len, kv_len), dtype=torch.bool)
 
 
 @register_flop_formula(torch.ops.mfa.attention_forward)

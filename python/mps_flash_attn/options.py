@@ -14,3 +14,4 @@ class Options(NamedTuple):
     upper: int | None = None  # the largest
     scale: float | None = None  # None: 1 / sqrt(head_dim)
     softcap: float = 0.0  # 0: none
+    dropout: float = 0.0  # the probability; its seed is one of the Inputs

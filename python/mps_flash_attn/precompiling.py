@@ -18,7 +18,8 @@ from typing import Any
 from . import display
 from .library import COMPILER, library
 
-_WORDS = {"band": "causal", "softcap": "softcap1"}  # a feature in kernel keys: its name in the problem grammar
+# A feature in kernel keys: its name in the problem grammar.
+_WORDS = {"band": "causal", "softcap": "softcap1", "dropout": "dropout0.5"}
 
 
 def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable[str], backward: bool) -> Iterator[str]:

@@ -7,7 +7,7 @@ libmfa itself refuses all other errors (head counts, dimensions, scale, softcap)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from .library import (
     MASK_BOOL,
     MASK_NONE,
     PROBLEM,
-    Scalars,
 )
 from .options import Options
 
@@ -34,8 +33,7 @@ class Inputs(NamedTuple):
     """The tensors that a forward pass reads, everywhere in this order; None where there is none. The first OF_SDPA are
     those of scaled_dot_product_attention, which autocast casts; the first DIFFERENTIABLE may require gradients. Layers
     pass them on as a whole, so that a new one is named where it is given (attention.py), described to PyTorch
-    (operators.py), packed (here) and bound (run.py). All but the mask have four dimensions or as many as a vmap can add
-    one to: their first is the batch."""
+    (operators.py), packed (here) and bound (run.py). The first dimension of all but the mask is the batch."""
 
     query: Tensor
     key: Tensor
@@ -43,14 +41,15 @@ class Inputs(NamedTuple):
     attn_mask: Tensor | None = None
     sinks: Tensor | None = None  # (batch, heads), float32
     alibi_slopes: Tensor | None = None  # likewise
+    dropout_seed: Tensor | None = None  # (batch,), int64
 
 
 OF_SDPA = 4
 DIFFERENTIABLE = 5
 # (query, key, value, mask, *NO_MORE) is faster than Inputs().
-NO_MORE = cast("tuple[None, None]", (None,) * (len(Inputs._fields) - OF_SDPA))
+NO_MORE = cast("tuple[None, None, None]", (None,) * (len(Inputs._fields) - OF_SDPA))
 # Plain tuples in the order of Inputs and Operands.
-InputsTuple = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+InputsTuple = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 OperandsTuple = tuple[InputsTuple, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -69,7 +68,7 @@ class Operands(NamedTuple):
 
 def check(inputs: InputsTuple) -> None:
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
-    query, key, value, mask, sinks, slopes = inputs
+    query, key, value, mask, sinks, slopes, seed = inputs
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -91,6 +90,8 @@ def check(inputs: InputsTuple) -> None:
         _check_of_heads("sinks", sinks, query)
     if slopes is not None:
         _check_of_heads("alibi_slopes", slopes, query)
+    if seed is not None:
+        check_seed(seed, query, query.shape[:1])
 
 
 def check_saved(operands: OperandsTuple) -> None:
@@ -122,13 +123,12 @@ def expand_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
 
 def pack_forward(inputs: InputsTuple, options: Options, out: Tensor) -> bytes:
     """The mfa_problem of a forward pass, as bytes."""
-    query, key, value, mask, sinks, slopes = inputs
+    query, key, value, mask, *_ = inputs
     layout = tensors.layout
-    *numbers, has_sinks = _scalars(inputs, options)
     return PROBLEM.pack(
         PROBLEM.size,
         FORWARD,
-        *numbers,
+        *_numbers(inputs, options),
         *layout(query),
         *layout(key),
         *layout(value),
@@ -136,11 +136,7 @@ def pack_forward(inputs: InputsTuple, options: Options, out: Tensor) -> bytes:
         *_dense_rows(query),
         *layout(expand_mask(mask, query, key)),
         *_NO_GRADIENTS,
-        *_heads_layout(slopes),
-        has_sinks,
-        0,
-        *_heads_layout(sinks),
-        *_heads_layout(None),
+        *_after_layouts(inputs, options, None),
     )
 
 
@@ -148,14 +144,13 @@ def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable
     """The mfa_problem of a backward pass. `gradients`: memory for dQ, dK, dV, dbias and dsinks, None where not
     wanted."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask, sinks, slopes = inputs
+    query, key, value, mask, *_ = inputs
     dq, dk, dv, dbias, dsinks = gradients
     layout, rows = tensors.layout, tensors.rows_layout
-    *numbers, has_sinks = _scalars(inputs, options)
     return PROBLEM.pack(
         PROBLEM.size,
         BACKWARD,
-        *numbers,
+        *_numbers(inputs, options),
         *layout(query),
         *layout(key),
         *layout(value),
@@ -168,23 +163,20 @@ def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable
         *layout(dk),
         *layout(dv),
         *layout(expand_mask(dbias, query, key)),
-        *_heads_layout(slopes),
-        has_sinks,
-        0,
-        *_heads_layout(sinks),
-        *_heads_layout(dsinks),
+        *_after_layouts(inputs, options, dsinks),
     )
 
 
-def _scalars(inputs: InputsTuple, options: Options) -> Scalars:
-    query, key, value, mask, sinks, slopes = inputs
+def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
+    """The members of mfa_problem between `pass` and the layouts."""
+    query, key, value, mask, _, slopes, _ = inputs
     batch, q_heads, q_len, head_dim = query.shape
-    lower, upper, scale, softcap = options
+    lower, upper, scale, softcap, _ = options
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
         is_bool = mask.dtype is torch.bool
         mask_kind, mask_dtype = (MASK_BOOL, 0) if is_bool else (MASK_ADDITIVE, tensors.DTYPES[mask.dtype])
-    return Scalars(
+    return (
         tensors.device(query),
         tensors.DTYPES[query.dtype],
         mask_kind,
@@ -201,7 +193,20 @@ def _scalars(inputs: InputsTuple, options: Options) -> Scalars:
         BAND_OPEN_UPPER if upper is None else upper,
         max(head_dim, 1) ** -0.5 if scale is None else scale,
         softcap,
-        int(sinks is not None),
+    )
+
+
+def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None) -> tuple[float, ...]:
+    """The members of mfa_problem after dbias_layout."""
+    *_, sinks, slopes, seed = inputs
+    has_sinks, reserved = int(sinks is not None), 0
+    of_seed = 0 if seed is None else seed.stride(0)
+    return (
+        *_heads_layout(slopes),
+        *(has_sinks, reserved),
+        *_heads_layout(sinks),
+        *_heads_layout(dsinks),
+        *(options.dropout, of_seed, 0, 0, 0),
     )
 
 
@@ -236,6 +241,29 @@ def _check_of_heads(name: str, tensor: Tensor, query: Tensor) -> None:
         )
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
+
+
+def number(name: str, number: Any) -> float:
+    """An argument that must be a number, as a float."""
+    if isinstance(number, torch.Tensor) and number.requires_grad:
+        raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
+    try:
+        if not isinstance(number, str):
+            return float(number)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        pass
+    raise TypeError(f"{name} is {number!r}; it must be a number")
+
+
+def check_seed(seed: Tensor, query: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raises for a seed of dropout that is wrong, or has none of these shapes."""
+    if seed.dtype is not torch.int64:
+        raise TypeError(f"dropout_seed is {tensors.dtype_name(seed)}; it must be int64")
+    if seed.shape not in shapes:
+        accepted = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"dropout_seed has the shape {tuple(seed.shape)}; it must be {accepted}")
+    if seed.device != query.device:
+        raise ValueError(f"dropout_seed is on {seed.device} and query on {query.device}; they must be on one device")
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .library import MASK_ADDITIVE, MASK_BOOL, Scalars
+from .operators import dropout_mask
 from .options import Options
 from .problem import DIFFERENTIABLE, Inputs
 from .tensors import DTYPES
@@ -29,7 +30,7 @@ def _weights(
     query: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor | None, slopes: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
     """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
-    lower, upper, scale, softcap = options
+    lower, upper, scale, softcap, _ = options
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     dtanh: Tensor | float = 1.0
     if softcap:
@@ -76,12 +77,21 @@ def attention(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    seed: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
-    group = query.shape[1] // key.shape[1]
-    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, sinks, slopes, Options(**options))
-    return weights @ value.repeat_interleave(group, 1), lse
+    group, given = query.shape[1] // key.shape[1], Options(**options)
+    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, sinks, slopes, given)
+    return _dropped(weights, seed, given) @ value.repeat_interleave(group, 1), lse
+
+
+def _dropped(weights: Tensor, seed: Tensor | None, options: Options) -> Tensor:
+    """The weights after dropout."""
+    if seed is None:
+        return weights
+    kept = dropout_mask(seed, *weights.shape[1:], options.dropout)
+    return weights / (1 - options.dropout if options.dropout < 1 else 1) * kept
 
 
 def _magnitudes(
@@ -89,27 +99,28 @@ def _magnitudes(
 ) -> tuple[dict[str, Tensor], float]:
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
     scale = options.scale
-    query, key, value, mask, sinks, slopes = Inputs(*tensors)
+    query, key, value, mask, sinks, slopes, seed = Inputs(*tensors)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     P, lse, scores, dtanh = _weights(query, key, mask, sinks, slopes, options)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
-    D = (dO * (P @ value).abs()).sum(-1) + dL
-    dS = P * (dO @ value.abs().transpose(-1, -2) + D[..., None])
+    dropped = _dropped(P, seed, options)
+    D = (dO * (dropped @ value).abs()).sum(-1) + dL
+    dS = dropped * (dO @ value.abs().transpose(-1, -2)) + P * D[..., None]
     dX = dS * dtanh * abs(query.shape[-1] ** -0.5 if scale is None else scale)
     largest = scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 0.0
     sizes = {
-        "out": P @ value.abs(),
+        "out": dropped @ value.abs(),
         "lse": lse.masked_fill(lse.isinf(), 0).abs() + 1,
         "dQ": dX @ key.abs(),
         "dK": (dX.transpose(-1, -2) @ query.abs()).unflatten(1, (heads, group)).sum(2),
-        "dV": (P.transpose(-1, -2) @ dO).unflatten(1, (heads, group)).sum(2),
+        "dV": (dropped.transpose(-1, -2) @ dO).unflatten(1, (heads, group)).sum(2),
     }
     if mask is not None:
         sizes["dbias"] = dS.sum_to_size(mask.shape)
     if sinks is not None:
         column = _column(sinks, scores).squeeze(-1)
-        D = (dO * (P @ value.abs())).sum(-1) + dL
+        D = (dO * (dropped @ value.abs())).sum(-1) + dL
         sizes["dsinks"] = ((column - lse).exp().nan_to_num(0) * D).sum(-1).sum_to_size(sinks.shape)
         largest = max([largest, *column[column.isfinite()].abs().flatten().tolist()])
     return sizes, largest
@@ -129,7 +140,7 @@ def results(
 
 
 def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> list[Any]:
-    """The tensors in this dtype, but for bool masks and ALiBi's slopes."""
+    """The tensors in this dtype, but for bool masks, ALiBi's slopes and seeds."""
     cast = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors[:DIFFERENTIABLE]]
     return [*cast, *tensors[DIFFERENTIABLE:]]
 
@@ -247,11 +258,12 @@ def operands(sizes: Scalars, seed: int) -> Inputs:
             (sizes.kv_len, sizes.kv_heads, sizes.value_dim),
         )
     )
-    mask = None
+    mask: Tensor | None = None
     if sizes.mask == MASK_BOOL:
         mask = tensor(sizes.batch, 1, sizes.q_len, sizes.kv_len) < 0.5
     elif sizes.mask == MASK_ADDITIVE:
         mask = tensor(sizes.q_heads, sizes.q_len, sizes.kv_len).to(dtypes[sizes.mask_dtype])
     slopes = tensor(sizes.batch, sizes.q_heads).abs() / 8 if sizes.alibi else None
     sinks = tensor(sizes.batch, sizes.q_heads) if sizes.sinks else None
-    return Inputs(query, key, value, mask, sinks, slopes)
+    of_dropout = torch.randint(2**62, (sizes.batch,), generator=generator) if sizes.dropout else None
+    return Inputs(query, key, value, mask, sinks, slopes, of_dropout)

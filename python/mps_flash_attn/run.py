@@ -14,7 +14,7 @@ from torch import Tensor
 from . import dispatch_cache, tensors
 from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
 from .options import Options
-from .problem import InputsTuple, OperandsTuple, check, check_saved, pack_backward, pack_forward
+from .problem import Inputs, InputsTuple, OperandsTuple, check, check_saved, pack_backward, pack_forward
 from .tensors import EmptyLayout
 
 Allocate = Callable[[Tensor, int], Tensor]
@@ -66,7 +66,7 @@ def forward_for_backward(inputs: InputsTuple, options: Options, allocate: Alloca
 
 def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> Forward:
     """The Forward of these Inputs. Raises as problem.check() does."""
-    query, key, value, mask, sinks, slopes = inputs
+    query, key, value, mask, sinks, slopes, seed = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -74,6 +74,7 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
+        None if seed is None else (seed.shape, seed.stride(), seed.dtype, seed.device),
         *(options, allocate),
     )
     cached = _cached(key_of_pass)
@@ -93,9 +94,9 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
 
 def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low: bool = False) -> tuple[Any, ...]:
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
-    query, key, value, mask, sinks, slopes = inputs
+    query, key, value, mask, sinks, slopes, seed = inputs
     problem, device, extents, size, out_layout, rows_layout, low_layout = prepared
-    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent = extents
+    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent, seed_extent = extents
     if (  # written out for speed
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
@@ -103,9 +104,9 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
         or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
+        or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)
     ):
-        of_heads = {"sinks": sinks, "alibi_slopes": slopes}
-        tensors.refuse_short_storage(query=query, key=key, value=value, attn_mask=mask, **of_heads)
+        tensors.refuse_short_storage(**Inputs._make(inputs)._asdict())
     out_low = None
     if device == DEVICE_CPU:
         out = _empty_on_cpu(*out_layout)
@@ -125,6 +126,7 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
             0 if slopes is None else _address(slopes),
             0 if sinks is None else _address(sinks),
             0,
+            0 if seed is None else _address(seed),
         )
         library().attention(problem, buffers)
     else:
@@ -132,7 +134,7 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
         lse = tensors.empty(query, rows_layout) if with_lse else None
         if with_low:
             out_low = tensors.empty(query, low_layout)
-        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low, slopes, sinks, None))
+        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low, slopes, sinks, None, seed))
     return (out, lse) if out_low is None else (out, lse, out_low)
 
 
@@ -152,7 +154,7 @@ def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) 
 def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> Backward:
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask, sinks, slopes = inputs
+    query, key, value, mask, sinks, slopes, seed = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -164,6 +166,7 @@ def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence
         None if d_lse is None else (d_lse.shape, d_lse.stride(), d_lse.dtype, d_lse.device),
         None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
+        None if seed is None else (seed.shape, seed.stride(), seed.dtype, seed.device),
         *(options, *wanted),
     )
     cached = _cached(key_of_pass)
@@ -185,8 +188,8 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
     """(dQ, dK, dV, dbias, dsinks), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
-    query, key, value, mask, sinks, slopes = inputs
-    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent, *others = extents
+    query, key, value, mask, sinks, slopes, seed = inputs
+    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent, seed_extent, *others = extents
     out_extent, lse_extent, d_out_extent, d_lse_extent = others
     if (
         _storage(query).nbytes() - _offset(query) * size < q_extent
@@ -200,8 +203,9 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
         or (out_low is not None and _storage(out_low).nbytes() - _offset(out_low) * size < out_extent)
         or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
+        or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)
     ):
-        given = {"query": query, "key": key, "value": value, "attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes}
+        given = Inputs._make(inputs)._asdict()
         tensors.refuse_short_storage(**given, out=out, lse=lse, d_out=d_out, d_lse=d_lse, out_low=out_low)
     if device == DEVICE_CPU:
         dq, dk, dv, dbias, dsinks = gradients = [layout and _empty_on_cpu(*layout) for layout in layouts]
@@ -223,11 +227,13 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
             0 if slopes is None else _address(slopes),
             0 if sinks is None else _address(sinks),
             0 if dsinks is None else _address(dsinks),
+            0 if seed is None else _address(seed),
         )
         library().attention(problem, buffers)
     else:
         *gradients, dsinks = [tensors.empty(query, layout) for layout in layouts]
-        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, out_low, slopes, sinks, dsinks))
+        more = out_low, slopes, sinks, dsinks, seed
+        _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, *more))
         gradients.append(dsinks)
     return tuple(gradients)
 

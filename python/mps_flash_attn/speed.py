@@ -85,10 +85,10 @@ class Comparable(NamedTuple):
         sizes = scalars(library().parse(line))
         if not _is_plain(sizes):
             raise ValueError(f'the problem is "{line}"; PyTorch has causal, bool masks and additive ones only')
-        *operands, mask, _, _ = reference.operands(sizes, 1)
+        inputs = reference.operands(sizes, 1)
         # Contiguous, since before macOS 15 PyTorch's kernels for mps take no others.
-        query, key, value = (tensor.contiguous().to(device) for tensor in operands)
-        mask = None if mask is None else mask.to(device)
+        query, key, value = (tensor.contiguous().to(device) for tensor in inputs[:3])
+        mask = None if inputs.attn_mask is None else inputs.attn_mask.to(device)
         is_backward = line.startswith("backward")
         for tensor in (query, key, value):
             tensor.requires_grad_(is_backward)
@@ -120,4 +120,4 @@ class Comparable(NamedTuple):
 
 def _is_plain(sizes: Scalars) -> bool:
     band = sizes.lower == BAND_OPEN_LOWER and sizes.upper in (0, BAND_OPEN_UPPER)
-    return band and not (sizes.softcap or sizes.alibi or sizes.sinks)
+    return band and not (sizes.softcap or sizes.alibi or sizes.sinks or sizes.dropout)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import tensors
-from .operators import attention_backward, attention_forward, registration
+from .operators import attention_backward, attention_forward, dropout_mask, registration
 from .problem import OF_SDPA, Inputs
 
 try:  # not public in PyTorch
@@ -36,6 +36,7 @@ _VMAP_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
 _VMAP_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 _INPUTS = len(Inputs._fields)
+_SEED = Inputs._fields.index("dropout_seed")
 
 count_of_modes = torch._C._len_torch_dispatch_stack
 are_active = torch._C._are_functorch_transforms_active
@@ -113,6 +114,7 @@ class Vmap:
     def __init__(self) -> None:
         interpreter: Any = retrieve_current_functorch_interpreter()
         self._level, self.size = interpreter.level(), interpreter.batch_size()
+        self.randomness: str = interpreter.randomness()  # "error", "different" or "same"
 
     def split(self, operands: tuple[Tensor | None, ...]) -> tuple[Any, tuple[int | None, ...]]:
         """(the tensors of the level below, the mapped dimension of each, None where there is none)."""
@@ -176,8 +178,21 @@ def _merge_inputs(inputs: Sequence[Any], dimensions: Sequence[int | None], size:
     return (query, key, value, mask, *merged), batch
 
 
+def _each_sample(operator: Callable[..., Any], info: Any, dimensions: Sequence[int | None], arguments: Any) -> Any:
+    """The results of one call for each sample, stacked: for dropout, which depends on the place in the batch."""
+    results = [
+        operator(
+            *(one.select(place, n) if isinstance(place, int) else one for one, place in zip(arguments, dimensions))
+        )
+        for n in range(info.batch_size)
+    ]
+    return tuple(map(torch.stack, zip(*results)))
+
+
 def _vmap_forward(info: Any, dimensions: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     size = info.batch_size
+    if arguments[_SEED] is not None:
+        return _each_sample(attention_forward, info, dimensions, arguments), (0, 0)
     inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions, size)
     results = attention_forward(*inputs, *arguments[_INPUTS:])
     return tuple(result.unflatten(0, (size, batch)) for result in results), (0, 0)
@@ -188,6 +203,10 @@ def _vmap_backward(
 ) -> tuple[Any, Any]:
     size, (out, lse, *options) = info.batch_size, arguments[_INPUTS:]
     wanted = options[-1]
+    places = tuple(0 if is_wanted else None for is_wanted in wanted)
+    if arguments[_SEED] is not None:
+        found = _each_sample(attention_backward, info, dimensions, (d_out, d_lse, *arguments))
+        return tuple(one if is_wanted else one.flatten() for one, is_wanted in zip(found, wanted)), places
     mask_shape: Any = _shape_of_sample(arguments[3], dimensions[2 + 3])
     inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions[2:], size)
     d_out, d_lse = (merge_into_batch(t, d, size) for t, d in zip((d_out, d_lse), dimensions))
@@ -201,7 +220,13 @@ def _vmap_backward(
         while dbias.dim() > 1 + len(mask_shape):
             dbias = dbias.sum(1)
         dbias = dbias.sum_to_size(size, *mask_shape)
-    return (*gradients, dbias, dsinks), tuple(0 if is_wanted else None for is_wanted in wanted)
+    return (*gradients, dbias, dsinks), places
+
+
+def _vmap_dropout_mask(info: Any, dimensions: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    seed, *others = arguments
+    samples = [dropout_mask(one, *others) for one in seed.unbind(dimensions[0])]
+    return torch.stack(samples), 0
 
 
 def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int, ...] | None:
@@ -213,3 +238,4 @@ def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int,
 
 torch.library.register_vmap("mfa::attention_forward", _vmap_forward, lib=registration)
 torch.library.register_vmap("mfa::attention_backward", _vmap_backward, lib=registration)
+torch.library.register_vmap("mfa::dropout_mask", _vmap_dropout_mask, lib=registration)

@@ -83,12 +83,13 @@ def test_every_field_of_the_header_is_declared():
 def test_scalars_are_the_fields_that_both_passes_have():
     assert abi.Scalars._fields == (
         *("device", "dtype", "mask", "mask_dtype", "alibi", "batch", "q_heads", "kv_heads", "q_len", "kv_len"),
-        *("head_dim", "value_dim", "lower", "upper", "scale", "softcap", "sinks"),
+        *("head_dim", "value_dim", "lower", "upper", "scale", "softcap", "sinks", "dropout"),
     )
-    for line in ("forward f32 b1 h1 q2 kv3 d4 alibi", "backward f32 b1 h1 q2 kv3 d4 upper1 sinks"):
+    for line in ("forward f32 b1 h1 q2 kv3 d4 alibi dropout0.5", "backward f32 b1 h1 q2 kv3 d4 upper1 sinks"):
         packed = abi.library().parse(line)
         numbers = abi.scalars(packed)._asdict()
         assert numbers["sinks"] == ("sinks" in line) and numbers["alibi"] == ("alibi" in line)
+        assert numbers["dropout"] == (0.5 if "dropout" in line else 0)
         assert abi.changed(packed, **numbers) == packed
         assert abi.changed(packed, sinks=1) == abi.library().parse(line.removesuffix(" sinks") + " sinks")
 
@@ -97,10 +98,10 @@ def test_buffers_without_offsets():
     fields = dict.fromkeys((name for name, _ in abi.BUFFERS_FIELDS), (0, 0))
     fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
     names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low", "slopes")
-    names += ("sinks", "dsinks")
+    names += ("sinks", "dsinks", "seed")
     fields |= {name: (base, 0) for base, name in enumerate(names, 1)}
     whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
-    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 17)) == whole
+    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 18)) == whole
 
 
 def test_statuses_become_exceptions():
@@ -129,7 +130,7 @@ def _python(code, **environment):
 def test_operands_have_the_order_of_the_header():
     """But that those with a gradient come before those without."""
     names = {"query": "q", "key": "k", "value": "v", "attn_mask": "mask", "alibi_slopes": "slopes"}
-    names |= {"out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
+    names |= {"dropout_seed": "seed", "out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
     for fields in (Inputs._fields[:DIFFERENTIABLE], Inputs._fields[DIFFERENTIABLE:], Operands._fields[1:]):
         operands = [names.get(name, name) for name in fields]
         assert operands == [name for name, _ in abi.BUFFERS_FIELDS if name in operands]

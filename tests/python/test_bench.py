@@ -11,6 +11,7 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 
 import compare
+import features
 import measure
 import peers
 import relative
@@ -32,6 +33,17 @@ def row(problem, n=1, **more):
     made |= {f"{name}_ms": 1.25 * n + k for k, name in enumerate(names)}
     made |= {f"ratio_{name}": 2.0 * n for name in names[1:]}
     return made | {f"{name}_extra_bytes": 1 << 20 for name in names} | more
+
+
+def test_features(capsys, monkeypatch):
+    """It compares its results, and has a row for each feature and pass."""
+    monkeypatch.setattr(sys, "argv", ["features.py", "--length", "64"])
+    monkeypatch.setattr(
+        features.speed, "medians", lambda functions, wait: [float(i) for i, _ in enumerate(functions, 1)]
+    )
+    assert features.main() == 0
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed and printed.count("0.50") == printed.count("3.00") == 2 * len(features.features(64))
 
 
 # --- Problems ------------------------------------------------------------------------------------
@@ -56,6 +68,7 @@ def test_work_counts_visible_pairs(options):
         ("sideways f32 b1 h1 q4 kv4 d8", "expected forward or backward"),
         ("forward f32 b1 h1 q4 kv4 d8 alibi", "no benchmark"),
         ("forward f32 b1 h1 q4 kv4 d8 sinks", "no benchmark"),
+        ("forward f32 b1 h1 q4 kv4 d8 dropout0.1", "no benchmark"),
     ),
 )
 def test_what_is_no_problem_is_refused(text, sentence):

@@ -108,8 +108,8 @@ def test_subclass_with_memory_is_read():
 
 
 def test_unknown_option():
-    with pytest.raises(TypeError, match="dropout_p"):
-        flash_attention(**_arguments(), dropout_p=0.1)
+    with pytest.raises(TypeError, match="dropout"):
+        flash_attention(**_arguments(), dropout=0.1)
 
 
 @pytest.mark.cpu("MFA_ISA is the CPU's")

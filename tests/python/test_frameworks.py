@@ -163,14 +163,24 @@ def test_transformers_one_query_sees_all():
 
 
 @pytest.mark.needs("transformers")
-def test_transformers_what_is_left_to_its_own():
+def test_transformers_dropout():
     torch.manual_seed(1)
     register_transformers("ours")
     from transformers import AttentionInterface
 
-    out, weights = AttentionInterface()["ours"](Module(), *layer(), None, dropout=0.5)
+    outs = [AttentionInterface()["ours"](Module(), *layer(), None, dropout=0.5)[0] for _ in range(2)]
+    assert outs[0].shape == (B, L, 4, D) and not torch.equal(*outs)
+    assert sdpa_stats() == {"replaced": 2}
+
+
+@pytest.mark.needs("transformers")
+def test_transformers_what_is_left_to_its_own():
+    register_transformers("ours")
+    from transformers import AttentionInterface
+
+    out, weights = AttentionInterface()["ours"](Module(), *layer(), None, cache=object())
     assert out.shape == (B, L, 4, D) and weights is None
-    assert sdpa_stats() == {"dropout": 1}
+    assert sdpa_stats() == {"a paged cache": 1}
 
 
 @pytest.mark.needs("transformers")

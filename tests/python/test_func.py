@@ -305,7 +305,7 @@ def test_forward_mode(mode, case):
 
 
 LEFT = {
-    "dropout": lambda q, k, v, m: vmap(lambda q: sdpa(q, k[0], v[0], dropout_p=0.5), randomness="different")(q),
+    "dropout, the same": lambda q, k, v, m: vmap(lambda q: sdpa(q, k[0], v[0], dropout_p=0.5), randomness="same")(q),
     "dropout, not allowed": lambda q, k, v, m: vmap(lambda q: sdpa(q, k[0], v[0], dropout_p=0.5))(q),
     "dropout of none": lambda q, k, v, m: vmap(lambda x: sdpa(q, k, v, dropout_p=0.5) + x, randomness="same")(m),
     "scale": lambda q, k, v, m: vmap(lambda q: sdpa(q, k[0], v[0], scale=0.0))(q),
@@ -316,7 +316,6 @@ LEFT = {
     "mask of many dimensions": lambda q, k, v, m: vmap(sdpa)(q[:, 0], k[:, 0], v[:, 0], q[:, :1, None, :, :1]),
     "unfused": lambda q, k, v, m: vmap(unfused)(q, k, v),
     "grad, unfused": lambda q, k, v, m: grad(loss(unfused))(q, k, v),
-    "grad, dropout": lambda q, k, v, m: grad(lambda q: sdpa(q, k, v, dropout_p=0.5).sum())(q),
 }
 
 

@@ -39,14 +39,17 @@ def _strided(*shape):
     return torch.randn(batch, length + 3, 3, heads, columns + 5)[:, 2:-1, 1, :, 3:-2].transpose(1, 2)
 
 
-def test_steady_state_waits_and_copies_nothing(metal):
-    """Forward and backward of a kind that was run before are commands in PyTorch's own encoder, and no more."""
+@pytest.mark.parametrize("dropout_p", [0, 0.3])
+def test_steady_state_waits_and_copies_nothing(metal, dropout_p):
+    """Forward and backward of a kind that was run before are commands in PyTorch's own encoder, and no more; so is
+    dropout, whose seed stays in a tensor."""
     inputs = [_strided(2, 2, 40, 24).requires_grad_() for _ in range(3)]
     mask, d_out = torch.randn(40, 40, requires_grad=True), _strided(2, 2, 40, 24)
     leaves = (*inputs, mask)
 
     def step():
-        out = flash_attention(*inputs, True, attn_mask=mask)
+        torch.manual_seed(1)
+        out = flash_attention(*inputs, True, attn_mask=mask, dropout_p=dropout_p)
         return out, *torch.autograd.grad(out, leaves, d_out)
 
     expected = step()

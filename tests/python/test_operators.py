@@ -9,13 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mps_flash_attn import flash_attention
+from mps_flash_attn.options import Options
 from mps_flash_attn.problem import NO_MORE, Inputs
 from stand_in import DTYPES, FLOAT64
 
 forward = torch.ops.mfa.attention_forward.default
 backward = torch.ops.mfa.attention_backward.default
 pytestmark = pytest.mark.usefixtures("one_thread")
-NO_BAND = (None, None, None, 0.0)
+NO_BAND = Options()
 
 
 def problem(q_len=9, kv_len=11, heads=4, kv_heads=2, head_dim=8, value_dim=6, dtype=torch.float32, grad=True):
@@ -56,13 +57,13 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_opcheck_forward(mask):
     for tensors in layouts():
-        opcheck(forward, (*tensors, MASKS[mask](), *NO_MORE, -3, None, 0.3, 2.0))
+        opcheck(forward, (*tensors, MASKS[mask](), *NO_MORE, *Options(-3, None, 0.3, 2.0)))
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_opcheck_backward(mask):
     for tensors in layouts():
-        options = (None, 2, None, 0.0)
+        options = Options(upper=2)
         given = saved(tensors, MASKS[mask](), options)
         opcheck(backward, (*given, *options, [True, True, True, mask == "float", False]))
         opcheck(backward, (given[0], None, *given[2:], *options, [False, True, False, False, False]))
@@ -72,12 +73,14 @@ def test_schema_is_stable():
     """Graphs that were exported name these operators and arguments."""
     assert str(forward._schema) == (
         "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, "
-        "Tensor? alibi_slopes, SymInt? lower, SymInt? upper, float? scale, float softcap) -> (Tensor out, Tensor lse)"
+        "Tensor? alibi_slopes, Tensor? dropout_seed, SymInt? lower, SymInt? upper, float? scale, float softcap, "
+        "float dropout) -> (Tensor out, Tensor lse)"
     )
     assert str(backward._schema) == (
         "mfa::attention_backward(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-        "Tensor? sinks, Tensor? alibi_slopes, Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, "
-        "float softcap, bool[] wanted) -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
+        "Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor out, Tensor lse, SymInt? lower, "
+        "SymInt? upper, float? scale, float softcap, float dropout, bool[] wanted) "
+        "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     )
 
 
@@ -86,7 +89,7 @@ def test_schema_is_stable():
 
 def test_operator_is_flash_attention():
     tensors = problem()
-    out, lse = forward(*tensors, None, *NO_MORE, None, 0, None, 0.0)
+    out, lse = forward(*tensors, None, *NO_MORE, *Options(upper=0))
     expected = flash_attention(*tensors, True, enable_gqa=True, return_lse=True)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
     assert all(

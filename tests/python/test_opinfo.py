@@ -1,5 +1,5 @@
 """What PyTorch's own tests know of scaled_dot_product_attention, its OpInfo, with replace_sdpa: each sample, in each
-dtype, through the checks that PyTorch runs on it."""
+dtype, through the checks that PyTorch runs on it. Values are compared without dropout, whose masks differ."""
 
 import functools
 
@@ -57,6 +57,8 @@ def test_result_and_gradients(dtype, noncontiguous):
             ours = run(sample)
         taken += "replaced" in sdpa_stats(reset=True)
         assert ours.stride() == theirs.stride()
+        if sample.kwargs.get("dropout_p"):
+            continue
         exact = [t.detach().double().requires_grad_() for t in tensors]
         given = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in sample.kwargs.items()}
         with sdpa_kernel(SDPBackend.MATH):
@@ -74,7 +76,7 @@ def test_result_and_gradients(dtype, noncontiguous):
             strict=True,
         ):
             agree(name, *found, dtype, 64, max(largest) ** 2, largest_score)
-    assert taken >= 12  # the others have dropout
+    assert taken == len(samples(dtype))
 
 
 def test_gradcheck():
@@ -136,6 +138,8 @@ def test_vmap(randomness):
             ours = outcome(mapped, *tensors)
         if isinstance(theirs, tuple):
             assert ours == theirs
+        elif sample.kwargs.get("dropout_p"):
+            assert ours.shape == theirs.shape
         else:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -161,7 +165,8 @@ def test_function_transforms(transform):
         theirs = outcome(transformed, *tensors)
         with replaced_sdpa():
             ours = outcome(transformed, *tensors)
-        torch.testing.assert_close(ours, theirs) if not isinstance(theirs[0], type) else None
+        if not (isinstance(theirs[0], type) or sample.kwargs.get("dropout_p")):
+            torch.testing.assert_close(ours, theirs)
         assert isinstance(theirs[0], type) == isinstance(ours[0], type)
 
 

@@ -93,8 +93,8 @@ def test_silent():
         "sdpa_thresholds[torch.float32] = 0\n"
         "replace_sdpa(); handle = replace_sdpa()\n"
         "q = torch.randn(1, 2, 4, 8); F.scaled_dot_product_attention(q, q, q)\n"
-        "F.scaled_dot_product_attention(q, q, q, dropout_p=0.5); handle.remove()\n"
-        "assert sdpa_stats() == {'replaced': 1, 'dropout': 1}"
+        "F.scaled_dot_product_attention(q, q, q, scale=-1.0); handle.remove()\n"
+        "assert sdpa_stats() == {'replaced': 1, 'scale is not a positive number': 1}"
     )
     path = os.pathsep.join([str(Path(dispatch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -381,7 +381,6 @@ class Wrapped(torch.Tensor):
 
 
 LEFT = {
-    "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.3), "dropout"),
     "subclass": (lambda q, k, v: F.scaled_dot_product_attention(q.as_subclass(Wrapped), k, v), "a tensor subclass"),
     "negated": (lambda q, k, v: F.scaled_dot_product_attention(torch._neg_view(q), k, v), NEGATED),
     "no queries": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :0], k, v), "empty tensors"),
@@ -526,6 +525,7 @@ WRONG = {
     "mask dtype": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(33, 38, dtype=torch.int32)),
     "mask dimensions": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.randn(38)),
     "dropout": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.5),
+    "dropout below 0": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=-0.3),
     "one dimension": lambda q, k, v: F.scaled_dot_product_attention(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0]),
     "no tensor": lambda q, k, v: F.scaled_dot_product_attention(q, k, "value"),
 }

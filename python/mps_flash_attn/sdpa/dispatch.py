@@ -60,14 +60,14 @@ def attention(
         query, key, value, attn_mask = (one.clone() if tensors.is_zero(one) else one for one in operands)
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason, support = check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa)
-    if reason is None and query.device.type == torch_mps.DEVICE:
+    if reason is None and query.device.type == torch_mps.DEVICE and not dropout_p:  # PyTorch has no kernel with it
         reason = torch_mps.fallback_reason(query, key, value, attn_mask, is_causal, enable_gqa, support.work)
     if reason is None:
         if kind is _TRACED:
             tag_compiler_cache()
         try:
             run_call = run.run_eager if kind is _EAGER else run.run_by_operator
-            out = run_call(query, key, value, attn_mask, is_causal, scale, enable_gqa, support)
+            out = run_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, support)
         except Unsupported as error:
             reason = str(error)
         except ValueError:
@@ -78,7 +78,7 @@ def attention(
             count("traced into a compiled graph" if kind is _TRACED else REPLACED)
             return out
     count(reason)
-    if reason in (SMALL, TORCH_KERNEL) and kind is _EAGER:
+    if reason in (SMALL, TORCH_KERNEL) and kind is _EAGER and not dropout_p:
         call_key = options_key(is_causal, scale, enable_gqa)
         dispatch_cache.insert(query, key, value, attn_mask, call_key, TorchCall, reason, support.work)
     attend = original_for(reason)
@@ -113,22 +113,25 @@ def vmapped(
         return original(query, key, value, attn_mask, dropout_p, is_causal, **options)
     args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     reason, support = check_support(args, *_kind(args), dropout_p, is_causal, scale, enable_gqa)
+    vmap = transforms.Vmap()
+    operands, dimensions = vmap.split((query, key, value, attn_mask))
+    is_mapped = any(dimension is not None for dimension in dimensions)
+    if reason is None and dropout_p and not (is_mapped and vmap.randomness == "different"):
+        reason = "dropout under vmap"  # PyTorch raises, or drops the same weights of all samples
     if reason is not None:
         count(reason)
         return original_for(reason)(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    vmap = transforms.Vmap()
-    operands, dimensions = vmap.split((query, key, value, attn_mask))
     with vmap.below():
-        if all(dimension is None for dimension in dimensions):
+        if not is_mapped:
             return OPERATOR(*operands, 0.0, is_causal, **options)
         if not support.fits:
             operands = shapes.mapped(*operands, dimensions, vmap.size)  # type: ignore[call-arg] # operands are four
-            return vmap.join(OPERATOR(*operands, 0.0, is_causal, **options))
+            return vmap.join(OPERATOR(*operands, dropout_p, is_causal, **options))
         batch = query.shape[0]
         *operands, mask = operands
         operands = [merge_into_batch(tensor, place, vmap.size) for tensor, place in zip(operands, dimensions)]
         mask = merge_mask_into_batch(mask, dimensions[3], vmap.size, batch)
-        out = OPERATOR(*operands, mask, 0.0, is_causal, **options)
+        out = OPERATOR(*operands, mask, dropout_p, is_causal, **options)
         return vmap.join(out.unflatten(0, (vmap.size, batch)))
 
 
@@ -184,8 +187,8 @@ def fallback_reason(args: tuple[Tensor, ...], kind: str, dropout_p: float, scale
     reason = disabled_reason()
     if reason is not None:
         return reason
-    if dropout_p:
-        return "dropout"
+    if not 0 <= dropout_p <= 1:
+        return "dropout_p"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     query, key, value = args[:3]

@@ -14,9 +14,11 @@ from torch.autograd import forward_ad
 from .. import transforms
 from ..autograd import differentiated_by
 from ..library import Unsupported
+from ..operators import dropout_mask
 from ..options import Options
-from ..problem import DIFFERENTIABLE, OF_SDPA, OperandsTuple
+from ..problem import DIFFERENTIABLE, OperandsTuple
 from ..stats import count
+from .original import dropped_attention
 
 
 def backward(
@@ -39,7 +41,7 @@ def backward(
             reason = str(error)
     count(reason)
     inputs, _, _, d_out, _, _ = operands
-    return _gradients(original, (d_out, *inputs[:DIFFERENTIABLE]), options, wanted)
+    return _gradients(_forward(original, options, inputs[-1]), (d_out, *inputs[:DIFFERENTIABLE]), wanted)
 
 
 def _second(
@@ -49,33 +51,40 @@ def _second(
     options: Options,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As differentiated_by() describes it. `operands`: d_out and the inputs, of which PyTorch's operator has the first
-    OF_SDPA, and the others are None."""
+    """As differentiated_by() describes it. `operands`: d_out and the inputs."""
     count("a second derivative")
+    attend = _forward(original, options, operands[-1])
     operands = operands[: 1 + DIFFERENTIABLE]
     places = [place for place, tensor in enumerate(operands) if tensor is not None and tensor.requires_grad]
     present = [place for place, gradient in enumerate(incoming) if gradient is not None]
 
     def first(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(original, operands, options, wanted)
+        gradients = _gradients(attend, operands, wanted)
         return tuple(gradients[place] for place in present)
 
     return _vjp(first, operands, places, tuple(incoming[place] for place in present))
 
 
-def _gradients(
-    original: Callable[..., Any], operands: Sequence[Any], options: Options, wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of the DIFFERENTIABLE inputs by PyTorch's operator; None where not wanted. `operands`: d_out and
-    these inputs."""
+def _forward(original: Callable[..., Any], options: Options, seed: Tensor | None) -> Callable[..., Any]:
+    """The forward pass by PyTorch's operator, a function of the DIFFERENTIABLE inputs, of which it uses the first
+    OF_SDPA; the others are None."""
+    (seed,) = transforms.unwrap_dead_wrappers((seed,))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *_: None) -> Any:
+        keywords = {"scale": options.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        is_causal = options.upper is not None
+        if seed is None:
+            return original(query, key, value, mask, 0.0, is_causal, **keywords)
+        kept = dropout_mask(seed, *query.shape[1:3], key.shape[2], options.dropout)
+        return dropped_attention(query, key, value, mask, options.dropout, is_causal, kept, **keywords)
+
+    return attend
+
+
+def _gradients(attend: Callable[..., Any], operands: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of attend(*DIFFERENTIABLE inputs); None where not wanted. `operands`: d_out and these inputs."""
     d_out, *inputs = operands
-    query, key, *_ = inputs
-    keywords = {"scale": options.scale, "enable_gqa": query.shape[1] != key.shape[1]}
     places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
-
-    def attend(*operands: Tensor | None) -> Any:
-        return original(*operands[:OF_SDPA], 0.0, options.upper is not None, **keywords)
-
     return _vjp(attend, tuple(inputs), places, d_out)
 
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 from .. import dispatch_cache, tensors
 from ..autograd import EAGER, Attention, CachedCall, Call, Route, differentiated_by, is_differentiated
 from ..dispatch_cache import CacheEntry
+from ..dropout import draw
 from ..library import Unsupported
 from ..operators import attention_forward, run_backward_operator
 from ..options import Options
@@ -48,13 +49,14 @@ def torch_backend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    dropout_p: float = 0.0,
 ) -> int:
     """The code of the backend that PyTorch would use."""
     if query.device.type == "mps":  # there all results are contiguous, and it has no _fused_sdp_choice
         return MATH
     if mask is not None and mask.requires_grad and query.dim() == 3:  # a gradient that it overlooks
         query, key, value = query[None], key[None], value[None]
-    return torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return torch._fused_sdp_choice(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 # --- Cached calls --------------------------------------------------------------------------------
@@ -144,6 +146,7 @@ def run_eager(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
@@ -151,22 +154,29 @@ def run_eager(
 ) -> Tensor:
     """The result by libmfa. `support`: the shapes.Support of the call. Raises Unsupported, or ValueError for memory
     that is not aligned."""
-    backend = torch_backend(query, key, value, mask, is_causal, scale, enable_gqa)
+    backend = torch_backend(query, key, value, mask, is_causal, scale, enable_gqa, dropout_p)
     if backend not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")
     if not support.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
-    options = Options(upper=0 if is_causal else None, scale=scale)
-    inputs = query, key, value, mask, *NO_MORE
+    options = Options(upper=0 if is_causal else None, scale=scale, dropout=dropout_p)
+    inputs = query, key, value, mask, *_more_inputs(query, dropout_p)
     if is_differentiated(*inputs):
         out = Attention.apply(*inputs, Call(_ROUTES[backend], options, False))
     else:
         out, _ = forward(inputs, options, False, _LAYOUTS[backend])
     if not support.fits:
         return out.view(shape)
+    if dropout_p:
+        return out
     call_key = options_key(is_causal, scale, enable_gqa)
     dispatch_cache.insert(query, key, value, mask, call_key, ReplacedCall, options, backend, support.work)
     return out
+
+
+def _more_inputs(query: Tensor, dropout_p: float) -> tuple[None, None, Tensor | None]:
+    """The Inputs that scaled_dot_product_attention has not: a seed of dropout, if there is any."""
+    return (None, None, draw(query)) if dropout_p else NO_MORE
 
 
 def run_by_operator(
@@ -174,20 +184,21 @@ def run_by_operator(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
     support: shapes.Support,
 ) -> Tensor:
     """The same through torch.ops.mfa, which compilers, dispatch modes and transforms see."""
-    backend = _torch_backend_by_operator(query, key, value, mask, is_causal, scale, enable_gqa)
+    backend = _torch_backend_by_operator(query, key, value, mask, is_causal, scale, enable_gqa, dropout_p)
     if backend not in _ROUTES:
         raise Unsupported("PyTorch has no backend for it")
     if not support.fits:
         query, key, value, mask, shape = shapes.four_dimensions(query, key, value, mask, enable_gqa)
-    options = Options(upper=0 if is_causal else None, scale=scale)
+    options = Options(upper=0 if is_causal else None, scale=scale, dropout=dropout_p)
     with differentiated_by(_BACKWARDS_BY_OPERATOR[backend]):
-        out, _ = attention_forward(query, key, value, mask, *NO_MORE, *options)
+        out, _ = attention_forward(query, key, value, mask, *_more_inputs(query, dropout_p), *options)
     if backend == MATH:
         out = out.contiguous()
     return out if support.fits else out.view(shape)
@@ -201,11 +212,12 @@ def _torch_backend_by_operator(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    dropout_p: float,
 ) -> int | None:
     """torch_backend(), without an operator that modes would see."""
     if all(map(tensors.is_plain, (query, key, value))):
         with torch._C._DisableTorchDispatch():
-            return torch_backend(query, key, value, mask, is_causal, scale, enable_gqa)
-    if flash_is_enabled() and shapes.is_fused(query, key, value, mask, enable_gqa):
+            return torch_backend(query, key, value, mask, is_causal, scale, enable_gqa, dropout_p)
+    if not dropout_p and flash_is_enabled() and shapes.is_fused(query, key, value, mask, enable_gqa):
         return FUSED
     return MATH if torch._C._get_math_sdp_enabled() or query.device.type == "mps" else None

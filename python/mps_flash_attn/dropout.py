@@ -1,0 +1,74 @@
+"""Dropout: the seed of a call, and the mask that a seed gives.
+
+A seed is a number in a tensor on the operands' device, so that a GPU is not waited for. It is drawn by PyTorch's
+default generator of that device: manual_seed, checkpoints, compilers and vmap treat it like all random numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import problem
+from .operators import dropout_mask as mask_operator
+
+_SCALARS = torch.Size(()), torch.Size((1,))  # the shapes of a seed
+
+
+def dropout_mask(shape: Sequence[int], dropout_p: float, dropout_seed: Tensor | int) -> Tensor:
+    """Which weights flash_attention(..., dropout_p=dropout_p, dropout_seed=dropout_seed) keeps: a bool tensor of the
+    shape (B, H, L, S), True where softmax's result is multiplied by 1 / (1 - dropout_p), and False where it is dropped.
+    It is on the device of the seed; for a number, on the CPU. It is computed on the CPU, B * H * L * S bytes."""
+    sizes = tuple(shape)
+    if len(sizes) != 4:
+        raise ValueError(f"shape is {sizes}; it must have 4 sizes: (batch, heads, L, S)")
+    batch, *others = sizes
+    seed = _as_tensor(dropout_seed, torch.device("cpu"))
+    problem.check_seed(seed, seed, *_SCALARS)
+    return mask_operator(_of_batch(seed, batch), *others, probability(dropout_p))
+
+
+def probability(number: Any) -> float:
+    """dropout_p as a float."""
+    found = problem.number("dropout_p", number)
+    if not 0 <= found <= 1:
+        raise ValueError(f"dropout_p is {number!r}; it must be from 0 to 1")
+    return found
+
+
+def seed_of(given: Tensor | int | None, dropout: float, query: Tensor) -> Tensor | None:
+    """The seeds of a call as (batch,), drawn if none is given; None without dropout."""
+    seed = None
+    if given is not None:
+        seed = _as_tensor(given, query.device)
+        problem.check_seed(seed, query, *_SCALARS)
+    if not dropout:
+        return None
+    return draw(query) if seed is None else _of_batch(seed, query.shape[0])
+
+
+def draw(query: Tensor) -> Tensor:
+    """A new seed, as (batch,). On mps integers are drawn from ranges of 31 bits, so it is made of two."""
+    words = torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=query.device)
+    return _of_batch(words.view(torch.int64), query.shape[0])
+
+
+def _as_tensor(seed: Any, device: torch.device) -> Tensor:
+    if isinstance(seed, torch.Tensor):
+        return seed
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = 2**63
+    if not -(2**63) <= number < 2**63:
+        kind = "a tensor of int64 with one element, or a whole number from -2**63 to 2**63 - 1"
+        raise TypeError(f"dropout_seed is {seed!r}; it must be {kind}")
+    return torch.tensor([number], dtype=torch.int64, device=device)
+
+
+def _of_batch(seed: Tensor, batch: int) -> Tensor:
+    return seed.reshape(1).expand(batch)
