@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from mps_flash_attn import display, dropout_mask, flash_attention, speed
+from mps_flash_attn.block_mask import elements
 
 BATCH, HEADS, HEAD_DIM = 1, 8, 64
 RATE = 0.1
+BLOCK = 64
 SEED = 1
 
 
@@ -35,6 +37,10 @@ def features(length):
     bias = -slopes[:, None, None] * (place[:, None] - place).abs()
     kept = dropout_mask((BATCH, HEADS, length, length), RATE, SEED) / (1 - RATE)
 
+    distance = torch.arange(-(-length // BLOCK))[:, None] - torch.arange(-(-length // BLOCK))
+    blocks = (distance % 2 == 0) | (distance == 1)
+    mask = elements(blocks, (BLOCK, BLOCK), (length, length))
+
     def dropped(*tensors):
         return flash_attention(*tensors, dropout_p=RATE, dropout_seed=SEED)
 
@@ -50,6 +56,12 @@ def features(length):
             lambda *t: flash_attention(*t, alibi_slopes=slopes),
             lambda *t: F.scaled_dot_product_attention(*t, bias),
             lambda *t: written_out(*t, bias),
+        ),
+        (
+            "half of the blocks, beside a bool mask",
+            lambda *t: flash_attention(*t, block_mask=blocks, block_size=BLOCK),
+            lambda *t: F.scaled_dot_product_attention(*t, mask),
+            lambda *t: written_out(*t, torch.where(mask, 0.0, -torch.inf)),
         ),
         (
             "sinks, beside attention written out",

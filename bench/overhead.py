@@ -82,7 +82,7 @@ def call_of_library(query, key, value):
     found, out = library(), torch.empty_like(query)
     problem = found.parse(PROBLEM)
     q, k, v, o = (tensor.data_ptr() for tensor in (query, key, value, out))
-    buffers = BASES.pack(BUFFERS.size, q, k, v, 0, o, *(0,) * 12)
+    buffers = BASES.pack(BUFFERS.size, q, k, v, 0, o, *(0,) * 13)
 
     def call(_written=out):
         found.check(found.mfa_attention(found.context, problem, buffers, None))

@@ -8,7 +8,6 @@ import torch
 from mps_flash_attn.library import (
     BAND_OPEN_LOWER,
     BAND_OPEN_UPPER,
-    DEVICE_CPU,
     MASK_ADDITIVE,
     MASK_BOOL,
     MASK_NONE,
@@ -59,8 +58,9 @@ class Problem:
         problem = cls(text=text, passes=passes, **{name: {**given, **chosen}[name] for name in names})
         if problem.window and problem.q_len != problem.kv_len:
             raise ValueError(f'"{text}" has a window and q_len differs from kv_len; windows need equal ones here')
-        if given["alibi"] or given["sinks"] or given["dropout"] or given["device"] != DEVICE_CPU or " scale" in text:
-            raise ValueError(f'"{text}" has a scale, alibi, sinks, dropout or a device, which no benchmark here has')
+        other = [name for name in ("device", "alibi", "sinks", "dropout", "block_map_q") if given[name]]
+        if other or " scale" in text:
+            raise ValueError(f'"{text}" has {" ".join(other) or "a scale"}, which no benchmark here has')
         return problem
 
     @property

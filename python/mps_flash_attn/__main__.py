@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--features",
         nargs="+",
         default=["none", "band"],
-        help="none, band (causal, windows), mask_bool, mask_f32 etc., softcap, alibi, sinks, dropout; "
+        help="none, band (causal, windows), mask_bool, mask_f32 etc., softcap, alibi, sinks, dropout, block_map; "
         "both: band+softcap (none band)",
     )
     made.add_argument("--backward", action="store_true", help="those of the backward pass, too")

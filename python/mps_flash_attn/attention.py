@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from . import block_mask as block_masks
 from . import dispatch_cache, dropout, problem, subclasses, tensors
 from .autograd import EAGER, Attention, CachedCall, Call, is_differentiated
+from .block_mask import BlockMask, BlockSize
 from .library import Unsupported, library
 from .operators import attention_forward
 from .options import Options
@@ -43,6 +45,8 @@ def flash_attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0,
     dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
 ) -> Tensor: ...
 
 
@@ -64,6 +68,8 @@ def flash_attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0,
     dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -85,6 +91,8 @@ def flash_attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0,
     dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -105,6 +113,8 @@ def flash_attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0,
     dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key.T + attn_mask) @ value, never holding the L x S matrix of scores.
 
@@ -145,6 +155,11 @@ def flash_attention(
     dropout_seed  makes the dropout of a call reproducible: an int64 tensor with one element, on the query's device, or
                   a number. dropout_mask() returns what it drops. Without it PyTorch's default generator of the device
                   draws one, so torch.manual_seed() makes a program reproducible; dropout_p 0 draws none.
+    block_mask    which blocks of scores are visible, combined with all of the above; hidden ones are not computed.
+                  A bool tensor (B or 1, H or 1, ceil(L / bq), ceil(S / bk)), True being visible, with
+                  block_size=(bq, bk), or one number for both, multiples of 16; None: 128. Or a BlockMask of
+                  torch.nn.attention.flex_attention, as create_block_mask() makes it. If that has partial blocks, its
+                  mask_mod is evaluated in each call, as a bool mask of L x S bytes for each of its heads.
     bf16_backward exists for mps-flash-attn on PyPI; ValueError if True.
 
     Arguments that do not fit together raise ValueError or TypeError, which say what is accepted. A valid call that
@@ -157,7 +172,7 @@ def flash_attention(
         # The type is in the key because 2.0 == 2, but a window of 2.0 raises an error.
         window_type = repr(window_size) if type(window_size) is tuple else type(window_size)
         options_key = (is_causal, scale, window_size, window_type, softcap, dropout_p, enable_gqa, return_lse)
-        if alibi_slopes is None and sinks is None and not bf16_backward:
+        if alibi_slopes is None and sinks is None and block_mask is None and block_size is None and not bf16_backward:
             cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key)
             if cached is not None:
                 return cached.attend(query, key, value, attn_mask)
@@ -168,26 +183,32 @@ def flash_attention(
         )
     mask, bias = subclasses.split(attn_mask)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    given = [query, key, value, *(tensor for tensor in (mask, sinks, alibi_slopes, seed) if tensor is not None)]
+    blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
+    others = mask, sinks, alibi_slopes, seed, blocks
+    given = [query, key, value, *(tensor for tensor in others if tensor is not None)]
     if not by_operator and needs_operator(*given):
         by_operator = True
         if subclasses.have_torch_function(*given):
             keywords: dict[str, Any] = {"softcap": softcap, "enable_gqa": enable_gqa, "return_lse": return_lse}
             keywords |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
             keywords |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
+            keywords |= {"block_mask": block_mask, "block_size": block_size}
             arguments: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
             return handle_torch_function(flash_attention, given, *arguments, **keywords)
-        readable = _check_readable(query, key, value, mask, sinks, alibi_slopes, seed)
-        query, key, value, mask, sinks, alibi_slopes, seed = readable
+        readable = _check_readable(query, key, value, *others)
+        query, key, value, mask, sinks, alibi_slopes, seed, blocks = readable
     sinks = _sinks(sinks, query)
+    if block_mask is not None or block_size is not None:
+        _check_heads(query, key, value, mask, enable_gqa)
+    blocks, size, mask = block_masks.resolve(block_mask if blocks is None else blocks, block_size, query, key, mask)
     is_cast = not by_operator and tensors.is_autocast(query)
     if is_cast:  # the operators have a rule for autocast of their own
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     _check_heads(query, key, value, mask, enable_gqa)
-    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p)
+    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p, size)
     seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query)
     sinks, slopes = problem.of_heads("sinks", sinks, query), _slopes(alibi_slopes, query)
-    inputs = query, key, value, mask, sinks, slopes, seed
+    inputs = query, key, value, mask, sinks, slopes, seed, blocks
     if by_operator:
         out, lse = attention_forward(*inputs, *options)
         return (out, lse) if return_lse else out
@@ -264,6 +285,8 @@ def explain(
     sinks: Tensor | None = None,
     dropout_p: float = 0,
     dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
 ) -> Explanation:
     """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
     needs beside the operands; or why the call is not supported. Nothing is computed.
@@ -273,19 +296,21 @@ def explain(
     does not raise."""
     mask, bias = subclasses.split(attn_mask)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    *operands, sinks, slopes, seed = _check_readable(query, key, value, mask, sinks, alibi_slopes, seed)
-    sinks = _sinks(sinks, query)
-    if tensors.is_autocast(query):
-        operands = list(tensors.autocast(*operands))
+    blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
+    *operands, sinks, slopes, seed, blocks = _check_readable(query, key, value, mask, sinks, alibi_slopes, seed, blocks)
     query, key, value, mask = operands
     _check_heads(query, key, value, mask, enable_gqa)
-    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p)
+    blocks, size, mask = block_masks.resolve(block_mask if blocks is None else blocks, block_size, query, key, mask)
+    sinks = _sinks(sinks, query)
+    if tensors.is_autocast(query):
+        query, key, value, mask = tensors.autocast(query, key, value, mask)
+    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p, size)
     if options.dropout and dropout_seed is None:  # none is drawn where nothing is computed
         seed = query.new_empty(1, dtype=torch.int64)
     seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query)
     sinks = problem.of_heads("sinks", sinks, query)
-    inputs = problem.Inputs(query, key, value, mask, sinks, _slopes(slopes, query), seed)
-    problem.check(inputs)
+    inputs = problem.Inputs(query, key, value, mask, sinks, _slopes(slopes, query), seed, blocks)
+    problem.check(inputs, options)
     tensors.refuse_short_storage(**inputs._asdict())
     out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
     try:
@@ -327,7 +352,7 @@ def _slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> None:
     """Raises if the number of heads differs without enable_gqa."""
     if not query.dim() == key.dim() == 4:
-        problem.check(problem.Inputs(query, key, value, mask))  # raises
+        problem.check(problem.Inputs(query, key, value, mask), Options())  # raises
     q_heads, kv_heads = query.shape[1], key.shape[1]
     if q_heads != kv_heads and not enable_gqa:
         raise ValueError(f"query has {q_heads} heads and key has {kv_heads}; enable_gqa=True allows that")
@@ -342,6 +367,7 @@ def _options(
     scale: float | None,
     softcap: float,
     dropout_p: float,
+    block_size: tuple[int, int],
 ) -> Options:
     """The Options of a call. `bias`: a CausalBias, or None."""
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -350,7 +376,7 @@ def _options(
         bound = subclasses.upper_bound(bias, q_len, kv_len)
         upper = bound if upper is None else min(upper, bound)
     scale = None if scale is None else problem.number("scale", scale)
-    return Options(lower, upper, scale, problem.number("softcap", softcap), dropout.probability(dropout_p))
+    return Options(lower, upper, scale, problem.number("softcap", softcap), dropout.probability(dropout_p), *block_size)
 
 
 def _band(is_causal: Causal, window_size: Any, q_len: int, kv_len: int) -> tuple[int | None, int | None]:

@@ -67,6 +67,8 @@ _FEATURES = (
     "lower-50 upper60 mask_f32 softcap5 sinks",
     "dropout0.1",
     "causal mask_bool alibi sinks dropout0.5",
+    "block_map_q16 block_map_kv32",
+    "causal block_map_q48 block_map_kv64 mask_f32 softcap5 dropout0.1",
 )
 _SHAPES = (
     "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -104,6 +106,7 @@ def examine(line: str, device: str) -> Row:
             return {"kernels": kernels, "unsupported": explanation.reason}
     sizes = scalars(packed[0])
     options = Options(sizes.lower, sizes.upper, sizes.scale, sizes.softcap, sizes.dropout)
+    options = options._replace(block_q=sizes.block_map_q, block_kv=sizes.block_map_kv)
 
     def ours(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
         moved = [None if operand is None else operand.to(device) for operand in operands]

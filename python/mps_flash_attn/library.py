@@ -46,13 +46,15 @@ PROBLEM_FIELDS = (
     *((name + "_layout", _LAYOUT) for name in ("sinks", "dsinks")),
     ("dropout", "d"),
     ("seed_layout", _LAYOUT),
+    *((name, "q") for name in ("block_map_q", "block_map_kv")),
+    ("block_map_layout", _LAYOUT),
 )
 BUFFERS_FIELDS = (
     ("size", "Q"),
     *((name, _BUFFER) for name in ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias")),
     ("workspace", _BUFFER),
     ("workspace_size", "Q"),
-    *((name, _BUFFER) for name in ("o_low", "slopes", "sinks", "dsinks", "seed")),
+    *((name, _BUFFER) for name in ("o_low", "slopes", "sinks", "dsinks", "seed", "block_map")),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
@@ -64,8 +66,8 @@ def _struct(fields: Iterable[tuple[str, str]]) -> struct.Struct:
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
-# dbias o_low slopes sinks dsinks seed, with zeros between them.
-BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 5)
+# dbias o_low slopes sinks dsinks seed block_map, with zeros between them.
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6)
 
 _number_of_threads = torch.get_num_threads  # a global name: each attribute lookup costs time in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
@@ -97,6 +99,8 @@ class Scalars(NamedTuple):
     softcap: float
     sinks: int
     dropout: float
+    block_map_q: int
+    block_map_kv: int
 
 
 # The name of each number of an unpacked problem; the four of a layout have one name.

@@ -29,9 +29,10 @@ Shape = tuple[int, ...]
 
 # Those of problem.Inputs.
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed"
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
+    "Tensor? block_mask"
 )
-_OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout"
+_OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv"
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     (
@@ -111,14 +112,14 @@ for _device in (name.upper() for name in DEVICES):
 @torch.library.register_fake("mfa::attention_forward", lib=registration)
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs = arguments[:_COUNT]
-    check(inputs)
+    check(inputs, Options(*arguments[_COUNT:]))
     return tensors.like(query, value.shape[3]), tensors.empty_rows(query)
 
 
 @torch.library.register_fake("mfa::attention_backward", lib=registration)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, _, wanted = _split_backward(arguments)
-    check(operands.inputs)
+    operands, options, wanted = _split_backward(arguments)
+    check(operands.inputs, options)
     check_saved(operands)
     return _empty_for_none(map(tensors.gradient, operands.inputs, wanted), operands.inputs[0])
 

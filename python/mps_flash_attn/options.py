@@ -15,3 +15,5 @@ class Options(NamedTuple):
     scale: float | None = None  # None: 1 / sqrt(head_dim)
     softcap: float = 0.0  # 0: none
     dropout: float = 0.0  # the probability; its seed is one of the Inputs
+    block_q: int = 0  # queries of a block of the block_mask; 0: none
+    block_kv: int = 0  # keys

@@ -19,7 +19,7 @@ from . import display
 from .library import COMPILER, library
 
 # A feature in kernel keys: its name in the problem grammar.
-_WORDS = {"band": "causal", "softcap": "softcap1", "dropout": "dropout0.5"}
+_WORDS = {"band": "causal", "softcap": "softcap1", "dropout": "dropout0.5", "block_map": "block_map_q64 block_map_kv64"}
 
 
 def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable[str], backward: bool) -> Iterator[str]:

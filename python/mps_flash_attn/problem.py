@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import tensors
+from .block_mask import shape_of
 from .library import (
     BACKWARD,
     BAND_OPEN_LOWER,
@@ -42,14 +43,17 @@ class Inputs(NamedTuple):
     sinks: Tensor | None = None  # (batch, heads), float32
     alibi_slopes: Tensor | None = None  # likewise
     dropout_seed: Tensor | None = None  # (batch,), int64
+    block_mask: Tensor | None = None  # (batch, heads, blocks of queries, blocks of keys), bool
 
 
 OF_SDPA = 4
 DIFFERENTIABLE = 5
+SEED = Inputs._fields.index("dropout_seed")
 # (query, key, value, mask, *NO_MORE) is faster than Inputs().
-NO_MORE = cast("tuple[None, None, None]", (None,) * (len(Inputs._fields) - OF_SDPA))
+NO_MORE = cast("tuple[None, None, None, None]", (None,) * (len(Inputs._fields) - OF_SDPA))
 # Plain tuples in the order of Inputs and Operands.
-InputsTuple = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_Other = Tensor | None
+InputsTuple = tuple[Tensor, Tensor, Tensor, _Other, _Other, _Other, _Other, _Other]
 OperandsTuple = tuple[InputsTuple, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -66,9 +70,9 @@ class Operands(NamedTuple):
     out_low: Tensor | None = None
 
 
-def check(inputs: InputsTuple) -> None:
+def check(inputs: InputsTuple, options: Options) -> None:
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
-    query, key, value, mask, sinks, slopes, seed = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks = inputs
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -92,6 +96,8 @@ def check(inputs: InputsTuple) -> None:
         _check_of_heads("alibi_slopes", slopes, query)
     if seed is not None:
         check_seed(seed, query, query.shape[:1])
+    if blocks is not None:
+        _check_blocks(blocks, query, key, options)
 
 
 def check_saved(operands: OperandsTuple) -> None:
@@ -169,9 +175,9 @@ def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable
 
 def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
     """The members of mfa_problem between `pass` and the layouts."""
-    query, key, value, mask, _, slopes, _ = inputs
+    query, key, value, mask, _, slopes, *_ = inputs
     batch, q_heads, q_len, head_dim = query.shape
-    lower, upper, scale, softcap, _ = options
+    lower, upper, scale, softcap, *_ = options
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
         is_bool = mask.dtype is torch.bool
@@ -198,15 +204,17 @@ def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
 
 def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None) -> tuple[float, ...]:
     """The members of mfa_problem after dbias_layout."""
-    *_, sinks, slopes, seed = inputs
+    *_, sinks, slopes, seed, blocks = inputs
     has_sinks, reserved = int(sinks is not None), 0
     of_seed = 0 if seed is None else seed.stride(0)
+    of_blocks = (0, 0, 0, 0) if blocks is None else blocks.stride()
     return (
         *_heads_layout(slopes),
         *(has_sinks, reserved),
         *_heads_layout(sinks),
         *_heads_layout(dsinks),
         *(options.dropout, of_seed, 0, 0, 0),
+        *(options.block_q, options.block_kv, *of_blocks),
     )
 
 
@@ -241,6 +249,17 @@ def _check_of_heads(name: str, tensor: Tensor, query: Tensor) -> None:
         )
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
+
+
+def _check_blocks(blocks: Tensor, query: Tensor, key: Tensor, options: Options) -> None:
+    if blocks.dtype is not torch.bool:
+        raise TypeError(f"block_mask is {tensors.dtype_name(blocks)}; it must be bool (True is visible)")
+    size = max(options.block_q, 1), max(options.block_kv, 1)
+    shape = shape_of(query, key, size)
+    if blocks.shape != shape:
+        raise ValueError(f"block_mask has the shape {tuple(blocks.shape)}; with blocks of {size} it must be {shape}")
+    if blocks.device != query.device:
+        raise ValueError(f"block_mask is on {blocks.device} and query on {query.device}; they must be on one device")
 
 
 def number(name: str, number: Any) -> float:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .block_mask import elements
 from .library import MASK_ADDITIVE, MASK_BOOL, Scalars
 from .operators import dropout_mask
 from .options import Options
@@ -26,11 +27,10 @@ from .tensors import DTYPES
 ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64}
 
 
-def _weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor | None, slopes: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+def _weights(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
     """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
-    lower, upper, scale, softcap, _ = options
+    query, key, _, mask, sinks, slopes, _, blocks = inputs
+    lower, upper, scale, softcap, _, block_q, block_kv = options
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     dtanh: Tensor | float = 1.0
     if softcap:
@@ -42,6 +42,8 @@ def _weights(
         visible = visible & (offset >= lower)
     if upper is not None:
         visible = visible & (offset <= upper)
+    if blocks is not None:
+        visible = visible & elements(blocks, (block_q, block_kv), (query.shape[2], key.shape[2]))
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
     elif mask is not None:
@@ -78,12 +80,14 @@ def attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
+    blocks: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
     group, given = query.shape[1] // key.shape[1], Options(**options)
-    weights, lse, _, _ = _weights(query, key.repeat_interleave(group, 1), mask, sinks, slopes, given)
-    return _dropped(weights, seed, given) @ value.repeat_interleave(group, 1), lse
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    weights, lse, _, _ = _weights(Inputs(query, key, value, mask, sinks, slopes, seed, blocks), given)
+    return _dropped(weights, seed, given) @ value, lse
 
 
 def _dropped(weights: Tensor, seed: Tensor | None, options: Options) -> Tensor:
@@ -99,10 +103,10 @@ def _magnitudes(
 ) -> tuple[dict[str, Tensor], float]:
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
     scale = options.scale
-    query, key, value, mask, sinks, slopes, seed = Inputs(*tensors)
+    query, key, value, mask, sinks, _, seed, _ = inputs = Inputs(*tensors)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    P, lse, scores, dtanh = _weights(query, key, mask, sinks, slopes, options)
+    P, lse, scores, dtanh = _weights(inputs._replace(key=key, value=value), options)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
     dropped = _dropped(P, seed, options)
     D = (dO * (dropped @ value).abs()).sum(-1) + dL
@@ -140,7 +144,7 @@ def results(
 
 
 def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> list[Any]:
-    """The tensors in this dtype, but for bool masks, ALiBi's slopes and seeds."""
+    """The tensors in this dtype, but for bool masks, ALiBi's slopes, seeds and blocks."""
     cast = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors[:DIFFERENTIABLE]]
     return [*cast, *tensors[DIFFERENTIABLE:]]
 
@@ -266,4 +270,8 @@ def operands(sizes: Scalars, seed: int) -> Inputs:
     slopes = tensor(sizes.batch, sizes.q_heads).abs() / 8 if sizes.alibi else None
     sinks = tensor(sizes.batch, sizes.q_heads) if sizes.sinks else None
     of_dropout = torch.randint(2**62, (sizes.batch,), generator=generator) if sizes.dropout else None
-    return Inputs(query, key, value, mask, sinks, slopes, of_dropout)
+    blocks: Tensor | None = None
+    if sizes.block_map_q:
+        q_blocks, kv_blocks = -(-sizes.q_len // sizes.block_map_q), -(-sizes.kv_len // sizes.block_map_kv)
+        blocks = tensor(sizes.batch, sizes.q_heads, q_blocks, kv_blocks) < 0.5
+    return Inputs(query, key, value, mask, sinks, slopes, of_dropout, blocks)

@@ -66,7 +66,7 @@ def forward_for_backward(inputs: InputsTuple, options: Options, allocate: Alloca
 
 def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> Forward:
     """The Forward of these Inputs. Raises as problem.check() does."""
-    query, key, value, mask, sinks, slopes, seed = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -75,12 +75,13 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
         None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         None if seed is None else (seed.shape, seed.stride(), seed.dtype, seed.device),
+        None if blocks is None else (blocks.shape, blocks.stride(), blocks.dtype, blocks.device),
         *(options, allocate),
     )
     cached = _cached(key_of_pass)
     if cached is not None:
         return cached
-    check(inputs)
+    check(inputs, options)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
     out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
@@ -94,9 +95,10 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
 
 def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low: bool = False) -> tuple[Any, ...]:
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
-    query, key, value, mask, sinks, slopes, seed = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks = inputs
     problem, device, extents, size, out_layout, rows_layout, low_layout = prepared
-    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent, seed_extent = extents
+    q_extent, k_extent, v_extent, mask_extent, *others = extents
+    sinks_extent, slopes_extent, seed_extent, blocks_extent = others
     if (  # written out for speed
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
@@ -105,6 +107,7 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
         or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
         or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)
+        or (blocks is not None and _storage(blocks).nbytes() - _offset(blocks) < blocks_extent)
     ):
         tensors.refuse_short_storage(**Inputs._make(inputs)._asdict())
     out_low = None
@@ -127,6 +130,7 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
             0 if sinks is None else _address(sinks),
             0,
             0 if seed is None else _address(seed),
+            0 if blocks is None else _address(blocks),
         )
         library().attention(problem, buffers)
     else:
@@ -134,7 +138,8 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
         lse = tensors.empty(query, rows_layout) if with_lse else None
         if with_low:
             out_low = tensors.empty(query, low_layout)
-        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, out_low, slopes, sinks, None, seed))
+        more = out_low, slopes, sinks, None, seed, blocks
+        _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, *more))
     return (out, lse) if out_low is None else (out, lse, out_low)
 
 
@@ -154,7 +159,7 @@ def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) 
 def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> Backward:
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask, sinks, slopes, seed = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -167,12 +172,13 @@ def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence
         None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device),
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         None if seed is None else (seed.shape, seed.stride(), seed.dtype, seed.device),
+        None if blocks is None else (blocks.shape, blocks.stride(), blocks.dtype, blocks.device),
         *(options, *wanted),
     )
     cached = _cached(key_of_pass)
     if cached is not None:
         return cached
-    check(inputs)
+    check(inputs, options)
     check_saved(operands)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)
@@ -188,8 +194,9 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
     """(dQ, dK, dV, dbias, dsinks), each None if the prepared pass does not want it."""
     problem, device, extents, size, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
-    query, key, value, mask, sinks, slopes, seed = inputs
-    q_extent, k_extent, v_extent, mask_extent, sinks_extent, slopes_extent, seed_extent, *others = extents
+    query, key, value, mask, sinks, slopes, seed, blocks = inputs
+    q_extent, k_extent, v_extent, mask_extent, *others = extents
+    sinks_extent, slopes_extent, seed_extent, blocks_extent, *others = others
     out_extent, lse_extent, d_out_extent, d_lse_extent = others
     if (
         _storage(query).nbytes() - _offset(query) * size < q_extent
@@ -204,6 +211,7 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
         or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
         or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)
+        or (blocks is not None and _storage(blocks).nbytes() - _offset(blocks) < blocks_extent)
     ):
         given = Inputs._make(inputs)._asdict()
         tensors.refuse_short_storage(**given, out=out, lse=lse, d_out=d_out, d_lse=d_lse, out_low=out_low)
@@ -228,11 +236,12 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
             0 if sinks is None else _address(sinks),
             0 if dsinks is None else _address(dsinks),
             0 if seed is None else _address(seed),
+            0 if blocks is None else _address(blocks),
         )
         library().attention(problem, buffers)
     else:
         *gradients, dsinks = [tensors.empty(query, layout) for layout in layouts]
-        more = out_low, slopes, sinks, dsinks, seed
+        more = out_low, slopes, sinks, dsinks, seed, blocks
         _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, *more))
         gradients.append(dsinks)
     return tuple(gradients)

@@ -120,4 +120,4 @@ class Comparable(NamedTuple):
 
 def _is_plain(sizes: Scalars) -> bool:
     band = sizes.lower == BAND_OPEN_LOWER and sizes.upper in (0, BAND_OPEN_UPPER)
-    return band and not (sizes.softcap or sizes.alibi or sizes.sinks or sizes.dropout)
+    return band and not (sizes.softcap or sizes.alibi or sizes.sinks or sizes.dropout or sizes.block_map_q)

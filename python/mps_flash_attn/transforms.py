@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import tensors
 from .operators import attention_backward, attention_forward, dropout_mask, registration
-from .problem import OF_SDPA, Inputs
+from .problem import OF_SDPA, SEED, Inputs
 
 try:  # not public in PyTorch
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_functorch_wrapped_tensor
@@ -36,7 +36,6 @@ _VMAP_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
 _VMAP_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 _INPUTS = len(Inputs._fields)
-_SEED = Inputs._fields.index("dropout_seed")
 
 count_of_modes = torch._C._len_torch_dispatch_stack
 are_active = torch._C._are_functorch_transforms_active
@@ -191,7 +190,7 @@ def _each_sample(operator: Callable[..., Any], info: Any, dimensions: Sequence[i
 
 def _vmap_forward(info: Any, dimensions: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     size = info.batch_size
-    if arguments[_SEED] is not None:
+    if arguments[SEED] is not None:
         return _each_sample(attention_forward, info, dimensions, arguments), (0, 0)
     inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions, size)
     results = attention_forward(*inputs, *arguments[_INPUTS:])
@@ -204,7 +203,7 @@ def _vmap_backward(
     size, (out, lse, *options) = info.batch_size, arguments[_INPUTS:]
     wanted = options[-1]
     places = tuple(0 if is_wanted else None for is_wanted in wanted)
-    if arguments[_SEED] is not None:
+    if arguments[SEED] is not None:
         found = _each_sample(attention_backward, info, dimensions, (d_out, d_lse, *arguments))
         return tuple(one if is_wanted else one.flatten() for one, is_wanted in zip(found, wanted)), places
     mask_shape: Any = _shape_of_sample(arguments[3], dimensions[2 + 3])

@@ -84,6 +84,7 @@ def test_scalars_are_the_fields_that_both_passes_have():
     assert abi.Scalars._fields == (
         *("device", "dtype", "mask", "mask_dtype", "alibi", "batch", "q_heads", "kv_heads", "q_len", "kv_len"),
         *("head_dim", "value_dim", "lower", "upper", "scale", "softcap", "sinks", "dropout"),
+        *("block_map_q", "block_map_kv"),
     )
     for line in ("forward f32 b1 h1 q2 kv3 d4 alibi dropout0.5", "backward f32 b1 h1 q2 kv3 d4 upper1 sinks"):
         packed = abi.library().parse(line)
@@ -98,10 +99,10 @@ def test_buffers_without_offsets():
     fields = dict.fromkeys((name for name, _ in abi.BUFFERS_FIELDS), (0, 0))
     fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
     names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low", "slopes")
-    names += ("sinks", "dsinks", "seed")
+    names += ("sinks", "dsinks", "seed", "block_map")
     fields |= {name: (base, 0) for base, name in enumerate(names, 1)}
     whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
-    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 18)) == whole
+    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 19)) == whole
 
 
 def test_statuses_become_exceptions():
@@ -130,7 +131,8 @@ def _python(code, **environment):
 def test_operands_have_the_order_of_the_header():
     """But that those with a gradient come before those without."""
     names = {"query": "q", "key": "k", "value": "v", "attn_mask": "mask", "alibi_slopes": "slopes"}
-    names |= {"dropout_seed": "seed", "out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
+    names |= {"dropout_seed": "seed", "block_mask": "block_map"}
+    names |= {"out": "o", "d_out": "d_o", "d_lse": "dlse", "out_low": "o_low"}
     for fields in (Inputs._fields[:DIFFERENTIABLE], Inputs._fields[DIFFERENTIABLE:], Operands._fields[1:]):
         operands = [names.get(name, name) for name in fields]
         assert operands == [name for name, _ in abi.BUFFERS_FIELDS if name in operands]

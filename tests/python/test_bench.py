@@ -69,6 +69,7 @@ def test_work_counts_visible_pairs(options):
         ("forward f32 b1 h1 q4 kv4 d8 alibi", "no benchmark"),
         ("forward f32 b1 h1 q4 kv4 d8 sinks", "no benchmark"),
         ("forward f32 b1 h1 q4 kv4 d8 dropout0.1", "no benchmark"),
+        ("forward f32 b1 h1 q4 kv4 d8 block_map_q16 block_map_kv16", "no benchmark"),
     ),
 )
 def test_what_is_no_problem_is_refused(text, sentence):

@@ -87,7 +87,7 @@ def test_results_and_gradients(dtype, sizes, mask, extra):
     options = {"softcap": 5.0 if extra == "softcap" else 0.0}
     seed = torch.randint(2**62, ())
 
-    def ours(query, key, value, mask, sinks, slopes, _):
+    def ours(query, key, value, mask, sinks, slopes, *_):
         keywords = {"attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes, "enable_gqa": True, "return_lse": True}
         keywords |= {"window_size": (-1, 9), "dropout_p": 0.3, "dropout_seed": seed}
         return flash_attention(query, key, value, **keywords, **options)

@@ -6,6 +6,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from mps_flash_attn import flash_attention, reference
+from mps_flash_attn.block_mask import shape_of
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from stand_in import DTYPES, FULL, ON_METAL
@@ -51,8 +52,13 @@ def calls(draw):
         seed = seed.expand(batch)
     lower, upper = (None if side < 0 else kv_len - q_len + side for side in (left, right))
     lower = lower if lower is None else kv_len - q_len - left
-    inputs = Inputs(query, key, value, mask, sinks, slopes, seed)
-    return inputs, Options(lower, upper, None, softcap, dropout), keywords
+    blocks, size = None, (0, 0)
+    if draw(st.sampled_from((False, False, True))):
+        size = draw(st.sampled_from(((16, 16), (16, 48), (32, 16), (128, 64))))
+        blocks = torch.rand(batch, heads, *shape_of(query, key, size)[2:]) < 0.6
+        keywords |= {"block_size": size}
+    inputs = Inputs(query, key, value, mask, sinks, slopes, seed, blocks)
+    return inputs, Options(lower, upper, None, softcap, dropout, *size), keywords
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -62,8 +68,8 @@ def test_any_options(call):
     inputs, options, keywords = call
     note(f"{[t if t is None else (tuple(t.shape), t.dtype) for t in inputs]} {options}")
 
-    def ours(query, key, value, mask, sinks, slopes, _):
-        options = {"attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes, **keywords}
+    def ours(query, key, value, mask, sinks, slopes, _, blocks):
+        options = {"attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes, "block_mask": blocks, **keywords}
         return flash_attention(query, key, value, **options)
 
     reference.check(ours, inputs, **options._asdict())

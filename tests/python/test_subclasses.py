@@ -228,7 +228,7 @@ def test_class_is_asked():
     said, positional, named = flash_attention(query, asked, value, True, 0.5, softcap=3, return_lse=True)
     assert said == "its own" and positional == (True, 0.5, None, 0)
     given = {"softcap": 3, "enable_gqa": False, "return_lse": True, "dropout_p": 0}
-    assert named == given | dict.fromkeys(("alibi_slopes", "sinks", "dropout_seed"))
+    assert named == given | dict.fromkeys(("alibi_slopes", "sinks", "dropout_seed", "block_mask", "block_size"))
 
 
 @pytest.mark.parametrize("kind", [Named, Unwrapping])

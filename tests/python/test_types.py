@@ -32,6 +32,7 @@ def test_function_is_annotated(function: typing.Any) -> None:
 
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from typing_extensions import assert_type
 
     def of_one_result(q: Tensor, slopes: Tensor) -> None:
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
         assert_type(flash_attention(q, q, q, "bottom_right", 0.1, q, (3, -1), softcap=5, sinks=slopes), Tensor)
         assert_type(flash_attention(q, q, q, alibi_slopes=slopes, return_lse=True), tuple[Tensor, Tensor])
         assert_type(flash_attention(q, q, q, return_lse=False), Tensor)
+
+    def of_blocks(q: Tensor, blocks: BlockMask) -> None:
+        assert_type(flash_attention(q, q, q, block_mask=blocks), Tensor)
+        assert_type(flash_attention(q, q, q, block_mask=q > 0, block_size=(64, 32)), Tensor)
 
     def of_two_results(q: Tensor, return_lse: bool) -> None:
         assert_type(flash_attention(q, q, q, return_lse=True), tuple[Tensor, Tensor])

@@ -16,7 +16,7 @@ from ..autograd import differentiated_by
 from ..library import Unsupported
 from ..operators import dropout_mask
 from ..options import Options
-from ..problem import DIFFERENTIABLE, OperandsTuple
+from ..problem import DIFFERENTIABLE, SEED, OperandsTuple
 from ..stats import count
 from .original import dropped_attention
 
@@ -41,7 +41,7 @@ def backward(
             reason = str(error)
     count(reason)
     inputs, _, _, d_out, _, _ = operands
-    return _gradients(_forward(original, options, inputs[-1]), (d_out, *inputs[:DIFFERENTIABLE]), wanted)
+    return _gradients(_forward(original, options, inputs[SEED]), (d_out, *inputs[:DIFFERENTIABLE]), wanted)
 
 
 def _second(
@@ -53,7 +53,7 @@ def _second(
 ) -> list[Tensor | None]:
     """As differentiated_by() describes it. `operands`: d_out and the inputs."""
     count("a second derivative")
-    attend = _forward(original, options, operands[-1])
+    attend = _forward(original, options, operands[1 + SEED])
     operands = operands[: 1 + DIFFERENTIABLE]
     places = [place for place, tensor in enumerate(operands) if tensor is not None and tensor.requires_grad]
     present = [place for place, gradient in enumerate(incoming) if gradient is not None]

@@ -174,9 +174,9 @@ def run_eager(
     return out
 
 
-def _more_inputs(query: Tensor, dropout_p: float) -> tuple[None, None, Tensor | None]:
+def _more_inputs(query: Tensor, dropout_p: float) -> tuple[None, None, Tensor | None, None]:
     """The Inputs that scaled_dot_product_attention has not: a seed of dropout, if there is any."""
-    return (None, None, draw(query)) if dropout_p else NO_MORE
+    return (None, None, draw(query), None) if dropout_p else NO_MORE
 
 
 def run_by_operator(
