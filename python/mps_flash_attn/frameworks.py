@@ -18,9 +18,9 @@ from .transformers_check import check_config, check_models
 
 
 def register_transformers(name: str = "mfa") -> None:
-    """Registers attn_implementation=`name` with transformers. It is flash_attention, with softcap, with the masks of
-    transformers' "sdpa", and without repeating K and V. Calls that libmfa does not run go to that "sdpa", and are
-    counted in sdpa_stats().
+    """Registers attn_implementation=`name` with transformers. It is flash_attention, with softcap and attention sinks,
+    with the masks of transformers' "sdpa", and without repeating K and V. Calls that libmfa does not run go to that
+    "sdpa", and are counted in sdpa_stats().
 
     A model whose code does not call the registered function raises a ValueError that names its class: when it is made,
     when it is switched by set_attn_implementation(), or else when it requests its first mask. ValueError if the name
@@ -58,13 +58,9 @@ def transformers_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls with (B, H, L, E) tensors; returns (out as (B, L, H, Ev), None).
-    The mask is None where is_causal is sufficient; a sliding window is in the mask. ValueError for attention sinks
-    (`s_aux`), and where the weights are wanted (output_attentions)."""
-    if s_aux is not None:
-        raise ValueError(
-            f"s_aux is given by {type(module).__name__}: attention sinks, which are not supported; choose "
-            'attn_implementation="eager"'
-        )
+    The mask is None where is_causal is sufficient; a sliding window is in the mask. `s_aux` are attention sinks, (H,).
+    ValueError where the weights are wanted (output_attentions), and for sinks where libmfa does not run the call:
+    transformers' "sdpa" would leave them out."""
     if options.get("output_attentions"):
         raise ValueError(
             "output_attentions is True, but the weights are never held; it must be False, or attn_implementation "
@@ -84,8 +80,14 @@ def transformers_attention(
             softcap=softcap or 0,
             enable_gqa=True,
             dropout_p=dropout,
+            sinks=_sinks(s_aux, query),
         )
     except Unsupported as error:
+        if s_aux is not None:
+            raise ValueError(
+                f"s_aux is given by {type(module).__name__}: attention sinks, which need libmfa, and it does not run this "
+                f'call: {error}; choose attn_implementation="eager"'
+            ) from None
         count(str(error))
     else:
         count(REPLACED)
@@ -99,6 +101,11 @@ def transformers_attention(
         "position_bias": position_bias,
     }
     return sdpa_attention_forward(module, query, key, value, attention_mask, softcap=softcap, **keywords, **options)
+
+
+def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """In a dtype that flash_attention takes: under autocast, and in models whose parts differ, it may be another."""
+    return sinks if sinks is None or sinks.dtype in (torch.float32, query.dtype) else sinks.to(query.dtype)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -5,7 +5,8 @@ boolean, or None where the function applies causality. Its results would be wron
 checked when it is made or switched to our function, and each class of configuration when it first requests a mask.
 
 Models that run correctly with "sdpa" do so with our function, because it gets the same masks and arguments, unless the
-code of the model depends on the name itself: in a table of its own classes, or in a comparison with "sdpa".
+code of the model depends on the name itself: in a table of its own classes, or in a comparison with "sdpa". Models that
+do not declare "sdpa" may have code for eager's masks alone, which are numbers that are added to scores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _ATTENTION_CODE = re.compile(
 )
 _OWN_TABLE = re.compile(r"\b(?!ALL_)(\w+)\[[^\[\]]*_attn_implementation\b[^\[\]]*\]")
 _COMPARISON = re.compile(r"""attn_impl\w*\s*(?:==|!=|(?:not\s+)?in\b)[^\n)\]}]*["']sdpa["']""")
+_EXTENDS_MASK = re.compile(r"(?:\bcat\(\s*\[|\bpad\()\s*attention_mask\b")
 _COMPUTES_ITSELF = "computes attention itself and would never call it"
 
 _names: set[str] = set()  # the names under which our function is registered
@@ -109,7 +111,10 @@ def _incompatibility(model: type) -> str:
     bases = (base for base in model.__mro__ if issubclass(base, PreTrainedModel))
     modules = sorted({base.__module__ for base in bases} - {PreTrainedModel.__module__})
     if _declares_dispatch(model):
-        return next(filter(None, map(_incompatibility_of_module, modules)), "")
+        found = next(filter(None, map(_incompatibility_of_module, modules)), "")
+        if not found and not model._supports_sdpa and any(_EXTENDS_MASK.search(_source(one) or "") for one in modules):
+            return "extends masks by numbers that are added to scores, where ours are boolean"
+        return found
     return _COMPUTES_ITSELF if any(map(_has_attention, modules)) else ""
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mps_flash_attn import comfyui_attention, register_transformers, sdpa_stats
+from mps_flash_attn import comfyui_attention, flash_attention, register_transformers, sdpa_stats
 from mps_flash_attn.reference import agree
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -184,14 +184,25 @@ def test_transformers_what_is_left_to_its_own():
 
 
 @pytest.mark.needs("transformers")
-def test_transformers_sinks_are_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_transformers_sinks(dtype):
     from transformers import AttentionInterface
 
     register_transformers("ours")
-    with pytest.raises(
-        ValueError, match='attention sinks, which are not supported; choose attn_implementation="eager"'
-    ):
-        AttentionInterface()["ours"](Module(), *layer(), None, s_aux=torch.zeros(4))
+    inputs, sinks = [one.to(dtype) for one in layer()], torch.randn(4)
+    out, weights = AttentionInterface()["ours"](Module(), *inputs, None, s_aux=sinks.double())
+    expected = flash_attention(*inputs, is_causal=True, enable_gqa=True, sinks=sinks.to(dtype))
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert weights is None and sdpa_stats() == {"replaced": 1}
+
+
+@pytest.mark.needs("transformers")
+def test_transformers_sinks_are_never_left_out():
+    from transformers import AttentionInterface
+
+    register_transformers("ours")
+    with pytest.raises(ValueError, match="^s_aux is given by Module: attention sinks, .* a paged cache; choose"):
+        AttentionInterface()["ours"](Module(), *layer(), None, s_aux=torch.zeros(4), cache=object())
 
 
 def test_a_name_that_transformers_would_misread():
