@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .attention import Explanation, explain, flash_attention
 from .dropout import dropout_mask
+from .flash_attn import install_flash_attn, uninstall_flash_attn
 from .frameworks import comfyui_attention, register_transformers
 from .library import Unsupported, is_available
 from .library import library as _library
@@ -23,6 +24,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "flash_attention",
+    "install_flash_attn",
     "is_available",
     "register_transformers",
     "replace_sdpa",
@@ -30,6 +32,7 @@ __all__ = [
     "restore_sdpa",
     "sdpa_stats",
     "sdpa_thresholds",
+    "uninstall_flash_attn",
 ]
 
 

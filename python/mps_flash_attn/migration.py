@@ -8,7 +8,8 @@ from torch import Tensor
 
 _NOT_QUANTIZED = "keys and values are not quantized here; give flash_attention those that quantize_kv_* was given"
 _HINTS = {
-    "flash_attn_func": "use flash_attention, whose tensors are (batch, heads, length, head_dim)",
+    "flash_attn_func": "use flash_attention, whose tensors are (batch, heads, length, head_dim), or "
+    "mps_flash_attn.flash_attn.flash_attn_func",
     "flash_attention_with_bias": "use flash_attention with attn_mask=bias / sqrt(head_dim): scores are scaled before a "
     "mask is added",
     "flash_attention_chunked": "use flash_attention, which never holds all scores",

@@ -104,7 +104,7 @@ def _declares_dispatch(model: Any) -> bool:
     return model._supports_sdpa or getattr(model, "_supports_attention_backend", False)
 
 
-def _incompatibility(model: type) -> str:
+def _incompatibility(model: Any) -> str:
     """Why a class does not call the function that its configuration names; "" if it does, or if it has no attention."""
     from transformers import PreTrainedModel
 

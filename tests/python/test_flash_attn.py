@@ -1,0 +1,203 @@
+"""flash_attn's functions: flash-attention's own sizes and its rule of tolerance, and what code that uses it expects."""
+
+import importlib
+import inspect
+import sys
+
+import pytest
+import torch
+
+from mps_flash_attn import dropout_mask, flash_attention, flash_attn
+from mps_flash_attn.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    install_flash_attn,
+    uninstall_flash_attn,
+)
+
+# Of flash-attention's tests/test_flash_attn.py.
+LENGTHS = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1023, 1024)]
+HEAD_DIMS = [32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256]
+HEADS, DROPOUT, SOFTCAP = 6, 0.17, 50.0
+
+
+def written_out(q, k, v, kept, dropout_p, causal, window, softcap, slopes, dtype):
+    """Attention in `dtype`, rounded to q's at the end; `kept` from dropout_mask."""
+    L, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    query, key, value = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query @ key.mT / q.shape[3] ** 0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(S) - torch.arange(L)[:, None] - (S - L)
+    if slopes is not None:
+        scores = scores - slopes[..., None, None].to(dtype) * distance.abs().to(dtype)
+    left, right = window[0], 0 if causal else window[1]
+    hidden = torch.zeros(L, S, dtype=torch.bool)
+    hidden |= (distance > right) & (right >= 0)
+    hidden |= (distance < -left) & (left >= 0)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden.all(1)[:, None], 0)
+    weights = torch.where(kept, weights / (1 - dropout_p), 0) if dropout_p else weights
+    return (weights @ value).transpose(1, 2).to(q.dtype if dtype is q.dtype else dtype)
+
+
+def cases():
+    return list(_cases())
+
+
+def _cases():
+    n = 0
+    for q_len, kv_len in LENGTHS:
+        for band in ("all", "causal", "local"):
+            for dropout_p in (0.0, DROPOUT):
+                yield n, q_len, kv_len, band, dropout_p
+                n += 1
+
+
+@pytest.mark.parametrize("n, q_len, kv_len, band, dropout_p", cases())
+def test_as_flash_attention_is_tested(n, q_len, kv_len, band, dropout_p):
+    """out is at most twice, and gradients at most three times, as far from the truth as attention written out in the
+    same dtype."""
+    torch.manual_seed(n)
+    dtype, head_dim = (torch.float16, torch.bfloat16)[n % 2], HEAD_DIMS[n % len(HEAD_DIMS)]
+    batch, kv_heads = 1 if q_len > 500 else 2, (6, 2, 1)[n // 2 % 3]
+    causal, window = band == "causal", (-1, -1)
+    if band == "local":
+        window = tuple(torch.randint(0, kv_len, (2,)).tolist())
+    softcap = SOFTCAP if n % 5 == 4 else 0.0
+    slopes = torch.rand(batch, HEADS) * 0.3 if n % 3 == 2 else None
+    q = torch.randn(batch, q_len, HEADS, head_dim, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(batch, kv_len, kv_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
+    out, lse, S_dmask = flash_attn_func(
+        q, k, v, dropout_p, None, causal, window, softcap, slopes, return_attn_probs=True
+    )
+    assert out.shape == q.shape and lse.shape == (batch, HEADS, q_len) and lse.dtype is torch.float32
+    assert S_dmask.numel() == (batch * HEADS * q_len * kv_len if dropout_p else 0)
+    kept = S_dmask.signbit().logical_not() if dropout_p else None
+    settings = kept, dropout_p, causal, window, softcap, slopes
+    truth, plain = (written_out(q, k, v, *settings, one) for one in (torch.float64, dtype))
+    g = torch.randn_like(out)
+    ours, exact, theirs = ((one, *torch.autograd.grad(one, (q, k, v), g.to(one.dtype))) for one in (out, truth, plain))
+    for name, factor, a, b, c in zip(("out", "dq", "dk", "dv"), (2, 3, 3, 3), ours, exact, theirs, strict=True):
+        error, allowed = (a - b).abs().max(), factor * (c - b).abs().max()
+        assert error <= allowed + 1e-5, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_S_dmask():
+    """The softmax's result, signed by the mask of the seed that was used."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    out, _, S_dmask = flash_attn_func(q, k, v, 0.4, return_attn_probs=True)
+    weights = ((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) / 4).softmax(-1)
+    torch.testing.assert_close(S_dmask.abs(), weights)
+    dropped = torch.where(S_dmask.signbit(), 0, weights / 0.6) @ v.transpose(1, 2)
+    torch.testing.assert_close(out, dropped.transpose(1, 2))
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    assert torch.equal(flash_attn_func(q, k, v, 0.4), out)  # the same draw
+    assert 0.3 < S_dmask.signbit().float().mean() < 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window_size": (3, 0)}, {"dropout_p": 0.3, "softcap": 5.0}])
+def test_packed(options):
+    qkv = torch.randn(2, 20, 3, 4, 16, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 20, 4, 16, dtype=torch.float64)
+    gradients = []
+    for function, arguments in (
+        (flash_attn_func, qkv.unbind(2)),
+        (flash_attn_kvpacked_func, (qkv[:, :, 0], qkv[:, :, 1:])),
+        (flash_attn_qkvpacked_func, (qkv,)),
+    ):
+        torch.manual_seed(1)
+        out = function(*arguments, **options)
+        gradients.append((out, *torch.autograd.grad(out, qkv, g)))
+    for others in gradients[1:]:
+        for one, other in zip(gradients[0], others, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_signatures():
+    """Names and order of the arguments, by which code passes them."""
+    tail = [
+        "dropout_p",
+        "softmax_scale",
+        "causal",
+        "window_size",
+        "softcap",
+        "alibi_slopes",
+        "deterministic",
+        "return_attn_probs",
+    ]
+    for function, tensors in (
+        (flash_attn_func, ["q", "k", "v"]),
+        (flash_attn_kvpacked_func, ["q", "kv"]),
+        (flash_attn_qkvpacked_func, ["qkv"]),
+    ):
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) == tensors + tail
+        defaults = [parameters[name].default for name in tail]
+        assert defaults == [0.0, None, False, (-1, -1), 0.0, None, False, False]
+
+
+def test_rows_without_keys():
+    q, k, v = torch.randn(1, 6, 1, 8), torch.randn(1, 4, 1, 8), torch.randn(1, 4, 1, 8)
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert (out[:, :2] == 0).all() and (lse[..., :2] == -torch.inf).all() and lse[..., 2:].isfinite().all()
+
+
+def test_what_it_has_not():
+    for name in (
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_qkvpacked_func",
+        "flash_attn_varlen_kvpacked_func",
+        "flash_attn_with_kvcache",
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{name}: libmfa has no "):
+            getattr(flash_attn, name)(1, 2, causal=True)
+
+
+def test_installed():
+    with pytest.raises(ImportError):
+        importlib.import_module("flash_attn")
+    install_flash_attn()
+    try:
+        install_flash_attn()  # again: nothing
+        theirs = importlib.import_module("flash_attn")
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        assert theirs.flash_attn_func is interface.flash_attn_func is flash_attn_func
+        assert theirs.__version__ == interface.__version__ == flash_attn.__version__
+        assert importlib.util.find_spec("flash_attn") is not None
+        with pytest.raises(ImportError):
+            importlib.import_module("flash_attn.layers")
+    finally:
+        uninstall_flash_attn()
+    with pytest.raises(ImportError):
+        importlib.import_module("flash_attn")
+    uninstall_flash_attn()  # again: nothing
+
+
+def test_a_real_one_stays(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("theirs = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"^flash_attn is installed already"):
+        install_flash_attn()
+    assert importlib.import_module("flash_attn").theirs
+    with pytest.raises(ImportError, match=r"^flash_attn is installed already"):
+        install_flash_attn()
+    uninstall_flash_attn()
+    assert sys.modules.pop("flash_attn").theirs
+
+
+def test_nothing_on_import():
+    assert "flash_attn" not in sys.modules
+
+
+def test_scale_and_dtypes():
+    q, k, v = (torch.randn(1, 9, 2, 8, dtype=torch.float64) for _ in range(3))
+    out = flash_attn_func(q, k, v, softmax_scale=0.5)
+    expected = flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=0.5)
+    assert torch.equal(out, expected.transpose(1, 2)) and out.is_contiguous()
+    mask = dropout_mask((1, 2, 9, 9), 1.0, 5)
+    assert not mask.any()
