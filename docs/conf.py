@@ -22,7 +22,7 @@ release, project, author, copyright = version, "libmfa", "libmfa contributors", 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "c_header"]
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
 # Names of other libraries.
-nitpick_ignore_regex = [("c:identifier", r"size_t|u?int\d+_t"), ("py:class", r"(torch|collections)\..*")]
+nitpick_ignore_regex = [("c:identifier", r"size_t|u?int\d+_t"), ("py:class", r"(torch|collections)\..*|.*\.BlockMask")]
 html_theme = "furo"
 html_title = f"libmfa {version}"
 autodoc_member_order = "bysource"

@@ -85,8 +85,8 @@ def transformers_attention(
     except Unsupported as error:
         if s_aux is not None:
             raise ValueError(
-                f"s_aux is given by {type(module).__name__}: attention sinks, which need libmfa, and it does not run this "
-                f'call: {error}; choose attn_implementation="eager"'
+                f"s_aux is given by {type(module).__name__}: attention sinks, which need libmfa, and it does not run "
+                f'this call: {error}; choose attn_implementation="eager"'
             ) from None
         count(str(error))
     else:

@@ -201,7 +201,7 @@ def test_transformers_sinks_are_never_left_out():
     from transformers import AttentionInterface
 
     register_transformers("ours")
-    with pytest.raises(ValueError, match="^s_aux is given by Module: attention sinks, .* a paged cache; choose"):
+    with pytest.raises(ValueError, match=r"^s_aux is given by Module: attention sinks, .* a paged cache; choose"):
         AttentionInterface()["ours"](Module(), *layer(), None, s_aux=torch.zeros(4), cache=object())
 
 

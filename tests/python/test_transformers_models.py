@@ -274,7 +274,7 @@ def test_refused_when_made(name, transformers):
     instead = re.search(r'use attn_implementation="(\w+)"', str(caught.value))[1]
     assert (instead == "sdpa") == (name not in ITSELF + EXTENDED)
     assert made(model_class, config, instead).config._attn_implementation == instead
-    whys = {ITSELF: "itself", TABLE: "a table of its own, ", COMPARISON: 'for the name "sdpa" only', EXTENDED: "extends"}
+    whys = {ITSELF: "itself", TABLE: "a table of its own, ", COMPARISON: 'the name "sdpa" only', EXTENDED: "extends"}
     assert next(why for names, why in whys.items() if name in names) in str(caught.value)
 
 
@@ -444,4 +444,6 @@ def test_sinks_are_trained(transformers):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert any("sinks" in name for name in gradients[0]) and gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradients[1][name], wanted, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
