@@ -8,17 +8,19 @@ the exit status is 1 if one was wrong.
 """
 
 import argparse
+import contextlib
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from mps_flash_attn import display, dropout_mask, flash_attention, speed
+from mps_flash_attn import display, dropout_mask, flash_attention, replaced_sdpa, speed
 from mps_flash_attn.block_mask import elements
 
 BATCH, HEADS, HEAD_DIM = 1, 8, 64
 RATE = 0.1
 BLOCK = 64
+DENSITY, SPARSE_BLOCK = 0.1, 128
 SEED = 1
 
 
@@ -72,6 +74,49 @@ def features(length):
     ]
 
 
+def sparse_rows(length):
+    """What is left of the time of one head where a tenth of the blocks are visible, drawn at random. Some queries are
+    compared with attention written out."""
+    count = -(-length // SPARSE_BLOCK)
+    blocks = torch.rand(count, count) < DENSITY
+    density = blocks.float().mean().item()
+    some = torch.randint(length, (64,))
+    visible = blocks[some // SPARSE_BLOCK].repeat_interleave(SPARSE_BLOCK, 1)[:, :length]
+    bias = torch.where(visible, 0.0, -torch.inf)
+
+    def hidden(*tensors):
+        return flash_attention(*tensors, block_mask=blocks, block_size=SPARSE_BLOCK)
+
+    for is_training in (False, True):
+        query, *others = (torch.randn(1, 1, length, HEAD_DIM).requires_grad_(is_training) for _ in "qkv")
+        found = hidden(query, *others)[:, :, some]
+        expected = written_out(query[:, :, some], *others, bias).nan_to_num()  # of queries that see nothing
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+            raise SystemExit("WRONG: block masks of long sequences")
+        attends = hidden, flash_attention
+        functions = [lambda a=a, t=(query, *others), g=is_training: results(a, t, g) for a in attends]
+        mine, plain = speed.medians(functions, lambda: None)
+        name = f"{density:.1%} of the blocks of {SPARSE_BLOCK}, {length} keys, one head"
+        yield name, "forward and backward" if is_training else "forward", f"{mine / plain:.3f}", ""
+
+
+def layer_row(length):
+    """A step of training of a layer of PyTorch's, with everything that is not attention."""
+    width = HEADS * HEAD_DIM
+    layers = [torch.nn.TransformerEncoderLayer(width, HEADS, dropout=p, batch_first=True) for p in (RATE, 0.0)]
+    x = torch.randn(BATCH, length, width)
+
+    def step(layer, replaces):
+        with replaced_sdpa() if replaces else contextlib.nullcontext():
+            layer(x).square().mean().backward()
+
+    dropping, plain = layers
+    functions = [lambda: step(dropping, True), lambda: step(plain, True), lambda: step(dropping, False)]
+    mine, without, torch_s = speed.medians(functions, lambda: None)
+    name = f"nn.TransformerEncoderLayer, dropout {RATE}"
+    return name, "forward and backward", f"{mine / without:.2f}", f"{torch_s / mine:.2f}"
+
+
 def results(attend, tensors, is_training):
     out = attend(*tensors)
     return (out.detach(), *torch.autograd.grad(out, tensors, torch.ones_like(out))) if is_training else (out,)
@@ -80,6 +125,7 @@ def results(attend, tensors, is_training):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=1024, help="queries and keys; default %(default)s")
+    parser.add_argument("--sparse-length", type=int, default=16384, help="of the sparse rows; default %(default)s")
     options = parser.parse_args()
     torch.manual_seed(SEED)
     rows, wrong = [], 0
@@ -96,6 +142,7 @@ def main():
             mine, plain, torch_s = speed.medians(functions, lambda: None)
             passes = "forward and backward" if is_training else "forward"
             rows.append((name, passes, f"{mine / plain:.2f}", f"{torch_s / mine:.2f}"))
+    rows += [layer_row(options.length), *sparse_rows(options.sparse_length)]
     title = f"f32 b{BATCH} h{HEADS} q{options.length} kv{options.length} d{HEAD_DIM}, {torch.get_num_threads()} threads"
     display.table(title, rows, ("feature", "passes", "time / without it", "PyTorch / ours"))
     return 1 if wrong else 0
