@@ -264,7 +264,7 @@ static int64_t compare_column(const char *text, const struct column_run *ordinar
 
 static int compare_columns(const char *text, int broadcast)
 {
-    struct column_run ordinary = {NULL}, nans = {NULL};
+    struct column_run ordinary = {.context = NULL}, nans = {.context = NULL};
     mfa_problem problem;
     int64_t rows = 0;
     if (mfa_context_create(NULL, &ordinary.context) != MFA_OK || mfa_problem_parse(text, &problem) != MFA_OK) {
