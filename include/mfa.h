@@ -82,8 +82,8 @@ typedef struct mfa_layout {
  * without dropout. Z depends on the seed, the batch entry, the query head, i and j alone, and so is the same on every
  * device and in both passes: with x = Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11)
  * of the counter (j / 8, i, query head, batch entry) under the key (low, high word of the seed), key j has half j % 8
- * of x, the low half of x[0] first; it is dropped if that is below the integer nearest to 2^16 * dropout, which is at
- * most 2^16 - 1 where dropout is below 1. mfa_problem_dropout_mask() gives Z != 0.
+ * of x, the low half of x[0] first; it is dropped if that is below 2^16 * dropout, rounded to an integer, halves up,
+ * which is at most 2^16 - 1 where dropout is below 1. mfa_problem_dropout_mask() gives Z != 0.
  *
  * The band expresses a causal mask (upper = 0; aligned to the last key: upper = kv_len - q_len), a sliding window of
  * the last W keys (lower = -(W - 1)), or both; MFA_BAND_OPEN_LOWER and MFA_BAND_OPEN_UPPER leave a side open. A query

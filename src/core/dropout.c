@@ -1,13 +1,11 @@
 #include "core/dropout.h"
 
-#include <math.h>
-
 #include "core/philox.h"
 #include "core/problem.h"
 
 int64_t mfa_dropout_below(double dropout)
 {
-    const int64_t below = (int64_t)nearbyint(dropout * 0x1p16);
+    const int64_t below = (int64_t)(dropout * 0x1p16 + 0.5);
     return dropout < 1 && below > 0xffff ? 0xffff : below;
 }
 

@@ -11,7 +11,7 @@ from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from stand_in import DTYPES, FULL, ON_METAL
 
-DRAWS = (80 if ON_METAL else 300) * (4 if FULL else 1)
+DRAWS = (25 if ON_METAL else 300) * (4 if FULL else 1)
 
 
 @st.composite

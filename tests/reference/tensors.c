@@ -184,7 +184,7 @@ void reference_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t
 void reference_dropout(const mfa_problem *problem, uint64_t seed, int64_t b, int64_t h, int64_t i, int64_t first,
                        int64_t end, double *Z)
 {
-    const double p = problem->dropout, rounded = nearbyint(p * 65536);
+    const double p = problem->dropout, rounded = floor(p * 65536 + 0.5);
     const double below = p < 1 && rounded > 65535 ? 65535 : rounded;
     const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
     uint32_t words[4] = {0};

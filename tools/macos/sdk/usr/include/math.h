@@ -12,7 +12,6 @@ double fabs(double x);
 double frexp(double x, int *exponent);
 double ldexp(double x, int exponent);
 double log(double x);
-double nearbyint(double x);
 double sqrt(double x);
 double tanh(double x);
 
