@@ -72,7 +72,8 @@ static void panel_init(struct panel *panel, const struct sequence *seq, const st
 static void panel_of_head(struct panel *panel, const struct sequence *seq, const struct mfa_args *a, int64_t head,
                           int64_t first, int64_t end)
 {
-    panel_init(panel, seq, a, head / a->q_heads_per_kv, head % a->q_heads_per_kv * seq->q_len + first,
+    const int64_t group = a->q_heads_per_kv ? a->q_heads_per_kv : 1; /* without query heads there is dbias to write */
+    panel_init(panel, seq, a, head / group, head % group * seq->q_len + first,
                end - first < PANEL ? end - first : PANEL);
 }
 
