@@ -154,6 +154,19 @@ def test_explain():
     assert "_alibi_" not in explain(query, key, value).kernel
 
 
+@FLOAT64
+@pytest.mark.parametrize("is_causal", [False, "bottom_right"])
+def test_gradcheck(is_causal):
+    sizes = {"q_len": 3, "kv_len": 5, "head_dim": 4, "value_dim": 3}
+    *tensors, slopes = problem(dtype=torch.float64, **sizes)
+
+    def run(query, key, value):
+        options = {"is_causal": is_causal, "enable_gqa": True, "return_lse": True}
+        return flash_attention(query, key, value, alibi_slopes=slopes, **options)
+
+    assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
+
+
 WRONG = {
     "list": (lambda s: [0.5] * 4, TypeError, "alibi_slopes is a list; it must be a torch.Tensor"),
     "dtype": (lambda s: s.double(), TypeError, "alibi_slopes is float64; it must be float32"),
