@@ -39,7 +39,7 @@ METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEAS
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
     "checks": Step("includes, names, documents, style; and what checks them", 54, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 222, ("release",), ctest=("", "metal")),
+    "release": Step("the shipped library on every instruction set", 161, ("release",), ctest=("", "metal")),
     "python": Step("the Python package", 230, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
@@ -52,7 +52,7 @@ STEPS = {
     "clang": Step("another compiler", 50, ("clang",), ctest=("", "")),
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 90, ("asan-ubsan",), ctest=("", "")),
     "tsan": Step("thread sanitizer", 55, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 320, ("release",), ctest=("metal", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 170, ("release",), ctest=("metal", "")),
     "metal-python": Step(
         "the Python package on Metal", 114, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
