@@ -38,6 +38,6 @@ mfa_status mfa_dropout_write_mask(const mfa_problem *problem, const uint64_t *se
     for (int64_t b = 0; b < p.batch; b++)
         for (int64_t h = 0; h < p.q_heads; h++)
             for (int64_t i = 0; i < p.q_len; i++, kept += p.kv_len)
-                write_row(&p, seed[b * p.seed_layout.batch], b, h, i, kept);
+                write_row(&p, p.dropout > 0 ? seed[b * p.seed_layout.batch] : 0, b, h, i, kept); /* else no layout */
     return MFA_OK;
 }

@@ -1,6 +1,6 @@
-/* Philox4x32-10, the random numbers of dropout (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11), and
- * which of them belongs to a query and a key. C and GPU languages compile this header; the CPU kernels have the same in
- * vectors (cpu/kernels/attention/dropout.h). */
+/* Philox4x32-10, the random numbers of dropout (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC'11).
+ * C and GPU languages compile this header; the CPU kernels have the same in vectors (attention/dropout.h).
+ * include/mfa.h says which numbers belong to a query and a key. */
 #ifndef MFA_CORE_PHILOX_H
 #define MFA_CORE_PHILOX_H
 
