@@ -93,6 +93,22 @@ typedef struct mfa_layout {
  * each: where it is 0 the block is hidden. Hidden blocks are not visited, so their work is not done. Its tensor is
  * (batch, q_heads, ceil(q_len / block_map_q), ceil(kv_len / block_map_kv)).
  *
+ * Lengths may differ from entry to entry of the batch. q_len and kv_len are then the most that an entry has; i and j
+ * count from the first query and key of its sequence.
+ *   - varlen_q: the sequences of q lie one after another, entry b in rows cu_seqlens_q[b] up to cu_seqlens_q[b + 1] of
+ *     total_q (and so do o, lse, d_o, dlse, dq; the batch strides of their layouts are not used). Rows of no entry get
+ *     O = 0 and zero gradients.
+ *   - varlen_kv: the same of k, v, dk, dv, by cu_seqlens_k and total_kv.
+ *   - seqused_k: only the first seqused_k[b] keys that an entry has count, as in a cache that is not full.
+ *   - leftpad_k: the first leftpad_k[b] of these are padding: the sequence begins after them.
+ *   - cache_batch_idx: k and v have kv_batch entries, of which entry b reads number cache_batch_idx[b].
+ *   - page_size: k and v are kv_batch pages of page_size keys, (kv_batch, kv_heads, page_size, columns); key j of entry
+ *     b, with its padding, is row j % page_size of page block_table[b][j / page_size]. Entries may share pages.
+ * The last two have no backward pass. bottom_right: the band is counted from the last query and key: lower + kv - q <=
+ * j - i <= upper + kv - q for an entry of q queries and kv keys; and ALiBi's kv_len - q_len is always that of the
+ * entry. Numbers that are wrong (that fall, reach outside of a tensor, or are more than q_len or kv_len) are
+ * MFA_INVALID when a run on the CPU begins, and nothing has been written then; on Metal they are clamped.
+ *
  * Backward takes o and lse from the caller, so they may be merged from several devices, and computes
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (Z * dP - D), dP = dO V^T        (Z = 1 without dropout)
  *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
@@ -127,6 +143,18 @@ typedef struct mfa_problem {
 
     int64_t block_map_q, block_map_kv; /* queries and keys of a block of the map, multiples of 16; 0 and 0: no map */
     mfa_layout block_map_layout;       /* its rows are blocks of queries, its columns blocks of keys */
+
+    int32_t varlen_q, varlen_kv;  /* 1: packed sequences; 0: q_len, kv_len rows of each batch entry */
+    int32_t seqused_k, leftpad_k; /* 1: the buffers give them; 0: every key counts */
+    int32_t cache_batch_idx;      /* 1: the buffers give it; 0: entry b reads entry b */
+    int32_t bottom_right;         /* 1: the band is counted from the last query and key; 0: from the first */
+    int64_t total_q, total_kv;    /* rows of packed sequences; else 0 */
+    int64_t kv_batch;             /* entries, or pages, of k and v with cache_batch_idx or page_size; else 0 */
+    int64_t page_size;            /* keys of a page, 1 or more; 0: no pages */
+    mfa_layout cu_seqlens_q_layout, cu_seqlens_k_layout; /* of a (batch + 1) tensor: its batch stride */
+    mfa_layout seqused_k_layout, leftpad_k_layout;       /* of a (batch) tensor */
+    mfa_layout cache_batch_idx_layout;                   /* the same */
+    mfa_layout block_table_layout; /* of a (batch, ceil(kv_len / page_size)) tensor: batch and column strides */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -140,10 +168,9 @@ typedef struct mfa_buffer {
 } mfa_buffer;
 
 /* What a run reads and writes. Unused members are zero.
- * forward:  reads q, k, v, mask, slopes, sinks, seed, block_map; writes o, and lse (f32; f64 for f64) and o_low if
- *           given.
- * backward: reads q, k, v, mask, slopes, sinks, seed, block_map, o, lse, d_o, and dlse (like lse) and o_low if given;
- *           writes those of dq, dk, dv, dbias, dsinks that are given. Outputs must not overlap anything.
+ * forward:  reads q, k, v and what else the problem has; writes o, and lse (f32; f64 for f64) and o_low if given.
+ * backward: reads the same, o, lse, d_o, and dlse (like lse) and o_low if given; writes those of dq, dk, dv, dbias,
+ *           dsinks that are given. Outputs must not overlap anything.
  * An operand without elements needs no base. */
 typedef struct mfa_buffers {
     uint64_t size; /* sizeof(mfa_buffers) */
@@ -158,6 +185,7 @@ typedef struct mfa_buffers {
     mfa_buffer sinks, dsinks; /* f32, whatever the dtype */
     mfa_buffer seed;          /* of dropout: 64-bit integers, any; in backward those of forward */
     mfa_buffer block_map;     /* one byte per block; nonzero: it is visible */
+    mfa_buffer cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, cache_batch_idx, block_table; /* 32-bit integers */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on

@@ -73,11 +73,13 @@ static int64_t find_skipped(const struct inputs *inputs, int64_t near, char *ski
 {
     const mfa_problem *p = &inputs->problem;
     const double *mask = inputs->values[REFERENCE_MASK];
+    const mfa_buffers none = {.size = sizeof none};
+    const struct reference_sequence seq = reference_sequence(p, &none, 0);
     int64_t count = 0;
     memset(skipped, 1, (size_t)p->kv_len);
     for (int64_t i = 0; i < p->q_len; i++) {
         int64_t first, end;
-        reference_band(p, i, &first, &end);
+        reference_band(&seq, i, &first, &end);
         for (int64_t j = first; j < end; j++)
             if ((!mask || mask[j] != (p->mask == MFA_MASK_BOOL ? 0 : -INFINITY)) && is_mapped(inputs, i, j))
                 for (int64_t at = j > near ? j - near : 0; at < p->kv_len && at <= j + near; at++)

@@ -3,14 +3,21 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; f32 or f64; the mask's; f32; 64-bit integers; bytes. */
-enum element { DATA, ROW_SUM, MASK, FLOAT, INTEGER64, BYTE };
+/* The problem's dtype; f32 or f64; the mask's; f32; integers; bytes. */
+enum element { DATA, ROW_SUM, MASK, FLOAT, INTEGER64, INTEGER32, BYTE };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
-/* Offsets in mfa_problem of the members that operands.inc names; of a count of blocks, that of the size of one. */
+/* Offsets in mfa_problem of the members that operands.inc names, or of one that decides on a size that is computed. */
 enum size {
     ONE = 0,
+    batch = offsetof(mfa_problem, batch),
+    batch_and_1 = offsetof(mfa_problem, cu_seqlens_q_layout),
+    q_batch = offsetof(mfa_problem, varlen_q),     /* of q */
+    q_rows = offsetof(mfa_problem, total_q),       /* of a batch entry of q */
+    kv_entries = offsetof(mfa_problem, varlen_kv), /* the same of k */
+    kv_rows = offsetof(mfa_problem, total_kv),
+    pages = offsetof(mfa_problem, page_size), /* of a batch entry */
     q_blocks = offsetof(mfa_problem, block_map_q),
     kv_blocks = offsetof(mfa_problem, block_map_kv),
     q_heads = offsetof(mfa_problem, q_heads),
@@ -21,15 +28,16 @@ enum size {
     value_dim = offsetof(mfa_problem, value_dim)
 };
 
-#define RESULT_LIKE(name, of, heads, rows, columns, element, forward, backward, exists, where) \
-    {#name,                                                                                    \
-     offsetof(mfa_problem, of##_layout),                                                       \
-     offsetof(mfa_buffers, name),                                                              \
-     heads,                                                                                    \
-     rows,                                                                                     \
-     columns,                                                                                  \
-     where,                                                                                    \
-     element,                                                                                  \
+#define RESULT_LIKE(name, of, entries, heads, rows, columns, element, forward, backward, exists, where) \
+    {#name,                                                                                             \
+     offsetof(mfa_problem, of##_layout),                                                                \
+     offsetof(mfa_buffers, name),                                                                       \
+     entries,                                                                                           \
+     heads,                                                                                             \
+     rows,                                                                                              \
+     columns,                                                                                           \
+     where,                                                                                             \
+     element,                                                                                           \
      {forward, backward}},
 #define RESULT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
 #define INPUT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
@@ -42,7 +50,7 @@ const struct mfa_operand mfa_operands[MFA_OPERAND_COUNT] = {
 static int exists(int n, const mfa_problem *p)
 {
     switch ((enum mfa_operand_number)n) {
-#define RESULT_LIKE(name, of, heads, rows, columns, element, forward, backward, exists, where) \
+#define RESULT_LIKE(name, of, entries, heads, rows, columns, element, forward, backward, exists, where) \
     case MFA_OPERAND_##name: return exists;
 #define RESULT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
 #define INPUT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
@@ -71,13 +79,19 @@ static int64_t size_of(const mfa_problem *problem, size_t size)
     case ONE: return 1;
     case q_blocks: return count_blocks(problem->q_len, problem->block_map_q);
     case kv_blocks: return count_blocks(problem->kv_len, problem->block_map_kv);
+    case batch_and_1: return problem->batch + 1;
+    case q_batch: return problem->varlen_q ? 1 : problem->batch;
+    case q_rows: return problem->varlen_q ? problem->total_q : problem->q_len;
+    case kv_entries: return mfa_problem_kv_entries(problem);
+    case kv_rows: return mfa_problem_kv_rows(problem);
+    case pages: return count_blocks(problem->kv_len, problem->page_size);
     default: return *(const int64_t *)((const char *)problem + size);
     }
 }
 
 void mfa_operand_shape(const struct mfa_operand *operand, const mfa_problem *problem, int64_t shape[4])
 {
-    shape[0] = problem->batch;
+    shape[0] = size_of(problem, operand->entries);
     shape[1] = size_of(problem, operand->heads);
     shape[2] = size_of(problem, operand->rows);
     shape[3] = size_of(problem, operand->columns);
@@ -102,6 +116,7 @@ size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem 
     case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
     case FLOAT: return 4;
     case INTEGER64: return 8;
+    case INTEGER32: return 4;
     case BYTE: return 1;
     default: return mfa_dtype_size(problem->dtype);
     }

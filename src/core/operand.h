@@ -18,11 +18,11 @@ enum mfa_role {
 
 struct mfa_operand {
     const char *name;
-    size_t layout, buffer;       /* offsets in mfa_problem and in mfa_buffers */
-    size_t heads, rows, columns; /* its sizes: see operand.c; 0: the size is 1 */
-    const char *where;           /* "problems with a mask": which have it; "": all */
-    uint8_t element;             /* which type: see operand.c */
-    uint8_t role[2];             /* in the forward and in the backward pass, of problems that have it */
+    size_t layout, buffer;                /* offsets in mfa_problem and in mfa_buffers */
+    size_t entries, heads, rows, columns; /* its sizes: see operand.c; 0: the size is 1 */
+    const char *where;                    /* "problems with a mask": which have it; "": all */
+    uint8_t element;                      /* which type: see operand.c */
+    uint8_t role[2];                      /* in the forward and in the backward pass, of problems that have it */
 };
 
 enum mfa_operand_number {

@@ -35,6 +35,21 @@ size_t mfa_dtype_size(int32_t dtype)
     }
 }
 
+int mfa_problem_is_varlen(const mfa_problem *p)
+{
+    return p->varlen_q || p->varlen_kv || p->seqused_k || p->leftpad_k || p->cache_batch_idx || p->page_size > 0;
+}
+
+int64_t mfa_problem_kv_entries(const mfa_problem *p)
+{
+    return p->varlen_kv ? 1 : p->cache_batch_idx || p->page_size > 0 ? p->kv_batch : p->batch;
+}
+
+int64_t mfa_problem_kv_rows(const mfa_problem *p)
+{
+    return p->varlen_kv ? p->total_kv : p->page_size > 0 ? p->page_size : p->kv_len;
+}
+
 double mfa_problem_scale(int64_t head_dim)
 {
     return 1 / sqrt((double)head_dim);
@@ -57,6 +72,8 @@ void mfa_problem_make_dense(mfa_problem *problem)
     }
     if (problem->block_map_q == 0)
         problem->block_map_layout = (mfa_layout){0, 0, 0, 0}; /* its sizes are not known */
+    if (problem->page_size == 0)
+        problem->block_table_layout = (mfa_layout){0, 0, 0, 0};
 }
 
 void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len,
@@ -127,7 +144,9 @@ mfa_status mfa_problem_check_signs(const mfa_problem *problem)
         {"batch", offsetof(mfa_problem, batch)},         {"q_heads", offsetof(mfa_problem, q_heads)},
         {"kv_heads", offsetof(mfa_problem, kv_heads)},   {"q_len", offsetof(mfa_problem, q_len)},
         {"kv_len", offsetof(mfa_problem, kv_len)},       {"head_dim", offsetof(mfa_problem, head_dim)},
-        {"value_dim", offsetof(mfa_problem, value_dim)},
+        {"value_dim", offsetof(mfa_problem, value_dim)}, {"total_q", offsetof(mfa_problem, total_q)},
+        {"total_kv", offsetof(mfa_problem, total_kv)},   {"kv_batch", offsetof(mfa_problem, kv_batch)},
+        {"page_size", offsetof(mfa_problem, page_size)},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         const int64_t size = *(const int64_t *)((const char *)problem + sizes[i].offset);
@@ -152,6 +171,55 @@ static mfa_status check_sizes(const mfa_problem *problem)
     if (!rows_fit(problem->batch, kv_heads, problem->kv_len))
         return mfa_fail(MFA_INVALID, "batch is %lld, kv_heads %lld and kv_len %lld; their product must be at most 2^43",
                         (long long)problem->batch, (long long)kv_heads, (long long)problem->kv_len);
+    if (!rows_fit(1, problem->q_heads, problem->total_q) || !rows_fit(1, kv_heads, problem->total_kv))
+        return mfa_fail(MFA_INVALID,
+                        "q_heads is %lld and total_q %lld, kv_heads %lld and total_kv %lld; the products must be at "
+                        "most 2^43",
+                        (long long)problem->q_heads, (long long)problem->total_q, (long long)kv_heads,
+                        (long long)problem->total_kv);
+    if (problem->kv_batch > ROWS_MAX || problem->page_size > ROWS_MAX)
+        return mfa_fail(MFA_INVALID, "kv_batch is %lld and page_size %lld; they must be at most 2^43",
+                        (long long)problem->kv_batch, (long long)problem->page_size);
+    return MFA_OK;
+}
+
+/* A size without what it belongs to, and combinations that no tensor has. */
+static mfa_status check_varlen(const mfa_problem *p)
+{
+    const long long pages = p->page_size, kv_batch = p->kv_batch;
+    if (p->total_q && !p->varlen_q)
+        return mfa_fail(MFA_INVALID, "total_q is %lld and varlen_q 0; only packed queries have a total_q",
+                        (long long)p->total_q);
+    if (p->total_kv && !p->varlen_kv)
+        return mfa_fail(MFA_INVALID, "total_kv is %lld and varlen_kv 0; only packed keys have a total_kv",
+                        (long long)p->total_kv);
+    if (p->varlen_kv && (pages || p->cache_batch_idx))
+        return mfa_fail(MFA_INVALID,
+                        "varlen_kv is 1, page_size %lld and cache_batch_idx %d; packed keys have neither pages nor an "
+                        "index: of those, seqused_k gives the lengths",
+                        pages, p->cache_batch_idx);
+    if (pages && p->cache_batch_idx)
+        return mfa_fail(MFA_INVALID,
+                        "page_size is %lld and cache_batch_idx 1; the rows of block_table say where an entry's pages "
+                        "are, so cache_batch_idx must be 0",
+                        pages);
+    if (kv_batch && !pages && !p->cache_batch_idx)
+        return mfa_fail(MFA_INVALID, "kv_batch is %lld; without page_size and cache_batch_idx it must be 0", kv_batch);
+    if ((pages || p->cache_batch_idx) && p->pass == MFA_BACKWARD)
+        return mfa_fail(MFA_UNSUPPORTED,
+                        "page_size is %lld and cache_batch_idx %d in the backward pass; kernels exist for 0 and 0: "
+                        "entries may share keys",
+                        pages, p->cache_batch_idx);
+    if (p->batch == 0 && (p->total_q || (p->total_kv && p->pass == MFA_BACKWARD)))
+        return mfa_fail(MFA_INVALID, "batch is 0, total_q %lld and total_kv %lld; rows must belong to a batch entry",
+                        (long long)p->total_q, (long long)p->total_kv);
+    int64_t shape[4];
+    if (pages && mfa_operand_extent(&mfa_operands[MFA_OPERAND_block_table], p, shape) && shape[3] > 1 &&
+        p->block_table_layout.column == 0)
+        return mfa_fail(MFA_INVALID,
+                        "block_table_layout.column is 0 for %lld pages; it must not be: mfa_problem_init gives a block "
+                        "table no layout",
+                        (long long)shape[3]);
     return MFA_OK;
 }
 
@@ -267,6 +335,21 @@ static int64_t clamp_block(int64_t block, int64_t rows)
     return clamp(block, 0, rows > 0 ? (rows + 15) / 16 * 16 : 16);
 }
 
+/* The band within what can matter; counted from the first query and key, where all entries agree on that. */
+static void clamp_band(mfa_problem *p)
+{
+    const int64_t most = p->bottom_right ? p->q_len + p->kv_len : 0;
+    p->lower = clamp(p->lower, -p->q_len - most, p->kv_len + most);
+    p->upper = clamp(p->upper, -p->q_len - most, p->kv_len + most);
+    if (p->bottom_right && mfa_problem_is_varlen(p)) {
+        p->bottom_right = p->lower > 1 - p->q_len - p->kv_len || p->upper < p->q_len + p->kv_len - 1;
+    } else if (p->bottom_right) {
+        p->lower = clamp(p->lower + p->kv_len - p->q_len, -p->q_len, p->kv_len);
+        p->upper = clamp(p->upper + p->kv_len - p->q_len, -p->q_len, p->kv_len);
+        p->bottom_right = 0;
+    }
+}
+
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
 {
     mfa_problem problem;
@@ -279,13 +362,14 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
         status = check_dropout(&problem);
     if (status == MFA_OK)
         status = check_block_map(&problem);
+    if (status == MFA_OK)
+        status = check_varlen(&problem);
     if (status != MFA_OK)
         return status;
 
     if (problem.mask != MFA_MASK_ADDITIVE)
         problem.mask_dtype = problem.dtype;
-    problem.lower = clamp(problem.lower, -problem.q_len, problem.kv_len);
-    problem.upper = clamp(problem.upper, -problem.q_len, problem.kv_len);
+    clamp_band(&problem);
     problem.block_map_q = clamp_block(problem.block_map_q, problem.q_len);
     problem.block_map_kv = clamp_block(problem.block_map_kv, problem.kv_len);
 
@@ -324,6 +408,16 @@ struct mfa_args mfa_problem_args(const mfa_problem *p)
         .drop_below = mfa_dropout_below(p->dropout),
         .block_map_q = p->block_map_q,
         .block_map_kv = p->block_map_kv,
+        .varlen_q = p->varlen_q,
+        .varlen_kv = p->varlen_kv,
+        .has_seqused_k = p->seqused_k,
+        .has_leftpad_k = p->leftpad_k,
+        .has_cache_batch_idx = p->cache_batch_idx,
+        .bottom_right = p->bottom_right,
+        .total_q = p->total_q,
+        .total_kv = p->total_kv,
+        .kv_batch = p->kv_batch,
+        .page_size = p->page_size,
 #define INPUT(name, ...) .name = strides(&p->name##_layout),
 #define RESULT(name, ...) .name = strides(&p->name##_layout),
 #include "core/operands.inc"

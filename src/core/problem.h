@@ -17,6 +17,13 @@ const char *mfa_dtype_name(int32_t dtype);
 /* Bytes of one element. */
 size_t mfa_dtype_size(int32_t dtype);
 
+/* Whether lengths or places of sequences are given by tensors, so that they may differ from entry to entry. */
+int mfa_problem_is_varlen(const mfa_problem *problem);
+
+/* The sizes of k and v along the batch and along rows: of packed sequences, a cache or pages, if they are that. */
+int64_t mfa_problem_kv_entries(const mfa_problem *problem);
+int64_t mfa_problem_kv_rows(const mfa_problem *problem);
+
 /* The scale that a problem has if nothing else is said: 1/sqrt(head_dim). */
 double mfa_problem_scale(int64_t head_dim);
 
@@ -26,7 +33,7 @@ void mfa_problem_make(mfa_problem *problem, int64_t batch, int64_t q_heads, int6
 mfa_status mfa_problem_write(const mfa_problem *problem, char *text, size_t capacity);
 mfa_status mfa_problem_read(const char *text, mfa_problem *problem, size_t size);
 
-/* Gives each tensor a dense layout, (batch, head, row, column); a block map that there is not gets zeros. */
+/* Gives each tensor a dense layout, (batch, head, row, column); a block map or table that there is not gets zeros. */
 void mfa_problem_make_dense(mfa_problem *problem);
 
 /* Copies the caller's struct, which may be that of an older version. After it, the enums of the copy are valid.
@@ -42,7 +49,9 @@ mfa_status mfa_problem_check_signs(const mfa_problem *problem);
  *     and kv_heads divides q_heads (it may be 0 if q_heads is);
  *   - batch * q_heads * q_len and batch * kv_heads * kv_len, with 1 in place of 0, are at most 2^43;
  *   - the bytes from an operand's lowest element to its highest fit in an int64_t;
- *   - lower and upper are within [-q_len, kv_len], and so i + lower and i + upper fit too;
+ *   - lower and upper are within [-q_len, kv_len], and so i + lower and i + upper fit too; with bottom_right within
+ *     [-q_len - kv_len, q_len + kv_len];
+ *   - bottom_right is 0 where all entries have the same lengths: lower and upper count from the first query and key;
  *   - block_map_q and block_map_kv are multiples of 16, not above the lengths in such units, or both 0;
  *   - mask_dtype is dtype unless the mask is additive. */
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical);

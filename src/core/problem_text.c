@@ -1,7 +1,9 @@
 /* The line of text that stands for a problem in logs, case lists and bench rows:
  *     <pass> <dtype> b<batch> h<q_heads>[/<kv_heads>] q<q_len> kv<kv_len> d<head_dim>[v<value_dim>]
- *     [causal] [lower<int>] [upper<int>] [block_map_q<int>] [block_map_kv<int>] [scale<float>] [softcap<float>]
- *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [alibi] [sinks] [metal]
+ *     [causal] [lower<int>] [upper<int>] [block_map_q<int>] [block_map_kv<int>] [total_q<int>] [total_kv<int>]
+ *     [kv_batch<int>] [page_size<int>] [scale<float>] [softcap<float>] [dropout<float>]
+ *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [alibi] [sinks] [varlen_q] [varlen_kv] [seqused_k] [leftpad_k]
+ *     [cache_batch_idx] [bottom_right] [metal]
  * causal is upper0; mask_<dtype> is an additive mask of that dtype. What is left out has the value that
  * mfa_problem_init gives. */
 #define _GNU_SOURCE
@@ -21,7 +23,7 @@
 #include <xlocale.h>
 #endif
 
-#define LINE_MAX_BYTES 512 /* the longest line has about 400 characters */
+#define LINE_MAX_BYTES 768 /* the longest line has about 600 characters */
 
 struct writer {
     char *text;

@@ -111,9 +111,8 @@ static mfa_status launch(void *state, const void *kernel, const mfa_problem *pro
     struct cpu *cpu = state;
     const int limit = atomic_load(&cpu->limit); /* may be less now than when the choice was made */
     (void)stream;
-    mfa_cpu_launch(cpu->threads, choice->threads < limit ? choice->threads : limit, kernel, problem, choice, buffers,
-                   workspace);
-    return MFA_OK;
+    return mfa_cpu_launch(cpu->threads, choice->threads < limit ? choice->threads : limit, kernel, problem, choice,
+                          buffers, workspace);
 }
 
 const struct mfa_backend mfa_cpu_backend = {

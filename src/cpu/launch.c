@@ -5,6 +5,7 @@
 
 #include "core/dropout.h"
 #include "core/problem.h"
+#include "cpu/sequences.h"
 #include "cpu/tiles.h"
 
 _Static_assert((int)CPU_F32 == MFA_F32 && (int)CPU_F16 == MFA_F16 && (int)CPU_BF16 == MFA_BF16 &&
@@ -13,11 +14,11 @@ _Static_assert((int)CPU_F32 == MFA_F32 && (int)CPU_F16 == MFA_F16 && (int)CPU_BF
 
 /* The row stride of a single row is never used, but the caller may give any number: set to 0, so that kernels that
  * multiply it, or advance by it beyond the last row, do not overflow. */
-static void clear_unused_strides(struct mfa_args *a)
+static void clear_unused_strides(const mfa_problem *p, struct mfa_args *a)
 {
-    if (a->q_len <= 1)
+    if ((a->varlen_q ? a->total_q : a->q_len) <= 1)
         a->q.row = a->o.row = a->d_o.row = a->dq.row = 0;
-    if (a->kv_len <= 1)
+    if (mfa_problem_kv_rows(p) <= 1)
         a->k.row = a->v.row = 0;
 }
 
@@ -32,23 +33,23 @@ static double dS_factor(double scale)
     return ldexp(1, exponent < -64 ? -64 : exponent > 64 ? 64 : exponent);
 }
 
-/* All members of the call except its pointers. */
+/* All members of the call except its pointers and what they say of sequences. */
 static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, struct mfa_cpu_call *call)
 {
     const struct mfa_cpu_tiling tiling = mfa_cpu_tiling_of(choice);
     memset(call, 0, sizeof *call);
     call->args = mfa_problem_args(p);
-    clear_unused_strides(&call->args);
+    clear_unused_strides(p, &call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->kept = mfa_dropout_kept(p->dropout);
     call->dtype = p->dtype, call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
-    call->block_kv = tiling.block_kv, call->panels = tiling.panels, call->splits = tiling.splits;
+    call->block_kv = tiling.block_kv, call->panels = tiling.panels;
 }
 
 /* Offsets in bytes of the parts of the workspace that a run's threads share, and where the last one ends. */
 struct offsets {
-    uint64_t partials, D, L, dq_sums, dq_semaphore, end;
+    uint64_t sequences, partials, D, L, dq_sums, dq_semaphore, end;
 };
 
 static uint64_t align(uint64_t bytes)
@@ -73,14 +74,14 @@ static struct offsets workspace_offsets(const struct mfa_cpu_kernels *kernels, c
 {
     struct offsets at = {0};
     uint64_t real = p->dtype == MFA_F64 ? 8 : 4;
+    at.partials = at.D = align(mfa_cpu_sequences_bytes(call, p->pass));
     if (p->pass == MFA_FORWARD) {
-        int64_t chunks = p->batch * p->kv_heads * mfa_cpu_chunks(call, kernels->panel);
-        if (call->splits > 1)
-            at.end = align((uint64_t)(chunks * call->splits) * kernels->partial_bytes(call));
+        const int64_t partials = mfa_cpu_sequences_most(call, kernels->panel, CPU_PARTIALS);
+        at.end = at.partials + align((uint64_t)partials * kernels->partial_bytes(call));
         return at;
     }
-    int64_t q_blocks = p->batch * p->q_heads * mfa_cpu_q_blocks(call, kernels->panel);
-    int64_t rows = q_blocks * call->panels * kernels->panel;
+    const int64_t rows = mfa_cpu_sequences_most(call, kernels->panel, CPU_Q_ROWS);
+    const int64_t q_blocks = mfa_cpu_sequences_most(call, kernels->panel, CPU_Q_BLOCKS);
     at.L = at.D + align((uint64_t)rows * real);
     at.dq_sums = at.L + align((uint64_t)rows * real);
     at.dq_semaphore = at.dq_sums;
@@ -95,6 +96,7 @@ void mfa_cpu_launch_measure(const struct mfa_cpu_kernels *kernels, const mfa_pro
 {
     struct mfa_cpu_call call;
     fill_in_call(problem, choice, &call);
+    mfa_cpu_sequences_make(&call, kernels->panel, 1, mfa_cpu_tiling_of(choice).splits, NULL);
     choice->shared = workspace_offsets(kernels, problem, &call).end;
     uint64_t bytes = problem->pass == MFA_BACKWARD ? kernels->backward_scratch(&call)
                      : call.decode                 ? kernels->decode_scratch(&call)
@@ -120,12 +122,9 @@ static void bind(struct mfa_cpu_call *call, const mfa_buffers *b)
 static void run_forward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
                         struct mfa_cpu_call *call)
 {
-    const struct mfa_args *a = &call->args;
-    int64_t chunks = a->batch * a->kv_heads * mfa_cpu_chunks(call, kernels->panel);
-    mfa_cpu_threads_run(threads, workers, chunks * call->splits, call->decode ? kernels->decode : kernels->forward,
-                        call);
-    if (call->splits > 1)
-        mfa_cpu_threads_run(threads, workers, chunks, kernels->merge, call);
+    mfa_cpu_threads_run(threads, workers, mfa_cpu_units(call, CPU_PARTS),
+                        call->decode ? kernels->decode : kernels->forward, call);
+    mfa_cpu_threads_run(threads, workers, mfa_cpu_units(call, CPU_MERGES), kernels->merge, call);
 }
 
 /* Blocks of one KV head add to the same dQ, one after another; those of different heads are independent. So a task is
@@ -151,16 +150,35 @@ static void run_head(void *argument, int64_t task, int worker)
         heads->block(heads->call, task * heads->blocks + block, worker);
 }
 
+/* Where sequences differ: a head of a short one is a task; of a long one each block is, with those of its heads
+ * interleaved. */
+static void run_sequence(void *argument, int64_t task, int worker)
+{
+    const struct heads *heads = argument;
+    const struct mfa_cpu_place place = mfa_cpu_find(heads->call, CPU_KV_TASKS, task);
+    const struct mfa_cpu_sequence *seq = &place.seq;
+    const int64_t blocks = seq->of_head[CPU_KV_BLOCKS], tasks = seq->of_head[CPU_KV_TASKS];
+    const int64_t kv_heads = heads->call->args.kv_heads, n = place.head * tasks + place.index;
+    const int64_t first = seq->before[CPU_KV_BLOCKS] + n % kv_heads * blocks;
+    if (tasks == blocks) {
+        heads->block(heads->call, first + n / kv_heads, worker);
+        return;
+    }
+    for (int64_t block = 0; block < blocks; block++)
+        heads->block(heads->call, first + block, worker);
+}
+
 static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
                          struct mfa_cpu_call *call)
 {
     const struct mfa_args *a = &call->args;
-    int64_t q_blocks = a->batch * a->q_heads * mfa_cpu_q_blocks(call, kernels->panel);
     int64_t all = a->batch * a->kv_heads, by_block = all < (int64_t)2 * workers ? all : workers + all % workers;
     struct heads heads = {call->decode ? kernels->decode_backward : kernels->backward, call, all - by_block, by_block,
-                          mfa_cpu_ceil(a->kv_len, call->block_kv)};
-    mfa_cpu_threads_run(threads, workers, q_blocks, kernels->backward_preprocess, call);
-    if (call->dq || call->dk || call->dv)
+                          call->entry.of_head[CPU_KV_BLOCKS]};
+    mfa_cpu_threads_run(threads, workers, mfa_cpu_units(call, CPU_Q_BLOCKS), kernels->backward_preprocess, call);
+    if ((call->dq || call->dk || call->dv) && call->sequences)
+        mfa_cpu_threads_run(threads, workers, mfa_cpu_units(call, CPU_KV_TASKS), run_sequence, &heads);
+    else if (call->dq || call->dk || call->dv)
         mfa_cpu_threads_run(threads, workers, heads.entire + heads.by_block * heads.blocks, run_head, &heads);
     if (call->dbias) {
         struct mfa_cpu_dbias_tiles t = mfa_cpu_dbias_tiles(call, kernels->panel);
@@ -170,15 +188,19 @@ static void run_backward(mfa_cpu_threads *threads, int workers, const struct mfa
         mfa_cpu_threads_run(threads, workers, mfa_cpu_dsinks_count(a), kernels->dsinks, call);
 }
 
-void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
-                    const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
-                    void *workspace)
+mfa_status mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_kernels *kernels,
+                          const mfa_problem *problem, const struct mfa_choice *choice, const mfa_buffers *buffers,
+                          void *workspace)
 {
     struct mfa_cpu_call call;
+    char *memory = workspace;
     fill_in_call(problem, choice, &call);
     bind(&call, buffers);
+    const mfa_status status =
+        mfa_cpu_sequences_make(&call, kernels->panel, workers, mfa_cpu_tiling_of(choice).splits, memory);
+    if (status != MFA_OK)
+        return status;
     struct offsets at = workspace_offsets(kernels, problem, &call);
-    char *memory = workspace;
     call.scratch = memory + at.end, call.scratch_bytes = choice->per_thread;
     if (problem->pass == MFA_FORWARD) {
         call.partials = memory + at.partials;
@@ -188,4 +210,5 @@ void mfa_cpu_launch(mfa_cpu_threads *threads, int workers, const struct mfa_cpu_
         call.dq_sums = sums_in_place(kernels, problem) ? NULL : memory + at.dq_sums;
         run_backward(threads, workers, kernels, &call);
     }
+    return MFA_OK;
 }

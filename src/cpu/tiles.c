@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/problem.h"
+
 /* Keys of a block, and panels of queries that share one load of it, for head_dim and value_dim up to `dim`. Chosen so
  * that in forward the scores of one panel, a block of K and V and the sums stay in L2 (1 MiB on the machines that were
  * measured), and in backward P and dS of a block of queries as well. The first row that fits counts. */
@@ -124,9 +126,21 @@ static int64_t choose_backward(const mfa_problem *p, const struct row *row, int6
     return heads * blocks;
 }
 
+/* A problem whose batch entries all have the average length of this one's packed sequences. */
+static mfa_problem average(const mfa_problem *p)
+{
+    mfa_problem even = *p;
+    if (p->varlen_q && p->batch > 0)
+        even.q_len = mfa_cpu_ceil(p->total_q, p->batch);
+    if (p->varlen_kv && p->batch > 0)
+        even.kv_len = mfa_cpu_ceil(p->total_kv, p->batch);
+    return even;
+}
+
 void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
                           struct mfa_choice *choice)
 {
+    const mfa_problem even = average(p);
     const struct row *row = row_of(isa, p);
     const int forward = p->pass == MFA_FORWARD;
     const int decode_rows = forward ? kernels->decode_rows : kernels->decode_backward_rows;
@@ -143,11 +157,13 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
     struct mfa_cpu_tiling tiling = {.splits = 1, .block_kv = choice->key.block_kv};
-    int64_t tasks =
-        forward ? choose_forward(p, row, kernels, choice, &tiling) : choose_backward(p, row, kernels->panel, &tiling);
+    int64_t tasks = forward ? choose_forward(&even, row, kernels, choice, &tiling)
+                            : choose_backward(&even, row, kernels->panel, &tiling);
     memcpy(choice->tiling.bytes, &tiling, sizeof tiling);
-    const double flop = 4.0 * (double)(p->batch * p->q_heads * p->q_len) * (double)p->kv_len * (double)p->head_dim;
+    const double flop = 4.0 * (double)(p->batch * p->q_heads * even.q_len) * (double)p->kv_len * (double)p->head_dim;
     if (flop < SERIAL_FLOP || tasks < 1)
         tasks = 1;
+    else if (mfa_problem_is_varlen(p))
+        tasks = choice->threads; /* how many there are is known when a run begins */
     choice->threads = tasks < choice->threads ? (int)tasks : choice->threads;
 }

@@ -223,6 +223,12 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->softcap > 0 && size / p->softcap > 0x1p60)
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g and scale %g; Metal kernels exist for quotients up to 2^60",
                         p->softcap, p->scale);
+    if (mfa_problem_is_varlen(p))
+        return mfa_fail(
+            MFA_UNSUPPORTED,
+            "varlen_q is %d, varlen_kv %d, seqused_k %d, leftpad_k %d, cache_batch_idx %d and page_size %lld; "
+            "Metal kernels exist for zeros",
+            p->varlen_q, p->varlen_kv, p->seqused_k, p->leftpad_k, p->cache_batch_idx, (long long)p->page_size);
     return supports_sizes(p);
 }
 

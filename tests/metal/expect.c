@@ -25,10 +25,12 @@ static int block_is_nonempty(const struct inputs *inputs, const struct extent *e
 {
     const struct reference_view view =
         reference_view(&inputs->problem, REFERENCE_BLOCK_MAP, inputs->values[REFERENCE_BLOCK_MAP]);
+    const mfa_buffers none = {.size = sizeof none};
+    const struct reference_sequence seq = reference_sequence(&inputs->problem, &none, e->batch);
     int band = 0, mask = 0, map = 0;
     for (int64_t r = e->row; r < e->row + e->rows; r++) {
         int64_t first, end;
-        reference_band(&inputs->problem, r / e->pack_gqa, &first, &end);
+        reference_band(&seq, r / e->pack_gqa, &first, &end);
         band |= first < e->key + e->keys && end > e->key && first < end;
         for (int64_t j = e->key; j < e->key + e->keys && !mask; j++)
             mask = mask_keeps(inputs, e->batch, e->first_head + r % e->pack_gqa, r / e->pack_gqa, j);

@@ -31,6 +31,7 @@ struct row {
 struct work {
     const mfa_problem *problem;
     const struct reference *results;
+    struct reference_sequence seq;
     struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
     int backward;
     struct head head;
@@ -45,7 +46,7 @@ static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
         row->S[j] = 0;
     for (int64_t c = 0; c < p->head_dim; c++)
         for (int64_t j = row->first; j < row->end; j++)
-            row->S[j] += row->Q[c] * w->head.K_transposed[c * p->kv_len + j];
+            row->S[j] += row->Q[c] * w->head.K_transposed[c * w->seq.kv_len + j];
     for (int64_t j = row->first; j < row->end; j++) {
         double s = p->scale * row->S[j], tanh_x = 0;
         if (p->softcap > 0) {
@@ -61,7 +62,7 @@ static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
                 s = -INFINITY;
         }
         if (p->alibi)
-            s += reference_alibi(p, w->slopes.values[b * w->slopes.batch + h * w->slopes.head], i, j);
+            s += reference_alibi(&w->seq, w->slopes.values[b * w->slopes.batch + h * w->slopes.head], i, j);
         row->S[j] = reference_is_mapped(p, &w->map, b, h, i, j) ? s : -INFINITY;
     }
 }
@@ -99,7 +100,7 @@ static void backward_row(struct work *w, double dL)
         row->dP[j] = 0;
     for (int64_t c = 0; c < p->value_dim; c++)
         for (int64_t j = row->first; j < row->end; j++)
-            row->dP[j] += row->dO[c] * head->V_transposed[c * p->kv_len + j];
+            row->dP[j] += row->dO[c] * head->V_transposed[c * w->seq.kv_len + j];
     for (int64_t j = row->first; j < row->end; j++) {
         row->dP[j] *= row->Z[j];
         D += row->P[j] * row->dP[j];
@@ -119,16 +120,21 @@ static void backward_row(struct work *w, double dL)
     }
 }
 
+/* to[0], to[step] ... = a row. */
+static void gather(const double *row, int64_t stride, int64_t columns, double *to, int64_t step)
+{
+    for (int64_t c = 0; c < columns; c++)
+        to[c * step] = row[c * stride];
+}
+
 static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
 {
     const mfa_problem *p = w->problem;
     const struct reference *results = w->results;
     struct row *row = &w->row;
-    int64_t at = (b * p->q_heads + h) * p->q_len + i;
-    reference_band(p, i, &row->first, &row->end);
-    struct reference_view Q_i = w->Q;
-    Q_i.values += i * Q_i.row;
-    reference_gather(Q_i, b, h, 1, p->head_dim, row->Q);
+    int64_t at = reference_query_index(p, &w->seq, h, i);
+    reference_band(&w->seq, i, &row->first, &row->end);
+    gather(reference_query(&w->seq, w->Q, h, i), w->Q.column, p->head_dim, row->Q, 1);
     row->sink = p->sinks ? w->sinks.values[b * w->sinks.batch + h * w->sinks.head] : -INFINITY;
     const uint64_t seed = p->dropout > 0 ? (uint64_t)w->seed.values[b * w->seed.batch] : 0;
     reference_dropout(p, seed, b, h, i, row->first, row->end, row->Z);
@@ -141,10 +147,8 @@ static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
     if (!w->backward)
         return;
 
-    struct reference_view dO_i = w->dO;
-    dO_i.values += i * dO_i.row;
-    reference_gather(dO_i, b, h, 1, p->value_dim, row->dO);
-    backward_row(w, w->dL.values ? w->dL.values[b * w->dL.batch + h * w->dL.head + i * w->dL.row] : 0);
+    gather(reference_query(&w->seq, w->dO, h, i), w->dO.column, p->value_dim, row->dO, 1);
+    backward_row(w, w->dL.values ? *reference_query(&w->seq, w->dL, h, i) : 0);
     for (int64_t c = 0; c < p->head_dim && results->dQ; c++)
         results->dQ[at * p->head_dim + c] = row->dQ[c];
     if (results->dsinks)
@@ -161,22 +165,26 @@ VECTORIZE static void kv_head(struct work *w, int64_t b, int64_t h)
     const mfa_problem *p = w->problem;
     struct head *head = &w->head;
     int64_t group = p->q_heads / p->kv_heads;
-    int64_t keys = p->kv_len * p->head_dim, values = p->kv_len * p->value_dim;
-    reference_gather(w->K, b, h, p->kv_len, p->head_dim, head->K);
-    reference_gather(w->V, b, h, p->kv_len, p->value_dim, head->V);
-    reference_gather_transposed(w->K, b, h, p->kv_len, p->head_dim, head->K_transposed);
-    reference_gather_transposed(w->V, b, h, p->kv_len, p->value_dim, head->V_transposed);
-    for (int64_t at = 0; at < keys; at++)
+    const int64_t kv_len = w->seq.kv_len, columns = p->head_dim, values = p->value_dim;
+    for (int64_t j = 0; j < kv_len; j++) {
+        const double *K = reference_key(&w->seq, w->K, h, j), *V = reference_key(&w->seq, w->V, h, j);
+        gather(K, w->K.column, columns, head->K + j * columns, 1);
+        gather(K, w->K.column, columns, head->K_transposed + j, kv_len);
+        gather(V, w->V.column, values, head->V + j * values, 1);
+        gather(V, w->V.column, values, head->V_transposed + j, kv_len);
+    }
+    for (int64_t at = 0; at < kv_len * columns; at++)
         head->dK[at] = 0;
-    for (int64_t at = 0; at < values; at++)
+    for (int64_t at = 0; at < kv_len * values; at++)
         head->dV[at] = 0;
     for (int64_t member = 0; member < group; member++)
-        for (int64_t i = 0; i < p->q_len; i++)
+        for (int64_t i = 0; i < w->seq.q_len; i++)
             query_row(w, b, h * group + member, i);
-    for (int64_t at = 0; at < keys && w->results->dK; at++)
-        w->results->dK[(b * p->kv_heads + h) * keys + at] = head->dK[at];
-    for (int64_t at = 0; at < values && w->results->dV; at++)
-        w->results->dV[(b * p->kv_heads + h) * values + at] = head->dV[at];
+    const int64_t first = reference_key_index(p, &w->seq, h, 0);
+    for (int64_t at = 0; at < kv_len * columns && w->results->dK; at++)
+        w->results->dK[first * columns + at] = head->dK[at];
+    for (int64_t at = 0; at < kv_len * values && w->results->dV; at++)
+        w->results->dV[first * values + at] = head->dV[at];
 }
 
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results)
@@ -201,16 +209,11 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         w.dO = reference_load(p, REFERENCE_dO, buffers);
     if (w.backward && buffers->dlse.base)
         w.dL = reference_load(p, REFERENCE_dL, buffers);
-    if (results->dbias) {
+    if (results->dbias)
         w.dbias = reference_view(p, REFERENCE_DBIAS, results->dbias);
-        for (int64_t at = 0; at < reference_count(p, REFERENCE_DBIAS); at++)
-            results->dbias[at] = 0;
-    }
-    if (results->dsinks) {
+    if (results->dsinks)
         w.dsinks = reference_view(p, REFERENCE_DSINKS, results->dsinks);
-        for (int64_t at = 0; at < reference_count(p, REFERENCE_DSINKS); at++)
-            results->dsinks[at] = 0;
-    }
+    reference_clear(p, buffers, results);
     double **along_keys[] = {&w.row.S, &w.row.P, &w.row.Z, &w.row.dP, &w.row.dS, &w.row.dtanh};
     double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ};
     double **of_head[] = {&w.head.K, &w.head.V, &w.head.K_transposed, &w.head.V_transposed, &w.head.dK, &w.head.dV};
@@ -222,9 +225,11 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
     for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
         *of_head[n] = reference_allocate(p->kv_len * widest);
 
-    for (int64_t b = 0; b < p->batch; b++)
+    for (int64_t b = 0; b < p->batch; b++) {
+        w.seq = reference_sequence(p, buffers, b);
         for (int64_t h = 0; h < p->kv_heads; h++)
             kv_head(&w, b, h);
+    }
 
     for (size_t n = 0; n < sizeof along_keys / sizeof *along_keys; n++)
         free(*along_keys[n]);

@@ -20,6 +20,12 @@ enum reference_tensor {
     REFERENCE_SINKS,
     REFERENCE_SEED,
     REFERENCE_BLOCK_MAP,
+    REFERENCE_CU_SEQLENS_Q,
+    REFERENCE_CU_SEQLENS_K,
+    REFERENCE_SEQUSED_K,
+    REFERENCE_LEFTPAD_K,
+    REFERENCE_CACHE_BATCH_IDX,
+    REFERENCE_BLOCK_TABLE,
     REFERENCE_dO,
     REFERENCE_dL,
     /* Results. */
@@ -45,8 +51,7 @@ void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, i
 /* Elements of that shape. */
 int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor);
 
-/* Reads q, k, v, mask, slopes, sinks, seed, block_map, and for gradients d_o, and dlse if given. It computes O and L
- * itself. */
+/* Reads q, k, v and what else the problem has, and for gradients d_o, and dlse if given. It computes O and L itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */
@@ -60,10 +65,27 @@ struct reference_view reference_view(const mfa_problem *problem, enum reference_
 struct reference_view reference_load(const mfa_problem *problem, enum reference_tensor tensor,
                                      const mfa_buffers *buffers);
 
-/* Copies `rows` rows of `columns` numbers out of one head; transposed: as `columns` rows. */
-void reference_gather(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns, double *out);
-void reference_gather_transposed(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns,
-                                 double *out);
+/* A batch entry: its lengths, its band, and where its rows lie in tensors of queries and of keys. */
+struct reference_sequence {
+    int64_t batch, q_len, kv_len, lower, upper;
+    int64_t q_batch, q_row;   /* where its first query lies */
+    int64_t kv_batch, kv_row; /* where its first key lies; with pages the row counts from its first page */
+    const int32_t *table;     /* of its pages; NULL: none */
+    int64_t table_stride, page_size;
+};
+
+/* The numbers in the buffers must be right. */
+struct reference_sequence reference_sequence(const mfa_problem *problem, const mfa_buffers *buffers, int64_t b);
+
+/* Where query i and key j of a head lie: in views; and the number of their row in dense results of reference_shape. */
+const double *reference_query(const struct reference_sequence *seq, struct reference_view view, int64_t h, int64_t i);
+const double *reference_key(const struct reference_sequence *seq, struct reference_view view, int64_t h, int64_t j);
+int64_t reference_query_index(const mfa_problem *problem, const struct reference_sequence *seq, int64_t h, int64_t i);
+int64_t reference_key_index(const mfa_problem *problem, const struct reference_sequence *seq, int64_t h, int64_t j);
+
+/* Fills O and gradients with zeros, L with -infinity or, with sinks, the first batch entry's: what rows get that belong
+ * to no sequence. NULL members of `results` are left alone. */
+void reference_clear(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
 /* Layout, operand and element type of a tensor. */
 const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_tensor tensor);
@@ -71,14 +93,14 @@ const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_te
 int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor);
 
 /* First key of query i's band, and the one after its last: an empty range if nothing is visible. */
-void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end);
+void reference_band(const struct reference_sequence *seq, int64_t i, int64_t *first, int64_t *end);
 
 /* Whether the block map, loaded as `map`, shows key j to query i of head h; 1 without a map. */
 int reference_is_mapped(const mfa_problem *problem, const struct reference_view *map, int64_t b, int64_t h, int64_t i,
                         int64_t j);
 
 /* What ALiBi adds to the score of query i and key j, for a slope. */
-double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j);
+double reference_alibi(const struct reference_sequence *seq, double slope, int64_t i, int64_t j);
 
 /* What dropout multiplies P of a query and its keys [first, end) by: 0, or 1 / (1 - dropout); 1 without dropout. */
 void reference_dropout(const mfa_problem *problem, uint64_t seed, int64_t b, int64_t h, int64_t i, int64_t first,

@@ -55,6 +55,7 @@ size_t element_size(int32_t dtype)
     switch (dtype) {
     case ELEMENT_U64:
     case MFA_F64: return 8;
+    case ELEMENT_I32:
     case MFA_F32: return 4;
     case MFA_F16:
     case MFA_BF16: return 2;
@@ -73,6 +74,7 @@ void element_load_row(int32_t dtype, const void *elements, int64_t index, int64_
     break
     switch (dtype) {
     case ELEMENT_U64: LOAD_ROW(uint64_t, (double)stored);
+    case ELEMENT_I32: LOAD_ROW(int32_t, (double)stored);
     case MFA_F64: LOAD_ROW(double, stored);
     case MFA_F32: LOAD_ROW(float, stored);
     case MFA_F16: LOAD_ROW(uint16_t, decode(stored, F16_EXPONENT, F16_FRACTION));
@@ -91,6 +93,7 @@ void element_store_row(int32_t dtype, void *elements, int64_t index, int64_t str
     break
     switch (dtype) {
     case ELEMENT_U64: STORE_ROW(uint64_t, (uint64_t)values[at]);
+    case ELEMENT_I32: STORE_ROW(int32_t, (int32_t)values[at]);
     case MFA_F64: STORE_ROW(double, values[at]);
     case MFA_F32: STORE_ROW(float, (float)values[at]);
     case MFA_F16: STORE_ROW(uint16_t, encode(values[at], F16_EXPONENT, F16_FRACTION));
@@ -116,6 +119,7 @@ double element_round(int32_t dtype, double value)
 {
     switch (dtype) {
     case ELEMENT_U64:
+    case ELEMENT_I32:
     case MFA_F64: return value;
     case MFA_F32: return (float)value;
     case MFA_F16: return decode(encode(value, F16_EXPONENT, F16_FRACTION), F16_EXPONENT, F16_FRACTION);
@@ -150,6 +154,7 @@ const char *element_name(int32_t dtype)
 {
     switch (dtype) {
     case ELEMENT_U64: return "u64";
+    case ELEMENT_I32: return "i32";
     case MFA_F64: return "f64";
     case MFA_F32: return "f32";
     case MFA_F16: return "f16";

@@ -1,5 +1,5 @@
 /* Elements of tensors, read and written through double: the four dtypes of the library, the bytes of a bool mask and
- * the integers of seeds. The conversions are our own and round to nearest, ties to even, in one step. */
+ * the integers of seeds and of lengths. The conversions are our own and round to nearest, ties to even, in one step. */
 #ifndef REFERENCE_ELEMENT_H
 #define REFERENCE_ELEMENT_H
 
@@ -8,9 +8,10 @@
 
 #include "mfa.h"
 
-/* Beside the mfa_dtypes: a byte, nonzero is true; and a 64-bit integer below 2^53. */
+/* Beside the mfa_dtypes: a byte, nonzero is true; a 64-bit integer below 2^53; a 32-bit integer. */
 #define ELEMENT_BOOL 64
 #define ELEMENT_U64 65
+#define ELEMENT_I32 66
 
 size_t element_size(int32_t dtype);
 double element_load(int32_t dtype, const void *elements, int64_t index);
@@ -31,7 +32,7 @@ double element_ulp(int32_t dtype);
 /* The least number of the dtype above 0. */
 double element_least(int32_t dtype);
 
-/* "f32" and so on; "bool", "u64". */
+/* "f32" and so on; "bool", "u64", "i32". */
 const char *element_name(int32_t dtype);
 
 #endif

@@ -38,13 +38,10 @@ static double LOCAL(norm)(const REAL *row, int64_t length)
     return sqrt((double)LOCAL(dot)(row, row, length));
 }
 
-static void LOCAL(gather)(struct reference_view view, int64_t b, int64_t h, int64_t first, int64_t rows,
-                          int64_t columns, REAL *out)
+static void LOCAL(gather)(const double *row, int64_t stride, int64_t columns, REAL *out)
 {
-    const double *from = view.values + b * view.batch + h * view.head + first * view.row;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < columns; c++)
-            out[r * columns + c] = (REAL)from[r * view.row + c * view.column];
+    for (int64_t c = 0; c < columns; c++)
+        out[c] = (REAL)row[c * stride];
 }
 
 /* sum += factor * row. The error of a term is `off` times the row; the sum adds its own rounding. */
@@ -121,8 +118,8 @@ static double LOCAL(rounded_P_off)(const struct naive *n, struct LOCAL(head) *he
 static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
 {
     const mfa_problem *p = n->problem;
-    int64_t at = (head->at.b * p->q_heads + head->at.h) * p->q_len + head->at.i;
-    LOCAL(gather)(n->Q, head->at.b, head->at.h, head->at.i, 1, p->head_dim, head->Q);
+    const int64_t at = reference_query_index(p, &n->seq, head->at.h, head->at.i);
+    LOCAL(gather)(reference_query(&n->seq, n->Q, head->at.h, head->at.i), n->Q.column, p->head_dim, head->Q);
     head->Q_norm = LOCAL(norm)(head->Q, p->head_dim);
     REAL L = LOCAL(softmax)(n, head);
     const uint64_t seed = p->dropout > 0 ? (uint64_t)n->seed.values[head->at.b * n->seed.batch] : 0;
@@ -152,9 +149,9 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
 {
     const mfa_problem *p = n->problem;
     const int64_t columns = p->head_dim, values = p->value_dim;
-    int64_t at = (head->at.b * p->q_heads + head->at.h) * p->q_len + head->at.i;
+    const int64_t at = reference_query_index(p, &n->seq, head->at.h, head->at.i);
     REAL *dQ = head->dQ, *dO = head->dO;
-    LOCAL(gather)(n->dO, head->at.b, head->at.h, head->at.i, 1, values, dO);
+    LOCAL(gather)(reference_query(&n->seq, n->dO, head->at.h, head->at.i), n->dO.column, values, dO);
     double dL = naive_dL(n, &head->at);
     REAL D = LOCAL(dot)(dO, head->O, values) - (REAL)dL;
     double dO_norm = LOCAL(norm)(dO, values), O_norm = LOCAL(norm)(head->O, values);
@@ -191,24 +188,25 @@ static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, in
 {
     const mfa_problem *p = n->problem;
     const int64_t columns = p->head_dim, values = p->value_dim, group = p->q_heads / p->kv_heads;
-    LOCAL(gather)(n->K, b, kv_head, 0, p->kv_len, columns, head->K);
-    LOCAL(gather)(n->V, b, kv_head, 0, p->kv_len, values, head->V);
-    for (int64_t j = 0; j < p->kv_len; j++) {
+    const int64_t kv_len = n->seq.kv_len;
+    for (int64_t j = 0; j < kv_len; j++) {
+        LOCAL(gather)(reference_key(&n->seq, n->K, kv_head, j), n->K.column, columns, head->K + j * columns);
+        LOCAL(gather)(reference_key(&n->seq, n->V, kv_head, j), n->V.column, values, head->V + j * values);
         head->V_norm[j] = LOCAL(norm)(head->V + j * values, values);
         head->K_norm[j] = LOCAL(norm)(head->K + j * columns, columns);
     }
     head->at.b = b;
     for (head->at.h = kv_head * group; head->at.h < (kv_head + 1) * group; head->at.h++)
-        for (head->at.i = 0; head->at.i < p->q_len; head->at.i++) {
-            reference_band(p, head->at.i, &head->at.first, &head->at.end);
+        for (head->at.i = 0; head->at.i < n->seq.q_len; head->at.i++) {
+            reference_band(&n->seq, head->at.i, &head->at.first, &head->at.end);
             LOCAL(forward_row)(n, head);
             if (n->backward)
                 LOCAL(backward_row)(n, head);
         }
-    n->dK_off = fmax(n->dK_off, sqrt(largest(head->dK_squares, p->kv_len * columns)));
-    n->dV_off = fmax(n->dV_off, sqrt(largest(head->dV_squares, p->kv_len * values)));
-    for (int64_t j = 0; j < p->kv_len && n->backward; j++) {
-        int64_t key = (b * p->kv_heads + kv_head) * p->kv_len + j;
+    n->dK_off = fmax(n->dK_off, sqrt(largest(head->dK_squares, kv_len * columns)));
+    n->dV_off = fmax(n->dV_off, sqrt(largest(head->dV_squares, kv_len * values)));
+    for (int64_t j = 0; j < kv_len && n->backward; j++) {
+        const int64_t key = reference_key_index(p, &n->seq, kv_head, j);
         for (int64_t c = 0; c < columns; c++)
             n->results.dK[key * columns + c] = element_round(p->dtype, (REAL)p->scale * head->dK[j * columns + c]);
         for (int64_t c = 0; c < values; c++)
@@ -245,6 +243,7 @@ VECTORIZE static void NAIVE(struct naive *n)
             *reals[at].row = (REAL *)reference_allocate(reals[at].count);
         for (size_t at = 0; at < double_count; at++)
             *doubles[at].row = reference_allocate(doubles[at].count);
+        n->seq = reference_sequence(p, n->buffers, head / p->kv_heads);
         LOCAL(rows)(n, &h, head / p->kv_heads, head % p->kv_heads);
         for (size_t at = 0; at < count; at++)
             free(*reals[at].row);

@@ -9,31 +9,59 @@
 
 const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_tensor tensor)
 {
-    const mfa_layout *layouts[REFERENCE_TENSORS] = {
-        [REFERENCE_Q] = &problem->q_layout,           [REFERENCE_K] = &problem->k_layout,
-        [REFERENCE_V] = &problem->v_layout,           [REFERENCE_MASK] = &problem->mask_layout,
-        [REFERENCE_SLOPES] = &problem->slopes_layout, [REFERENCE_SINKS] = &problem->sinks_layout,
-        [REFERENCE_DSINKS] = &problem->dsinks_layout, [REFERENCE_SEED] = &problem->seed_layout,
-        [REFERENCE_dO] = &problem->d_o_layout,        [REFERENCE_dL] = &problem->dlse_layout,
-        [REFERENCE_O] = &problem->o_layout,           [REFERENCE_L] = &problem->lse_layout,
-        [REFERENCE_O_LOW] = &problem->o_layout,       [REFERENCE_dQ] = &problem->dq_layout,
-        [REFERENCE_dK] = &problem->dk_layout,         [REFERENCE_dV] = &problem->dv_layout,
-        [REFERENCE_DBIAS] = &problem->dbias_layout,   [REFERENCE_BLOCK_MAP] = &problem->block_map_layout};
+    const mfa_layout *layouts[REFERENCE_TENSORS] = {[REFERENCE_Q] = &problem->q_layout,
+                                                    [REFERENCE_K] = &problem->k_layout,
+                                                    [REFERENCE_V] = &problem->v_layout,
+                                                    [REFERENCE_MASK] = &problem->mask_layout,
+                                                    [REFERENCE_SLOPES] = &problem->slopes_layout,
+                                                    [REFERENCE_SINKS] = &problem->sinks_layout,
+                                                    [REFERENCE_DSINKS] = &problem->dsinks_layout,
+                                                    [REFERENCE_SEED] = &problem->seed_layout,
+                                                    [REFERENCE_dO] = &problem->d_o_layout,
+                                                    [REFERENCE_dL] = &problem->dlse_layout,
+                                                    [REFERENCE_O] = &problem->o_layout,
+                                                    [REFERENCE_L] = &problem->lse_layout,
+                                                    [REFERENCE_O_LOW] = &problem->o_layout,
+                                                    [REFERENCE_dQ] = &problem->dq_layout,
+                                                    [REFERENCE_dK] = &problem->dk_layout,
+                                                    [REFERENCE_dV] = &problem->dv_layout,
+                                                    [REFERENCE_DBIAS] = &problem->dbias_layout,
+                                                    [REFERENCE_BLOCK_MAP] = &problem->block_map_layout,
+                                                    [REFERENCE_CU_SEQLENS_Q] = &problem->cu_seqlens_q_layout,
+                                                    [REFERENCE_CU_SEQLENS_K] = &problem->cu_seqlens_k_layout,
+                                                    [REFERENCE_SEQUSED_K] = &problem->seqused_k_layout,
+                                                    [REFERENCE_LEFTPAD_K] = &problem->leftpad_k_layout,
+                                                    [REFERENCE_CACHE_BATCH_IDX] = &problem->cache_batch_idx_layout,
+                                                    [REFERENCE_BLOCK_TABLE] = &problem->block_table_layout};
     return layouts[tensor];
 }
 
 const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_tensor tensor)
 {
-    const mfa_buffer *operands[REFERENCE_TENSORS] = {
-        [REFERENCE_Q] = &buffers->q,           [REFERENCE_K] = &buffers->k,
-        [REFERENCE_V] = &buffers->v,           [REFERENCE_MASK] = &buffers->mask,
-        [REFERENCE_SLOPES] = &buffers->slopes, [REFERENCE_SINKS] = &buffers->sinks,
-        [REFERENCE_DSINKS] = &buffers->dsinks, [REFERENCE_SEED] = &buffers->seed,
-        [REFERENCE_dO] = &buffers->d_o,        [REFERENCE_dL] = &buffers->dlse,
-        [REFERENCE_O] = &buffers->o,           [REFERENCE_L] = &buffers->lse,
-        [REFERENCE_dQ] = &buffers->dq,         [REFERENCE_dK] = &buffers->dk,
-        [REFERENCE_dV] = &buffers->dv,         [REFERENCE_DBIAS] = &buffers->dbias,
-        [REFERENCE_O_LOW] = &buffers->o_low,   [REFERENCE_BLOCK_MAP] = &buffers->block_map};
+    const mfa_buffer *operands[REFERENCE_TENSORS] = {[REFERENCE_Q] = &buffers->q,
+                                                     [REFERENCE_K] = &buffers->k,
+                                                     [REFERENCE_V] = &buffers->v,
+                                                     [REFERENCE_MASK] = &buffers->mask,
+                                                     [REFERENCE_SLOPES] = &buffers->slopes,
+                                                     [REFERENCE_SINKS] = &buffers->sinks,
+                                                     [REFERENCE_DSINKS] = &buffers->dsinks,
+                                                     [REFERENCE_SEED] = &buffers->seed,
+                                                     [REFERENCE_dO] = &buffers->d_o,
+                                                     [REFERENCE_dL] = &buffers->dlse,
+                                                     [REFERENCE_O] = &buffers->o,
+                                                     [REFERENCE_L] = &buffers->lse,
+                                                     [REFERENCE_dQ] = &buffers->dq,
+                                                     [REFERENCE_dK] = &buffers->dk,
+                                                     [REFERENCE_dV] = &buffers->dv,
+                                                     [REFERENCE_DBIAS] = &buffers->dbias,
+                                                     [REFERENCE_O_LOW] = &buffers->o_low,
+                                                     [REFERENCE_BLOCK_MAP] = &buffers->block_map,
+                                                     [REFERENCE_CU_SEQLENS_Q] = &buffers->cu_seqlens_q,
+                                                     [REFERENCE_CU_SEQLENS_K] = &buffers->cu_seqlens_k,
+                                                     [REFERENCE_SEQUSED_K] = &buffers->seqused_k,
+                                                     [REFERENCE_LEFTPAD_K] = &buffers->leftpad_k,
+                                                     [REFERENCE_CACHE_BATCH_IDX] = &buffers->cache_batch_idx,
+                                                     [REFERENCE_BLOCK_TABLE] = &buffers->block_table};
     return operands[tensor];
 }
 
@@ -47,6 +75,12 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     case REFERENCE_SINKS:
     case REFERENCE_DSINKS: return MFA_F32;
     case REFERENCE_SEED: return ELEMENT_U64;
+    case REFERENCE_CU_SEQLENS_Q:
+    case REFERENCE_CU_SEQLENS_K:
+    case REFERENCE_SEQUSED_K:
+    case REFERENCE_LEFTPAD_K:
+    case REFERENCE_CACHE_BATCH_IDX:
+    case REFERENCE_BLOCK_TABLE: return ELEMENT_I32;
     case REFERENCE_L:
     case REFERENCE_dL: return problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32;
     default: return problem->dtype;
@@ -59,33 +93,45 @@ static int64_t blocks(int64_t n, int64_t size)
     return size > 0 ? n / size + (n % size > 0) : 0;
 }
 
+/* Extents of a tensor that no layout has changed. */
+static void full_shape(const mfa_problem *p, enum reference_tensor tensor, int64_t shape[4])
+{
+    const int64_t q_batch = p->varlen_q ? 1 : p->batch, q_rows = p->varlen_q ? p->total_q : p->q_len;
+    const int64_t kv_batch = p->varlen_kv ? 1 : p->cache_batch_idx || p->page_size ? p->kv_batch : p->batch;
+    const int64_t kv_rows = p->varlen_kv ? p->total_kv : p->page_size ? p->page_size : p->kv_len;
+    const int64_t shapes[REFERENCE_TENSORS][4] = {
+        [REFERENCE_Q] = {q_batch, p->q_heads, q_rows, p->head_dim},
+        [REFERENCE_K] = {kv_batch, p->kv_heads, kv_rows, p->head_dim},
+        [REFERENCE_V] = {kv_batch, p->kv_heads, kv_rows, p->value_dim},
+        [REFERENCE_MASK] = {p->batch, p->q_heads, p->q_len, p->kv_len},
+        [REFERENCE_SLOPES] = {p->batch, p->q_heads, 1, 1},
+        [REFERENCE_SINKS] = {p->batch, p->q_heads, 1, 1},
+        [REFERENCE_SEED] = {p->batch, 1, 1, 1},
+        [REFERENCE_BLOCK_MAP] = {p->batch, p->q_heads, blocks(p->q_len, p->block_map_q),
+                                 blocks(p->kv_len, p->block_map_kv)},
+        [REFERENCE_CU_SEQLENS_Q] = {p->batch + 1, 1, 1, 1},
+        [REFERENCE_CU_SEQLENS_K] = {p->batch + 1, 1, 1, 1},
+        [REFERENCE_SEQUSED_K] = {p->batch, 1, 1, 1},
+        [REFERENCE_LEFTPAD_K] = {p->batch, 1, 1, 1},
+        [REFERENCE_CACHE_BATCH_IDX] = {p->batch, 1, 1, 1},
+        [REFERENCE_BLOCK_TABLE] = {p->batch, 1, 1, blocks(p->kv_len, p->page_size)},
+        [REFERENCE_dO] = {q_batch, p->q_heads, q_rows, p->value_dim},
+        [REFERENCE_dL] = {q_batch, p->q_heads, q_rows, 1},
+        [REFERENCE_O] = {q_batch, p->q_heads, q_rows, p->value_dim},
+        [REFERENCE_L] = {q_batch, p->q_heads, q_rows, 1},
+        [REFERENCE_O_LOW] = {q_batch, p->q_heads, q_rows, p->value_dim},
+        [REFERENCE_dQ] = {q_batch, p->q_heads, q_rows, p->head_dim},
+        [REFERENCE_dK] = {kv_batch, p->kv_heads, kv_rows, p->head_dim},
+        [REFERENCE_dV] = {kv_batch, p->kv_heads, kv_rows, p->value_dim},
+        [REFERENCE_DBIAS] = {p->batch, p->q_heads, p->q_len, p->kv_len},
+        [REFERENCE_DSINKS] = {p->batch, p->q_heads, 1, 1},
+    };
+    memcpy(shape, shapes[tensor], sizeof shapes[tensor]);
+}
+
 void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, int64_t shape[4])
 {
-    const mfa_problem *p = problem;
-    int of_keys = tensor == REFERENCE_K || tensor == REFERENCE_V || tensor == REFERENCE_dK || tensor == REFERENCE_dV;
-    shape[0] = p->batch;
-    shape[1] = tensor == REFERENCE_SEED ? 1 : of_keys ? p->kv_heads : p->q_heads;
-    int has_rows = tensor != REFERENCE_SLOPES && tensor != REFERENCE_SINKS && tensor != REFERENCE_DSINKS &&
-                   tensor != REFERENCE_SEED;
-    shape[2] = !has_rows ? 1 : of_keys ? p->kv_len : p->q_len;
-    if (tensor == REFERENCE_BLOCK_MAP)
-        shape[2] = blocks(p->q_len, p->block_map_q);
-    switch (tensor) {
-    case REFERENCE_Q:
-    case REFERENCE_K:
-    case REFERENCE_dQ:
-    case REFERENCE_dK: shape[3] = p->head_dim; break;
-    case REFERENCE_MASK:
-    case REFERENCE_DBIAS: shape[3] = p->kv_len; break;
-    case REFERENCE_BLOCK_MAP: shape[3] = blocks(p->kv_len, p->block_map_kv); break;
-    case REFERENCE_L:
-    case REFERENCE_dL:
-    case REFERENCE_SLOPES:
-    case REFERENCE_SINKS:
-    case REFERENCE_DSINKS:
-    case REFERENCE_SEED: shape[3] = 1; break;
-    default: shape[3] = p->value_dim; break;
-    }
+    full_shape(problem, tensor, shape);
     const mfa_layout *layout = reference_layout(problem, tensor);
     const int64_t strides[4] = {layout->batch, layout->head, layout->row, layout->column};
     for (int dimension = 0; dimension < 4; dimension++)
@@ -136,23 +182,6 @@ struct reference_view reference_load(const mfa_problem *problem, enum reference_
     return reference_view(problem, tensor, dense);
 }
 
-void reference_gather(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns, double *out)
-{
-    const double *from = view.values + b * view.batch + h * view.head;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < columns; c++)
-            out[r * columns + c] = from[r * view.row + c * view.column];
-}
-
-void reference_gather_transposed(struct reference_view view, int64_t b, int64_t h, int64_t rows, int64_t columns,
-                                 double *out)
-{
-    const double *from = view.values + b * view.batch + h * view.head;
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t r = 0; r < rows; r++)
-            out[c * rows + r] = from[r * view.row + c * view.column];
-}
-
 int reference_is_mapped(const mfa_problem *problem, const struct reference_view *map, int64_t b, int64_t h, int64_t i,
                         int64_t j)
 {
@@ -160,11 +189,6 @@ int reference_is_mapped(const mfa_problem *problem, const struct reference_view 
         return 1;
     return map->values[b * map->batch + h * map->head + i / problem->block_map_q * map->row +
                        j / problem->block_map_kv * map->column] != 0;
-}
-
-double reference_alibi(const mfa_problem *problem, double slope, int64_t i, int64_t j)
-{
-    return -slope * fabs((double)(i + problem->kv_len - problem->q_len - j));
 }
 
 /* As its authors state it, for any machine: no code is shared with the library. */
@@ -196,14 +220,4 @@ void reference_dropout(const mfa_problem *problem, uint64_t seed, int64_t b, int
         const uint32_t half = j % 2 ? words[j % 8 / 2] >> 16 : words[j % 8 / 2] & 0xffff;
         Z[j] = p == 0 ? 1 : half < below ? 0 : 1 / (1 - p);
     }
-}
-
-void reference_band(const mfa_problem *problem, int64_t i, int64_t *first, int64_t *end)
-{
-    /* lower and upper may be any int64_t: they are clamped to the keys first, so that no sum overflows. */
-    int64_t kv = problem->kv_len, lower = problem->lower, upper = problem->upper;
-    *first = lower <= -i ? 0 : lower >= kv - i ? kv : i + lower;
-    *end = upper < -i ? 0 : upper >= kv - 1 - i ? kv : i + upper + 1;
-    if (*end < *first)
-        *end = *first;
 }

@@ -24,6 +24,8 @@ struct position {
 
 struct naive {
     const mfa_problem *problem;
+    const mfa_buffers *buffers;
+    struct reference_sequence seq;
     struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
     int backward;
     double unit; /* one rounding of the working precision */
@@ -48,7 +50,7 @@ static double naive_alibi(const struct naive *n, const struct position *at, int6
 {
     if (!n->problem->alibi)
         return 0;
-    return reference_alibi(n->problem, n->slopes.values[at->b * n->slopes.batch + at->h * n->slopes.head], at->i, j);
+    return reference_alibi(&n->seq, n->slopes.values[at->b * n->slopes.batch + at->h * n->slopes.head], at->i, j);
 }
 
 /* The query head's sink; -infinity without sinks. */
@@ -59,7 +61,7 @@ static double naive_sink(const struct naive *n, const struct position *at)
 
 static double naive_dL(const struct naive *n, const struct position *at)
 {
-    return n->dL.values ? n->dL.values[at->b * n->dL.batch + at->h * n->dL.head + at->i * n->dL.row] : 0;
+    return n->dL.values ? *reference_query(&n->seq, n->dL, at->h, at->i) : 0;
 }
 
 /* `own` is this dS's error; beside it, all of the query's keys have P times `D_off` from D. Where dbias is
@@ -133,7 +135,7 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
                          struct tolerance *tolerance)
 {
     const mfa_problem *p = problem;
-    struct naive n = {.problem = p, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
+    struct naive n = {.problem = p, .buffers = buffers, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
     n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias || truth->dsinks;
     struct {
         struct reference_view *view;
@@ -174,6 +176,7 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     if (truth->dsinks)
         n.dsinks = reference_view(p, REFERENCE_DSINKS, n.results.dsinks);
 
+    reference_clear(p, buffers, &n.results);
     if (p->dtype == MFA_F64)
         naive_double(&n);
     else

@@ -7,12 +7,34 @@
 
 #include "reference/element.h"
 #include "support/generator.h"
+#include "support/lengths.h"
 
 const char *tensor_name(enum reference_tensor tensor)
 {
-    static const char *const names[REFERENCE_TENSORS] = {"Q",     "K",         "V",  "mask", "slopes", "sinks",
-                                                         "seed",  "block map", "dO", "dL",   "O",      "L",
-                                                         "o_low", "dQ",        "dK", "dV",   "dbias",  "dsinks"};
+    static const char *const names[REFERENCE_TENSORS] = {"Q",
+                                                         "K",
+                                                         "V",
+                                                         "mask",
+                                                         "slopes",
+                                                         "sinks",
+                                                         "seed",
+                                                         "block map",
+                                                         "cu_seqlens_q",
+                                                         "cu_seqlens_k",
+                                                         "seqused_k",
+                                                         "leftpad_k",
+                                                         "cache_batch_idx",
+                                                         "block_table",
+                                                         "dO",
+                                                         "dL",
+                                                         "O",
+                                                         "L",
+                                                         "o_low",
+                                                         "dQ",
+                                                         "dK",
+                                                         "dV",
+                                                         "dbias",
+                                                         "dsinks"};
     return names[tensor];
 }
 
@@ -59,6 +81,10 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
     reference_shape(p, tensor, shape);
     double *values = inputs->values[tensor] = reference_allocate(count);
     const double size = tensor == REFERENCE_SLOPES ? 0.1 : 1;
+    if (dtype == ELEMENT_I32) {
+        lengths_fill(inputs, tensor, generator);
+        return;
+    }
     for (int64_t at = 0; at < count; at++) {
         const int64_t row = at / shape[3] % shape[2], column = at % shape[3];
         int masked = (tensor == REFERENCE_MASK && is_masked(generator, shape, row, column)) ||
@@ -93,6 +119,25 @@ static void broadcast_map(mfa_problem *problem, int along)
               along & ~(shape[2] == 1 ? ALONG_COLUMN : 0) & ~(shape[3] == 1 ? ALONG_ROW : 0));
 }
 
+static int is_input(const mfa_problem *p, enum reference_tensor tensor, struct variant variant)
+{
+    switch (tensor) {
+    case REFERENCE_MASK: return p->mask != MFA_MASK_NONE;
+    case REFERENCE_SLOPES: return p->alibi;
+    case REFERENCE_SINKS: return p->sinks;
+    case REFERENCE_SEED: return p->dropout > 0;
+    case REFERENCE_BLOCK_MAP: return p->block_map_q > 0;
+    case REFERENCE_CU_SEQLENS_Q: return p->varlen_q;
+    case REFERENCE_CU_SEQLENS_K: return p->varlen_kv;
+    case REFERENCE_SEQUSED_K: return p->seqused_k;
+    case REFERENCE_LEFTPAD_K: return p->leftpad_k;
+    case REFERENCE_CACHE_BATCH_IDX: return p->cache_batch_idx;
+    case REFERENCE_BLOCK_TABLE: return p->page_size > 0;
+    case REFERENCE_dL: return variant.dlse;
+    default: return 1;
+    }
+}
+
 void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
                  const char *text)
 {
@@ -111,11 +156,9 @@ void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct varia
     struct generator generator;
     generator_seed(&generator, seed, text);
     for (int tensor = REFERENCE_Q; tensor <= REFERENCE_dL; tensor++)
-        if ((tensor != REFERENCE_MASK || problem->mask != MFA_MASK_NONE) &&
-            (tensor != REFERENCE_SLOPES || problem->alibi) && (tensor != REFERENCE_SINKS || problem->sinks) &&
-            (tensor != REFERENCE_SEED || problem->dropout > 0) &&
-            (tensor != REFERENCE_BLOCK_MAP || problem->block_map_q) && (tensor != REFERENCE_dL || variant.dlse))
+        if (is_input(problem, tensor, variant))
             fill(inputs, tensor, &generator);
+    lengths_poison(inputs);
 }
 
 void inputs_close(struct inputs *inputs)

@@ -22,11 +22,12 @@ struct variant {
 struct inputs {
     mfa_problem problem; /* forward; its layouts have stride 0 where the variant broadcasts */
     struct variant variant;
-    double *values[REFERENCE_TENSORS]; /* of Q K V mask slopes sinks seed map dO dL; NULL: the problem has none */
+    double *values[REFERENCE_TENSORS]; /* of Q to dL; NULL: the problem has none */
 };
 
-/* Masks exclude about one key in four, some whole rows, and a third of the keys for half of the rows; block maps hide
- * about half of the blocks, some whole rows and some whole columns of them. */
+/* Lengths are drawn so that the rows of packed tensors suffice (lengths.h). Masks exclude about one key in four, some
+ * whole rows, and a third of the keys for half of the rows; block maps hide about half of the blocks, some whole rows
+ * and some whole columns of them. */
 void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct variant variant, uint64_t seed,
                  const char *text);
 void inputs_close(struct inputs *inputs);

@@ -30,14 +30,45 @@ void random_band(struct generator *generator, mfa_problem *problem)
         problem->upper = problem->lower = random_between(generator, -q_len / 2, kv_len / 2);
 }
 
+/* Those that mfa_problem_init leaves to the caller. */
+static void random_layouts(mfa_problem *p)
+{
+    const int64_t rows = p->block_map_q ? (p->q_len + p->block_map_q - 1) / p->block_map_q : 0;
+    const int64_t columns = p->block_map_kv ? (p->kv_len + p->block_map_kv - 1) / p->block_map_kv : 0;
+    const int64_t pages = p->page_size ? (p->kv_len + p->page_size - 1) / p->page_size : 0;
+    p->block_map_layout = (mfa_layout){p->q_heads * rows * columns, rows * columns, columns, rows * columns > 0};
+    p->block_table_layout = (mfa_layout){pages, 0, 0, pages > 0};
+}
+
 void random_block_map(struct generator *generator, mfa_problem *problem)
 {
     static const int64_t sizes[] = {16, 32, 48, 64, 64, 80, 128, 128, 208, 256};
     problem->block_map_q = sizes[random_between(generator, 0, COUNT(sizes) - 1)];
     problem->block_map_kv = sizes[random_between(generator, 0, COUNT(sizes) - 1)];
-    const int64_t rows = (problem->q_len + problem->block_map_q - 1) / problem->block_map_q;
-    const int64_t columns = (problem->kv_len + problem->block_map_kv - 1) / problem->block_map_kv;
-    problem->block_map_layout = (mfa_layout){problem->q_heads * rows * columns, rows * columns, columns, 1};
+    random_layouts(problem);
+}
+
+void random_varlen(struct generator *r, mfa_problem *p)
+{
+    const int kind = (int)random_between(r, 0, 5); /* of K and V: three times dense, packed, by index, in pages */
+    p->varlen_q = (int32_t)random_between(r, 0, 1);
+    p->seqused_k = (int32_t)random_between(r, 0, 1);
+    p->leftpad_k = !random_between(r, 0, 2);
+    p->bottom_right = (int32_t)random_between(r, 0, 1);
+    p->batch = random_between(r, 1, 5);
+    if (p->varlen_q)
+        p->total_q = random_between(r, 0, p->batch * p->q_len);
+    if (kind == 3) {
+        p->varlen_kv = 1;
+        p->total_kv = random_between(r, 0, p->batch * p->kv_len);
+    } else if (kind == 4) {
+        p->cache_batch_idx = 1;
+        p->kv_batch = random_between(r, 1, 6);
+    } else if (kind == 5) {
+        static const int64_t sizes[] = {1, 2, 7, 16, 16, 32, 64, 100, 256};
+        p->page_size = sizes[random_between(r, 0, COUNT(sizes) - 1)];
+        p->kv_batch = random_between(r, 1, 2 + p->batch * p->kv_len / p->page_size);
+    }
 }
 
 void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
@@ -98,6 +129,10 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
         p->dropout = rates[random_between(&r, 0, COUNT(rates) - 1)];
     if (!random_between(&r, 0, 2))
         random_block_map(&r, p);
+    if (!random_between(&r, 0, 2))
+        random_varlen(&r, p);
+    if (p->block_map_q || p->page_size)
+        random_layouts(p);
     drawn->variant.map_broadcast = (int)random_between(&r, 0, 11);
     drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);
 }

@@ -22,6 +22,9 @@ int64_t random_between(struct generator *generator, int64_t low, int64_t high);
 int64_t random_length(struct generator *generator, int64_t max);
 void random_band(struct generator *generator, mfa_problem *problem);
 void random_block_map(struct generator *generator, mfa_problem *problem);
+/* Sequences of lengths of their own, packed, in a cache or in pages; a few batch entries. */
+void random_varlen(struct generator *generator, mfa_problem *problem);
+
 void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
                    enum arrangement *arrangement);
 

@@ -85,11 +85,10 @@ static uint64_t backward_scratch(const struct mfa_cpu_call *call)
 static void backward_preprocess(void *data, int64_t task, int worker)
 {
     const struct mfa_cpu_call *call = data;
-    const int64_t blocks = q_blocks(call), head = task / blocks;
     struct backward_scratch s;
     backward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    const struct sequence seq = sequence_of(call, head / call->args.q_heads);
-    const struct q_block q = q_block_of(call, &seq, head % call->args.q_heads, task % blocks);
+    const struct mfa_cpu_place place = mfa_cpu_find(call, CPU_Q_BLOCKS, task);
+    const struct q_block q = q_block_of(call, &place.seq, place.head, place.index);
     preprocess_q_block(call, &q, s.row, s.dQ);
 }
 
@@ -97,23 +96,24 @@ static void backward_preprocess(void *data, int64_t task, int worker)
 
 /* One block of keys: where it begins and how many. K and V are loaded when the first panel sees it. */
 struct keys {
-    struct sequence seq;
+    const struct mfa_cpu_sequence *seq;
     int64_t kv_head, first, n;
     struct kv_block K, V;
     struct packed_at packed_K;
 };
 
-static struct keys keys_of(const struct mfa_cpu_call *call, int64_t batch, int64_t kv_head, int64_t block)
+static struct keys keys_of(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq, int64_t kv_head,
+                           int64_t block)
 {
-    struct keys keys = {.seq = sequence_of(call, batch), .kv_head = kv_head, .first = block * call->block_kv};
-    keys.n = keys.seq.kv_len - keys.first < call->block_kv ? keys.seq.kv_len - keys.first : call->block_kv;
+    struct keys keys = {.seq = seq, .kv_head = kv_head, .first = block * call->block_kv};
+    keys.n = seq->kv_len - keys.first < call->block_kv ? seq->kv_len - keys.first : call->block_kv;
     return keys;
 }
 
 static void load_keys(const struct mfa_cpu_call *call, const struct backward_scratch *s, struct keys *keys)
 {
-    const struct kv_source K = k_source(call, &keys->seq, keys->kv_head);
-    const struct kv_source V = v_source(call, &keys->seq, keys->kv_head, 0);
+    const struct kv_source K = k_source(call, keys->seq, keys->kv_head);
+    const struct kv_source V = v_source(call, keys->seq, keys->kv_head, 0);
     keys->K = kv_load(&K, keys->first, keys->n, 1, s->K);
     keys->V = kv_load(&V, keys->first, keys->n, 1, s->V);
     keys->packed_K = pack_at(keys->K, keys->n, K.columns, s->packed_K);
@@ -252,7 +252,7 @@ static struct prefetch_cursor next_panel_cursor(const struct mfa_cpu_call *call,
                                                 const void *data, const struct mfa_strides *s, int64_t columns)
 {
     const int64_t each = bytes_of(call->dtype), bytes = columns * each;
-    const char *at = sequence_row(&panel->seq, data, each, s, panel->head[0], panel->row[0] + PANEL);
+    const char *at = q_row_of(panel->seq, data, each, s, panel->head[0], panel->row[0] + PANEL);
     const int64_t per_pack = mfa_cpu_ceil(2 * PANEL * bytes, n * k_packs(call->args.head_dim));
     return (struct prefetch_cursor){at, at + bytes, bytes, s->row * each - bytes, per_pack};
 }
@@ -267,7 +267,8 @@ static void step_run(const struct mfa_cpu_call *call, const struct backward_scra
     const struct range r = step->r;
     const struct range none = {r.to, r.to}, full = step->dropout ? none : full_range(call, panel, keys->first, r);
     const int64_t n = full.to - full.from;
-    const int prefetching = n > 0 && a->q.column == 1 && a->d_o.column == 1 && panel->row[0] + PANEL < panel->seq.q_len;
+    const int prefetching =
+        n > 0 && a->q.column == 1 && a->d_o.column == 1 && panel->row[0] + PANEL < panel->seq->q_len;
     const real *bias = step->bias;
     struct prefetch_cursor next[2];
     if (prefetching) {
@@ -318,7 +319,7 @@ static void visible_granules(struct visible *visible, int64_t panels)
 /* Waits until the blocks of keys after this one have added to dQ. The first to add begins with zeros. */
 static void begin_dQ(const struct mfa_cpu_call *call, const struct q_block *q, int64_t block)
 {
-    dq_wait_order(&call->dq_semaphore[q_block_index(call, q)], block);
+    dq_wait_order(&call->dq_semaphore[q_block_index(q)], block);
     if (next_kv_block(call, q, block, 1) > q->kv_blocks.last)
         clear_dQ(call, q);
 }
@@ -330,7 +331,7 @@ static void end_dQ(const struct mfa_cpu_call *call, const struct backward_scratc
     const int64_t next = next_kv_block(call, q, block, -1);
     if (next < q->kv_blocks.first)
         dQ_epilogue(call, q, s->dQ);
-    dq_pass_order(&call->dq_semaphore[q_block_index(call, q)], next);
+    dq_pass_order(&call->dq_semaphore[q_block_index(q)], next);
 }
 
 /* dQ += dS K. Panels that see the same keys are taken together. */
@@ -393,7 +394,7 @@ static void visit_panels(const struct mfa_cpu_call *call, const struct backward_
     for (int64_t p = 0; p < panels; p++) {
         struct panel panel;
         const int64_t first = p * PANEL;
-        panel_of_head(&panel, &q->seq, &call->args, q->head, q->first + first, q->first + q->rows);
+        panel_of_head(&panel, q->seq, &call->args, q->head, q->first + first, q->first + q->rows);
         struct range r = band_range(&panel, keys->first + from, n, MASK_GRANULE);
         r.from += from, r.to += from;
         visible->panels[p] = r;
@@ -445,7 +446,7 @@ static void store_keys(const struct mfa_cpu_call *call, void *to, const struct m
                        const struct keys *keys, const real *rows, int64_t columns)
 {
     for (int64_t r = 0; to && r < keys->n; r++)
-        store_row((char *)sequence_row(&keys->seq, to, bytes_of(call->dtype), strides, keys->kv_head, keys->first + r),
+        store_row((char *)kv_row_of(keys->seq, to, bytes_of(call->dtype), strides, keys->kv_head, keys->first + r),
                   call->dtype, strides->column, rows + r * padded(columns), columns);
 }
 
@@ -455,14 +456,16 @@ static void backward(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct backward_scratch s;
     backward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = blocks - 1 - task % blocks, head = task / blocks;
-    struct keys keys = keys_of(call, head / a->kv_heads, head % a->kv_heads, block);
+    const struct mfa_cpu_place place = mfa_cpu_find(call, CPU_KV_BLOCKS, task);
+    const struct mfa_cpu_sequence *seq = &place.seq;
+    const int64_t block = seq->of_head[CPU_KV_BLOCKS] - 1 - place.index;
+    struct keys keys = keys_of(call, seq, place.head, block);
     gemm_begin();
     fill(s.dK, padded(keys.n) * padded(a->head_dim), 0);
     fill(s.dV, padded(keys.n) * padded(a->value_dim), 0);
     for (int64_t h = 0; h < a->q_heads_per_kv; h++)
-        for (int64_t i = 0; i < q_blocks(call); i++) {
-            const struct q_block q = q_block_of(call, &keys.seq, keys.kv_head * a->q_heads_per_kv + h, i);
+        for (int64_t i = 0; i < seq->of_head[CPU_Q_BLOCKS]; i++) {
+            const struct q_block q = q_block_of(call, seq, keys.kv_head * a->q_heads_per_kv + h, i);
             if (q.kv_blocks.first <= block && block <= q.kv_blocks.last)
                 visit_q_block(call, &s, &q, &keys, block);
         }

@@ -42,7 +42,8 @@ static void load_mask_rows(const struct panel *panel, const struct mfa_cpu_call 
             memcpy(to, to - stride, (size_t)stride * sizeof(real));
             continue;
         }
-        const char *from = panel_row(panel, call->mask, bytes, s, i) + key * s->column * bytes;
+        const char *from =
+            score_row_of(panel->seq, call->mask, bytes, s, panel->head[i], panel->row[i]) + key * s->column * bytes;
         if (is_bool) {
             char *at = (char *)to;
             if (s->column == 1)
@@ -155,12 +156,12 @@ static enum block_mask panel_mask_bias(const struct panel *panel, const struct m
 static __attribute__((noinline)) void panel_alibi(const struct panel *panel, const struct mfa_cpu_call *call,
                                                   int64_t key, int64_t n, int adds, real *tile)
 {
-    const struct sequence *seq = &panel->seq;
+    const struct mfa_cpu_sequence *seq = panel->seq;
     for (int v = 0; v < panel->vectors; v++) {
         real slopes[LANES], distances[LANES]; /* of the first key */
         for (int64_t i = 0; i < LANES; i++) {
             const int64_t lane = v * LANES + i;
-            const float *slope = (const float *)(const void *)sequence_row(seq, call->slopes, sizeof(float),
+            const float *slope = (const float *)(const void *)score_row_of(seq, call->slopes, sizeof(float),
                                                                            &call->args.slopes, panel->head[lane], 0);
             slopes[i] = (real)(-(double)*slope * S_UNIT);
             distances[i] = (real)(panel->row[lane] + seq->kv_len - seq->q_len - key);

@@ -83,14 +83,14 @@ static struct range full_range(const struct mfa_cpu_call *call, const struct pan
 }
 
 /* A split's share [from, to) of the blocks of `size` keys that hold some of `keys`. */
-static struct range split_blocks(const struct mfa_cpu_call *call, int64_t split, struct bounds keys, int64_t size)
+static struct range split_blocks(int64_t split, int64_t splits, struct bounds keys, int64_t size)
 {
     const int64_t first = keys.first / size, blocks = keys.last < keys.first ? 0 : keys.last / size - first + 1;
-    return (struct range){first + blocks * split / call->splits, first + blocks * (split + 1) / call->splits};
+    return (struct range){first + blocks * split / splits, first + blocks * (split + 1) / splits};
 }
 
 /* The keys of block j among `seen`, in whole units: a chunk of queries loads no others. */
-static struct range block_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t j,
+static struct range block_keys(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq, int64_t j,
                                struct bounds seen)
 {
     struct range keys = {j * call->block_kv, (j + 1) * call->block_kv};
@@ -111,13 +111,13 @@ static inline int has_block_map(const struct mfa_cpu_call *call)
 
 /* `count` of the rows of a KV head, in the order of panels, from query `row` of query head `head` on. */
 struct queries {
-    const struct sequence *seq;
+    const struct mfa_cpu_sequence *seq;
     int64_t head, row, count;
 };
 
 static inline struct queries panel_queries(const struct panel *panel)
 {
-    return (struct queries){&panel->seq, panel->head[0], panel->row[0], panel->lanes};
+    return (struct queries){panel->seq, panel->head[0], panel->row[0], panel->lanes};
 }
 
 /* How many of them, from the first on, lie in one row of the map. */
@@ -141,7 +141,7 @@ static inline struct queries queries_after(struct queries q, int64_t n)
 static inline int map_shows(const struct mfa_cpu_call *call, struct queries q, int64_t column)
 {
     const struct mfa_strides *s = &call->args.block_map;
-    return sequence_row(q.seq, call->block_map, 1, s, q.head, q.row / call->args.block_map_q)[column * s->column] != 0;
+    return score_row_of(q.seq, call->block_map, 1, s, q.head, q.row / call->args.block_map_q)[column * s->column] != 0;
 }
 
 /* Whether the map shows a column to one of the queries. */
@@ -183,8 +183,8 @@ static inline struct range map_range(const struct mfa_cpu_call *call, struct que
 /* --- Blocks of keys and panels of a head ------------------------------------------------------- */
 
 /* The blocks of block_kv keys that queries [first, first + rows) see. */
-static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t first,
-                                       int64_t rows)
+static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
+                                       int64_t first, int64_t rows)
 {
     int64_t low = first + seq->lower, high = first + rows - 1 + seq->upper;
     low = low < 0 ? 0 : low;
@@ -194,8 +194,8 @@ static struct bounds blocks_of_queries(const struct mfa_cpu_call *call, const st
 }
 
 /* The panels among [from, to) of a query head that may see one of the n keys from `key` on. */
-static struct range panels_of_keys(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t key, int64_t n,
-                                   struct range panels)
+static struct range panels_of_keys(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq, int64_t key,
+                                   int64_t n, struct range panels)
 {
     if (mfa_cpu_stretch(call))
         return panels;

@@ -11,7 +11,7 @@ static void store_dbias(const struct mfa_cpu_call *call, const struct panel *pan
     const int64_t rows = s->row ? panel->lanes : 1, columns = s->column ? keys->n : 1;
     const real unit = (real)(1 / (call->dS_factor * call->kept));
     for (int64_t i = 0; i < rows; i++) {
-        char *to = (char *)sequence_row(&panel->seq, call->dbias, bytes, s, head, panel->row[i]);
+        char *to = (char *)score_row_of(panel->seq, call->dbias, bytes, s, head, panel->row[i]);
         for (int64_t k = 0; k < columns; k++)
             set_element(to, call->mask_dtype, (keys->first + k) * s->column, tile[k * PANEL + i] * unit);
     }
@@ -44,14 +44,30 @@ static void add_dbias(const struct mfa_cpu_call *call, const struct backward_scr
 }
 
 /* Panel number n of a query head, of which each block of queries has `panels`. 0: it has no queries. */
-static int q_panel_init(struct panel *panel, const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
-                        int64_t n)
+static int q_panel_init(struct panel *panel, const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
+                        int64_t head, int64_t n)
 {
     const struct q_block q = q_block_of(call, seq, head, n / call->panels);
     const int64_t first = n % call->panels * PANEL;
     if (first < q.rows)
         panel_of_head(panel, seq, &call->args, head, q.first + first, q.first + q.rows);
     return first < q.rows;
+}
+
+/* Adds dS of panel number p of a query head to the tile, for a block of keys. */
+static void add_panel_dbias(const struct mfa_cpu_call *call, const struct backward_scratch *s, struct keys *keys,
+                            int64_t head, int64_t p)
+{
+    struct panel panel;
+    if (!q_panel_init(&panel, call, keys->seq, head, p))
+        return;
+    const struct q_block q = q_block_of(call, keys->seq, head, p / call->panels);
+    const int64_t offset = p % call->panels * PANEL;
+    struct backward_step step = {
+        .panel = &panel, .first = 0, .keys = keys, .L = q_block_L(call, &q, offset), .D = q_block_D(call, &q, offset)};
+    struct range r, rest = band_range(&panel, keys->first, keys->n, KEY_UNIT);
+    for (; r = map_range(call, panel_queries(&panel), keys->first, rest, KEY_UNIT), r.from < r.to; rest.from = r.to)
+        add_dbias(call, s, &step, r);
 }
 
 static void dbias(void *data, int64_t task, int worker)
@@ -64,43 +80,32 @@ static void dbias(void *data, int64_t task, int worker)
     int64_t column = task % t.columns, row = task / t.columns % t.rows;
     int64_t head = task / t.columns / t.rows % t.heads, batch = task / t.columns / t.rows / t.heads;
     int64_t batches = a->dbias.batch ? 1 : a->batch, heads = a->dbias.head ? 1 : a->q_heads;
-    int64_t rows = a->dbias.row ? 1 : mfa_cpu_q_panels(call, PANEL);
+    int64_t rows = a->dbias.row ? 1 : mfa_cpu_q_panels(call, a->q_len, PANEL);
     int64_t columns = a->dbias.column ? 1 : mfa_cpu_ceil(a->kv_len, call->block_kv);
-    struct keys keys = keys_of(call, batch, 0, column); /* where the tile is, should nothing be summed into it */
-    struct panel panel = {.seq = keys.seq, .lanes = 0};
-    if (a->q_len > 0 && !q_panel_init(&panel, call, &keys.seq, 0, row))
+    /* The tile is that of the longest sequence that there may be: what others do not have adds nothing to it. */
+    const struct mfa_cpu_sequence longest = {.batch = batch, .q_len = a->q_len, .kv_len = a->kv_len};
+    const struct keys tile_keys = keys_of(call, &longest, 0, column);
+    struct panel tile_panel = {.seq = &longest, .lanes = 0};
+    if (a->q_len > 0 && !q_panel_init(&tile_panel, call, &longest, 0, row))
         return;
     gemm_begin();
     fill(s.dbias, (int64_t)call->block_kv * PANEL, 0);
 
-    for (int64_t b = batch; b < batch + batches; b++)
+    for (int64_t b = batch; b < batch + batches; b++) {
+        const struct mfa_cpu_sequence seq = mfa_cpu_sequence_of(call, b);
         for (int64_t h = head; h < head + heads; h++)
-            for (int64_t j = column; j < column + columns; j++) {
-                keys = keys_of(call, b, h / a->q_heads_per_kv, j);
+            for (int64_t j = column; j < column + columns && j < seq.of_head[CPU_KV_BLOCKS]; j++) {
+                struct keys keys = keys_of(call, &seq, h / a->q_heads_per_kv, j);
                 const struct range see =
-                    panels_of_keys(call, &keys.seq, keys.first, keys.n, (struct range){row, row + rows});
-                for (int64_t p = see.from; p < see.to; p++) {
-                    const struct q_block q = q_block_of(call, &keys.seq, h, p / call->panels);
-                    const int64_t offset = p % call->panels * PANEL;
-                    if (!q_panel_init(&panel, call, &keys.seq, h, p))
-                        continue;
-                    struct backward_step step = {.panel = &panel,
-                                                 .first = 0,
-                                                 .keys = &keys,
-                                                 .L = q_block_L(call, &q, offset),
-                                                 .D = q_block_D(call, &q, offset)};
-                    struct range r, rest = band_range(&panel, keys.first, keys.n, KEY_UNIT);
-                    for (; r = map_range(call, panel_queries(&panel), keys.first, rest, KEY_UNIT), r.from < r.to;
-                         rest.from = r.to)
-                        add_dbias(call, &s, &step, r);
-                }
+                    panels_of_keys(call, &seq, keys.first, keys.n, (struct range){row, row + rows});
+                for (int64_t p = see.from; p < see.to; p++)
+                    add_panel_dbias(call, &s, &keys, h, p);
             }
+    }
     if (!a->dbias.row)
         for (int64_t k = 0; k < call->block_kv; k++)
             for (int64_t i = 1; i < PANEL; i++)
                 s.dbias[k * PANEL] += s.dbias[k * PANEL + i];
-    if (!a->dbias.batch)
-        panel.seq = sequence_of(call, batch);
-    store_dbias(call, &panel, head, &keys, s.dbias);
+    store_dbias(call, &tile_panel, head, &tile_keys, s.dbias);
     gemm_end();
 }

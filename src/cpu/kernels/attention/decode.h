@@ -85,9 +85,9 @@ static void decode_attend_keys(const struct mfa_cpu_call *call, const struct dec
     decode_outputs(&of_V, decode_pack(s->S, vectors, s->S), s->V, acc.O);
 }
 
-/* m, l and O of the queries from their part `split` of the keys. */
+/* m, l and O of the queries from their part of the keys. */
 static void decode_attend(const struct mfa_cpu_call *call, const struct chunk *c, const struct decode_scratch *s,
-                          const struct panel *panel, int64_t split, struct accumulators acc)
+                          const struct panel *panel, struct accumulators acc)
 {
     const int64_t e = interleaved_columns(call->args.value_dim);
     fill(s->S, DECODE_KEYS * LANES, 0);
@@ -98,7 +98,7 @@ static void decode_attend(const struct mfa_cpu_call *call, const struct chunk *c
     const struct kv_source sources[2] = {k_source(call, &c->seq, c->kv_head),
                                          v_source(call, &c->seq, c->kv_head, c->shrinks_V)};
     const struct range blocks =
-        split_blocks(call, split, (struct bounds){panel->any_low, panel->any_high}, DECODE_KEYS);
+        split_blocks(c->split, c->splits, (struct bounds){panel->any_low, panel->any_high}, DECODE_KEYS);
     for (int64_t j = blocks.from; j < blocks.to; j++) {
         const int64_t key = j * DECODE_KEYS, left = c->seq.kv_len - key, n = left < DECODE_KEYS ? left : DECODE_KEYS;
         struct range r, rest = {0, n};
@@ -113,7 +113,8 @@ static void decode(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct decode_scratch s;
     decode_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    struct chunk c = chunk_of(call, task / call->splits);
+    const struct mfa_cpu_place place = mfa_cpu_find(call, CPU_PARTS, task);
+    struct chunk c = chunk_of(call, &place, place.seq.splits);
     struct panel panel;
     chunk_panel(call, &c, 0, &panel);
     const int R = decode_width(panel.lanes);
@@ -123,14 +124,14 @@ static void decode(void *data, int64_t task, int worker)
     panel_load(&panel, R, call->q, call->dtype, &a->q, a->head_dim, s.rows);
     scale_queries(call, s.rows, R * d);
     pack_q_decode(s.rows, d, R, s.Q);
-    decode_attend(call, &c, &s, &panel, task % call->splits, own);
+    decode_attend(call, &c, &s, &panel, own);
     if (!all_finite(s.O, LANES * e)) { /* as in forward.h */
         c.shrinks_V = 1;
-        decode_attend(call, &c, &s, &panel, task % call->splits, own);
+        decode_attend(call, &c, &s, &panel, own);
     }
 
-    if (call->splits > 1)
-        s.acc = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
+    if (c.splits > 1)
+        s.acc = chunk_partial(call, &c, c.split);
     const struct accumulators acc = accumulators_at(s.acc, a, 0);
     for (int i = R; i < LANES; i++)
         l[i % R] += l[i];
@@ -138,6 +139,6 @@ static void decode(void *data, int64_t task, int worker)
     memcpy(acc.m, m, sizeof m);
     memcpy(acc.l, l, sizeof l);
     *acc.unit = unit_of(c.shrinks_V);
-    if (call->splits == 1)
+    if (c.splits == 1)
         softmax_epilogue(call, &panel, acc, (real *)s.rows);
 }

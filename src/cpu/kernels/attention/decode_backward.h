@@ -101,7 +101,7 @@ static void weigh_rows(int64_t rows, const real *P, const real *X, int64_t colum
 static void store_key(const struct mfa_cpu_call *call, void *to, const struct mfa_strides *strides,
                       const struct keys *keys, int64_t key, const real *row, int64_t columns)
 {
-    store_row((char *)sequence_row(&keys->seq, to, bytes_of(call->dtype), strides, keys->kv_head, key), call->dtype,
+    store_row((char *)kv_row_of(keys->seq, to, bytes_of(call->dtype), strides, keys->kv_head, key), call->dtype,
               strides->column, row, columns);
 }
 
@@ -143,8 +143,8 @@ static int decode_backward_keys(const struct mfa_cpu_call *call, const struct de
     if (seen == BLOCK_EMPTY)
         return 0;
     real *dtanh = call->softcap > 0 ? s->dtanh : NULL;
-    const struct kv_source K = k_source(call, &step->keys->seq, step->keys->kv_head);
-    const struct kv_source V = v_source(call, &step->keys->seq, step->keys->kv_head, 0);
+    const struct kv_source K = k_source(call, step->keys->seq, step->keys->kv_head);
+    const struct kv_source V = v_source(call, step->keys->seq, step->keys->kv_head, 0);
     const struct decode_walk of_K = {&K, &V, key, n, key, R}, of_V = {&V, &K, key, n, key + n, R};
     decode_scores(&of_K, s->Q_pack, (real)score_factor(call), s->K, s->S);
     decode_scores(&of_V, s->dO_pack, 1, s->K, s->dP);
@@ -161,11 +161,11 @@ static void decode_add_dQ(const struct mfa_cpu_call *call, const struct decode_b
                           const struct panel *panel, int64_t block)
 {
     const int64_t columns = padded(call->args.head_dim), width = interleaved_columns(call->args.head_dim);
-    struct q_block q = q_block_of(call, &panel->seq, panel->head[0], 0);
-    _Atomic int64_t *semaphore = &call->dq_semaphore[q_block_index(call, &q)];
+    struct q_block q = q_block_of(call, panel->seq, panel->head[0], 0);
+    _Atomic int64_t *semaphore = &call->dq_semaphore[q_block_index(&q)];
     dq_wait_order(semaphore, block);
     for (int64_t i = 0; i < panel->lanes; i++) {
-        q = q_block_of(call, &panel->seq, panel->head[i], 0);
+        q = q_block_of(call, panel->seq, panel->head[i], 0);
         if (block == q.kv_blocks.last && panel->row[i] == 0)
             clear_dQ(call, &q);
         real *dQ = matrix_from(q_block_dQ(call, &q), panel->row[i], 0).data;
@@ -183,10 +183,18 @@ static void decode_backward(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct decode_backward_scratch s;
     decode_backward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    int64_t blocks = mfa_cpu_ceil(a->kv_len, call->block_kv), block = blocks - 1 - task % blocks, head = task / blocks;
-    const struct keys keys = keys_of(call, head / a->kv_heads, head % a->kv_heads, block);
+    const struct mfa_cpu_place place = mfa_cpu_find(call, CPU_KV_BLOCKS, task);
+    const struct mfa_cpu_sequence *seq = &place.seq;
+    const int64_t block = seq->of_head[CPU_KV_BLOCKS] - 1 - place.index;
+    const struct keys keys = keys_of(call, seq, place.head, block);
     struct panel panel;
-    panel_init(&panel, &keys.seq, a, keys.kv_head, 0, a->q_heads_per_kv * keys.seq.q_len);
+    if (seq->q_len == 0) {
+        const struct decode_step all = {&panel, &keys, 0, keys.first, keys.n};
+        panel.lanes = 0;
+        store_dK_dV(call, &s, &all, 0);
+        return;
+    }
+    panel_init(&panel, seq, a, keys.kv_head, 0, a->q_heads_per_kv * seq->q_len);
     const int R = decode_width(panel.lanes);
     const int64_t d = row_packs(a->head_dim), e = row_packs(a->value_dim);
     load_reals(call, &panel, call->q, &a->q, a->head_dim, s.Q);
@@ -200,7 +208,7 @@ static void decode_backward(void *data, int64_t task, int worker)
     real L[LANES] = {0}, D[LANES] = {0};
     for (int i = 0; i < LANES; i++)
         if (i % R < panel.lanes) {
-            const struct q_block q = q_block_of(call, &keys.seq, panel.head[i % R], 0);
+            const struct q_block q = q_block_of(call, seq, panel.head[i % R], 0);
             L[i] = *q_block_L(call, &q, panel.row[i % R]);
             D[i] = *q_block_D(call, &q, panel.row[i % R]);
         }
@@ -218,7 +226,7 @@ static void decode_backward(void *data, int64_t task, int worker)
                 store_dK_dV(call, &s, &step, decode_backward_keys(call, &s, &step, L, D));
         }
     }
-    const struct q_block q = q_block_of(call, &keys.seq, panel.head[0], 0);
+    const struct q_block q = q_block_of(call, seq, panel.head[0], 0);
     if (call->dq && q.kv_blocks.first <= block && block <= q.kv_blocks.last)
         decode_add_dQ(call, &s, &panel, block);
 }

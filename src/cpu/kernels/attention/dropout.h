@@ -37,9 +37,9 @@ static inline int has_dropout(const struct mfa_cpu_call *call)
 
 static void dropout_start(struct dropout *d, const struct mfa_cpu_call *call, const struct panel *panel)
 {
-    const struct sequence *seq = &panel->seq;
+    const struct mfa_cpu_sequence *seq = panel->seq;
     const uint64_t seed =
-        *(const uint64_t *)(const void *)sequence_row(seq, call->seed, sizeof seed, &call->args.seed, 0, 0);
+        *(const uint64_t *)(const void *)score_row_of(seq, call->seed, sizeof seed, &call->args.seed, 0, 0);
     d->batch = (uint64_t)seq->batch;
     d->below = (int32_t)call->args.drop_below;
     for (uint32_t r = 0; r < MFA_PHILOX_ROUNDS; r++) {

@@ -49,20 +49,32 @@ static uint64_t partial_bytes(const struct mfa_cpu_call *call)
 
 /* A chunk: up to `panels` panels of one KV head's rows. */
 struct chunk {
-    struct sequence seq;
+    struct mfa_cpu_sequence seq;
     int64_t kv_head, first_panel, panels;
+    int64_t split, splits; /* the part of its keys that is visited, and how many there are */
+    char *partials;        /* if these are more than one: their accumulators */
     int shrinks_V;
 };
 
-static struct chunk chunk_of(const struct mfa_cpu_call *call, int64_t task)
+/* Chunk number `place`.index / `parts` of a head. The last comes first: under a causal band it has the most to do. */
+static struct chunk chunk_of(const struct mfa_cpu_call *call, const struct mfa_cpu_place *place, int64_t parts)
 {
-    const struct mfa_args *a = &call->args;
-    int64_t panels = mfa_cpu_panels(call, PANEL), chunks = mfa_cpu_chunks(call, PANEL);
-    int64_t index = chunks - 1 - task % chunks; /* last first: under a causal band it has the most to do */
-    struct chunk c = {.seq = sequence_of(call, task / chunks / a->kv_heads), .kv_head = task / chunks % a->kv_heads};
-    c.first_panel = index * call->panels;
+    const struct mfa_cpu_sequence *seq = &place->seq;
+    const int64_t panels = mfa_cpu_panels(call, seq->q_len, PANEL), number = place->index / parts;
+    struct chunk c = {.seq = *seq, .kv_head = place->head};
+    c.first_panel = (mfa_cpu_ceil(panels, call->panels) - 1 - number) * call->panels;
     c.panels = panels - c.first_panel < call->panels ? panels - c.first_panel : call->panels;
+    c.splits = seq->splits, c.split = place->index % parts;
+    c.partials = (char *)call->partials +
+                 (uint64_t)(seq->before[CPU_PARTIALS] + place->head * seq->of_head[CPU_PARTIALS] + number * c.splits) *
+                     partial_bytes(call);
     return c;
+}
+
+/* The accumulators of a part of the chunk's keys. */
+static real *chunk_partial(const struct mfa_cpu_call *call, const struct chunk *c, int64_t split)
+{
+    return (real *)(void *)(c->partials + (uint64_t)split * partial_bytes(call));
 }
 
 static void chunk_panel(const struct mfa_cpu_call *call, const struct chunk *c, int64_t p, struct panel *panel)
@@ -238,8 +250,9 @@ static void visit_keys(const struct mfa_cpu_call *call, const struct chunk *c, c
     const enum block_mask seen = panel_bias(panel, call, w->key + r.from, count, s->mask_rows, s->bias);
     if (seen == BLOCK_EMPTY)
         return;
-    const struct visit visit = {!w->K.rows, w->packed_panels <= p, panel->any_high < w->key + w->n, p, c->panels,
-                                count,      w->next_block};
+    const struct visit visit = {
+        !w->K.rows, w->packed_panels <= p, panel->any_high < w->key + w->n, c->splits == 1, p, c->panels,
+        count,      w->next_block};
     if (!w->K.rows) {
         w->K = kv_load(&w->sources[0], w->key, w->n, !a_fits_tiles(w->n, &a->k, a->head_dim), s->K);
         w->V = pack_at(kv_load(&w->sources[1], w->key, w->n, !at_fits_vectors(a->value_dim), s->V), w->n, a->value_dim,
@@ -264,15 +277,15 @@ static void visit_keys(const struct mfa_cpu_call *call, const struct chunk *c, c
     attend(call, s, &step, r);
 }
 
-/* m, l and O of the chunk's panels from their part `split` of the keys. 0 if an O is not finite. */
+/* m, l and O of the chunk's panels from their part of the keys. 0 if an O is not finite. */
 static int attend_chunk(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
-                        int64_t split, struct panel *panels)
+                        struct panel *panels)
 {
     const struct mfa_args *a = &call->args;
     struct walk w = {
         .sources = {k_source(call, &c->seq, c->kv_head), v_source(call, &c->seq, c->kv_head, c->shrinks_V)}};
     const struct bounds seen_keys = chunk_start(call, c, s, panels);
-    const struct range blocks = split_blocks(call, split, seen_keys, call->block_kv);
+    const struct range blocks = split_blocks(c->split, c->splits, seen_keys, call->block_kv);
     for (int64_t j = next_block(call, c, panels, blocks.from, blocks.to), next; j < blocks.to; j = next) {
         next = next_block(call, c, panels, j + 1, blocks.to);
         const struct range keys = block_keys(call, &c->seq, j, seen_keys);
@@ -298,17 +311,18 @@ static void forward(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct forward_scratch s;
     forward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    struct chunk c = chunk_of(call, task / call->splits);
-    if (call->splits > 1)
-        s.acc = (real *)(void *)((char *)call->partials + (uint64_t)task * partial_bytes(call));
+    const struct mfa_cpu_place place = mfa_cpu_find(call, CPU_PARTS, task);
+    struct chunk c = chunk_of(call, &place, place.seq.splits);
+    if (c.splits > 1)
+        s.acc = chunk_partial(call, &c, c.split);
 
     gemm_begin();
     struct panel panels[MFA_CPU_PANELS_MAX];
-    if (!attend_chunk(call, &c, &s, task % call->splits, panels)) {
+    if (!attend_chunk(call, &c, &s, panels)) {
         c.shrinks_V = 1;
-        attend_chunk(call, &c, &s, task % call->splits, panels);
+        attend_chunk(call, &c, &s, panels);
     }
-    for (int64_t p = 0; p < c.panels && call->splits == 1; p++)
+    for (int64_t p = 0; p < c.panels && c.splits == 1; p++)
         softmax_epilogue(call, &panels[p], accumulators_at(s.acc, a, p), s.rows);
     gemm_end();
 }
@@ -316,12 +330,11 @@ static void forward(void *data, int64_t task, int worker)
 /* The largest unit of a panel's parts, times 2^SPLITS_BITS, which leaves room for the sum of their O. */
 #define SPLITS_BITS 6
 
-static real merged_unit(const struct mfa_cpu_call *call, char *parts, int64_t panel)
+static real merged_unit(const struct mfa_cpu_call *call, const struct chunk *c, int64_t panel)
 {
     real unit = 1;
-    for (int64_t i = 0; i < call->splits; i++) {
-        real *part = (real *)(void *)(parts + (uint64_t)i * partial_bytes(call));
-        const real own = *accumulators_at(part, &call->args, panel).unit;
+    for (int64_t i = 0; i < c->splits; i++) {
+        const real own = *accumulators_at(chunk_partial(call, c, i), &call->args, panel).unit;
         unit = own > unit ? own : unit;
     }
     return (real)ldexp((double)unit, SPLITS_BITS);
@@ -334,18 +347,17 @@ static void merge(void *data, int64_t task, int worker)
     const struct mfa_args *a = &call->args;
     struct forward_scratch s;
     forward_arena(call, call->scratch + (uint64_t)worker * call->scratch_bytes, &s);
-    const struct chunk c = chunk_of(call, task);
-    char *parts = (char *)call->partials + (uint64_t)(task * call->splits) * partial_bytes(call);
+    const struct mfa_cpu_place place = mfa_cpu_find(call, CPU_MERGES, task);
+    const struct chunk c = chunk_of(call, &place, 1);
     for (int64_t p = 0; p < c.panels; p++) {
         struct panel panel;
         chunk_panel(call, &c, p, &panel);
-        const struct accumulators whole = accumulators_at((real *)(void *)parts, a, p);
-        const real unit = merged_unit(call, parts, p);
+        const struct accumulators whole = accumulators_at(chunk_partial(call, &c, 0), a, p);
+        const real unit = merged_unit(call, &c, p);
         scale_vectors(whole.O, a->value_dim * PANEL, (double)(*whole.unit / unit));
         *whole.unit = unit;
-        for (int64_t i = 1; i < call->splits; i++)
-            softmax_merge(whole, accumulators_at((real *)(void *)(parts + (uint64_t)i * partial_bytes(call)), a, p),
-                          panel.vectors, a->value_dim);
+        for (int64_t i = 1; i < c.splits; i++)
+            softmax_merge(whole, accumulators_at(chunk_partial(call, &c, i), a, p), panel.vectors, a->value_dim);
         softmax_epilogue(call, &panel, whole, s.rows);
     }
 }

@@ -6,42 +6,93 @@ struct kv_source {
     const struct mfa_strides *strides;
     int dtype;
     int64_t columns, kv_head;
-    struct sequence seq;
+    const struct mfa_cpu_sequence *seq;
+    const char *block_table; /* of the sequence; NULL: no pages */
+    int64_t table_stride, page_size;
     int shrinks; /* rows are multiplied by 2^-SHRINK_BITS */
 };
 
-static inline struct kv_source k_source(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t kv_head)
+static inline struct kv_source kv_source_of(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
+                                            int64_t kv_head, const void *data, const struct mfa_strides *strides,
+                                            int64_t columns)
 {
     const struct mfa_args *a = &call->args;
-    return (struct kv_source){call->k, &a->k, call->dtype, a->head_dim, kv_head, *seq, 0};
+    struct kv_source source = {
+        .data = data, .strides = strides, .dtype = call->dtype, .columns = columns, .kv_head = kv_head, .seq = seq};
+    if (call->features & CPU_PAGED) {
+        source.block_table =
+            (const char *)call->block_table + seq->batch * a->block_table.batch * (int64_t)sizeof(int32_t);
+        source.table_stride = a->block_table.column * (int64_t)sizeof(int32_t);
+        source.page_size = a->page_size;
+    }
+    return source;
 }
 
-static inline struct kv_source v_source(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t kv_head,
-                                        int shrinks)
+static inline struct kv_source k_source(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
+                                        int64_t kv_head)
 {
     const struct mfa_args *a = &call->args;
-    return (struct kv_source){call->v, &a->v, call->dtype, a->value_dim, kv_head, *seq, shrinks};
+    return kv_source_of(call, seq, kv_head, call->k, &a->k, a->head_dim);
+}
+
+static inline struct kv_source v_source(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
+                                        int64_t kv_head, int shrinks)
+{
+    const struct mfa_args *a = &call->args;
+    struct kv_source source = kv_source_of(call, seq, kv_head, call->v, &a->v, a->value_dim);
+    source.shrinks = shrinks;
+    return source;
 }
 
 /* Where row `key` begins. */
 static inline const char *kv_row(const struct kv_source *source, int64_t key)
 {
-    return sequence_row(&source->seq, source->data, bytes_of(source->dtype), source->strides, source->kv_head, key);
+    const struct mfa_strides *s = source->strides;
+    const int64_t bytes = bytes_of(source->dtype);
+    if (!source->block_table)
+        return kv_row_of(source->seq, source->data, bytes, s, source->kv_head, key);
+    key += source->seq->kv_row;
+    const int32_t page =
+        *(const int32_t *)(const void *)(source->block_table + key / source->page_size * source->table_stride);
+    return (const char *)source->data +
+           bytes * (page * s->batch + source->kv_head * s->head + key % source->page_size * s->row);
+}
+
+/* How many of the n rows from `key` on lie one after another: up to the end of a page. */
+static inline int64_t kv_run(const struct kv_source *source, int64_t key, int64_t n)
+{
+    if (!source->block_table)
+        return n;
+    const int64_t rest = source->page_size - (source->seq->kv_row + key) % source->page_size;
+    return n < rest ? n : rest;
+}
+
+/* Rows [key, key + n) as row-major packs, `stride` apart. */
+static void kv_copy(const struct kv_source *source, int64_t key, int64_t n, packed *copy, int64_t stride)
+{
+    const struct mfa_strides *s = source->strides;
+    const int64_t columns = source->columns, bytes = bytes_of(source->dtype);
+    for (int64_t run; n > 0; key += run, n -= run, copy += run * stride) {
+        const char *from = kv_row(source, key);
+        run = kv_run(source, key, n);
+        if (is_real(source->dtype) && s->row == 1 && s->column != 1)
+            load_columns(copy, stride, (const real *)(const void *)from, s->column, run, columns);
+        else
+            for (int64_t r = 0; r < run; r++)
+                load_packs(copy + r * stride, from + r * s->row * bytes, source->dtype, s->column, columns);
+    }
 }
 
 /* Rows [key, key + n) as a left operand: the caller's own memory where it can be used as it lies, else a copy. */
 static struct kv_block kv_load(const struct kv_source *source, int64_t key, int64_t n, int must_copy, packed *copy)
 {
     const struct mfa_strides *s = source->strides;
-    const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
+    const int64_t columns = source->columns, stride = row_packs(columns);
     const char *from = kv_row(source, key);
-    if (!must_copy && !source->shrinks && is_packed_in_place(from, source->dtype, s, columns))
+    if (!must_copy && !source->shrinks && kv_run(source, key, n) == n &&
+        is_packed_in_place(from, source->dtype, s, columns))
         return (struct kv_block){(const packed *)(const void *)from, s->row / PACK_ELEMENTS, NULL};
-    if (is_real(source->dtype) && s->row == 1 && s->column != 1)
-        load_columns(copy, stride, (const real *)(const void *)from, s->column, n, columns);
-    else
-        for (int64_t r = 0; r < n; r++)
-            load_packs(copy + r * stride, from + r * s->row * bytes, source->dtype, s->column, columns);
+    kv_copy(source, key, n, copy, stride);
     if (source->shrinks)
         shrink_packs(copy, n * stride);
     return (struct kv_block){copy, stride, NULL};
@@ -54,11 +105,10 @@ static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, 
 {
     const struct mfa_strides *s = source->strides;
     const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
-    const char *from = kv_row(source, key);
-    if (!must_copy && !source->shrinks && s->column == 1 && columns == interleaved_columns(columns) && n == whole)
-        return (struct kv_rows){from, s->row * bytes, source->dtype};
-    for (int64_t r = 0; r < n; r++)
-        load_packs(copy + r * stride, from + r * s->row * bytes, source->dtype, s->column, columns);
+    if (!must_copy && !source->shrinks && s->column == 1 && columns == interleaved_columns(columns) && n == whole &&
+        kv_run(source, key, n) == n)
+        return (struct kv_rows){kv_row(source, key), s->row * bytes, source->dtype};
+    kv_copy(source, key, n, copy, stride);
     fill(copy + n * stride, (whole - n) * stride, 0);
     if (source->shrinks)
         shrink_packs(copy, n * stride);
@@ -113,7 +163,7 @@ static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t
     const struct kv_source *next = k < w->block ? w->source : w->after;
     const int64_t from = k < w->block ? w->key + k : w->then + k - w->block;
     const int last =
-        from + mfa_cpu_ceil(n * w->source->columns, next->columns) > next->seq.kv_len || next->strides->column != 1;
+        from + mfa_cpu_ceil(n * w->source->columns, next->columns) > next->seq->kv_len || next->strides->column != 1;
     struct prefetch_cursor cursor = kv_cursor(next, last ? w->key : from);
     if (last)
         cursor.gap = -cursor.bytes;
@@ -133,6 +183,7 @@ static struct prefetch_cursor panel_cursor(const struct panel *panel, int64_t n,
 /* A panel's visit of keys of a block, in the walk of a chunk. */
 struct visit {
     int first_of_block, first_of_panel, last_of_panel;
+    int writes_O;             /* after it, and does not only leave accumulators */
     int64_t panel, panels;    /* its number, and how many the chunk has */
     int64_t keys, next_block; /* how many; the first key of the next block, or -1: there is none */
 };
@@ -146,10 +197,10 @@ static void visit_prefetch(const struct mfa_cpu_call *call, const struct panel *
 {
     const struct mfa_args *a = &call->args;
     const struct panel *panel = &panels[visit.panel];
-    const int dense = a->k.column == 1 && a->v.column == 1;
+    const int dense = a->k.column == 1 && a->v.column == 1 && !(call->features & CPU_PAGED);
     by_product[0] = by_product[1] = NULL;
     if (!PREFETCH_BY_PACK) {
-        const int64_t half = mfa_cpu_ceil(visit.panels, 2), rest = panel->seq.kv_len - visit.next_block;
+        const int64_t half = mfa_cpu_ceil(visit.panels, 2), rest = panel->seq->kv_len - visit.next_block;
         const int64_t n = rest < call->block_kv ? rest : call->block_kv;
         const int of_V = visit.panel >= half;
         if (visit.next_block < 0 || !dense)
@@ -167,7 +218,7 @@ static void visit_prefetch(const struct mfa_cpu_call *call, const struct panel *
         next[0] = panel_cursor(panel + 1, visit.keys, call->q, call->dtype, &a->q, a->head_dim);
         by_product[0] = &next[0];
     }
-    if (PREFETCH_O && visit.last_of_panel && call->splits == 1 && a->o.column == 1) {
+    if (PREFETCH_O && visit.last_of_panel && visit.writes_O && a->o.column == 1) {
         next[1] = panel_cursor(panel, visit.keys, call->o, call->dtype, &a->o, a->value_dim);
         by_product[1] = &next[1];
     }

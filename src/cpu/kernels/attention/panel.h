@@ -14,7 +14,7 @@ static inline int64_t round_up_queries(int64_t queries)
 }
 
 struct panel {
-    struct sequence seq;
+    const struct mfa_cpu_sequence *seq;
     int64_t lanes;                   /* queries in it; the lanes beyond repeat the last */
     int vectors;                     /* that hold them, in whole units */
     int64_t head[PANEL], row[PANEL]; /* query head and query of each lane */
@@ -28,7 +28,7 @@ struct panel {
 
 static void panel_add_band(struct panel *panel, int64_t lane)
 {
-    const struct sequence *seq = &panel->seq;
+    const struct mfa_cpu_sequence *seq = panel->seq;
     const int64_t row = panel->row[lane], vector = lane / LANES;
     int64_t low = row + seq->lower > 0 ? row + seq->lower : 0;
     int64_t high = row + seq->upper < seq->kv_len - 1 ? row + seq->upper : seq->kv_len - 1;
@@ -45,10 +45,10 @@ static void panel_add_band(struct panel *panel, int64_t lane)
 
 /* The panel of `lanes` rows of a KV head from `first` on: its row r is query r % q_len of the head r / q_len of its
  * group. So short queries of a whole group share one panel (pack GQA). */
-static void panel_init(struct panel *panel, const struct sequence *seq, const struct mfa_args *a, int64_t kv_head,
-                       int64_t first, int64_t lanes)
+static void panel_init(struct panel *panel, const struct mfa_cpu_sequence *seq, const struct mfa_args *a,
+                       int64_t kv_head, int64_t first, int64_t lanes)
 {
-    panel->seq = *seq;
+    panel->seq = seq;
     panel->lanes = lanes;
     panel->vectors = (int)(round_up_queries(lanes) / LANES);
     panel->any_low = seq->kv_len, panel->any_high = -1;
@@ -69,8 +69,8 @@ static void panel_init(struct panel *panel, const struct sequence *seq, const st
 }
 
 /* The panel of queries [first, end) of one query head, of which it takes as many as it has lanes. */
-static void panel_of_head(struct panel *panel, const struct sequence *seq, const struct mfa_args *a, int64_t head,
-                          int64_t first, int64_t end)
+static void panel_of_head(struct panel *panel, const struct mfa_cpu_sequence *seq, const struct mfa_args *a,
+                          int64_t head, int64_t first, int64_t end)
 {
     const int64_t group = a->q_heads_per_kv ? a->q_heads_per_kv : 1; /* without query heads there is dbias to write */
     panel_init(panel, seq, a, head / group, head % group * seq->q_len + first,
@@ -78,13 +78,13 @@ static void panel_of_head(struct panel *panel, const struct sequence *seq, const
 }
 
 /* Panel number n of a KV head. */
-static void panel_of_kv_head(struct panel *panel, const struct mfa_cpu_call *call, const struct sequence *seq,
+static void panel_of_kv_head(struct panel *panel, const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
                              int64_t kv_head, int64_t n)
 {
     const struct mfa_args *a = &call->args;
     if (mfa_cpu_stretch(call)) {
-        const int64_t of_head = mfa_cpu_units_of_head(call, PANEL);
-        const struct mfa_cpu_queries q = mfa_cpu_unit_of_head(call, PANEL, n % of_head);
+        const int64_t of_head = mfa_cpu_units_of_head(call, seq->q_len, PANEL);
+        const struct mfa_cpu_queries q = mfa_cpu_unit_of_head(call, seq->q_len, PANEL, n % of_head);
         panel_of_head(panel, seq, a, kv_head * a->q_heads_per_kv + n / of_head, q.first, q.end);
         return;
     }
@@ -96,7 +96,7 @@ static void panel_of_kv_head(struct panel *panel, const struct mfa_cpu_call *cal
 static inline const char *panel_row(const struct panel *panel, const void *data, int64_t bytes,
                                     const struct mfa_strides *s, int64_t lane)
 {
-    return sequence_row(&panel->seq, data, bytes, s, panel->head[lane], panel->row[lane]);
+    return q_row_of(panel->seq, data, bytes, s, panel->head[lane], panel->row[lane]);
 }
 
 /* rows[lane] = the panel's rows of a tensor of queries as row-major packs, row_packs(columns) apart, for the first

@@ -2,52 +2,52 @@
 
 /* Queries [first, first + rows) of one query head, and the blocks of keys that the band lets them see. */
 struct q_block {
-    struct sequence seq;
+    const struct mfa_cpu_sequence *seq;
     int64_t head, index, first, rows;
     struct bounds kv_blocks;
 };
 
-static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head,
+static struct q_block q_block_of(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq, int64_t head,
                                  int64_t index)
 {
-    const struct mfa_cpu_queries rows = mfa_cpu_unit_of_head(call, (int64_t)call->panels * PANEL, index);
-    struct q_block q = {.seq = *seq, .head = head, .index = index, .first = rows.first, .rows = rows.end - rows.first};
+    const struct mfa_cpu_queries rows = mfa_cpu_unit_of_head(call, seq->q_len, (int64_t)call->panels * PANEL, index);
+    struct q_block q = {.seq = seq, .head = head, .index = index, .first = rows.first, .rows = rows.end - rows.first};
     q.kv_blocks = blocks_of_queries(call, seq, q.first, q.rows);
     return q;
 }
 
 static inline struct queries q_block_queries(const struct q_block *q)
 {
-    return (struct queries){&q->seq, q->head, q->first, q->rows};
+    return (struct queries){q->seq, q->head, q->first, q->rows};
 }
 
-/* Of one head. */
-static inline int64_t q_blocks(const struct mfa_cpu_call *call)
+static inline int64_t q_block_index(const struct q_block *q)
 {
-    return mfa_cpu_q_blocks(call, PANEL);
+    return q->seq->before[CPU_Q_BLOCKS] + q->head * q->seq->of_head[CPU_Q_BLOCKS] + q->index;
 }
 
-static inline int64_t q_block_index(const struct mfa_cpu_call *call, const struct q_block *q)
+/* Its first row among those of D and L. */
+static inline int64_t q_block_first_row(const struct mfa_cpu_call *call, const struct q_block *q)
 {
-    return (q->seq.batch * call->args.q_heads + q->head) * q_blocks(call) + q->index;
+    return q->seq->before[CPU_Q_ROWS] + q->head * q->seq->of_head[CPU_Q_ROWS] + q->index * call->panels * PANEL;
 }
 
 /* Where D of row `row` of the block lies. */
 static inline real *q_block_D(const struct mfa_cpu_call *call, const struct q_block *q, int64_t row)
 {
-    return (real *)call->D + q_block_index(call, q) * call->panels * PANEL + row;
+    return (real *)call->D + q_block_first_row(call, q) + row;
 }
 
 /* L, in the unit of S; +inf if the query saw nothing, so that its P is 0. */
 static inline real *q_block_L(const struct mfa_cpu_call *call, const struct q_block *q, int64_t row)
 {
-    return (real *)call->L + q_block_index(call, q) * call->panels * PANEL + row;
+    return (real *)call->L + q_block_first_row(call, q) + row;
 }
 
 static inline const char *q_block_row(const struct q_block *q, const void *data, int64_t bytes,
                                       const struct mfa_strides *s, int64_t row)
 {
-    return sequence_row(&q->seq, data, bytes, s, q->head, q->first + row);
+    return q_row_of(q->seq, data, bytes, s, q->head, q->first + row);
 }
 
 /* --- dQ --------------------------------------------------------------------------------------- */
@@ -64,7 +64,7 @@ static struct matrix q_block_dQ(const struct mfa_cpu_call *call, const struct q_
     const struct mfa_args *a = &call->args;
     if (!call->dq_sums)
         return (struct matrix){(real *)q_block_row(q, call->dq, sizeof(real), &a->dq, 0), a->dq.row};
-    int64_t d = padded(a->head_dim), first = q_block_index(call, q) * call->panels * PANEL;
+    int64_t d = padded(a->head_dim), first = q_block_first_row(call, q);
     return (struct matrix){(real *)call->dq_sums + first * d,
                            dQ_is_transposed(call) ? mfa_cpu_ceil(q->rows, PANEL) * PANEL : d};
 }
@@ -112,7 +112,7 @@ static int64_t next_kv_block(const struct mfa_cpu_call *call, const struct q_blo
 {
     const struct range all = {0, call->block_kv};
     for (block += step; !call->decode && q->kv_blocks.first <= block && block <= q->kv_blocks.last; block += step) {
-        const int64_t key = block * call->block_kv, rest = q->seq.kv_len - key;
+        const int64_t key = block * call->block_kv, rest = q->seq->kv_len - key;
         const struct range keys = {0, rest < all.to ? rest : all.to},
                            r = map_range(call, q_block_queries(q), key, keys, 1);
         if (r.from < r.to)
@@ -194,7 +194,7 @@ static void preprocess_q_block(const struct mfa_cpu_call *call, const struct q_b
     quiet_nans(D, lanes);
     quiet_nans(L, lanes);
     const int64_t last = next_kv_block(call, q, q->kv_blocks.last + 1, -1);
-    atomic_store_explicit(&call->dq_semaphore[q_block_index(call, q)], last, memory_order_relaxed);
+    atomic_store_explicit(&call->dq_semaphore[q_block_index(q)], last, memory_order_relaxed);
     if (call->dq && last < q->kv_blocks.first) {
         clear_dQ(call, q);
         dQ_epilogue(call, q, dQ_rows);

@@ -1,17 +1,22 @@
-/* One batch entry: its lengths, its band, and where its rows lie. Drivers take lengths and addresses from here. */
-struct sequence {
-    int64_t batch, q_len, kv_len;
-    int64_t lower, upper; /* query i sees keys i + lower to i + upper */
-};
+/* Where the rows of a sequence lie in the tensors. Drivers take lengths and addresses from here. */
 
-static inline struct sequence sequence_of(const struct mfa_cpu_call *call, int64_t batch)
+/* A row of a tensor of queries: of q, o, lse and their gradients. Elements have `bytes` bytes. */
+static inline const char *q_row_of(const struct mfa_cpu_sequence *seq, const void *data, int64_t bytes,
+                                   const struct mfa_strides *s, int64_t head, int64_t row)
 {
-    const struct mfa_args *a = &call->args;
-    return (struct sequence){batch, a->q_len, a->kv_len, a->lower, a->upper};
+    return (const char *)data + bytes * (seq->q_batch * s->batch + head * s->head + (seq->q_row + row) * s->row);
 }
 
-/* Where a row of one of its tensors begins; elements have `bytes` bytes. */
-static inline const char *sequence_row(const struct sequence *seq, const void *data, int64_t bytes,
+/* A row of a tensor of keys that has no pages: of dk and dv. */
+static inline const char *kv_row_of(const struct mfa_cpu_sequence *seq, const void *data, int64_t bytes,
+                                    const struct mfa_strides *s, int64_t kv_head, int64_t row)
+{
+    return (const char *)data + bytes * (seq->kv_batch * s->batch + kv_head * s->head + (seq->kv_row + row) * s->row);
+}
+
+/* A row of a tensor that has the batch entries, heads and rows of the scores: of the mask, the block map, dbias. Of
+ * slopes, sinks and seed it is row 0. */
+static inline const char *score_row_of(const struct mfa_cpu_sequence *seq, const void *data, int64_t bytes,
                                        const struct mfa_strides *s, int64_t head, int64_t row)
 {
     return (const char *)data + bytes * (seq->batch * s->batch + head * s->head + row * s->row);

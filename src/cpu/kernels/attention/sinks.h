@@ -3,9 +3,9 @@
  * (dsinks.h) needs D and L alone. */
 
 /* The sink of a query head. */
-static inline double sink_of(const struct mfa_cpu_call *call, const struct sequence *seq, int64_t head)
+static inline double sink_of(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq, int64_t head)
 {
-    const void *sink = sequence_row(seq, call->sinks, sizeof(float), &call->args.sinks, head, 0);
+    const void *sink = score_row_of(seq, call->sinks, sizeof(float), &call->args.sinks, head, 0);
     return (double)*(const float *)sink;
 }
 

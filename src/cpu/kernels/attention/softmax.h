@@ -173,7 +173,7 @@ static inline struct softmax_end softmax_end(const struct mfa_cpu_call *call, co
     if (!(call->features & CPU_SINKS))
         return (struct softmax_end){l == 0 ? 0 : *acc.unit / (l * (real)call->kept),
                                     l == 0 ? -(real)INFINITY : (real)((double)m / S_UNIT + log((double)l))};
-    const double sink = sink_of(call, &panel->seq, panel->head[lane]) * S_UNIT;
+    const double sink = sink_of(call, panel->seq, panel->head[lane]) * S_UNIT;
     const struct sink_sum with = add_sink((double)m, (double)l, sink);
     return (struct softmax_end){with.l == 0 ? 0 : (real)((double)*acc.unit * with.alpha / (with.l * call->kept)),
                                 with.l == 0 ? -(real)INFINITY : (real)(with.m / S_UNIT + log(with.l))};
