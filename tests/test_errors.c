@@ -47,6 +47,16 @@ static void negative_block_map_kv(mfa_problem *p) { p->block_map_q = 64; p->bloc
 static void half_a_block_map(mfa_problem *p) { p->block_map_kv = 64; }
 static void block_map_without_layout(mfa_problem *p) { p->q_len = 200; p->block_map_q = p->block_map_kv = 16; }
 static void block_map_overflows(mfa_problem *p) { block_map_without_layout(p); p->block_map_layout.row = INT64_MAX; }
+static void unknown_varlen_q(mfa_problem *p) { p->varlen_q = 2; }
+static void total_q_of_dense(mfa_problem *p) { p->total_q = 5; }
+static void total_kv_of_dense(mfa_problem *p) { p->total_kv = 5; }
+static void negative_total_q(mfa_problem *p) { p->varlen_q = 1; p->total_q = -1; }
+static void packed_pages(mfa_problem *p) { p->varlen_kv = 1; p->page_size = 16; }
+static void pages_by_index(mfa_problem *p) { p->cache_batch_idx = 1; p->page_size = 16; }
+static void cache_without_index(mfa_problem *p) { p->kv_batch = 3; }
+static void rows_without_entries(mfa_problem *p) { p->batch = 0; p->varlen_q = 1; p->total_q = 3; }
+static void table_without_layout(mfa_problem *p) { p->kv_len = 40; p->page_size = 16; p->kv_batch = 3; }
+static void gradient_of_pages(mfa_problem *p) { p->pass = MFA_BACKWARD; p->page_size = 16; }
 static void reserved(mfa_problem *p) { p->reserved = 1; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
@@ -92,6 +102,16 @@ static const struct {
     {negative_block_map_kv, MFA_INVALID, "block_map_kv is -16; it must be a multiple of 16, or 0 (no block map)"},
     {half_a_block_map, MFA_INVALID, "block_map_q is 0 and block_map_kv is 64; both must be 0 (no block map), or"},
     {block_map_without_layout, MFA_INVALID, "block_map_layout.row and .column are 0 for 13 x"},
+    {unknown_varlen_q, MFA_INVALID, "varlen_q is 2; it must be 0 (q_len queries in each batch entry) or 1"},
+    {total_q_of_dense, MFA_INVALID, "total_q is 5 and varlen_q 0"},
+    {total_kv_of_dense, MFA_INVALID, "total_kv is 5 and varlen_kv 0"},
+    {negative_total_q, MFA_INVALID, "total_q is -1; it must be 0 or more"},
+    {packed_pages, MFA_INVALID, "varlen_kv is 1, page_size 16 and cache_batch_idx 0; packed keys have neither"},
+    {pages_by_index, MFA_INVALID, "page_size is 16 and cache_batch_idx 1"},
+    {cache_without_index, MFA_INVALID, "kv_batch is 3; without page_size and cache_batch_idx it must be 0"},
+    {rows_without_entries, MFA_INVALID, "batch is 0, total_q 3 and total_kv 0"},
+    {table_without_layout, MFA_INVALID, "block_table_layout.column is 0 for 3 pages"},
+    {gradient_of_pages, MFA_UNSUPPORTED, "page_size is 16 and cache_batch_idx 0 in the backward pass"},
     {block_map_overflows, MFA_INVALID, "block_map_layout is 0, 0, 9223372036854775807, 0 for sizes"},
     {reserved, MFA_INVALID, "reserved is 1; it must be 0"},
     {another_size, MFA_INVALID, "size"},

@@ -247,6 +247,11 @@ static const char *const lines[] = {
     "backward bf16 b1 h1 q17 kv1 d8 causal block_map_q16 block_map_kv48 scale2 mask_bool metal",
     "forward f32 b1 h1 q1 kv1 d8 block_map_q-3 block_map_kv17",
     "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 dropout0.1 mask_bool alibi sinks metal",
+    "backward f32 b3 h4/2 q70 kv90 d32 causal total_q150 total_kv170 varlen_q varlen_kv seqused_k leftpad_k "
+    "bottom_right",
+    "forward f16 b3 h4 q1 kv90 d32 kv_batch100 page_size16 seqused_k",
+    "forward f64 b3 h4 q1 kv90 d32 kv_batch5 cache_batch_idx metal",
+    "forward f32 b1 h1 q1 kv1 d8 total_q1 total_kv7 kv_batch2 page_size9223372036854775807",
 };
 
 static void test_lines(void **state)
@@ -319,6 +324,15 @@ static mfa_problem draw_problem(struct generator *r)
         p.block_map_q = draw_bound(r), p.block_map_kv = draw_bound(r);
         mfa_problem_make_dense(&p);
     }
+    if (random_between(r, 0, 1)) {
+        p.varlen_q = (int32_t)random_between(r, 0, 1), p.varlen_kv = !random_between(r, 0, 2);
+        p.seqused_k = (int32_t)random_between(r, 0, 1), p.leftpad_k = (int32_t)random_between(r, 0, 1);
+        p.bottom_right = (int32_t)random_between(r, 0, 1), p.cache_batch_idx = !random_between(r, 0, 3);
+        p.total_q = p.varlen_q ? draw_size(r) : 0, p.total_kv = p.varlen_kv ? draw_size(r) : 0;
+        p.kv_batch = random_between(r, 0, 1) ? draw_size(r) : 0,
+        p.page_size = random_between(r, 0, 1) ? draw_size(r) : 0;
+        mfa_problem_make_dense(&p);
+    }
     return p;
 }
 
@@ -336,7 +350,8 @@ static void test_any_problem(void **state)
         const mfa_problem *p = &problem;
         char text[512] = "before";
         const int sound = p->batch >= 0 && p->q_heads >= 0 && p->kv_heads >= 0 && p->q_len >= 0 && p->kv_len >= 0 &&
-                          p->head_dim >= 0 && p->value_dim >= 0 && !isnan(p->scale) && !isnan(p->softcap) &&
+                          p->head_dim >= 0 && p->value_dim >= 0 && p->total_q >= 0 && p->total_kv >= 0 &&
+                          p->kv_batch >= 0 && p->page_size >= 0 && !isnan(p->scale) && !isnan(p->softcap) &&
                           !isnan(p->dropout);
         const mfa_status status = mfa_problem_print(&problem, text, sizeof text);
         assert_int_equal(status, sound ? MFA_OK : MFA_INVALID);

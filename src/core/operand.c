@@ -79,7 +79,7 @@ static int64_t size_of(const mfa_problem *problem, size_t size)
     case ONE: return 1;
     case q_blocks: return count_blocks(problem->q_len, problem->block_map_q);
     case kv_blocks: return count_blocks(problem->kv_len, problem->block_map_kv);
-    case batch_and_1: return problem->batch + 1;
+    case batch_and_1: return (int64_t)((uint64_t)problem->batch + 1);
     case q_batch: return problem->varlen_q ? 1 : problem->batch;
     case q_rows: return problem->varlen_q ? problem->total_q : problem->q_len;
     case kv_entries: return mfa_problem_kv_entries(problem);

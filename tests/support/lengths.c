@@ -8,10 +8,11 @@ static int64_t draw(struct generator *generator, int64_t most)
     return (int64_t)(generator_next(generator) % (uint64_t)(most + 1));
 }
 
-/* Sequences without rows, as long as can be and of any length; now and then rows before the first. */
+/* Sequences without rows, as long as can be and of any length; now and then rows before the first, few or many. */
 static void draw_cu_seqlens(struct generator *generator, int64_t batch, int64_t total, int64_t longest, double *values)
 {
-    int64_t at = draw(generator, 3) ? 0 : draw(generator, total < 5 ? total : 5);
+    const int64_t few = total < 5 ? total : 5, start = draw(generator, 7);
+    int64_t at = start > 1 ? 0 : draw(generator, start ? few : total);
     values[0] = (double)at;
     for (int64_t b = 0; b < batch; b++) {
         const int64_t rest = total - at, most = rest < longest ? rest : longest, kind = draw(generator, 5);

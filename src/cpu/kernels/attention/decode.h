@@ -117,6 +117,12 @@ static void decode(void *data, int64_t task, int worker)
     struct chunk c = chunk_of(call, &place, place.seq.splits);
     struct panel panel;
     chunk_panel(call, &c, 0, &panel);
+    if (c.seq.kv_len == 0 && c.splits == 1) { /* rows of no sequence may be more than DECODE_ROWS */
+        const struct accumulators none = accumulators_at(s.acc, a, 0);
+        softmax_start(a, none, 0);
+        softmax_epilogue(call, &panel, none, (real *)s.rows);
+        return;
+    }
     const int R = decode_width(panel.lanes);
     const int64_t d = row_packs(a->head_dim), e = interleaved_columns(a->value_dim);
     real m[LANES], l[LANES];
