@@ -58,6 +58,21 @@ typedef enum mfa_mask {
     MFA_MASK_ADDITIVE = 2 /* added to the score, as f32 unless q is f64; -inf masks the key */
 } mfa_mask;
 
+/* Types of k and v apart from q's, whose elements are codes: an element is code * scale in f32 (f64 for f64), for a
+ * scale that the buffers give (k_scale, v_scale), or 1 without them. int8 is signed; e4m3 and e5m2 are the 8-bit floats
+ * of the Open Compute Project (e4m3 without infinities, as torch.float8_e4m3fn; torch.float8_e5m2). Of the types of 4
+ * bits a byte holds two, in blocks of 32 columns: columns c and c + 16 of the block are in its byte c, the low and the
+ * high half. int4 is the code - 8; nf4 the number of that index among the 16 of QLoRA (Dettmers et al., 2023, appendix
+ * E), which quantise a normal distribution. */
+typedef enum mfa_kv_type {
+    MFA_KV_SAME = 0, /* the problem's dtype */
+    MFA_KV_INT8 = 1,
+    MFA_KV_E4M3 = 2,
+    MFA_KV_E5M2 = 3,
+    MFA_KV_INT4 = 4,
+    MFA_KV_NF4 = 5
+} mfa_kv_type;
+
 /* Strides of a (batch, head, row, column) tensor, in elements. An input may have any strides, 0 and negative ones
  * included; an output must not have stride 0 along a dimension longer than 1 (but see dbias). The rows of q, o, d_o,
  * dq, lse are queries, those of k, v, dk, dv are keys; a mask has queries as rows and keys as columns. lse and dlse
@@ -104,10 +119,10 @@ typedef struct mfa_layout {
  *   - cache_batch_idx: k and v have kv_batch entries, of which entry b reads number cache_batch_idx[b].
  *   - page_size: k and v are kv_batch pages of page_size keys, (kv_batch, kv_heads, page_size, columns); key j of entry
  *     b, with its padding, is row j % page_size of page block_table[b][j / page_size]. Entries may share pages.
- * The last two have no backward pass. bottom_right: the band is counted from the last query and key: lower + kv - q <=
- * j - i <= upper + kv - q for an entry of q queries and kv keys; and ALiBi's kv_len - q_len is always that of the
- * entry. Numbers that are wrong (that fall, reach outside of a tensor, or are more than q_len or kv_len) are
- * MFA_INVALID when a run on the CPU begins, and nothing has been written then; on Metal they are clamped.
+ * The last two have no backward pass, nor have k_type and v_type. bottom_right: the band is counted from the last query
+ * and key: lower + kv - q <= j - i <= upper + kv - q for an entry of q queries and kv keys. And ALiBi's kv_len - q_len
+ * is always that of the entry. Numbers that are wrong (that fall, reach outside of a tensor, or are more than q_len or
+ * kv_len) are MFA_INVALID when a run on the CPU begins, and nothing has been written then; on Metal they are clamped.
  *
  * Backward takes o and lse from the caller, so they may be merged from several devices, and computes
  *     P = exp(S - L), D = rowsum(dO * O) - dL, dS = P * (Z * dP - D), dP = dO V^T        (Z = 1 without dropout)
@@ -155,6 +170,11 @@ typedef struct mfa_problem {
     mfa_layout seqused_k_layout, leftpad_k_layout;       /* of a (batch) tensor */
     mfa_layout cache_batch_idx_layout;                   /* the same */
     mfa_layout block_table_layout; /* of a (batch, ceil(kv_len / page_size)) tensor: batch and column strides */
+
+    int32_t k_type, v_type;   /* of enum mfa_kv_type */
+    int64_t k_group, v_group; /* columns that share a scale, for 4 bits a multiple of 32; 0: all of a row */
+    /* of (as k: batch, kv_heads, keys, ceil(head_dim / k_group)) tensors; stride 0 along a dimension: one for all */
+    mfa_layout k_scale_layout, v_scale_layout;
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -186,6 +206,7 @@ typedef struct mfa_buffers {
     mfa_buffer seed;          /* of dropout: 64-bit integers, any; in backward those of forward */
     mfa_buffer block_map;     /* one byte per block; nonzero: it is visible */
     mfa_buffer cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, cache_batch_idx, block_table; /* 32-bit integers */
+    mfa_buffer k_scale, v_scale; /* f32, whatever the dtype; of problems with a k_type, v_type; optional: 1 */
 } mfa_buffers;
 
 /* Runs worker(begin, end, argument) over all of [begin, end), cut into ranges of at least `grain`, on
@@ -262,6 +283,15 @@ static inline mfa_status mfa_problem_parse(const char *text, mfa_problem *proble
 /* Which P dropout keeps: kept[batch][q_heads][q_len][kv_len], dense, 1 where P is kept and 0 where it is dropped, by
  * the problem's sizes, dropout and seed_layout, from seeds in this process's memory. MFA_INVALID, MFA_UNSUPPORTED. */
 MFA_API mfa_status mfa_problem_dropout_mask(const mfa_problem *problem, const uint64_t *seed, uint8_t *kept);
+
+/* Quantises `rows` rows of `columns` numbers of an mfa_dtype to codes of a type other than MFA_KV_SAME, and writes a
+ * scale for each group of columns (0: one for each row): the largest size in the group becomes the largest code, or
+ * int4's -8. Rows of numbers, codes and scales are so many of their elements apart, and dense within; a row of 4-bit
+ * codes has columns / 2 bytes, and needs whole blocks of 32 columns. A group of zeros gets the scale 0. A NaN or an
+ * infinity is MFA_INVALID, as are sizes that do not fit; then nothing has been written. */
+MFA_API mfa_status mfa_kv_quantize(int32_t type, int32_t dtype, int64_t rows, int64_t columns, int64_t group,
+                                   const void *numbers, int64_t numbers_row, void *codes, int64_t codes_row,
+                                   float *scales, int64_t scales_row);
 
 /* MFA_OK if a backend of this context runs it; else MFA_INVALID or MFA_UNSUPPORTED or MFA_UNAVAILABLE. */
 MFA_API mfa_status mfa_problem_supported(mfa_context *context, const mfa_problem *problem);

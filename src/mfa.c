@@ -134,6 +134,17 @@ mfa_status mfa_problem_dropout_mask(const mfa_problem *problem, const uint64_t *
     return mfa_dropout_write_mask(problem, seed, kept);
 }
 
+mfa_status mfa_kv_quantize(int32_t type, int32_t dtype, int64_t rows, int64_t columns, int64_t group,
+                           const void *numbers, int64_t numbers_row, void *codes, int64_t codes_row, float *scales,
+                           int64_t scales_row)
+{
+    NEED(numbers);
+    NEED(codes);
+    NEED(scales);
+    return mfa_kv_quantize_rows(type, dtype, rows, columns, group, numbers, numbers_row, codes, codes_row, scales,
+                                scales_row);
+}
+
 void mfa_plan_destroy(mfa_plan *plan)
 {
     free(plan);

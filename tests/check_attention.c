@@ -306,8 +306,9 @@ static void check_random(mfa_context *context, const struct arguments *arguments
         struct test_run t = {.context = context, .arguments = arguments};
         struct random_problem drawn;
         random_problem_draw(&drawn, arguments->seed, n);
-        const int cached = drawn.problem.page_size || drawn.problem.cache_batch_idx;
-        const int passes = cached ? CASE_FORWARD : CASE_FORWARD | CASE_BACKWARD;
+        const mfa_problem *p = &drawn.problem;
+        const int only_forward = p->page_size || p->cache_batch_idx || p->k_type || p->v_type;
+        const int passes = only_forward ? CASE_FORWARD : CASE_FORWARD | CASE_BACKWARD;
         struct one_case one = {.number = n, .passes = passes, .problem = drawn.problem};
         mfa_problem_print(&drawn.problem, one.text, sizeof one.text);
         if ((arguments->filter && !strstr(one.text, arguments->filter)) || !arguments_take(arguments))

@@ -172,6 +172,8 @@ static void make_call(struct test_run *t)
         .dS_factor = 1,
         .kept = mfa_dropout_kept(p.dropout),
         .dtype = p.dtype,
+        .k_dtype = p.k_type ? CPU_CODES + p.k_type : p.dtype,
+        .v_dtype = p.v_type ? CPU_CODES + p.v_type : p.dtype,
         .features = mfa_key_features(&p),
         .mask_dtype = p.mask_dtype,
         .block_kv = t->tiling.block_kv,
@@ -375,8 +377,12 @@ static void check_set(struct test_case *test_case, const struct kernel_set *set,
 
 /* --- Cases ------------------------------------------------------------------------------------ */
 
-static int serves(const struct kernel_set *set, int32_t dtype)
+/* Sets of bf16 pairs have no codes. */
+static int serves(const struct kernel_set *set, const mfa_problem *p)
 {
+    const int32_t dtype = p->dtype;
+    if (set->dtype == MFA_BF16 && (p->k_type || p->v_type))
+        return 0;
     return dtype == set->dtype || (set->dtype == MFA_F32 && (dtype == MFA_F16 || dtype == MFA_BF16));
 }
 
@@ -394,7 +400,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
     test_case_open(&test_case, one, variant, arguments->seed);
     for (size_t n = 0; n < sizeof sets / sizeof *sets; n++) {
         const char *isa = mfa_cpu_isa_name(sets[n].isa);
-        if (sets[n].kernels->lanes && mfa_cpu_isa_present(sets[n].isa) && serves(&sets[n], one->problem.dtype) &&
+        if (sets[n].kernels->lanes && mfa_cpu_isa_present(sets[n].isa) && serves(&sets[n], &one->problem) &&
             (!arguments->isa || !strcmp(arguments->isa, isa)))
             check_set(&test_case, &sets[n], one->number + (int)n, arguments->quick);
     }

@@ -57,6 +57,12 @@ static void cache_without_index(mfa_problem *p) { p->kv_batch = 3; }
 static void rows_without_entries(mfa_problem *p) { p->batch = 0; p->varlen_q = 1; p->total_q = 3; }
 static void table_without_layout(mfa_problem *p) { p->kv_len = 40; p->page_size = 16; p->kv_batch = 3; }
 static void gradient_of_pages(mfa_problem *p) { p->pass = MFA_BACKWARD; p->page_size = 16; }
+static void unknown_k_type(mfa_problem *p) { p->k_type = 6; }
+static void group_without_codes(mfa_problem *p) { p->v_group = 32; }
+static void odd_group(mfa_problem *p) { p->k_type = MFA_KV_INT4; p->k_group = 16; }
+static void odd_columns(mfa_problem *p) { p->v_type = MFA_KV_NF4; p->value_dim = 40; }
+static void groups_of_rows(mfa_problem *p) { p->k_type = MFA_KV_INT8; p->k_group = 2; p->kv_len = 9; }
+static void gradient_of_codes(mfa_problem *p) { p->pass = MFA_BACKWARD; p->k_type = MFA_KV_E4M3; }
 static void reserved(mfa_problem *p) { p->reserved = 1; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
@@ -111,6 +117,12 @@ static const struct {
     {cache_without_index, MFA_INVALID, "kv_batch is 3; without page_size and cache_batch_idx it must be 0"},
     {rows_without_entries, MFA_INVALID, "batch is 0, total_q 3 and total_kv 0"},
     {table_without_layout, MFA_INVALID, "block_table_layout.column is 0 for 3 pages"},
+    {unknown_k_type, MFA_INVALID, "k_type is 6; it must be 0 (as q), 1 (int8)"},
+    {group_without_codes, MFA_INVALID, "v_group is 32 and v_type 0; only codes have scales"},
+    {odd_group, MFA_INVALID, "k_group is 16; it must be 0 (one scale for a row) or a multiple of 32"},
+    {odd_columns, MFA_UNSUPPORTED, "v_type is nf4 and value_dim 40; of 4 bits kernels exist for multiples of 32"},
+    {groups_of_rows, MFA_INVALID, "k_scale_layout.row and .column are both 1 for k_group 2"},
+    {gradient_of_codes, MFA_UNSUPPORTED, "k_type is e4m3 in the backward pass"},
     {gradient_of_pages, MFA_UNSUPPORTED, "page_size is 16 and cache_batch_idx 0 in the backward pass"},
     {block_map_overflows, MFA_INVALID, "block_map_layout is 0, 0, 9223372036854775807, 0 for sizes"},
     {reserved, MFA_INVALID, "reserved is 1; it must be 0"},

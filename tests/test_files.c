@@ -36,8 +36,8 @@ static int remove_folder(void **state)
     return 0;
 }
 
-static const struct mfa_key key = {MFA_FORWARD, MFA_VARIANT_TILED, MFA_F16, 64,      64, 32,
-                                   64,          MFA_FEATURE_BAND,  MFA_F16, "apple9"};
+static const struct mfa_key key = {MFA_FORWARD, MFA_VARIANT_TILED, MFA_F16, 64, 64, 32,
+                                   64,          MFA_FEATURE_BAND,  MFA_F16, 0,  0,  "apple9"};
 
 static struct mfa_cache_name name_of(uint64_t stamp)
 {

@@ -8,7 +8,7 @@
 
 static_assert(sizeof(mfa_layout) == 32, "four strides of 8 bytes");
 static_assert(sizeof(mfa_buffer) == 16 && offsetof(mfa_buffer, offset) == 8, "64-bit machines");
-static_assert(sizeof(mfa_problem) == 944, "mfa_problem");
+static_assert(sizeof(mfa_problem) == 1032, "mfa_problem");
 static_assert(offsetof(mfa_problem, pass) == 8, "pass");
 static_assert(offsetof(mfa_problem, mask_dtype) == 24, "mask_dtype");
 static_assert(offsetof(mfa_problem, batch) == 32, "batch");
@@ -29,7 +29,9 @@ static_assert(offsetof(mfa_problem, varlen_q) == 696, "varlen_q");
 static_assert(offsetof(mfa_problem, total_q) == 720, "total_q");
 static_assert(offsetof(mfa_problem, cu_seqlens_q_layout) == 752, "cu_seqlens_q_layout");
 static_assert(offsetof(mfa_problem, block_table_layout) == 912, "block_table_layout");
-static_assert(sizeof(mfa_buffers) == 416, "mfa_buffers");
+static_assert(offsetof(mfa_problem, k_type) == 944, "k_type");
+static_assert(offsetof(mfa_problem, k_scale_layout) == 968, "k_scale_layout");
+static_assert(sizeof(mfa_buffers) == 448, "mfa_buffers");
 static_assert(offsetof(mfa_buffers, q) == 8, "q");
 static_assert(offsetof(mfa_buffers, dbias) == 184, "dbias");
 static_assert(offsetof(mfa_buffers, workspace) == 200, "workspace");
@@ -40,6 +42,7 @@ static_assert(offsetof(mfa_buffers, seed) == 288, "seed");
 static_assert(offsetof(mfa_buffers, block_map) == 304, "block_map");
 static_assert(offsetof(mfa_buffers, cu_seqlens_q) == 320, "cu_seqlens_q");
 static_assert(offsetof(mfa_buffers, block_table) == 400, "block_table");
+static_assert(offsetof(mfa_buffers, k_scale) == 416, "k_scale");
 static_assert(sizeof(mfa_context_options) == 40, "mfa_context_options");
 static_assert(offsetof(mfa_context_options, isa) == 16, "isa");
 static_assert(offsetof(mfa_context_options, host) == 32, "host");
@@ -66,6 +69,8 @@ static const struct {
     mfa_status (*problem_print)(const mfa_problem *, char *, size_t);
     mfa_status (*problem_parse_sized)(const char *, mfa_problem *, size_t);
     mfa_status (*problem_dropout_mask)(const mfa_problem *, const uint64_t *, uint8_t *);
+    mfa_status (*quantize)(int32_t, int32_t, int64_t, int64_t, int64_t, const void *, int64_t, void *, int64_t, float *,
+                           int64_t);
     mfa_status (*problem_supported)(mfa_context *, const mfa_problem *);
     mfa_status (*plan_create)(mfa_context *, const mfa_problem *, mfa_plan **);
     void (*plan_destroy)(mfa_plan *);
@@ -73,12 +78,25 @@ static const struct {
     mfa_status (*plan_describe)(const mfa_plan *, char *, size_t);
     mfa_status (*plan_run)(const mfa_plan *, const mfa_buffers *, void *);
     mfa_status (*attention)(mfa_context *, const mfa_problem *, const mfa_buffers *, void *);
-} mfa = {mfa_version,           mfa_last_error,          mfa_status_name,
-         mfa_isa_name,          mfa_isa_supported,       mfa_context_create,
-         mfa_context_destroy,   mfa_context_set_threads, mfa_problem_init_sized,
-         mfa_problem_print,     mfa_problem_parse_sized, mfa_problem_dropout_mask,
-         mfa_problem_supported, mfa_plan_create,         mfa_plan_destroy,
-         mfa_plan_workspace,    mfa_plan_describe,       mfa_plan_run,
+} mfa = {mfa_version,
+         mfa_last_error,
+         mfa_status_name,
+         mfa_isa_name,
+         mfa_isa_supported,
+         mfa_context_create,
+         mfa_context_destroy,
+         mfa_context_set_threads,
+         mfa_problem_init_sized,
+         mfa_problem_print,
+         mfa_problem_parse_sized,
+         mfa_problem_dropout_mask,
+         mfa_kv_quantize,
+         mfa_problem_supported,
+         mfa_plan_create,
+         mfa_plan_destroy,
+         mfa_plan_workspace,
+         mfa_plan_describe,
+         mfa_plan_run,
          mfa_attention};
 
 static int passed, failed;

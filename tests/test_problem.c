@@ -509,11 +509,11 @@ static void test_keys(void **state)
 {
     (void)state;
     char text[MFA_KEY_TEXT];
-    struct mfa_key key = {MFA_FORWARD, MFA_VARIANT_TILED, MFA_F16, 128,     128, 32,
-                          64,          MFA_FEATURE_BAND,  MFA_F16, "apple9"};
+    struct mfa_key key = {MFA_FORWARD, MFA_VARIANT_TILED, MFA_F16, 128, 128, 32,
+                          64,          MFA_FEATURE_BAND,  MFA_F16, 0,   0,   "apple9"};
     mfa_key_print(&key, text);
     assert_string_equal(text, "forward_f16_d128_q32_k64_band_apple9");
-    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_TILED, MFA_F32, 96, 64, 48, 192, 0, MFA_F32, "avx512"};
+    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_TILED, MFA_F32, 96, 64, 48, 192, 0, MFA_F32, 0, 0, "avx512"};
     mfa_key_print(&key, text);
     assert_string_equal(text, "backward_f32_d96v64_q48_k192_avx512");
     key.features = MFA_FEATURE_MASK_BOOL | MFA_FEATURE_SOFTCAP;
@@ -522,14 +522,16 @@ static void test_keys(void **state)
     key.variant = MFA_VARIANT_DECODE, key.block_q = 8;
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_backward_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
-    key.pass = MFA_FORWARD;
+    key.pass = MFA_FORWARD, key.k_type = MFA_KV_INT8, key.v_type = MFA_KV_NF4;
     mfa_key_print(&key, text);
-    assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_avx512");
-    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16, INT32_MIN, INT32_MAX,
-                           INT32_MIN,    INT32_MIN,          255,      MFA_BF16,  "sixteen_letters"};
+    assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_k_int8_v_nf4_avx512");
+    key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16,    INT32_MIN,
+                           INT32_MAX,    INT32_MIN,          INT32_MIN,   1023,
+                           MFA_BF16,     MFA_KV_E4M3,        MFA_KV_E5M2, "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
-    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_block_map_sixteen_letters!"));
+    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_block_map_varlen_paged_k_e4m3_"
+                                 "v_e5m2_sixteen_letters!"));
 }
 
 /* The first word of a plan's key says which kernel runs. */

@@ -18,8 +18,8 @@ MACHINE = ("immintrin.h", "arm_neon.h", "cpuid.h")
 SYSTEM = ("pthread.h", "stdio.h", "stdlib.h", "errno.h", "unistd.h")
 RULES = (
     ("include/mfa.h", (), MACHINE + SYSTEM),
-    ("src/cpu/kernels/*", ("cpu/kernels/*", "core/args.h", "core/philox.h", "core/*.inc"), SYSTEM),
-    ("src/*/kernels/*", ("{folder}/*", "core/args.h", "core/philox.h", "core/*.inc"), SYSTEM),
+    ("src/cpu/kernels/*", ("cpu/kernels/*", "core/args.h", "core/codes.h", "core/philox.h", "core/*.inc"), SYSTEM),
+    ("src/*/kernels/*", ("{folder}/*", "core/args.h", "core/codes.h", "core/philox.h", "core/*.inc"), SYSTEM),
     ("src/base/*", ("mfa.h", "base/*"), MACHINE),
     ("src/core/*", ("mfa.h", "base/*", "core/*"), MACHINE),
     ("src/mfa.c", ("mfa.h", "base/*", "core/*"), (*MACHINE, "pthread.h", "stdio.h", "errno.h")),

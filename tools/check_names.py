@@ -15,7 +15,7 @@ import sys
 
 import tree
 
-NOUNS = "context|problem|plan|status|isa"
+NOUNS = "context|problem|plan|status|isa|kv"
 ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_precompile", "mfa_fail"}  # sentences of their own
 FOLDERS = set(
     """.ci bench docs examples include metalsim metalsim/cost metalsim/cuda metalsim/cuda/include metalsim/include
@@ -36,7 +36,7 @@ PARTS = re.findall(r'^FEATURE\(\w+, "(\w+)"', OPTIONS, re.MULTILINE)
 FEATURES = "".join(f"(?:{part}{DTYPE if part.endswith('_') else ''})?" for part in PARTS)
 KEY = re.compile(
     rf"(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d+(?:v\d+)?_q\d+_k\d+"
-    rf"{FEATURES}"
+    rf"{FEATURES}(?:_[kv]_(?:int8|e4m3|e5m2|int4|nf4)){{0,2}}"
     r"_(?:scalar|avx2|avx512bf16|avx512|amxbf16|neonbf16|neon|apple\d+|sm\d+)"
 )
 LOOKS_LIKE_KEY = re.compile(rf"\b(?:forward|backward|decode|decode_backward)_{DTYPE}_d\d\w*_\w+")

@@ -23,6 +23,7 @@ struct mfa_args {
     mfa_int varlen_q, varlen_kv, bottom_right; /* 0 or 1, as in mfa_problem */
     mfa_int has_seqused_k, has_leftpad_k, has_cache_batch_idx;
     mfa_int total_q, total_kv, kv_batch, page_size;
+    mfa_int k_group, v_group; /* columns that share a scale; 0: all */
 #define INPUT(name, ...) struct mfa_strides name;
 #define RESULT(name, ...) struct mfa_strides name;
 #include "core/operands.inc"

@@ -2,6 +2,7 @@
 #include "core/key.h"
 
 #include <stdio.h>
+#include <string.h>
 
 #include "core/problem.h"
 
@@ -35,12 +36,21 @@ static void print_features(const struct mfa_key *key, char text[MFA_KEY_TEXT])
                                        1 << n == MFA_FEATURE_MASK_ADDITIVE ? mfa_dtype_name(key->mask_dtype) : "");
 }
 
+static void print_kv_types(const struct mfa_key *key, char text[MFA_KEY_TEXT])
+{
+    const size_t length = strlen(text);
+    snprintf(text + length, MFA_KEY_TEXT - length, "%s%s%s%s", key->k_type ? "_k_" : "",
+             key->k_type ? mfa_kv_type_name(key->k_type) : "", key->v_type ? "_v_" : "",
+             key->v_type ? mfa_kv_type_name(key->v_type) : "");
+}
+
 void mfa_key_print(const struct mfa_key *key, char text[MFA_KEY_TEXT])
 {
     char value_dim[16] = "", features[MFA_KEY_TEXT];
     if (key->value_dim != key->head_dim)
         snprintf(value_dim, sizeof value_dim, "v%d", key->value_dim);
     print_features(key, features);
+    print_kv_types(key, features);
     snprintf(text, MFA_KEY_TEXT, "%s_%s_d%d%s_q%d_k%d%s_%.*s", kernel_word(key), mfa_dtype_name(key->dtype),
              key->head_dim, value_dim, key->block_q, key->block_kv, features, (int)sizeof key->machine, key->machine);
 }

@@ -29,11 +29,11 @@ enum mfa_variant {
 };
 
 struct mfa_key { /* no padding: compared and hashed as bytes */
-    int32_t pass, variant, dtype, head_dim, value_dim, block_q, block_kv, features, mask_dtype;
+    int32_t pass, variant, dtype, head_dim, value_dim, block_q, block_kv, features, mask_dtype, k_type, v_type;
     char machine[16];
 };
 
-#define MFA_KEY_TEXT 160 /* enough for any key's text and its end */
+#define MFA_KEY_TEXT 200 /* enough for any key's text and its end */
 
 /* The set of enum mfa_feature that a canonical problem needs. */
 int32_t mfa_key_features(const mfa_problem *problem);

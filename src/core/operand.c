@@ -3,8 +3,8 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; f32 or f64; the mask's; f32; integers; bytes. */
-enum element { DATA, ROW_SUM, MASK, FLOAT, INTEGER64, INTEGER32, BYTE };
+/* The problem's dtype; those of k and v; f32 or f64; the mask's; f32; integers; bytes. */
+enum element { DATA, K_CODE, V_CODE, ROW_SUM, MASK, FLOAT, INTEGER64, INTEGER32, BYTE };
 
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
@@ -18,6 +18,10 @@ enum size {
     kv_entries = offsetof(mfa_problem, varlen_kv), /* the same of k */
     kv_rows = offsetof(mfa_problem, total_kv),
     pages = offsetof(mfa_problem, page_size), /* of a batch entry */
+    k_columns = offsetof(mfa_problem, k_type),
+    v_columns = offsetof(mfa_problem, v_type),
+    k_groups = offsetof(mfa_problem, k_group), /* of columns that share a scale */
+    v_groups = offsetof(mfa_problem, v_group),
     q_blocks = offsetof(mfa_problem, block_map_q),
     kv_blocks = offsetof(mfa_problem, block_map_kv),
     q_heads = offsetof(mfa_problem, q_heads),
@@ -84,6 +88,10 @@ static int64_t size_of(const mfa_problem *problem, size_t size)
     case q_rows: return problem->varlen_q ? problem->total_q : problem->q_len;
     case kv_entries: return mfa_problem_kv_entries(problem);
     case kv_rows: return mfa_problem_kv_rows(problem);
+    case k_columns: return mfa_kv_type_columns(problem->k_type, problem->head_dim);
+    case v_columns: return mfa_kv_type_columns(problem->v_type, problem->value_dim);
+    case k_groups: return problem->k_group > 0 ? count_blocks(problem->head_dim, problem->k_group) : 1;
+    case v_groups: return problem->v_group > 0 ? count_blocks(problem->value_dim, problem->v_group) : 1;
     case pages: return count_blocks(problem->kv_len, problem->page_size);
     default: return *(const int64_t *)((const char *)problem + size);
     }
@@ -115,6 +123,8 @@ size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem 
     case ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
     case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
     case FLOAT: return 4;
+    case K_CODE: return problem->k_type ? 1 : mfa_dtype_size(problem->dtype);
+    case V_CODE: return problem->v_type ? 1 : mfa_dtype_size(problem->dtype);
     case INTEGER64: return 8;
     case INTEGER32: return 4;
     case BYTE: return 1;

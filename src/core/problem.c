@@ -26,6 +26,18 @@ const char *mfa_dtype_name(int32_t dtype)
     return dtype >= 0 && dtype <= MFA_F64 ? names[dtype] : NULL;
 }
 
+const char *mfa_kv_type_name(int32_t type)
+{
+    static const char *const names[] = {[MFA_KV_SAME] = "same", [MFA_KV_INT8] = "int8", [MFA_KV_E4M3] = "e4m3",
+                                        [MFA_KV_E5M2] = "e5m2", [MFA_KV_INT4] = "int4", [MFA_KV_NF4] = "nf4"};
+    return type >= 0 && type <= MFA_KV_NF4 ? names[type] : NULL;
+}
+
+int64_t mfa_kv_type_columns(int32_t type, int64_t columns)
+{
+    return type == MFA_KV_INT4 || type == MFA_KV_NF4 ? columns / 2 : columns;
+}
+
 size_t mfa_dtype_size(int32_t dtype)
 {
     switch (dtype) {
@@ -110,6 +122,11 @@ static mfa_status check_enums(const mfa_problem *problem)
 #define RESERVED(member)      \
     if (problem->member != 0) \
         return mfa_fail(MFA_INVALID, #member " is %d; it must be 0", problem->member);
+#define TYPE(prefix, member)                                                                                      \
+    if (!mfa_kv_type_name(problem->member))                                                                       \
+        return mfa_fail(MFA_INVALID,                                                                              \
+                        #member " is %d; it must be 0 (as q), 1 (int8), 2 (e4m3), 3 (e5m2), 4 (int4) or 5 (nf4)", \
+                        problem->member);
 #include "core/options.inc"
     if (!mfa_dtype_name(problem->dtype))
         return mfa_fail(MFA_INVALID, "dtype is %d; it must be 0 (f32), 1 (f16), 2 (bf16) or 3 (f64)", problem->dtype);
@@ -220,6 +237,33 @@ static mfa_status check_varlen(const mfa_problem *p)
                         "block_table_layout.column is 0 for %lld pages; it must not be: mfa_problem_init gives a block "
                         "table no layout",
                         (long long)shape[3]);
+    return MFA_OK;
+}
+
+/* Of k or v, `name`, with so many columns, `dim`. */
+static mfa_status check_kv_type(const mfa_problem *p, const char *name, int32_t type, int64_t group, const char *dim,
+                                int64_t columns, const mfa_layout *scale)
+{
+    const int packs = mfa_kv_type_columns(type, 64) != 64;
+    if (group && !type)
+        return mfa_fail(MFA_INVALID, "%s_group is %lld and %s_type 0; only codes have scales", name, (long long)group,
+                        name);
+    if (group < 0 || (packs && group % 32 != 0))
+        return mfa_fail(MFA_INVALID, "%s_group is %lld; it must be 0 (one scale for a row) or %s", name,
+                        (long long)group, packs ? "a multiple of 32" : "positive");
+    if (packs && columns % 32 != 0)
+        return mfa_fail(MFA_UNSUPPORTED, "%s_type is %s and %s %lld; of 4 bits kernels exist for multiples of 32", name,
+                        mfa_kv_type_name(type), dim, (long long)columns);
+    if (type && group > 0 && group < columns && mfa_problem_kv_rows(p) > 1 && scale->row == scale->column &&
+        scale->row != 0)
+        return mfa_fail(MFA_INVALID,
+                        "%s_scale_layout.row and .column are both %lld for %s_group %lld of %lld columns; they must "
+                        "differ: mfa_problem_init gives scales the layout of whole rows",
+                        name, (long long)scale->row, name, (long long)group, (long long)columns);
+    if (type && p->pass == MFA_BACKWARD)
+        return mfa_fail(MFA_UNSUPPORTED,
+                        "%s_type is %s in the backward pass; kernels exist for 0: codes have no gradient", name,
+                        mfa_kv_type_name(type));
     return MFA_OK;
 }
 
@@ -364,6 +408,12 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
         status = check_block_map(&problem);
     if (status == MFA_OK)
         status = check_varlen(&problem);
+    if (status == MFA_OK)
+        status = check_kv_type(&problem, "k", problem.k_type, problem.k_group, "head_dim", problem.head_dim,
+                               &problem.k_scale_layout);
+    if (status == MFA_OK)
+        status = check_kv_type(&problem, "v", problem.v_type, problem.v_group, "value_dim", problem.value_dim,
+                               &problem.v_scale_layout);
     if (status != MFA_OK)
         return status;
 
@@ -418,6 +468,8 @@ struct mfa_args mfa_problem_args(const mfa_problem *p)
         .total_kv = p->total_kv,
         .kv_batch = p->kv_batch,
         .page_size = p->page_size,
+        .k_group = p->k_group,
+        .v_group = p->v_group,
 #define INPUT(name, ...) .name = strides(&p->name##_layout),
 #define RESULT(name, ...) .name = strides(&p->name##_layout),
 #include "core/operands.inc"

@@ -17,6 +17,17 @@ const char *mfa_dtype_name(int32_t dtype);
 /* Bytes of one element. */
 size_t mfa_dtype_size(int32_t dtype);
 
+/* "int8", of enum mfa_kv_type, "same" for 0; NULL: there is no such type. */
+const char *mfa_kv_type_name(int32_t type);
+
+/* The elements of a row of so many columns as they lie in memory: of 4 bits, bytes of two. */
+int64_t mfa_kv_type_columns(int32_t type, int64_t columns);
+
+/* The body of mfa_kv_quantize (quantize.c). */
+mfa_status mfa_kv_quantize_rows(int32_t type, int32_t dtype, int64_t rows, int64_t columns, int64_t group,
+                                const void *numbers, int64_t numbers_row, void *codes, int64_t codes_row, float *scales,
+                                int64_t scales_row);
+
 /* Whether lengths or places of sequences are given by tensors, so that they may differ from entry to entry. */
 int mfa_problem_is_varlen(const mfa_problem *problem);
 

@@ -1,7 +1,8 @@
 /* The line of text that stands for a problem in logs, case lists and bench rows:
  *     <pass> <dtype> b<batch> h<q_heads>[/<kv_heads>] q<q_len> kv<kv_len> d<head_dim>[v<value_dim>]
  *     [causal] [lower<int>] [upper<int>] [block_map_q<int>] [block_map_kv<int>] [total_q<int>] [total_kv<int>]
- *     [kv_batch<int>] [page_size<int>] [scale<float>] [softcap<float>] [dropout<float>]
+ *     [kv_batch<int>] [page_size<int>] [k_group<int>] [v_group<int>] [scale<float>] [softcap<float>] [dropout<float>]
+ *     [k_<type>] [v_<type>], with a type of int8, e4m3, e5m2, int4 and nf4,
  *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [alibi] [sinks] [varlen_q] [varlen_kv] [seqused_k] [leftpad_k]
  *     [cache_batch_idx] [bottom_right] [metal]
  * causal is upper0; mask_<dtype> is an additive mask of that dtype. What is left out has the value that
@@ -72,6 +73,9 @@ static void put_line(struct writer *writer, const mfa_problem *given)
 #define NUMBER(word, none) \
     if (p->word != (none)) \
         put_number(writer, #word, p->word);
+#define TYPE(prefix, member) \
+    if (p->member)           \
+        put(writer, " " #prefix "%s", mfa_kv_type_name(p->member));
 #include "core/options.inc"
     if (p->mask == MFA_MASK_BOOL)
         put(writer, " mask_bool");
@@ -234,6 +238,7 @@ static int read_number(const char *text, double *value)
 enum option {
 #define INTEGER(word, none) OPTION_##word,
 #define NUMBER(word, none) OPTION_##word,
+#define TYPE(prefix, member) OPTION_##member,
 #define WORD(word, member, value, values) OPTION_##word,
     OPTION_NONE,
 #include "core/options.inc"
@@ -254,6 +259,11 @@ static enum option read_option(const char *word, mfa_problem *problem)
 #define NUMBER(word_of, none)                \
     if ((rest = rest_after(word, #word_of))) \
         return read_number(rest, &problem->word_of) ? OPTION_##word_of : OPTION_NONE;
+#define TYPE(prefix, member)                                                           \
+    if ((rest = rest_after(word, #prefix)) && find_name(rest, mfa_kv_type_name) > 0) { \
+        problem->member = find_name(rest, mfa_kv_type_name);                           \
+        return OPTION_##member;                                                        \
+    }
 #define WORD(word_of, member, value, values) \
     if (strcmp(word, #word_of) == 0) {       \
         problem->member = (value);           \
@@ -275,6 +285,7 @@ static enum option read_option(const char *word, mfa_problem *problem)
 static const char options_expected[] = "causal, "
 #define INTEGER(word, none) #word "<int>, "
 #define NUMBER(word, none) #word "<float>, "
+#define TYPE(prefix, member) #prefix "int8, " #prefix "e4m3, " #prefix "e5m2, " #prefix "int4, " #prefix "nf4, "
 #define WORD(word, member, value, values) #word ", "
 #include "core/options.inc"
                                        "mask_bool, mask_f32, mask_f16, mask_bf16 or mask_f64";

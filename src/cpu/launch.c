@@ -11,6 +11,8 @@
 _Static_assert((int)CPU_F32 == MFA_F32 && (int)CPU_F16 == MFA_F16 && (int)CPU_BF16 == MFA_BF16 &&
                    (int)CPU_F64 == MFA_F64,
                "contract.h counts dtypes as mfa.h does");
+_Static_assert((int)CPU_INT8 == CPU_CODES + MFA_KV_INT8 && (int)CPU_NF4 == CPU_CODES + MFA_KV_NF4,
+               "and types of codes");
 
 /* The row stride of a single row is never used, but the caller may give any number: set to 0, so that kernels that
  * multiply it, or advance by it beyond the last row, do not overflow. */
@@ -42,7 +44,12 @@ static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, 
     clear_unused_strides(p, &call->args);
     call->scale = p->scale, call->softcap = p->softcap, call->dS_factor = dS_factor(p->scale);
     call->kept = mfa_dropout_kept(p->dropout);
-    call->dtype = p->dtype, call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
+    call->dtype = call->k_dtype = call->v_dtype = p->dtype;
+    if (p->k_type)
+        call->k_dtype = CPU_CODES + p->k_type;
+    if (p->v_type)
+        call->v_dtype = CPU_CODES + p->v_type;
+    call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels;
 }

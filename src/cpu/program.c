@@ -33,10 +33,16 @@ static int needs_scaled_queries(const mfa_problem *p)
     return size != 0 && !(size >= 0x1p-40 && size <= 0x1p40);
 }
 
+/* Codes are widened to reals, which bf16 pairs would round. */
+static int needs_reals(const mfa_problem *p)
+{
+    return p->k_type || p->v_type || needs_scaled_queries(p);
+}
+
 mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, const mfa_problem *problem)
 {
     const struct entry *entry = entry_of(isa, problem->dtype);
-    while (!entry || (entry->dtype == MFA_BF16 && needs_scaled_queries(problem))) {
+    while (!entry || (entry->dtype == MFA_BF16 && needs_reals(problem))) {
         isa = (mfa_cpu_isa)(isa - 1); /* a lower instruction set has a kernel set for it */
         entry = entry_of(isa, problem->dtype);
     }

@@ -154,6 +154,7 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
     choice->key.block_q = decodes ? decode_rows : kernels->panel;
     choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
     choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
+    choice->key.k_type = p->k_type, choice->key.v_type = p->v_type;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));
 
     struct mfa_cpu_tiling tiling = {.splits = 1, .block_kv = choice->key.block_kv};

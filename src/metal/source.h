@@ -8,7 +8,7 @@
 #include "metal/tiles.h"
 #include "mfa.h"
 
-#define MFA_METAL_BUFFERS (MFA_METAL_BUFFER_OPERAND + MFA_OPERAND_COUNT)
+#define MFA_METAL_BUFFERS (MFA_METAL_BUFFER_OPERAND + MFA_OPERAND_k_scale) /* there are no codes on Metal */
 
 /* The name of a kernel's function; NULL: there is no such kernel. */
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel);

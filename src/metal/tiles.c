@@ -223,6 +223,9 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->softcap > 0 && size / p->softcap > 0x1p60)
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g and scale %g; Metal kernels exist for quotients up to 2^60",
                         p->softcap, p->scale);
+    if (p->k_type || p->v_type)
+        return mfa_fail(MFA_UNSUPPORTED, "k_type is %s and v_type %s; Metal kernels exist for same",
+                        mfa_kv_type_name(p->k_type), mfa_kv_type_name(p->v_type));
     if (mfa_problem_is_varlen(p))
         return mfa_fail(
             MFA_UNSUPPORTED,

@@ -26,6 +26,8 @@ enum reference_tensor {
     REFERENCE_LEFTPAD_K,
     REFERENCE_CACHE_BATCH_IDX,
     REFERENCE_BLOCK_TABLE,
+    REFERENCE_K_SCALE,
+    REFERENCE_V_SCALE,
     REFERENCE_dO,
     REFERENCE_dL,
     /* Results. */
@@ -60,10 +62,14 @@ struct reference_view {
     int64_t batch, head, row, column;
 };
 
-/* Views `values`; views a copy of the operand in `buffers`, which the caller frees. */
+/* Views `values`; views a copy of the operand in `buffers`, which the caller frees: of quantised K and V as numbers, of
+ * head_dim or value_dim columns. */
 struct reference_view reference_view(const mfa_problem *problem, enum reference_tensor tensor, double *values);
 struct reference_view reference_load(const mfa_problem *problem, enum reference_tensor tensor,
                                      const mfa_buffers *buffers);
+
+/* The number that a code of a type stands for (codes.c): of 4 bits its low half. */
+double reference_code(int32_t type, uint8_t code);
 
 /* A batch entry: its lengths, its band, and where its rows lie in tensors of queries and of keys. */
 struct reference_sequence {

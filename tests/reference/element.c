@@ -75,6 +75,7 @@ void element_load_row(int32_t dtype, const void *elements, int64_t index, int64_
     switch (dtype) {
     case ELEMENT_U64: LOAD_ROW(uint64_t, (double)stored);
     case ELEMENT_I32: LOAD_ROW(int32_t, (double)stored);
+    case ELEMENT_CODE: LOAD_ROW(uint8_t, (double)stored);
     case MFA_F64: LOAD_ROW(double, stored);
     case MFA_F32: LOAD_ROW(float, stored);
     case MFA_F16: LOAD_ROW(uint16_t, decode(stored, F16_EXPONENT, F16_FRACTION));
@@ -120,6 +121,7 @@ double element_round(int32_t dtype, double value)
     switch (dtype) {
     case ELEMENT_U64:
     case ELEMENT_I32:
+    case ELEMENT_CODE:
     case MFA_F64: return value;
     case MFA_F32: return (float)value;
     case MFA_F16: return decode(encode(value, F16_EXPONENT, F16_FRACTION), F16_EXPONENT, F16_FRACTION);
@@ -155,6 +157,7 @@ const char *element_name(int32_t dtype)
     switch (dtype) {
     case ELEMENT_U64: return "u64";
     case ELEMENT_I32: return "i32";
+    case ELEMENT_CODE: return "code";
     case MFA_F64: return "f64";
     case MFA_F32: return "f32";
     case MFA_F16: return "f16";

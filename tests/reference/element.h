@@ -8,10 +8,11 @@
 
 #include "mfa.h"
 
-/* Beside the mfa_dtypes: a byte, nonzero is true; a 64-bit integer below 2^53; a 32-bit integer. */
+/* Beside the mfa_dtypes: a byte, nonzero is true; a 64-bit integer below 2^53; a 32-bit integer; a byte of codes. */
 #define ELEMENT_BOOL 64
 #define ELEMENT_U64 65
 #define ELEMENT_I32 66
+#define ELEMENT_CODE 67
 
 size_t element_size(int32_t dtype);
 double element_load(int32_t dtype, const void *elements, int64_t index);
@@ -32,7 +33,7 @@ double element_ulp(int32_t dtype);
 /* The least number of the dtype above 0. */
 double element_least(int32_t dtype);
 
-/* "f32" and so on; "bool", "u64", "i32". */
+/* "f32" and so on; "bool", "u64", "i32", "code". */
 const char *element_name(int32_t dtype);
 
 #endif

@@ -32,7 +32,9 @@ const mfa_layout *reference_layout(const mfa_problem *problem, enum reference_te
                                                     [REFERENCE_SEQUSED_K] = &problem->seqused_k_layout,
                                                     [REFERENCE_LEFTPAD_K] = &problem->leftpad_k_layout,
                                                     [REFERENCE_CACHE_BATCH_IDX] = &problem->cache_batch_idx_layout,
-                                                    [REFERENCE_BLOCK_TABLE] = &problem->block_table_layout};
+                                                    [REFERENCE_BLOCK_TABLE] = &problem->block_table_layout,
+                                                    [REFERENCE_K_SCALE] = &problem->k_scale_layout,
+                                                    [REFERENCE_V_SCALE] = &problem->v_scale_layout};
     return layouts[tensor];
 }
 
@@ -61,7 +63,9 @@ const mfa_buffer *reference_buffer(const mfa_buffers *buffers, enum reference_te
                                                      [REFERENCE_SEQUSED_K] = &buffers->seqused_k,
                                                      [REFERENCE_LEFTPAD_K] = &buffers->leftpad_k,
                                                      [REFERENCE_CACHE_BATCH_IDX] = &buffers->cache_batch_idx,
-                                                     [REFERENCE_BLOCK_TABLE] = &buffers->block_table};
+                                                     [REFERENCE_BLOCK_TABLE] = &buffers->block_table,
+                                                     [REFERENCE_K_SCALE] = &buffers->k_scale,
+                                                     [REFERENCE_V_SCALE] = &buffers->v_scale};
     return operands[tensor];
 }
 
@@ -71,6 +75,10 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     case REFERENCE_MASK: return problem->mask == MFA_MASK_BOOL ? ELEMENT_BOOL : problem->mask_dtype;
     case REFERENCE_BLOCK_MAP: return ELEMENT_BOOL;
     case REFERENCE_DBIAS: return problem->mask_dtype;
+    case REFERENCE_K: return problem->k_type ? ELEMENT_CODE : problem->dtype;
+    case REFERENCE_V: return problem->v_type ? ELEMENT_CODE : problem->dtype;
+    case REFERENCE_K_SCALE:
+    case REFERENCE_V_SCALE:
     case REFERENCE_SLOPES:
     case REFERENCE_SINKS:
     case REFERENCE_DSINKS: return MFA_F32;
@@ -93,6 +101,12 @@ static int64_t blocks(int64_t n, int64_t size)
     return size > 0 ? n / size + (n % size > 0) : 0;
 }
 
+/* Elements of a row of K or V: of 4 bits, two in one. */
+static int64_t columns(int32_t type, int64_t dim)
+{
+    return type == MFA_KV_INT4 || type == MFA_KV_NF4 ? dim / 2 : dim;
+}
+
 /* Extents of a tensor that no layout has changed. */
 static void full_shape(const mfa_problem *p, enum reference_tensor tensor, int64_t shape[4])
 {
@@ -101,8 +115,8 @@ static void full_shape(const mfa_problem *p, enum reference_tensor tensor, int64
     const int64_t kv_rows = p->varlen_kv ? p->total_kv : p->page_size ? p->page_size : p->kv_len;
     const int64_t shapes[REFERENCE_TENSORS][4] = {
         [REFERENCE_Q] = {q_batch, p->q_heads, q_rows, p->head_dim},
-        [REFERENCE_K] = {kv_batch, p->kv_heads, kv_rows, p->head_dim},
-        [REFERENCE_V] = {kv_batch, p->kv_heads, kv_rows, p->value_dim},
+        [REFERENCE_K] = {kv_batch, p->kv_heads, kv_rows, columns(p->k_type, p->head_dim)},
+        [REFERENCE_V] = {kv_batch, p->kv_heads, kv_rows, columns(p->v_type, p->value_dim)},
         [REFERENCE_MASK] = {p->batch, p->q_heads, p->q_len, p->kv_len},
         [REFERENCE_SLOPES] = {p->batch, p->q_heads, 1, 1},
         [REFERENCE_SINKS] = {p->batch, p->q_heads, 1, 1},
@@ -115,6 +129,8 @@ static void full_shape(const mfa_problem *p, enum reference_tensor tensor, int64
         [REFERENCE_LEFTPAD_K] = {p->batch, 1, 1, 1},
         [REFERENCE_CACHE_BATCH_IDX] = {p->batch, 1, 1, 1},
         [REFERENCE_BLOCK_TABLE] = {p->batch, 1, 1, blocks(p->kv_len, p->page_size)},
+        [REFERENCE_K_SCALE] = {kv_batch, p->kv_heads, kv_rows, p->k_group ? blocks(p->head_dim, p->k_group) : 1},
+        [REFERENCE_V_SCALE] = {kv_batch, p->kv_heads, kv_rows, p->v_group ? blocks(p->value_dim, p->v_group) : 1},
         [REFERENCE_dO] = {q_batch, p->q_heads, q_rows, p->value_dim},
         [REFERENCE_dL] = {q_batch, p->q_heads, q_rows, 1},
         [REFERENCE_O] = {q_batch, p->q_heads, q_rows, p->value_dim},
@@ -165,8 +181,8 @@ struct reference_view reference_view(const mfa_problem *problem, enum reference_
     return view;
 }
 
-struct reference_view reference_load(const mfa_problem *problem, enum reference_tensor tensor,
-                                     const mfa_buffers *buffers)
+/* A tensor as it lies, dense. */
+static struct reference_view load(const mfa_problem *problem, enum reference_tensor tensor, const mfa_buffers *buffers)
 {
     int64_t n[4], at = 0;
     reference_shape(problem, tensor, n);
@@ -180,6 +196,51 @@ struct reference_view reference_load(const mfa_problem *problem, enum reference_
             for (int64_t r = 0; r < n[2]; r++, at += n[3])
                 element_load_row(dtype, elements, b * s->batch + h * s->head + r * s->row, s->column, n[3], dense + at);
     return reference_view(problem, tensor, dense);
+}
+
+/* The code of column c in a row of K or V. */
+static uint8_t code_of(int32_t type, const double *row, int64_t c)
+{
+    if (columns(type, 2) == 2)
+        return (uint8_t)row[c];
+    const uint8_t both = (uint8_t)row[c / 32 * 16 + c % 16];
+    return c % 32 < 16 ? both & 15 : both >> 4;
+}
+
+/* K or V in codes as numbers. */
+static struct reference_view load_codes(const mfa_problem *p, enum reference_tensor tensor, const mfa_buffers *buffers)
+{
+    const int is_k = tensor == REFERENCE_K;
+    const int32_t type = is_k ? p->k_type : p->v_type;
+    const int64_t dim = is_k ? p->head_dim : p->value_dim, given = is_k ? p->k_group : p->v_group;
+    const enum reference_tensor of_scales = is_k ? REFERENCE_K_SCALE : REFERENCE_V_SCALE;
+    const struct reference_view codes = load(p, tensor, buffers);
+    struct reference_view scales = {NULL, 0, 0, 0, 0};
+    if (reference_buffer(buffers, of_scales)->base)
+        scales = load(p, of_scales, buffers);
+    int64_t n[4];
+    reference_shape(p, tensor, n);
+    double *numbers = reference_allocate(n[0] * n[1] * n[2] * dim);
+    for (int64_t row = 0; row < n[0] * n[1] * n[2]; row++)
+        for (int64_t c = 0; c < dim; c++) {
+            const int64_t b = row / n[2] / n[1], h = row / n[2] % n[1], r = row % n[2], g = given ? c / given : 0;
+            const double scale =
+                scales.values ? scales.values[b * scales.batch + h * scales.head + r * scales.row + g * scales.column]
+                              : 1;
+            numbers[row * dim + c] = reference_code(type, code_of(type, codes.values + row * n[3], c)) * scale;
+        }
+    free(codes.values);
+    free(scales.values);
+    return (struct reference_view){numbers, n[0] > 1 ? n[1] * n[2] * dim : 0, n[1] > 1 ? n[2] * dim : 0,
+                                   n[2] > 1 ? dim : 0, dim > 1 ? 1 : 0};
+}
+
+struct reference_view reference_load(const mfa_problem *problem, enum reference_tensor tensor,
+                                     const mfa_buffers *buffers)
+{
+    if ((tensor == REFERENCE_K && problem->k_type) || (tensor == REFERENCE_V && problem->v_type))
+        return load_codes(problem, tensor, buffers);
+    return load(problem, tensor, buffers);
 }
 
 int reference_is_mapped(const mfa_problem *problem, const struct reference_view *map, int64_t b, int64_t h, int64_t i,

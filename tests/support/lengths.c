@@ -94,12 +94,12 @@ static void poison(struct inputs *inputs, enum reference_tensor tensor, const do
 void lengths_poison(struct inputs *inputs)
 {
     const mfa_problem *p = &inputs->problem;
-    const int64_t q_rows = reference_count(p, REFERENCE_L), kv_rows = reference_count(p, REFERENCE_K) / p->head_dim;
+    const int64_t q_rows = reference_count(p, REFERENCE_L);
     mfa_buffers buffers = {.size = sizeof buffers};
     int32_t *integers[REFERENCE_TENSORS] = {NULL};
-    double *of_queries = reference_allocate(q_rows), *of_keys = reference_allocate(kv_rows);
     int64_t shape[4];
     reference_shape(p, REFERENCE_K, shape);
+    double *of_queries = reference_allocate(q_rows), *of_keys = reference_allocate(shape[0] * shape[1] * shape[2]);
     const struct reference_view view = {of_keys, shape[1] * shape[2], shape[2], 1, 0};
     for (int tensor = REFERENCE_CU_SEQLENS_Q; tensor <= REFERENCE_BLOCK_TABLE; tensor++)
         integers[tensor] = open_integers(inputs, tensor, &buffers);
@@ -115,8 +115,8 @@ void lengths_poison(struct inputs *inputs)
     poison(inputs, REFERENCE_Q, of_queries);
     poison(inputs, REFERENCE_dO, of_queries);
     if (!inputs->variant.kv_broadcast) {
-        poison(inputs, REFERENCE_K, of_keys);
-        poison(inputs, REFERENCE_V, of_keys);
+        poison(inputs, p->k_type ? REFERENCE_K_SCALE : REFERENCE_K, of_keys);
+        poison(inputs, p->v_type ? REFERENCE_V_SCALE : REFERENCE_V, of_keys);
     }
     for (int tensor = REFERENCE_CU_SEQLENS_Q; tensor <= REFERENCE_BLOCK_TABLE; tensor++)
         free(integers[tensor]);

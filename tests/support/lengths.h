@@ -9,7 +9,7 @@
  * block tables that no key needs are wrong page numbers. */
 void lengths_fill(struct inputs *inputs, enum reference_tensor tensor, struct generator *generator);
 
-/* NaN in rows of Q, dO, K and V that no sequence has, unless these are broadcast. */
+/* NaN in rows of Q, dO, K and V, or of the scales of these, that no sequence has, unless they are broadcast. */
 void lengths_poison(struct inputs *inputs);
 
 #endif

@@ -25,6 +25,8 @@ const char *tensor_name(enum reference_tensor tensor)
                                                          "leftpad_k",
                                                          "cache_batch_idx",
                                                          "block_table",
+                                                         "k_scale",
+                                                         "v_scale",
                                                          "dO",
                                                          "dL",
                                                          "O",
@@ -73,6 +75,23 @@ static int is_hidden(struct generator *generator, int64_t row, int64_t column)
     return generator_next(generator) % 2 || row % 5 == 3 || column % 7 == 4;
 }
 
+/* Any code whose number is not too large. */
+static double draw_code(struct generator *generator, int32_t type)
+{
+    const int is_float = type == MFA_KV_E4M3 || type == MFA_KV_E5M2;
+    uint8_t code;
+    do
+        code = (uint8_t)(generator_next(generator) >> 40);
+    while (is_float && !(fabs(reference_code(type, code)) <= 4));
+    return code;
+}
+
+/* So that numbers are about 1. */
+static double size_of_scale(int32_t type)
+{
+    return type == MFA_KV_INT8 ? 0.02 : type == MFA_KV_INT4 ? 0.25 : 1;
+}
+
 static void fill(struct inputs *inputs, enum reference_tensor tensor, struct generator *generator)
 {
     const mfa_problem *p = &inputs->problem;
@@ -80,7 +99,10 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
     int64_t shape[4], count = reference_count(p, tensor);
     reference_shape(p, tensor, shape);
     double *values = inputs->values[tensor] = reference_allocate(count);
-    const double size = tensor == REFERENCE_SLOPES ? 0.1 : 1;
+    const int32_t type = tensor == REFERENCE_K || tensor == REFERENCE_K_SCALE ? p->k_type : p->v_type;
+    const double size = tensor == REFERENCE_SLOPES                                   ? 0.1
+                        : tensor == REFERENCE_K_SCALE || tensor == REFERENCE_V_SCALE ? size_of_scale(type)
+                                                                                     : 1;
     if (dtype == ELEMENT_I32) {
         lengths_fill(inputs, tensor, generator);
         return;
@@ -91,6 +113,8 @@ static void fill(struct inputs *inputs, enum reference_tensor tensor, struct gen
                      (tensor == REFERENCE_BLOCK_MAP && is_hidden(generator, row, column));
         if (dtype == ELEMENT_BOOL) /* any byte but 0 is true */
             values[at] = masked ? 0 : (double)(1 + generator_next(generator) % 255);
+        else if (dtype == ELEMENT_CODE)
+            values[at] = draw_code(generator, type);
         else if (dtype == ELEMENT_U64)
             values[at] = (double)(generator_next(generator) >> 11);
         else
@@ -119,6 +143,13 @@ static void broadcast_map(mfa_problem *problem, int along)
               along & ~(shape[2] == 1 ? ALONG_COLUMN : 0) & ~(shape[3] == 1 ? ALONG_ROW : 0));
 }
 
+/* 8-bit floats come without scales, unless these are of groups of columns. */
+static int has_scale(int32_t type, int64_t group)
+{
+    const int is_float = type == MFA_KV_E4M3 || type == MFA_KV_E5M2;
+    return type && (!is_float || group > 0);
+}
+
 static int is_input(const mfa_problem *p, enum reference_tensor tensor, struct variant variant)
 {
     switch (tensor) {
@@ -133,6 +164,8 @@ static int is_input(const mfa_problem *p, enum reference_tensor tensor, struct v
     case REFERENCE_LEFTPAD_K: return p->leftpad_k;
     case REFERENCE_CACHE_BATCH_IDX: return p->cache_batch_idx;
     case REFERENCE_BLOCK_TABLE: return p->page_size > 0;
+    case REFERENCE_K_SCALE: return has_scale(p->k_type, p->k_group);
+    case REFERENCE_V_SCALE: return has_scale(p->v_type, p->v_group);
     case REFERENCE_dL: return variant.dlse;
     default: return 1;
     }
@@ -146,6 +179,8 @@ void inputs_open(struct inputs *inputs, const mfa_problem *problem, struct varia
     inputs->variant = variant;
     broadcast(&inputs->problem.k_layout, variant.kv_broadcast);
     broadcast(&inputs->problem.v_layout, variant.kv_broadcast);
+    broadcast(&inputs->problem.k_scale_layout, variant.kv_broadcast);
+    broadcast(&inputs->problem.v_scale_layout, variant.kv_broadcast);
     broadcast(&inputs->problem.mask_layout, variant.mask_broadcast);
     broadcast(&inputs->problem.dbias_layout, variant.dbias_broadcast);
     broadcast(&inputs->problem.slopes_layout, variant.heads_broadcast);

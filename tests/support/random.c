@@ -30,7 +30,7 @@ void random_band(struct generator *generator, mfa_problem *problem)
         problem->upper = problem->lower = random_between(generator, -q_len / 2, kv_len / 2);
 }
 
-/* Those that mfa_problem_init leaves to the caller. */
+/* Those that mfa_problem_init leaves to the caller. Inputs are dense; 1 stands for what is no broadcast. */
 static void random_layouts(mfa_problem *p)
 {
     const int64_t rows = p->block_map_q ? (p->q_len + p->block_map_q - 1) / p->block_map_q : 0;
@@ -38,6 +38,20 @@ static void random_layouts(mfa_problem *p)
     const int64_t pages = p->page_size ? (p->kv_len + p->page_size - 1) / p->page_size : 0;
     p->block_map_layout = (mfa_layout){p->q_heads * rows * columns, rows * columns, columns, rows * columns > 0};
     p->block_table_layout = (mfa_layout){pages, 0, 0, pages > 0};
+    p->k_scale_layout = p->v_scale_layout = (mfa_layout){1, 1, 1, 1};
+}
+
+static void random_codes(struct generator *r, mfa_problem *p)
+{
+    static const int64_t groups[] = {0, 0, 32, 32, 64, 96, 5, 16};
+    p->k_type = (int32_t)random_between(r, MFA_KV_SAME, MFA_KV_NF4);
+    p->v_type = (int32_t)random_between(r, MFA_KV_SAME, MFA_KV_NF4);
+    p->k_group = p->k_type ? groups[random_between(r, 0, p->k_type < MFA_KV_INT4 ? 7 : 5)] : 0;
+    p->v_group = p->v_type ? groups[random_between(r, 0, p->v_type < MFA_KV_INT4 ? 7 : 5)] : 0;
+    if (p->k_type >= MFA_KV_INT4 && p->head_dim % 32)
+        p->k_type = MFA_KV_INT8;
+    if (p->v_type >= MFA_KV_INT4 && p->value_dim % 32)
+        p->v_type = MFA_KV_INT8;
 }
 
 void random_block_map(struct generator *generator, mfa_problem *problem)
@@ -131,7 +145,9 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
         random_block_map(&r, p);
     if (!random_between(&r, 0, 2))
         random_varlen(&r, p);
-    if (p->block_map_q || p->page_size)
+    if (!random_between(&r, 0, 3))
+        random_codes(&r, p);
+    if (p->block_map_q || p->page_size || p->k_type || p->v_type)
         random_layouts(p);
     drawn->variant.map_broadcast = (int)random_between(&r, 0, 11);
     drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);

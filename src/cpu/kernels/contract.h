@@ -13,7 +13,19 @@
 
 #define MFA_CPU_PANELS_MAX 8 /* of a chunk or a block of queries */
 
-enum mfa_cpu_dtype { CPU_F32, CPU_F16, CPU_BF16, CPU_F64 }; /* values as in mfa_dtype */
+/* Values as in mfa_dtype; of codes, CPU_CODES and that of mfa_kv_type. */
+enum mfa_cpu_dtype {
+    CPU_F32,
+    CPU_F16,
+    CPU_BF16,
+    CPU_F64,
+    CPU_CODES = 16,
+    CPU_INT8,
+    CPU_E4M3,
+    CPU_E5M2,
+    CPU_INT4,
+    CPU_NF4
+};
 
 /* As in core/key.h. */
 enum mfa_cpu_feature_bit {
@@ -56,7 +68,7 @@ struct mfa_cpu_call {
     double scale, softcap;
     double kept;      /* 1 - dropout, or 1: what P, and with it results, are still to be divided by */
     double dS_factor; /* backward: a power of two that dS is multiplied by, near the scale where that is far from 1 */
-    int32_t dtype, mask_dtype;
+    int32_t dtype, k_dtype, v_dtype, mask_dtype;
     int32_t features; /* a set of enum mfa_cpu_feature */
     int32_t block_kv; /* keys of a block */
     int32_t panels;   /* forward: panels of a chunk of queries; backward: of a block of queries */

@@ -7,6 +7,9 @@
 #include "cpu/kernels/contract.h"
 #include "cpu/kernels/tensor_rows.h"
 
+#include "core/codes.h"
+#include "cpu/kernels/codes.h"
+
 #include "cpu/kernels/gemm/layout.h"
 #include "cpu/kernels/gemm/prefetch.h"
 #include "cpu/kernels/gemm/pack.h"

@@ -10,7 +10,7 @@ static inline int64_t padded(int64_t n) /* to whole vectors */
 
 static inline int64_t bytes_of(int dtype)
 {
-    return dtype == CPU_F64 ? 8 : dtype == CPU_F32 ? 4 : 2;
+    return dtype == CPU_F64 ? 8 : dtype == CPU_F32 ? 4 : dtype > CPU_CODES ? 1 : 2;
 }
 
 static inline real element(const void *data, int dtype, int64_t i)

@@ -9,16 +9,19 @@ struct kv_source {
     const struct mfa_cpu_sequence *seq;
     const char *block_table; /* of the sequence; NULL: no pages */
     int64_t table_stride, page_size;
-    int shrinks; /* rows are multiplied by 2^-SHRINK_BITS */
+    const float *scales; /* of codes, with their strides; NULL: 1 */
+    const struct mfa_strides *scale_strides;
+    int64_t group; /* columns that share one */
+    int shrinks;   /* rows are multiplied by 2^-SHRINK_BITS */
 };
 
 static inline struct kv_source kv_source_of(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
                                             int64_t kv_head, const void *data, const struct mfa_strides *strides,
-                                            int64_t columns)
+                                            int dtype, int64_t columns)
 {
     const struct mfa_args *a = &call->args;
     struct kv_source source = {
-        .data = data, .strides = strides, .dtype = call->dtype, .columns = columns, .kv_head = kv_head, .seq = seq};
+        .data = data, .strides = strides, .dtype = dtype, .columns = columns, .kv_head = kv_head, .seq = seq};
     if (call->features & CPU_PAGED) {
         source.block_table =
             (const char *)call->block_table + seq->batch * a->block_table.batch * (int64_t)sizeof(int32_t);
@@ -32,30 +35,46 @@ static inline struct kv_source k_source(const struct mfa_cpu_call *call, const s
                                         int64_t kv_head)
 {
     const struct mfa_args *a = &call->args;
-    return kv_source_of(call, seq, kv_head, call->k, &a->k, a->head_dim);
+    struct kv_source source = kv_source_of(call, seq, kv_head, call->k, &a->k, call->k_dtype, a->head_dim);
+    source.scales = call->k_scale, source.scale_strides = &a->k_scale;
+    source.group = a->k_group ? a->k_group : a->head_dim;
+    return source;
 }
 
 static inline struct kv_source v_source(const struct mfa_cpu_call *call, const struct mfa_cpu_sequence *seq,
                                         int64_t kv_head, int shrinks)
 {
     const struct mfa_args *a = &call->args;
-    struct kv_source source = kv_source_of(call, seq, kv_head, call->v, &a->v, a->value_dim);
+    struct kv_source source = kv_source_of(call, seq, kv_head, call->v, &a->v, call->v_dtype, a->value_dim);
+    source.scales = call->v_scale, source.scale_strides = &a->v_scale;
+    source.group = a->v_group ? a->v_group : a->value_dim;
     source.shrinks = shrinks;
     return source;
 }
 
-/* Where row `key` begins. */
-static inline const char *kv_row(const struct kv_source *source, int64_t key)
+/* Where row `key` begins in a tensor with the rows of K or V, of elements of so many bytes. */
+static inline const char *kv_row_in(const struct kv_source *source, const void *data, int64_t bytes,
+                                    const struct mfa_strides *s, int64_t key)
 {
-    const struct mfa_strides *s = source->strides;
-    const int64_t bytes = bytes_of(source->dtype);
     if (!source->block_table)
-        return kv_row_of(source->seq, source->data, bytes, s, source->kv_head, key);
+        return kv_row_of(source->seq, data, bytes, s, source->kv_head, key);
     key += source->seq->kv_row;
     const int32_t page =
         *(const int32_t *)(const void *)(source->block_table + key / source->page_size * source->table_stride);
-    return (const char *)source->data +
+    return (const char *)data +
            bytes * (page * s->batch + source->kv_head * s->head + key % source->page_size * s->row);
+}
+
+static inline const char *kv_row(const struct kv_source *source, int64_t key)
+{
+    return kv_row_in(source, source->data, bytes_of(source->dtype), source->strides, key);
+}
+
+/* The bytes of a row. */
+static inline int64_t kv_row_bytes(const struct kv_source *source)
+{
+    return source->dtype >= CPU_INT4 && source->dtype <= CPU_NF4 ? source->columns / 2
+                                                                 : source->columns * bytes_of(source->dtype);
 }
 
 /* How many of the n rows from `key` on lie one after another: up to the end of a page. */
@@ -67,6 +86,24 @@ static inline int64_t kv_run(const struct kv_source *source, int64_t key, int64_
     return n < rest ? n : rest;
 }
 
+/* Rows of codes [key, key + n), which lie one after another, as reals. */
+static void kv_copy_codes(const struct kv_source *source, int64_t key, int64_t n, packed *copy, int64_t stride)
+{
+#if K_PACK == 1
+    const struct mfa_strides *s = source->strides, *of_scales = source->scale_strides;
+    const char *from = kv_row(source, key);
+    struct code_scales scales = {NULL, of_scales->column, source->group};
+    if (source->scales)
+        scales.at = (const float *)(const void *)kv_row_in(source, source->scales, sizeof(float), of_scales, key);
+    for (int64_t r = 0; r < n; r++) {
+        load_codes(copy + r * stride, from + r * s->row, source->dtype, s->column, source->columns, scales);
+        scales.at += scales.at ? of_scales->row : 0;
+    }
+#else
+    (void)source, (void)key, (void)n, (void)copy, (void)stride; /* sets of bf16 pairs get no codes (program.c) */
+#endif
+}
+
 /* Rows [key, key + n) as row-major packs, `stride` apart. */
 static void kv_copy(const struct kv_source *source, int64_t key, int64_t n, packed *copy, int64_t stride)
 {
@@ -75,7 +112,9 @@ static void kv_copy(const struct kv_source *source, int64_t key, int64_t n, pack
     for (int64_t run; n > 0; key += run, n -= run, copy += run * stride) {
         const char *from = kv_row(source, key);
         run = kv_run(source, key, n);
-        if (is_real(source->dtype) && s->row == 1 && s->column != 1)
+        if (source->dtype > CPU_CODES)
+            kv_copy_codes(source, key, run, copy, stride);
+        else if (is_real(source->dtype) && s->row == 1 && s->column != 1)
             load_columns(copy, stride, (const real *)(const void *)from, s->column, run, columns);
         else
             for (int64_t r = 0; r < run; r++)
@@ -105,8 +144,8 @@ static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, 
 {
     const struct mfa_strides *s = source->strides;
     const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
-    if (!must_copy && !source->shrinks && s->column == 1 && columns == interleaved_columns(columns) && n == whole &&
-        kv_run(source, key, n) == n)
+    if (!must_copy && !source->shrinks && source->dtype < CPU_CODES && s->column == 1 &&
+        columns == interleaved_columns(columns) && n == whole && kv_run(source, key, n) == n)
         return (struct kv_rows){kv_row(source, key), s->row * bytes, source->dtype};
     kv_copy(source, key, n, copy, stride);
     fill(copy + n * stride, (whole - n) * stride, 0);
@@ -121,7 +160,7 @@ static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, 
 /* Rows from `key` on, one of their packs for each pack of A that is read. */
 static struct prefetch_cursor kv_cursor(const struct kv_source *source, int64_t key)
 {
-    const int64_t each = bytes_of(source->dtype), bytes = source->columns * each;
+    const int64_t each = bytes_of(source->dtype), bytes = kv_row_bytes(source);
     const char *at = kv_row(source, key);
     return (struct prefetch_cursor){at, at + bytes, bytes, source->strides->row * each - bytes, PACK_ELEMENTS * each};
 }
@@ -141,9 +180,9 @@ static struct prefetch_cursor kv_cursor_share(const struct kv_source *source, in
  * turn. */
 static int64_t kv_chunk_keys(const struct kv_source *source, int R)
 {
+    const int64_t each = source->dtype > CPU_CODES ? (int64_t)sizeof(real) : bytes_of(source->dtype);
     int64_t n = DECODE_KEYS;
-    while (decode_has_whole_vectors(R) && n > decode_key_unit(R) &&
-           n * source->columns * bytes_of(source->dtype) > KV_CHUNK_BYTES)
+    while (decode_has_whole_vectors(R) && n > decode_key_unit(R) && n * source->columns * each > KV_CHUNK_BYTES)
         n /= 2;
     return n;
 }
@@ -162,8 +201,8 @@ static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t
     k += kv_chunk_keys(w->source, w->R);
     const struct kv_source *next = k < w->block ? w->source : w->after;
     const int64_t from = k < w->block ? w->key + k : w->then + k - w->block;
-    const int last =
-        from + mfa_cpu_ceil(n * w->source->columns, next->columns) > next->seq->kv_len || next->strides->column != 1;
+    const int last = from + mfa_cpu_ceil(n * w->source->columns, next->columns) > next->seq->kv_len ||
+                     next->strides->column != 1 || next->dtype > CPU_CODES;
     struct prefetch_cursor cursor = kv_cursor(next, last ? w->key : from);
     if (last)
         cursor.gap = -cursor.bytes;
@@ -197,7 +236,8 @@ static void visit_prefetch(const struct mfa_cpu_call *call, const struct panel *
 {
     const struct mfa_args *a = &call->args;
     const struct panel *panel = &panels[visit.panel];
-    const int dense = a->k.column == 1 && a->v.column == 1 && !(call->features & CPU_PAGED);
+    const int dense = a->k.column == 1 && a->v.column == 1 && !(call->features & CPU_PAGED) &&
+                      call->k_dtype < CPU_CODES && call->v_dtype < CPU_CODES;
     by_product[0] = by_product[1] = NULL;
     if (!PREFETCH_BY_PACK) {
         const int64_t half = mfa_cpu_ceil(visit.panels, 2), rest = panel->seq->kv_len - visit.next_block;
