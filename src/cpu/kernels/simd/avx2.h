@@ -129,6 +129,34 @@ static inline vec vec_load_bf16(const uint16_t *p)
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
+static inline vec vec_load_int8(const uint8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+/* An 8-bit float is the high byte of an f16, or with a bit more of the fraction a part of one. */
+static inline vec vec_load_e5m2(const uint8_t *p)
+{
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p)), 8));
+}
+
+static inline vec vec_load_e4m3(const uint8_t *p)
+{
+    __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)); /* the sign in all high bits */
+    __m128i size = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3f80));
+    __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80)), _mm_set1_epi16(0x7e00));
+    return _mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(size, nan), _mm_and_si128(x, _mm_set1_epi16((short)0x8000))));
+}
+
+/* A permutation reads 3 bits of an index; the fourth says which half of the table. */
+static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *table)
+{
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    x = half ? _mm256_srli_epi32(x, 4) : x;
+    vec low = _mm256_permutevar8x32_ps(vec_load(table), x), high = _mm256_permutevar8x32_ps(vec_load(table + 8), x);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
+}
+
 static inline void vec_store_f16(uint16_t *p, vec v)
 {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -128,6 +128,34 @@ static inline vec vec_load_bf16(const uint16_t *p)
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+static inline vec vec_load_int8(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+/* An 8-bit float is the high byte of an f16, or with a bit more of the fraction a part of one. */
+static inline vec vec_load_e5m2(const uint8_t *p)
+{
+    __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_cvtph_ps(_mm256_slli_epi16(x, 8));
+}
+
+static inline vec vec_load_e4m3(const uint8_t *p)
+{
+    __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); /* the sign in all high bits */
+    __m256i size = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(0x3f80));
+    __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x7e00));
+    __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16((short)0x8000));
+    return _mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(size, nan), sign));
+}
+
+/* The permutation reads the low 4 bits of each index. */
+static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *table)
+{
+    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_permutexvar_ps(half ? _mm512_srli_epi32(x, 4) : x, _mm512_loadu_ps(table));
+}
+
 static inline void vec_store_f16(uint16_t *p, vec v)
 {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
