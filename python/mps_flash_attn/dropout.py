@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import problem
+from . import problem, transforms
 from .operators import dropout_mask as mask_operator
 
 _SCALARS = torch.Size(()), torch.Size((1,))  # the shapes of a seed
@@ -54,7 +54,12 @@ def seed_of(given: Tensor | int | None, dropout: float, query: Tensor) -> Tensor
 def draw(query: Tensor) -> Tensor:
     """A new seed, as (batch,). On mps integers are drawn from ranges of 31 bits, so it is made of two."""
     words = torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=query.device)
-    return _of_batch(words.view(torch.int64), query.shape[0])
+    if transforms.vmaps_view_as_dtype or not transforms.are_active():
+        seed = words.view(torch.int64)
+    else:
+        low, high = words.to(torch.int64)
+        seed = (high << 32) | low  # the same number
+    return _of_batch(seed, query.shape[0])
 
 
 def _as_tensor(seed: Any, device: torch.device) -> Tensor:

@@ -40,6 +40,7 @@ _INPUTS = len(Inputs._fields)
 count_of_modes = torch._C._len_torch_dispatch_stack
 are_active = torch._C._are_functorch_transforms_active
 are_supported = enable_single_level_autograd_function is not None
+vmaps_view_as_dtype = torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched")  # 2.13 on
 
 
 def needs_operator(*operands: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from calls import calls
 from dropped import attend, close, gradients, problem, weights_of
-from mps_flash_attn import dropout_mask, flash_attention, replaced_sdpa, sdpa_stats
+from mps_flash_attn import dropout, dropout_mask, flash_attention, replaced_sdpa, sdpa_stats, transforms
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from stand_in import DTYPES
@@ -184,6 +184,16 @@ def test_randomness_of_vmap(attention):
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
     for one, other in itertools.combinations((*different, *nested.flatten(0, 1), *unmapped), 2):
         assert 0.4 < (one == other).float().mean() < 0.6  # of independent masks half of the elements are equal
+
+
+def test_seed_is_the_same_without_a_rule_for_views(monkeypatch):
+    """vmap has no rule for Tensor.view(dtype) before PyTorch 2.13; the seed drawn without it is that of plain calls."""
+    monkeypatch.setattr(transforms, "vmaps_view_as_dtype", False)
+    torch.manual_seed(3)
+    expected = dropout.draw(torch.zeros(2, 1))
+    torch.manual_seed(3)
+    found = torch.vmap(dropout.draw, randomness="same")(torch.zeros(3, 2, 1))
+    assert torch.equal(found, expected.expand(3, 2)) and int(expected[0]) >= 2**32
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad", "grad of vmap"])
