@@ -1,8 +1,8 @@
 """Says which regions of the kernels no test has executed.
 
-    metalsim/coverage.py [--reasons FILE] CACHE PROFILES [FILE ...]
+    metalsim/coverage.py [--reasons FILE] --cache FOLDER ... PROFILES [FILE ...]
 
-CACHE is the folder of libraries that were compiled with METALSIM_COVERAGE, PROFILES the one that LLVM_PROFILE_FILE
+Each --cache is a folder of libraries that were compiled with METALSIM_COVERAGE, PROFILES the one that LLVM_PROFILE_FILE
 named (as FOLDER/%m.profraw). Regions of all libraries are put together by the line of the .metal file they come from,
 so it is enough if one variant executes a region. FILEs are those that must have been compiled at all, as #line names
 them. A line of --reasons, "FILE: part of the region's first line: why", excuses a region; one that excuses nothing is
@@ -62,7 +62,7 @@ def read_reasons(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reasons", type=pathlib.Path)
-    parser.add_argument("cache", type=pathlib.Path)
+    parser.add_argument("--cache", dest="caches", action="append", required=True, type=pathlib.Path)
     parser.add_argument("profiles", type=pathlib.Path)
     parser.add_argument("files", nargs="*")
     options = parser.parse_args()
@@ -74,7 +74,7 @@ def main():
     subprocess.run([PROFDATA, "merge", "-o", str(profile), *raw], check=True)
 
     executed = {}
-    for library in sorted(options.cache.resolve().glob("*.so")):
+    for library in sorted(path for cache in options.caches for path in cache.resolve().glob("*.so")):
         for key, (count, text) in regions_of(library, profile).items():
             executed[key] = (max(count, executed.get(key, (0,))[0]), text)
     reasons = read_reasons(options.reasons)

@@ -10,6 +10,7 @@ It prints a line per finding, and at last N passed, N failed.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -93,9 +94,9 @@ def without_comments(text):
     return re.sub(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', blank, text, flags=re.DOTALL)
 
 
-def clang(path, defines, *options):
+def clang(path, defines, *options, text=True):
     words = [CLANG, *LANGUAGE, *(f"-D{define}" for define in defines), *options, str(path)]
-    return subprocess.run(words, capture_output=True, text=True)
+    return subprocess.run(words, capture_output=True, text=text)
 
 
 class Findings:
@@ -136,7 +137,7 @@ class Tree:
         # The tree is printed after errors, too: what is sound in it is looked at. After too many, templates would stay
         # without their types.
         options = ("-w", "-ferror-limit=0", "-fsyntax-only", "-Xclang", "-ast-dump=json", *options)
-        done = clang(text.path, defines, "-std=c++14", *options)
+        done = clang(text.path, defines, "-std=c++14", *options, text=False)
         self.root = json.loads(done.stdout)
         self.text = text
         self.file, self.line = "", 0
@@ -383,6 +384,7 @@ def main():
     parser.add_argument("--expect", action="store_true", help="the files hold injected errors")
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="or a folder of .metal files")
     options = parser.parse_args()
+    gc.disable()  # trees have no cycles, and the collector would walk them again and again
     passed = failed = 0
     wrappers = {}
     files = [sorted(path.glob("*.metal")) if path.is_dir() else [path] for path in options.files]

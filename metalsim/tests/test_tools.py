@@ -70,7 +70,7 @@ class Cover:
         subprocess.run([os.environ["METALSIM_COVER"], self.cache, *words], check=True, env={**os.environ, **profile})
 
     def report(self, *files, options=()):
-        return run(METALSIM / "coverage.py", *options, self.cache, self.profiles, *files)
+        return run(METALSIM / "coverage.py", *options, "--cache", self.cache, self.profiles, *files)
 
 
 @pytest.fixture
