@@ -250,11 +250,16 @@ def _timed(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     """(machine, problem, ours, PyTorch's, ratio, PyTorch's kernel) of each problem to be timed; or why it was not."""
     for row in rows:
         if "ours_ms" in row:
-            times = f"ours {row['ours_ms']:.3g} ms", f"PyTorch {row['torch_ms']:.3g} ms"
+            times = f"ours {_milliseconds(row['ours_ms'])}", f"PyTorch {_milliseconds(row['torch_ms'])}"
             ratio = f"PyTorch / ours {row['torch_ms'] / row['ours_ms']:.2f}"
             yield row["machine"], row["timed"], *times, ratio, row.get("torch_kernel", "")
         elif "timed" in row:
             yield row["machine"], row["timed"], "not timed", row["not_timed"], "", ""
+
+
+def _milliseconds(number: float) -> str:
+    """Three digits, and no exponent where a slow machine takes more than a second."""
+    return f"{number:.0f} ms" if number >= 100 else f"{number:.3g} ms"
 
 
 def _summary(rows: list[Row]) -> Iterator[tuple[object, ...]]:

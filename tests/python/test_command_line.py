@@ -201,6 +201,12 @@ def test_kernel_of_pytorch(monkeypatch, which, kernel):
     assert words == ("metal", line, "ours 2 ms", "PyTorch 3 ms", "PyTorch / ours 1.50", kernel)
 
 
+def test_times_have_no_exponents():
+    row = {"machine": "cpu", "timed": "line", "ours_ms": 0.00385, "torch_ms": 1103.4}
+    (words,) = check._timed([row])
+    assert words[2:4] == ("ours 0.00385 ms", "PyTorch 1103 ms")
+
+
 def test_report_of_a_mac(monkeypatch):
     """What the report says of a Mac with a GPU."""
     monkeypatch.setattr(check, "unavailable_reason", lambda _: "")
