@@ -137,6 +137,34 @@ static struct kv_block kv_load(const struct kv_source *source, int64_t key, int6
     return (struct kv_block){copy, stride, NULL};
 }
 
+/* Whether decode widens codes of these rows in registers: in whole vectors, each with one scale. */
+static inline int widens_codes(const struct kv_source *source)
+{
+    const int64_t group = source->group < source->columns ? source->group : 0;
+    return is_codes(source->dtype) && (source->dtype == CPU_INT8 || is_nibbles(source->dtype)) && !source->shrinks &&
+           source->strides->column == 1 && source->columns % LANES == 0 && group % LANES == 0;
+}
+
+/* Such rows from `key` on. */
+static struct kv_rows kv_code_rows(const struct kv_source *source, int64_t key)
+{
+    static const float one = 1;
+    struct kv_rows rows = {kv_row(source, key),
+                           source->strides->row,
+                           source->dtype,
+                           &one,
+                           0,
+                           0,
+                           source->group,
+                           source->dtype == CPU_NF4 ? nf4_values : int4_values};
+    if (source->scales) {
+        const struct mfa_strides *s = source->scale_strides;
+        rows.scales = (const float *)(const void *)kv_row_in(source, source->scales, sizeof(float), s, key);
+        rows.scale_step = s->row, rows.scale_column = s->column;
+    }
+    return rows;
+}
+
 /* Rows [key, key + n) for decode, read where they lie if they are whole vectors, else copied; those from n up to
  * `whole` are zeros. */
 static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, int64_t n, int64_t whole, int must_copy,
@@ -144,15 +172,18 @@ static struct kv_rows kv_load_rows(const struct kv_source *source, int64_t key, 
 {
     const struct mfa_strides *s = source->strides;
     const int64_t columns = source->columns, stride = row_packs(columns), bytes = bytes_of(source->dtype);
+    if (!must_copy && widens_codes(source) && n == whole && kv_run(source, key, n) == n)
+        return kv_code_rows(source, key);
     if (!must_copy && !source->shrinks && source->dtype < CPU_CODES && s->column == 1 &&
         columns == interleaved_columns(columns) && n == whole && kv_run(source, key, n) == n)
-        return (struct kv_rows){kv_row(source, key), s->row * bytes, source->dtype};
+        return (struct kv_rows){.rows = kv_row(source, key), .step = s->row * bytes, .dtype = source->dtype};
     kv_copy(source, key, n, copy, stride);
     fill(copy + n * stride, (whole - n) * stride, 0);
     if (source->shrinks)
         shrink_packs(copy, n * stride);
-    return (struct kv_rows){(const char *)copy, stride * (int64_t)sizeof(packed),
-                            OPERANDS_AS_GIVEN ? source->dtype : CPU_REAL};
+    return (struct kv_rows){.rows = (const char *)copy,
+                            .step = stride * (int64_t)sizeof(packed),
+                            .dtype = OPERANDS_AS_GIVEN ? source->dtype : CPU_REAL};
 }
 
 /* --- Prefetching ------------------------------------------------------------------------------ */
@@ -180,7 +211,8 @@ static struct prefetch_cursor kv_cursor_share(const struct kv_source *source, in
  * turn. */
 static int64_t kv_chunk_keys(const struct kv_source *source, int R)
 {
-    const int64_t each = source->dtype > CPU_CODES ? (int64_t)sizeof(real) : bytes_of(source->dtype);
+    const int copies = source->dtype > CPU_CODES && !widens_codes(source);
+    const int64_t each = copies ? (int64_t)sizeof(real) : bytes_of(source->dtype);
     int64_t n = DECODE_KEYS;
     while (decode_has_whole_vectors(R) && n > decode_key_unit(R) && n * source->columns * each > KV_CHUNK_BYTES)
         n /= 2;
@@ -202,7 +234,7 @@ static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t
     const struct kv_source *next = k < w->block ? w->source : w->after;
     const int64_t from = k < w->block ? w->key + k : w->then + k - w->block;
     const int last = from + mfa_cpu_ceil(n * w->source->columns, next->columns) > next->seq->kv_len ||
-                     next->strides->column != 1 || next->dtype > CPU_CODES;
+                     next->strides->column != 1 || (next->dtype > CPU_CODES && !widens_codes(next));
     struct prefetch_cursor cursor = kv_cursor(next, last ? w->key : from);
     if (last)
         cursor.gap = -cursor.bytes;

@@ -88,7 +88,52 @@ struct kv_rows {
     const char *rows;
     int64_t step; /* bytes */
     int dtype;
+    /* Of codes that are widened in registers: the scales of the first row; from row to row, from group to group of
+     * columns; the columns of a group; and the numbers of 4 bits. */
+    const float *scales;
+    int64_t scale_step, scale_column, group;
+    const float *table;
 };
+
+/* --- Codes ------------------------------------------------------------------------------------ */
+
+static inline int is_codes(int dtype)
+{
+    return K_PACK == 1 && dtype > CPU_CODES;
+}
+
+static inline int is_nibbles(int dtype)
+{
+    return dtype == CPU_INT4 || dtype == CPU_NF4;
+}
+
+/* Columns that are widened in one step: a block, if columns share bytes. */
+static inline int64_t codes_step(int dtype)
+{
+    return is_nibbles(dtype) ? MFA_KV_BLOCK : LANES;
+}
+
+/* LANES numbers of a row from column t on, without their scale; of a block, its vector i, counted from any block. */
+static inline __attribute__((always_inline)) vec codes_at(struct kv_rows rows, const char *row, int64_t t, int i)
+{
+    enum { HALF = MFA_KV_BLOCK / 2 };
+    const uint8_t *from = (const uint8_t *)row;
+    if (!is_nibbles(rows.dtype))
+        return vec_load_int8(from + t);
+    return vec_load_nibbles(from + t / MFA_KV_BLOCK * HALF + i * LANES % HALF, i * LANES / HALF % 2, rows.table);
+}
+
+static inline vec code_scale_at(struct kv_rows rows, int64_t k, int64_t group)
+{
+    return vec_set1((real)rows.scales[k * rows.scale_step + group * rows.scale_column]);
+}
+
+/* As much as so many columns of codes take. */
+static inline __attribute__((always_inline)) void prefetch_codes(struct prefetch_cursor *rows, int dtype,
+                                                                 const int64_t columns)
+{
+    prefetch_lines(rows, is_nibbles(dtype) ? columns / 2 : columns);
+}
 
 /* P or dS, vectors of [key][R], as packs: in place; with pairs, those of keys k and k + LANES / R in `to`, which may be
  * the same memory. */
@@ -209,6 +254,8 @@ static inline __attribute__((always_inline)) void score_tile(int R, const packed
                 gemm_qk_2x1(Q, K, columns, sums + 2 * i, next);
             else
                 gemm_qk_4x4(Q, K, columns, sums + 4 * i, next);
+            if (is_codes(K.dtype))
+                K.scales += together * K.scale_step;
         }
         store_scores(sums, LANES, LANES, factor, S);
     }
@@ -239,15 +286,26 @@ static inline __attribute__((always_inline)) void gemm_qk_decode_of(int R, const
         score_tile(1, Q, K, columns, factor, S, next);
 }
 
+/* The same rows; where a constant is given, the compiler knows their dtype. */
+static inline __attribute__((always_inline)) struct kv_rows rows_of_dtype(struct kv_rows rows, const int dtype)
+{
+    rows.dtype = dtype;
+    return rows;
+}
+
 static void gemm_qk_decode(int R, const packed *Q, struct kv_rows K, int64_t columns, real factor, real *S,
                            struct prefetch_cursor *next)
 {
     if (K_PACK == 1 && K.dtype == CPU_F16)
-        gemm_qk_decode_of(R, Q, (struct kv_rows){K.rows, K.step, CPU_F16}, columns, factor, S, next);
+        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_F16), columns, factor, S, next);
     else if (K_PACK > 1 || K.dtype == CPU_BF16)
-        gemm_qk_decode_of(R, Q, (struct kv_rows){K.rows, K.step, CPU_BF16}, columns, factor, S, next);
+        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_BF16), columns, factor, S, next);
+    else if (K.dtype == CPU_INT8)
+        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_INT8), columns, factor, S, next);
+    else if (is_nibbles(K.dtype))
+        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_INT4), columns, factor, S, next);
     else
-        gemm_qk_decode_of(R, Q, (struct kv_rows){K.rows, K.step, CPU_REAL}, columns, factor, S, next);
+        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_REAL), columns, factor, S, next);
 }
 
 /* A vector of k-interleaved packs: of LANES columns of the row `at` and, where packs are pairs, of the one `step` bytes
@@ -420,9 +478,13 @@ static void gemm_pv_decode(int R, const packed *P, struct kv_rows V, int64_t n, 
                            struct prefetch_cursor *next)
 {
     if (K_PACK == 1 && V.dtype == CPU_F16)
-        gemm_pv_decode_of(R, P, (struct kv_rows){V.rows, V.step, CPU_F16}, n, columns, O, next);
+        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_F16), n, columns, O, next);
     else if (K_PACK > 1 || V.dtype == CPU_BF16)
-        gemm_pv_decode_of(R, P, (struct kv_rows){V.rows, V.step, CPU_BF16}, n, columns, O, next);
+        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_BF16), n, columns, O, next);
+    else if (V.dtype == CPU_INT8)
+        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_INT8), n, columns, O, next);
+    else if (is_nibbles(V.dtype))
+        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_INT4), n, columns, O, next);
     else
-        gemm_pv_decode_of(R, P, (struct kv_rows){V.rows, V.step, CPU_REAL}, n, columns, O, next);
+        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_REAL), n, columns, O, next);
 }

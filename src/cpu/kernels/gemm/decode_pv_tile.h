@@ -4,8 +4,13 @@
 #define ZERO_COLUMN(v, R) ROWS_##R(ACC_ZERO, v)
 #define LOAD_P(r, v) const packed p_##r = P[r];
 #define DOT(r, v) acc_##r##_##v = vec_dot(p_##r, line_##v, acc_##r##_##v);
-#define DOT_COLUMN(v, R)                                                                            \
-    vec line_##v = value_load(V.rows + (c + (v) * LANES) * bytes, pair, (half + (v)) % 2, V.dtype); \
+#define GROUP(v, n) const int64_t group_##v = is_codes(V.dtype) ? (c + (v) * LANES) / V.group * V.scale_column : 0;
+#define VALUE(v)                                                                                              \
+    (is_codes(V.dtype) ? vec_mul(codes_at(V, V.rows, c + (v) * LANES, (int)(c % MFA_KV_BLOCK) / LANES + (v)), \
+                                 vec_set1((real)V.scales[group_##v]))                                         \
+                       : value_load(V.rows + (c + (v) * LANES) * bytes, pair, (half + (v)) % 2, V.dtype))
+#define DOT_COLUMN(v, R)     \
+    vec line_##v = VALUE(v); \
     ROWS_##R(DOT, v)
 #define ADD(r, v)                             \
     at = O + (r) * columns + c + (v) * LANES; \
@@ -20,13 +25,19 @@ static inline __attribute__((always_inline)) void TILE(const packed *P, struct k
     const int64_t bytes = is_half(V.dtype) ? 2 : (int64_t)sizeof(real);
     struct prefetch_cursor cursor = *next;
     real *at;
+    UNROLL_ROWS(VECTORS, GROUP, 0)
     UNROLL_ROWS(VECTORS, ZERO_COLUMN, QUERIES)
     for (int64_t k = 0; k < n; k += K_PACK * keys, V.rows += pair * (K_PACK - 1))
         ONE_BY_ONE for (int64_t i = 0; i < keys; i++, V.rows += V.step, P += QUERIES)
         {
             UNROLL_QUERIES(QUERIES, LOAD_P, 0)
             UNROLL_ROWS(VECTORS, DOT_COLUMN, QUERIES)
-            prefetch_packs(&cursor, VECTORS * LANES);
+            if (is_codes(V.dtype)) {
+                V.scales += V.scale_step;
+                prefetch_codes(&cursor, V.dtype, VECTORS * LANES);
+            } else {
+                prefetch_packs(&cursor, VECTORS * LANES);
+            }
         }
     UNROLL_ROWS(VECTORS, ADD_COLUMN, QUERIES)
     *next = cursor;
@@ -39,5 +50,7 @@ static inline __attribute__((always_inline)) void TILE(const packed *P, struct k
 #undef LOAD_P
 #undef DOT
 #undef DOT_COLUMN
+#undef GROUP
+#undef VALUE
 #undef ADD
 #undef ADD_COLUMN

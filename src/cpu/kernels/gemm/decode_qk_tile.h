@@ -6,16 +6,31 @@
 #define DOT_KEY(k, R)                                                 \
     const vec key_##k = load_widened(K.rows + (k) * K.step, K.dtype); \
     ROWS_##R(DOT, k)
+#define SCALE_KEY(k, n) const vec scale_##k = code_scale_at(K, k, n);
+#define DOT_CODES(k, R)                                                                           \
+    const vec key_##k = vec_mul(codes_at(K, K.rows + (k) * K.step, t + i * LANES, i), scale_##k); \
+    ROWS_##R(DOT, k)
 #define STORE(r, k) sums[(k) * QUERIES + (r)] = acc_##r##_##k;
 #define STORE_KEY(k, R) ROWS_##R(STORE, k)
 
 static inline __attribute__((always_inline)) void TILE(const packed *Q, struct kv_rows K, int64_t columns, vec *sums,
                                                        struct prefetch_cursor *next)
 {
-    const int64_t bytes = LANES * (is_half(K.dtype) ? 2 * K_PACK : (int64_t)sizeof(packed));
+    const int64_t step = codes_step(K.dtype), bytes = LANES * (is_half(K.dtype) ? 2 * K_PACK : (int64_t)sizeof(packed));
     struct prefetch_cursor cursor = *next;
     UNROLL_ROWS(KEYS, ZERO_KEY, QUERIES)
-    ONE_BY_ONE for (int64_t t = 0; t < columns; t += LANES, Q += QUERIES * LANES, K.rows += bytes)
+    for (int64_t t = 0, g = 0; t < columns && is_codes(K.dtype); g++) {
+        const int64_t end = K.group < columns - t ? t + K.group : columns;
+        UNROLL_ROWS(KEYS, SCALE_KEY, g)
+        for (; t < end; t += step)
+            _Pragma("GCC unroll 4") for (int i = 0; i < step / LANES; i++, Q += QUERIES * LANES)
+            {
+                UNROLL_QUERIES(QUERIES, LOAD_Q, 0)
+                UNROLL_ROWS(KEYS, DOT_CODES, QUERIES)
+                prefetch_codes(&cursor, K.dtype, KEYS * LANES);
+            }
+    }
+    ONE_BY_ONE for (int64_t t = 0; t < columns && !is_codes(K.dtype); t += LANES, Q += QUERIES * LANES, K.rows += bytes)
     {
         UNROLL_QUERIES(QUERIES, LOAD_Q, 0)
         UNROLL_ROWS(KEYS, DOT_KEY, QUERIES)
@@ -32,5 +47,7 @@ static inline __attribute__((always_inline)) void TILE(const packed *Q, struct k
 #undef LOAD_Q
 #undef DOT
 #undef DOT_KEY
+#undef SCALE_KEY
+#undef DOT_CODES
 #undef STORE
 #undef STORE_KEY
