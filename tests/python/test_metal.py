@@ -5,6 +5,7 @@ Only with MFA_BACKEND=metal; all other tests run there, too."""
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import mps_flash_attn
+from c_programs import compiled
 from mps_flash_attn import check as command
 from mps_flash_attn import explain, flash_attention, speed, tensors, thresholds
 from mps_flash_attn.library import library
@@ -302,6 +304,21 @@ def test_precompile_into_a_folder(tmp_path):
         )
         for features in ("", "_band_softcap")
     }
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_ship_kernels_of_the_examples(tmp_path, tools):
+    """The C program leaves an archive of each kernel, and with the developer tools a metallib, and finds them all."""
+    program, kernels = compiled("ship_kernels.c", tmp_path), tmp_path / "kernels"
+    for path, files in ((os.environ["PATH"], 4), (tools, 8)):
+        settings = os.environ | {"PATH": path}
+        done = subprocess.run([program, kernels], env=settings, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(list(kernels.glob("*.check"))) == files and (".metallib" in done.stdout) == (files == 8)
+    done = subprocess.run(
+        [program, kernels], env=os.environ | {"METALSIM_FAULT": "no_device"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "no kernels can be compiled here" in done.stdout
 
 
 def test_precompiled_process_compiles_nothing(tmp_path, tools):
