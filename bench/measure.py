@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mps_flash_attn import explain, flash_attention, reference
-from mps_flash_attn.library import library, torch_parallel_for
+from mps_flash_attn.torch_host import library, torch_parallel_for
 from peers import PEERS, Unsupported, fastest, versions_of_peers
 from problems import DTYPES, Operands, Problem
 

@@ -1,20 +1,31 @@
-"""Exact flash attention, forward and backward, in O(N) memory, for PyTorch.
+"""Exact flash attention, forward and backward, in O(N) memory, for PyTorch, NumPy and JAX.
 
 from mps_flash_attn import flash_attention, replace_sdpa
+
+What belongs to PyTorch is imported when it is first looked up, so that mps_flash_attn.numpy and mps_flash_attn.jax do
+not import torch.
 """
 
 from __future__ import annotations
 
-from .attention import Explanation, explain, flash_attention
-from .dropout import dropout_mask
-from .flash_attn import install_flash_attn, uninstall_flash_attn
-from .frameworks import comfyui_attention, register_transformers
-from .library import Unsupported, is_available
-from .library import library as _library
-from .migration import convert_mask
-from .migration import replacement_hint as _replacement_hint
-from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
-from .stats import sdpa_stats, sdpa_thresholds
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from .library import Unsupported
+
+if TYPE_CHECKING:
+    from .attention import Explanation, explain, flash_attention
+    from .dropout import dropout_mask
+    from .flash_attn import install_flash_attn, uninstall_flash_attn
+    from .frameworks import comfyui_attention, register_transformers
+    from .migration import convert_mask
+    from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
+    from .stats import sdpa_stats, sdpa_thresholds
+    from .torch_host import is_available
+
+    __version__: str
 
 __all__ = [
     "Explanation",
@@ -35,13 +46,48 @@ __all__ = [
     "uninstall_flash_attn",
 ]
 
+_MODULES = {  # with the public names that each has
+    "attention": ("Explanation", "explain", "flash_attention"),
+    "dropout": ("dropout_mask",),
+    "flash_attn": ("install_flash_attn", "uninstall_flash_attn"),
+    "frameworks": ("comfyui_attention", "register_transformers"),
+    "migration": ("convert_mask",),
+    "sdpa": ("replace_sdpa", "replaced_sdpa", "restore_sdpa"),
+    "stats": ("sdpa_stats", "sdpa_thresholds"),
+    "torch_host": ("is_available",),
+}
 
-def __getattr__(name: str) -> str:
+
+def _import_public() -> None:
+    """Makes all public names globals, as if their modules had been imported above. That also registers the operators
+    torch.ops.mfa."""
+    for name, names in _MODULES.items():
+        module = import_module(f".{name}", __name__)
+        globals().update((one, getattr(module, one)) for one in names)
+
+
+def __getattr__(name: str) -> Any:
     if name == "__version__":  # the version of include/mfa.h
+        from .library import library
+
         try:
-            return _library().version
+            return library().version
         except (ImportError, OSError) as error:
             raise AttributeError(f"module {__name__!r} has no version without its library: {error}") from error
-    sentence = f"module {__name__!r} has no attribute {name!r}"
-    hint = _replacement_hint(name)
+    if name in __all__:
+        _import_public()
+        return globals()[name]
+    if name.isidentifier() and not name.startswith("__") and find_spec(f".{name}", __name__) is not None:
+        return import_module(f".{name}", __name__)
+    from .hints import replacement_hint
+
+    sentence, hint = f"module {__name__!r} has no attribute {name!r}", replacement_hint(name)
     raise AttributeError(f"{sentence}: that is of another package, mps-flash-attn; {hint}" if hint else sentence)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+if "torch" in sys.modules:  # a program that has it gets the operators with the package
+    _import_public()

@@ -17,7 +17,8 @@ import torch
 
 from . import check, display, precompiling, sdpa, tuning
 from .attention import Explanation
-from .library import DEVICES, changed, library, scalars, unavailable_reason
+from .library import DEVICES, changed, library, scalars
+from .torch_host import unavailable_reason
 
 _SMALL = "forward f32 b1 h1 q1 kv1 d64"
 

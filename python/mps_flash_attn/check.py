@@ -27,9 +27,10 @@ from torch import Tensor
 from . import apple, display, reference, speed, thresholds
 from .attention import Explanation
 from .autograd import EAGER, Attention, Call
-from .library import DEVICES, changed, library, scalars, unavailable_reason
+from .library import DEVICES, changed, library, scalars
 from .options import Options
 from .sdpa import torch_mps
+from .torch_host import unavailable_reason
 
 Row = dict[str, Any]  # of the report, and of JSON
 Machine = tuple[str, str, dict[str, str]]  # name, device, environment

@@ -11,14 +11,11 @@ import itertools
 import os
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from .after_fork import call_in_child, new_lock
-from .stats import WAITED, count
 
 ABI = "0.1"  # the part of mfa_version() that must agree
 PATH_VARIABLE = "MFA_LIBRARY"
@@ -69,7 +66,6 @@ PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTION
 # dbias o_low slopes sinks dsinks seed block_map, with zeros between them.
 BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6)
 
-_number_of_threads = torch.get_num_threads  # a global name: each attribute lookup costs time in every call
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
 
 # mfa_compiler: (paths of the texts, how many, path of the library, argument) -> 0 on success.
@@ -157,19 +153,24 @@ def _load(path: Path) -> ctypes.CDLL:
         raise ImportError(f"{path} cannot be loaded as libmfa: {error}") from None
 
 
-def _wait_for_torch() -> None:
-    """Waits for all of PyTorch's streams. torch.mps.synchronize() waits for the default one, and there is no other
-    before PyTorch 2.14."""
-    torch.mps.synchronize()  # comes first: it raises what goes wrong, which the other function cannot
-    wait_for_all = getattr(ctypes.CDLL(None), "_ZN2at3mps24synchronizeAllMPSStreamsENS0_8SyncTypeE", None)
-    if wait_for_all:
-        wait_for_all(2)  # at::mps::SyncType::COMMIT_AND_WAIT
+def symbol(path: str | None, name: str) -> Any:
+    """The function of this name in a library that is loaded, None: in any of them; None if there is none."""
+    return getattr(ctypes.CDLL(path), name, None)
 
 
-def torch_parallel_for() -> int | None:
-    """The address of PyTorch's own thread pool, whose type is mfa_parallel_for; None before PyTorch 2.10."""
-    function = getattr(ctypes.CDLL(torch._C.__file__), "torch_parallel_for", None)
+def address_of(function: Any) -> int | None:
+    """The address of what symbol() returned."""
     return ctypes.cast(function, ctypes.c_void_p).value if function else None
+
+
+class Host(NamedTuple):
+    """What libmfa gets from the framework that it works for in this process. This one is none: the library has threads
+    of its own, as many as the process may use."""
+
+    number_of_threads: Callable[[], int] = int  # 0: as many as the process may use
+    parallel_for: Callable[[], int | None] = lambda: None  # the address of its thread pool, an mfa_parallel_for
+    # Waits for its streams, where commands cannot be put into one for the reason given.
+    wait: Callable[[str], None] = lambda _: None
 
 
 class Library:
@@ -179,9 +180,10 @@ class Library:
 
         def __getattr__(self, name: str) -> Any: ...  # the functions that __init__ declares
 
-    def __init__(self, host: int | None) -> None:
+    def __init__(self, host: Host, parallel_for: int | None) -> None:
         self.path = library_path()
-        self.host = host
+        self.host = parallel_for  # the thread pool of the host, None: the library's own
+        self._number_of_threads, self._wait = host.number_of_threads, host.wait
         library = _load(self.path)
         pointer, text, status = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
         for name, result, *arguments in (
@@ -212,9 +214,9 @@ class Library:
         self.version = self.mfa_version().decode()
         if self.version.rpartition(".")[0] != ABI:
             raise ImportError(f"{self.path} is libmfa {self.version}; this package needs {ABI}.x")
-        self.threads = torch.get_num_threads()
+        self.threads = self._number_of_threads()
         self.context = ctypes.c_void_p()
-        options = OPTIONS.pack(OPTIONS.size, self.threads, 0, 0, 0, host or 0)
+        options = OPTIONS.pack(OPTIONS.size, self.threads, 0, 0, 0, parallel_for or 0)
         self.check(self.mfa_context_create(options, ctypes.addressof(self.context)))
 
     def check(self, status: int) -> None:
@@ -228,13 +230,13 @@ class Library:
         return self.mfa_last_error().decode(errors="replace")
 
     def set_threads(self, threads: int) -> None:
-        """Sets the number of threads, to that of PyTorch."""
+        """Sets the number of threads, to that of the host."""
         self.check(self.mfa_context_set_threads(self.context, threads))
         self.threads = threads
 
     def attention(self, problem: bytes, buffers: bytes, stream: int | None = None) -> None:
         """Runs a packed problem on packed buffers; on Metal `stream` is STREAM_TORCH."""
-        threads = _number_of_threads()
+        threads = self._number_of_threads()
         if threads != self.threads:
             self.set_threads(threads)
         status = self.mfa_attention(self.context, problem, buffers, stream)
@@ -244,14 +246,12 @@ class Library:
             self.check(status)
 
     def _attention_synchronized(self, problem: bytes, buffers: bytes) -> int:
-        """Runs where PyTorch's stream cannot be used: waits for PyTorch's streams, and for the results. Returns the
-        status."""
+        """Runs where the host's stream cannot be used: waits for them and the results. Returns the status."""
         reason = self.last_error()
         status = self.mfa_problem_supported(self.context, problem)
         if status:
             return status  # the device itself is not available
-        count(WAITED + reason)
-        _wait_for_torch()
+        self._wait(reason)
         return self.mfa_attention(self.context, problem, buffers, None)
 
     def check_supported(self, problem: bytes) -> None:
@@ -286,7 +286,7 @@ class Library:
 
     def plan(self, problem: bytes) -> tuple[str, int]:
         """The plan of a packed problem: (one line of text, workspace bytes)."""
-        self.set_threads(torch.get_num_threads())
+        self.set_threads(self._number_of_threads())
         plan, line = ctypes.c_void_p(), ctypes.create_string_buffer(512)
         self.check(self.mfa_plan_create(self.context, problem, ctypes.addressof(plan)))
         try:
@@ -297,6 +297,7 @@ class Library:
 
 
 _library: Library | None = None
+_host = Host()
 _lock = new_lock(globals(), "_lock")
 _forked = False
 
@@ -310,8 +311,15 @@ def _open() -> Library:
     global _library
     with _lock:
         if _library is None:
-            _library = Library(None if _forked else torch_parallel_for())
+            _library = Library(_host, None if _forked else _host.parallel_for())
         return _library
+
+
+def use_host(host: Host) -> None:
+    """Makes this the host of the process's Library. One that was opened before stays valid for calls that use it."""
+    global _host, _library
+    with _lock:
+        _host, _library = host, None
 
 
 def _after_fork() -> None:
@@ -323,25 +331,3 @@ def _after_fork() -> None:
 
 
 call_in_child(_after_fork)
-
-
-def unavailable_reason(device: torch.device | str) -> str:
-    """Why libmfa does not run on this device of this machine; "" if it does."""
-    kind = torch.device(device).type
-    if kind not in DEVICES:
-        return f"devices we run on: {', '.join(DEVICES)}"
-    if kind == "mps" and not torch.backends.mps.is_available():
-        return "PyTorch finds no mps device on this machine"
-    try:
-        found = library()
-        found.check_supported(changed(found.parse("forward f32 b1 h1 q1 kv1 d64"), device=DEVICES[kind]))
-    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        return str(error)
-    return ""
-
-
-def is_available(device: torch.device | str = "cpu") -> bool:
-    """Whether libmfa is found, and runs on this device of this machine: "cpu", or "mps", Apple's GPU. It is False for
-    any other device. The function of this name in mps-flash-attn on PyPI, which has no argument, corresponds to
-    is_available("mps")."""
-    return not unavailable_reason(device)

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import dispatch_cache, tensors
-from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH, library
+from .library import BASES, BUFFERS, DEVICE_CPU, STREAM_TORCH
 from .options import Options
 from .problem import Inputs, InputsTuple, OperandsTuple, check, check_saved, pack_backward, pack_forward
 from .tensors import EmptyLayout
+from .torch_host import library
 
 Allocate = Callable[[Tensor, int], Tensor]
 

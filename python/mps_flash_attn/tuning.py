@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from . import apple, display, speed, thresholds
-from .library import Unsupported, unavailable_reason
+from .library import Unsupported
 from .thresholds import FEW, Key, Thresholds
+from .torch_host import unavailable_reason
 
 HEADS = 8
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

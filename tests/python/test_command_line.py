@@ -15,8 +15,9 @@ import torch
 import mps_flash_attn
 from mps_flash_attn import __main__ as command_line
 from mps_flash_attn import apple, check, display, precompiling, reference, speed
-from mps_flash_attn.library import DEVICE_METAL, Library, Unsupported, library, scalars, unavailable_reason
+from mps_flash_attn.library import DEVICE_METAL, Library, Unsupported, library, scalars
 from mps_flash_attn.sdpa import torch_mps
+from mps_flash_attn.torch_host import unavailable_reason
 from stand_in import FULL
 
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
