@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -10,21 +9,19 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from . import arguments, dispatch_cache, dropout, problem, subclasses, tensors
 from . import block_mask as block_masks
-from . import dispatch_cache, dropout, problem, subclasses, tensors
+from .arguments import BlockSize, Causal
 from .autograd import EAGER, Attention, CachedCall, Call, is_differentiated
-from .block_mask import BlockMask, BlockSize
+from .block_mask import BlockMask
 from .library import Unsupported, library
 from .operators import attention_forward
 from .options import Options
 from .run import forward
 from .transforms import needs_operator
 
-Causal = bool | Literal["top_left", "bottom_right"]
-
 _is_compiling = torch.compiler.is_compiling  # a global name: each attribute lookup costs time in every call
 _OPTIONAL = problem.Inputs._field_defaults
-_MAX_DISTANCE = 2**62  # more than any j - i, and an int64 even after a length is added
 
 
 @overload
@@ -353,9 +350,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     """Raises if the number of heads differs without enable_gqa."""
     if not query.dim() == key.dim() == 4:
         problem.check(problem.Inputs(query, key, value, mask), Options())  # raises
-    q_heads, kv_heads = query.shape[1], key.shape[1]
-    if q_heads != kv_heads and not enable_gqa:
-        raise ValueError(f"query has {q_heads} heads and key has {kv_heads}; enable_gqa=True allows that")
+    arguments.check_gqa(query.shape[1], key.shape[1], enable_gqa)
 
 
 def _options(
@@ -371,40 +366,11 @@ def _options(
 ) -> Options:
     """The Options of a call. `bias`: a CausalBias, or None."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    lower, upper = _band(is_causal, window_size, q_len, kv_len)
+    lower, upper = arguments.band(is_causal, window_size, q_len, kv_len)
     if bias is not None:
         bound = subclasses.upper_bound(bias, q_len, kv_len)
         upper = bound if upper is None else min(upper, bound)
-    scale = None if scale is None else problem.number("scale", scale)
-    return Options(lower, upper, scale, problem.number("softcap", softcap), dropout.probability(dropout_p), *block_size)
-
-
-def _band(is_causal: Causal, window_size: Any, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
-    """The bounds (lower, upper) of j - i, None where there is none."""
-    try:
-        is_known = is_causal in (False, True, "top_left", "bottom_right")
-    except (RuntimeError, ValueError):  # an array has no single truth value
-        is_known = False
-    if not is_known:
-        raise ValueError(f'is_causal is {is_causal!r}; it must be False, True, "top_left" or "bottom_right"')
-    pair = isinstance(window_size, (tuple, list))
-    if not pair and window_size == 0:
-        if not is_causal:
-            return None, None
-        return None, kv_len - q_len if is_causal == "bottom_right" else 0
-    try:
-        left, right = map(operator.index, window_size) if pair else (operator.index(window_size) - 1, 0)
-    except (TypeError, ValueError):
-        left = right = -2
-    if left < -1 or right < -1 or (left < 0 and not pair):
-        raise ValueError(
-            f"window_size is {window_size!r}; it must be 0 (none), a positive number of keys, or a pair (left, right) "
-            "of numbers that are -1 (no limit) or more"
-        )
-    if is_causal:
-        right = 0
-    bottom_right = is_causal == "bottom_right" or (pair and is_causal != "top_left")
-    diagonal = kv_len - q_len if bottom_right else 0
-    lower = None if left < 0 else diagonal - min(left, _MAX_DISTANCE)
-    upper = None if right < 0 else diagonal + min(right, _MAX_DISTANCE)
-    return lower, upper
+    scale = None if scale is None else arguments.number("scale", scale)
+    return Options(
+        lower, upper, scale, arguments.number("softcap", softcap), arguments.probability(dropout_p), *block_size
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from typing import Any, Protocol
 
@@ -11,11 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import tensors
-
-BlockSize = int | tuple[int, int]
-
-_DEFAULT = (128, 128)  # of flex_attention
-_UNIT = 16  # block sizes are multiples of it
+from .arguments import DEFAULT_BLOCK, BlockSize, block_map_shape, block_size_pair, check_block_map
 
 # Of a BlockMask's number of partial blocks, a tensor: (its version, whether there is any).
 _has_partial: Any = WeakTensorKeyDictionary()
@@ -50,8 +45,8 @@ def resolve(
         return None, (0, 0), attn_mask
     lengths = query.shape[2], key.shape[2]
     if is_block_mask(block_mask):
-        size = _checked_size(block_mask.BLOCK_SIZE)
-        if block_size is not None and _checked_size(block_size) != size:
+        size = block_size_pair(block_mask.BLOCK_SIZE)
+        if block_size is not None and block_size_pair(block_size) != size:
             raise ValueError(f"block_size is {block_size!r}; leave it out: that of the BlockMask is {size}")
         found = tuple(block_mask.seq_lengths)
         if found != lengths:
@@ -59,20 +54,16 @@ def resolve(
                 f"block_mask is a BlockMask for {found[0]} queries and {found[1]} keys; it must be for the lengths of "
                 f"query and key, {lengths[0]} and {lengths[1]}"
             )
-        visible, attn_mask = _of_block_mask(block_mask, size, lengths, shape_of(query, key, size)[3], attn_mask)
+        visible, attn_mask = _of_block_mask(
+            block_mask, size, lengths, block_map_shape(query.shape, key.shape, size)[3], attn_mask
+        )
     else:
-        size = _DEFAULT if block_size is None else _checked_size(block_size)
+        size = DEFAULT_BLOCK if block_size is None else block_size_pair(block_size)
         if not isinstance(block_mask, torch.Tensor):
             kind = type(block_mask).__name__
             raise TypeError(f"block_mask is a {kind}; it must be a BlockMask of flex_attention or a bool tensor")
         visible = block_mask
-    return _expanded(visible, shape_of(query, key, size), size), size, attn_mask
-
-
-def shape_of(query: Tensor, key: Tensor, size: tuple[int, int]) -> tuple[int, ...]:
-    """(batch, heads, blocks of queries, blocks of keys)."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    return *query.shape[:2], (q_len + size[0] - 1) // size[0], (kv_len + size[1] - 1) // size[1]
+    return _expanded(visible, block_map_shape(query.shape, key.shape, size), size), size, attn_mask
 
 
 def elements(visible: Tensor, size: tuple[int, int], lengths: tuple[int, int]) -> Tensor:
@@ -81,28 +72,9 @@ def elements(visible: Tensor, size: tuple[int, int], lengths: tuple[int, int]) -
     return spread[..., : lengths[0], : lengths[1]]
 
 
-def _checked_size(size: Any) -> tuple[int, int]:
-    try:
-        pair = size if isinstance(size, (tuple, list)) else (size, size)
-        q, kv = map(operator.index, pair)
-    except (TypeError, ValueError):
-        q = kv = 0
-    if q <= 0 or kv <= 0 or q % _UNIT or kv % _UNIT:
-        raise ValueError(
-            f"block_size is {size!r}; it must be a number of queries and keys, or a pair (queries, keys), each a "
-            f"multiple of {_UNIT}"
-        )
-    return q, kv
-
-
 def _expanded(visible: Tensor, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """The blocks with a batch and heads, of stride 0 where these are broadcast."""
-    found = tuple(visible.shape)
-    given = (*(1 for _ in range(4 - len(found))), *found)
-    if len(given) != 4 or given[2:] != shape[2:] or given[0] not in (1, shape[0]) or given[1] not in (1, shape[1]):
-        raise ValueError(
-            f"block_mask has the shape {found}; with blocks of {size} it must be {shape}, where the first two may be 1"
-        )
+    check_block_map(visible.shape, shape, size)
     if visible.stride(-2) == visible.stride(-1) == 0:  # libmfa takes that for a layout that was forgotten
         visible = visible.contiguous()
     return visible.expand(shape)

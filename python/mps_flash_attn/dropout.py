@@ -6,14 +6,13 @@ default generator of that device: manual_seed, checkpoints, compilers and vmap t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import problem, transforms
+from . import arguments, problem, transforms
 from .operators import dropout_mask as mask_operator
 
 _SCALARS = torch.Size(()), torch.Size((1,))  # the shapes of a seed
@@ -29,15 +28,7 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, dropout_seed: Tensor | 
     batch, *others = sizes
     seed = _as_tensor(dropout_seed, torch.device("cpu"))
     problem.check_seed(seed, seed, *_SCALARS)
-    return mask_operator(_of_batch(seed, batch), *others, probability(dropout_p))
-
-
-def probability(number: Any) -> float:
-    """dropout_p as a float."""
-    found = problem.number("dropout_p", number)
-    if not 0 <= found <= 1:
-        raise ValueError(f"dropout_p is {number!r}; it must be from 0 to 1")
-    return found
+    return mask_operator(_of_batch(seed, batch), *others, arguments.probability(dropout_p))
 
 
 def seed_of(given: Tensor | int | None, dropout: float, query: Tensor) -> Tensor | None:
@@ -65,14 +56,7 @@ def draw(query: Tensor) -> Tensor:
 def _as_tensor(seed: Any, device: torch.device) -> Tensor:
     if isinstance(seed, torch.Tensor):
         return seed
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = 2**63
-    if not -(2**63) <= number < 2**63:
-        kind = "a tensor of int64 with one element, or a whole number from -2**63 to 2**63 - 1"
-        raise TypeError(f"dropout_seed is {seed!r}; it must be {kind}")
-    return torch.tensor([number], dtype=torch.int64, device=device)
+    return torch.tensor([arguments.seed_number(seed)], dtype=torch.int64, device=device)
 
 
 def _of_batch(seed: Tensor, batch: int) -> Tensor:

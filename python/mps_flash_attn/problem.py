@@ -7,13 +7,12 @@ libmfa itself refuses all other errors (head counts, dimensions, scale, softcap)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from . import tensors
-from .block_mask import shape_of
+from . import arguments, tensors
 from .library import (
     BACKWARD,
     BAND_OPEN_LOWER,
@@ -84,12 +83,9 @@ def check(inputs: InputsTuple, options: Options) -> None:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: {_DIMENSIONS}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in tensors.DTYPES:
         _refuse_dtypes(query, key, value)
-    batch, q_heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
-    if key.shape != (batch, kv_heads, kv_len, head_dim) or value.shape[:3] != key.shape[:3]:
-        _refuse_shapes(query, key, value)
+    arguments.check_shapes(query.shape, key.shape, value.shape)
     if mask is not None:
-        _check_mask(mask, (batch, q_heads, q_len, kv_len))
+        _check_mask(mask, (*query.shape[:3], key.shape[2]))
     if sinks is not None:
         _check_of_heads("sinks", sinks, query)
     if slopes is not None:
@@ -243,10 +239,7 @@ def _check_of_heads(name: str, tensor: Tensor, query: Tensor) -> None:
     if tensor.dtype is not torch.float32:
         raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be float32")
     if tensor.shape != query.shape[:2]:
-        raise ValueError(
-            f"{name} has the shape {tuple(tensor.shape)}; it must be (heads,) or (batch, heads), those of query: "
-            f"{tuple(query.shape[1:2])} or {tuple(query.shape[:2])}"
-        )
+        arguments.refuse_heads(name, tensor.shape, query.shape)
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
 
@@ -255,23 +248,11 @@ def _check_blocks(blocks: Tensor, query: Tensor, key: Tensor, options: Options) 
     if blocks.dtype is not torch.bool:
         raise TypeError(f"block_mask is {tensors.dtype_name(blocks)}; it must be bool (True is visible)")
     size = max(options.block_q, 1), max(options.block_kv, 1)
-    shape = shape_of(query, key, size)
+    shape = arguments.block_map_shape(query.shape, key.shape, size)
     if blocks.shape != shape:
         raise ValueError(f"block_mask has the shape {tuple(blocks.shape)}; with blocks of {size} it must be {shape}")
     if blocks.device != query.device:
         raise ValueError(f"block_mask is on {blocks.device} and query on {query.device}; they must be on one device")
-
-
-def number(name: str, number: Any) -> float:
-    """An argument that must be a number, as a float."""
-    if isinstance(number, torch.Tensor) and number.requires_grad:
-        raise TypeError(f"{name} is a tensor that requires a gradient; it must be a number, and gets no gradient")
-    try:
-        if not isinstance(number, str):
-            return float(number)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
-        pass
-    raise TypeError(f"{name} is {number!r}; it must be a number")
 
 
 def check_seed(seed: Tensor, query: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -291,11 +272,7 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
             f"attn_mask is {tensors.dtype_name(mask)}; it must be bool (True takes part), "
             "float32, float16, bfloat16 or float64 (added to the scores)"
         )
-    sizes = mask.shape
-    if len(sizes) > 4 or any(size != 1 and size != full for size, full in zip(reversed(sizes), reversed(shape))):
-        raise ValueError(
-            f"attn_mask has the shape {tuple(sizes)}; it must be broadcastable to (batch, heads, L, S) = {shape}"
-        )
+    arguments.check_mask_shape(mask.shape, shape)
 
 
 def _named(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[str, Tensor], ...]:
@@ -310,15 +287,3 @@ def _refuse_dtypes(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
         f"query is {tensors.dtype_name(query)}, key {tensors.dtype_name(key)} and value {tensors.dtype_name(value)}; "
         "they must have one dtype"
     )
-
-
-def _refuse_shapes(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
-    (batch, _, _, head_dim), (key_batch, key_heads, key_len, key_dim) = query.shape, key.shape
-    if not batch == key_batch == value.shape[0]:
-        sizes = f"query {batch}, key {key_batch} and value {value.shape[0]}"
-        raise ValueError(f"the batch sizes of {sizes} differ; they must be equal")
-    if head_dim != key_dim:
-        raise ValueError(f"query has the head_dim {head_dim} and key {key_dim}; they must be equal")
-    if key_heads != value.shape[1]:
-        raise ValueError(f"key has {key_heads} heads and value {value.shape[1]}; they must be equal")
-    raise ValueError(f"key has the length {key_len} and value {value.shape[2]}; they must be equal")

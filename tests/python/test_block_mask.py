@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dropped import gradients, problem
 from mps_flash_attn import explain, flash_attention, reference
-from mps_flash_attn.block_mask import elements, shape_of
+from mps_flash_attn.arguments import block_map_shape
+from mps_flash_attn.block_mask import elements
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from stand_in import DTYPES, FLOAT64
@@ -22,7 +23,7 @@ SIZES = ((16, 16), (16, 48), (64, 32), (128, 128))
 
 
 def blocks_of(query, key, size, batch=2, heads=4, share=0.6):
-    return torch.rand(batch, heads, *shape_of(query, key, size)[2:]) < share
+    return torch.rand(batch, heads, *block_map_shape(query.shape, key.shape, size)[2:]) < share
 
 
 def attend(query, key, value, blocks, **options):

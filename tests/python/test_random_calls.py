@@ -6,7 +6,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from mps_flash_attn import flash_attention, reference
-from mps_flash_attn.block_mask import shape_of
+from mps_flash_attn.arguments import block_map_shape
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from stand_in import DTYPES, FULL, ON_METAL
@@ -55,7 +55,7 @@ def calls(draw):
     blocks, size = None, (0, 0)
     if draw(st.sampled_from((False, False, True))):
         size = draw(st.sampled_from(((16, 16), (16, 48), (32, 16), (128, 64))))
-        blocks = torch.rand(batch, heads, *shape_of(query, key, size)[2:]) < 0.6
+        blocks = torch.rand(batch, heads, *block_map_shape(query.shape, key.shape, size)[2:]) < 0.6
         keywords |= {"block_size": size}
     inputs = Inputs(query, key, value, mask, sinks, slopes, seed, blocks)
     return inputs, Options(lower, upper, None, softcap, dropout, *size), keywords
