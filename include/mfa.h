@@ -331,6 +331,11 @@ MFA_API mfa_status mfa_attention(mfa_context *context, const mfa_problem *proble
 MFA_API mfa_status mfa_precompile(mfa_context *context, const mfa_problem *problem, const char *folder,
                                   mfa_compiler compiler, void *argument);
 
+/* A handler of XLA's FFI (version 0.3 of its xla/ffi/api/c_api.h), to be registered for the platform "cpu", as with
+ * jax.ffi.register_ffi_target(); docs/abi.md describes its attributes. It takes an XLA_FFI_CallFrame, and returns an
+ * XLA_FFI_Error or NULL. It runs in one context of the process, with as many threads as the process may use. */
+MFA_API void *mfa_xla_attention(void *call_frame);
+
 #ifdef __cplusplus
 }
 #endif
