@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 
+from sphinx.ext.autodoc.mock import mock
 from sphinx.pycode import ModuleAnalyzer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -22,10 +23,14 @@ release, project, author, copyright = version, "libmfa", "libmfa contributors", 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "c_header"]
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
 # Names of other libraries.
-nitpick_ignore_regex = [("c:identifier", r"size_t|u?int\d+_t"), ("py:class", r"(torch|collections)\..*|.*\.BlockMask")]
+nitpick_ignore_regex = [
+    ("c:identifier", r"size_t|u?int\d+_t"),
+    ("py:class", r"(torch|collections|jax|numpy)\..*|.*\.BlockMask|NDArray.*|Array"),
+]
 html_theme = "furo"
 html_title = f"libmfa {version}"
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["jax"]  # which need not be installed
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
@@ -45,9 +50,11 @@ def unlink_outside(app, document, content):
 
 def hide_overloads(app):
     """A function is shown once, with the types of its definition."""
-    analyzer = ModuleAnalyzer.for_module("mps_flash_attn.attention")
-    analyzer.analyze()
-    analyzer.overloads.clear()
+    with mock(app.config.autodoc_mock_imports):
+        for module in ("attention", "jax", "numpy"):
+            analyzer = ModuleAnalyzer.for_module(f"mps_flash_attn.{module}")
+            analyzer.analyze()
+            analyzer.overloads.clear()
 
 
 def setup(app):

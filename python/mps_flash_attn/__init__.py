@@ -89,5 +89,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
 
 
-if "torch" in sys.modules:  # a program that has it gets the operators with the package
+if sys.modules.get("torch"):  # a program that has it gets the operators with the package
     _import_public()

@@ -118,6 +118,26 @@ def changed(problem: bytes, **numbers: Any) -> bytes:
     return PROBLEM.pack(*changed)
 
 
+def with_layouts(problem: bytes, **layouts: Iterable[int]) -> bytes:
+    """A packed problem with some strides replaced: with_layouts(problem, q=(batch, head, row, column))."""
+    numbers = list(PROBLEM.unpack(problem))
+    for name, strides in layouts.items():
+        first = _NAMES.index(name + "_layout")
+        numbers[first : first + 4] = strides
+    return PROBLEM.pack(*numbers)
+
+
+def buffers_at(**addresses: int) -> bytes:
+    """The packed buffers that begin at these addresses, on the CPU: buffers_at(q=..., k=...). It is for calls that are
+    not made often; BASES takes less time."""
+    numbers: list[int] = []
+    for name, form in BUFFERS_FIELDS:
+        numbers += [addresses.pop(name, 0), 0] if form == _BUFFER else [BUFFERS.size if name == "size" else 0]
+    if addresses:
+        raise KeyError(*addresses)
+    return BUFFERS.pack(*numbers)
+
+
 class Unsupported(NotImplementedError):
     """The problem is valid, but this library cannot run it, on this machine or at all. Another implementation may. It
     is a NotImplementedError, and its text says what is not supported, and what is."""
@@ -204,6 +224,7 @@ class Library:
             ("mfa_plan_describe", status, pointer, pointer, ctypes.c_size_t),
             ("mfa_attention", status, pointer, pointer, pointer, pointer),
             ("mfa_precompile", status, pointer, pointer, text, COMPILER, pointer),
+            ("mfa_xla_attention", pointer, pointer),
         ):
             try:
                 function = getattr(library, name)

@@ -23,7 +23,7 @@ from .library import (
     MASK_NONE,
     PROBLEM,
 )
-from .options import Options
+from .options import Options, scale_of
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
@@ -173,7 +173,7 @@ def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
     """The members of mfa_problem between `pass` and the layouts."""
     query, key, value, mask, _, slopes, *_ = inputs
     batch, q_heads, q_len, head_dim = query.shape
-    lower, upper, scale, softcap, *_ = options
+    lower, upper, _, softcap, *_ = options
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
         is_bool = mask.dtype is torch.bool
@@ -193,7 +193,7 @@ def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
         value.shape[3],
         BAND_OPEN_LOWER if lower is None else lower,
         BAND_OPEN_UPPER if upper is None else upper,
-        max(head_dim, 1) ** -0.5 if scale is None else scale,
+        scale_of(options, head_dim),
         softcap,
     )
 

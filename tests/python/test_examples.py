@@ -1,5 +1,6 @@
 """Every program of examples/ runs, and what it checks is right."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from c_programs import EXAMPLES, compiled
 
 LIBRARIES = {"transformers_model.py": ["transformers"]}
+WITHOUT_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 
 pytestmark = pytest.mark.cpu("the examples, which are processes of their own")
 
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.cpu("the examples, which are processes of their own")
 def programs():
     for path in sorted(EXAMPLES.glob("*.py")):
         marks = [pytest.mark.needs(name) for name in LIBRARIES.get(path.name, ())]
+        marks += [WITHOUT_JAX] if path.name == "jax_attention.py" else []
         yield pytest.param(path, id=path.name, marks=marks)
 
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LINES = (ROOT / "metalsim/runtime/torch_names.txt").read_text().splitlines()
 EXPORTED = {line.split(maxsplit=1)[1] for line in LINES if not line.startswith("#")}
 # (file, the fewest names that it has)
-USERS = (("src/metal/stream.c", 8), ("metalsim/runtime/torch.c", 8), ("python/mps_flash_attn/library.py", 1))
+USERS = (("src/metal/stream.c", 8), ("metalsim/runtime/torch.c", 8), ("python/mps_flash_attn/torch_host.py", 1))
 
 
 @pytest.mark.parametrize("file, fewest", USERS)
