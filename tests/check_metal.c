@@ -175,7 +175,7 @@ static void check_generated(const struct arguments *arguments, int count,
     struct generated g;
     for (int n = 0; n < count && make(&g, arguments->seed, n); n++) {
         struct test_run t = {.target = g.target};
-        struct one_case one = {.number = n, .passes = CASE_FORWARD | CASE_BACKWARD, .problem = g.problem};
+        struct one_case one = {.number = n, .passes = g.passes, .problem = g.problem};
         snprintf(one.text, sizeof one.text, "%s", g.text);
         if ((arguments->filter && !strstr(g.text, arguments->filter)) || !arguments_take(arguments))
             continue;
@@ -212,6 +212,7 @@ int main(int count, char **words)
         basics_check_lowest_mask();
         basics_check_large_sinks();
         basics_check_dropout();
+        basics_check_wrong_lengths(&settings);
         if (!settings.fast_math) /* fast math assumes that there are no NaN */
             basics_check_rounding();
     }

@@ -1,7 +1,8 @@
 /* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
  * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
  * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. So must
- * mistakes in the random numbers of dropout and in the block map, which are made in each kernel that has them.
+ * mistakes in the random numbers of dropout, in the block map and in the lengths of sequences, which are made in each
+ * kernel that has them.
  * --shard K/N takes one mutant in N. */
 #include <math.h>
 #include <stdio.h>
@@ -34,16 +35,39 @@ static const struct {
     {"forward f16 b1 h2 q1 kv150 d64", 7, {0}},
     {"both f16 b1 h1 q100 kv130 d16 block_map_q48 block_map_kv48 dropout0.4 mask_f32", 7, {0}},
     {"forward f16 b1 h2 q1 kv1050 d64 block_map_q16 block_map_kv48 dropout0.4", 7, {0}},
+    {"both f16 b4 h2 q100 kv130 d16 varlen_q total_q250 varlen_kv total_kv350 seqused_k leftpad_k bottom_right upper0",
+     7,
+     {0}},
+    {"both f16 b8 h1 q40 kv100 d16 seqused_k leftpad_k", 7, {0}},
+    {"forward f16 b4 h2 q1 kv600 d64 varlen_q total_q3 seqused_k leftpad_k bottom_right upper0 sinks", 7, {0}},
+    {"forward f16 b4 h2 q4 kv600 d64 varlen_q total_q11 seqused_k leftpad_k bottom_right upper0 sinks", 7, {0}},
 };
+
+#define BIT(kernel) (UINT32_C(1) << MFA_METAL_##kernel)
+#define QUERY_BLOCKS (BIT(FORWARD) | BIT(DECODE) | BIT(DECODE_VECTOR) | BIT(BACKWARD_DQ)) /* own these */
+#define WALKS (QUERY_BLOCKS | BIT(BACKWARD_DKV))
+#define ANY UINT32_MAX
 
 static const struct {
     const char *name, *right, *wrong;
-    int walk; /* in a walk along blocks, which dbias has none of */
+    uint32_t kernels; /* in which it is made */
 } mistakes[] = {
-    {"the bound of dropout is half of it", ">= below", ">= below / 2", 0},
-    {"the words of a counter are swapped", "random.x[n / 2]", "random.x[3 - n / 2]", 0},
-    {"a block of the map that is hidden is visited", "(map.shown >> (block - (map.end - 32)) & 1u) == 0", "false", 1},
-    {"a part of a block that the map hides is visible", "(r.shown >> (uint(t) / 16) & 1u) != 0", "true", 0},
+    {"the bound of dropout is half of it", ">= below", ">= below / 2", ANY},
+    {"the words of a counter are swapped", "random.x[n / 2]", "random.x[3 - n / 2]", ANY},
+    {"a block of the map that is hidden is visited", "(map.shown >> (block - (map.end - 32)) & 1u) == 0", "false",
+     WALKS},
+    {"a part of a block that the map hides is visible", "(r.shown >> (uint(t) / 16) & 1u) != 0", "true", ANY},
+    {"all keys of an entry count", "if (args.has_seqused_k)", "if (false)", WALKS},
+    {"keys begin in the padding", "seq.kv_row += padding", "seq.kv_row += 0", WALKS},
+    {"packed queries begin in row 0", "(seq.q_row + i) * s.row", "i * s.row", WALKS},
+    {"D and L of packed queries begin in row 0", "q_rows_of(args) + seq.q_row + i", "q_rows_of(args) + i",
+     BIT(BACKWARD_DQ) | BIT(BACKWARD_DKV)},
+    {"the band counts from the first query and key", "args.bottom_right ?", "false ?", WALKS},
+    {"queries go on after the end of a sequence", "q.first >= q.seq.q_len * int(call.pack_gqa)", "false", QUERY_BLOCKS},
+    {"keys go on after the end of a sequence", "k.first >= k.seq.kv_len", "false", BIT(BACKWARD_DKV)},
+    {"merged rows have the first entry's sink", "row < rows.first + rows.count ? first", "row >= 0 ? 0", BIT(MERGE)},
+    {"a row of no sequence is left out", "r.first - r.begin + r.end - r.last", "r.first - r.begin + r.end - r.last - 1",
+     BIT(UNUSED_QUERIES) | BIT(UNUSED_KEYS)},
 };
 
 enum { MIN_MUTANTS = 100 }; /* mutants, as long as no barrier is taken out of the kernels */
@@ -184,7 +208,7 @@ static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_func
     for (size_t n = 0; n < sizeof mistakes / sizeof *mistakes; n++) {
         char *mutated = make_mistake(text, n);
         snprintf(name, sizeof name, "%s: %s", mfa_metal_source_function(kernel), mistakes[n].name);
-        const int made = !mistakes[n].walk || kernel != MFA_METAL_DBIAS;
+        const int made = (mistakes[n].kernels >> kernel & 1) != 0;
         if (mutated && made && metalsim_mutants_differ(text, mutated, cache) != 0)
             try_mutant(kernel, mutated, find(name), run, argument, verbose);
         free(mutated);

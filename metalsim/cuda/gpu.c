@@ -74,26 +74,30 @@ static void *find_copy(const void *base)
 
 /* --- Programs ------------------------------------------------------------------------------------- */
 
-/* What each kernel is called with: C the call, B(n) buffer n, SCORE those of score.h, then positions. */
+/* What each kernel is called with: C the call, LENGTHS those of sequence.h, B(n) buffer n, SCORE those of score.h,
+ * then positions. */
 static const char *arguments_of(const char *function)
 {
     static const char *const table[][2] = {
         {"attention_forward",
-         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_decode",
-         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_decode_vector",
-         "C, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
-        {"attention_merge", "C, B(10), B(11), B(18), B(20), B(2), GROUP, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_merge", "C LENGTHS, B(10), B(11), B(18), B(20), B(2), GROUP, SIMDGROUP, LANE"},
         {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq",
-         "C, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_backward_dkv",
-         "C, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
-        {"attention_dbias", "C, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), GROUP, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"attention_dbias",
+         "C LENGTHS, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_dbias_sum", "C, B(17), B(2), GROUP, INDEX"},
-        {"attention_dsinks", "C, B(20), B(21), B(3), B(4), GROUP, INDEX, SIMDGROUP, LANE"},
-        {"block_mask", "C, B(9), B(1), GROUP, SIMDGROUP, LANE"},
+        {"attention_dsinks", "C LENGTHS, B(20), B(21), B(3), B(4), GROUP, INDEX, SIMDGROUP, LANE"},
+        {"block_mask", "C LENGTHS, B(9), B(1), GROUP, SIMDGROUP, LANE"},
+        {"unused_queries", "C LENGTHS, B(10), B(11), B(14), B(18), B(20), GROUP, SIMDGROUP, LANE"},
+        {"unused_keys", "C LENGTHS, B(15), B(16), GROUP, SIMDGROUP, LANE"},
         {"layout_test", "B(2), LANE"},
         {"narrow_test", "B(1), B(2), B(3), POSITION"},
     };
@@ -117,6 +121,8 @@ static const char entry[] =
     "#if defined(ALIBI)\n#define SLOPES , B(19)\n#else\n#define SLOPES\n#endif\n"
     "#if defined(DROPOUT)\n#define SEED , B(22)\n#else\n#define SEED\n#endif\n"
     "#if defined(BLOCK_MAP)\n#define MAP , B(23)\n#else\n#define MAP\n#endif\n"
+    "#if defined(PAGED)\n#define TABLE , B(29)\n#else\n#define TABLE\n#endif\n"
+    "#if defined(VARLEN)\n#define LENGTHS , B(24), B(25), B(26), B(27), B(28) TABLE\n#else\n#define LENGTHS\n#endif\n"
     "#define SCORE B(9), B(1) SLOPES SEED MAP\n"
     "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
     "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"

@@ -58,7 +58,7 @@ build() {
         done
         compile "-O3" tests/support/*.c tests/reference/*.c
         compile "" tests/metal/basics.c tests/metal/expect.c tests/metal/problems.c tests/metal/run.c \
-            tests/metal/test_case.c
+            tests/metal/test_case.c tests/metal/wrong_lengths.c
         compile "-DMETALSIM_CUDA_INCLUDE='\"$PWD/metalsim/cuda/include\"' -DMFA_SOURCES='\"$PWD/src\"'" \
             metalsim/cuda/gpu.c
     } | tr '\n' '\0' | xargs -0 -n 1 -P "$cores" sh -c || return 1

@@ -8,6 +8,7 @@
 
 #define ROWS_OF_GROUP 4      /* simdgroups of a threadgroup of the small kernels, each with a row or a block */
 #define FLOP_OF_COMMAND 1e11 /* a tenth of a second on an M1 */
+#define ENOUGH_GROUPS 256    /* that fill rows of no sequence */
 #define GROUPS_OF_COMMAND 64 /* at least, to keep cores busy */
 
 /* --- Sizes ---------------------------------------------------------------------------------------- */
@@ -30,6 +31,12 @@ static uint64_t plus_aligned(uint64_t at, uint64_t bytes)
     return __builtin_add_overflow(at, bytes, &sum) || sum > UINT64_MAX - 63 ? UINT64_MAX : (sum + 63) / 64 * 64;
 }
 
+/* Queries in all batch entries of a head: of tensors, where they may be packed. */
+static int64_t queries_of(const mfa_problem *p)
+{
+    return p->varlen_q ? p->total_q : p->batch * p->q_len;
+}
+
 static int64_t q_heads_per_kv(const mfa_problem *p)
 {
     return p->kv_heads ? p->q_heads / p->kv_heads : 1;
@@ -48,7 +55,8 @@ static struct mfa_metal_grid block_mask_grid(const mfa_problem *p, const struct 
 {
     const mfa_layout *s = &p->mask_layout;
     const int one_row = s->row == 0 && (s->head == 0 || pack_gqa == 1);
-    return (struct mfa_metal_grid){s->batch ? p->batch : 1, s->head ? p->q_heads / pack_gqa : 1,
+    const int one_batch = s->batch == 0 && !mfa_problem_is_varlen(p); /* else lengths differ */
+    return (struct mfa_metal_grid){one_batch ? 1 : p->batch, s->head ? p->q_heads / pack_gqa : 1,
                                    one_row ? 1 : ceil_of(p->q_len * pack_gqa, tile->block_q),
                                    s->column ? ceil_of(p->kv_len, tile->block_kv) : 1};
 }
@@ -84,8 +92,7 @@ static uint64_t partials_bytes(const mfa_problem *p, const struct mfa_choice *ch
     if (mfa_metal_tiling_of(choice).splits == 1)
         return 0;
     if (p->pass == MFA_FORWARD) {
-        numbers = times(times((uint64_t)p->batch, (uint64_t)p->q_heads), (uint64_t)p->q_len);
-        numbers = times(numbers, (uint64_t)p->value_dim + 2);
+        numbers = times(times((uint64_t)queries_of(p), (uint64_t)p->q_heads), (uint64_t)p->value_dim + 2);
     } else {
         const struct mfa_metal_grid t = bias_grid(p);
         numbers = times((uint64_t)groups_of(&t), (uint64_t)MFA_METAL_BIAS_BLOCK * MFA_METAL_BIAS_BLOCK);
@@ -98,7 +105,7 @@ static struct regions lay_out(const mfa_problem *p, const struct mfa_choice *cho
     struct regions at = {{0, 0}, 0, 0, 0, 0};
     const int forward = p->pass == MFA_FORWARD;
     const enum mfa_metal_kernel first = mfa_metal_tiles_named(&choice->key);
-    const uint64_t row_sums = forward ? 0 : (uint64_t)(p->batch * p->q_heads * p->q_len) * sizeof(float);
+    const uint64_t row_sums = forward ? 0 : (uint64_t)(p->q_heads * queries_of(p)) * sizeof(float);
     at.block_mask[1] = plus_aligned(0, block_mask_bytes(p, &choice->key, first));
     at.partials =
         plus_aligned(at.block_mask[1], forward ? 0 : block_mask_bytes(p, &choice->key, MFA_METAL_BACKWARD_DKV));
@@ -159,6 +166,8 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
     struct mfa_metal_call call;
     memset(&call, 0, sizeof call);
     call.args = mfa_problem_args(p);
+    if (p->kv_batch == 0 && (p->cache_batch_idx || p->page_size))
+        call.args.kv_len = 0;
     if (p->lower > p->upper) /* no query attends to any key, nor does a block of them */
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
     call.pack_gqa = call.args.q_heads_per_kv, call.splits = mfa_metal_tiling_of(choice).splits;
@@ -189,8 +198,9 @@ static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_ke
     memset(d, 0, sizeof *d);
     d->kernel = kernel, d->groups = groups, d->call = run->call;
     d->threads = mfa_metal_dispatch_threads(kernel, &run->choice->key);
+    const uint32_t buffers = mfa_metal_source_buffers(kernel, &run->choice->key);
     for (int n = MFA_METAL_BUFFER_BLOCK_MASK; n < MFA_METAL_BUFFERS; n++)
-        if (mfa_metal_source_buffers(kernel) >> n & 1) {
+        if (buffers >> n & 1) {
             const int in_workspace = n < MFA_METAL_BUFFER_OPERAND;
             d->bindings[d->binding_count++] =
                 (struct mfa_metal_binding){n, in_workspace ? -1 : n - MFA_METAL_BUFFER_OPERAND,
@@ -238,6 +248,35 @@ static double max_in_band(const mfa_problem *p, int64_t length, int64_t block)
     return in_band < 1 ? 1 : in_band < (double)length ? in_band : (double)length;
 }
 
+/* What rows get that belong to no sequence: `rows` of them at most, in each of `batch` parts and of `heads`. */
+static void add_unused(struct run *run, enum mfa_metal_kernel kernel, mfa_int written, int64_t batch, int64_t heads,
+                       int64_t rows)
+{
+    const int64_t enough = ceil_of(ENOUGH_GROUPS, batch * heads > 0 ? batch * heads : 1);
+    const int64_t all = ceil_of(rows, ROWS_OF_GROUP), parts = all < enough ? all : enough;
+    const struct mfa_metal_grid grid = {batch, heads, parts, 1};
+    struct mfa_metal_dispatch *d = begin(run, kernel, 0, groups_of(&grid));
+    d->call.grid = grid, d->call.present &= written;
+    finish(run, d, (double)(rows * (run->problem->head_dim + run->problem->value_dim)) / (double)(parts + 1));
+}
+
+static void list_unused_queries(struct run *run)
+{
+    const mfa_problem *p = run->problem;
+    const mfa_int results = 1 << MFA_METAL_BUFFER_O | 1 << MFA_METAL_BUFFER_LSE | 1 << MFA_METAL_BUFFER_O_LOW;
+    if (p->varlen_q)
+        add_unused(run, MFA_METAL_UNUSED_QUERIES, p->pass == MFA_FORWARD ? results : 1 << MFA_METAL_BUFFER_DQ, 1,
+                   p->q_heads, p->total_q);
+}
+
+static void list_unused_keys(struct run *run)
+{
+    const mfa_problem *p = run->problem;
+    const int64_t entries = p->seqused_k || p->leftpad_k ? p->batch : 0;
+    add_unused(run, MFA_METAL_UNUSED_KEYS, 1 << MFA_METAL_BUFFER_DK | 1 << MFA_METAL_BUFFER_DV, entries + p->varlen_kv,
+               p->kv_heads, mfa_problem_kv_rows(p));
+}
+
 static void list_forward(struct run *run)
 {
     const mfa_problem *p = run->problem;
@@ -250,9 +289,10 @@ static void list_forward(struct run *run)
               (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(rows, tile->block_q), splits}, flop);
     if (splits > 1) {
         struct mfa_metal_dispatch *d =
-            begin(run, MFA_METAL_MERGE, 0, ceil_of(p->batch * p->kv_heads * rows, ROWS_OF_GROUP));
+            begin(run, MFA_METAL_MERGE, 0, ceil_of(p->q_heads * queries_of(p), ROWS_OF_GROUP));
         finish(run, d, 4.0 * ROWS_OF_GROUP * (double)(splits * p->value_dim));
     }
+    list_unused_queries(run);
 }
 
 static void list_bias(struct run *run)
@@ -279,7 +319,7 @@ static void list_dsinks(struct run *run)
                                         1, 1};
     struct mfa_metal_dispatch *d = begin(run, MFA_METAL_DSINKS, 0, groups_of(&grid));
     d->call.grid = grid;
-    finish(run, d, 4.0 * (double)(p->batch * p->q_heads * p->q_len) / (double)(d->groups + 1));
+    finish(run, d, 4.0 * (double)(p->q_heads * queries_of(p)) / (double)(d->groups + 1));
 }
 
 static void list_backward(struct run *run, const mfa_buffers *buffers)
@@ -290,7 +330,7 @@ static void list_backward(struct run *run, const mfa_buffers *buffers)
     const struct mfa_metal_tile *dkv = mfa_metal_tiles_find(MFA_METAL_BACKWARD_DKV, key);
     const double columns = (double)p->head_dim, values = (double)p->value_dim;
     struct mfa_metal_dispatch *d =
-        begin(run, MFA_METAL_BACKWARD_PREPROCESS, 0, ceil_of(p->batch * p->q_heads * p->q_len, ROWS_OF_GROUP));
+        begin(run, MFA_METAL_BACKWARD_PREPROCESS, 0, ceil_of(p->q_heads * queries_of(p), ROWS_OF_GROUP));
     finish(run, d, 2.0 * ROWS_OF_GROUP * values);
     if (buffers->dq.base)
         add_tiled(run, MFA_METAL_BACKWARD_DQ, dq, 0, q_heads_per_kv(p),
@@ -301,6 +341,10 @@ static void list_backward(struct run *run, const mfa_buffers *buffers)
                   (struct mfa_metal_grid){p->batch, p->kv_heads, ceil_of(p->kv_len, dkv->block_kv), 1},
                   4.0 * dkv->block_kv * (double)q_heads_per_kv(p) * max_in_band(p, p->q_len, dkv->block_kv) *
                       (columns + values));
+    if (buffers->dq.base)
+        list_unused_queries(run);
+    if (buffers->dk.base || buffers->dv.base)
+        list_unused_keys(run);
     if (buffers->dbias.base)
         list_bias(run);
     if (buffers->dsinks.base)

@@ -11,7 +11,7 @@
 #include "metal/tiles.h"
 #include "mfa.h"
 
-#define MFA_METAL_DISPATCHES 8 /* the most of one run */
+#define MFA_METAL_DISPATCHES 10 /* the most of one run */
 
 /* Where the memory of one of the kernel's buffers is: an operand, or the workspace. */
 struct mfa_metal_binding {

@@ -38,6 +38,8 @@ uint32_t mfa_metal_program_all(const struct mfa_key *key)
     uint32_t kernels = mfa_metal_program_always(key);
     if (key->pass == MFA_FORWARD)
         kernels |= BIT(MFA_METAL_MERGE);
+    if (key->features & MFA_FEATURE_VARLEN)
+        kernels |= BIT(MFA_METAL_UNUSED_QUERIES) | (key->pass == MFA_BACKWARD ? BIT(MFA_METAL_UNUSED_KEYS) : 0);
     if (key->pass == MFA_BACKWARD && (key->features & MFA_FEATURE_MASK_ADDITIVE))
         kernels |= BIT(MFA_METAL_DBIAS) | BIT(MFA_METAL_DBIAS_SUM);
     if (key->pass == MFA_BACKWARD && (key->features & MFA_FEATURE_SINKS))

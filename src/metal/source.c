@@ -30,37 +30,44 @@ enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD 
 #define QKV (OPERAND(q) | OPERAND(k) | OPERAND(v))
 #define SCORE /* SCORE_BUFFERS of score.h */ \
     (OPERAND(mask) | PART(BLOCK_MASK) | OPERAND(slopes) | OPERAND(seed) | OPERAND(block_map))
+#define INDEX /* INDEX_BUFFERS of sequence.h */                                                \
+    (OPERAND(cu_seqlens_q) | OPERAND(cu_seqlens_k) | OPERAND(seqused_k) | OPERAND(leftpad_k) | \
+     OPERAND(cache_batch_idx) | OPERAND(block_table))
 #define RESULTS (OPERAND(o) | OPERAND(lse) | OPERAND(o_low))
 #define GRADIENTS (QKV | SCORE | OPERAND(d_o) | PART(D) | PART(L)) /* what every kernel of gradients reads */
 
 static const struct entry {
     const char *function, *file;
     int passes;
-    enum { NONE, ANY, ADDITIVE } mask; /* that it needs */
+    enum { NOTHING, MASK, ADDITIVE, VARLEN } needs; /* of the problem */
     uint32_t buffers;
 } entries[MFA_METAL_KERNELS] = {
-    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NONE,
-                           CALL | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
-    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NONE,
-                          CALL | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
-    [MFA_METAL_DECODE_VECTOR] = {"attention_decode_vector", "attention_decode_vector", FORWARD, NONE,
-                                 CALL | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
-    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NONE,
-                         CALL | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
-    [MFA_METAL_BACKWARD_PREPROCESS] = {"backward_preprocess", "backward_preprocess", BACKWARD, NONE,
+    [MFA_METAL_FORWARD] = {"attention_forward", "attention_forward", FORWARD, NOTHING,
+                           CALL | INDEX | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
+    [MFA_METAL_DECODE] = {"attention_decode", "attention_decode", FORWARD, NOTHING,
+                          CALL | INDEX | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
+    [MFA_METAL_DECODE_VECTOR] = {"attention_decode_vector", "attention_decode_vector", FORWARD, NOTHING,
+                                 CALL | INDEX | QKV | SCORE | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
+    [MFA_METAL_MERGE] = {"attention_merge", "attention_merge", FORWARD, NOTHING,
+                         CALL | INDEX | RESULTS | OPERAND(sinks) | PART(PARTIALS)},
+    [MFA_METAL_BACKWARD_PREPROCESS] = {"backward_preprocess", "backward_preprocess", BACKWARD, NOTHING,
                                        CALL | RESULTS | OPERAND(d_o) | OPERAND(dlse) | PART(D) | PART(L)},
-    [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NONE,
-                               CALL | GRADIENTS | OPERAND(dq)},
-    [MFA_METAL_BACKWARD_DKV] = {"attention_backward_dkv", "attention_backward_dkv", BACKWARD, NONE,
-                                CALL | GRADIENTS | OPERAND(dk) | OPERAND(dv)},
+    [MFA_METAL_BACKWARD_DQ] = {"attention_backward_dq", "attention_backward_dq", BACKWARD, NOTHING,
+                               CALL | INDEX | GRADIENTS | OPERAND(dq)},
+    [MFA_METAL_BACKWARD_DKV] = {"attention_backward_dkv", "attention_backward_dkv", BACKWARD, NOTHING,
+                                CALL | INDEX | GRADIENTS | OPERAND(dk) | OPERAND(dv)},
     [MFA_METAL_DBIAS] = {"attention_dbias", "attention_dbias", BACKWARD, ADDITIVE,
-                         CALL | GRADIENTS | OPERAND(dbias) | PART(PARTIALS)},
+                         CALL | INDEX | GRADIENTS | OPERAND(dbias) | PART(PARTIALS)},
     [MFA_METAL_DBIAS_SUM] = {"attention_dbias_sum", "attention_dbias", BACKWARD, ADDITIVE,
                              CALL | OPERAND(dbias) | PART(PARTIALS)},
-    [MFA_METAL_DSINKS] = {"attention_dsinks", "attention_dsinks", BACKWARD, NONE,
-                          CALL | OPERAND(sinks) | OPERAND(dsinks) | PART(D) | PART(L)},
-    [MFA_METAL_BLOCK_MASK] = {"block_mask", "block_mask", BOTH, ANY, CALL | OPERAND(mask) | PART(BLOCK_MASK)},
-    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NONE, PART(PARTIALS)},
+    [MFA_METAL_DSINKS] = {"attention_dsinks", "attention_dsinks", BACKWARD, NOTHING,
+                          CALL | INDEX | OPERAND(sinks) | OPERAND(dsinks) | PART(D) | PART(L)},
+    [MFA_METAL_BLOCK_MASK] = {"block_mask", "block_mask", BOTH, MASK, CALL | INDEX | OPERAND(mask) | PART(BLOCK_MASK)},
+    [MFA_METAL_UNUSED_QUERIES] = {"unused_queries", "unused_rows", BOTH, VARLEN,
+                                  CALL | INDEX | RESULTS | OPERAND(sinks) | OPERAND(dq)},
+    [MFA_METAL_UNUSED_KEYS] = {"unused_keys", "unused_rows", BACKWARD, VARLEN,
+                               CALL | INDEX | OPERAND(dk) | OPERAND(dv)},
+    [MFA_METAL_LAYOUT_TEST] = {"layout_test", "layout_test", BOTH, NOTHING, PART(PARTIALS)},
 };
 
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel)
@@ -68,9 +75,10 @@ const char *mfa_metal_source_function(enum mfa_metal_kernel kernel)
     return (unsigned)kernel < MFA_METAL_KERNELS ? entries[kernel].function : NULL;
 }
 
-uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel)
+uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel, const struct mfa_key *key)
 {
-    return entries[kernel].buffers;
+    const uint32_t buffers = entries[kernel].buffers;
+    return key->features & MFA_FEATURE_VARLEN ? buffers : buffers & ~(uint32_t)INDEX;
 }
 
 /* --- A growing text ------------------------------------------------------------------------------ */
@@ -200,9 +208,11 @@ static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)
     if (key->head_dim < 1 || key->head_dim > MFA_DIM_MAX || key->value_dim < 1 || key->value_dim > MFA_DIM_MAX)
         return mfa_fail(MFA_UNSUPPORTED, "the key's head_dim is %d and its value_dim %d; %s exists for 1 to %d",
                         key->head_dim, key->value_dim, name, MFA_DIM_MAX);
-    if ((entry->mask == ADDITIVE && !additive) || (entry->mask == ANY && !masked))
+    if (entry->needs == VARLEN && !(key->features & MFA_FEATURE_VARLEN))
+        return mfa_fail(MFA_UNSUPPORTED, "the key has no varlen; %s is for those with it", name);
+    if ((entry->needs == ADDITIVE && !additive) || (entry->needs == MASK && !masked))
         return mfa_fail(MFA_UNSUPPORTED, "the key has %s; %s is for those with %s", masked ? "a bool mask" : "no mask",
-                        name, entry->mask == ADDITIVE ? "an additive one" : "one");
+                        name, entry->needs == ADDITIVE ? "an additive one" : "one");
     if (!mfa_metal_tiles_family_of(key))
         return mfa_fail(MFA_UNSUPPORTED, "the key's machine is %.*s; %s exists for apple7 and apple9",
                         (int)sizeof key->machine, key->machine, name);

@@ -13,8 +13,8 @@
 /* The name of a kernel's function; NULL: there is no such kernel. */
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel);
 
-/* Bit n: the kernel takes buffer n (kernels/contract.h). */
-uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel);
+/* Bit n: the kernel with this key takes buffer n (kernels/contract.h). */
+uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel, const struct mfa_key *key);
 
 /* Writes Metal Shading Language with our includes expanded, to be freed by the caller. `defines` (may be NULL)
  * are lines that go before all others. MFA_UNSUPPORTED: the key has no such kernel. MFA_UNAVAILABLE: this library was

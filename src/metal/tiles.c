@@ -189,8 +189,23 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
     bytes[1] = tile->split > 1 ? simdgroups * scores * fragment : 16;
 }
 
+/* Rows of packed tensors and entries of a cache. */
+static mfa_status supports_places(const mfa_problem *p)
+{
+    const struct {
+        const char *name;
+        int64_t value;
+    } all[] = {{"total_q", p->total_q}, {"total_kv", p->total_kv}, {"kv_batch", p->kv_batch}, {"batch", p->batch}};
+    for (size_t n = 0; n < sizeof all / sizeof *all && mfa_problem_is_varlen(p); n++)
+        if (all[n].value > 1 << 30)
+            return mfa_fail(MFA_UNSUPPORTED, "%s is %lld; Metal kernels exist for up to 2^30", all[n].name,
+                            (long long)all[n].value);
+    return MFA_OK;
+}
+
 /* Lengths and numbers of rows of a KV head, and the numbers of all rows, keys, blocks and sinks, which kernels count in
- * 32 bits. A grid has at most one threadgroup for 8 keys, for 4 of the others, or for a sink. */
+ * 32 bits. A grid has at most one threadgroup for 8 keys, for 4 of the others, or for a sink; with packed queries, one
+ * for 8 of as many as an entry may have. */
 static mfa_status supports_sizes(const mfa_problem *p)
 {
     const double most = 0x1p30, q_len = (double)p->q_len, kv_len = (double)p->kv_len;
@@ -202,12 +217,14 @@ static mfa_status supports_sizes(const mfa_problem *p)
     if (kv_len > most)
         return mfa_fail(MFA_UNSUPPORTED, "kv_len is %lld; Metal kernels exist for up to 2^30", (long long)p->kv_len);
     const double blocks = p->mask == MFA_MASK_NONE ? 0 : q_heads * (q_len / 8 + 1) * (kv_len / 8 + 1);
-    if (q_heads * q_len > 0x1p31 || kv_heads * kv_len > 0x1p31 || blocks > 0x1p31 || (p->sinks && q_heads > 0x1p31))
+    const double queries =
+        p->varlen_q ? fmax((double)p->q_heads * (double)p->total_q, q_heads * (q_len / 8 + 1)) : q_heads * q_len;
+    if (queries > 0x1p31 || kv_heads * kv_len > 0x1p31 || blocks > 0x1p31 || (p->sinks && q_heads > 0x1p31))
         return mfa_fail(
             MFA_UNSUPPORTED,
             "batch is %lld; Metal kernels exist for up to 2^31 queries, keys, sinks and blocks of a mask in all",
             (long long)p->batch);
-    return MFA_OK;
+    return supports_places(p);
 }
 
 mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
@@ -226,12 +243,8 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->k_type || p->v_type)
         return mfa_fail(MFA_UNSUPPORTED, "k_type is %s and v_type %s; Metal kernels exist for same",
                         mfa_kv_type_name(p->k_type), mfa_kv_type_name(p->v_type));
-    if (mfa_problem_is_varlen(p))
-        return mfa_fail(
-            MFA_UNSUPPORTED,
-            "varlen_q is %d, varlen_kv %d, seqused_k %d, leftpad_k %d, cache_batch_idx %d and page_size %lld; "
-            "Metal kernels exist for zeros",
-            p->varlen_q, p->varlen_kv, p->seqused_k, p->leftpad_k, p->cache_batch_idx, (long long)p->page_size);
+    if (p->page_size)
+        return mfa_fail(MFA_UNSUPPORTED, "page_size is %lld; Metal kernels exist for 0", (long long)p->page_size);
     return supports_sizes(p);
 }
 

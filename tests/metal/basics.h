@@ -1,6 +1,8 @@
-/* The basics of all kernels: the layout of matrices, and rounding. Reports passes and failures. */
+/* The basics of all kernels: the layout of matrices, rounding, extreme numbers. Reports passes and failures. */
 #ifndef TESTS_METAL_BASICS_H
 #define TESTS_METAL_BASICS_H
+
+#include "metal/gpu.h"
 
 /* layout_test accepts the device's layout, and rejects a wrong one. */
 void basics_check_layout(void);
@@ -17,5 +19,10 @@ void basics_check_large_sinks(void);
 /* The mask of dropout is that of mfa_problem_dropout_mask in every element, in both passes; some have random numbers
  * that are just below, or just, the bound. */
 void basics_check_dropout(void);
+
+/* Wrong numbers in the tensors of lengths, pages and indices: nothing outside of the operands is read or written, as
+ * guard pages and metalsim's checker see, and no scratch memory that nothing has written. The usual settings are
+ * restored. */
+void basics_check_wrong_lengths(const struct gpu_settings *settings);
 
 #endif

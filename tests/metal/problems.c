@@ -3,13 +3,28 @@
 #include <string.h>
 
 #include "core/problem.h"
+#include "support/cases.h"
 #include "support/random.h"
 
 #define SHARING 20 /* random problems share programs */
 
 static void finish(struct generated *g)
 {
+    const int cached = g->problem.page_size || g->problem.cache_batch_idx;
+    g->passes = cached ? CASE_FORWARD : CASE_FORWARD | CASE_BACKWARD;
     mfa_problem_print(&g->problem, g->text, sizeof g->text);
+}
+
+/* Sequences of their own lengths, of several kinds. */
+static void vary_lengths(mfa_problem *p, int n)
+{
+    p->batch = 2 + n % 2;
+    p->varlen_q = n % 3 != 0, p->varlen_kv = n % 4 == 0, p->seqused_k = n % 4 != 0, p->leftpad_k = n % 4 == 1;
+    p->bottom_right = n % 5 < 3;
+    p->total_q = p->varlen_q ? p->batch * p->q_len - n % 3 : 0;
+    p->total_kv = p->varlen_kv ? p->batch * p->kv_len - 5 : 0;
+    p->cache_batch_idx = n % 8 == 3, p->kv_batch = p->cache_batch_idx ? 4 : 0;
+    mfa_problem_make_dense(p);
 }
 
 int problems_of_tiles(struct generated *g, uint64_t seed, int n)
@@ -45,6 +60,8 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
         mfa_problem_make_dense(&g->problem);
         g->variant.map_broadcast = n % 3 ? 0 : ALONG_HEAD;
     }
+    if (n % 7 == 1 || n % 7 == 4)
+        vary_lengths(&g->problem, n / 7);
     finish(g);
     return 1;
 }
@@ -67,6 +84,7 @@ static void draw_program(struct generated *g, struct generator *r)
     g->problem.alibi = !random_between(r, 0, 3), g->problem.sinks = !random_between(r, 0, 3);
     g->problem.dropout = !random_between(r, 0, 2);     /* whether there is any */
     g->problem.block_map_q = !random_between(r, 0, 2); /* whether there is a map */
+    g->problem.seqused_k = !random_between(r, 0, 2);   /* whether lengths differ */
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -97,6 +115,11 @@ int problems_random(struct generated *g, uint64_t seed, int n)
         random_band(&r, &g->problem);
     if (program.problem.block_map_q)
         random_block_map(&r, &g->problem);
+    if (program.problem.seqused_k)
+        random_varlen(&r, &g->problem);
+    if (g->problem.page_size)
+        g->problem.page_size = g->problem.kv_batch = 0;
+    mfa_problem_make_dense(&g->problem);
     random_memory(&r, &g->problem, &g->variant, &g->arrangement);
     g->variant.map_broadcast = (int)random_between(&r, 0, 11);
     g->variant.heads_broadcast = (int)random_between(&r, 0, 3);

@@ -9,10 +9,11 @@
 
 struct generated {
     mfa_problem problem;
+    int passes; /* of support/cases.h */
     struct variant variant;
     enum arrangement arrangement;
     struct metal_target target;
-    char text[256]; /* of the problem */
+    char text[512]; /* of the problem */
 };
 
 /* Problem n of a series; 0: there are no more. */

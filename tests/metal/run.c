@@ -16,10 +16,32 @@ char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 enum { WORKSPACE = MFA_OPERAND_COUNT, VISITED, FILLER, BUFFERS };
 
 /* The tensors of reference/attention.h in the order of mfa_operands. */
-static const enum reference_tensor tensors[MFA_OPERAND_COUNT] = {
-    REFERENCE_Q,     REFERENCE_K,      REFERENCE_V,     REFERENCE_MASK,   REFERENCE_O,    REFERENCE_L,
-    REFERENCE_dO,    REFERENCE_dL,     REFERENCE_dQ,    REFERENCE_dK,     REFERENCE_dV,   REFERENCE_DBIAS,
-    REFERENCE_O_LOW, REFERENCE_SLOPES, REFERENCE_SINKS, REFERENCE_DSINKS, REFERENCE_SEED, REFERENCE_BLOCK_MAP};
+static const enum reference_tensor tensors[] = {REFERENCE_Q,
+                                                REFERENCE_K,
+                                                REFERENCE_V,
+                                                REFERENCE_MASK,
+                                                REFERENCE_O,
+                                                REFERENCE_L,
+                                                REFERENCE_dO,
+                                                REFERENCE_dL,
+                                                REFERENCE_dQ,
+                                                REFERENCE_dK,
+                                                REFERENCE_dV,
+                                                REFERENCE_DBIAS,
+                                                REFERENCE_O_LOW,
+                                                REFERENCE_SLOPES,
+                                                REFERENCE_SINKS,
+                                                REFERENCE_DSINKS,
+                                                REFERENCE_SEED,
+                                                REFERENCE_BLOCK_MAP,
+                                                REFERENCE_CU_SEQLENS_Q,
+                                                REFERENCE_CU_SEQLENS_K,
+                                                REFERENCE_SEQUSED_K,
+                                                REFERENCE_LEFTPAD_K,
+                                                REFERENCE_CACHE_BATCH_IDX,
+                                                REFERENCE_BLOCK_TABLE,
+                                                REFERENCE_K_SCALE,
+                                                REFERENCE_V_SCALE};
 
 _Static_assert(sizeof tensors / sizeof *tensors == MFA_OPERAND_COUNT, "a tensor for each operand");
 

@@ -30,8 +30,8 @@ int metal_run_layout_test(int family);
 extern char *(*metal_rewrite)(enum mfa_metal_kernel kernel, char *text);
 
 /* The number of blocks that each kernel of the pass has to visit: those that neither the band, nor the mask, nor the
- * block map leaves empty. */
-void metal_expect(const struct inputs *inputs, int32_t pass, struct metal_target target,
+ * block map leaves empty. The operands have the lengths of the entries. */
+void metal_expect(const struct inputs *inputs, const struct operands *operands, struct metal_target target,
                   int64_t expected[MFA_METAL_KERNELS]);
 
 #endif

@@ -23,7 +23,7 @@ static const char *run_pass(const struct test_case *s, struct metal_target targe
         snprintf(wrong, sizeof wrong, "%s is written beside its elements", overrun);
         return wrong;
     }
-    metal_expect(&s->inputs, operands->problem.pass, target, expected);
+    metal_expect(&s->inputs, operands, target, expected);
     for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++) {
         const int64_t visited = trace.visited[tiled[n]], nonempty = expected[tiled[n]];
         if (visited < 0 || visited == nonempty)

@@ -192,12 +192,13 @@ static void test_unsupported_keys(void **state)
     const struct mfa_key good = key_of(MFA_FORWARD, MFA_F16, 64, 64, 7);
     struct mfa_key key = good;
     (void)state;
-    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 12");
+    expect_unsupported(&good, MFA_METAL_KERNELS, "kernel is 14");
     expect_unsupported(&good, -1, "kernel is -1");
     expect_unsupported(&good, MFA_METAL_BACKWARD_DQ, "pass is 0; attention_backward_dq");
     expect_unsupported(&good, MFA_METAL_BLOCK_MASK, "no mask; block_mask");
     key.pass = MFA_BACKWARD, key.features = MFA_FEATURE_MASK_BOOL;
     expect_unsupported(&key, MFA_METAL_DBIAS, "bool mask; attention_dbias is for those with an additive one");
+    expect_unsupported(&good, MFA_METAL_UNUSED_QUERIES, "no varlen; unused_queries");
     key = good, key.pass = 7;
     expect_unsupported(&key, MFA_METAL_FORWARD, "pass is 7");
     key = good, key.dtype = MFA_F64;
@@ -251,6 +252,16 @@ static void test_unsupported_sizes(void **state)
     assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
     p.sinks = 1; /* dsinks has an element for each head, with or without queries */
     assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    mfa_problem_init(&p, 1 << 14, 4, 4, 1 << 17, 1, 8,
+                     8); /* packed, the longest may be long, as far as the grid goes */
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    p.varlen_q = 1, p.total_q = 1 << 20;
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_OK);
+    p.total_q = (1 << 30) + 1;
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    p.total_q = 1, p.q_heads = p.kv_heads = 1, p.varlen_kv = 1, p.total_kv = (1 << 30) + 1;
+    assert_int_equal(mfa_metal_tiles_supports(&p), MFA_UNSUPPORTED);
+    assert_non_null(strstr(mfa_last_error(), "total_kv is 1073741825"));
 }
 
 /* --- Dispatches ----------------------------------------------------------------------------------- */
@@ -328,6 +339,29 @@ static void test_lists(void **state)
     p.kv_len = 0;
     expect_kernels(&p, 1, MFA_METAL_FORWARD); /* O is 0, and must be written */
     p.q_len = 0;
+    expect_kernels(&p, 0);
+}
+
+/* Rows of no sequence are a kernel's own, where there may be any; the workspace is that of the rows there are. */
+static void test_lengths(void **state)
+{
+    mfa_problem p;
+    struct listed l;
+    (void)state;
+    mfa_problem_init(&p, 8, 8, 2, 1, 4096, 64, 64);
+    p.seqused_k = 1;
+    expect_kernels(&p, 2, MFA_METAL_DECODE, MFA_METAL_MERGE);
+    p.varlen_q = 1, p.total_q = 8;
+    expect_kernels(&p, 3, MFA_METAL_DECODE, MFA_METAL_MERGE, MFA_METAL_UNUSED_QUERIES);
+    mfa_problem_init(&p, 1000, 8, 8, 512, 512, 64, 64);
+    p.varlen_q = p.varlen_kv = 1, p.total_q = p.total_kv = 3000;
+    expect_kernels(&p, 2, MFA_METAL_FORWARD, MFA_METAL_UNUSED_QUERIES);
+    p.pass = MFA_BACKWARD;
+    expect_kernels(&p, 6, MFA_METAL_BACKWARD_PREPROCESS, MFA_METAL_BACKWARD_DQ, MFA_METAL_BACKWARD_DKV,
+                   MFA_METAL_UNUSED_QUERIES, MFA_METAL_UNUSED_KEYS, MFA_METAL_DBIAS);
+    list(&p, &l);
+    assert_in_range(l.choice.shared, 2 * 4 * 8 * 3000, 2 * 4 * 8 * 3000 + 256);
+    p.total_q = p.total_kv = p.q_len = p.kv_len = 0;
     expect_kernels(&p, 0);
 }
 
@@ -436,6 +470,7 @@ int main(void)
         cmocka_unit_test(test_unsupported_problems),
         cmocka_unit_test(test_unsupported_sizes),
         cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_bias_parts),
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_vec4_loads),

@@ -32,6 +32,9 @@ static const char *problems[] = {
     "forward any b1 h4/2 q1 kv1100 d64",
     "forward f16 b1 h8/1 q1 kv600 d128 mask_bool",
     "backward bf16 b1 h2 q64 kv64 d96 upper3",
+    "both any b3 h4/2 q33 kv70 d64 varlen_q total_q60 varlen_kv total_kv150 seqused_k causal bottom_right mask_f32 "
+    "sinks",
+    "forward f16 b2 h4/2 q1 kv1100 d64 cache_batch_idx kv_batch3 seqused_k leftpad_k",
 };
 
 static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)

@@ -128,7 +128,7 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]],
                        device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                        device const storage *dO [[buffer(12)]], device storage *dK [[buffer(15)]],
                        device storage *dV [[buffer(16)]], device const float *D [[buffer(3)]],
@@ -143,27 +143,32 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]], device const
     THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     constant mfa_args &args = call.args;
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
-    kv_block k = kv_block_of(call, threadgroup_coord(call, group), sg);
-    int key = k.valid ? k.own : 0, heads = int(args.q_heads_per_kv);
-    key_row row;
-    int count = 0;
-    load_row_paired<D_FRAGMENTS>(row.K, k_source(K, call, k.seq, k.kv_head), key, sg.slice * D_SLICE, k.valid, sg.at);
-    load_row_paired<E_FRAGMENTS>(row.V, v_source(V, call, k.seq, k.kv_head), key, sg.slice * E_SLICE, k.valid, sg.at);
-    clear<D_FRAGMENTS>(row.dK);
-    clear<E_FRAGMENTS>(row.dV);
-    for (int head = 0; head < heads; head++)
-        count += walk_queries(row, k, k.kv_head * heads + head, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L},
-                              call, sg, threadgroup_memory{tile, exchange});
+    kv_block k = kv_block_of(call, INDEX_OPERANDS, threadgroup_coord(call, group), sg);
+    if (!is_past_end(k)) {
+        int key = k.valid ? k.own : 0, heads = int(args.q_heads_per_kv);
+        key_row row;
+        int count = 0;
+        load_row_paired<D_FRAGMENTS>(row.K, k_source(K, call, k.seq, k.kv_head), key, sg.slice * D_SLICE, k.valid,
+                                     sg.at);
+        load_row_paired<E_FRAGMENTS>(row.V, v_source(V, call, k.seq, k.kv_head), key, sg.slice * E_SLICE, k.valid,
+                                     sg.at);
+        clear<D_FRAGMENTS>(row.dK);
+        clear<E_FRAGMENTS>(row.dV);
+        for (int head = 0; head < heads; head++)
+            count +=
+                walk_queries(row, k, k.kv_head * heads + head, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L},
+                             call, sg, threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
-    if (index == 0)
-        visited[call.first_group + group] = uint(count);
+        if (index == 0)
+            visited[call.first_group + group] = uint(count);
 #else
-    (void)count;
+        (void)count;
 #endif
-    if (k.valid && (call.present >> MFA_METAL_BUFFER_DK & 1))
-        store_row<D_FRAGMENTS>(dK + kv_offset(k.seq, args.dk, k.kv_head, key), args.dk.column, D_COLUMN(sg),
-                               int(args.head_dim), row.dK, args.scale);
-    if (k.valid && (call.present >> MFA_METAL_BUFFER_DV & 1))
-        store_row<E_FRAGMENTS>(dV + kv_offset(k.seq, args.dv, k.kv_head, key), args.dv.column, E_COLUMN(sg),
-                               int(args.value_dim), row.dV, dropout_scale(args));
+        if (k.valid && (call.present >> MFA_METAL_BUFFER_DK & 1))
+            store_row<D_FRAGMENTS>(dK + kv_offset(k.seq, args.dk, k.kv_head, key), args.dk.column, D_COLUMN(sg),
+                                   int(args.head_dim), row.dK, args.scale);
+        if (k.valid && (call.present >> MFA_METAL_BUFFER_DV & 1))
+            store_row<E_FRAGMENTS>(dV + kv_offset(k.seq, args.dv, k.kv_head, key), args.dv.column, E_COLUMN(sg),
+                                   int(args.value_dim), row.dV, dropout_scale(args));
+    }
 }

@@ -104,7 +104,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]],
                       device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                       device const storage *dO [[buffer(12)]], device storage *dQ [[buffer(14)]],
                       device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
@@ -118,19 +118,21 @@ attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]], device const 
     THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     constant mfa_args &args = call.args;
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
-    q_block q = q_block_of(call, threadgroup_coord(call, group), sg);
-    float2 dQ_rows[LANE_ROWS * D_FRAGMENTS];
-    int count = walk_keys(dQ_rows, q, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
-                          threadgroup_memory{tile, exchange});
+    q_block q = q_block_of(call, INDEX_OPERANDS, threadgroup_coord(call, group), sg);
+    if (!is_past_end(call, q)) {
+        float2 dQ_rows[LANE_ROWS * D_FRAGMENTS];
+        int count = walk_keys(dQ_rows, q, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
+                              threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
-    if (index == 0)
-        visited[call.first_group + group] = uint(count);
+        if (index == 0)
+            visited[call.first_group + group] = uint(count);
 #else
-    (void)count;
+        (void)count;
 #endif
-    UNROLL
-    for (int r = 0; r < LANE_ROWS; r++)
-        if (q.own[r].valid)
-            store_row<D_FRAGMENTS>(dQ + q_offset(q.seq, args.dq, q.own[r].head, q.own[r].i), args.dq.column,
-                                   D_COLUMN(sg), int(args.head_dim), dQ_rows + r * D_FRAGMENTS, args.scale);
+        UNROLL
+        for (int r = 0; r < LANE_ROWS; r++)
+            if (q.own[r].valid)
+                store_row<D_FRAGMENTS>(dQ + q_offset(q.seq, args.dq, q.own[r].head, q.own[r].i), args.dq.column,
+                                       D_COLUMN(sg), int(args.head_dim), dQ_rows + r * D_FRAGMENTS, args.scale);
+    }
 }

@@ -84,10 +84,11 @@ METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, int
 
 /* Adds P * (dP - D) of a tile of scores. */
 METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward_operands &in,
-                         constant mfa_metal_call &call, uint simdgroup, lane_coord at)
+                         thread const index_operands &index, constant mfa_metal_call &call, uint simdgroup,
+                         lane_coord at)
 {
     constant mfa_args &args = call.args;
-    sequence seq = sequence_of(call, c.batch);
+    sequence seq = sequence_of(call, index, c.batch);
     if (!block_is_visible(in.score, call, seq, c.head, c.i, c.key))
         return;
     int i = c.i + int(simdgroup) * 8 + at.row, kv_head = c.head / int(args.q_heads_per_kv);
@@ -124,12 +125,12 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
 METAL_FUNC void store_bias(device mask_storage *dbias, constant mfa_metal_call &call, tile_coord c, int row, int column,
                            float value)
 {
-    sequence seq = sequence_of(call, c.batch);
     constant mfa_strides &s = call.args.dbias;
-    bool in_rows = s.row == 0 ? row == 0 : c.i + row < seq.q_len;
-    bool in_columns = s.column == 0 ? column == 0 : c.key + column < seq.kv_len;
+    bool in_rows = s.row == 0 ? row == 0 : c.i + row < int(call.args.q_len);
+    bool in_columns = s.column == 0 ? column == 0 : c.key + column < int(call.args.kv_len);
     if (in_rows && in_columns)
-        dbias[mask_offset(seq, s, c.head, c.i + row, c.key + column)] = mask_narrow(value);
+        dbias[c.batch * s.batch + c.head * s.head + (c.i + row) * s.row + (c.key + column) * s.column] =
+            mask_narrow(value);
 }
 
 /* The tile of scores of this step, among the n tiles that are summed into `own`. */
@@ -163,8 +164,9 @@ METAL_FUNC void reduce_tile(thread float2 *sum, constant mfa_args &args, threadg
             sum[f] += exchange[((simdgroup + s) % (BLOCK / 8) * FRAGMENTS + f) * 32 + lane];
 }
 
-kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
-                            device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                            device const storage *Q [[buffer(6)]], device const storage *K [[buffer(7)]],
+                            device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                             device const storage *dO [[buffer(12)]], device mask_storage *dbias [[buffer(17)]],
                             device float *partials [[buffer(2)]], device const float *D [[buffer(3)]],
                             device const float *L [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
@@ -182,7 +184,7 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]], device 
     float2 sum[FRAGMENTS];
     clear<FRAGMENTS>(sum);
     for (uint step = part.begin; step < part.end; step++)
-        add_tile(sum, summed_tile(own, n, step), in, call, simdgroup, at);
+        add_tile(sum, summed_tile(own, n, step), in, INDEX_OPERANDS, call, simdgroup, at);
     reduce_tile(sum, args, exchange, simdgroup, lane);
     UNROLL
     for (int f = 0; f < FRAGMENTS; f++) {

@@ -233,7 +233,7 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
         all.l += softmax_rescale(sums[SUM_OF(g, r)], all.m) * sums[SUM_OF(g, r) + 1];
     softmax_state end = all;
     float inverse = softmax_end(end, out.sinks, args, q.seq, own.head);
-    long row = (q.seq.batch * args.kv_heads + q.kv_head) * q.seq.q_len * call.pack_gqa + q.row[r];
+    long row = packed_row_index(call, q.seq, q.kv_head, q.row[r]);
     device float *partial = out.partials + (row * call.splits + split) * (args.value_dim + 2);
     long O_row = q_offset(q.seq, args.o, own.head, own.i);
     for (int e = thread_index; e < int(args.value_dim); e += THREADS) {
@@ -257,11 +257,11 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
-                        device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
-                        device storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
-                        device storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
-                        device float *partials [[buffer(2)]],
+attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                        device const storage *Q [[buffer(6)]], device const storage *K [[buffer(7)]],
+                        device const storage *V [[buffer(8)]], SCORE_BUFFERS, device storage *O [[buffer(10)]],
+                        device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
+                        device const float *sinks [[buffer(20)]], device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                         device uint *visited [[buffer(5)]],
 #endif
@@ -271,20 +271,22 @@ attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]], device cons
     THREADGROUP_ARRAY(float, sums, TILE_BYTES / sizeof(float));
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     grid_coord coord = threadgroup_coord(call, group);
-    q_block q = q_block_of(call, coord, sg);
-    accumulator acc;
-    int count = attend(acc, q, Q, K, V, SCORE_OPERANDS, call, sg);
+    q_block q = q_block_of(call, INDEX_OPERANDS, coord, sg);
+    if (!is_past_end(call, q)) {
+        accumulator acc;
+        int count = attend(acc, q, Q, K, V, SCORE_OPERANDS, call, sg);
 #if defined(COUNT_TILES)
-    if (index == 0)
-        visited[call.first_group + group] = uint(count);
+        if (index == 0)
+            visited[call.first_group + group] = uint(count);
 #else
-    (void)count;
+        (void)count;
 #endif
-    merge_keys(acc);
-    store_sums(acc, sums, sg);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    UNROLL
-    for (int r = 0; r < LANE_ROWS; r++)
-        if (q.own[r].valid)
-            merge_row(sums, q, r, coord.column, call, int(index), results{O, O_low, L, sinks, partials});
+        merge_keys(acc);
+        store_sums(acc, sums, sg);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        UNROLL
+        for (int r = 0; r < LANE_ROWS; r++)
+            if (q.own[r].valid)
+                merge_row(sums, q, r, coord.column, call, int(index), results{O, O_low, L, sinks, partials});
+    }
 }

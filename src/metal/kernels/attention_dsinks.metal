@@ -17,10 +17,10 @@ using namespace metal;
 
 #define SIMDGROUPS 4
 
-kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]], device const float *sinks [[buffer(20)]],
-                             device float *dsinks [[buffer(21)]], device const float *D [[buffer(3)]],
-                             device const float *L [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-                             uint index [[thread_index_in_threadgroup]],
+kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                             device const float *sinks [[buffer(20)]], device float *dsinks [[buffer(21)]],
+                             device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
+                             uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                              uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     THREADGROUP_ARRAY(float, exchange, SIMDGROUPS);
@@ -30,10 +30,10 @@ kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]], device
     uint heads = args.dsinks.head == 0 ? uint(args.q_heads) : 1;
     float sum = 0.0f;
     for (uint b = 0; b < batches; b++) {
-        sequence seq = sequence_of(call, own.batch + int(b));
+        sequence seq = sequence_of(call, INDEX_OPERANDS, own.batch + int(b));
         for (uint h = 0; h < heads; h++) {
             int head = own.head + int(h);
-            float sink = sinks[q_offset(seq, args.sinks, head, 0)];
+            float sink = sinks[head_offset(seq, args.sinks, head)];
             long first = row_stats_index(seq, args, head, 0);
             for (int i = int(index); i < seq.q_len; i += SIMDGROUPS * 32)
                 sum -= sink_probability(sink, L[first + i]) * D[first + i];
@@ -47,5 +47,5 @@ kernel void attention_dsinks(constant mfa_metal_call &call [[buffer(0)]], device
         return;
     for (int s = 1; s < SIMDGROUPS; s++)
         sum += exchange[s];
-    dsinks[q_offset(sequence_of(call, own.batch), args.dsinks, own.head, 0)] = sum;
+    dsinks[own.batch * args.dsinks.batch + own.head * args.dsinks.head] = sum;
 }

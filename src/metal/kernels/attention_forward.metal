@@ -24,7 +24,7 @@ using namespace metal;
 #include "metal/kernels/forward.h"
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const storage *Q [[buffer(6)]],
+attention_forward(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]],
                   device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
                   device storage *O [[buffer(10)]], device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
                   device const float *sinks [[buffer(20)]], device float *partials [[buffer(2)]],
@@ -38,17 +38,20 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]], device const stor
     THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     grid_coord coord = threadgroup_coord(call, group);
-    q_block q = q_block_of(call, coord, sg);
-    accumulator acc;
-    int count = attend(acc, q, forward_operands{Q, K, V, SCORE_OPERANDS}, call, sg, threadgroup_memory{tile, exchange});
+    q_block q = q_block_of(call, INDEX_OPERANDS, coord, sg);
+    if (!is_past_end(call, q)) {
+        accumulator acc;
+        int count =
+            attend(acc, q, forward_operands{Q, K, V, SCORE_OPERANDS}, call, sg, threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
-    if (index == 0)
-        visited[call.first_group + group] = uint(count);
+        if (index == 0)
+            visited[call.first_group + group] = uint(count);
 #else
-    (void)count;
+        (void)count;
 #endif
-    if (call.splits > 1)
-        store_split(acc, q, coord.column, call, sg, partials);
-    else
-        store_rows(acc, q, call, sg, forward_results{O, O_low, L, sinks});
+        if (call.splits > 1)
+            store_split(acc, q, coord.column, call, sg, partials);
+        else
+            store_rows(acc, q, call, sg, forward_results{O, O_low, L, sinks});
+    }
 }

@@ -16,7 +16,7 @@ using namespace metal;
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/sinks.h"
 
-kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device storage *O [[buffer(10)]],
+kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device storage *O [[buffer(10)]],
                             device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
                             device const float *sinks [[buffer(20)]], device const float *partials [[buffer(2)]],
                             uint group [[threadgroup_position_in_grid]],
@@ -28,6 +28,13 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]], device 
     long step = columns + 2;
     numbered_query row = query_of_number(call, number, uint(args.kv_heads), uint(call.pack_gqa));
     bool valid = row.q.valid;
+#if defined(VARLEN)
+    if (call.args.varlen_q && valid) {
+        int batch = entry_of_query(call, INDEX_OPERANDS, row.q.i);
+        valid = batch >= 0;
+        row.seq.batch = valid ? batch : 0;
+    }
+#endif
     device const float *parts = partials + (valid ? number : 0) * (splits * step);
 
     softmax_state s = softmax_init();

@@ -13,16 +13,17 @@ using namespace metal;
 #include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
 
-kernel void block_mask(constant mfa_metal_call &call [[buffer(0)]], device const mask_storage *mask [[buffer(9)]],
-                       device uchar *states [[buffer(1)]], uint group [[threadgroup_position_in_grid]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
+kernel void block_mask(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                       device const mask_storage *mask [[buffer(9)]], device uchar *states [[buffer(1)]],
+                       uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                       uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_strides &strides = call.args.mask;
     uint number = (uint(call.first_group) + group) * 4 + simdgroup;
     grid_coord coord = grid_coord_of(call.grid, number);
     int block_q = int(call.block_q), block_kv = int(call.block_kv), pack = int(call.pack_gqa);
     bool valid = coord.batch < int(call.grid.batch);
-    sequence seq = sequence_of(call, valid ? coord.batch : 0);
+    sequence seq = sequence_of(call, INDEX_OPERANDS, valid ? coord.batch : 0);
     int row = coord.row * block_q, key = coord.column * block_kv, head = coord.head * pack;
     int rows = valid ? min(block_q, seq.q_len * pack - row) : 0, keys = min(block_kv, seq.kv_len - key);
     bool any_shown = false, any_changed = false;

@@ -12,8 +12,8 @@ METAL_FUNC block_range kv_blocks_of(constant mfa_metal_call &call, thread const 
 {
     int low = 0, high = seq.kv_len - 1;
 #if defined(BAND)
-    low = max(low, first + int(call.args.lower));
-    high = min(high, last + int(call.args.upper));
+    low = max(low, first + band_lower(call, seq));
+    high = min(high, last + band_upper(call, seq));
 #endif
     block_range range;
     range.begin = low / BLOCK_KV;
@@ -26,8 +26,8 @@ METAL_FUNC block_range q_blocks_of(constant mfa_metal_call &call, thread const s
 {
     int low = 0, high = seq.q_len - 1;
 #if defined(BAND)
-    low = max(low, first - int(call.args.upper));
-    high = min(high, last - int(call.args.lower));
+    low = max(low, first - band_upper(call, seq));
+    high = min(high, last - band_lower(call, seq));
 #endif
     block_range range;
     range.begin = low / BLOCK_Q;
@@ -54,8 +54,12 @@ METAL_FUNC bool map_shows(thread const score_operands &in, constant mfa_metal_ca
 METAL_FUNC bool block_is_visible(thread const score_operands &in, constant mfa_metal_call &call,
                                  thread const sequence &seq, int head, int i, int key)
 {
+#if defined(VARLEN)
+    if (i >= seq.q_len || key >= seq.kv_len)
+        return false;
+#endif
 #if defined(BAND)
-    if (key - (BLOCK_Q - 1) > i + int(call.args.upper) || key + (BLOCK_KV - 1) < i + int(call.args.lower))
+    if (key - (BLOCK_Q - 1) > i + band_upper(call, seq) || key + (BLOCK_KV - 1) < i + band_lower(call, seq))
         return false;
 #endif
 #if defined(BLOCK_MAP)
@@ -104,11 +108,12 @@ struct q_block {
     block_range kv_blocks;
 };
 
-METAL_FUNC q_block q_block_of(constant mfa_metal_call &call, grid_coord coord, thread const simdgroup_coord &sg)
+METAL_FUNC q_block q_block_of(constant mfa_metal_call &call, thread const index_operands &in, grid_coord coord,
+                              thread const simdgroup_coord &sg)
 {
     q_block q;
     int pack = int(call.pack_gqa);
-    q.seq = sequence_of(call, coord.batch);
+    q.seq = sequence_of(call, in, coord.batch);
     q.kv_head = coord.head;
     q.first = (int(call.grid.row) - 1 - coord.row) * BLOCK_Q; /* last first: with a causal band it has the most to do */
     UNROLL
@@ -122,6 +127,17 @@ METAL_FUNC q_block q_block_of(constant mfa_metal_call &call, grid_coord coord, t
     q.kv_blocks = block_range{all.begin + int(part.begin), all.begin + int(part.end)};
     return q;
 }
+
+/* Whether the threadgroup has no rows: its batch entry may be shorter than the grid. */
+METAL_FUNC bool is_past_end(constant mfa_metal_call &call, thread const q_block &q)
+{
+#if defined(VARLEN)
+    return q.first >= q.seq.q_len * int(call.pack_gqa);
+#else
+    (void)call, (void)q;
+    return false;
+#endif
+}
 #else
 /* The keys of a threadgroup: the first, and the lane's own. */
 struct kv_block {
@@ -130,15 +146,27 @@ struct kv_block {
     bool valid; /* `own` is a key */
 };
 
-METAL_FUNC kv_block kv_block_of(constant mfa_metal_call &call, grid_coord coord, thread const simdgroup_coord &sg)
+METAL_FUNC kv_block kv_block_of(constant mfa_metal_call &call, thread const index_operands &in, grid_coord coord,
+                                thread const simdgroup_coord &sg)
 {
     kv_block k;
-    k.seq = sequence_of(call, coord.batch);
+    k.seq = sequence_of(call, in, coord.batch);
     k.kv_head = coord.head;
     k.first = coord.row * BLOCK_KV;
     k.own = k.first + sg.row_group * 8 + sg.at.row;
     k.valid = k.own < k.seq.kv_len;
     return k;
+}
+
+/* Whether the threadgroup has no keys. */
+METAL_FUNC bool is_past_end(thread const kv_block &k)
+{
+#if defined(VARLEN)
+    return k.first >= k.seq.kv_len;
+#else
+    (void)k;
+    return false;
+#endif
 }
 #endif
 

@@ -20,9 +20,11 @@
 #define MFA_METAL_BUFFER_Q 6
 #define MFA_METAL_BUFFER_K 7
 #define MFA_METAL_BUFFER_V 8
+#define MFA_METAL_BUFFER_O 10
 #define MFA_METAL_BUFFER_LSE 11
 #define MFA_METAL_BUFFER_DO 12
 #define MFA_METAL_BUFFER_DLSE 13
+#define MFA_METAL_BUFFER_DQ 14
 #define MFA_METAL_BUFFER_DK 15
 #define MFA_METAL_BUFFER_DV 16
 #define MFA_METAL_BUFFER_O_LOW 18
@@ -48,7 +50,7 @@ struct mfa_metal_call {
     mfa_int splits;                /* parts of the range that each row, or element of dbias, is summed over */
     struct mfa_strides block_mask; /* of that table: 0 along dimensions on which the mask does not depend */
     mfa_int vec4;                  /* bit n: four neighbouring elements of a row of buffer n can be loaded at once */
-    mfa_int present;               /* bit n: the optional operand of buffer n is given */
+    mfa_int present;               /* bit n: the operand of buffer n is given */
     /* Scores are in units of log 2 in the forward pass, and as they are in the backward pass. */
     float score_factor; /* Q K^T times this is the score; with a softcap, the argument of tanh */
     float cap_factor;   /* tanh times this is the score */

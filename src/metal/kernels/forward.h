@@ -103,7 +103,7 @@ METAL_FUNC void store_split(thread const accumulator &acc, thread const q_block 
                             constant mfa_metal_call &call, thread const simdgroup_coord &sg, device float *partials)
 {
     constant mfa_args &args = call.args;
-    long rows = q.seq.q_len * call.pack_gqa, first = (q.seq.batch * args.kv_heads + q.kv_head) * rows;
+    long first = packed_row_index(call, q.seq, q.kv_head, 0);
     UNROLL
     for (int r = 0; r < LANE_ROWS; r++) {
         device float *to = partials + ((first + q.row[r]) * call.splits + split) * (args.value_dim + 2);

@@ -84,7 +84,7 @@ METAL_FUNC void mask_range_add_alibi(thread mask_range &r, thread const score_op
                                      constant mfa_metal_call &call, thread const sequence &seq, int head, int i, int j,
                                      float direction)
 {
-    r.slope = in.slopes[q_offset(seq, call.args.slopes, head, 0)] * call.bias_factor;
+    r.slope = in.slopes[head_offset(seq, call.args.slopes, head)] * call.bias_factor;
     r.distance = float(i + seq.kv_len - seq.q_len - j);
     r.direction = direction;
 }
@@ -121,8 +121,8 @@ METAL_FUNC void mask_range_of_query(thread mask_range &r, thread const score_ope
 #endif
     r.low = 0, r.high = q.valid ? seq.kv_len - 1 : -1;
 #if defined(BAND)
-    r.low = q.i + int(call.args.lower);
-    r.high = min(r.high, q.i + int(call.args.upper));
+    r.low = q.i + band_lower(call, seq);
+    r.high = min(r.high, q.i + band_upper(call, seq));
 #endif
 }
 
@@ -136,8 +136,8 @@ METAL_FUNC void mask_range_of_key(thread mask_range &r, thread const score_opera
 #endif
     r.low = 0, r.high = key < seq.kv_len ? seq.q_len - 1 : -1;
 #if defined(BAND)
-    r.low = key - int(call.args.upper);
-    r.high = min(r.high, key - int(call.args.lower));
+    r.low = key - band_upper(call, seq);
+    r.high = min(r.high, key - band_lower(call, seq));
 #endif
 }
 

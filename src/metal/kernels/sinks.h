@@ -5,7 +5,7 @@
 /* The sink of a query head, in units of log 2; finite, so that no difference is NaN unless it is itself. */
 METAL_FUNC float sink_of(device const float *sinks, constant mfa_args &args, thread const sequence &seq, int head)
 {
-    float sink = sinks[q_offset(seq, args.sinks, head, 0)] * LOG2E;
+    float sink = sinks[head_offset(seq, args.sinks, head)] * LOG2E;
     return sink < SINK_MIN ? SINK_MIN : sink;
 }
 
