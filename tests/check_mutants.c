@@ -40,12 +40,17 @@ static const struct {
      {0}},
     {"both f16 b8 h1 q40 kv100 d16 seqused_k leftpad_k", 7, {0}},
     {"forward f16 b4 h2 q1 kv600 d64 varlen_q total_q3 seqused_k leftpad_k bottom_right upper0 sinks", 7, {0}},
+    {"forward f16 b2 h1 q20 kv150 d64 page_size24 kv_batch15", 7, {0}},
+    {"forward f16 b2 h1 q20 kv150 d64 page_size64 kv_batch7", 7, {0}},
+    {"forward f16 b2 h1 q1 kv150 d64 page_size24 kv_batch15 leftpad_k", 7, {0}},
+    {"forward f16 b2 h1 q4 kv150 d64 page_size24 kv_batch15 leftpad_k", 7, {0}},
     {"forward f16 b4 h2 q4 kv600 d64 varlen_q total_q11 seqused_k leftpad_k bottom_right upper0 sinks", 7, {0}},
 };
 
 #define BIT(kernel) (UINT32_C(1) << MFA_METAL_##kernel)
 #define QUERY_BLOCKS (BIT(FORWARD) | BIT(DECODE) | BIT(DECODE_VECTOR) | BIT(BACKWARD_DQ)) /* own these */
 #define WALKS (QUERY_BLOCKS | BIT(BACKWARD_DKV))
+#define PAGES (BIT(FORWARD) | BIT(DECODE) | BIT(DECODE_VECTOR))
 #define ANY UINT32_MAX
 
 static const struct {
@@ -63,6 +68,11 @@ static const struct {
     {"D and L of packed queries begin in row 0", "q_rows_of(args) + seq.q_row + i", "q_rows_of(args) + i",
      BIT(BACKWARD_DQ) | BIT(BACKWARD_DKV)},
     {"the band counts from the first query and key", "args.bottom_right ?", "false ?", WALKS},
+    {"the page of a row is the next one", "mulhi(2 * n, source.multiplier)", "mulhi(2 * n + 64, source.multiplier)",
+     PAGES},
+    {"a row of a page is that of the first", "at.row * source.page.row_stride", "0 * source.page.row_stride", PAGES},
+    {"rows of two pages are taken for a piece of one", "if (source.in_pieces)", "if (true)",
+     BIT(FORWARD) | BIT(DECODE)},
     {"queries go on after the end of a sequence", "q.first >= q.seq.q_len * int(call.pack_gqa)", "false", QUERY_BLOCKS},
     {"keys go on after the end of a sequence", "k.first >= k.seq.kv_len", "false", BIT(BACKWARD_DKV)},
     {"merged rows have the first entry's sink", "row < rows.first + rows.count ? first", "row >= 0 ? 0", BIT(MERGE)},

@@ -160,6 +160,19 @@ static mfa_int vec4(const mfa_problem *p, const mfa_buffers *buffers)
     return bits;
 }
 
+/* Rows are below 2^30, so a larger page is as good as one of 2^30. They are divided by a multiplication (Granlund and
+ * Montgomery, Division by invariant integers using multiplication, PLDI'94): exact for numbers below 2^31. */
+static void set_page_size(struct mfa_metal_call *call, int64_t page_size)
+{
+    const int64_t most = 1 << 30, size = page_size < most ? page_size : most;
+    if (size == 0)
+        return;
+    while (INT64_C(1) << call->page_shift < size)
+        call->page_shift++;
+    call->page_multiplier = (INT64_C(1) << (31 + call->page_shift)) / size + 1;
+    call->args.page_size = size;
+}
+
 static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choice *choice, const mfa_buffers *buffers)
 {
     const double log2e = 1.4426950408889634074;
@@ -170,6 +183,7 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
         call.args.kv_len = 0;
     if (p->lower > p->upper) /* no query attends to any key, nor does a block of them */
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
+    set_page_size(&call, p->page_size);
     call.pack_gqa = call.args.q_heads_per_kv, call.splits = mfa_metal_tiling_of(choice).splits;
     call.present = present(buffers), call.vec4 = vec4(p, buffers);
     const double unit = p->pass == MFA_FORWARD ? log2e : 1;

@@ -208,6 +208,8 @@ static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)
     if (key->head_dim < 1 || key->head_dim > MFA_DIM_MAX || key->value_dim < 1 || key->value_dim > MFA_DIM_MAX)
         return mfa_fail(MFA_UNSUPPORTED, "the key's head_dim is %d and its value_dim %d; %s exists for 1 to %d",
                         key->head_dim, key->value_dim, name, MFA_DIM_MAX);
+    if (key->pass == MFA_BACKWARD && (key->features & MFA_FEATURE_PAGED))
+        return mfa_fail(MFA_UNSUPPORTED, "the key has pages; %s exists for none in the backward pass", name);
     if (entry->needs == VARLEN && !(key->features & MFA_FEATURE_VARLEN))
         return mfa_fail(MFA_UNSUPPORTED, "the key has no varlen; %s is for those with it", name);
     if ((entry->needs == ADDITIVE && !additive) || (entry->needs == MASK && !masked))

@@ -243,8 +243,6 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->k_type || p->v_type)
         return mfa_fail(MFA_UNSUPPORTED, "k_type is %s and v_type %s; Metal kernels exist for same",
                         mfa_kv_type_name(p->k_type), mfa_kv_type_name(p->v_type));
-    if (p->page_size)
-        return mfa_fail(MFA_UNSUPPORTED, "page_size is %lld; Metal kernels exist for 0", (long long)p->page_size);
     return supports_sizes(p);
 }
 

@@ -17,11 +17,12 @@
 #define LENGTH 2048        /* of the sequence that a threadgroup walks along; half of it if causal, as on average */
 #define DECODE_LENGTH 8192 /* keys of a decode step */
 #define MAP_BLOCK 64       /* queries, and keys, of a block of a map */
+#define PAGE 16            /* keys of a page */
 #define SEED 1             /* of the inputs */
 
 struct item {
     enum mfa_metal_kernel kernel;
-    int family, dtype, dim, causal, dropout, map;
+    int family, dtype, dim, causal, dropout, map, packed, paged;
     int heads; /* for each KV head */
 };
 
@@ -44,6 +45,12 @@ static mfa_problem problem_of(const struct item *item, int q_len, int kv_len)
         problem.upper = kv_len > q_len ? kv_len - q_len : 0;
     if (item->map) {
         problem.block_map_q = problem.block_map_kv = MAP_BLOCK;
+        mfa_problem_make_dense(&problem);
+    }
+    if (item->packed)
+        problem.varlen_q = problem.varlen_kv = 1, problem.total_q = q_len, problem.total_kv = kv_len;
+    if (item->paged) {
+        problem.page_size = PAGE, problem.kv_batch = kv_len / PAGE;
         mfa_problem_make_dense(&problem);
     }
     return problem;
@@ -70,6 +77,21 @@ static mfa_problem problem_of_case(const struct item *item)
     return problem_of(item, tile->block_q > 8 ? tile->block_q : 16, length);
 }
 
+/* Opens the inputs of a case; if it is packed, ones whose only sequence has all rows. */
+static uint64_t open_inputs(struct inputs *inputs, const mfa_problem *p, const char *text)
+{
+    uint64_t seed = SEED;
+    inputs_open(inputs, p, (struct variant){0}, seed, text);
+    while (p->varlen_q && (inputs->values[REFERENCE_CU_SEQLENS_Q][0] > 0 ||
+                           inputs->values[REFERENCE_CU_SEQLENS_Q][1] < (double)p->q_len ||
+                           inputs->values[REFERENCE_CU_SEQLENS_K][0] > 0 ||
+                           inputs->values[REFERENCE_CU_SEQLENS_K][1] < (double)p->kv_len)) {
+        inputs_close(inputs);
+        inputs_open(inputs, p, (struct variant){0}, ++seed, text);
+    }
+    return seed;
+}
+
 /* The products of 8 x 8 matrices that the visible scores need. */
 static double useful_products(const struct item *item)
 {
@@ -79,7 +101,7 @@ static double useful_products(const struct item *item)
     double scores = 0;
     char text[256];
     mfa_problem_print(&p, text, sizeof text);
-    inputs_open(&inputs, &p, (struct variant){0}, SEED, text);
+    open_inputs(&inputs, &p, text);
     const struct reference_view map = reference_view(&p, REFERENCE_BLOCK_MAP, inputs.values[REFERENCE_BLOCK_MAP]);
     for (int64_t i = 0; i < p.q_len; i++) {
         const int64_t last = item->causal ? i + p.upper : p.kv_len - 1;
@@ -98,10 +120,10 @@ static int differs(struct item item)
     return item.dtype == MFA_BF16 || memcmp(own, tile_of(&item), sizeof *own);
 }
 
-enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, MAP, VARIANTS };
+enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, MAP, PACKED, PAGED, VARIANTS };
 
-/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows, with dropout, and with a block
- * map. */
+/* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows, with dropout, with a block map,
+ * of packed sequences, and in pages. */
 static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant)
 {
     const int usual = dim == 64 || dim == 128;
@@ -109,6 +131,10 @@ static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant
         return dtype == MFA_F16 && usual && !decodes(kernel);
     if (variant == MAP)
         return dtype == MFA_F16 && dim == 64 && !decodes(kernel);
+    if (variant == PACKED)
+        return dtype == MFA_F16 && dim == 64 && (kernel == MFA_METAL_FORWARD || kernel == MFA_METAL_BACKWARD_DKV);
+    if (variant == PAGED)
+        return dtype == MFA_F16 && dim == 128 && (kernel == MFA_METAL_FORWARD || decodes(kernel));
     if (variant)
         return dtype == MFA_F16 && usual && kernel != MFA_METAL_DECODE;
     return usual || (dtype != MFA_BF16 && dim > 128) || (dtype == MFA_F16 && !decodes(kernel));
@@ -129,8 +155,9 @@ static int list_cases(struct item *items)
                         const int heads = kernels[k] == MFA_METAL_DECODE             ? 8
                                           : variant == CAUSAL_OR_TWO_ROWS && !causal ? 2
                                                                                      : 1;
-                        const struct item item = {kernels[k],         family,         dtypes[t], dims[d], causal,
-                                                  variant == DROPOUT, variant == MAP, heads};
+                        const struct item item = {
+                            kernels[k],         family,         dtypes[t],         dims[d],          causal,
+                            variant == DROPOUT, variant == MAP, variant == PACKED, variant == PAGED, heads};
                         if (is_case(kernels[k], dtypes[t], dims[d], variant) && (family == 7 || differs(item)))
                             items[count++] = item;
                     }
@@ -146,11 +173,13 @@ static void print_case(int number, const struct item *item)
     snprintf(name, sizeof name, "%d-head%s", item->heads, item->heads > 1 ? "s" : "");
     printf("%d %s %d %s %d %s %dx%d %dx%dx%d %.3f %lld\n", number, mfa_metal_source_function(item->kernel),
            item->family, dtypes[item->dtype], item->dim,
-           decodes(item->kernel) ? name
-           : item->causal        ? "causal"
-           : item->dropout       ? "dropout"
-           : item->map           ? "map"
-                                 : "full",
+           item->paged             ? "paged"
+           : item->packed          ? "packed"
+           : decodes(item->kernel) ? name
+           : item->causal          ? "causal"
+           : item->dropout         ? "dropout"
+           : item->map             ? "map"
+                                   : "full",
            tile->block_q, tile->block_kv, tile->row_groups, tile->split, tile->key_groups, useful_products(item),
            (long long)problem.kv_len);
 }
@@ -192,7 +221,10 @@ static int run_case(const struct item *item)
     struct metal_trace trace;
     counted = item;
     mfa_problem_print(&one.problem, one.text, sizeof one.text);
-    test_case_open(&test_case, &one, (struct variant){0}, SEED);
+    struct inputs inputs;
+    const uint64_t seed = open_inputs(&inputs, &one.problem, one.text);
+    inputs_close(&inputs);
+    test_case_open(&test_case, &one, (struct variant){0}, seed);
     operands_open(&operands, &test_case.inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     mfa_status status = metal_run(&operands, target, 0, &trace);
     operands_collect(&operands, &results);

@@ -23,7 +23,8 @@ static void vary_lengths(mfa_problem *p, int n)
     p->bottom_right = n % 5 < 3;
     p->total_q = p->varlen_q ? p->batch * p->q_len - n % 3 : 0;
     p->total_kv = p->varlen_kv ? p->batch * p->kv_len - 5 : 0;
-    p->cache_batch_idx = n % 8 == 3, p->kv_batch = p->cache_batch_idx ? 4 : 0;
+    p->cache_batch_idx = n % 8 == 3, p->page_size = n % 4 == 2 ? (n % 3 == 0 ? 7 : n % 3 == 1 ? 16 : 64) : 0;
+    p->kv_batch = p->cache_batch_idx ? 4 : p->page_size ? 11 : 0;
     mfa_problem_make_dense(p);
 }
 
@@ -117,8 +118,6 @@ int problems_random(struct generated *g, uint64_t seed, int n)
         random_block_map(&r, &g->problem);
     if (program.problem.seqused_k)
         random_varlen(&r, &g->problem);
-    if (g->problem.page_size)
-        g->problem.page_size = g->problem.kv_batch = 0;
     mfa_problem_make_dense(&g->problem);
     random_memory(&r, &g->problem, &g->variant, &g->arrangement);
     g->variant.map_broadcast = (int)random_between(&r, 0, 11);

@@ -198,6 +198,8 @@ static void test_unsupported_keys(void **state)
     expect_unsupported(&good, MFA_METAL_BLOCK_MASK, "no mask; block_mask");
     key.pass = MFA_BACKWARD, key.features = MFA_FEATURE_MASK_BOOL;
     expect_unsupported(&key, MFA_METAL_DBIAS, "bool mask; attention_dbias is for those with an additive one");
+    key.features |= MFA_FEATURE_VARLEN | MFA_FEATURE_PAGED;
+    expect_unsupported(&key, MFA_METAL_BACKWARD_DQ, "pages; attention_backward_dq exists for none");
     expect_unsupported(&good, MFA_METAL_UNUSED_QUERIES, "no varlen; unused_queries");
     key = good, key.pass = 7;
     expect_unsupported(&key, MFA_METAL_FORWARD, "pass is 7");
@@ -365,6 +367,32 @@ static void test_lengths(void **state)
     expect_kernels(&p, 0);
 }
 
+/* The kernels' division by the size of a page, for numbers of rows up to the most that there are. */
+static void test_pages(void **state)
+{
+    static const int64_t sizes[] = {
+        1, 2, 3, 7, 16, 100, 255, 256, 257, 65537, (1 << 29) + 1, 1 << 30, INT64_C(1) << 40};
+    (void)state;
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        mfa_problem p;
+        struct listed l;
+        mfa_problem_init(&p, 1, 1, 1, 1, 1 << 30, 8, 8);
+        p.page_size = sizes[s], p.kv_batch = 5;
+        p.block_table_layout.column = 1;
+        list(&p, &l);
+        const struct mfa_metal_call *call = &l.list[0].call;
+        assert_in_range(call->page_multiplier, 1, UINT32_MAX);
+        for (int64_t n = 0; n < 1 << 30; n += n < 1000 ? 1 : 1 + n % 99991)
+            for (int64_t at = n; at <= n + 1; at++) { /* and the rows around the next end of a page */
+                const int64_t row = at > n ? (n / sizes[s] + 1) * sizes[s] - 1 : n;
+                if (row < 1 << 30 &&
+                    (uint64_t)(2 * row * call->page_multiplier) >> 32 >> call->page_shift != (uint64_t)(row / sizes[s]))
+                    fail_msg("page of row %lld, of pages of %lld", (long long)row, (long long)sizes[s]);
+            }
+        assert_int_equal(call->args.page_size, sizes[s] < 1 << 30 ? sizes[s] : 1 << 30);
+    }
+}
+
 /* The sum of a broadcast dbias is split; a dbias that is not broadcast is not. */
 static void test_bias_parts(void **state)
 {
@@ -471,6 +499,7 @@ int main(void)
         cmocka_unit_test(test_unsupported_sizes),
         cmocka_unit_test(test_lists),
         cmocka_unit_test(test_lengths),
+        cmocka_unit_test(test_pages),
         cmocka_unit_test(test_bias_parts),
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_vec4_loads),

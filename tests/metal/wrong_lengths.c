@@ -60,6 +60,9 @@ void basics_check_wrong_lengths(const struct gpu_settings *settings)
         "both f16 b2 h2 q33 kv70 d64 varlen_q total_q40 varlen_kv total_kv90 seqused_k block_map_q16 block_map_kv16",
         "forward f16 b3 h8/2 q1 kv1100 d64 varlen_q total_q3 cache_batch_idx kv_batch2 seqused_k leftpad_k",
         "forward f16 b2 h2 q1 kv900 d64 cache_batch_idx kv_batch2 seqused_k alibi",
+        "forward f16 b2 h2 q33 kv150 d64 page_size32 kv_batch3 seqused_k varlen_q total_q50",
+        "forward f16 b2 h4/2 q1 kv900 d64 page_size16 kv_batch3 seqused_k leftpad_k",
+        "forward f16 b2 h8/2 q1 kv900 d72v40 page_size7 kv_batch3 seqused_k",
     };
     struct gpu_settings checked = *settings;
     for (size_t n = 0; n < sizeof lines / sizeof *lines; n++) {

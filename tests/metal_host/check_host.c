@@ -35,6 +35,7 @@ static const char *problems[] = {
     "both any b3 h4/2 q33 kv70 d64 varlen_q total_q60 varlen_kv total_kv150 seqused_k causal bottom_right mask_f32 "
     "sinks",
     "forward f16 b2 h4/2 q1 kv1100 d64 cache_batch_idx kv_batch3 seqused_k leftpad_k",
+    "forward f16 b2 h8/2 q1 kv1100 d128 page_size16 kv_batch80 seqused_k",
 };
 
 static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)

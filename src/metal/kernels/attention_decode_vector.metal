@@ -76,6 +76,41 @@ METAL_FUNC void load_vector(thread float *x, thread const row_source &source, th
         x[n] = widen(storage(run[n / 4][n % 4]));
 }
 
+#if defined(PAGED)
+/* Where the simdgroup's keys of a block lie. */
+typedef paged_rows<KEYS_OF_SIMDGROUP> key_places;
+
+METAL_FUNC void find_keys(thread key_places &places, thread const kv_source &source, thread const kv_cursor &cursor,
+                          thread const simdgroup_coord &sg)
+{
+    look_up_rows(places, source, cursor.key + sg.key_group * KEYS_OF_SIMDGROUP, sg.lane);
+}
+
+template <int RUNS>
+METAL_FUNC void load_key(thread float *x, thread const kv_source &source, thread const kv_cursor &cursor,
+                         thread const key_places &places, int t, int first)
+{
+    device const storage *row = source.page.base + offset_of_row(places, t % KEYS_OF_SIMDGROUP);
+    int rows = cursor.key + t < source.page.rows ? 1 : 0;
+    load_vector<RUNS>(x, source.page, tile_cursor{row, 0, rows, 0, 0}, 0, first);
+}
+#else
+struct key_places {
+};
+
+METAL_FUNC void find_keys(thread key_places &, thread const kv_source &, thread const kv_cursor &,
+                          thread const simdgroup_coord &)
+{
+}
+
+template <int RUNS>
+METAL_FUNC void load_key(thread float *x, thread const kv_source &source, thread const kv_cursor &cursor,
+                         thread const key_places &, int t, int first)
+{
+    load_vector<RUNS>(x, source, cursor, t, first);
+}
+#endif
+
 /* Updates m, l and O of the first rows for the scores of the lane's key, number `key` of the simdgroup's. */
 METAL_FUNC void add_key(thread accumulator &acc, thread const float *S, thread const float *V,
                         thread const kept_rows &kept, int key, int rows)
@@ -110,7 +145,7 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
                       device const storage *K_base, device const storage *V_base, thread const score_operands &in,
                       constant mfa_metal_call &call, thread const simdgroup_coord &sg)
 {
-    row_source K = k_source(K_base, call, q.seq, q.kv_head), V = v_source(V_base, call, q.seq, q.kv_head);
+    kv_source K = k_source(K_base, call, q.seq, q.kv_head), V = v_source(V_base, call, q.seq, q.kv_head);
     int column = sg.lane % COLUMN_LANES * 4, visited = 0, rows = q.seq.q_len * int(call.pack_gqa) - q.first;
     int first_key = sg.key_group * KEYS_OF_SIMDGROUP + sg.lane / COLUMN_LANES;
     float Q[LANE_ROWS * D_RUNS * 4];
@@ -131,8 +166,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
     }
 
     for (int first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
-        tile_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
-                    V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
+        kv_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
+                  V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
         int end = stretch_end(first, q.kv_blocks.end);
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
@@ -142,11 +177,14 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
             visited++;
             kept_rows kept;
             keep_rows(kept, ahead, dropped, call.args, q, block, sg);
+            key_places K_places, V_places;
+            find_keys(K_places, K, K_at, sg);
+            find_keys(V_places, V, V_at, sg);
             bool full = mask_ranges_are_full<LANE_ROWS>(ranges, BLOCK_KV);
             for (int t = first_key; t < first_key + KEYS_OF_SIMDGROUP; t += KEYS_AT_ONCE) {
                 float k[D_RUNS * 4], v[E_RUNS * 4], S[LANE_ROWS];
-                load_vector<D_RUNS>(k, K, K_at, t, column);
-                load_vector<E_RUNS>(v, V, V_at, t, column);
+                load_key<D_RUNS>(k, K, K_at, K_places, t, column);
+                load_key<E_RUNS>(v, V, V_at, V_places, t, column);
                 UNROLL
                 for (int r = 0; r < LANE_ROWS; r++) {
                     S[r] = SCORE_MASKED;

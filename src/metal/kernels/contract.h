@@ -44,8 +44,9 @@ struct mfa_metal_grid {
 struct mfa_metal_call {
     struct mfa_args args;
     struct mfa_metal_grid grid;
-    mfa_int first_group;           /* number, in that grid, of this dispatch's first threadgroup */
-    mfa_int block_q, block_kv;     /* of the kernel that visits the blocks */
+    mfa_int first_group;                 /* number, in that grid, of this dispatch's first threadgroup */
+    mfa_int block_q, block_kv;           /* of the kernel that visits the blocks */
+    mfa_int page_multiplier, page_shift; /* the page of row n: mulhi(2 n, multiplier) >> shift */
     mfa_int pack_gqa;              /* query heads packed into rows: row r is query r / pack_gqa of head r % pack_gqa */
     mfa_int splits;                /* parts of the range that each row, or element of dbias, is summed over */
     struct mfa_strides block_mask; /* of that table: 0 along dimensions on which the mask does not depend */
