@@ -63,7 +63,7 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
     fflush(stdout);
 }
 
-/* Skips cases with f64, which Metal does not have. `every`: of the case list, only one line in this many. */
+/* Skips cases with f64 and with codes, which Metal does not have. `every`: of the case list, one line in this many. */
 static void check_cases(mfa_context *context, struct arguments *arguments, int every)
 {
     struct cases cases;
@@ -75,7 +75,7 @@ static void check_cases(mfa_context *context, struct arguments *arguments, int e
     const int step = arguments->problem_count ? 1 : every;
     if (cases_open(&cases, arguments))
         while (cases_next(&cases, &one)) {
-            if (one.line % step != 0 || strstr(one.text, "f64"))
+            if (one.line % step != 0 || strstr(one.text, "f64") || one.problem.k_type || one.problem.v_type)
                 continue;
             if (arguments->list)
                 puts(one.text);
