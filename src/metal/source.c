@@ -242,6 +242,7 @@ static mfa_status write_text(const struct mfa_key *key, enum mfa_metal_kernel ke
     uint32_t included = 0;
     if (defines)
         append(&text, defines, strlen(defines));
+    append_line(&text, "#define KERNEL_%s", entries[kernel].function); /* a file may have two */
     define_types(&text, key, mfa_metal_tiles_family_of(key));
     const struct mfa_metal_tile *tile = mfa_metal_tiles_find(kernel, key);
     if (tile)

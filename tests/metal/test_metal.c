@@ -178,6 +178,29 @@ static void test_text(void **state)
     free(text);
 }
 
+/* Texts of a key are compiled together into one library, so no two have the same kernel. */
+static void test_one_kernel(void **state)
+{
+    static const enum mfa_metal_kernel kernels[][2] = {{MFA_METAL_DBIAS, MFA_METAL_DBIAS_SUM},
+                                                       {MFA_METAL_UNUSED_QUERIES, MFA_METAL_UNUSED_KEYS}};
+    struct mfa_key key = key_of(MFA_BACKWARD, MFA_F16, 64, 64, 7);
+    (void)state;
+    key.features = MFA_FEATURE_MASK_ADDITIVE | MFA_FEATURE_VARLEN, key.mask_dtype = MFA_F16;
+    for (int n = 0; n < 4; n++) {
+        char *text, guard[64];
+        const char *own = mfa_metal_source_function(kernels[n / 2][n % 2]);
+        const char *other = mfa_metal_source_function(kernels[n / 2][1 - n % 2]);
+        assert_int_equal(mfa_metal_source_write(&key, kernels[n / 2][n % 2], NULL, &text), MFA_OK);
+        snprintf(guard, sizeof guard, "#define KERNEL_%s\n", own);
+        assert_int_equal(count(text, guard), 1);
+        snprintf(guard, sizeof guard, "#define KERNEL_%s\n", other);
+        assert_int_equal(count(text, guard), 0);
+        snprintf(guard, sizeof guard, "#if defined(KERNEL_%s)\nkernel void %s(", other, other);
+        assert_int_equal(count(text, guard), 1);
+        free(text);
+    }
+}
+
 static void expect_unsupported(const struct mfa_key *key, int kernel, const char *words)
 {
     char *text = NULL;
@@ -494,6 +517,7 @@ int main(void)
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_families),
         cmocka_unit_test(test_text),
+        cmocka_unit_test(test_one_kernel),
         cmocka_unit_test(test_unsupported_keys),
         cmocka_unit_test(test_unsupported_problems),
         cmocka_unit_test(test_unsupported_sizes),

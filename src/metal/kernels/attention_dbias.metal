@@ -164,6 +164,7 @@ METAL_FUNC void reduce_tile(thread float2 *sum, constant mfa_args &args, threadg
             sum[f] += exchange[((simdgroup + s) % (BLOCK / 8) * FRAGMENTS + f) * 32 + lane];
 }
 
+#if defined(KERNEL_attention_dbias)
 kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
                             device const storage *Q [[buffer(6)]], device const storage *K [[buffer(7)]],
                             device const storage *V [[buffer(8)]], SCORE_BUFFERS,
@@ -198,7 +199,9 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]] INDEX_BU
         }
     }
 }
+#endif
 
+#if defined(KERNEL_attention_dbias_sum)
 kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], device mask_storage *dbias [[buffer(17)]],
                                 device const float *partials [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
                                 uint index [[thread_index_in_threadgroup]])
@@ -212,3 +215,4 @@ kernel void attention_dbias_sum(constant mfa_metal_call &call [[buffer(0)]], dev
         store_bias(dbias, call, own, element / BLOCK, element % BLOCK, sum);
     }
 }
+#endif

@@ -47,6 +47,7 @@ METAL_FUNC void clear_row(device storage *row, long step, mfa_int columns, uint 
         row[d * step] = storage(0);
 }
 
+#if defined(KERNEL_unused_queries)
 kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device storage *O [[buffer(10)]],
                            device uint *L [[buffer(11)]], device storage *dQ [[buffer(14)]],
                            device storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
@@ -74,7 +75,9 @@ kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUF
             clear_row(dQ + q_offset(seq, args.dq, own.head, i), args.dq.column, args.head_dim, lane);
     }
 }
+#endif
 
+#if defined(KERNEL_unused_keys)
 kernel void unused_keys(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device storage *dK [[buffer(15)]],
                         device storage *dV [[buffer(16)]], uint group [[threadgroup_position_in_grid]],
                         uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
@@ -104,3 +107,4 @@ kernel void unused_keys(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFER
             clear_row(dV + kv_offset(seq, args.dv, own.head, j), args.dv.column, args.value_dim, lane);
     }
 }
+#endif
