@@ -25,7 +25,7 @@ METAL_FUNC row_source row_source_of(device const storage *base, constant mfa_met
 }
 
 #if defined(PAGED)
-#define PIECE_ROWS 16 /* most pages have a multiple of them */
+#define PIECE_ROWS (BLOCK_KV < 16 ? BLOCK_KV : 16) /* most pages have a multiple of them */
 
 /* The rows of one head of K or V that lie in pages. */
 struct kv_source {
@@ -253,15 +253,15 @@ template <int ROWS, int COLUMNS, int LANES>
 METAL_FUNC void load_tile(threadgroup storage *tile, thread const kv_source &source, thread const kv_cursor &cursor,
                           uint thread_index)
 {
-    constexpr int RUNS = COLUMNS / 4, PAIRS = ROWS / 2, PIECE = ROWS < PIECE_ROWS ? ROWS : PIECE_ROWS;
+    constexpr int RUNS = COLUMNS / 4, PAIRS = ROWS / 2;
     thread const row_source &page = source.page;
     int rows = page.rows - cursor.key;
     if (source.in_pieces) {
         UNROLL
-        for (int n = 0; n < ROWS; n += PIECE) {
+        for (int n = 0; n < ROWS; n += PIECE_ROWS) {
             paged_row at = paged_row_of(source, min(cursor.key + n, page.rows - 1));
             tile_cursor piece = tile_cursor{page.base + paged_offset(source, at), 0, rows - n, 0, 0};
-            load_tile<PIECE, COLUMNS, LANES>(tile + TILE_ROW(n, COLUMNS), page, piece, thread_index);
+            load_tile<PIECE_ROWS, COLUMNS, LANES>(tile + TILE_ROW(n, COLUMNS), page, piece, thread_index);
         }
         return;
     }
