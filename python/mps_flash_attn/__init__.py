@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 from .library import Unsupported
 
 if TYPE_CHECKING:
-    from .attention import Explanation, explain, flash_attention
+    from .attention import flash_attention
     from .dropout import dropout_mask
+    from .explanation import Explanation, explain
     from .flash_attn import install_flash_attn, uninstall_flash_attn
     from .frameworks import comfyui_attention, register_transformers
     from .migration import convert_mask
     from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
     from .stats import sdpa_stats, sdpa_thresholds
     from .torch_host import is_available
+    from .varlen import flash_attention_kvcache, flash_attention_varlen
 
     __version__: str
 
@@ -35,6 +37,8 @@ __all__ = [
     "dropout_mask",
     "explain",
     "flash_attention",
+    "flash_attention_kvcache",
+    "flash_attention_varlen",
     "install_flash_attn",
     "is_available",
     "register_transformers",
@@ -47,14 +51,16 @@ __all__ = [
 ]
 
 _MODULES = {  # with the public names that each has
-    "attention": ("Explanation", "explain", "flash_attention"),
+    "attention": ("flash_attention",),
     "dropout": ("dropout_mask",),
+    "explanation": ("Explanation", "explain"),
     "flash_attn": ("install_flash_attn", "uninstall_flash_attn"),
     "frameworks": ("comfyui_attention", "register_transformers"),
     "migration": ("convert_mask",),
     "sdpa": ("replace_sdpa", "replaced_sdpa", "restore_sdpa"),
     "stats": ("sdpa_stats", "sdpa_thresholds"),
     "torch_host": ("is_available",),
+    "varlen": ("flash_attention_kvcache", "flash_attention_varlen"),
 }
 
 

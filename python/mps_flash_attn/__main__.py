@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import check, display, precompiling, sdpa, tuning
-from .attention import Explanation
+from .explanation import Explanation
 from .library import DEVICES, changed, library, scalars
 from .torch_host import unavailable_reason
 

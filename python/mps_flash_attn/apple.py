@@ -7,7 +7,7 @@ import subprocess
 
 import torch
 
-from .attention import Explanation
+from .explanation import Explanation
 from .library import library
 
 

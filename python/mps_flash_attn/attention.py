@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from . import arguments, dispatch_cache, dropout, problem, subclasses, tensors
-from . import block_mask as block_masks
+from . import calls, dispatch_cache, problem, subclasses, tensors
 from .arguments import BlockSize, Causal
-from .autograd import EAGER, Attention, CachedCall, Call, is_differentiated
+from .autograd import EAGER, CachedCall, Call
 from .block_mask import BlockMask
-from .library import Unsupported, library
-from .operators import attention_forward
-from .options import Options
-from .run import forward
 from .transforms import needs_operator
 
 _is_compiling = torch.compiler.is_compiling  # a global name: each attribute lookup costs time in every call
-_OPTIONAL = problem.Inputs._field_defaults
 
 
 @overload
@@ -181,8 +174,8 @@ def flash_attention(
     mask, bias = subclasses.split(attn_mask)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
-    others = mask, sinks, alibi_slopes, seed, blocks
-    given = [query, key, value, *(tensor for tensor in others if tensor is not None)]
+    inputs: Any = query, key, value, mask, sinks, alibi_slopes, seed, blocks, *problem.NO_LENGTHS
+    given = [query, key, value, *(tensor for tensor in inputs[3:] if tensor is not None)]
     if not by_operator and needs_operator(*given):
         by_operator = True
         if subclasses.have_torch_function(*given):
@@ -190,187 +183,24 @@ def flash_attention(
             keywords |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
             keywords |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
             keywords |= {"block_mask": block_mask, "block_size": block_size}
-            arguments: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
-            return handle_torch_function(flash_attention, given, *arguments, **keywords)
-        readable = _check_readable(query, key, value, *others)
-        query, key, value, mask, sinks, alibi_slopes, seed, blocks = readable
-    sinks = _sinks(sinks, query)
-    if block_mask is not None or block_size is not None:
-        _check_heads(query, key, value, mask, enable_gqa)
-    blocks, size, mask = block_masks.resolve(block_mask if blocks is None else blocks, block_size, query, key, mask)
-    is_cast = not by_operator and tensors.is_autocast(query)
-    if is_cast:  # the operators have a rule for autocast of their own
-        query, key, value, mask = tensors.autocast(query, key, value, mask)
-    _check_heads(query, key, value, mask, enable_gqa)
-    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p, size)
-    seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query)
-    sinks, slopes = problem.of_heads("sinks", sinks, query), _slopes(alibi_slopes, query)
-    inputs = query, key, value, mask, sinks, slopes, seed, blocks
-    if by_operator:
-        out, lse = attention_forward(*inputs, *options)
-        return (out, lse) if return_lse else out
-    call = Call(EAGER, options, bool(return_lse))
-    if not is_cast and bias is None and all(one is None for one in inputs[problem.OF_SDPA :]):
-        dispatch_cache.insert(query, key, value, mask, options_key, CachedCall, call)
-    if is_differentiated(*inputs):
-        return Attention.apply(*inputs, call)
-    out, lse = forward(inputs, options, return_lse)
-    return (out, lse) if return_lse else out
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """How a call would run, or why it is not supported: then `reason` is set, and the object is false.
-
-    These are its fields:
-
-        backend          cpu or metal
-        kernel           its key, such as forward_f32_d64_q48_k192_avx512
-        threads          how many threads of the CPU it uses
-        workspace_bytes  the memory that it needs beside the operands
-        reason           why the call is not supported; empty if it is
-        waits            on MPS: why it would have to wait for PyTorch's stream, which is slow; empty if it would not
-    """
-
-    backend: str = ""
-    kernel: str = ""
-    threads: int = 0
-    workspace_bytes: int = 0
-    reason: str = ""
-    waits: str = ""
-
-    def __bool__(self) -> bool:
-        return not self.reason
-
-    def __str__(self) -> str:
-        if self.reason:
-            return f"not supported: {self.reason}"
-        line = f"{self.backend} {self.kernel} threads {self.threads} workspace {self.workspace_bytes}"
-        return f"{line}; waits for PyTorch's stream: {self.waits}" if self.waits else line
-
-    @property
-    def machine(self) -> str:
-        """The instruction set or GPU family of the kernel: the last word of its key, such as avx512."""
-        return self.kernel.rpartition("_")[2]
-
-    @classmethod
-    def of(cls, problem: bytes) -> Explanation:
-        """The Explanation of a packed problem, by libmfa."""
-        try:
-            line, workspace = library().plan(problem)
-        except Unsupported as error:
-            return cls(reason=str(error))
-        backend, kernel, *rest = line.split()
-        fields = dict(zip(rest[::2], rest[1::2]))
-        waits = library().waits(problem) if backend == "metal" else ""
-        return cls(backend, kernel, int(fields["threads"]), workspace, waits=waits)
-
-
-def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: Causal = False,
-    scale: float | None = None,
-    attn_mask: Tensor | None = None,
-    window_size: int | tuple[int, int] = 0,
-    *,
-    softcap: float = 0,
-    enable_gqa: bool = False,
-    backward: bool = False,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0,
-    dropout_seed: Tensor | int | None = None,
-    block_mask: BlockMask | Tensor | None = None,
-    block_size: BlockSize | None = None,
-) -> Explanation:
-    """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
-    needs beside the operands; or why the call is not supported. Nothing is computed.
-
-    The arguments are those of flash_attention(). `backward`: explains their gradients in place of the result. Wrong
-    arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is not supported
-    does not raise."""
-    mask, bias = subclasses.split(attn_mask)
-    seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
-    blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
-    *operands, sinks, slopes, seed, blocks = _check_readable(query, key, value, mask, sinks, alibi_slopes, seed, blocks)
-    query, key, value, mask = operands
-    _check_heads(query, key, value, mask, enable_gqa)
-    blocks, size, mask = block_masks.resolve(block_mask if blocks is None else blocks, block_size, query, key, mask)
-    sinks = _sinks(sinks, query)
-    if tensors.is_autocast(query):
-        query, key, value, mask = tensors.autocast(query, key, value, mask)
-    options = _options(query, key, bias, is_causal, window_size, scale, softcap, dropout_p, size)
-    if options.dropout and dropout_seed is None:  # none is drawn where nothing is computed
-        seed = query.new_empty(1, dtype=torch.int64)
-    seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query)
-    sinks = problem.of_heads("sinks", sinks, query)
-    inputs = problem.Inputs(query, key, value, mask, sinks, _slopes(slopes, query), seed, blocks)
-    problem.check(inputs, options)
-    tensors.refuse_short_storage(**inputs._asdict())
-    out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
-    try:
-        if backward:
-            wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool, sinks is not None)
-            gradients = map(tensors.gradient, inputs, wanted)
-            of_backward = problem.Operands(inputs, out, rows, out, None)
-            return Explanation.of(problem.pack_backward(of_backward, options, gradients))
-        return Explanation.of(problem.pack_forward(inputs, options, out))
-    except Unsupported as error:
-        return Explanation(reason=str(error))
-
-
-def _check_readable(*inputs: Tensor | None) -> list[Any]:
-    """The Inputs, as plain tensors where possible. Raises for one that neither has memory to be read nor a class that
-    handles our operators."""
-    named = zip(problem.Inputs._fields, inputs)
-    return [None if one is None and name in _OPTIONAL else tensors.check(name, one) for name, one in named]
-
-
-def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
-    """The sinks in float32. `query`: before autocast."""
-    if not isinstance(sinks, torch.Tensor) or sinks.dtype is torch.float32:
-        return sinks
-    if sinks.dtype is not query.dtype:
-        accepted = "float32" if query.dtype is torch.float32 else f"float32, or {tensors.dtype_name(query)} as query"
-        raise TypeError(f"sinks is {tensors.dtype_name(sinks)}; it must be {accepted}")
-    return sinks.float()
-
-
-def _slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
-    """ALiBi's slopes as (batch, heads)."""
-    slopes = problem.of_heads("alibi_slopes", slopes, query)
-    if slopes is not None and slopes.requires_grad:
-        raise TypeError("alibi_slopes requires a gradient; it gets none, so it must be a tensor that does not")
-    return slopes
-
-
-def _check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> None:
-    """Raises if the number of heads differs without enable_gqa."""
-    if not query.dim() == key.dim() == 4:
-        problem.check(problem.Inputs(query, key, value, mask), Options())  # raises
-    arguments.check_gqa(query.shape[1], key.shape[1], enable_gqa)
-
-
-def _options(
-    query: Tensor,
-    key: Tensor,
-    bias: Any,
-    is_causal: Causal,
-    window_size: int | tuple[int, int],
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    block_size: tuple[int, int],
-) -> Options:
-    """The Options of a call. `bias`: a CausalBias, or None."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    lower, upper = arguments.band(is_causal, window_size, q_len, kv_len)
-    if bias is not None:
-        bound = subclasses.upper_bound(bias, q_len, kv_len)
-        upper = bound if upper is None else min(upper, bound)
-    scale = None if scale is None else arguments.number("scale", scale)
-    return Options(
-        lower, upper, scale, arguments.number("softcap", softcap), arguments.probability(dropout_p), *block_size
+            positional: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
+            return handle_torch_function(flash_attention, given, *positional, **keywords)
+        inputs = calls.check_readable(*inputs)
+    calls.check_heads(inputs, enable_gqa)
+    is_cast = not by_operator and tensors.is_autocast(inputs[0])  # the operators have a rule for autocast of their own
+    inputs, options = calls.resolve(
+        inputs,
+        calls.band(is_causal, window_size),
+        scale,
+        softcap,
+        dropout_p,
+        dropout_seed,
+        block_mask,
+        block_size,
+        bias,
+        is_cast=is_cast,
     )
+    if not (by_operator or is_cast) and bias is None and all(one is None for one in inputs[problem.OF_SDPA :]):
+        call = Call(EAGER, options, bool(return_lse))
+        dispatch_cache.insert(*inputs[: problem.OF_SDPA], options_key, CachedCall, call)
+    return calls.run(inputs, options, return_lse, by_operator)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch_cache, run, tensors, transforms
+from . import dispatch_cache, lengths, run, tensors, transforms
 from .dispatch_cache import CacheEntry
 from .library import Unsupported
 from .operators import attention_backward, attention_forward, registration, run_backward_operator
 from .options import Options
-from .problem import DIFFERENTIABLE, NO_MORE, Inputs, InputsTuple, OperandsTuple
+from .problem import DIFFERENTIABLE, LENGTHS, NO_MORE, Inputs, InputsTuple, OperandsTuple
 from .transforms import below, beneath_autograd, count_of_modes, needs_operator
 
 _INPUTS = len(Inputs._fields)
@@ -60,7 +60,7 @@ class Attention(transforms.Function):
     @staticmethod
     def forward(ctx: Any, *inputs_and_call: Any) -> Any:
         *inputs, call = inputs_and_call
-        out, lse, *low = call.forward(inputs)
+        out, lse, *low = call.forward(tuple(inputs))
         ctx.save_for_backward(*inputs, out, lse, *low)
         ctx.set_materialize_grads(False)
         ctx.call = call
@@ -198,6 +198,7 @@ def _forward_with_autograd(*arguments: Any) -> Any:
     with _last_level():
         inputs, options = arguments[:_INPUTS], arguments[_INPUTS:]
         if is_differentiated(*inputs):
+            lengths.refuse_gradients(inputs[LENGTHS:], inputs[1])
             route = Route(partial(_visible_forward, below(attention_forward)), backward)
             return transforms.apply(Attention, *inputs, Call(route, Options(*options), True))
         return beneath_autograd(attention_forward, *arguments)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import tensors
-from .arguments import DEFAULT_BLOCK, BlockSize, block_map_shape, block_size_pair, check_block_map
+from .arguments import DEFAULT_BLOCK, BlockSize, block_size_pair, check_block_map
+from .lengths import Scores, blocks_of
 
 # Of a BlockMask's number of partial blocks, a tensor: (its version, whether there is any).
 _has_partial: Any = WeakTensorKeyDictionary()
@@ -35,7 +36,7 @@ def is_block_mask(block_mask: Any) -> bool:
 
 
 def resolve(
-    block_mask: Any, block_size: BlockSize | None, query: Tensor, key: Tensor, attn_mask: Tensor | None
+    block_mask: Any, block_size: BlockSize | None, scores: Scores, attn_mask: Tensor | None
 ) -> tuple[Tensor | None, tuple[int, int], Tensor | None]:
     """(which blocks are visible as (batch, heads, blocks of queries, blocks of keys), queries and keys of a block, the
     attn_mask with what mask_mod hides). Without a block_mask: (None, (0, 0), attn_mask)."""
@@ -43,7 +44,7 @@ def resolve(
         if block_size is not None:
             raise ValueError(f"block_size is {block_size!r} and block_mask None; block_size belongs to a block_mask")
         return None, (0, 0), attn_mask
-    lengths = query.shape[2], key.shape[2]
+    lengths = scores[2:]
     if is_block_mask(block_mask):
         size = block_size_pair(block_mask.BLOCK_SIZE)
         if block_size is not None and block_size_pair(block_size) != size:
@@ -54,16 +55,14 @@ def resolve(
                 f"block_mask is a BlockMask for {found[0]} queries and {found[1]} keys; it must be for the lengths of "
                 f"query and key, {lengths[0]} and {lengths[1]}"
             )
-        visible, attn_mask = _of_block_mask(
-            block_mask, size, lengths, block_map_shape(query.shape, key.shape, size)[3], attn_mask
-        )
+        visible, attn_mask = _of_block_mask(block_mask, size, lengths, blocks_of(scores, size)[3], attn_mask)
     else:
         size = DEFAULT_BLOCK if block_size is None else block_size_pair(block_size)
         if not isinstance(block_mask, torch.Tensor):
             kind = type(block_mask).__name__
             raise TypeError(f"block_mask is a {kind}; it must be a BlockMask of flex_attention or a bool tensor")
         visible = block_mask
-    return _expanded(visible, block_map_shape(query.shape, key.shape, size), size), size, attn_mask
+    return _expanded(visible, blocks_of(scores, size), size), size, attn_mask
 
 
 def elements(visible: Tensor, size: tuple[int, int], lengths: tuple[int, int]) -> Tensor:

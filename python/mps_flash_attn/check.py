@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import apple, display, reference, speed, thresholds
-from .attention import Explanation
-from .autograd import EAGER, Attention, Call
-from .library import DEVICES, changed, library, scalars
+from . import apple, calls, display, reference, speed, thresholds
+from .explanation import Explanation
+from .library import BAND_OPEN_LOWER, BAND_OPEN_UPPER, DEVICES, changed, library, scalars
 from .options import Options
 from .sdpa import torch_mps
 from .torch_host import unavailable_reason
@@ -70,6 +69,11 @@ _FEATURES = (
     "causal mask_bool alibi sinks dropout0.5",
     "block_map_q16 block_map_kv32",
     "causal block_map_q48 block_map_kv64 mask_f32 softcap5 dropout0.1",
+    "varlen_q varlen_kv total_q120 total_kv230 causal bottom_right",
+    "varlen_q varlen_kv total_q120 total_kv230 mask_f32 alibi sinks dropout0.1 seqused_k",
+    "seqused_k leftpad_k",
+    "cache_batch_idx kv_batch3 seqused_k",
+    "page_size16 kv_batch12 seqused_k leftpad_k causal bottom_right",
 )
 _SHAPES = (
     "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -79,6 +83,7 @@ _SHAPES = (
     "b1 h2 q3 kv300 d256 lower-100 upper0 mask_f32 softcap5",
     "b2 h8/2 q1 kv1100 d64 sinks",
     "b2 h8/2 q1 kv1100 d64 dropout0.1",
+    "b2 h8/2 q1 kv1100 d64 page_size32 kv_batch40 seqused_k",
     "b1 h1 q1 kv1 d64",
     "b2 h2 q5 kv0 d64",
 )
@@ -99,22 +104,29 @@ def problems(device: str) -> list[str]:
 def examine(line: str, device: str) -> Row:
     """The row of one problem: its kernels, the result whose error is the largest fraction of what is allowed, and what
     is wrong; or why it is not supported. For one of QUICK, also the times of its larger one."""
-    packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")]
+    sizes = scalars(library().parse(f"forward {line}"))
+    has_gradients = not (sizes.page_size or sizes.cache_batch_idx)
+    packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")[: 1 + has_gradients]]
     found = [Explanation.of(changed(problem, device=DEVICES[device])) for problem in packed]
     kernels = [explanation.kernel for explanation in found]
     for explanation in found:
         if not explanation:
             return {"kernels": kernels, "unsupported": explanation.reason}
-    sizes = scalars(packed[0])
-    options = Options(sizes.lower, sizes.upper, sizes.scale, sizes.softcap, sizes.dropout)
+    lower = None if sizes.lower == BAND_OPEN_LOWER else sizes.lower
+    upper = None if sizes.upper == BAND_OPEN_UPPER else sizes.upper
+    options = Options(lower, upper, sizes.scale, sizes.softcap, sizes.dropout)
     options = options._replace(block_q=sizes.block_map_q, block_kv=sizes.block_map_kv)
+    max_q = sizes.q_len if sizes.varlen_q else None
+    max_kv = sizes.kv_len if sizes.varlen_kv or sizes.page_size else None
+    options = options._replace(bottom_right=bool(sizes.bottom_right), max_q=max_q, max_kv=max_kv)
 
     def ours(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
         moved = [None if operand is None else operand.to(device) for operand in operands]
-        out, lse = Attention.apply(*moved, Call(EAGER, options, True))
+        out, lse = calls.run(tuple(moved), options, True, False)
         return out.cpu(), lse.cpu()
 
-    comparisons = list(reference.compare_results(ours, reference.operands(sizes, SEED), **options._asdict()))
+    inputs = reference.operands(sizes, SEED)
+    comparisons = list(reference.compare_results(ours, inputs, has_gradients, **options._asdict()))
     worst = max(comparisons, key=lambda comparison: comparison.error / (comparison.allowed or 1.0))
     wrong = "; ".join(comparison.wrong for comparison in comparisons if comparison.wrong)
     row = {"kernels": kernels, "result": worst.name, "error": worst.error, "allowed": worst.allowed, "wrong": wrong}

@@ -31,7 +31,7 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, dropout_seed: Tensor | 
     return mask_operator(_of_batch(seed, batch), *others, arguments.probability(dropout_p))
 
 
-def seed_of(given: Tensor | int | None, dropout: float, query: Tensor) -> Tensor | None:
+def seed_of(given: Tensor | int | None, dropout: float, query: Tensor, batch: int) -> Tensor | None:
     """The seeds of a call as (batch,), drawn if none is given; None without dropout."""
     seed = None
     if given is not None:
@@ -39,10 +39,10 @@ def seed_of(given: Tensor | int | None, dropout: float, query: Tensor) -> Tensor
         problem.check_seed(seed, query, *_SCALARS)
     if not dropout:
         return None
-    return draw(query) if seed is None else _of_batch(seed, query.shape[0])
+    return draw(query, batch) if seed is None else _of_batch(seed, batch)
 
 
-def draw(query: Tensor) -> Tensor:
+def draw(query: Tensor, batch: int) -> Tensor:
     """A new seed, as (batch,). On mps integers are drawn from ranges of 31 bits, so it is made of two."""
     words = torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=query.device)
     if transforms.vmaps_view_as_dtype or not transforms.are_active():
@@ -50,7 +50,7 @@ def draw(query: Tensor) -> Tensor:
     else:
         low, high = words.to(torch.int64)
         seed = (high << 32) | low  # the same number
-    return _of_batch(seed, query.shape[0])
+    return _of_batch(seed, batch)
 
 
 def _as_tensor(seed: Any, device: torch.device) -> Tensor:

@@ -69,7 +69,7 @@ def flash_attn_func(
     }
     if not return_attn_probs:
         return flash_attention(query, key, value, dropout_p=dropout_p, **options).transpose(1, 2)
-    seed = dropout.draw(q.new_empty(1)) if dropout_p else None
+    seed = dropout.draw(q, 1) if dropout_p else None
     out, lse = flash_attention(query, key, value, dropout_p=dropout_p, dropout_seed=seed, return_lse=True, **options)
     S_dmask = q.new_empty(0) if seed is None else _signed_weights(query, key, dropout_p, seed, options)
     return out.transpose(1, 2), lse, S_dmask

@@ -45,6 +45,13 @@ PROBLEM_FIELDS = (
     ("seed_layout", _LAYOUT),
     *((name, "q") for name in ("block_map_q", "block_map_kv")),
     ("block_map_layout", _LAYOUT),
+    *((name, "i") for name in ("varlen_q", "varlen_kv", "seqused_k", "leftpad_k", "cache_batch_idx", "bottom_right")),
+    *((name, "q") for name in ("total_q", "total_kv", "kv_batch", "page_size")),
+    *((name + "_layout", _LAYOUT) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")),
+    *((name + "_layout", _LAYOUT) for name in ("cache_batch_idx", "block_table")),
+    *((name, "i") for name in ("k_type", "v_type")),
+    *((name, "q") for name in ("k_group", "v_group")),
+    *((name + "_layout", _LAYOUT) for name in ("k_scale", "v_scale")),
 )
 BUFFERS_FIELDS = (
     ("size", "Q"),
@@ -52,6 +59,8 @@ BUFFERS_FIELDS = (
     ("workspace", _BUFFER),
     ("workspace_size", "Q"),
     *((name, _BUFFER) for name in ("o_low", "slopes", "sinks", "dsinks", "seed", "block_map")),
+    *((name, _BUFFER) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")),
+    *((name, _BUFFER) for name in ("cache_batch_idx", "block_table", "k_scale", "v_scale")),
 )
 OPTIONS_FIELDS = (("size", "Q"), ("threads", "i"), ("reserved", "i"), ("isa", "P"), ("cache", "P"), ("host", "P"))
 
@@ -63,8 +72,10 @@ def _struct(fields: Iterable[tuple[str, str]]) -> struct.Struct:
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
-# dbias o_low slopes sinks dsinks seed block_map, with zeros between them.
-BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6)
+# dbias o_low slopes sinks dsinks seed block_map, with zeros between them and for the rest, which OF_LENGTHS packs: the
+# bases of cu_seqlens_q cu_seqlens_k seqused_k leftpad_k cache_batch_idx block_table. Most calls have none of these.
+OF_LENGTHS = struct.Struct("@" + "P8x" * 6 + "16x" * 2)
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6 + f"{OF_LENGTHS.size}x")
 
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
 
@@ -97,6 +108,16 @@ class Scalars(NamedTuple):
     dropout: float
     block_map_q: int
     block_map_kv: int
+    varlen_q: int
+    varlen_kv: int
+    seqused_k: int
+    leftpad_k: int
+    cache_batch_idx: int
+    bottom_right: int
+    total_q: int
+    total_kv: int
+    kv_batch: int
+    page_size: int
 
 
 # The name of each number of an unpacked problem; the four of a layout have one name.
@@ -281,7 +302,9 @@ class Library:
 
     def waits(self, problem: bytes) -> str:
         """Why a packed problem for Metal has to wait for PyTorch's stream; "" if it does not."""
-        empty = changed(problem, batch=0, mask=MASK_NONE)  # nothing runs, and no mask is read
+        nothing = dict.fromkeys(("batch", "mask", "varlen_q", "varlen_kv", "cache_batch_idx"), 0)
+        nothing |= dict.fromkeys(("total_q", "total_kv", "kv_batch", "page_size"), 0)
+        empty = changed(problem, **nothing)  # nothing runs, and no tensor has elements
         status = self.mfa_attention(self.context, empty, _NO_BUFFERS, STREAM_TORCH)
         return self.last_error() if status == _UNAVAILABLE else ""
 

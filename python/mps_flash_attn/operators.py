@@ -12,7 +12,7 @@ autograd is in autograd.py; those for vmap and autocast are in transforms.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import run, tensors
+from .lengths import Lengths
 from .library import DEVICES, library
 from .options import Options
-from .problem import DIFFERENTIABLE, Inputs, Operands, OperandsTuple, check, check_saved
+from .problem import (
+    DIFFERENTIABLE,
+    LENGTHS,
+    Inputs,
+    InputsTuple,
+    Operands,
+    OperandsTuple,
+    check,
+    check_saved,
+    scores_of,
+)
 from .subclasses import as_plain
 
 Shape = tuple[int, ...]
@@ -30,9 +41,13 @@ Shape = tuple[int, ...]
 # Those of problem.Inputs.
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
-    "Tensor? block_mask"
+    "Tensor? block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, "
+    "Tensor? cache_batch_idx, Tensor? block_table"
 )
-_OPTIONS = "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv"
+_OPTIONS = (
+    "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, "
+    "bool bottom_right, SymInt? max_q, SymInt? max_kv"
+)
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     (
@@ -129,18 +144,26 @@ def _(seed: Tensor, heads: int, q_len: int, kv_len: int, dropout: float) -> Tens
     return seed.new_empty((*seed.shape, heads, q_len, kv_len), dtype=torch.bool)
 
 
-@register_flop_formula(torch.ops.mfa.attention_forward)
-def _(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, _with_heads_of(query, key), _with_heads_of(query, value))
+@register_flop_formula(torch.ops.mfa.attention_forward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    inputs, options = arguments[:_COUNT], Options(*arguments[_COUNT:])
+    return sum(sdpa_flop_count(*shapes) for _, *shapes in _of_sequences(inputs, options))
 
 
-@register_flop_formula(torch.ops.mfa.attention_backward)
-def _(
-    d_out: Shape, d_lse: Any, query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return sdpa_backward_flop_count(d_out, query, _with_heads_of(query, key), _with_heads_of(query, value))
+@register_flop_formula(torch.ops.mfa.attention_backward, get_raw=True)
+def _(*arguments: Any, out_val: Any = None) -> int:
+    operands, options, _ = _split_backward(arguments)
+    return sum(sdpa_backward_flop_count(*shapes) for shapes in _of_sequences(operands.inputs, options))
 
 
-def _with_heads_of(query: Shape, shape: Shape) -> Shape:
-    """The shape of key or value, repeated to as many heads as the query has."""
-    return (shape[0], query[1], *shape[2:])
+def _of_sequences(inputs: InputsTuple, options: Options) -> Iterator[tuple[Shape, Shape, Shape, Shape]]:
+    """The shapes of the result, query, key and value of each sequence, or of all where they are alike, key and value
+    with as many heads as the query."""
+    query, _, value, *_ = inputs
+    lengths = Lengths._make(inputs[LENGTHS:])
+    batch, heads, q_len, kv_len = scores = scores_of(inputs, options)
+    alike = all(tensor is None for tensor in lengths)
+    for q, kv in [(q_len, kv_len)] if alike else lengths.of_sequences(scores):
+        first = (batch if alike else 1, heads)
+        columns = value.shape[3]
+        yield (*first, q, columns), (*first, q, query.shape[3]), (*first, kv, query.shape[3]), (*first, kv, columns)

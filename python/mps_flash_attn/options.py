@@ -18,6 +18,9 @@ class Options(NamedTuple):
     dropout: float = 0.0  # the probability; its seed is one of the Inputs
     block_q: int = 0  # queries of a block of the block_mask; 0: none
     block_kv: int = 0  # keys
+    bottom_right: bool = False  # j - i is counted from the last query and key of a sequence, else from the first
+    max_q: int | None = None  # the most queries of a packed sequence; None: they are not packed
+    max_kv: int | None = None  # the most keys of one that is packed or in pages; None: it is neither
 
 
 def scale_of(options: Options, head_dim: int) -> float:

@@ -7,12 +7,13 @@ libmfa itself refuses all other errors (head counts, dimensions, scale, softcap)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import arguments, tensors
+from . import arguments, lengths, tensors
+from .lengths import Lengths, Scores, blocks_of
 from .library import (
     BACKWARD,
     BAND_OPEN_LOWER,
@@ -27,6 +28,7 @@ from .options import Options, scale_of
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
+_NO_CODES = (0,) * 12  # the types, groups and layouts of scales: key and value have the query's dtype
 
 
 class Inputs(NamedTuple):
@@ -43,16 +45,24 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # likewise
     dropout_seed: Tensor | None = None  # (batch,), int64
     block_mask: Tensor | None = None  # (batch, heads, blocks of queries, blocks of keys), bool
+    # Those from here on are int32, and say which rows of the first three are whose.
+    cu_seqlens_q: Tensor | None = None  # (batch + 1,): query is (1, heads, total, head_dim)
+    cu_seqlens_k: Tensor | None = None  # likewise key and value
+    seqused_k: Tensor | None = None  # (batch,)
+    leftpad_k: Tensor | None = None  # (batch,)
+    cache_batch_idx: Tensor | None = None  # (batch,): key and value have a batch of their own
+    block_table: Tensor | None = None  # (batch, pages): key and value are (pages, heads, page, columns)
 
 
 OF_SDPA = 4
 DIFFERENTIABLE = 5
 SEED = Inputs._fields.index("dropout_seed")
+LENGTHS = Inputs._fields.index("cu_seqlens_q")  # the first of those that say which rows are whose
+NO_LENGTHS = (None,) * (len(Inputs._fields) - LENGTHS)
 # (query, key, value, mask, *NO_MORE) is faster than Inputs().
-NO_MORE = cast("tuple[None, None, None, None]", (None,) * (len(Inputs._fields) - OF_SDPA))
+NO_MORE: Any = (None,) * (len(Inputs._fields) - OF_SDPA)
 # Plain tuples in the order of Inputs and Operands.
-_Other = Tensor | None
-InputsTuple = tuple[Tensor, Tensor, Tensor, _Other, _Other, _Other, _Other, _Other]
+InputsTuple = tuple[Any, ...]
 OperandsTuple = tuple[InputsTuple, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -71,7 +81,8 @@ class Operands(NamedTuple):
 
 def check(inputs: InputsTuple, options: Options) -> None:
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
-    query, key, value, mask, sinks, slopes, seed, blocks = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks, *_ = inputs
+    of_rows = Lengths._make(inputs[LENGTHS:])
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -83,17 +94,19 @@ def check(inputs: InputsTuple, options: Options) -> None:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: {_DIMENSIONS}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in tensors.DTYPES:
         _refuse_dtypes(query, key, value)
-    arguments.check_shapes(query.shape, key.shape, value.shape)
+    lengths.check(of_rows, query, key, options)
+    arguments.check_shapes((of_rows.entries(query, key)[2], *query.shape[1:]), key.shape, value.shape)
+    scores = of_rows.scores(query, key, options.max_q, options.max_kv)
     if mask is not None:
-        _check_mask(mask, (*query.shape[:3], key.shape[2]))
+        _check_mask(mask, scores)
     if sinks is not None:
-        _check_of_heads("sinks", sinks, query)
+        _check_of_heads("sinks", sinks, query, scores)
     if slopes is not None:
-        _check_of_heads("alibi_slopes", slopes, query)
+        _check_of_heads("alibi_slopes", slopes, query, scores)
     if seed is not None:
-        check_seed(seed, query, query.shape[:1])
+        check_seed(seed, query, scores[:1])
     if blocks is not None:
-        _check_blocks(blocks, query, key, options)
+        _check_blocks(blocks, query, scores, options)
 
 
 def check_saved(operands: OperandsTuple) -> None:
@@ -118,25 +131,30 @@ def check_saved(operands: OperandsTuple) -> None:
             raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
 
 
-def expand_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def scores_of(inputs: InputsTuple, options: Options) -> Scores:
+    """The shape of the scores: (batch, heads, q_len, kv_len), the lengths being the largest of a sequence."""
+    return Lengths._make(inputs[LENGTHS:]).scores(inputs[0], inputs[1], options.max_q, options.max_kv)
+
+
+def _expand_mask(mask: Tensor | None, scores: Scores) -> Tensor | None:
     """The mask as (batch, head, row, column), with stride 0 where it is broadcast."""
-    return mask if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+    return mask if mask is None else mask.expand(scores)
 
 
 def pack_forward(inputs: InputsTuple, options: Options, out: Tensor) -> bytes:
     """The mfa_problem of a forward pass, as bytes."""
     query, key, value, mask, *_ = inputs
-    layout = tensors.layout
+    layout, scores = tensors.layout, scores_of(inputs, options)
     return PROBLEM.pack(
         PROBLEM.size,
         FORWARD,
-        *_numbers(inputs, options),
+        *_numbers(inputs, options, scores),
         *layout(query),
         *layout(key),
         *layout(value),
         *layout(out),
         *_dense_rows(query),
-        *layout(expand_mask(mask, query, key)),
+        *layout(_expand_mask(mask, scores)),
         *_NO_GRADIENTS,
         *_after_layouts(inputs, options, None),
     )
@@ -148,31 +166,31 @@ def pack_backward(operands: OperandsTuple, options: Options, gradients: Iterable
     inputs, out, lse, d_out, d_lse, _ = operands
     query, key, value, mask, *_ = inputs
     dq, dk, dv, dbias, dsinks = gradients
-    layout, rows = tensors.layout, tensors.rows_layout
+    layout, rows, scores = tensors.layout, tensors.rows_layout, scores_of(inputs, options)
     return PROBLEM.pack(
         PROBLEM.size,
         BACKWARD,
-        *_numbers(inputs, options),
+        *_numbers(inputs, options, scores),
         *layout(query),
         *layout(key),
         *layout(value),
         *layout(out),
         *rows(lse),
-        *layout(expand_mask(mask, query, key)),
+        *layout(_expand_mask(mask, scores)),
         *layout(d_out),
         *rows(d_lse),
         *layout(dq),
         *layout(dk),
         *layout(dv),
-        *layout(expand_mask(dbias, query, key)),
+        *layout(_expand_mask(dbias, scores)),
         *_after_layouts(inputs, options, dsinks),
     )
 
 
-def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
+def _numbers(inputs: InputsTuple, options: Options, scores: Scores) -> tuple[float, ...]:
     """The members of mfa_problem between `pass` and the layouts."""
     query, key, value, mask, _, slopes, *_ = inputs
-    batch, q_heads, q_len, head_dim = query.shape
+    (batch, q_heads, q_len, kv_len), head_dim = scores, query.shape[3]
     lower, upper, _, softcap, *_ = options
     mask_kind, mask_dtype = MASK_NONE, 0
     if mask is not None:
@@ -188,7 +206,7 @@ def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
         q_heads,
         key.shape[1],
         q_len,
-        key.shape[2],
+        kv_len,
         head_dim,
         value.shape[3],
         BAND_OPEN_LOWER if lower is None else lower,
@@ -200,7 +218,7 @@ def _numbers(inputs: InputsTuple, options: Options) -> tuple[float, ...]:
 
 def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None) -> tuple[float, ...]:
     """The members of mfa_problem after dbias_layout."""
-    *_, sinks, slopes, seed, blocks = inputs
+    query, key, _, _, sinks, slopes, seed, blocks, *_ = inputs
     has_sinks, reserved = int(sinks is not None), 0
     of_seed = 0 if seed is None else seed.stride(0)
     of_blocks = (0, 0, 0, 0) if blocks is None else blocks.stride()
@@ -211,6 +229,8 @@ def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None)
         *_heads_layout(dsinks),
         *(options.dropout, of_seed, 0, 0, 0),
         *(options.block_q, options.block_kv, *of_blocks),
+        *lengths.numbers(Lengths._make(inputs[LENGTHS:]), query, key, options),
+        *_NO_CODES,
     )
 
 
@@ -225,30 +245,30 @@ def _heads_layout(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else (*tensor.stride(), 0, 0)
 
 
-def of_heads(name: str, tensor: Tensor | None, query: Tensor) -> Tensor | None:
+def of_heads(name: str, tensor: Tensor | None, scores: Scores) -> Tensor | None:
     """A tensor with a number for each query head, (heads,) or (batch, heads), as (batch, heads); None for None. A
     tensor of another shape stays as it is, for check() to refuse."""
     if tensor is None:
         return None
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    return tensor.expand(query.shape[0], -1) if tensor.shape == query.shape[1:2] else tensor
+    return tensor.expand(scores[0], -1) if tensor.shape == scores[1:2] else tensor
 
 
-def _check_of_heads(name: str, tensor: Tensor, query: Tensor) -> None:
+def _check_of_heads(name: str, tensor: Tensor, query: Tensor, scores: Scores) -> None:
     if tensor.dtype is not torch.float32:
         raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be float32")
-    if tensor.shape != query.shape[:2]:
-        arguments.refuse_heads(name, tensor.shape, query.shape)
+    if tensor.shape != scores[:2]:
+        arguments.refuse_heads(name, tensor.shape, scores)
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; they must be on one device")
 
 
-def _check_blocks(blocks: Tensor, query: Tensor, key: Tensor, options: Options) -> None:
+def _check_blocks(blocks: Tensor, query: Tensor, scores: Scores, options: Options) -> None:
     if blocks.dtype is not torch.bool:
         raise TypeError(f"block_mask is {tensors.dtype_name(blocks)}; it must be bool (True is visible)")
     size = max(options.block_q, 1), max(options.block_kv, 1)
-    shape = arguments.block_map_shape(query.shape, key.shape, size)
+    shape = blocks_of(scores, size)
     if blocks.shape != shape:
         raise ValueError(f"block_mask has the shape {tuple(blocks.shape)}; with blocks of {size} it must be {shape}")
     if blocks.device != query.device:

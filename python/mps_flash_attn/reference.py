@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .block_mask import elements
+from .lengths import Lengths
 from .library import MASK_ADDITIVE, MASK_BOOL, Scalars
 from .operators import dropout_mask
 from .options import Options
-from .problem import DIFFERENTIABLE, Inputs
+from .problem import DIFFERENTIABLE, LENGTHS, Inputs, scores_of
 from .tensors import DTYPES
 
 # The exact result, in float64, is rounded as well: hence the number of float64.
@@ -29,8 +30,8 @@ ULPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 64
 
 def _weights(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
     """(P, log-sum-exp, scores, derivative of the softcap), for K with as many heads as Q."""
-    query, key, _, mask, sinks, slopes, _, blocks = inputs
-    lower, upper, scale, softcap, _, block_q, block_kv = options
+    query, key, _, mask, sinks, slopes, _, blocks, *_ = inputs
+    lower, upper, scale, softcap, _, block_q, block_kv, *_ = options
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     dtanh: Tensor | float = 1.0
     if softcap:
@@ -81,20 +82,86 @@ def attention(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     blocks: Tensor | None = None,
+    *lengths: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of (B, H, N, D) tensors. `options`: the fields of Options. The band is lower <= j - i <= upper."""
-    group, given = query.shape[1] // key.shape[1], Options(**options)
+    """(out, lse) of (B, H, N, D) tensors, or of what Inputs accepts with `lengths`, its last fields. `options`: the
+    fields of Options. The band is lower <= j - i <= upper."""
+    inputs, given = Inputs(query, key, value, mask, sinks, slopes, seed, blocks, *lengths), Options(**options)
+    if all(one is None for one in lengths):
+        return _attention(inputs, given)
+    out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), query.new_full(query.shape[:3], -torch.inf)
+    if sinks is not None and len(sinks):  # of queries that belong to no sequence, which give no gradient
+        lse = sinks[0, :, None].detach().to(lse.dtype).expand_as(lse).clone()
+    for seq in _sequences(inputs, given):
+        found = _attention(seq.inputs, seq.options, seq.number)
+        out[seq.q_entry, :, seq.q_rows], lse[seq.q_entry, :, seq.q_rows] = (one[0] for one in found)
+    return out, lse
+
+
+def _attention(inputs: Inputs, options: Options, number: int | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) without lengths; `number`: that of the only batch entry, where dropout has several."""
+    query, key, value, _, _, _, seed, *_ = inputs
+    group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    weights, lse, _, _ = _weights(Inputs(query, key, value, mask, sinks, slopes, seed, blocks), given)
-    return _dropped(weights, seed, given) @ value, lse
+    weights, lse, _, _ = _weights(inputs._replace(key=key, value=value), options)
+    return _dropped(weights, seed, options, number) @ value, lse
 
 
-def _dropped(weights: Tensor, seed: Tensor | None, options: Options) -> Tensor:
-    """The weights after dropout."""
+class _Sequence(NamedTuple):
+    """A batch entry by itself."""
+
+    number: int
+    inputs: Inputs  # without lengths, of a batch of 1
+    options: Options
+    q_entry: int  # where its rows are
+    q_rows: slice
+    kv_entry: Tensor  # of each key
+    kv_row: Tensor
+
+
+def _sequences(inputs: Inputs, options: Options) -> Iterator[_Sequence]:
+    """Those of Inputs with lengths."""
+    query, key, value, mask, sinks, slopes, seed, blocks, *_ = inputs
+    lengths = Lengths._make(inputs[LENGTHS:])
+    packed_q, packed_kv, _, padding, index, table = lengths
+    scores = scores_of(inputs, options)
+    for b, (q_len, kv_len) in enumerate(lengths.of_sequences(scores)):
+        q_row = 0 if packed_q is None else int(packed_q[b])
+        rows = slice(q_row, q_row + q_len)
+        places = torch.arange(kv_len) + (0 if padding is None else int(padding[b]))
+        entry = torch.full_like(places, 0 if packed_kv is not None else b if index is None else int(index[b]))
+        if packed_kv is not None:
+            places = places + int(packed_kv[b])
+        if table is not None:
+            entry, places = table[b].long()[places // key.shape[2]], places % key.shape[2]
+        q_entry = b if packed_q is None else 0
+        hidden = blocks
+        if blocks is not None:  # by elements, since a shorter sequence has fewer blocks
+            by_element = elements(blocks[b], (options.block_q, options.block_kv), scores[2:])
+            hidden = by_element[None, :, :q_len, :kv_len]
+        own = Inputs(
+            query[q_entry, :, rows][None],
+            key[entry, :, places].transpose(0, 1)[None],
+            value[entry, :, places].transpose(0, 1)[None],
+            None if mask is None else mask.expand(scores)[b, :, :q_len, :kv_len][None],
+            None if sinks is None else sinks[b][None],
+            None if slopes is None else slopes[b][None],
+            seed,
+            hidden,
+        )
+        diagonal = kv_len - q_len if options.bottom_right else 0
+        lower, upper = (None if bound is None else bound + diagonal for bound in options[:2])
+        own_options = options._replace(lower=lower, upper=upper, block_q=1, block_kv=1)
+        yield _Sequence(b, own, own_options, q_entry, rows, entry, places)
+
+
+def _dropped(weights: Tensor, seed: Tensor | None, options: Options, number: int | None = None) -> Tensor:
+    """The weights after dropout, of all batch entries, or of one of those that have seeds."""
     if seed is None:
         return weights
     kept = dropout_mask(seed, *weights.shape[1:], options.dropout)
+    kept = kept if number is None else kept[number][None]
     return weights / (1 - options.dropout if options.dropout < 1 else 1) * kept
 
 
@@ -102,13 +169,45 @@ def _magnitudes(
     tensors: Sequence[Any], d_out: Tensor, d_lse: Tensor, options: Options
 ) -> tuple[dict[str, Tensor], float]:
     """({name: the sum of the magnitudes of its terms}, the largest score)."""
+    inputs = Inputs(*tensors)
+    query, key, value, mask, sinks, *_ = inputs
+    if all(one is None for one in inputs[LENGTHS:]):
+        return _magnitudes_of_one(inputs, d_out, d_lse, options)
+    scores = scores_of(inputs, options)
+    sizes = {"out": torch.zeros(d_out.shape), "lse": torch.ones(d_lse.shape), "dQ": torch.zeros(query.shape)}
+    sizes |= {"dK": torch.zeros(key.shape), "dV": torch.zeros(value.shape)}
+    sizes |= {} if mask is None else {"dbias": torch.zeros(scores)}
+    sizes |= {} if sinks is None else {"dsinks": torch.zeros(sinks.shape)}
+    sizes, largest = {name: size.double() for name, size in sizes.items()}, 0.0
+    for seq in _sequences(inputs, options):
+        rows = seq.q_entry, slice(None), seq.q_rows
+        found, score = _magnitudes_of_one(seq.inputs, d_out[rows][None], d_lse[rows][None], seq.options, seq.number)
+        for name in ("out", "lse", "dQ"):
+            sizes[name][rows] = found[name][0]
+        for name in ("dK", "dV"):
+            rows_of = sizes[name].transpose(1, 2)
+            rows_of.index_put_((seq.kv_entry, seq.kv_row), found[name][0].transpose(0, 1), accumulate=True)
+        if mask is not None:
+            sizes["dbias"][seq.number, :, : found["dbias"].shape[2], : found["dbias"].shape[3]] += found["dbias"][0]
+        if sinks is not None:
+            sizes["dsinks"][seq.number] += found["dsinks"][0]
+        largest = max(largest, score)
+    if mask is not None:
+        sizes["dbias"] = sizes["dbias"].sum_to_size(mask.shape)
+    return sizes, largest
+
+
+def _magnitudes_of_one(
+    inputs: Inputs, d_out: Tensor, d_lse: Tensor, options: Options, number: int | None = None
+) -> tuple[dict[str, Tensor], float]:
+    """The same without lengths; `number` as in _attention."""
     scale = options.scale
-    query, key, value, mask, sinks, _, seed, _ = inputs = Inputs(*tensors)
+    query, key, value, mask, sinks, _, seed, *_ = inputs
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     P, lse, scores, dtanh = _weights(inputs._replace(key=key, value=value), options)
     dO, dL = d_out.to(P.dtype).abs(), d_lse.to(P.dtype).abs()
-    dropped = _dropped(P, seed, options)
+    dropped = _dropped(P, seed, options, number)
     D = (dO * (dropped @ value).abs()).sum(-1) + dL
     dS = dropped * (dO @ value.abs().transpose(-1, -2)) + P * D[..., None]
     dX = dS * dtanh * abs(query.shape[-1] ** -0.5 if scale is None else scale)
@@ -131,16 +230,23 @@ def _magnitudes(
 
 
 def results(
-    function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], d_out: Tensor, d_lse: Tensor
+    function: Callable[..., tuple[Tensor, Tensor]],
+    tensors: Sequence[Any],
+    d_out: Tensor,
+    d_lse: Tensor,
+    gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """{name: tensor} of out, lse and every gradient of function(*tensors) -> (out, lse)."""
+    """{name: tensor} of out, lse and, with `gradients`, each of those of function(*tensors) -> (out, lse)."""
+    if not gradients:
+        out, lse = function(*tensors)
+        return {"out": out, "lse": lse}
     inputs = [t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in tensors[:DIFFERENTIABLE]]
     inputs += tensors[DIFFERENTIABLE:]
     out, lse = function(*inputs)
     wanted = {n: t for n, t in zip(("dQ", "dK", "dV", "dbias", "dsinks"), inputs) if t is not None and t.requires_grad}
     loss = (out * d_out.to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * d_lse.to(lse.dtype)).sum()
-    gradients = torch.autograd.grad(loss, tuple(wanted.values()))
-    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
+    found = torch.autograd.grad(loss, tuple(wanted.values()), allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(wanted, found))
 
 
 def _to(dtype: torch.dtype, tensors: Sequence[Any]) -> list[Any]:
@@ -159,10 +265,10 @@ class Comparison(NamedTuple):
 
 
 def compare_results(
-    function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], **options: Any
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], gradients: bool = True, **options: Any
 ) -> Iterator[Comparison]:
-    """A Comparison of each of out, lse and all gradients of function(*tensors) -> (out, lse). `tensors` are those of
-    Inputs, without some of the last or all."""
+    """A Comparison of each of out, lse and, with `gradients`, all of those of function(*tensors) -> (out, lse).
+    `tensors` are those of Inputs, without some of the last or all."""
     query, _, value, *_ = tensors
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
@@ -171,20 +277,23 @@ def compare_results(
         return attention(*arguments, **options)
 
     exact = _to(torch.float64, tensors)
-    truth = results(naive, exact, d_out, d_lse)
-    yardstick = results(naive, _to(query.dtype, tensors), d_out, d_lse)
-    single = results(naive, _to(torch.promote_types(query.dtype, torch.float32), tensors), d_out, d_lse)
+    grads = d_out, d_lse, gradients
+    truth = results(naive, exact, *grads)
+    yardstick = results(naive, _to(query.dtype, tensors), *grads)
+    single = results(naive, _to(torch.promote_types(query.dtype, torch.float32), tensors), *grads)
     yardstick["lse"] = single["lse"]  # it is kept in float32 whatever the dtype
     sizes, largest = _magnitudes([t if t is None else t.detach() for t in exact], d_out, d_lse, Options(**options))
-    for name, got in results(function, tensors, d_out, d_lse).items():
+    for name, got in results(function, tensors, *grads).items():
         # a gradient is no more exact than out, whatever the dtype of the mask
         dtype = got.dtype if name == "lse" else max(got.dtype, query.dtype, key=lambda d: torch.finfo(d).eps)
         yield _compare(name, got, yardstick[name], truth[name], sizes[name], largest, dtype)
 
 
-def check(function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], **options: Any) -> None:
+def check(
+    function: Callable[..., tuple[Tensor, Tensor]], tensors: Sequence[Any], gradients: bool = True, **options: Any
+) -> None:
     """Asserts that nothing is wrong with any of them."""
-    for comparison in compare_results(function, tensors, **options):
+    for comparison in compare_results(function, tensors, gradients, **options):
         assert not comparison.wrong, comparison.wrong
 
 
@@ -254,12 +363,15 @@ def operands(sizes: Scalars, seed: int) -> Inputs:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    of_query = (1, sizes.total_q) if sizes.varlen_q else (sizes.batch, sizes.q_len)
+    of_key = sizes.kv_batch or sizes.batch, sizes.page_size or sizes.kv_len
+    of_key = (1, sizes.total_kv) if sizes.varlen_kv else of_key
     query, key, value = (
-        tensor(sizes.batch, length, heads, columns).to(dtypes[sizes.dtype]).transpose(1, 2)
-        for length, heads, columns in (
-            (sizes.q_len, sizes.q_heads, sizes.head_dim),
-            (sizes.kv_len, sizes.kv_heads, sizes.head_dim),
-            (sizes.kv_len, sizes.kv_heads, sizes.value_dim),
+        tensor(*rows, heads, columns).to(dtypes[sizes.dtype]).transpose(1, 2)
+        for rows, heads, columns in (
+            (of_query, sizes.q_heads, sizes.head_dim),
+            (of_key, sizes.kv_heads, sizes.head_dim),
+            (of_key, sizes.kv_heads, sizes.value_dim),
         )
     )
     mask: Tensor | None = None
@@ -274,4 +386,25 @@ def operands(sizes: Scalars, seed: int) -> Inputs:
     if sizes.block_map_q:
         q_blocks, kv_blocks = -(-sizes.q_len // sizes.block_map_q), -(-sizes.kv_len // sizes.block_map_kv)
         blocks = tensor(sizes.batch, sizes.q_heads, q_blocks, kv_blocks) < 0.5
-    return Inputs(query, key, value, mask, sinks, slopes, of_dropout, blocks)
+    return Inputs(query, key, value, mask, sinks, slopes, of_dropout, blocks, *_lengths(sizes, generator))
+
+
+def _lengths(sizes: Scalars, generator: torch.Generator) -> Lengths:
+    """Random lengths, as far as the problem has them."""
+
+    def integers(most: Tensor | int, *shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) * (most + 1)).floor().int()
+
+    def starts(most: int, total: int) -> Tensor:
+        return torch.cat([torch.zeros(1), integers(most, sizes.batch).cumsum(0)]).clamp(max=total).int()
+
+    packed_q = starts(sizes.q_len, sizes.total_q) if sizes.varlen_q else None
+    packed_kv = starts(sizes.kv_len, sizes.total_kv) if sizes.varlen_kv else None
+    keys = torch.full((sizes.batch,), sizes.kv_len) if packed_kv is None else packed_kv.diff()
+    used = integers(keys, sizes.batch) if sizes.seqused_k else None
+    padding = integers(keys if used is None else used, sizes.batch) if sizes.leftpad_k else None
+    index = integers(sizes.kv_batch - 1, sizes.batch) if sizes.cache_batch_idx else None
+    table: Tensor | None = None
+    if sizes.page_size:
+        table = integers(sizes.kv_batch - 1, sizes.batch, -(-sizes.kv_len // sizes.page_size))
+    return Lengths(packed_q, packed_kv, used, padding, index, table)

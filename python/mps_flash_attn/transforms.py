@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import tensors
 from .operators import attention_backward, attention_forward, dropout_mask, registration
-from .problem import OF_SDPA, SEED, Inputs
+from .problem import LENGTHS, OF_SDPA, SEED, Inputs
 
 try:  # not public in PyTorch
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_functorch_wrapped_tensor
@@ -179,7 +179,7 @@ def _merge_inputs(inputs: Sequence[Any], dimensions: Sequence[int | None], size:
 
 
 def _each_sample(operator: Callable[..., Any], info: Any, dimensions: Sequence[int | None], arguments: Any) -> Any:
-    """The results of one call for each sample, stacked: for dropout, which depends on the place in the batch."""
+    """The results of one call for each sample, stacked."""
     results = [
         operator(
             *(one.select(place, n) if isinstance(place, int) else one for one, place in zip(arguments, dimensions))
@@ -189,9 +189,15 @@ def _each_sample(operator: Callable[..., Any], info: Any, dimensions: Sequence[i
     return tuple(map(torch.stack, zip(*results)))
 
 
+def _goes_one_by_one(inputs: Sequence[Any]) -> bool:
+    """Whether samples cannot become a part of the batch: dropout depends on the place in it, and packed sequences, a
+    cache and pages have none."""
+    return inputs[SEED] is not None or any(one is not None for one in inputs[LENGTHS:])
+
+
 def _vmap_forward(info: Any, dimensions: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
     size = info.batch_size
-    if arguments[SEED] is not None:
+    if _goes_one_by_one(arguments[:_INPUTS]):
         return _each_sample(attention_forward, info, dimensions, arguments), (0, 0)
     inputs, batch = _merge_inputs(arguments[:_INPUTS], dimensions, size)
     results = attention_forward(*inputs, *arguments[_INPUTS:])
@@ -204,7 +210,7 @@ def _vmap_backward(
     size, (out, lse, *options) = info.batch_size, arguments[_INPUTS:]
     wanted = options[-1]
     places = tuple(0 if is_wanted else None for is_wanted in wanted)
-    if arguments[SEED] is not None:
+    if _goes_one_by_one(arguments[:_INPUTS]):
         found = _each_sample(attention_backward, info, dimensions, (d_out, d_lse, *arguments))
         return tuple(one if is_wanted else one.flatten() for one, is_wanted in zip(found, wanted)), places
     mask_shape: Any = _shape_of_sample(arguments[3], dimensions[2 + 3])

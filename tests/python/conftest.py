@@ -22,7 +22,7 @@ import torch
 
 import stand_in
 from mps_flash_attn import restore_sdpa, sdpa_stats, sdpa_thresholds
-from mps_flash_attn.attention import Explanation
+from mps_flash_attn.explanation import Explanation
 from mps_flash_attn.library import DEVICES, changed, library
 from stand_in import BACKEND, FULL, ON_METAL
 from versions import expect_failures
@@ -30,8 +30,8 @@ from versions import expect_failures
 LIBRARIES = ("diffusers", "expecttest", "rich", "transformers")
 # What these files test lies above the backends, in code that does not know which it has: once, on the CPU, is enough.
 ABOVE_BACKENDS = (
-    *("checkpointing", "dropout_torch", "flash_attn", "frameworks", "func", "jax", "migration", "models", "modes"),
-    *("numpy", "sdpa_compiled", "sdpa_flags"),
+    *("checkpointing", "dropout_torch", "flash_attn", "flash_attn_cache", "frameworks", "func", "jax", "migration"),
+    *("models", "modes", "numpy", "sdpa_compiled", "sdpa_flags"),
 )
 collect_ignore = [f"test_{name}.py" for name in (ABOVE_BACKENDS if ON_METAL else ("metal",))]
 

@@ -13,7 +13,8 @@ import torch
 
 from mps_flash_attn import explain, flash_attention
 from mps_flash_attn import library as abi
-from mps_flash_attn.problem import DIFFERENTIABLE, Inputs, Operands
+from mps_flash_attn.lengths import Lengths
+from mps_flash_attn.problem import DIFFERENTIABLE, LENGTHS, Inputs, Operands
 
 pytestmark = pytest.mark.cpu("the interface is the same for all backends")
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,8 @@ def test_scalars_are_the_fields_that_both_passes_have():
         *("device", "dtype", "mask", "mask_dtype", "alibi", "batch", "q_heads", "kv_heads", "q_len", "kv_len"),
         *("head_dim", "value_dim", "lower", "upper", "scale", "softcap", "sinks", "dropout"),
         *("block_map_q", "block_map_kv"),
+        *("varlen_q", "varlen_kv", "seqused_k", "leftpad_k", "cache_batch_idx", "bottom_right"),
+        *("total_q", "total_kv", "kv_batch", "page_size"),
     )
     for line in ("forward f32 b1 h1 q2 kv3 d4 alibi dropout0.5", "backward f32 b1 h1 q2 kv3 d4 upper1 sinks"):
         packed = abi.library().parse(line)
@@ -100,9 +103,11 @@ def test_buffers_without_offsets():
     fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
     names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low", "slopes")
     names += ("sinks", "dsinks", "seed", "block_map")
-    fields |= {name: (base, 0) for base, name in enumerate(names, 1)}
+    lengths = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "cache_batch_idx", "block_table")
+    fields |= {name: (base, 0) for base, name in enumerate((*names, *lengths), 1)}
     whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
-    assert abi.BASES.pack(abi.BUFFERS.size, *range(1, 19)) == whole
+    bases, rest = abi.BASES.pack(abi.BUFFERS.size, *range(1, 19)), abi.OF_LENGTHS.pack(*range(19, 25))
+    assert bases[: -len(rest)] + rest == whole and not any(bases[-len(rest) :])
 
 
 def test_statuses_become_exceptions():
@@ -136,6 +141,10 @@ def test_operands_have_the_order_of_the_header():
     for fields in (Inputs._fields[:DIFFERENTIABLE], Inputs._fields[DIFFERENTIABLE:], Operands._fields[1:]):
         operands = [names.get(name, name) for name in fields]
         assert operands == [name for name, _ in abi.BUFFERS_FIELDS if name in operands]
+
+
+def test_lengths_are_the_last_inputs():
+    assert Inputs._fields[LENGTHS:] == Lengths._fields
 
 
 def test_importing_loads_no_library():

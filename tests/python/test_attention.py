@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mps_flash_attn import explain, flash_attention, run
-from mps_flash_attn.attention import Explanation
+from mps_flash_attn.explanation import Explanation
 from mps_flash_attn.reference import attention, check, compare
 from stand_in import BACKEND, DTYPES, FLOAT64, FULL
 

@@ -45,7 +45,7 @@ def test_results_and_gradients(dtype, lengths, size, mask):
     sinks, slopes = (torch.randn(2, 4), torch.rand(2, 4)) if mask == "none" else (None, None)
     blocks = blocks_of(query, key, size)
 
-    def ours(query, key, value, mask, sinks, slopes, _, blocks):
+    def ours(query, key, value, mask, sinks, slopes, seed, blocks, *_):
         keywords = {"attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes, "enable_gqa": True, "return_lse": True}
         keywords |= {"window_size": (-1, 90), "dropout_p": 0.2, "dropout_seed": 3}
         return flash_attention(query, key, value, block_mask=blocks, block_size=size, **keywords)

@@ -183,7 +183,7 @@ def test_nothing_is_drawn_without_need():
 
 def test_drawn_seeds_are_different():
     query = torch.zeros(3, 1, 1, 1)
-    seeds = [draw(query) for _ in range(100)]
+    seeds = [draw(query, 3) for _ in range(100)]
     assert all(seed.dtype == torch.int64 and seed.shape == (3,) and seed.stride() == (0,) for seed in seeds)
     words = [(seed[0].item() & 0xFFFFFFFF, seed[0].item() >> 32) for seed in seeds]
     assert len({low for low, _ in words}) == len({high for _, high in words}) == 100
@@ -258,7 +258,7 @@ def test_second_derivatives_of_sdpa(case):
         visible = mask if case == "mask" else torch.ones(5, 7, dtype=torch.bool).tril()
         bias = bias.masked_fill(~visible, -1e30)
     torch.manual_seed(3)
-    kept = MASK(draw(query), 4, 5, 7, 0.3)
+    kept = MASK(draw(query, 2), 4, 5, 7, 0.3)
 
     def penalty(attention):
         leaves = [t.detach().requires_grad_() for t in (query, key, value)]
@@ -286,7 +286,7 @@ def test_backward_without_a_kernel(monkeypatch):
     monkeypatch.setattr(run, "backward", refuse)
     tensors = problem(5, 7, kv_heads=4, dtype=torch.float64)
     torch.manual_seed(3)
-    kept = MASK(draw(tensors[0]), 4, 5, 7, 0.3)
+    kept = MASK(draw(tensors[0], 2), 4, 5, 7, 0.3)
     torch.manual_seed(3)
     sdpa_stats(reset=True)
     with replaced_sdpa():

@@ -190,9 +190,9 @@ def test_seed_is_the_same_without_a_rule_for_views(monkeypatch):
     """vmap has no rule for Tensor.view(dtype) before PyTorch 2.13; the seed drawn without it is that of plain calls."""
     monkeypatch.setattr(transforms, "vmaps_view_as_dtype", False)
     torch.manual_seed(3)
-    expected = dropout.draw(torch.zeros(2, 1))
+    expected = dropout.draw(torch.zeros(2, 1), 2)
     torch.manual_seed(3)
-    found = torch.vmap(dropout.draw, randomness="same")(torch.zeros(3, 2, 1))
+    found = torch.vmap(lambda query: dropout.draw(query, 2), randomness="same")(torch.zeros(3, 2, 1))
     assert torch.equal(found, expected.expand(3, 2)) and int(expected[0]) >= 2**32
 
 

@@ -73,14 +73,17 @@ def test_schema_is_stable():
     """Graphs that were exported name these operators and arguments."""
     assert str(forward._schema) == (
         "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, "
-        "Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, SymInt? lower, SymInt? upper, float? scale, "
-        "float softcap, float dropout, int block_q, int block_kv) -> (Tensor out, Tensor lse)"
+        "Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, SymInt? lower, "
+        "SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, bool bottom_right, "
+        "SymInt? max_q, SymInt? max_kv) -> (Tensor out, Tensor lse)"
     )
     assert str(backward._schema) == (
         "mfa::attention_backward(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-        "Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, Tensor out, Tensor lse, "
-        "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, "
-        "bool[] wanted) "
+        "Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, "
+        "Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, "
+        "int block_q, int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, bool[] wanted) "
         "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     )
 

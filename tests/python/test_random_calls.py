@@ -68,7 +68,7 @@ def test_any_options(call):
     inputs, options, keywords = call
     note(f"{[t if t is None else (tuple(t.shape), t.dtype) for t in inputs]} {options}")
 
-    def ours(query, key, value, mask, sinks, slopes, _, blocks):
+    def ours(query, key, value, mask, sinks, slopes, seed, blocks, *_):
         options = {"attn_mask": mask, "sinks": sinks, "alibi_slopes": slopes, "block_mask": blocks, **keywords}
         return flash_attention(query, key, value, **options)
 

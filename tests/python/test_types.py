@@ -11,7 +11,16 @@ import pytest
 from torch import Tensor
 
 import mps_flash_attn
-from mps_flash_attn import Explanation, explain, flash_attention, replace_sdpa, replaced_sdpa, sdpa_stats
+from mps_flash_attn import (
+    Explanation,
+    explain,
+    flash_attention,
+    flash_attention_kvcache,
+    flash_attention_varlen,
+    replace_sdpa,
+    replaced_sdpa,
+    sdpa_stats,
+)
 
 pytestmark = pytest.mark.cpu("annotations are the same for every backend")
 
@@ -48,6 +57,18 @@ if TYPE_CHECKING:
     def of_two_results(q: Tensor, return_lse: bool) -> None:
         assert_type(flash_attention(q, q, q, return_lse=True), tuple[Tensor, Tensor])
         assert_type(flash_attention(q, q, q, return_lse=return_lse), Tensor | tuple[Tensor, Tensor])
+
+    def of_lengths(q: Tensor, starts: Tensor, return_lse: bool) -> None:
+        lengths = starts, starts, 7, 9
+        assert_type(flash_attention_varlen(q, q, q, *lengths), Tensor)
+        assert_type(flash_attention_varlen(q, q, q, *lengths, True, return_lse=True), tuple[Tensor, Tensor])
+        assert_type(flash_attention_varlen(q, q, q, starts, None, 7, 9, block_table=starts, seqused_k=starts), Tensor)
+        assert_type(flash_attention_kvcache(q, q, q, "bottom_right", seqused_k=starts), Tensor)
+        assert_type(
+            flash_attention_kvcache(q, q, q, block_table=starts, return_lse=return_lse),
+            Tensor | tuple[Tensor, Tensor],
+        )
+        flash_attention_kvcache(q, q, q, True)  # type: ignore[call-overload] # it does not say which alignment
 
     def of_others(q: Tensor) -> None:
         assert_type(explain(q, q, q, backward=True), Explanation)

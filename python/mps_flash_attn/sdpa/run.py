@@ -17,7 +17,7 @@ from ..dropout import draw
 from ..library import Unsupported
 from ..operators import attention_forward, run_backward_operator
 from ..options import Options
-from ..problem import NO_MORE
+from ..problem import NO_MORE, OF_SDPA, SEED
 from ..run import forward, forward_for_backward
 from ..stats import REPLACED, count, disabled_reason, flash_is_enabled, small_reason
 from . import shapes, torch_mps
@@ -174,9 +174,12 @@ def run_eager(
     return out
 
 
-def _more_inputs(query: Tensor, dropout_p: float) -> tuple[None, None, Tensor | None, None]:
+def _more_inputs(query: Tensor, dropout_p: float) -> Any:
     """The Inputs that scaled_dot_product_attention has not: a seed of dropout, if there is any."""
-    return (None, None, draw(query), None) if dropout_p else NO_MORE
+    if not dropout_p:
+        return NO_MORE
+    place = SEED - OF_SDPA
+    return (*NO_MORE[:place], draw(query, query.shape[0]), *NO_MORE[place + 1 :])
 
 
 def run_by_operator(

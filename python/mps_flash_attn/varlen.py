@@ -1,0 +1,430 @@
+"""flash_attention for sequences of their own lengths: packed one after another, or in a cache of keys and values.
+
+They are functions of their own, and not arguments of flash_attention, because their operands have other shapes (packed
+rows have no batch, a cache has another batch than the query, pages have none), and because that stays what it is, a
+scaled_dot_product_attention whose repeated calls are served by their shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
+
+from . import calls, lengths, subclasses, tensors
+from .arguments import BlockSize, Causal
+from .block_mask import BlockMask
+from .lengths import Lengths
+from .problem import LENGTHS, InputsTuple
+from .transforms import needs_operator
+
+
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def flash_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attention of packed sequences, without padding: query (total_q, H, E), key (total_k, Hkv, E) and value
+    (total_k, Hkv, Ev) hold the rows of all sequences one after another. The result is (total_q, H, Ev). Memory grows
+    with the number of rows. It is differentiable as flash_attention is.
+
+    cu_seqlens_q   where sequences begin and end: sequence b is the rows cu_seqlens_q[b] up to cu_seqlens_q[b + 1].
+                   (B + 1,) in int32 on the query's device. Sequences may be empty. Rows before the first and after the
+                   last give 0 and have a gradient of 0; they are not read.
+    cu_seqlens_k   the same of key and value
+    max_seqlen_q   the most queries of a sequence, or more
+    max_seqlen_k   the most keys, or more
+    is_causal      True or "top_left": query i of a sequence sees keys j <= i of its own sequence. "bottom_right":
+                   j <= i + S - L, with the lengths L and S of that sequence, as flash-attn's causal. They differ where
+                   L and S do.
+    return_lse     returns (out, lse), where lse is (H, total_q)
+    seqused_k      (B,) in int32: only the first seqused_k[b] keys of a sequence count
+    leftpad_k      (B,) in int32: the first leftpad_k[b] of these do not count, and the sequence begins after them
+    block_table    (B, pages) in int32: key and value are pages (pages, page, Hkv, E), and key j of sequence b is row
+                   j % page of page block_table[b, j // page]. Lengths are seqused_k, or what cu_seqlens_k, which may
+                   be None, says. It has no backward pass, and is_causal must be False, "top_left" or "bottom_right".
+
+    All other arguments are those of flash_attention, where L and S are the lengths of a sequence, B the number of
+    sequences, and attn_mask and block_mask are of max_seqlen_q queries and max_seqlen_k keys.
+
+    Wrong numbers in tensors raise ValueError before anything is written, on the CPU. On MPS they are not read by the
+    CPU, so that it need not wait for the GPU, and the kernels keep them within the tensors. Errors are those of
+    flash_attention."""
+    options = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "attn_mask": attn_mask,
+        "window_size": window_size,
+        "softcap": softcap,
+        "enable_gqa": enable_gqa,
+        "return_lse": return_lse,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+        "block_mask": block_mask,
+        "block_size": block_size,
+    }
+    positional = query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    given = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, None, block_table)
+    return _attend(flash_attention_varlen, positional, options, given, max_seqlen_q, max_seqlen_k)
+
+
+@overload
+def flash_attention_kvcache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Literal[False, "top_left", "bottom_right"] = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention_kvcache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Literal[False, "top_left", "bottom_right"] = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention_kvcache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Literal[False, "top_left", "bottom_right"] = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def flash_attention_kvcache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: Literal[False, "top_left", "bottom_right"] = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0,
+    dropout_seed: Tensor | int | None = None,
+    block_mask: BlockMask | Tensor | None = None,
+    block_size: BlockSize | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attention of queries (B, H, L, E) with a cache of keys and values, of which each sequence has used its own
+    length; or with keys that are padded on either side. The result is (B, H, L, Ev).
+
+    key, value       (B, Hkv, S, E) and (B, Hkv, S, Ev)
+    is_causal        "bottom_right": the last query sees the last key of its sequence, as when new tokens come last.
+                     "top_left": query i sees keys j <= i, from the first key that counts. True is refused.
+    seqused_k        (B,) in int32 on the query's device: the first seqused_k[b] keys count. None: all do.
+    leftpad_k        (B,) in int32: the first leftpad_k[b] of these do not count, and the sequence begins after them
+    cache_batch_idx  (B,) in int32: sequence b reads entry cache_batch_idx[b] of key and value, which may have more
+                     entries. Sequences may share one.
+    block_table      (B, pages) in int32: key and value are pages (pages, Hkv, page, E) of any size and strides; key j
+                     of sequence b, padding included, is row j % page of page block_table[b, j // page]. Sequences may
+                     share pages. S is pages * page.
+
+    All other arguments are those of flash_attention, where S, in alibi_slopes and the alignment to the bottom right, is
+    the number of keys of a sequence that count, from the first of which j is counted. attn_mask and block_mask are of
+    L queries and the S keys that key has.
+
+    Keys and values that do not count are not read. Gradients exist with seqused_k and leftpad_k, and are 0 for these.
+    With cache_batch_idx or block_table there is no backward pass: Unsupported where a gradient is required. Wrong
+    numbers in tensors raise ValueError on the CPU before anything is written; on MPS the kernels keep them within the
+    tensors. Errors are those of flash_attention."""
+    options = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "attn_mask": attn_mask,
+        "window_size": window_size,
+        "softcap": softcap,
+        "enable_gqa": enable_gqa,
+        "return_lse": return_lse,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+        "block_mask": block_mask,
+        "block_size": block_size,
+    }
+    given = Lengths(None, None, seqused_k, leftpad_k, cache_batch_idx, block_table)
+    return _attend(flash_attention_kvcache, (query, key, value), options, given)
+
+
+def _attend(
+    function: Any,
+    positional: tuple[Any, ...],
+    options: dict[str, Any],
+    given: Lengths,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Any:
+    """The result of `function`, one of the two above, for its arguments: `positional`, the options of flash_attention,
+    and lengths, of which those beyond the packed ones are keywords."""
+    query, key, value, *_ = positional
+    mask, bias = subclasses.split(options["attn_mask"])
+    dropout_seed, block_mask = options["dropout_seed"], options["block_mask"]
+    seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
+    blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
+    inputs: Any = query, key, value, mask, options["sinks"], options["alibi_slopes"], seed, blocks, *given
+    by_operator = torch.compiler.is_compiling()
+    if not by_operator:
+        present = [query, key, value, *(tensor for tensor in inputs[3:] if tensor is not None)]
+        if needs_operator(*present):
+            by_operator = True
+            if subclasses.have_torch_function(*present):
+                keywords = {name: one for name, one in given._asdict().items() if one is not None and name[:2] != "cu"}
+                return handle_torch_function(function, present, *positional, **options, **keywords)
+            inputs = calls.check_readable(*inputs)
+    band = calls.band(options["is_causal"], options["window_size"])
+    check_band(options["is_causal"], bias, given)
+    inputs, most = four_dimensional(inputs, max_seqlen_q, max_seqlen_k)
+    calls.check_heads(inputs, options["enable_gqa"])
+    inputs, found = calls.resolve(
+        inputs,
+        band,
+        options["scale"],
+        options["softcap"],
+        options["dropout_p"],
+        dropout_seed,
+        block_mask,
+        options["block_size"],
+        is_cast=not by_operator and tensors.is_autocast(inputs[0]),  # the operators have a rule for it
+        **most,
+    )
+    results = calls.run(inputs, found, options["return_lse"], by_operator)
+    if given.cu_seqlens_q is None:
+        return results
+    if not options["return_lse"]:
+        return results.squeeze(0).transpose(0, 1)
+    out, lse = results
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+class Most(TypedDict, total=False):
+    """The Options that are the largest lengths."""
+
+    max_q: int | None
+    max_kv: int | None
+
+
+def four_dimensional(
+    inputs: InputsTuple, max_seqlen_q: int | None, max_seqlen_k: int | None
+) -> tuple[InputsTuple, Most]:
+    """(Inputs with query, key and value of four dimensions and the lengths that libmfa takes, the largest lengths).
+    `inputs`: the tensors among the arguments of the functions above."""
+    query, key, value, *others = inputs
+    given = Lengths._make(inputs[LENGTHS:])
+    if (given.cu_seqlens_q is not None and given.cu_seqlens_q.dim() != 1) or given.is_cache:
+        lengths.check_each(given, query)  # else they are checked once, when a pass is prepared
+    table = given.block_table
+    if given.cu_seqlens_q is None:
+        if given.cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k is given and cu_seqlens_q None; keys are packed where queries are")
+        if table is None or key.dim() != 4:
+            return inputs, {}
+        return inputs, {"max_kv": table.shape[1] * key.shape[2]}
+    of_kv = (3, "(total, heads, head_dim)") if table is None else (4, "(pages, page, heads, head_dim)")
+    for name, tensor, (count, dimensions) in (
+        ("query", query, (3, "(total, heads, head_dim)")),
+        ("key", key, of_kv),
+        ("value", value, of_kv),
+    ):
+        if tensor.dim() != count:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have {count}: {dimensions}")
+    most: Most = {"max_q": lengths.most("max_seqlen_q", max_seqlen_q)}
+    if table is None:
+        if given.cu_seqlens_k is None:
+            raise ValueError("cu_seqlens_k is None; without a block_table it must say where keys begin and end")
+        key, value = key.unsqueeze(0), value.unsqueeze(0)
+    elif given.cu_seqlens_k is not None:
+        used = given.cu_seqlens_k.diff() if given.seqused_k is None else given.seqused_k
+        given = given._replace(cu_seqlens_k=None, seqused_k=used)
+    most["max_kv"] = lengths.most("max_seqlen_k", max_seqlen_k)
+    query, key, value = query.transpose(0, 1).unsqueeze(0), key.transpose(1, 2), value.transpose(1, 2)
+    return (query, key, value, *others[: LENGTHS - 3], *given), most
+
+
+def check_band(is_causal: Any, bias: Any, given: Lengths) -> None:
+    """Raises for what does not say how a causal mask is aligned. `bias`: a CausalBias, or None."""
+    if bias is not None:
+        raise ValueError(
+            f"attn_mask is a {type(bias).__name__}, which is of one length for all sequences; is_causal may be "
+            '"top_left" or "bottom_right"'
+        )
+    if is_causal and not isinstance(is_causal, str) and (given.cu_seqlens_q is None or given.block_table is not None):
+        raise ValueError(
+            'is_causal is True; with a cache of keys it must say to which keys it is aligned: "bottom_right", where '
+            'the queries are the last of their sequence, or "top_left"'
+        )

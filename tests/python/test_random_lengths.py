@@ -1,0 +1,121 @@
+"""flash_attention_varlen and flash_attention_kvcache on calls that hypothesis draws from all their options together,
+against attention written out, with gradients where these exist."""
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+import sequences
+from mps_flash_attn import flash_attention_kvcache, flash_attention_varlen, reference
+from mps_flash_attn.lengths import blocks_of
+from mps_flash_attn.options import Options
+from mps_flash_attn.problem import Inputs
+from sequences import cumulative, integers
+from stand_in import DTYPES, FULL
+
+pytestmark = [pytest.mark.cpu(sequences.OF_CPU), pytest.mark.usefixtures("one_thread")]
+DRAWS = 250 * (4 if FULL else 1)
+KINDS = ("packed", "packed", "padded", "index", "pages", "packed pages")
+
+
+@st.composite
+def calls(draw):
+    """(kind, the Inputs, their Options, the keywords of both functions that mean them)."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    kind, batch = draw(st.sampled_from(KINDS)), draw(st.integers(1, 4))
+    kv_heads, group = (draw(st.sampled_from((1, 2, 3))) for _ in range(2))
+    head_dim, value_dim = (draw(st.sampled_from((8, 3, 16, 40))) for _ in range(2))
+    dtype, heads = draw(st.sampled_from(DTYPES)), kv_heads * group
+    length = st.sampled_from((0, 1, 2, 7, 33, 64, 130))
+    q_lens, kv_lens = ([draw(length) for _ in range(batch)] for _ in range(2))
+    q_len, kv_len = (
+        max(q_lens) + draw(st.sampled_from((0, 0, 50))),
+        max(*kv_lens, 1) + draw(st.sampled_from((0, 9))),
+    )
+    page = draw(st.sampled_from((1, 3, 16, 64)))
+    pages = -(-kv_len // page)
+    lengths, entries, rows, q_entries, q_rows = {}, batch, kv_len, batch, q_len
+    if "packed" in kind:
+        starts = cumulative(q_lens, draw(st.sampled_from((0, 3))))
+        lengths["cu_seqlens_q"] = starts
+        q_entries, q_rows = 1, int(starts[-1]) + draw(st.sampled_from((0, 4)))
+    if kind == "packed":
+        lengths["cu_seqlens_k"] = starts = cumulative(kv_lens, draw(st.sampled_from((0, 3))))
+        entries, rows = 1, int(starts[-1]) + draw(st.sampled_from((0, 4)))
+    if kind == "index":
+        entries = batch + 2
+        lengths["cache_batch_idx"] = torch.randint(entries, (batch,)).int()
+    if "pages" in kind:
+        entries, rows, kv_len = batch * pages + 1, page, pages * page
+        lengths["block_table"] = torch.randint(entries, (batch, pages)).int()
+    most = kv_lens if kind == "packed" else [kv_len] * batch
+    used = most
+    if kind in ("padded", "pages", "packed pages") or draw(st.booleans()):
+        used = [draw(st.integers(0, n)) for n in most]
+        lengths["seqused_k"] = integers(used)
+    if draw(st.booleans()):
+        lengths["leftpad_k"] = integers([draw(st.integers(0, n)) for n in used])
+
+    def tensor(first, heads, rows, columns):
+        if draw(st.booleans()):
+            return torch.randn(first, rows, heads, columns).to(dtype).transpose(1, 2)
+        return torch.randn(first, heads, rows, columns).to(dtype)
+
+    query, key = tensor(q_entries, heads, q_rows, head_dim), tensor(entries, kv_heads, rows, head_dim)
+    value = tensor(entries, kv_heads, rows, value_dim)
+    sinks = torch.randn(batch, heads) if draw(st.booleans()) else None
+    if sinks is not None and draw(st.booleans()):
+        sinks[..., 0] = draw(st.sampled_from((-torch.inf, 0.0, 30.0)))
+    mask, mask_kind = None, draw(st.sampled_from(("none", "bool", "float", "none")))
+    if mask_kind != "none":
+        shape = draw(st.sampled_from(((q_len, kv_len), (batch, 1, 1, kv_len), (heads, q_len, 1))))
+        mask = torch.rand(shape) < 0.6 if mask_kind == "bool" else torch.randn(shape)
+    slopes = torch.rand(batch, heads) if draw(st.booleans()) else None
+    left, right = (draw(st.sampled_from((-1, 0, 5))) for _ in range(2))
+    aligned = draw(st.sampled_from((False, "top_left", "bottom_right")))
+    softcap = draw(st.sampled_from((0.0, 0.0, 4.0)))
+    keywords = {"is_causal": aligned, "window_size": (left, right), "softcap": softcap}
+    right = 0 if aligned else right
+    seed, dropout = None, draw(st.sampled_from((0.0, 0.0, 0.1, 0.5, 1.0)))
+    if dropout:
+        seed = torch.tensor(draw(st.integers(-(2**63), 2**63 - 1)))
+        keywords |= {"dropout_p": dropout, "dropout_seed": seed}
+        seed = seed.expand(batch)
+    blocks, size = None, (0, 0)
+    if draw(st.sampled_from((False, False, True))):
+        size = draw(st.sampled_from(((16, 16), (16, 48), (32, 16), (128, 64))))
+        blocks = torch.rand(blocks_of((batch, heads, q_len, kv_len), size)) < 0.6
+        keywords |= {"block_size": size}
+    inputs = Inputs(query, key, value, mask, sinks, slopes, seed, blocks, **lengths)
+    band = (None if left < 0 else -left), (None if right < 0 else right)
+    max_q = q_len if "packed" in kind else None
+    max_kv = kv_len if kind == "packed" or "pages" in kind else None
+    return kind, inputs, Options(*band, None, softcap, dropout, *size, aligned != "top_left", max_q, max_kv), keywords
+
+
+def run(kind, inputs, options, keywords):
+    """(out, lse) by the function that such a call is for."""
+    keywords = keywords | {"attn_mask": inputs.attn_mask, "sinks": inputs.sinks, "alibi_slopes": inputs.alibi_slopes}
+    keywords |= {"block_mask": inputs.block_mask, "enable_gqa": True, "return_lse": True}
+    lengths = {name: getattr(inputs, name) for name in ("seqused_k", "leftpad_k", "block_table")}
+    query, key, value = inputs[:3]
+    if "packed" not in kind:
+        lengths["cache_batch_idx"] = inputs.cache_batch_idx
+        return flash_attention_kvcache(query, key, value, **lengths, **keywords)
+    if kind == "packed":
+        key, value = key[0], value[0]
+    tensors = query[0].transpose(0, 1), key.transpose(-3, -2), value.transpose(-3, -2)
+    most = inputs.cu_seqlens_q, inputs.cu_seqlens_k, options.max_q, options.max_kv
+    out, lse = flash_attention_varlen(*tensors, *most, **lengths, **keywords)
+    return out.transpose(0, 1)[None], lse[None]
+
+
+@settings(max_examples=DRAWS)
+@given(calls())
+def test_any_options(call):
+    kind, inputs, options, keywords = call
+    note(f"{kind} {[t if t is None else (tuple(t.shape), t.dtype) for t in inputs]} {options}")
+    note(f"{inputs[8:]}")
+    gradients = inputs.cache_batch_idx is None and inputs.block_table is None
+    reference.check(lambda *t: run(kind, Inputs(*t), options, keywords), inputs, gradients, **options._asdict())
