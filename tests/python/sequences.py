@@ -5,7 +5,7 @@ import torch
 
 from mps_flash_attn import flash_attention
 
-OF_CPU = "the Metal backend refuses sequences of their own lengths"
+CLAMPED = "on Metal lengths stay on the device, and wrong ones are clamped"
 NAMES = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
 
 

@@ -7,7 +7,7 @@ import sequences
 from mps_flash_attn.flash_attn import apply_rotary_emb, flash_attn_func, flash_attn_with_kvcache
 from sequences import integers
 
-pytestmark = [pytest.mark.cpu(sequences.OF_CPU), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 # Of flash-attention's tests/test_flash_attn.py.
 LENGTHS = [(1, 128), (1, 339), (3, 1024), (64, 800), (64, 256), (3, 799), (64, 2048), (16, 1000), (128, 128)]

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-import sequences
 from mps_flash_attn import flash_attention_kvcache, flash_attention_varlen, reference
 from mps_flash_attn.lengths import blocks_of
 from mps_flash_attn.options import Options
@@ -14,7 +13,7 @@ from mps_flash_attn.problem import Inputs
 from sequences import cumulative, integers
 from stand_in import DTYPES, FULL
 
-pytestmark = [pytest.mark.cpu(sequences.OF_CPU), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.usefixtures("one_thread")]
 DRAWS = 250 * (4 if FULL else 1)
 KINDS = ("packed", "packed", "padded", "index", "pages", "packed pages")
 

@@ -60,8 +60,11 @@ kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUF
     rows_around rows = rows_around_all(in.cu_seqlens_q, args.cu_seqlens_q, int(args.batch), int(args.total_q));
     sequence seq; /* all packed rows */
     seq.batch = seq.q_batch = 0, seq.q_row = 0;
-    softmax_state end = softmax_init();
-    softmax_end(end, sinks, args, seq, own.head);
+#if defined(SINKS)
+    uint none = as_type<uint>(sinks[head_offset(seq, args.sinks, own.head)]); /* as it is given */
+#else
+    uint none = log_sum_exp(softmax_init().m, softmax_init().l);
+#endif
     for (int n = own.row * ROWS_OF_GROUP + int(simdgroup); n < count_of(rows);
          n += int(call.grid.row) * ROWS_OF_GROUP) {
         int i = row_of(rows, n);
@@ -70,7 +73,7 @@ kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUF
         if (call.present >> MFA_METAL_BUFFER_O_LOW & 1)
             clear_row(O_low + q_offset(seq, args.o, own.head, i), args.o.column, args.value_dim, lane);
         if ((call.present >> MFA_METAL_BUFFER_LSE & 1) && lane == 0)
-            L[q_offset(seq, args.lse, own.head, i)] = log_sum_exp(end.m, end.l);
+            L[q_offset(seq, args.lse, own.head, i)] = none;
         if (call.present >> MFA_METAL_BUFFER_DQ & 1)
             clear_row(dQ + q_offset(seq, args.dq, own.head, i), args.dq.column, args.head_dim, lane);
     }
