@@ -19,7 +19,14 @@ from . import display
 from .library import COMPILER, library
 
 # A feature in kernel keys: its name in the problem grammar.
-_WORDS = {"band": "causal", "softcap": "softcap1", "dropout": "dropout0.5", "block_map": "block_map_q64 block_map_kv64"}
+_WORDS = {
+    "band": "causal",
+    "softcap": "softcap1",
+    "dropout": "dropout0.5",
+    "block_map": "block_map_q64 block_map_kv64",
+    "varlen": "seqused_k",
+    "paged": "kv_batch1 page_size16",
+}
 
 
 def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable[str], backward: bool) -> Iterator[str]:
@@ -29,6 +36,8 @@ def problems(dtypes: Iterable[str], head_dims: Iterable[str], features: Iterable
     if backward:
         kernels.append(("backward", "q64"))
     for (pass_, q), dtype, head_dim, feature in itertools.product(kernels, dtypes, head_dims, features):
+        if pass_ == "backward" and "paged" in feature.split("+"):
+            continue  # pages have no backward pass
         words = [_WORDS.get(word, word) for word in feature.split("+") if word != "none"]
         yield " ".join([pass_, dtype, f"b1 h1 {q} kv64", f"d{head_dim}", *words, "metal"])
 
