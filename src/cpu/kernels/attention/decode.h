@@ -52,14 +52,18 @@ static void decode_scores(const struct decode_walk *w, const packed *Q, real fac
     }
 }
 
-/* O += P V, by chunks; also dQ += dS K. */
+/* O += P V, by chunks, which end where pages do, unless these are small or cut packs of keys: then rows are copied. Also
+ * dQ += dS K. */
 static void decode_outputs(const struct decode_walk *w, const packed *P, packed *copy, real *O)
 {
     const struct kv_source *V = w->source;
     const int64_t chunk = kv_chunk_keys(V, w->R);
-    for (int64_t k = 0; k < w->block; k += chunk) {
-        const int64_t n = w->block - k < chunk ? w->block - k : chunk, whole = decode_pv_keys(n, w->R);
-        struct prefetch_cursor next = decode_cursor(w, k, chunk);
+    for (int64_t k = 0, n; k < w->block; k += n) {
+        n = w->block - k < chunk ? w->block - k : chunk;
+        const int64_t run = kv_run(V, w->key + k, n);
+        n = run >= DECODE_ACCUMULATORS / 2 && decode_pv_keys(run, w->R) == run ? run : n;
+        const int64_t whole = decode_pv_keys(n, w->R);
+        struct prefetch_cursor next = decode_cursor(w, k, n);
         const struct kv_rows rows = kv_load_rows(V, w->key + k, n, whole, 0, copy);
         gemm_pv_decode(w->R, P + k_packs(k * w->R), rows, whole, interleaved_columns(V->columns), O, &next);
     }
