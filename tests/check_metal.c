@@ -138,7 +138,7 @@ static void check_case(const struct arguments *arguments, const struct one_case 
     const int small = case_multiplications(&one->problem) <= CASE_SMALL, masked = one->problem.mask != MFA_MASK_NONE;
     const enum thoroughness thorough = arguments->quick ? ONCE : small ? ALL_SCHEDULES : TWICE;
     const clock_t begin = clock();
-    struct test_run t = {.target = {number % 2 ? 7 : 9, number % 8 > 5}};
+    struct test_run t = {.target = {number % 2 ? 7 : 9, number % 8 > 5, 0}};
     if (check_unsupported(one))
         return;
     int good = check_variant(&t, one, (struct variant){.dlse = number % 2}, arguments->seed, DENSE, thorough);

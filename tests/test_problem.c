@@ -247,8 +247,7 @@ static const char *const lines[] = {
     "backward bf16 b1 h1 q17 kv1 d8 causal block_map_q16 block_map_kv48 scale2 mask_bool metal",
     "forward f32 b1 h1 q1 kv1 d8 block_map_q-3 block_map_kv17",
     "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 dropout0.1 mask_bool alibi sinks metal",
-    "backward f32 b3 h4/2 q70 kv90 d32 causal total_q150 total_kv170 varlen_q varlen_kv seqused_k leftpad_k "
-    "bottom_right",
+    "backward f32 b3 h4 q7 kv9 d32 causal total_q15 total_kv17 varlen_q varlen_kv seqused_k leftpad_k bottom_right",
     "forward f16 b3 h4 q1 kv90 d32 kv_batch100 page_size16 seqused_k",
     "forward f64 b3 h4 q1 kv90 d32 kv_batch5 cache_batch_idx metal",
     "forward f32 b1 h1 q1 kv1 d8 total_q1 total_kv7 kv_batch2 page_size9223372036854775807",

@@ -19,13 +19,30 @@ static float largest_code(int32_t type)
     }
 }
 
+/* Infinity in place of NaN, too: neither has a code. */
 static float half_to_float(uint16_t h)
 {
     const int exponent = h >> 10 & 31, fraction = h & 0x3ff;
-    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                       : exponent == 0 ? ldexpf((float)fraction, -24)
-                                       : ldexpf((float)(fraction + 1024), exponent - 25);
-    return h >> 15 ? -size : size;
+    const double size = exponent == 31  ? (double)INFINITY
+                        : exponent == 0 ? ldexp(fraction, -24)
+                                        : ldexp(fraction + 1024, exponent - 25);
+    return (float)(h >> 15 ? -size : size);
+}
+
+static int is_finite(float x)
+{
+    return !isnan(x) && !isinf(x);
+}
+
+/* To the nearest integer, ties to even, of a size below 2^51. */
+static double round_to_even(double x)
+{
+    return (x + 0x1.8p52) - 0x1.8p52;
+}
+
+static double clamp(double x, double low, double high)
+{
+    return x < low ? low : x > high ? high : x;
 }
 
 static float number(const void *numbers, int32_t dtype, int64_t n)
@@ -45,17 +62,17 @@ static float number(const void *numbers, int32_t dtype, int64_t n)
 
 /* An 8-bit float with so many bits of the fraction, whose numbers of the lowest exponent are multiples of 2^least:
  * rounded to nearest, ties to even. The size of x is at most the largest code. */
-static uint8_t encode_float8(float x, int fraction_bits, int least)
+static uint8_t encode_float8(double x, int fraction_bits, int least)
 {
-    const float size = fabsf(x);
+    const double size = fabs(x);
     int exponent = 0;
-    frexpf(size, &exponent);
+    frexp(size, &exponent);
     int ulp = exponent - 1 - fraction_bits; /* of x: 2^ulp */
     ulp = ulp < least || size == 0 ? least : ulp;
-    const int units = (int)rintf(ldexpf(size, -ulp));
+    const int units = (int)round_to_even(ldexp(size, -ulp));
     /* A carry out of the fraction adds one to the exponent by itself. */
     const int code = ulp > least ? units + ((ulp - least) << fraction_bits) : units;
-    return (uint8_t)(code | (signbit(x) ? 0x80 : 0));
+    return (uint8_t)(code | (x < 0 ? 0x80 : 0));
 }
 
 static uint8_t encode_nf4(float x)
@@ -70,10 +87,10 @@ static uint8_t encode_nf4(float x)
 static uint8_t encode(int32_t type, float x)
 {
     switch (type) {
-    case MFA_KV_INT8: return (uint8_t)(int8_t)fmaxf(-127, fminf(127, rintf(x)));
-    case MFA_KV_E4M3: return encode_float8(fmaxf(-448, fminf(448, x)), 3, -9);
-    case MFA_KV_E5M2: return encode_float8(fmaxf(-57344, fminf(57344, x)), 2, -16);
-    case MFA_KV_INT4: return (uint8_t)fmaxf(0, fminf(15, rintf(x) + 8));
+    case MFA_KV_INT8: return (uint8_t)(int8_t)clamp(round_to_even((double)x), -127, 127);
+    case MFA_KV_E4M3: return encode_float8(clamp((double)x, -448, 448), 3, -9);
+    case MFA_KV_E5M2: return encode_float8(clamp((double)x, -57344, 57344), 2, -16);
+    case MFA_KV_INT4: return (uint8_t)clamp(round_to_even((double)x) + 8, 0, 15);
     default: return encode_nf4(x);
     }
 }
@@ -84,9 +101,9 @@ static float scale_of(int32_t type, int32_t dtype, const void *numbers, int64_t 
     float largest = 0;
     for (int64_t n = first; n < end; n++) {
         const float x = number(numbers, dtype, n);
-        largest = fabsf(x) > fabsf(largest) ? x : largest;
+        largest = fabs((double)x) > fabs((double)largest) ? x : largest;
     }
-    return (type == MFA_KV_INT4 ? largest : fabsf(largest)) / largest_code(type);
+    return (type == MFA_KV_INT4 || largest > 0 ? largest : -largest) / largest_code(type);
 }
 
 static void quantize_row(int32_t type, int32_t dtype, int64_t columns, int64_t group, const void *numbers,
@@ -134,7 +151,7 @@ mfa_status mfa_kv_quantize_rows(int32_t type, int32_t dtype, int64_t rows, int64
     const int64_t bytes = (int64_t)mfa_dtype_size(dtype);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c++)
-            if (!isfinite(number((const char *)numbers + r * numbers_row * bytes, dtype, c)))
+            if (!is_finite(number((const char *)numbers + r * numbers_row * bytes, dtype, c)))
                 return mfa_fail(MFA_INVALID, "number %lld of row %lld is not finite as f32; it must be", (long long)c,
                                 (long long)r);
     for (int64_t r = 0; r < rows && columns > 0; r++)

@@ -175,20 +175,35 @@ static double work_of(const struct mfa_cpu_sequence *seq)
     return (double)seq->q_len * (double)seq->kv_len;
 }
 
+enum { CLASSES = 128 };
+
+/* By the power of two that a sequence's work is below, at most 2^87. */
+static int class_of(const struct mfa_cpu_sequence *seq)
+{
+    int exponent;
+    frexp(work_of(seq), &exponent);
+    return CLASSES - exponent;
+}
+
 /* Sequences with about the same work stay in their order. */
 static void sort(const struct table *table, int64_t *order)
 {
-    enum { CLASSES = 128 };
     int64_t first[CLASSES + 1] = {0};
     for (int64_t n = 0; n < table->count; n++)
-        first[CLASSES - ilogb(work_of(&table->sequences[n]) + 1)]++;
+        first[class_of(&table->sequences[n])]++;
     for (int64_t n = 0, sum = 0; n <= CLASSES; n++) {
         const int64_t size = first[n];
         first[n] = sum;
         sum += size;
     }
     for (int64_t n = 0; n < table->count; n++)
-        order[first[CLASSES - ilogb(work_of(&table->sequences[n]) + 1)]++] = n;
+        order[first[class_of(&table->sequences[n])]++] = n;
+}
+
+static int64_t round_up(double x)
+{
+    const int64_t whole = (int64_t)x;
+    return whole + ((double)whole < x);
 }
 
 /* Splits of keys where there would be few tasks otherwise: none has more than a small part of the work, as far as that
@@ -206,7 +221,7 @@ static void split(const struct mfa_cpu_call *call, int panel, const struct table
         struct mfa_cpu_sequence *seq = &table->sequences[n];
         const int64_t most = seq->kv_len / SPLIT_KEYS;
         if (most > 1 && seq->q_len > 0)
-            seq->splits = clamp((int64_t)ceil(ENOUGH_PARTS * (double)seq->kv_len / work), 1, most);
+            seq->splits = clamp(round_up(ENOUGH_PARTS * (double)seq->kv_len / work), 1, most);
     }
 }
 

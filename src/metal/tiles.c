@@ -217,8 +217,8 @@ static mfa_status supports_sizes(const mfa_problem *p)
     if (kv_len > most)
         return mfa_fail(MFA_UNSUPPORTED, "kv_len is %lld; Metal kernels exist for up to 2^30", (long long)p->kv_len);
     const double blocks = p->mask == MFA_MASK_NONE ? 0 : q_heads * (q_len / 8 + 1) * (kv_len / 8 + 1);
-    const double queries =
-        p->varlen_q ? fmax((double)p->q_heads * (double)p->total_q, q_heads * (q_len / 8 + 1)) : q_heads * q_len;
+    const double packed = (double)p->q_heads * (double)p->total_q, least = q_heads * (q_len / 8 + 1);
+    const double queries = !p->varlen_q ? q_heads * q_len : packed > least ? packed : least;
     if (queries > 0x1p31 || kv_heads * kv_len > 0x1p31 || blocks > 0x1p31 || (p->sinks && q_heads > 0x1p31))
         return mfa_fail(
             MFA_UNSUPPORTED,

@@ -171,9 +171,13 @@ static mfa_status bind_array(struct call *call, int number, const struct mfa_xla
 static mfa_status bind_arrays(struct call *call, char *names, const struct mfa_xla_values *values, int is_result)
 {
     int64_t count = 0;
-    char *rest = NULL;
-    for (const char *name = strtok_r(names, " ", &rest); name; name = strtok_r(NULL, " ", &rest), count++) {
+    char *next;
+    for (char *name = names + strspn(names, " "); *name; name = next, count++) {
         int number = 0;
+        next = name + strcspn(name, " ");
+        if (*next)
+            *next++ = '\0';
+        next += strspn(next, " ");
         while (number < MFA_OPERAND_COUNT && strcmp(name, mfa_operands[number].name) != 0)
             number++;
         if (number == MFA_OPERAND_COUNT)
