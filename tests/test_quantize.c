@@ -1,4 +1,6 @@
-/* mfa_kv_quantize: codes are those whose numbers are nearest, scales those of the largest number; what it refuses. */
+/* mfa_kv_quantize: codes are those whose numbers are nearest, scales those of the largest number; what it refuses; and
+ * what attention makes of the largest scales. */
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,6 +13,7 @@
 #include "mfa.h"
 #include "reference/attention.h"
 #include "reference/element.h"
+#include "support/context.h"
 #include "support/generator.h"
 #include "support/report.h"
 
@@ -140,6 +143,36 @@ static void test_dtypes(void **state)
     }
 }
 
+/* O of one key is V: a code times its scale, also where the scale is large and the code small. */
+static void test_large_scales(void **state)
+{
+    (void)state;
+    for (int32_t type = MFA_KV_INT8; type <= MFA_KV_NF4; type++)
+        for (int code = 0; code < code_count(type); code++)
+            for (int q_len = 1; q_len <= 65; q_len += 64) {
+                const double number = reference_code(type, (uint8_t)code);
+                if (!is_used(type, (uint8_t)code) || number == 0)
+                    continue;
+                static float q[65 * 32], k[32], o[65 * 32];
+                uint8_t v[32];
+                const float scale = FLT_MAX / (float)(2 * fmax(1, fabs(number)));
+                mfa_problem p;
+                mfa_problem_init(&p, 1, 1, 1, q_len, 1, 32, 32);
+                p.v_type = type;
+                memset(v, code_count(type) == 16 ? code * 17 : code, sizeof v);
+                const mfa_buffers buffers = {.size = sizeof buffers,
+                                             .q = {q, 0},
+                                             .k = {k, 0},
+                                             .v = {v, 0},
+                                             .o = {o, 0},
+                                             .v_scale = {(void *)&scale, 0}};
+                assert_int_equal(mfa_attention(test_context, &p, &buffers, NULL), MFA_OK);
+                for (int n = 0; n < q_len * 32; n++)
+                    if (fabs((double)o[n] - number * (double)scale) > fabs(number * (double)scale) * 1e-6)
+                        fail_msg("%s: code %d times %g is %g in O", names[type], code, (double)scale, (double)o[n]);
+            }
+}
+
 static void test_refused(void **state)
 {
     float numbers[64] = {0}, scales[4] = {9};
@@ -173,11 +206,10 @@ static void test_refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nearest),
-        cmocka_unit_test(test_each_code),
-        cmocka_unit_test(test_dtypes),
-        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_nearest),      cmocka_unit_test(test_each_code), cmocka_unit_test(test_dtypes),
+        cmocka_unit_test(test_large_scales), cmocka_unit_test(test_refused),
     };
     report_begin("test_quantize", 1);
-    return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));
+    return report_group(sizeof tests / sizeof *tests,
+                        cmocka_run_group_tests(tests, test_context_open, test_context_close));
 }

@@ -12,15 +12,12 @@ static inline real code_scale(const struct code_scales *s, int64_t n)
     return s->at ? (real)s->at[n * s->stride] : 1;
 }
 
-/* What codes as they are loaded are still to be multiplied by. */
-static inline real code_factor(int dtype)
-{
-    return dtype == CPU_E4M3 ? 256 : 1;
-}
-
+/* The factor that vec_load_e4m3 leaves out is not one of the scale's, which may be near the largest number. */
 static inline vec load_code(const uint8_t *at, int dtype)
 {
-    return dtype == CPU_INT8 ? vec_load_int8(at) : dtype == CPU_E4M3 ? vec_load_e4m3(at) : vec_load_e5m2(at);
+    return dtype == CPU_INT8   ? vec_load_int8(at)
+           : dtype == CPU_E4M3 ? vec_mul(vec_load_e4m3(at), vec_set1(256))
+                               : vec_load_e5m2(at);
 }
 
 static inline real code_of(uint8_t byte, int dtype)
@@ -39,7 +36,7 @@ static inline __attribute__((always_inline)) void load_bytes(real *to, const uin
                                                              int64_t n, struct code_scales scales)
 {
     for (int64_t c = 0, end, g = 0; c < n; c = end, g++) {
-        const real scale = code_scale(&scales, g) * code_factor(dtype);
+        const real scale = code_scale(&scales, g);
         int64_t i = c;
         end = scales.group < n - c ? c + scales.group : n;
         for (; i + LANES <= end && stride == 1; i += LANES)
