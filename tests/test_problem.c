@@ -207,6 +207,14 @@ static void test_canonical(void **state)
     assert_int_equal(mfa_problem_check(&problem, &canonical), MFA_OK);
     assert_int_equal(canonical.mask_dtype, MFA_F64);
     assert_int_equal(canonical.size, sizeof canonical);
+    /* An open band is the same from either end, of sequences of their own lengths, too. */
+    problem.seqused_k = 1;
+    for (problem.bottom_right = 0; problem.bottom_right <= 1; problem.bottom_right++) {
+        mfa_problem same;
+        assert_int_equal(mfa_problem_check(&problem, problem.bottom_right ? &same : &canonical), MFA_OK);
+        if (problem.bottom_right)
+            assert_memory_equal(&same, &canonical, sizeof same);
+    }
 }
 
 static void test_roles(void **state)

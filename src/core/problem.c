@@ -388,9 +388,13 @@ static void clamp_band(mfa_problem *p)
     if (p->bottom_right && mfa_problem_is_varlen(p)) {
         p->bottom_right = p->lower > 1 - p->q_len - p->kv_len || p->upper < p->q_len + p->kv_len - 1;
     } else if (p->bottom_right) {
-        p->lower = clamp(p->lower + p->kv_len - p->q_len, -p->q_len, p->kv_len);
-        p->upper = clamp(p->upper + p->kv_len - p->q_len, -p->q_len, p->kv_len);
+        p->lower += p->kv_len - p->q_len;
+        p->upper += p->kv_len - p->q_len;
         p->bottom_right = 0;
+    }
+    if (!p->bottom_right) {
+        p->lower = clamp(p->lower, -p->q_len, p->kv_len);
+        p->upper = clamp(p->upper, -p->q_len, p->kv_len);
     }
 }
 

@@ -220,7 +220,7 @@ static void split(const struct mfa_cpu_call *call, int panel, const struct table
     for (int64_t n = 0; n < table->count; n++) {
         struct mfa_cpu_sequence *seq = &table->sequences[n];
         const int64_t most = seq->kv_len / SPLIT_KEYS;
-        if (most > 1 && seq->q_len > 0)
+        if (most > 1 && seq->q_len > 0 && work > 0) /* no work: there are no heads */
             seq->splits = clamp(round_up(ENOUGH_PARTS * (double)seq->kv_len / work), 1, most);
     }
 }
