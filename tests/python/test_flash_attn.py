@@ -218,6 +218,8 @@ def test_padding():
     back = pad_input(rows, indices, 3, 5)
     assert torch.equal(back, x * (used + unused)[..., None, None])
     assert torch.autograd.gradcheck(lambda x: pad_input(unpad_input(x, used)[0] ** 2, unpad_input(x, used)[1], 3, 5), x)
+    rows, _, starts, most, counted = unpad_input(x, used, used + unused)  # rows that both masks name are there once
+    assert starts.tolist() == [0, 3, 3, 8] and rows.shape[0] == 8 and most == 5 and counted.tolist() == [2, 0, 4]
     none, _, starts, most, _ = unpad_input(x, torch.zeros(3, 5, dtype=torch.bool))
     assert none.shape == (0, 2, 4) and most == 0 and not starts.any()
 

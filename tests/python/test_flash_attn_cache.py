@@ -165,6 +165,9 @@ def test_rotary(interleaved, dtype):
     packed, starts = torch.cat([x[0, :2], x[1]]), integers([0, 2, 7])
     of_packed = apply_rotary_emb(packed, cos, sin, interleaved, seqlen_offsets=offsets, cu_seqlens=starts, max_seqlen=5)
     assert torch.equal(of_packed, torch.cat([found[0, :2], found[1]]))
+    more = torch.cat([packed[:1], packed, packed[:3]])  # rows of no sequence need no position
+    of_more = apply_rotary_emb(more, cos[:25], sin[:25], interleaved, seqlen_offsets=offsets, cu_seqlens=starts + 1)
+    assert torch.equal(of_more[1:8], of_packed)
     own = x.clone()
     assert apply_rotary_emb(own, cos, sin, interleaved, True, offsets) is own and torch.equal(own, found)
     if dtype is torch.float64:
@@ -201,6 +204,26 @@ WRONG = {
         {**NEW, "cache_seqlens": 14, "block_table": integers([[0, 1], [2, 4]])},
         r"block_table\[1\]\[1\] is 4; there are 4 pages",
     ),
+    "index int64": (
+        {**NEW, "cache_seqlens": 2, "cache_batch_idx": torch.tensor([0, 1])},
+        r"cache_batch_idx is int64 of the shape \(2,\) on cpu; it must be int32 of the shape \(2, \)",
+    ),
+    "leftpad of one": (
+        {**NEW, "cache_seqlens": 2, "cache_leftpad": integers([0])},
+        r"cache_leftpad is .* shape \(1,\)",
+    ),
+    "table int64": (
+        {**NEW, "cache_seqlens": 2, "block_table": torch.tensor([[0, 1], [2, 3]])},
+        r"block_table is int64 .* it must be int32 of the shape \(2, pages\)",
+    ),
+    "table of three": (
+        {**NEW, "cache_seqlens": 2, "block_table": integers([[0, 1], [2, 3], [0, 0]])},
+        r"block_table is int32 of the shape \(3, 2\)",
+    ),
+    "index and table": (
+        {**NEW, "cache_seqlens": 2, "cache_batch_idx": integers([0, 1]), "block_table": integers([[0, 1], [2, 3]])},
+        "cache_batch_idx and block_table are given",
+    ),
     "table": ({**NEW, "cache_seqlens": 2, "rotary_cos": TABLE[:9], "rotary_sin": TABLE[:9]}, "has 9 positions"),
 }
 
@@ -214,6 +237,21 @@ def test_wrong_arguments(case):
     with pytest.raises((TypeError, ValueError), match=words):
         flash_attn_with_kvcache(q, *caches, **options)
     assert all(map(torch.equal, caches, before))
+
+
+def test_wrong_caches():
+    q, k = torch.randn(2, 3, 4, 16), torch.zeros(2, 16, 2, 16)
+    for caches, words in (
+        ((k, torch.zeros(2, 4, 2, 16)), r"v_cache \(2, 4, 2, 16\); they must agree"),
+        ((k[:1], torch.zeros(1, 16, 2, 16)), "k_cache has 1 entries and q 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            flash_attn_with_kvcache(q, *caches, **NEW, cache_seqlens=2)
+    k_cache = torch.zeros(2, 16, 3, 16)
+    new = torch.ones(2, 3, 3, 16)
+    with pytest.raises(ValueError, match="q has 4 heads; it must be a multiple of the 3 heads of k_cache"):
+        flash_attn_with_kvcache(q, k_cache, k_cache.clone(), new, new, cache_seqlens=2)
+    assert not k.any() and not k_cache.any()
 
 
 def test_page_that_is_not_needed():

@@ -24,7 +24,7 @@ def unpad_input(
     max_seqlen       the rows of the longest, for which the GPU is waited for
     seqused          (B,) in int32: how many rows of each sequence the attention_mask names
     """
-    has_place = attention_mask if unused_mask is None else attention_mask + unused_mask
+    has_place = attention_mask != 0 if unused_mask is None else (attention_mask != 0) | (unused_mask != 0)
     lengths = has_place.sum(-1, dtype=torch.int32)
     indices = has_place.flatten().nonzero().flatten()
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])

@@ -54,6 +54,7 @@ def flash_attn_with_kvcache(
     if isinstance(lengths, int):
         lengths = torch.full((batch,), lengths, dtype=torch.int32, device=q.device)
     _check(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, lengths)
+    _check_places(q, k_cache, v_cache, lengths, cache_batch_idx, cache_leftpad, block_table)
     if cache_batch_idx is None and block_table is None:
         k_cache, v_cache = k_cache[:batch], v_cache[:batch]
     new = 0 if k is None else k.shape[1]
@@ -143,11 +144,6 @@ def _check(
         raise ValueError("k and v, and rotary_cos and rotary_sin, must be given together")
     if cos is not None and k is None:
         raise ValueError("rotary_cos is given and k None; only new keys are rotated, those of the cache have been")
-    if lengths is not None and (lengths.dtype is not torch.int32 or lengths.shape != q.shape[:1]):
-        raise ValueError(
-            f"cache_seqlens is {tensors.dtype_name(lengths)} of the shape {tuple(lengths.shape)}; it must be a number, "
-            f"or int32 of the shape {tuple(q.shape[:1])}"
-        )
     if cos is not None and sin is not None:
         check_table(cos, sin, q.shape[3])
     if k is None or v is None:
@@ -163,6 +159,47 @@ def _check(
                 f"q is {tensors.dtype_name(q)}, {name} {tensors.dtype_name(tensor)} and {name}_cache "
                 f"{tensors.dtype_name(cache)}; they must have one dtype"
             )
+
+
+def _check_places(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """The same of the tensors that say where keys are."""
+    batch = q.shape[0]
+    for name, tensor, also in (
+        ("cache_seqlens", lengths, "a number, or "),
+        ("cache_batch_idx", cache_batch_idx, ""),
+        ("cache_leftpad", cache_leftpad, ""),
+        ("block_table", block_table, ""),
+    ):
+        if tensor is None:
+            continue
+        is_table = tensor is block_table
+        is_right = tensor.dim() == 1 + is_table and tensor.shape[0] == batch and tensor.dtype is torch.int32
+        if not is_right or tensor.device != q.device:
+            found = f"{tensors.dtype_name(tensor)} of the shape {tuple(tensor.shape)} on {tensor.device}"
+            shape = f"({batch}, {'pages' if is_table else ''})"
+            raise ValueError(f"{name} is {found}; it must be {also}int32 of the shape {shape} on {q.device}")
+    if cache_batch_idx is not None and block_table is not None:
+        raise ValueError("cache_batch_idx and block_table are given; the rows of block_table say where keys are")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"k_cache has the shape {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}; they must agree in all "
+            "sizes but the last"
+        )
+    if cache_batch_idx is None and block_table is None and k_cache.shape[0] < batch:
+        raise ValueError(
+            f"k_cache has {k_cache.shape[0]} entries and q {batch}; without cache_batch_idx or block_table there must "
+            "be one for each"
+        )
+    if q.shape[2] % max(k_cache.shape[2], 1):
+        raise ValueError(f"q has {q.shape[2]} heads; it must be a multiple of the {k_cache.shape[2]} heads of k_cache")
 
 
 def _check_numbers(

@@ -22,7 +22,7 @@ def apply_rotary_emb(
     interleaved     rotates columns 2 n and 2 n + 1 (GPT-J), else n and n + R (GPT-NeoX)
     inplace         writes x, and returns it
     seqlen_offsets  the position of the first row of each sequence: a number, or (B,)
-    cu_seqlens      (B + 1,) of packed sequences
+    cu_seqlens      (B + 1,) of packed sequences; what rows before the first and after the last become does not matter
     max_seqlen      has no effect
 
     It is computed in float32, float64 for that, and differentiable. A position that the table lacks is a ValueError on
@@ -32,8 +32,9 @@ def apply_rotary_emb(
         first = seqlen_offsets[:, None] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
     else:
         rows = torch.arange(x.shape[0], device=x.device)
+        is_used = (rows >= cu_seqlens[0]) & (rows < cu_seqlens[-1])
         number = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True).clamp(max=len(cu_seqlens) - 2)
-        rows = rows - cu_seqlens[number]
+        rows = torch.where(is_used, rows - cu_seqlens[number], 0)
         first = seqlen_offsets[number] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
     rotated = rotate(x, cos, sin, rows + first, interleaved)
     if not inplace:
