@@ -40,7 +40,7 @@ Step = collections.namedtuple("Step", "about seconds builds ctest pytest environ
 STEPS = {
     "checks": Step("includes, names, documents, style; and what checks them", 54, (), pytest=["tests/tools"]),
     "release": Step("the shipped library on every instruction set", 161, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 230, ("release",), pytest=["tests/python"], environment=CPU),
+    "python": Step("the Python package", 300, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
         70,
