@@ -207,7 +207,7 @@ static struct problem draw_problem(struct generator *r)
     for (int64_t b = 0; b < p->batch; b++) {
         s.cu_seqlens_q[b + 1] = number(r, s.cu_seqlens_q[b], p->total_q);
         s.cu_seqlens_k[b + 1] = number(r, s.cu_seqlens_k[b], p->total_kv);
-        s.seqused_k[b] = number(r, 0, kind == 1 ? s.cu_seqlens_k[b + 1] - s.cu_seqlens_k[b] : p->kv_len);
+        s.seqused_k[b] = number(r, 0, kind == 1 ? (int64_t)s.cu_seqlens_k[b + 1] - s.cu_seqlens_k[b] : p->kv_len);
         s.leftpad_k[b] = number(r, 0, p->seqused_k ? s.seqused_k[b] : p->kv_len / 4);
         s.cache_batch_idx[b] = number(r, 0, p->kv_batch - 1);
         for (int n = 0; n < ROWS_MAX; n++)
