@@ -52,8 +52,8 @@ static void decode_scores(const struct decode_walk *w, const packed *Q, real fac
     }
 }
 
-/* O += P V, by chunks, which end where pages do, unless these are small or cut packs of keys: then rows are copied. Also
- * dQ += dS K. */
+/* O += P V, by chunks, which end where pages do, unless these are small or cut packs of keys: then rows are copied.
+ * Also dQ += dS K. */
 static void decode_outputs(const struct decode_walk *w, const packed *P, packed *copy, real *O)
 {
     const struct kv_source *V = w->source;
