@@ -81,7 +81,7 @@ def dot_product_attention(
     or all without B, N being a multiple of K, in float32, float16, bfloat16 or float64. It is for use under jit, grad,
     vmap and remat. What differs:
 
-    bias               float; its gradient is computed if it is asked for. With both, bias and mask become one array.
+    bias               float; its gradient is computed if it is wanted. With both, bias and mask become one array.
     scale              a number that is known when the function is traced.
     a query that sees  gets 0, and the residual -inf. jax.nn returns the mean of all values.
     no key

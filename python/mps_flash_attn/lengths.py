@@ -157,7 +157,7 @@ def refuse_gradients(lengths: tuple[Any, ...], key: Tensor) -> None:
 def most(name: str, length: Any) -> int:
     """An argument that is the largest length of a sequence."""
     try:
-        # A compiler has symbols for whole numbers, whose value operator.index() would ask for.
+        # A compiler has symbols for whole numbers, whose value operator.index() needs.
         is_whole = type(length) is int or isinstance(length, torch.SymInt)
         found: int = length if is_whole else operator.index(length)
     except (RuntimeError, TypeError, ValueError):

@@ -3,9 +3,8 @@
 #include <math.h>
 
 #include "base/error.h"
+#include "cpu/tiles.h"
 
-#define ENOUGH_PARTS 32 /* as ENOUGH_TASKS and SPLIT_KEYS of tiles.c */
-#define SPLIT_KEYS 512
 #define TASKS_PER_WORKER 4 /* backward: heads with more of the work than such a task are divided */
 
 static int is_varlen(const struct mfa_cpu_call *call)
@@ -219,9 +218,9 @@ static void split(const struct mfa_cpu_call *call, int panel, const struct table
     }
     for (int64_t n = 0; n < table->count; n++) {
         struct mfa_cpu_sequence *seq = &table->sequences[n];
-        const int64_t most = seq->kv_len / SPLIT_KEYS;
+        const int64_t most = seq->kv_len / MFA_CPU_SPLIT_KEYS;
         if (most > 1 && seq->q_len > 0 && work > 0) /* no work: there are no heads */
-            seq->splits = clamp(round_up(ENOUGH_PARTS * (double)seq->kv_len / work), 1, most);
+            seq->splits = clamp(round_up(MFA_CPU_ENOUGH_TASKS * (double)seq->kv_len / work), 1, most);
     }
 }
 
@@ -270,8 +269,9 @@ int64_t mfa_cpu_sequences_most(const struct mfa_cpu_call *call, int panel, enum 
     const struct mfa_args *a = &call->args;
     if (!is_varlen(call) || (unit != CPU_PARTIALS && !a->varlen_q))
         return a->batch * mfa_cpu_heads_of(call, unit) * call->entry.of_head[unit];
-    if (unit == CPU_PARTIALS) /* each has a part of at least 1 / ENOUGH_PARTS of the work, or is the rest of a split */
-        return call->panels > 1 ? 0 : 2 * ENOUGH_PARTS;
+    if (unit ==
+        CPU_PARTIALS) /* each has a part of at least 1 / MFA_CPU_ENOUGH_TASKS of the work, or is the rest of a split */
+        return call->panels > 1 ? 0 : 2 * MFA_CPU_ENOUGH_TASKS;
     /* Each sequence may have one that is not full. */
     const int64_t stretch = mfa_cpu_stretch(call), sequences = a->batch + 2;
     const int64_t block = (int64_t)call->panels * panel;

@@ -25,9 +25,7 @@ static const struct row {
 };
 /* clang-format on */
 
-#define ENOUGH_TASKS 32   /* enough to balance any expected number of threads */
 #define LOAD_PANELS 0.125 /* the time to load a block for a chunk, in units of the time of a panel */
-#define SPLIT_KEYS 512    /* minimum number of keys of a split */
 #define SMALL_BLOCK 256   /* maximum number of keys of a block where tasks are few */
 #define EQUAL_TASKS 8     /* with fewer tasks, they should be of equal size, or threads wait for the last one */
 #define BLOCK_UNIT 16     /* keys */
@@ -82,8 +80,8 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
     if (choice->key.variant == MFA_VARIANT_DECODE)
         choice->key.block_kv = tiling->block_kv = kernels->decode_keys;
     tiling->panels = 1;
-    if (tasks > 0 && tasks < ENOUGH_TASKS) {
-        int64_t wanted = mfa_cpu_ceil(ENOUGH_TASKS, tasks), most = p->kv_len / SPLIT_KEYS;
+    if (tasks > 0 && tasks < MFA_CPU_ENOUGH_TASKS) {
+        int64_t wanted = mfa_cpu_ceil(MFA_CPU_ENOUGH_TASKS, tasks), most = p->kv_len / MFA_CPU_SPLIT_KEYS;
         tiling->splits = wanted < most ? wanted : most < 1 ? 1 : most;
         if (tiling->block_kv > SMALL_BLOCK)
             tiling->block_kv = SMALL_BLOCK;
@@ -112,7 +110,7 @@ static int64_t choose_backward(const mfa_problem *p, const struct row *row, int6
 {
     int64_t heads = p->batch * p->kv_heads, blocks = mfa_cpu_ceil(p->kv_len, row->backward_kv);
     tiling->panels = row->backward_panels;
-    if (row->backward_kv > SMALL_BLOCK && heads * blocks > 0 && heads * blocks < ENOUGH_TASKS) {
+    if (row->backward_kv > SMALL_BLOCK && heads * blocks > 0 && heads * blocks < MFA_CPU_ENOUGH_TASKS) {
         tiling->block_kv /= 2;
         tiling->panels *= 2;
         blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);

@@ -8,6 +8,9 @@
 #include "cpu/device.h"
 #include "cpu/kernels/contract.h"
 
+#define MFA_CPU_ENOUGH_TASKS 32 /* enough to balance any expected number of threads */
+#define MFA_CPU_SPLIT_KEYS 512  /* minimum number of keys of a split */
+
 /* How a problem is divided into tasks, beside the variant, which the kernel's key names. */
 struct mfa_cpu_tiling {
     int64_t splits;   /* forward: parts that the keys of a chunk are divided into, 1 or more */
