@@ -315,14 +315,45 @@ static void test_too_many_threads(void **state)
     mfa_plan_destroy(plan);
 }
 
+/* One key outweighs each of many others by so much that 1 + P is 1 in f32, and yet all others together count. */
+static void test_many_small_weights_add_up(void **state)
+{
+    enum { KEYS = 1 << 16, ROWS = 64 };
+    static const int64_t lengths[] = {1, 2, 5, ROWS};
+    double rest = 0;
+    float *const keys = calloc(KEYS, sizeof *keys), *const values = calloc(KEYS, sizeof *values);
+    (void)state;
+    assert_non_null(keys);
+    assert_non_null(values);
+    for (int64_t j = 0; j < KEYS; j++)
+        keys[j] = j > 0 ? -17.2f - 0.01f * (float)(j * j % 97 + j * 7919 % 61) : 0, values[j] = 1;
+    for (int64_t j = 1; j < KEYS; j++)
+        rest += exp((double)keys[j]);
+    for (int i = 0; i < ROWS; i++)
+        q[i] = 1;
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        const double allowed = lengths[i] < ROWS ? 4e-6 : 1e-4; /* decode has more sums side by side */
+        mfa_problem p;
+        mfa_problem_init(&p, 1, 1, 1, lengths[i], KEYS, 1, 1);
+        mfa_buffers b = {.size = sizeof b, .q = {q, 0}, .k = {keys, 0}, .v = {values, 0}, .o = {o, 0}, .lse = {lse, 0}};
+        assert_int_equal(mfa_attention(test_context, &p, &b, NULL), MFA_OK);
+        for (int64_t n = 0; n < lengths[i]; n++)
+            if (fabs((double)lse[n] - log1p(rest)) > allowed || fabs((double)o[n] - 1) > allowed)
+                fail_msg("%d queries: L is %.9g and not %.9g, O %.9g and not 1", (int)lengths[i], (double)lse[n],
+                         log1p(rest), (double)o[n]);
+    }
+    free(keys);
+    free(values);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, test_context_close)
     const struct CMUnitTest tests[] = {
-        TEST(test_nan_of_any_payload_stays), TEST(test_nan_beside_bf16),  TEST(test_mask_hides_nan_scores),
-        TEST(test_lowest_finite_mask),       TEST(test_no_query_heads),   TEST(test_gradient_of_large_sinks),
-        TEST(test_workspace_too_small),      TEST(test_strange_caps),     TEST(test_stride_of_one_row),
-        TEST(test_workspace_of_many_heads),  TEST(test_too_many_threads),
+        TEST(test_many_small_weights_add_up), TEST(test_nan_of_any_payload_stays), TEST(test_nan_beside_bf16),
+        TEST(test_mask_hides_nan_scores),     TEST(test_lowest_finite_mask),       TEST(test_no_query_heads),
+        TEST(test_gradient_of_large_sinks),   TEST(test_workspace_too_small),      TEST(test_strange_caps),
+        TEST(test_stride_of_one_row),         TEST(test_workspace_of_many_heads),  TEST(test_too_many_threads),
     };
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     printf("%d passed, %d failed\n", (int)(sizeof tests / sizeof *tests) - failed, failed);

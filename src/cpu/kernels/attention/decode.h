@@ -53,8 +53,8 @@ static void decode_scores(const struct decode_walk *w, const packed *Q, real fac
 }
 
 /* O += P V, by chunks, which end where pages do, unless these are small or cut packs of keys: then rows are copied.
- * Also dQ += dS K. */
-static void decode_outputs(const struct decode_walk *w, const packed *P, packed *copy, real *O)
+ * P is used up: rows' scales are multiplied into it. Also dQ += dS K. */
+static void decode_outputs(const struct decode_walk *w, packed *P, packed *copy, real *O)
 {
     const struct kv_source *V = w->source;
     const int64_t chunk = kv_chunk_keys(V, w->R);
@@ -65,7 +65,10 @@ static void decode_outputs(const struct decode_walk *w, const packed *P, packed 
         const int64_t whole = decode_pv_keys(n, w->R);
         struct prefetch_cursor next = decode_cursor(w, k, n);
         const struct kv_rows rows = kv_load_rows(V, w->key + k, n, whole, 0, copy);
-        gemm_pv_decode(w->R, P + k_packs(k * w->R), rows, whole, interleaved_columns(V->columns), O, &next);
+        packed *these = P + k_packs(k * w->R);
+        if (is_codes(rows.dtype) && rows.scaled_by_row)
+            scale_probabilities(w->R, rows, n, these);
+        gemm_pv_decode(w->R, these, rows, whole, interleaved_columns(V->columns), O, &next);
     }
 }
 

@@ -156,7 +156,8 @@ static struct kv_rows kv_code_rows(const struct kv_source *source, int64_t key)
                            0,
                            0,
                            source->group,
-                           source->dtype == CPU_NF4 ? nf4_values : int4_values};
+                           source->dtype == CPU_NF4 ? nf4_values : int4_values,
+                           source->group >= source->columns};
     if (source->scales) {
         const struct mfa_strides *s = source->scale_strides;
         rows.scales = (const float *)(const void *)kv_row_in(source, source->scales, sizeof(float), s, key);

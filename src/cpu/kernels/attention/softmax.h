@@ -150,13 +150,13 @@ static void decode_softmax_step(int R, real *S, int64_t vectors, struct accumula
     if (vec_any_less(vec_add(vec_load(acc.m), vec_set1(RESCALE_THRESHOLD)), top))
         decode_rescale(R, top, acc, columns);
     const vec reference = vec_load(acc.m);
-    vec sum = vec_load(acc.l);
+    vec sum = vec_set1(0); /* first by itself: beside a large l, one small P after the other would be lost */
     for (int64_t v = 0; v < vectors; v++) {
         vec P = exp_of(vec_sub(vec_load(S + v * LANES), reference));
         sum = vec_add(sum, P);
         vec_store(S + v * LANES, P);
     }
-    vec_store(acc.l, sum);
+    vec_store(acc.l, vec_add(vec_load(acc.l), sum));
 }
 
 /* --- The end ---------------------------------------------------------------------------------- */

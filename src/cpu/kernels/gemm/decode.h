@@ -89,10 +89,12 @@ struct kv_rows {
     int64_t step; /* bytes */
     int dtype;
     /* Of codes that are widened in registers: the scales of the first row; from row to row, from group to group of
-     * columns; the columns of a group; and the numbers of 4 bits. */
+     * columns; the columns of a group; and the numbers of 4 bits. One scale for a whole row is left out of the products
+     * with its columns: S, or P, is multiplied by it. */
     const float *scales;
     int64_t scale_step, scale_column, group;
     const float *table;
+    int scaled_by_row;
 };
 
 /* --- Codes ------------------------------------------------------------------------------------ */
@@ -128,6 +130,23 @@ static inline vec code_scale_at(struct kv_rows rows, int64_t k, int64_t group)
     return vec_set1((real)rows.scales[k * rows.scale_step + group * rows.scale_column]);
 }
 
+/* A vector of codes as numbers, with the scale of their group unless the row's scale is left out. */
+static inline __attribute__((always_inline)) vec scaled_codes(struct kv_rows rows, vec codes, vec scale)
+{
+    return rows.scaled_by_row ? codes : vec_mul(codes, scale);
+}
+
+/* The scales of n rows from row k on, LANES / R at the most, as factors of a vector of [key][R]; 1 past them. */
+static inline __attribute__((always_inline)) vec row_scales(struct kv_rows rows, int64_t k, int64_t n, int R)
+{
+    float scales[LANES];
+    if (rows.scale_step == 1 && n >= LANES / R)
+        return vec_spread(rows.scales + k, R);
+    for (int i = 0; i < LANES / R; i++)
+        scales[i] = i < n ? rows.scales[(k + i) * rows.scale_step] : 1;
+    return vec_spread(scales, R);
+}
+
 /* As much as so many columns of codes take. */
 static inline __attribute__((always_inline)) void prefetch_codes(struct prefetch_cursor *rows, int dtype,
                                                                  const int64_t columns)
@@ -137,7 +156,7 @@ static inline __attribute__((always_inline)) void prefetch_codes(struct prefetch
 
 /* P or dS, vectors of [key][R], as packs: in place; with pairs, those of keys k and k + LANES / R in `to`, which may be
  * the same memory. */
-static inline const packed *decode_pack(real *P, int64_t vectors, packed *to)
+static inline packed *decode_pack(real *P, int64_t vectors, packed *to)
 {
 #if K_PACK == 1
     (void)vectors, (void)to;
@@ -222,7 +241,7 @@ static inline __attribute__((always_inline)) void scores_repeated(const int n, c
 }
 
 /* S of keys whose sums are next to each other: adds neighbours until each sum is that of `lanes` lanes. */
-static inline __attribute__((always_inline)) void store_scores(vec *sums, int count, int lanes, real factor, real *S)
+static inline __attribute__((always_inline)) void store_scores(vec *sums, int count, int lanes, vec factor, real *S)
 {
     for (int left = lanes; left > 1; left /= 2) {
         count /= 2;
@@ -230,7 +249,7 @@ static inline __attribute__((always_inline)) void store_scores(vec *sums, int co
             sums[i] = vec_add_neighbours(sums[2 * i], sums[2 * i + 1]);
     }
     for (int i = 0; i < count; i++)
-        vec_store(S + i * LANES, vec_mul(sums[i], vec_set1(factor)));
+        vec_store(S + i * LANES, vec_mul(sums[i], factor));
 }
 
 /* S = factor * Q K^T of DECODE_ACCUMULATORS keys. Memory is read fastest row after row; but where queries are many, so
@@ -242,10 +261,13 @@ static inline __attribute__((always_inline)) void score_tile(int R, const packed
     vec sums[DECODE_ACCUMULATORS > LANES ? DECODE_ACCUMULATORS : LANES];
     if (!decode_has_whole_vectors(R)) {
         scores_repeated(n, Q, K, columns, sums, next);
-        store_scores(sums, DECODE_ACCUMULATORS, n, factor, S);
+        store_scores(sums, DECODE_ACCUMULATORS, n, vec_set1(factor), S);
         return;
     }
     for (int k = 0; k < DECODE_ACCUMULATORS; k += n, S += LANES) {
+        vec all = vec_set1(factor);
+        if (is_codes(K.dtype) && K.scaled_by_row)
+            all = vec_mul(all, row_scales(K, 0, n, R));
         _Pragma("GCC unroll 16") for (int i = 0; i < n; i += together, K.rows += together * K.step)
         {
             if (R == 1)
@@ -257,7 +279,7 @@ static inline __attribute__((always_inline)) void score_tile(int R, const packed
             if (is_codes(K.dtype))
                 K.scales += together * K.scale_step;
         }
-        store_scores(sums, LANES, LANES, factor, S);
+        store_scores(sums, LANES, LANES, all, S);
     }
 }
 
@@ -286,10 +308,18 @@ static inline __attribute__((always_inline)) void gemm_qk_decode_of(int R, const
         score_tile(1, Q, K, columns, factor, S, next);
 }
 
-/* The same rows; where a constant is given, the compiler knows their dtype. */
+/* The same rows; where constants are given, the compiler knows their dtype, and how codes are scaled. */
 static inline __attribute__((always_inline)) struct kv_rows rows_of_dtype(struct kv_rows rows, const int dtype)
 {
     rows.dtype = dtype;
+    return rows;
+}
+
+static inline __attribute__((always_inline)) struct kv_rows rows_of_codes(struct kv_rows rows, const int dtype,
+                                                                          const int scaled_by_row)
+{
+    rows.dtype = dtype;
+    rows.scaled_by_row = scaled_by_row;
     return rows;
 }
 
@@ -300,10 +330,14 @@ static void gemm_qk_decode(int R, const packed *Q, struct kv_rows K, int64_t col
         gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_F16), columns, factor, S, next);
     else if (K_PACK > 1 || K.dtype == CPU_BF16)
         gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_BF16), columns, factor, S, next);
+    else if (K.dtype == CPU_INT8 && K.scaled_by_row)
+        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT8, 1), columns, factor, S, next);
     else if (K.dtype == CPU_INT8)
-        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_INT8), columns, factor, S, next);
+        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT8, 0), columns, factor, S, next);
+    else if (is_nibbles(K.dtype) && K.scaled_by_row)
+        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT4, 1), columns, factor, S, next);
     else if (is_nibbles(K.dtype))
-        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_INT4), columns, factor, S, next);
+        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT4, 0), columns, factor, S, next);
     else
         gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_REAL), columns, factor, S, next);
 }
@@ -473,6 +507,13 @@ static inline __attribute__((always_inline)) void gemm_pv_decode_of(int R, const
         gemm_pv_1(P, V, n, columns, O, next);
 }
 
+/* P, [key][R], times the scales of n rows of V. */
+static void scale_probabilities(int R, struct kv_rows V, int64_t n, real *P)
+{
+    for (int64_t k = 0; k < n; k += LANES / R, P += LANES)
+        vec_store(P, vec_mul(vec_load(P), row_scales(V, k, n - k, R)));
+}
+
 /* O += P V for n keys. */
 static void gemm_pv_decode(int R, const packed *P, struct kv_rows V, int64_t n, int64_t columns, real *O,
                            struct prefetch_cursor *next)
@@ -481,10 +522,14 @@ static void gemm_pv_decode(int R, const packed *P, struct kv_rows V, int64_t n, 
         gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_F16), n, columns, O, next);
     else if (K_PACK > 1 || V.dtype == CPU_BF16)
         gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_BF16), n, columns, O, next);
+    else if (V.dtype == CPU_INT8 && V.scaled_by_row)
+        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT8, 1), n, columns, O, next);
     else if (V.dtype == CPU_INT8)
-        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_INT8), n, columns, O, next);
+        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT8, 0), n, columns, O, next);
+    else if (is_nibbles(V.dtype) && V.scaled_by_row)
+        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT4, 1), n, columns, O, next);
     else if (is_nibbles(V.dtype))
-        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_INT4), n, columns, O, next);
+        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT4, 0), n, columns, O, next);
     else
         gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_REAL), n, columns, O, next);
 }

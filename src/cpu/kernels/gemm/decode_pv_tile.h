@@ -4,10 +4,11 @@
 #define ZERO_COLUMN(v, R) ROWS_##R(ACC_ZERO, v)
 #define LOAD_P(r, v) const packed p_##r = P[r];
 #define DOT(r, v) acc_##r##_##v = vec_dot(p_##r, line_##v, acc_##r##_##v);
-#define GROUP(v, n) const int64_t group_##v = is_codes(V.dtype) ? (c + (v) * LANES) / V.group * V.scale_column : 0;
-#define VALUE(v)                                                                                              \
-    (is_codes(V.dtype) ? vec_mul(codes_at(V, V.rows, c + (v) * LANES, (int)(c % MFA_KV_BLOCK) / LANES + (v)), \
-                                 vec_set1((real)V.scales[group_##v]))                                         \
+#define GROUP(v, n) \
+    const int64_t group_##v = is_codes(V.dtype) && !V.scaled_by_row ? (c + (v) * LANES) / V.group * V.scale_column : 0;
+#define VALUE(v)                                                                                                      \
+    (is_codes(V.dtype) ? scaled_codes(V, codes_at(V, V.rows, c + (v) * LANES, (int)(c % MFA_KV_BLOCK) / LANES + (v)), \
+                                      vec_set1((real)V.scales[group_##v]))                                            \
                        : value_load(V.rows + (c + (v) * LANES) * bytes, pair, (half + (v)) % 2, V.dtype))
 #define DOT_COLUMN(v, R)     \
     vec line_##v = VALUE(v); \

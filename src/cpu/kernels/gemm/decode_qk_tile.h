@@ -7,8 +7,8 @@
     const vec key_##k = load_widened(K.rows + (k) * K.step, K.dtype); \
     ROWS_##R(DOT, k)
 #define SCALE_KEY(k, n) const vec scale_##k = code_scale_at(K, k, n);
-#define DOT_CODES(k, R)                                                                           \
-    const vec key_##k = vec_mul(codes_at(K, K.rows + (k) * K.step, t + i * LANES, i), scale_##k); \
+#define DOT_CODES(k, R)                                                                                   \
+    const vec key_##k = scaled_codes(K, codes_at(K, K.rows + (k) * K.step, t + i * LANES, i), scale_##k); \
     ROWS_##R(DOT, k)
 #define STORE(r, k) sums[(k) * QUERIES + (r)] = acc_##r##_##k;
 #define STORE_KEY(k, R) ROWS_##R(STORE, k)
@@ -20,7 +20,7 @@ static inline __attribute__((always_inline)) void TILE(const packed *Q, struct k
     struct prefetch_cursor cursor = *next;
     UNROLL_ROWS(KEYS, ZERO_KEY, QUERIES)
     for (int64_t t = 0, g = 0; t < columns && is_codes(K.dtype); g++) {
-        const int64_t end = K.group < columns - t ? t + K.group : columns;
+        const int64_t end = !K.scaled_by_row && K.group < columns - t ? t + K.group : columns;
         UNROLL_ROWS(KEYS, SCALE_KEY, g)
         for (; t < end; t += step)
             _Pragma("GCC unroll 4") for (int i = 0; i < step / LANES; i++, Q += QUERIES * LANES)

@@ -157,6 +157,14 @@ static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *tabl
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
 }
 
+/* LANES / n floats, each n times: n divides LANES. */
+static inline vec vec_spread(const float *p, int n)
+{
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256 some = _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(8 / n), lane));
+    return _mm256_permutevar8x32_ps(some, _mm256_srlv_epi32(lane, _mm256_set1_epi32(__builtin_ctz((unsigned)n))));
+}
+
 static inline void vec_store_f16(uint16_t *p, vec v)
 {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -156,6 +156,14 @@ static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *tabl
     return _mm512_permutexvar_ps(half ? _mm512_srli_epi32(x, 4) : x, _mm512_loadu_ps(table));
 }
 
+/* LANES / n floats, each n times: n divides LANES. */
+static inline vec vec_spread(const float *p, int n)
+{
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 some = _mm512_maskz_loadu_ps((__mmask16)(0xffff >> (16 - 16 / n)), p);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(lane, _mm512_set1_epi32(__builtin_ctz((unsigned)n))), some);
+}
+
 static inline void vec_store_f16(uint16_t *p, vec v)
 {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

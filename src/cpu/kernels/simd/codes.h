@@ -36,3 +36,12 @@ static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *tabl
         lanes[i] = (real)table[half ? p[i] >> 4 : p[i] & 15];
     return vec_load(lanes);
 }
+
+/* LANES / n floats, each n times: n divides LANES. */
+static inline vec vec_spread(const float *p, int n)
+{
+    real lanes[LANES];
+    for (int i = 0; i < LANES; i++)
+        lanes[i] = (real)p[i / n];
+    return vec_load(lanes);
+}
