@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from .dropout import dropout_mask
     from .explanation import Explanation, explain
     from .flash_attn import install_flash_attn, uninstall_flash_attn
-    from .frameworks import comfyui_attention, register_transformers
+    from .frameworks import comfyui_attention
     from .migration import convert_mask
     from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
     from .stats import sdpa_stats, sdpa_thresholds
     from .torch_host import is_available
+    from .transformers import register_transformers
     from .varlen import flash_attention_kvcache, flash_attention_varlen
 
     __version__: str
@@ -55,11 +56,12 @@ _MODULES = {  # with the public names that each has
     "dropout": ("dropout_mask",),
     "explanation": ("Explanation", "explain"),
     "flash_attn": ("install_flash_attn", "uninstall_flash_attn"),
-    "frameworks": ("comfyui_attention", "register_transformers"),
+    "frameworks": ("comfyui_attention",),
     "migration": ("convert_mask",),
     "sdpa": ("replace_sdpa", "replaced_sdpa", "restore_sdpa"),
     "stats": ("sdpa_stats", "sdpa_thresholds"),
     "torch_host": ("is_available",),
+    "transformers": ("register_transformers",),
     "varlen": ("flash_attention_kvcache", "flash_attention_varlen"),
 }
 

@@ -1,11 +1,11 @@
-"""The functions for transformers and ComfyUI: their arguments, and the calls that are left to the original attention.
-Whole models are in test_models.py."""
+"""The function for ComfyUI: its arguments, and the calls that are left to the original attention. That for transformers
+is in test_transformers.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mps_flash_attn import comfyui_attention, flash_attention, register_transformers, sdpa_stats
+from mps_flash_attn import comfyui_attention, sdpa_stats
 from mps_flash_attn.reference import agree
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -105,106 +105,3 @@ def test_comfyui_unsupported_goes_to_its_own(options):
     assert "520" in reason and "512" in reason
     with pytest.raises(ValueError, match="attn_mask"):
         comfyui.attention(*(torch.randn(shape) for shape in FLAT), H, mask=torch.ones(3, 3, dtype=torch.bool))
-
-
-# --- transformers --------------------------------------------------------------------------------
-
-
-class Module(torch.nn.Module):
-    """What transformers' attention gets from its layer."""
-
-    is_causal = True
-    num_key_value_groups = 2
-
-
-def both_of_transformers(*given, **options):
-    """(ours, transformers' own sdpa) of one call."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    register_transformers("ours")
-    ours = AttentionInterface()["ours"](Module(), *given, **options)
-    return ours, sdpa_attention_forward(Module(), *given, **options)
-
-
-def layer(length=L):
-    return [torch.randn(B, heads, length, D) for heads in (4, 2, 2)]
-
-
-TRANSFORMERS = {
-    "causal": {"is_causal": None},
-    "not causal": {"is_causal": False},
-    "scaling": {"scaling": 0.4},
-    "padding": {"mask": torch.arange(L) < torch.tensor([[[[L]]], [[[7]]]])},
-    "bias": {"position_bias": (1, 4, L, L)},
-    "bias and padding": {"position_bias": (1, 4, L, L), "mask": torch.arange(L) < torch.tensor([[[[L]]], [[[7]]]])},
-}
-
-
-@pytest.mark.needs("transformers")
-@pytest.mark.parametrize("case", TRANSFORMERS)
-def test_transformers(case):
-    options = dict(TRANSFORMERS[case])
-    mask = options.pop("mask", None)
-    if "position_bias" in options:
-        options["position_bias"] = torch.randn(options["position_bias"])
-    ours, theirs = both_of_transformers(*layer(), mask, **options)
-    assert sdpa_stats() == {"replaced": 1} and ours[1] is None
-    assert ours[0].shape == (B, L, 4, D) and ours[0].is_contiguous()
-    torch.testing.assert_close(ours[0], theirs[0])
-
-
-@pytest.mark.needs("transformers")
-def test_transformers_one_query_sees_all():
-    """A step of generation: transformers calls it causal, though its query is the last of the keys."""
-    query, key, value = layer()
-    ours, theirs = both_of_transformers(query[:, :, -1:], key, value, None)
-    torch.testing.assert_close(ours[0], theirs[0])
-
-
-@pytest.mark.needs("transformers")
-def test_transformers_dropout():
-    torch.manual_seed(1)
-    register_transformers("ours")
-    from transformers import AttentionInterface
-
-    outs = [AttentionInterface()["ours"](Module(), *layer(), None, dropout=0.5)[0] for _ in range(2)]
-    assert outs[0].shape == (B, L, 4, D) and not torch.equal(*outs)
-    assert sdpa_stats() == {"replaced": 2}
-
-
-@pytest.mark.needs("transformers")
-def test_transformers_what_is_left_to_its_own():
-    register_transformers("ours")
-    from transformers import AttentionInterface
-
-    out, weights = AttentionInterface()["ours"](Module(), *layer(), None, cache=object())
-    assert out.shape == (B, L, 4, D) and weights is None
-    assert sdpa_stats() == {"a paged cache": 1}
-
-
-@pytest.mark.needs("transformers")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_transformers_sinks(dtype):
-    from transformers import AttentionInterface
-
-    register_transformers("ours")
-    inputs, sinks = [one.to(dtype) for one in layer()], torch.randn(4)
-    out, weights = AttentionInterface()["ours"](Module(), *inputs, None, s_aux=sinks.double())
-    expected = flash_attention(*inputs, is_causal=True, enable_gqa=True, sinks=sinks.to(dtype))
-    torch.testing.assert_close(out, expected.transpose(1, 2))
-    assert weights is None and sdpa_stats() == {"replaced": 1}
-
-
-@pytest.mark.needs("transformers")
-def test_transformers_sinks_are_never_left_out():
-    from transformers import AttentionInterface
-
-    register_transformers("ours")
-    with pytest.raises(ValueError, match=r"^s_aux is given by Module: attention sinks, .* a paged cache; choose"):
-        AttentionInterface()["ours"](Module(), *layer(), None, s_aux=torch.zeros(4), cache=object())
-
-
-def test_a_name_that_transformers_would_misread():
-    with pytest.raises(ValueError, match='may not have "flash" in it'):
-        register_transformers("mps_flash")

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calls import Seen, calls
 from mps_flash_attn import comfyui_attention, flash_attention, replaced_sdpa, run, sdpa_thresholds, transforms
-from mps_flash_attn.frameworks import transformers_attention
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
+from mps_flash_attn.transformers import transformers_attention
 from stand_in import DTYPES
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")

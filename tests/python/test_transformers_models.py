@@ -31,10 +31,10 @@ TOLERANCE = 1e-4  # of the largest number of a tensor
 def transformers():
     import transformers
 
-    register_transformers()
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    yield transformers
+    with register_transformers():
+        yield transformers
     transformers.logging.set_verbosity(before)
 
 
@@ -291,10 +291,10 @@ def test_each_way_to_make_one(transformers, tmp_path):
 
 def test_another_name_is_checked_too(transformers):
     method = transformers.PreTrainedModel.get_correct_attn_implementation
-    register_transformers("ours")
-    assert transformers.PreTrainedModel.get_correct_attn_implementation is method
-    with pytest.raises(ValueError, match=r'^attn_implementation is "ours", but BloomModel '):
-        transformers.BloomModel._from_config(small(transformers.BloomConfig()), attn_implementation="ours")
+    with register_transformers("ours"):
+        assert transformers.PreTrainedModel.get_correct_attn_implementation is method
+        with pytest.raises(ValueError, match=r'^attn_implementation is "ours", but BloomModel '):
+            transformers.BloomModel._from_config(small(transformers.BloomConfig()), attn_implementation="ours")
 
 
 def test_transformers_that_is_too_old(transformers, monkeypatch):

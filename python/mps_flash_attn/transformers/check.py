@@ -49,7 +49,7 @@ def check_models(name: str) -> None:
             "PreTrainedModel.get_correct_attn_implementation; it must be newer, or use replace_sdpa()"
         )
     _names.add(name)
-    if getattr(original, "checks_ours", False):
+    if hasattr(original, "of_transformers"):
         return
 
     @functools.wraps(original)
@@ -62,8 +62,18 @@ def check_models(name: str) -> None:
                 _checked_configs.add(type(self.config))
         return original(self, requested_attention, *arguments, **options)
 
-    get_correct_attn_implementation.checks_ours = True  # type: ignore[attr-defined] # an attribute of our own
+    get_correct_attn_implementation.of_transformers = original  # type: ignore[attr-defined] # an attribute of our own
     transformers.PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def forget_models(name: str) -> None:
+    """Undoes check_models()."""
+    import transformers
+
+    _names.discard(name)
+    original = getattr(transformers.PreTrainedModel.get_correct_attn_implementation, "of_transformers", None)
+    if original is not None and not _names:
+        transformers.PreTrainedModel.get_correct_attn_implementation = original
 
 
 def check_config(config: Any, name: str) -> None:

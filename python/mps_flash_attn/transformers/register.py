@@ -1,0 +1,65 @@
+"""register_transformers(): what is registered with transformers, and what of it is extended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .attention import transformers_attention
+from .check import check_config, check_models, forget_models
+from .masks import mask_of_transformers
+from .paged import allow_continuous_batching, forbid_continuous_batching
+
+
+class Registration:
+    """What register_transformers() returns. As a context manager, it lasts for the block."""
+
+    def __init__(self, name: str, mask: Any) -> None:
+        self.name = name
+        self._mask = mask
+
+    def remove(self) -> None:
+        """Ends the registration of this name, unless it was registered anew since. What transformers has of ours is
+        taken out with the last name. Models that have this name raise transformers' error from then on."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        if AttentionMaskInterface._global_mapping.get(self.name) is not self._mask:
+            return
+        del AttentionMaskInterface._global_mapping[self.name]
+        del AttentionInterface._global_mapping[self.name]
+        forget_models(self.name)
+        forbid_continuous_batching(self.name)
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def register_transformers(name: str = "mfa") -> Registration:
+    """Registers attn_implementation=`name` with transformers, until remove() of what it returns. It is flash_attention,
+    with softcap and attention sinks, and without repeating K and V. Causality and windows go by numbers, padding and
+    packed sequences by their lengths, and no mask of all queries and keys is made for them; other masks are those of
+    transformers' "sdpa". generate_batch() runs on the pages of its cache. Calls that libmfa does not run go to "sdpa",
+    and are counted in sdpa_stats(); where that would compute something else, they raise ValueError.
+
+    A model whose code does not call the registered function raises a ValueError that names its class: when it is made,
+    when it is switched by set_attn_implementation(), or else when it requests its first mask. ValueError if the name
+    contains "flash", which transformers takes for a flash-attn; ImportError if transformers is missing or too old."""
+    if "flash" in name:
+        raise ValueError(
+            f'name is "{name}"; it may not have "flash" in it: transformers takes that for a flash-attn, '
+            "which it looks for and which has no masks"
+        )
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def mask(*arguments: Any, config: Any = None, **options: Any) -> Any:
+        if config is not None:
+            check_config(config, name)
+        return mask_of_transformers(*arguments, config=config, **options)
+
+    check_models(name)
+    allow_continuous_batching(name)
+    AttentionInterface.register(name, transformers_attention)
+    AttentionMaskInterface.register(name, mask)
+    return Registration(name, mask)
