@@ -10,7 +10,7 @@ import pytest
 
 from c_programs import EXAMPLES, compiled
 
-LIBRARIES = {"transformers_model.py": ["transformers"]}
+LIBRARIES = {"transformers_model.py": ["transformers"], "transformers_packed.py": ["transformers"]}
 WITHOUT_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 
 pytestmark = pytest.mark.cpu("the examples, which are processes of their own")

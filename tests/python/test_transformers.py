@@ -1,11 +1,15 @@
 """attn_implementation="mfa" of transformers: its masks, its arguments, and the calls that are left to transformers'
 "sdpa". Models are in test_transformers_generate.py, test_transformers_models.py and test_models.py."""
 
+import random
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from mps_flash_attn import flash_attention, register_transformers, sdpa_stats
+from mps_flash_attn.transformers.masks import Mask, Pattern, packed_plan
+from stand_in import FULL
 
 pytestmark = [pytest.mark.needs("transformers"), pytest.mark.usefixtures("everything", "one_thread", "registered")]
 B, H, L, D = 3, 4, 20, 16
@@ -55,10 +59,10 @@ RIGHT = padded([(0, L)], [(0, 13)], [(0, 1)])
 BOTH = padded([(0, 9)], [(7, L)], [(3, 4)])
 HOLES = padded([(0, L)], [(2, 5), (9, L)], [(0, 3), (4, 6)])
 EMPTY = padded([(0, L)], [(0, L)], [])
-FULL = padded([(0, L)], [(0, L)], [(0, L)])
+ALL = padded([(0, L)], [(0, L)], [(0, L)])
 CASES = {  # (kind of mask, window, padding or positions, batch): how attention sees it
     ("causal", None, None): "None",
-    ("causal", None, FULL): "None",
+    ("causal", None, ALL): "None",
     ("causal", None, LEFT): "leftpad_k",
     ("causal", None, RIGHT): "seqused_k",
     ("causal", None, BOTH): "attn_mask",
@@ -115,8 +119,6 @@ def two_masks(kind, window, length=L, batch=B, cache=None, **given):
 
 
 def plan_name(mask, query, key):
-    from mps_flash_attn.transformers.masks import Mask
-
     if mask is None:
         return "None"
     if type(mask) is not Mask:
@@ -186,6 +188,70 @@ def test_caches(kind, window, past, new, is_padded):
     assert unseen.any() or kind == "dynamic" or past + new >= key.shape[2]
 
 
+def drawn(rng):
+    """Arguments of a mask function, of which some go beyond what models give, and whether it is causal."""
+    from transformers import masking_utils as masks
+
+    batch, length, window = rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 8)
+    keys = rng.choice([length, length, rng.randint(1, 14)])
+    offset = rng.choice([0, 0, max(keys - length, 0), rng.randint(0, 8)])
+    first = rng.choice([0, 0, 0, rng.randint(0, 5)])
+    function, is_causal, local = rng.choice(
+        [
+            (masks.causal_mask_function, True, None),
+            (masks.sliding_window_causal_mask_function(window), True, window),
+            (masks.bidirectional_mask_function, False, None),
+            (masks.sliding_window_bidirectional_mask_function(window), False, window),
+        ]
+    )
+    total = max(first + keys + rng.choice([0, 0, -2, 3]), 1)
+    padding = torch.ones(batch, total, dtype=torch.bool)
+    for row in padding:
+        kind = rng.choice(["none", "left", "right", "both", "holes"])
+        if kind in ("left", "both"):
+            row[: rng.randint(0, total)] = False
+        if kind in ("right", "both"):
+            row[rng.randint(0, total) :] = False
+        if kind == "holes":
+            row &= torch.rand(total) < 0.6
+    given = {"batch_size": batch, "q_length": length, "kv_length": keys, "kv_offset": first, "local_size": local}
+    given |= {"q_offset": rng.choice([offset, torch.tensor(offset)]), "mask_function": function}
+    given |= {"attention_mask": rng.choice([padding, None]), "dtype": torch.float32}
+    given |= {"allow_is_causal_skip": is_causal, "allow_is_bidirectional_skip": not is_causal}
+    return given, is_causal
+
+
+@pytest.mark.parametrize("seed", range(2000 if FULL else 150))
+def test_random_masks(seed):
+    """Of what no query may see, padding and the end of the keys are not read: they are NaN."""
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    given, causal = drawn(rng)
+    mask, theirs = AttentionMaskInterface()["mfa"](**given), sdpa_mask(**given)
+    if theirs is None:
+        if mask is None:
+            return
+        theirs = sdpa_mask(**given | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    module = Module()
+    module.is_causal = causal
+    batch, _, length, keys = theirs.shape
+    query, key, value = layer(length, keys, batch)
+    expected = attend("mfa", query, key, value, theirs, module=module)
+    plan = mask.plan(query, key) if type(mask) is Mask else None
+    if plan is not None and "attn_mask" not in plan.options:
+        unseen = torch.arange(keys) >= plan.keys
+        if given["attention_mask"] is not None:
+            padding = torch.nn.functional.pad(given["attention_mask"], (0, 9))
+            unseen = unseen | ~padding[:, given["kv_offset"] :][:, :keys]
+        unseen = unseen.expand(batch, keys)[:, None, :, None]
+        key, value = (tensor.masked_fill(unseen, torch.nan) for tensor in (key, value))
+    assert_close(attend("mfa", query, key, value, mask, module=module), expected)
+    assert mask is None or torch.equal(mask & True, theirs)
+
+
 def test_what_is_done_to_a_mask():
     """An operation on a mask sees that of "sdpa", and what it changes, also by a view, is seen."""
     mask, theirs = two_masks("causal", None, attention_mask=LEFT)
@@ -229,8 +295,6 @@ def test_other_functions_of_masks_are_not_known(monkeypatch):
 
 def test_positions_that_are_not_consecutive():
     """Tokens are in one sequence while positions rise by one; there are no others that a pattern may have."""
-    from mps_flash_attn.transformers.masks import Pattern, packed_plan
-
     sequences = torch.tensor([[0, 0, 0, 1, 1]])
     for number, is_known in ((2, True), (3, False)):
         given = Pattern(upper=0, sequences=sequences, positions=torch.tensor([[0, 1, number, 0, 1]]))
@@ -301,7 +365,7 @@ def test_options(case):
     assert_close(ours, attend("sdpa", *tensors, mask, **options))
 
 
-@pytest.mark.parametrize("given", [FULL, RIGHT, LEFT, HOLES], ids=["full", "right", "left", "holes"])
+@pytest.mark.parametrize("given", [ALL, RIGHT, LEFT, HOLES], ids=["full", "right", "left", "holes"])
 @pytest.mark.parametrize("kind", ["causal", "bidirectional"])
 def test_bias_and_padding(kind, given):
     """T5: the bias is given beside lengths; its gradient is that with the mask of "sdpa"."""

@@ -284,6 +284,19 @@ def test_packed_step(name, by):
     assert_close(on_ours(step, ours, **given), wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant):
+    """The mask of a step is the same where layers are computed again."""
+    eager, ours = decoders("MistralForCausalLM")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, -4:] = 0
+    given = {"input_ids": tokens(2, 12), "attention_mask": mask}
+    given["labels"] = given["input_ids"].masked_fill(mask == 0, -100)
+    wanted = step(eager, **given)
+    ours.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_close(on_ours(step, ours, **given), wanted, rtol=1e-3, atol=1e-5)
+
+
 MEMORY = """
 import os, resource, sys, torch
 from transformers import MistralConfig, MistralModel

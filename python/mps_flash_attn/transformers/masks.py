@@ -169,7 +169,8 @@ def _band(pattern: Pattern, q_len: int, kv_len: int, offset: int) -> tuple[int, 
         return used, {"is_causal": "bottom_right", **window}
     if lower is None or upper is None or lower > 0 or upper < 0 or used != kv_len:
         return 0, {}
-    return used, {"window_size": (-lower, upper)} if max(-lower, upper) < used - 1 else {}
+    hides = -lower < used - 1 or upper < kv_len - 1 - offset  # of the last query the first key, or the reverse
+    return used, {"window_size": (-lower, upper)} if hides else {}
 
 
 def _with_padding(plan: Plan, offset: int, visible: Tensor) -> Plan:
