@@ -297,6 +297,27 @@ def test_checkpoints(reentrant):
     assert_close(on_ours(step, ours, **given), wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["padding", "packed"])
+def test_lengths_are_read_once(kind, monkeypatch):
+    """Numbers are read from tensors once in a step for each kind of layer, and not in each layer."""
+    from mps_flash_attn.transformers import masks
+
+    read = []
+    for name in ("_with_padding", "_of_sequences"):
+        original = getattr(masks, name)
+        monkeypatch.setattr(masks, name, lambda *given, own=original: read.append(own) or own(*given))
+    _, ours = decoders("Gemma2ForCausalLM", num_hidden_layers=4, layer_types=BOTH_LAYERS["layer_types"] * 2)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[:, :3] = 0
+    positions = torch.arange(12)[None] % 5
+    given = {"attention_mask": mask} if kind == "padding" else {"position_ids": positions, "use_cache": False}
+    on_ours(ours, input_ids=tokens(1, 12), **given)
+    assert len(read) == 2
+    if kind == "packed":
+        ours(input_ids=tokens(1, 12), position_ids=positions)  # with a cache, of which transformers' mask knows nothing
+        assert len(read) == 3
+
+
 MEMORY = """
 import os, resource, sys, torch
 from transformers import MistralConfig, MistralModel

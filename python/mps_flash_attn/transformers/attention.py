@@ -192,7 +192,7 @@ def _longest(length: Any, tensor: Tensor) -> int:
 def _of_sequences(mask: Tensor, starts_q: Tensor, starts_k: Tensor, length: int, kv_length: int) -> Tensor:
     """The mask (1, 1 or H, L, S) with what other sequences have hidden."""
     queries, keys = (
-        torch.bucketize(torch.arange(number, device=mask.device), starts, right=True)
+        (torch.arange(number, device=mask.device)[:, None] >= starts).sum(1)
         for number, starts in ((length, starts_q), (kv_length, starts_k))
     )
     same = (queries[:, None] == keys) & (queries[:, None] > 0) & (queries[:, None] < len(starts_q))

@@ -176,12 +176,12 @@ def _band(pattern: Pattern, q_len: int, kv_len: int, offset: int) -> tuple[int, 
 def _with_padding(plan: Plan, offset: int, visible: Tensor) -> Plan:
     """The plan of which besides only `visible`, (B, keys), are seen. The numbers are read once for all layers."""
     keys, options, *_ = plan
-    numbers = visible.to(torch.int32)
-    rows = torch.stack([numbers.argmax(1), keys - numbers.flip(1).argmax(1), numbers.sum(1)], 1).tolist()
+    index = torch.arange(keys, dtype=torch.int32, device=visible.device)
+    first, end = torch.where(visible, index, keys).amin(1), torch.where(visible, index + 1, 0).amax(1)
+    rows = torch.stack([first, end, visible.sum(1, dtype=torch.int32)], 1).tolist()
     if all(count == keys for _, _, count in rows):
         return plan
     if all(count and count == end - first for first, end, count in rows):  # no row has a hole
-        first, end, _ = torch.tensor(rows, dtype=torch.int32, device=visible.device).T.contiguous()
         if not options:
             return Plan(keys, {"leftpad_k": first, "seqused_k": end}, True)
         if "is_causal" in options and all(end == keys for _, end, _ in rows):
