@@ -474,6 +474,8 @@ def test_what_is_left_to_its_own():
 def test_what_is_never_left_out():
     refused("^s_aux is given by Module: attention sinks, .* 512.*; choose", *wide(), None, s_aux=torch.zeros(1))
     refused("^cu_seq_lens_q is given by Module: packed .* 512.*; give position_ids", *wide(), None, **packed(4, 5))
+    anew = {"position_ids": positions(4, 5)}
+    refused("^position_ids is given by Module: packed .* 512.*; choose use_cache=False", *wide(), None, **anew)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

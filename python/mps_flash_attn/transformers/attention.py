@@ -58,19 +58,21 @@ def transformers_attention(
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0, "enable_gqa": True, "dropout_p": dropout}
     common["sinks"] = _sinks(s_aux, query)
     packed = {name: options[name] for name in _PACKED if options.get(name) is not None}
+    plan = _plan(attention_mask, query, key, causal, options.get("position_ids") if position_bias is None else None)
     try:
         if cache is not None:
             out = paged_attention(module, query, key, value, cache, sliding_window, options, **common)
         elif packed:
             common["position_bias"] = position_bias
-            out = _packed(query, key, value, attention_mask, causal, packed, sliding_window, common)
+            out = _packed(query, key, value, attention_mask, plan, causal, packed, sliding_window, common)
         else:
-            positions = options.get("position_ids") if position_bias is None else None
-            out = _attend(query, key, value, attention_mask, causal, position_bias, common, positions)
+            out = _attend(query, key, value, attention_mask, plan, causal, position_bias, common)
     except Unsupported as error:
-        needed = {"cache": cache, "cu_seq_lens_q": packed or None, "s_aux": s_aux}
+        begin_anew = plan is not None and plan.starts is not None and not plan.is_of_mask
+        needed = {"cache": cache is not None, "cu_seq_lens_q": bool(packed), "position_ids": begin_anew}
+        needed["s_aux"] = s_aux is not None
         for name, what, instead in _NEEDS:
-            if needed[name] is not None:
+            if needed[name]:
                 raise ValueError(
                     f"{name} is given by {type(module).__name__}: {what}, which need libmfa, and it does not run this "
                     f"call: {error}; {instead}"
@@ -94,6 +96,7 @@ def transformers_attention(
 _NEEDS = (
     ("cache", "pages of keys", 'choose attn_implementation="eager"'),
     ("cu_seq_lens_q", "packed sequences", "give position_ids that begin anew with each sequence in place of it"),
+    ("position_ids", "packed sequences", "choose use_cache=False, and no attention_mask"),
     ("s_aux", "attention sinks", 'choose attn_implementation="eager"'),
 )
 
@@ -103,16 +106,13 @@ def _attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    plan: Plan | None,
     causal: bool,
     bias: Tensor | None,
     common: dict[str, Any],
-    positions: Any = None,
 ) -> Tensor:
-    """The attention of a batch, (B, L, H, Ev). `positions`: position_ids, or None."""
+    """The attention of a batch, (B, L, H, Ev)."""
     length, kv_length = query.shape[2], key.shape[2]
-    plan = _plan(mask, query, key)
-    if positions is not None and (causal if mask is None else plan is not None and plan.is_band):
-        plan = _with_restarts(plan, positions, query, key)
     if plan is None or not _takes(plan, bias, kv_length):
         mask = _dense(mask)
         causal = causal and mask is None and length > 1
@@ -135,6 +135,7 @@ def _packed(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    plan: Plan | None,
     causal: bool,
     packed: dict[str, Any],
     sliding_window: int | None,
@@ -147,9 +148,8 @@ def _packed(
     if common.pop("position_bias") is not None:
         raise ValueError("position_bias is given with cu_seq_lens_q; it is of one sequence, and must not be")
     starts_q, starts_k = (packed[name].to(torch.int32) for name in _PACKED[:2])
-    plan = _plan(mask, query, key)
     if plan is not None and plan.starts is not None:  # position_ids say it, too
-        return _attend(query, key, value, mask, causal, None, common)
+        return _attend(query, key, value, mask, plan, causal, None, common)
     options: dict[str, Any] = {}
     if mask is None:
         options = {"is_causal": "bottom_right"} if causal else {}
@@ -199,20 +199,18 @@ def _of_sequences(mask: Tensor, starts_q: Tensor, starts_k: Tensor, length: int,
     return mask & same if mask.dtype is torch.bool else mask.masked_fill(~same, -torch.inf)
 
 
-def _with_restarts(plan: Plan | None, positions: Any, query: Tensor, key: Tensor) -> Plan | None:
-    """The plan with the sequences where positions begin anew, if they are packed in one row: transformers does not look
-    for them where a cache is made, and users of flash-attn expect it. `plan`: of the mask; None if there is none."""
+def _plan(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, positions: Any) -> Plan | None:
+    """The plan of the mask, with the sequences where positions begin anew, if they are packed in one row: transformers
+    does not look for them where a cache is made, and users of flash-attn expect it. None if there is no plan."""
+    if torch.compiler.is_compiling():
+        return None
+    plan = mask.plan(query, key) if isinstance(mask, Mask) else None
+    is_causal = causal if mask is None else plan is not None and plan.is_band and "is_causal" in plan.options
     is_one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1
-    if not is_one_row or is_traced(positions) or positions.shape != (1, query.shape[2]):
+    if not (is_causal and is_one_row) or positions is None or is_traced(positions):
         return plan
-    found = restarts(positions)
-    if found is None or plan is None:
-        return found
-    return found._replace(options=plan.options) if "is_causal" in plan.options else plan
-
-
-def _plan(mask: Tensor | None, query: Tensor, key: Tensor) -> Plan | None:
-    return mask.plan(query, key) if isinstance(mask, Mask) and not torch.compiler.is_compiling() else None
+    found = restarts(positions) if positions.shape == (1, query.shape[2]) else None
+    return plan if found is None else found if plan is None else found._replace(options=plan.options)
 
 
 def _dense(mask: Any) -> Any:

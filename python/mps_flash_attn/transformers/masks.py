@@ -138,6 +138,7 @@ class Plan(NamedTuple):
     has_lengths: bool = False
     starts: Tensor | None = None  # cu_seqlens of packed sequences, for flash_attention_varlen
     longest: int = 0  # of these
+    is_of_mask: bool = True  # the mask hides other sequences, too
 
     @property
     def is_band(self) -> bool:
@@ -147,7 +148,7 @@ class Plan(NamedTuple):
 
 def plan_of(pattern: Pattern, q_len: int, kv_len: int, offset: int, padding: Tensor | None) -> Plan | None:
     """The plan of a mask without sequences; None if there is none. `offset`: the index among the keys of the token of
-    query 0. padding (B, kv_len): True for keys that are none."""
+    query 0. padding (B, kv_len): False for keys that are padding."""
     used, options = _band(pattern, q_len, kv_len, offset)
     if used < 1:
         return None
@@ -230,7 +231,8 @@ def restarts(positions: Tensor) -> Plan | None:
         is_other[:, 1:] |= is_equal[:, 1:] & is_equal[:, :-1]
         is_packed, is_unclear = torch.stack([begins.any(), is_other.any()]).tolist()
         plan = Plan(positions.shape[1], {"is_causal": "bottom_right"})
-        last = weakref.ref(positions), version, _of_sequences(plan, begins) if is_packed and not is_unclear else plan
+        plan = _of_sequences(plan, begins) if is_packed and not is_unclear else plan
+        last = weakref.ref(positions), version, plan._replace(is_of_mask=False)
         _last = last
     return last[2] if last[2].starts is not None else None
 
