@@ -24,7 +24,7 @@ RULES = (
     ("src/core/*", ("mfa.h", "base/*", "core/*"), MACHINE),
     ("src/mfa.c", ("mfa.h", "base/*", "core/*"), (*MACHINE, "pthread.h", "stdio.h", "errno.h")),
     ("src/backends.c", ("core/backend.h", "*/backend.h"), MACHINE + SYSTEM),
-    ("src/xla/*", ("mfa.h", "base/*", "core/operand.h", "core/*.inc", "xla/*"), MACHINE),
+    ("src/xla/*", ("mfa.h", "base/*", "core/operand.h", "xla/*"), MACHINE),
     ("src/*/*", ("mfa.h", "base/*", "core/*", "{folder}/*"), ()),
     ("tests/reference/*", ("mfa.h", "reference/*", "support/*"), MACHINE),
     ("tests/support/*", ("mfa.h", "reference/*", "support/*"), MACHINE),

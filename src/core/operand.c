@@ -3,9 +3,6 @@
 
 #include "core/problem.h"
 
-/* The problem's dtype; those of k and v; f32 or f64; the mask's; f32; integers; bytes. */
-enum element { DATA, K_CODE, V_CODE, ROW_SUM, MASK, FLOAT, INTEGER64, INTEGER32, BYTE };
-
 enum { READ = MFA_ROLE_READ, WRITTEN = MFA_ROLE_WRITTEN, SUMMED = MFA_ROLE_SUMMED, REQUIRED = MFA_ROLE_REQUIRED };
 
 /* Offsets in mfa_problem of the members that operands.inc names, or of one that decides on a size that is computed. */
@@ -41,7 +38,7 @@ enum size {
      rows,                                                                                              \
      columns,                                                                                           \
      where,                                                                                             \
-     element,                                                                                           \
+     MFA_ELEMENT_##element,                                                                             \
      {forward, backward}},
 #define RESULT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
 #define INPUT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
@@ -120,14 +117,14 @@ int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *pro
 size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem)
 {
     switch (operand->element) {
-    case ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
-    case MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
-    case FLOAT: return 4;
-    case K_CODE: return problem->k_type ? 1 : mfa_dtype_size(problem->dtype);
-    case V_CODE: return problem->v_type ? 1 : mfa_dtype_size(problem->dtype);
-    case INTEGER64: return 8;
-    case INTEGER32: return 4;
-    case BYTE: return 1;
+    case MFA_ELEMENT_ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
+    case MFA_ELEMENT_MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
+    case MFA_ELEMENT_FLOAT: return 4;
+    case MFA_ELEMENT_K_CODE: return problem->k_type ? 1 : mfa_dtype_size(problem->dtype);
+    case MFA_ELEMENT_V_CODE: return problem->v_type ? 1 : mfa_dtype_size(problem->dtype);
+    case MFA_ELEMENT_INTEGER64: return 8;
+    case MFA_ELEMENT_INTEGER32: return 4;
+    case MFA_ELEMENT_BYTE: return 1;
     default: return mfa_dtype_size(problem->dtype);
     }
 }

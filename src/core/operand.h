@@ -16,12 +16,25 @@ enum mfa_role {
     MFA_ROLE_SUMMED = 8    /* written; stride 0: summed along that dimension */
 };
 
+/* The types of an element, as operands.inc names them. */
+enum mfa_element {
+    MFA_ELEMENT_DATA, /* the problem's dtype */
+    MFA_ELEMENT_K_CODE,
+    MFA_ELEMENT_V_CODE,
+    MFA_ELEMENT_ROW_SUM, /* f32, or f64 where the problem is */
+    MFA_ELEMENT_MASK,
+    MFA_ELEMENT_FLOAT,
+    MFA_ELEMENT_INTEGER64,
+    MFA_ELEMENT_INTEGER32,
+    MFA_ELEMENT_BYTE
+};
+
 struct mfa_operand {
     const char *name;
     size_t layout, buffer;                /* offsets in mfa_problem and in mfa_buffers */
     size_t entries, heads, rows, columns; /* its sizes: see operand.c; 0: the size is 1 */
     const char *where;                    /* "problems with a mask": which have it; "": all */
-    uint8_t element;                      /* which type: see operand.c */
+    uint8_t element;                      /* enum mfa_element */
     uint8_t role[2];                      /* in the forward and in the backward pass, of problems that have it */
 };
 

@@ -18,15 +18,6 @@
 
 enum { BATCH, HEADS, ROWS, COLUMNS, DIMENSIONS };
 
-/* The element type of each operand, as operands.inc names it. */
-enum { DATA, K_CODE, V_CODE, ROW_SUM, MASK, FLOAT, INTEGER64, INTEGER32, BYTE };
-static const uint8_t element_of[MFA_OPERAND_COUNT] = {
-#define RESULT_LIKE(name, of, entries, heads, rows, columns, element, ...) element,
-#define RESULT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
-#define INPUT(name, ...) RESULT_LIKE(name, name, __VA_ARGS__)
-#include "core/operands.inc"
-};
-
 /* An argument or a result. */
 struct array {
     int number; /* of the operand */
@@ -86,15 +77,16 @@ static int is_of_dtype(int32_t found, int dtype)
     return found == names[dtype];
 }
 
-static int has_right_type(int32_t found, int number, const mfa_problem *problem)
+static int has_right_type(int32_t found, const struct mfa_operand *operand, const mfa_problem *problem)
 {
-    switch (element_of[number]) {
-    case ROW_SUM: return is_of_dtype(found, problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32);
-    case MASK: return problem->mask == MFA_MASK_BOOL ? found == MFA_XLA_PRED : is_of_dtype(found, problem->mask_dtype);
-    case FLOAT: return found == MFA_XLA_F32;
-    case INTEGER64: return found == MFA_XLA_S64 || found == MFA_XLA_U64;
-    case INTEGER32: return found == MFA_XLA_S32;
-    case BYTE: return found == MFA_XLA_PRED || found == MFA_XLA_S8 || found == MFA_XLA_U8;
+    switch (operand->element) {
+    case MFA_ELEMENT_ROW_SUM: return is_of_dtype(found, problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32);
+    case MFA_ELEMENT_MASK:
+        return problem->mask == MFA_MASK_BOOL ? found == MFA_XLA_PRED : is_of_dtype(found, problem->mask_dtype);
+    case MFA_ELEMENT_FLOAT: return found == MFA_XLA_F32;
+    case MFA_ELEMENT_INTEGER64: return found == MFA_XLA_S64 || found == MFA_XLA_U64;
+    case MFA_ELEMENT_INTEGER32: return found == MFA_XLA_S32;
+    case MFA_ELEMENT_BYTE: return found == MFA_XLA_PRED || found == MFA_XLA_S8 || found == MFA_XLA_U8;
     default: return is_of_dtype(found, problem->dtype);
     }
 }
@@ -136,7 +128,7 @@ static mfa_status bind_array(struct call *call, int number, const struct mfa_xla
     int64_t shape[DIMENSIONS];
     int order[DIMENSIONS];
     mfa_operand_shape(operand, &call->problem, shape);
-    if (!has_right_type(buffer->dtype, number, &call->problem))
+    if (!has_right_type(buffer->dtype, operand, &call->problem))
         return mfa_fail(MFA_INVALID, "%s has XLA's element type %d, which is not that of the problem", operand->name,
                         (int)buffer->dtype);
     const int count = dimensions_of(operand, number, order);
