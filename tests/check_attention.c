@@ -4,7 +4,10 @@
  * backward from the outputs of forward) and whose dtype may be "any". Each is crossed with the dtypes; each of
  * these with variants (what is broadcast, whether dL is given), which have a reference of their own; the
  * first variant with the arrangements of memory, with thread counts, repeats and partial sets of outputs,
- * the others with one arrangement each. --random draws problems from the seed instead (support/random.h). */
+ * the others with one arrangement each. --random draws problems from the seed instead (support/random.h).
+ *
+ * --isa all runs each of them on all instruction sets that this machine has, beside one computation of the reference.
+ * Sets for dot products of bf16 get the problems in bf16 only: their other kernels are those of the set below. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,17 +22,25 @@
 #include "support/report.h"
 #include "support/test_case.h"
 
-enum { MAX_VARIANTS = 24 };
+enum { MAX_VARIANTS = 24, MAX_SETS = 8 };
 
-struct test_run { /* a test case, and the context and arguments of its runs */
-    struct test_case test_case;
+static struct set {   /* an instruction set under test */
+    const char *name; /* NULL: the best */
     mfa_context *context;
+    int only_bf16;
+} sets[MAX_SETS];
+static int set_count;
+
+struct test_run { /* a test case, and the set and arguments of its runs */
+    struct test_case test_case;
+    const struct set *set;
     const struct arguments *arguments;
 };
 
 static const char *describe(const struct test_run *t, enum arrangement arrangement, int threads)
 {
-    return test_case_describe(&t->test_case, "%s, threads %d", arrangement_name(arrangement), threads);
+    const char *set = t->set->name ? t->set->name : "the best set";
+    return test_case_describe(&t->test_case, "%s, %s, threads %d", set, arrangement_name(arrangement), threads);
 }
 
 static int succeeded(mfa_status status, const char *what)
@@ -55,16 +66,16 @@ static int run(struct test_run *t, enum arrangement arrangement, unsigned wanted
     struct operands operands;
     guarded_testing(what);
     memset(results, 0, sizeof *results);
-    if (!succeeded(mfa_context_set_threads(t->context, threads), what))
+    if (!succeeded(mfa_context_set_threads(t->set->context, threads), what))
         return 0;
     operands_open(&operands, &t->test_case.inputs, arrangement, wanted);
     if (t->test_case.passes & CASE_FORWARD) {
-        good = succeeded(operands_run(&operands, t->context, planned), what);
+        good = succeeded(operands_run(&operands, t->set->context, planned), what);
         good = intact(operands_collect(&operands, results), what) && good;
     }
     if (good && (t->test_case.passes & CASE_BACKWARD)) {
         operands_turn(&operands, arrangement, t->test_case.passes & CASE_FORWARD ? results : &t->test_case.truth);
-        good = succeeded(operands_run(&operands, t->context, planned), what);
+        good = succeeded(operands_run(&operands, t->set->context, planned), what);
         good = intact(operands_collect(&operands, results), what) && good;
     }
     operands_close(&operands);
@@ -229,7 +240,7 @@ static void time_pass(struct test_run *t, struct operands *operands)
     double each = p->pass == MFA_FORWARD ? 2 * (columns + values) : 2 * (3 * columns + 2 * values);
     while (count < 5 || (count < MAX_RUNS && seconds() - begin < 1)) {
         double start = seconds();
-        if (!succeeded(operands_run(operands, t->context, 0), t->test_case.text))
+        if (!succeeded(operands_run(operands, t->set->context, 0), t->test_case.text))
             return;
         times[count++] = seconds() - start;
     }
@@ -244,7 +255,7 @@ static void bench(struct test_run *t)
 {
     struct operands operands;
     struct reference forward = {0};
-    if (!succeeded(mfa_context_set_threads(t->context, t->arguments->threads), t->test_case.text))
+    if (!succeeded(mfa_context_set_threads(t->set->context, t->arguments->threads), t->test_case.text))
         return;
     operands_open(&operands, &t->test_case.inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     time_pass(t, &operands);
@@ -277,21 +288,32 @@ static int rounds_P(mfa_context *context, const mfa_problem *problem)
     return strstr(line, "bf16 threads") != NULL;
 }
 
-/* All variants of a problem in one dtype. */
-static void check_case(mfa_context *context, const struct arguments *arguments, const struct one_case *one)
+/* Makes the test case the one of this set; 0 if the set does not get it. */
+static int use_set(struct test_run *t, const struct set *set)
 {
-    struct test_run t = {.context = context, .arguments = arguments};
+    t->set = set;
+    t->test_case.rounds_P = rounds_P(set->context, &t->test_case.inputs.problem);
+    return !set->only_bf16 || t->test_case.inputs.problem.dtype == MFA_BF16;
+}
+
+/* All variants of a problem in one dtype. */
+static void check_case(const struct arguments *arguments, const struct one_case *one)
+{
+    struct test_run t = {.arguments = arguments};
     struct variant variants[MAX_VARIANTS];
     long long before = report_passed();
     double begin = seconds(), worst = 0;
     int count = list_variants(&one->problem, arguments->quick, one->number, variants), good = 1;
     for (int number = 0; number < count; number++) {
         test_case_open(&t.test_case, one, variants[number], arguments->seed);
-        t.test_case.rounds_P = rounds_P(context, &one->problem);
-        int right = check_variant(&t, number, one->number);
-        if (right && number == 0 && arguments->bench)
-            bench(&t);
-        good = good && right;
+        for (int n = 0; n < set_count; n++) {
+            if (!use_set(&t, &sets[n]))
+                continue;
+            const int right = check_variant(&t, number, one->number);
+            if (right && number == 0 && arguments->bench)
+                bench(&t);
+            good = good && right;
+        }
         worst = fmax(worst, t.test_case.worst);
         test_case_close(&t.test_case);
     }
@@ -300,10 +322,10 @@ static void check_case(mfa_context *context, const struct arguments *arguments, 
 }
 
 /* Random problems, each in one variant and arrangement and with one number of threads. */
-static void check_random(mfa_context *context, const struct arguments *arguments)
+static void check_random(const struct arguments *arguments)
 {
     for (int n = 0; n < arguments->random; n++) {
-        struct test_run t = {.context = context, .arguments = arguments};
+        struct test_run t = {.arguments = arguments};
         struct random_problem drawn;
         random_problem_draw(&drawn, arguments->seed, n);
         const mfa_problem *p = &drawn.problem;
@@ -318,14 +340,42 @@ static void check_random(mfa_context *context, const struct arguments *arguments
             continue;
         }
         const double begin = seconds();
+        const long long before = report_passed();
         const int threads = arguments->threads ? arguments->threads : 1 + n % 3;
         test_case_open(&t.test_case, &one, drawn.variant, arguments->seed);
-        t.test_case.rounds_P = rounds_P(context, &one.problem);
-        int good = check(&t, drawn.arrangement, outputs(n), threads);
+        int good = 1;
+        for (int set = 0; set < set_count; set++)
+            if (use_set(&t, &sets[set]))
+                good = check(&t, drawn.arrangement, outputs(n), threads) && good;
         if (arguments->verbose)
-            print_verdict(good, 1, t.test_case.worst, seconds() - begin, one.text);
+            print_verdict(good, report_passed() - before, t.test_case.worst, seconds() - begin, one.text);
         test_case_close(&t.test_case);
     }
+}
+
+/* Adds the set of this name; 0: it cannot be had, which was printed. */
+static int open_set(const char *name, int only_bf16)
+{
+    const mfa_context_options options = {.size = sizeof options, .isa = name};
+    mfa_context *context;
+    if (set_count == MAX_SETS || mfa_context_create(&options, &context) != MFA_OK) {
+        fprintf(stderr, "%s\n", set_count == MAX_SETS ? "too many instruction sets" : mfa_last_error());
+        return 0;
+    }
+    sets[set_count++] = (struct set){name, context, only_bf16};
+    return 1;
+}
+
+static int open_sets(const char *isa)
+{
+    const char *name;
+    int good = 1;
+    if (!isa || strcmp(isa, "all") != 0)
+        return open_set(isa, 0);
+    for (int32_t n = 0; good && (name = mfa_isa_name(n)); n++)
+        if (mfa_isa_supported(name) == MFA_OK)
+            good = open_set(name, strstr(name, "bf16") != NULL);
+    return good;
 }
 
 int main(int count, char **words)
@@ -333,26 +383,23 @@ int main(int count, char **words)
     struct arguments arguments;
     struct cases cases;
     struct one_case one;
-    mfa_context *context = NULL;
     if (!arguments_parse(&arguments, count, words, NULL))
         return 2;
     report_begin("check_attention", arguments.seed);
     if (arguments.bits && !report_bits_to(arguments.bits))
         return 2;
-    mfa_context_options options = {.size = sizeof options, .isa = arguments.isa};
-    if (mfa_context_create(&options, &context) != MFA_OK) {
-        fprintf(stderr, "%s\n", mfa_last_error());
+    if (!open_sets(arguments.isa))
         return 2;
-    }
     guarded_report_faults();
-    check_random(context, &arguments);
+    check_random(&arguments);
     if ((arguments.problem_count || !arguments.random) && cases_open(&cases, &arguments))
         while (cases_next(&cases, &one)) {
             if (arguments.list)
                 puts(one.text);
             else
-                check_case(context, &arguments, &one);
+                check_case(&arguments, &one);
         }
-    mfa_context_destroy(context);
+    for (int n = 0; n < set_count; n++)
+        mfa_context_destroy(sets[n].context);
     return report_end();
 }

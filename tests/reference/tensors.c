@@ -107,42 +107,46 @@ static int64_t columns(int32_t type, int64_t dim)
     return type == MFA_KV_INT4 || type == MFA_KV_NF4 ? dim / 2 : dim;
 }
 
-/* Extents of a tensor that no layout has changed. */
+/* Extents of a tensor that no layout has changed. Loops ask for them, so only those of this tensor are computed. */
 static void full_shape(const mfa_problem *p, enum reference_tensor tensor, int64_t shape[4])
 {
     const int64_t q_batch = p->varlen_q ? 1 : p->batch, q_rows = p->varlen_q ? p->total_q : p->q_len;
     const int64_t kv_batch = p->varlen_kv ? 1 : p->cache_batch_idx || p->page_size ? p->kv_batch : p->batch;
     const int64_t kv_rows = p->varlen_kv ? p->total_kv : p->page_size ? p->page_size : p->kv_len;
-    const int64_t shapes[REFERENCE_TENSORS][4] = {
-        [REFERENCE_Q] = {q_batch, p->q_heads, q_rows, p->head_dim},
-        [REFERENCE_K] = {kv_batch, p->kv_heads, kv_rows, columns(p->k_type, p->head_dim)},
-        [REFERENCE_V] = {kv_batch, p->kv_heads, kv_rows, columns(p->v_type, p->value_dim)},
-        [REFERENCE_MASK] = {p->batch, p->q_heads, p->q_len, p->kv_len},
-        [REFERENCE_SLOPES] = {p->batch, p->q_heads, 1, 1},
-        [REFERENCE_SINKS] = {p->batch, p->q_heads, 1, 1},
-        [REFERENCE_SEED] = {p->batch, 1, 1, 1},
-        [REFERENCE_BLOCK_MAP] = {p->batch, p->q_heads, blocks(p->q_len, p->block_map_q),
-                                 blocks(p->kv_len, p->block_map_kv)},
-        [REFERENCE_CU_SEQLENS_Q] = {p->batch + 1, 1, 1, 1},
-        [REFERENCE_CU_SEQLENS_K] = {p->batch + 1, 1, 1, 1},
-        [REFERENCE_SEQUSED_K] = {p->batch, 1, 1, 1},
-        [REFERENCE_LEFTPAD_K] = {p->batch, 1, 1, 1},
-        [REFERENCE_CACHE_BATCH_IDX] = {p->batch, 1, 1, 1},
-        [REFERENCE_BLOCK_TABLE] = {p->batch, 1, 1, blocks(p->kv_len, p->page_size)},
-        [REFERENCE_K_SCALE] = {kv_batch, p->kv_heads, kv_rows, p->k_group ? blocks(p->head_dim, p->k_group) : 1},
-        [REFERENCE_V_SCALE] = {kv_batch, p->kv_heads, kv_rows, p->v_group ? blocks(p->value_dim, p->v_group) : 1},
-        [REFERENCE_dO] = {q_batch, p->q_heads, q_rows, p->value_dim},
-        [REFERENCE_dL] = {q_batch, p->q_heads, q_rows, 1},
-        [REFERENCE_O] = {q_batch, p->q_heads, q_rows, p->value_dim},
-        [REFERENCE_L] = {q_batch, p->q_heads, q_rows, 1},
-        [REFERENCE_O_LOW] = {q_batch, p->q_heads, q_rows, p->value_dim},
-        [REFERENCE_dQ] = {q_batch, p->q_heads, q_rows, p->head_dim},
-        [REFERENCE_dK] = {kv_batch, p->kv_heads, kv_rows, p->head_dim},
-        [REFERENCE_dV] = {kv_batch, p->kv_heads, kv_rows, p->value_dim},
-        [REFERENCE_DBIAS] = {p->batch, p->q_heads, p->q_len, p->kv_len},
-        [REFERENCE_DSINKS] = {p->batch, p->q_heads, 1, 1},
-    };
-    memcpy(shape, shapes[tensor], sizeof shapes[tensor]);
+#define SHAPE(entries, heads, rows, columns)                                   \
+    shape[0] = entries, shape[1] = heads, shape[2] = rows, shape[3] = columns; \
+    return
+    switch (tensor) {
+    case REFERENCE_Q:
+    case REFERENCE_dQ: SHAPE(q_batch, p->q_heads, q_rows, p->head_dim);
+    case REFERENCE_O:
+    case REFERENCE_O_LOW:
+    case REFERENCE_dO: SHAPE(q_batch, p->q_heads, q_rows, p->value_dim);
+    case REFERENCE_L:
+    case REFERENCE_dL: SHAPE(q_batch, p->q_heads, q_rows, 1);
+    case REFERENCE_K: SHAPE(kv_batch, p->kv_heads, kv_rows, columns(p->k_type, p->head_dim));
+    case REFERENCE_V: SHAPE(kv_batch, p->kv_heads, kv_rows, columns(p->v_type, p->value_dim));
+    case REFERENCE_dK: SHAPE(kv_batch, p->kv_heads, kv_rows, p->head_dim);
+    case REFERENCE_dV: SHAPE(kv_batch, p->kv_heads, kv_rows, p->value_dim);
+    case REFERENCE_K_SCALE: SHAPE(kv_batch, p->kv_heads, kv_rows, p->k_group ? blocks(p->head_dim, p->k_group) : 1);
+    case REFERENCE_V_SCALE: SHAPE(kv_batch, p->kv_heads, kv_rows, p->v_group ? blocks(p->value_dim, p->v_group) : 1);
+    case REFERENCE_MASK:
+    case REFERENCE_DBIAS: SHAPE(p->batch, p->q_heads, p->q_len, p->kv_len);
+    case REFERENCE_SLOPES:
+    case REFERENCE_SINKS:
+    case REFERENCE_DSINKS: SHAPE(p->batch, p->q_heads, 1, 1);
+    case REFERENCE_BLOCK_MAP:
+        SHAPE(p->batch, p->q_heads, blocks(p->q_len, p->block_map_q), blocks(p->kv_len, p->block_map_kv));
+    case REFERENCE_CU_SEQLENS_Q:
+    case REFERENCE_CU_SEQLENS_K: SHAPE(p->batch + 1, 1, 1, 1);
+    case REFERENCE_BLOCK_TABLE: SHAPE(p->batch, 1, 1, blocks(p->kv_len, p->page_size));
+    case REFERENCE_SEED:
+    case REFERENCE_SEQUSED_K:
+    case REFERENCE_LEFTPAD_K:
+    case REFERENCE_CACHE_BATCH_IDX: SHAPE(p->batch, 1, 1, 1);
+    case REFERENCE_TENSORS: SHAPE(0, 0, 0, 0);
+    }
+#undef SHAPE
 }
 
 void reference_shape(const mfa_problem *problem, enum reference_tensor tensor, int64_t shape[4])

@@ -11,7 +11,7 @@
 static const char usage[] =
     "usage: %s [options] [PROBLEM...]\n"
     "  --seed N       of the random inputs (1)\n"
-    "  --isa NAME     instruction set:%s (the best)\n"
+    "  --isa NAME     instruction set:%s; check_attention: all of them (the best)\n"
     "  --filter TEXT  only cases whose text has it\n"
     "  --threads N    run with N threads (1, 2, 3 and 7 in turn)\n"
     "  --repeat N     runs of each case that must be the same bit for bit (20 for small cases)\n"

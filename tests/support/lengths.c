@@ -86,9 +86,9 @@ static void poison(struct inputs *inputs, enum reference_tensor tensor, const do
     double *values = inputs->values[tensor];
     int64_t shape[4];
     reference_shape(&inputs->problem, tensor, shape);
-    for (int64_t at = 0; at < reference_count(&inputs->problem, tensor) && values; at++)
-        if (marked[at / shape[3]] == 0)
-            values[at] = NAN;
+    for (int64_t row = 0; values && row < shape[0] * shape[1] * shape[2]; row++)
+        for (int64_t c = 0; c < shape[3] && marked[row] == 0; c++)
+            values[row * shape[3] + c] = NAN;
 }
 
 void lengths_poison(struct inputs *inputs)
