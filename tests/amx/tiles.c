@@ -79,12 +79,16 @@ void tiles_store(int tile, void *to, size_t stride)
 }
 
 /* What is subnormal counts as 0, going in and coming out. */
-static float flushed(float x)
+static inline __attribute__((always_inline)) float flushed(float x)
 {
-    return x > -0x1p-126f && x < 0x1p-126f ? 0 * x : x;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= bits & UINT32_C(0x7f800000) ? UINT32_MAX : UINT32_C(0x80000000);
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
-static float widened(uint16_t number)
+static inline __attribute__((always_inline)) float widened(uint16_t number)
 {
     uint32_t bits = (uint32_t)number << 16;
     float x;
@@ -92,8 +96,9 @@ static float widened(uint16_t number)
     return flushed(x);
 }
 
-/* TDPBF16PS: for each pair along a row of A, its products with the pair of B's row are added one after the other. */
-void tiles_add_product(int sums, int a, int b)
+/* TDPBF16PS: for each pair along a row of A, its products with the pair of B's row are added one after the other. Tests
+ * on emulated registers spend nine tenths of their time here, so it is vectorised: without FMA, which rounds once. */
+__attribute__((target("avx2"))) void tiles_add_product(int sums, int a, int b)
 {
     check(sums), check(a), check(b);
     const int rows = state.config.rows[sums], columns = state.config.row_bytes[sums] / 4;
@@ -101,12 +106,20 @@ void tiles_add_product(int sums, int a, int b)
     stop_unless(state.config.rows[a] == rows && state.config.rows[b] == pairs &&
                     state.config.row_bytes[b] == state.config.row_bytes[sums],
                 "the shapes of a product do not fit");
-    for (int m = 0; m < rows; m++)
-        for (int k = 0; k < pairs; k++)
-            for (int n = 0; n < columns; n++) {
-                float *sum = &state.tiles[sums].sums[m][n];
-                const uint16_t *left = &state.tiles[a].numbers[m][2 * k], *right = &state.tiles[b].numbers[k][2 * n];
-                *sum = flushed(*sum + widened(left[0]) * widened(right[0]));
-                *sum = flushed(*sum + widened(left[1]) * widened(right[1]));
-            }
+    float right[ROWS][2][ROW_BYTES / 4];
+    for (int k = 0; k < pairs; k++)
+        for (int n = 0; n < columns; n++)
+            for (int half = 0; half < 2; half++)
+                right[k][half][n] = widened(state.tiles[b].numbers[k][2 * n + half]);
+    for (int m = 0; m < rows; m++) {
+        float sum[ROW_BYTES / 4];
+        memcpy(sum, state.tiles[sums].sums[m], sizeof sum);
+        for (int k = 0; k < pairs; k++) {
+            const float first = widened(state.tiles[a].numbers[m][2 * k]);
+            const float second = widened(state.tiles[a].numbers[m][2 * k + 1]);
+            for (int n = 0; n < columns; n++)
+                sum[n] = flushed(flushed(sum[n] + first * right[k][0][n]) + second * right[k][1][n]);
+        }
+        memcpy(state.tiles[sums].sums[m], sum, sizeof sum);
+    }
 }
