@@ -1,11 +1,14 @@
 /* Whether nvcc compiles the kernels, on a machine without a GPU: each of them, with and without options, for the
- * narrowest and the widest columns. Wants METALSIM_CUDA_ARCH to be set. */
+ * narrowest and the widest columns. Wants METALSIM_CUDA_ARCH to be set.
+ *
+ *     check_compile [--shard K/N] */
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "metal/gpu.h"
 #include "metal/source.h"
 #include "mfa.h"
+#include "support/arguments.h"
 #include "support/report.h"
 
 static const struct {
@@ -21,8 +24,11 @@ static const struct {
      9},
 };
 
-int main(void)
+int main(int count, char **words)
 {
+    struct arguments arguments;
+    if (!arguments_parse(&arguments, count, words, NULL))
+        return 2;
     const char *cache = getenv("MFA_CACHE");
     const struct gpu_settings settings = {.cache = cache ? cache : "build/metalsim"};
     gpu_set(&settings);
@@ -40,6 +46,10 @@ int main(void)
             snprintf(key.machine, sizeof key.machine, "apple%d", variants[v].family);
             if (mfa_metal_source_write(&key, kernel, "#define COUNT_TILES\n", &text) != MFA_OK)
                 continue; /* not a kernel of this pass, or not without a mask */
+            if (!arguments_take(&arguments)) {
+                free(text);
+                continue;
+            }
             const struct gpu_launch launch = {.text = text, .function = mfa_metal_source_function(kernel)};
             const char *why = gpu_run(&launch);
             if (why)
