@@ -21,6 +21,7 @@ ON_METAL = os.environ.get("MFA_BACKEND") == "metal"
 BACKEND = "metal" if ON_METAL else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, *(() if ON_METAL else (torch.float64,)))
 FULL = "MFA_TEST_FULL" in os.environ  # make test-full: every case, and more random problems
+TIMEOUT = int(os.environ.get("MFA_TEST_TIMEOUT", "900"))  # seconds of a process that a test starts, as in tests/run.py
 FLOAT64 = pytest.mark.cpu("the GPU has no float64")
 
 _COUNTS = Path(__file__).parents[2] / "metalsim/runtime/counts.inc"

@@ -15,6 +15,7 @@ from mps_flash_attn import explain, flash_attention
 from mps_flash_attn import library as abi
 from mps_flash_attn.lengths import Lengths
 from mps_flash_attn.problem import DIFFERENTIABLE, LENGTHS, Inputs, Operands
+from stand_in import TIMEOUT
 
 pytestmark = pytest.mark.cpu("the interface is the same for all backends")
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def _python(code, **environment):
         env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
     )
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 

@@ -18,7 +18,7 @@ from mps_flash_attn import apple, check, display, precompiling, reference, speed
 from mps_flash_attn.library import DEVICE_METAL, Library, Unsupported, library, scalars
 from mps_flash_attn.sdpa import torch_mps
 from mps_flash_attn.torch_host import unavailable_reason
-from stand_in import FULL
+from stand_in import FULL, TIMEOUT
 
 pytestmark = pytest.mark.cpu("the command line is tested on the CPU, and in test_metal.py")
 
@@ -31,7 +31,7 @@ def run(*arguments, **environment):
         env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"} | environment,
         capture_output=True,
         text=True,
-        timeout=int(os.environ.get("MFA_TEST_TIMEOUT", "900")),
+        timeout=TIMEOUT,
     )
 
 

@@ -19,6 +19,7 @@ from mps_flash_attn import check as command
 from mps_flash_attn import explain, flash_attention, speed, tensors, thresholds
 from mps_flash_attn.library import library
 from mps_flash_attn.reference import check
+from stand_in import TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("everything")
 
@@ -185,7 +186,7 @@ def _step(folder, torch_name="2_14", **settings):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "MFA_CACHE": str(folder)} | settings,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -270,7 +271,7 @@ def _precompile(*arguments, **settings):
         env=os.environ | {"PYTHONPATH": str(Path(mps_flash_attn.__file__).parents[1])} | settings,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
 
 
@@ -312,7 +313,7 @@ def test_ship_kernels_of_the_examples(tmp_path, tools):
     program, kernels = compiled("ship_kernels.c", tmp_path), tmp_path / "kernels"
     for path, files in ((os.environ["PATH"], 4), (tools, 8)):
         settings = os.environ | {"PATH": path}
-        done = subprocess.run([program, kernels], env=settings, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([program, kernels], env=settings, capture_output=True, text=True, timeout=TIMEOUT)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(list(kernels.glob("*.check"))) == files and (".metallib" in done.stdout) == (files == 8)
     done = subprocess.run(

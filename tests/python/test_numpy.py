@@ -9,6 +9,7 @@ import torch
 
 from mps_flash_attn import Unsupported, flash_attention
 from mps_flash_attn.numpy import attention, attention_backward
+from stand_in import TIMEOUT
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 OPTIONS = {
@@ -187,7 +188,7 @@ def test_wrong_arguments_of_backward(error, said, changes):
 
 
 def run(program):
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

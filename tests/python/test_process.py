@@ -17,7 +17,7 @@ import torch
 
 import mps_flash_attn
 from mps_flash_attn import dispatch_cache, flash_attention
-from stand_in import FULL
+from stand_in import FULL, TIMEOUT
 
 
 def _training_step(tensors, **options):
@@ -209,7 +209,7 @@ def test_memory_grows_linearly(dtype, direction):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
         check=True,
     )
     slack = 4 << 20  # the allocator's and the interpreter's own

@@ -21,7 +21,7 @@ from mps_flash_attn.reference import agree
 from mps_flash_attn.sdpa import dispatch, replace, run
 from mps_flash_attn.stats import _outcomes
 from mps_flash_attn.tensors import is_plain
-from stand_in import DTYPES, FLOAT64
+from stand_in import DTYPES, FLOAT64, TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
@@ -98,7 +98,11 @@ def test_silent():
     )
     path = os.pathsep.join([str(Path(dispatch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -202,7 +206,7 @@ def test_counted_by_the_garbage_collector():
                 sdpa_stats()
     """
     path = os.pathsep.join([str(Path(dispatch.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, timeout=TIMEOUT, check=True)
 
 
 # --- what is taken over --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from calls import calls, problem
 from mps_flash_attn import replaced_sdpa, sdpa_stats, sdpa_thresholds
 from mps_flash_attn import sdpa as module
+from stand_in import TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
 
@@ -126,7 +127,7 @@ def test_compiled_code_on_disk_is_kept_apart(tmp_path):
             env=os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=TIMEOUT,
         )
         assert done.returncode == 0 and not done.stderr, done.stderr
         hits.append(int(done.stdout))
