@@ -14,6 +14,7 @@ jax = pytest.importorskip("jax", reason="jax is not installed")
 import jax.numpy as jnp  # noqa: E402
 
 from mps_flash_attn.jax import dot_product_attention  # noqa: E402
+from stand_in import TIMEOUT  # noqa: E402
 
 X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 pytestmark = pytest.mark.cpu("JAX's arrays are on the CPU")
@@ -83,6 +84,22 @@ def written_out(q, k, v, bias=None, mask=None, scale=None, is_causal=False, loca
     return out, lse.transpose(0, 2, 1)
 
 
+ARRAYS = ("bias", "mask", "query_seq_lengths", "key_value_seq_lengths")
+
+
+@functools.cache
+def reference(name):
+    """Attention written out, with the options of this name: a function of float64 and of the arrays among the options,
+    which is compiled once for all dtypes. It returns the gradients of q, k, v and the bias, and (out, log-sum-exp)."""
+    fixed = {option: value for option, value in OPTIONS[name].items() if option not in ARRAYS}
+
+    def loss(q, k, v, bias, d_out, arrays):
+        out, lse = written_out(q, k, v, **fixed, **bias, **arrays)
+        return (out * d_out).sum(), (out, lse)
+
+    return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+
+
 def gradients(function, q, k, v, d_out, options):
     """Of q, k, v, and the bias if there is one."""
 
@@ -115,16 +132,18 @@ def test_results_and_gradients(name, dtype):
             options["bias"] = options["bias"].astype(dtype)
         out, lse = jax.jit(functools.partial(dot_product_attention, return_residual=True, **options))(q, k, v)
         assert out.dtype == lse.dtype == q.dtype
-        expected, expected_lse = jax.jit(functools.partial(written_out, **options))(q, k, v)
         if "bias" in options and options["bias"].ndim == 3:
             options["bias"] = options["bias"][None]
+        arrays = {option: options[option] for option in ARRAYS if option in options}
+        bias = {"bias": arrays.pop("bias").astype(jnp.float64)} if "bias" in arrays else {}
+        wide = (one.astype(jnp.float64) for one in (q, k, v))
+        (*d_q_k_v, d_bias), (expected, expected_lse) = reference(name)(*wide, bias, d_out.astype(jnp.float64), arrays)
         assert_near(out, expected, TOLERANCES[dtype])
         seen = np.isfinite(np.asarray(expected_lse))
         assert (np.isneginf(np.asarray(lse, np.float64)) == ~seen).all()
         assert_near(np.where(seen, lse, 0), np.where(seen, expected_lse, 0), TOLERANCES[dtype])
         found = gradients(dot_product_attention, q, k, v, d_out, options)
-        reference = gradients(lambda *given, **more: written_out(*given, **more)[0], q, k, v, d_out, options)
-        for a, b in zip(found, reference, strict=True):
+        for a, b in zip(found, [*d_q_k_v, *d_bias.values()], strict=True):
             assert_near(a, b, TOLERANCES[dtype])
 
 
@@ -340,5 +359,5 @@ def test_torch_is_not_imported():
         "import sys, jax.numpy as jnp; from mps_flash_attn.jax import dot_product_attention as f\n"
         "q = jnp.ones((1, 5, 2, 8)); assert (f(q, q, q) == 1).all() and 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
