@@ -1,14 +1,14 @@
 """Every program of examples/ runs, and what it checks is right."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
+import forked
 from c_programs import EXAMPLES, compiled
+from stand_in import TIMEOUT
 
 LIBRARIES = {"transformers_model.py": ["transformers"], "transformers_packed.py": ["transformers"]}
 WITHOUT_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
@@ -23,23 +23,19 @@ def programs():
         yield pytest.param(path, id=path.name, marks=marks)
 
 
-def run(*command, cwd=None):
-    settings = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600, cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout
-    return done.stdout
-
-
 @pytest.mark.parametrize("path", list(programs()))
-def test_python_example(path):
-    run(sys.executable, path)
+def test_python_example(path, tmp_path):
+    code, printed = forked.run(path, tmp_path, TIMEOUT, HF_HUB_OFFLINE="1")
+    assert code == 0, printed
+    assert printed
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.c")))
 def test_c_example(name, tmp_path):
-    run(compiled(name, tmp_path), cwd=tmp_path)
+    done = subprocess.run(compiled(name, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
 
 
 def test_every_example_is_listed():
