@@ -98,7 +98,11 @@ def build(name):
         folder = BUILD / f"test-{name}"
         return not (run("cmake", "--preset", name) or run("cmake", "--build", folder, "--", "-k", "0"))
     shutil.rmtree(WHEELS, ignore_errors=True)
-    if run(sys.executable, "tools/wheels.py", "--to", WHEELS):
+    # By the name and with the options of the presets' compiler, so that ccache has what release and arm64 compile.
+    settings = {"CC": os.environ.get("CC", "cc"), "SKBUILD_CMAKE_DEFINE": "CMAKE_COMPILE_WARNING_AS_ERROR=ON"}
+    if ccache := shutil.which("ccache"):
+        settings["CMAKE_C_COMPILER_LAUNCHER"] = ccache
+    if run(sys.executable, "tools/wheels.py", "--to", WHEELS, **settings):
         return False
     (macos,) = WHEELS.glob("*macosx*.whl")
     (WHEELS / "libmfa.dylib").write_bytes(zipfile.ZipFile(macos).read("mps_flash_attn/libmfa.dylib"))

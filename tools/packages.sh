@@ -36,6 +36,7 @@ look() {
     need llvm-19 llvm-cov-19 --version
     [ "$goal" = test ] || return 0
     need git git --version
+    need ccache ccache --version
     need libcmocka-dev links cc "$scratch/cmocka.c" -lcmocka
     need "clang-19 libclang-rt-19-dev" links clang-19 -fsanitize=thread "$scratch/empty.c"
     need qemu-user-static command -v qemu-aarch64-static
