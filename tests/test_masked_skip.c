@@ -113,27 +113,21 @@ static void put_nans(struct inputs *inputs, enum reference_tensor tensor, const 
             inputs->values[tensor][at] = NAN;
 }
 
-/* Forward and backward; 0 if a call failed. */
-static int run(mfa_context *context, const char *text, const mfa_problem *problem, int broadcast, enum rows rows,
-               struct reference *results)
+/* Forward and backward; 0 if a call failed. NANS are put into the inputs. */
+static int run(mfa_context *context, const char *text, struct inputs *inputs, enum rows rows, struct reference *results)
 {
-    struct inputs inputs;
+    const mfa_problem *problem = &inputs->problem;
     struct operands operands;
     char *skipped = malloc((size_t)problem->kv_len);
     static char testing[256];
     guarded_testing(text);
-    const struct variant variant = {
-        .mask_broadcast = broadcast, .dbias_broadcast = broadcast, .map_broadcast = broadcast & ALONG_HEAD, .dlse = 1};
-    inputs_open(&inputs, problem, variant, SEED, text);
-    mask_quarters(&inputs);
-    map_quarters(&inputs);
     const int64_t near = rows == NANS && problem->block_map_q ? 0 : near_of(problem);
-    int64_t count = find_skipped(&inputs, near, skipped);
+    int64_t count = find_skipped(inputs, near, skipped);
     if (rows == NANS) {
-        put_nans(&inputs, REFERENCE_K, skipped);
-        put_nans(&inputs, REFERENCE_V, skipped);
+        put_nans(inputs, REFERENCE_K, skipped);
+        put_nans(inputs, REFERENCE_V, skipped);
     }
-    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    operands_open(&operands, inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
     if (rows == FORBIDDEN) {
         size_t pages =
             forbid(&operands.tensors[REFERENCE_K], skipped) + forbid(&operands.tensors[REFERENCE_V], skipped);
@@ -152,7 +146,6 @@ static int run(mfa_context *context, const char *text, const mfa_problem *proble
     if (!good)
         report_fail("%s\n        %s", text, mfa_last_error());
     operands_close(&operands);
-    inputs_close(&inputs);
     free(skipped);
     return good;
 }
@@ -163,14 +156,20 @@ static int compare_rows(const char *text, int broadcast)
     mfa_context *context;
     mfa_problem problem;
     struct reference ordinary, results;
+    struct inputs inputs;
     guarded_report_faults();
     if (mfa_context_create(NULL, &context) != MFA_OK || mfa_problem_parse(text, &problem) != MFA_OK) {
         report_fail("%s\n        %s", text, mfa_last_error());
         return 1;
     }
-    int good = run(context, text, &problem, broadcast, ORDINARY, &ordinary);
+    const struct variant variant = {
+        .mask_broadcast = broadcast, .dbias_broadcast = broadcast, .map_broadcast = broadcast & ALONG_HEAD, .dlse = 1};
+    inputs_open(&inputs, &problem, variant, SEED, text);
+    mask_quarters(&inputs);
+    map_quarters(&inputs);
+    int good = run(context, text, &inputs, ORDINARY, &ordinary);
     for (enum rows rows = FORBIDDEN; rows <= NANS && good; rows++) {
-        good = run(context, text, &problem, broadcast, rows, &results);
+        good = run(context, text, &inputs, rows, &results);
         for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS && good; tensor++) {
             const double *got = *reference_member(&results, tensor), *expected = *reference_member(&ordinary, tensor);
             int64_t shape[4];
@@ -185,6 +184,7 @@ static int compare_rows(const char *text, int broadcast)
         reference_close(&results);
     }
     reference_close(&ordinary);
+    inputs_close(&inputs);
     mfa_context_destroy(context);
     return !good;
 }
