@@ -21,6 +21,7 @@ from mps_flash_attn.flash_attn import (
     uninstall_flash_attn,
     unpad_input,
 )
+from stand_in import FULL
 
 # Of flash-attention's tests/test_flash_attn.py.
 LENGTHS = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1023, 1024)]
@@ -98,7 +99,9 @@ def test_as_flash_attention_is_tested(n, q_len, kv_len, band, dropout_p):
         assert error <= allowed + 1e-5, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
-@pytest.mark.parametrize("n, q_len, kv_len, band, dropout_p", cases())
+@pytest.mark.parametrize(
+    "n, q_len, kv_len, band, dropout_p", [case for case in cases() if FULL or case[1] < 1000 or case[0] % 3 == 0]
+)
 def test_packed_as_flash_attention_is_tested(n, q_len, kv_len, band, dropout_p):
     """The same of packed sequences, whose lengths are drawn as flash-attention's tests draw them."""
     torch.manual_seed(n)

@@ -74,7 +74,7 @@ def test_child_after_fork():
 
     process = fork.Process(target=child)
     process.start()
-    answered = receiver.poll(60)
+    answered = receiver.poll(TIMEOUT / 3)
     if not answered:
         process.kill()
     process.join()
@@ -120,7 +120,7 @@ def test_child_of_a_process_whose_locks_are_held():
     try:
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
-        answered = receiver.poll(60)
+        answered = receiver.poll(TIMEOUT / 3)
         if not answered:
             process.kill()
         process.join()
