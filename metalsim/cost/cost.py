@@ -28,17 +28,12 @@ TOLERANCE = 1.0  # points
 SLOWER = 1.03  # times as many cycles a key
 QUICK = (
     "attention_forward f16 64 full",
-    "attention_forward f16 64 causal",
-    "attention_forward f16 64 dropout",
     "attention_forward f16 64 map",
     "attention_forward f16 64 packed",
-    "attention_forward f32 64 full",
-    "attention_decode f16 128 8-heads",
     "attention_decode f16 128 paged",
     "attention_decode_vector f16 128 1-head",
     "attention_backward_dq f16 64 full",
     "attention_backward_dkv f16 64 dropout",
-    "attention_backward_dkv f16 128 full",
 )
 COLUMNS = {  # of instructions: classes that are added
     "float": ("f32", "f16"),
