@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from models import DECODER, GEMMA, VOCABULARY
 from mps_flash_attn import register_transformers, sdpa_stats
+from stand_in import TIMEOUT
 
 pytestmark = [
     pytest.mark.needs("transformers"),
@@ -356,7 +357,7 @@ for kind, row in (("left", slice(9)), ("right", slice(-9, None)), ("holes", slic
 def test_memory_of_a_step():
     """The high-water mark of a step of training grows as the length does."""
     settings = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", MEMORY], env=settings, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=settings, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     used = [line.split() for line in done.stdout.splitlines()]
     assert len(used) == 8
