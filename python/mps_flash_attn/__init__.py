@@ -17,6 +17,7 @@ from .library import Unsupported
 
 if TYPE_CHECKING:
     from .attention import flash_attention
+    from .caches import append_kv, dequantize_kv, quantize_kv
     from .dropout import dropout_mask
     from .explanation import Explanation, explain
     from .flash_attn import install_flash_attn, uninstall_flash_attn
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Explanation",
     "Unsupported",
+    "append_kv",
     "comfyui_attention",
     "convert_mask",
+    "dequantize_kv",
     "dropout_mask",
     "explain",
     "flash_attention",
@@ -42,6 +45,7 @@ __all__ = [
     "flash_attention_varlen",
     "install_flash_attn",
     "is_available",
+    "quantize_kv",
     "register_transformers",
     "replace_sdpa",
     "replaced_sdpa",
@@ -53,6 +57,7 @@ __all__ = [
 
 _MODULES = {  # with the public names that each has
     "attention": ("flash_attention",),
+    "caches": ("append_kv", "dequantize_kv", "quantize_kv"),
     "dropout": ("dropout_mask",),
     "explanation": ("Explanation", "explain"),
     "flash_attn": ("install_flash_attn", "uninstall_flash_attn"),

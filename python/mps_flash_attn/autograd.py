@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch_cache, lengths, run, tensors, transforms
+from . import dispatch_cache, run, tensors, transforms
 from .dispatch_cache import CacheEntry
 from .library import Unsupported
 from .operators import attention_backward, attention_forward, registration, run_backward_operator
 from .options import Options
-from .problem import DIFFERENTIABLE, LENGTHS, NO_MORE, Inputs, InputsTuple, OperandsTuple
+from .problem import DIFFERENTIABLE, NO_MORE, Inputs, InputsTuple, OperandsTuple, refuse_gradients
 from .transforms import below, beneath_autograd, count_of_modes, needs_operator
 
 _INPUTS = len(Inputs._fields)
@@ -196,11 +196,11 @@ def _visible_forward(operator: Callable[..., Any], inputs: InputsTuple, options:
 def _forward_with_autograd(*arguments: Any) -> Any:
     backward = _rules.backward
     with _last_level():
-        inputs, options = arguments[:_INPUTS], arguments[_INPUTS:]
+        inputs, options = arguments[:_INPUTS], Options(*arguments[_INPUTS:])
         if is_differentiated(*inputs):
-            lengths.refuse_gradients(inputs[LENGTHS:], inputs[1])
+            refuse_gradients(inputs, options)
             route = Route(partial(_visible_forward, below(attention_forward)), backward)
-            return transforms.apply(Attention, *inputs, Call(route, Options(*options), True))
+            return transforms.apply(Attention, *inputs, Call(route, options, True))
         return beneath_autograd(attention_forward, *arguments)
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, dropout, lengths, problem, subclasses, tensors
+from . import arguments, codes, dropout, lengths, problem, subclasses, tensors
 from . import block_mask as block_masks
 from .arguments import Causal
 from .autograd import EAGER, Attention, Call, is_differentiated
+from .library import library
 from .operators import attention_forward
 from .options import Options
-from .problem import LENGTHS, InputsTuple
-from .run import forward
+from .problem import LENGTHS, SCALES, InputsTuple
+from .run import forward, prepare_forward
 
 Band = tuple[int | None, int | None, bool]
 
@@ -59,13 +60,15 @@ def resolve(
     is_cast: bool,
     max_q: int | None = None,
     max_kv: int | None = None,
+    kinds: codes.Kinds = codes.NO_KINDS,
     draws: bool = True,
 ) -> tuple[InputsTuple, Options]:
     """The Inputs and Options of a call, of which the Inputs are the tensors among its arguments, query, key and value
-    with four dimensions. `bias`: a CausalBias, or None. `is_cast`: by autocast. Without `draws` no seed of dropout is
-    drawn, but stands for one."""
-    query, key, value, mask, sinks, slopes, seed, blocks, *of_rows = inputs
-    scores = lengths.Lengths._make(of_rows).scores(query, key, max_q, max_kv)
+    with four dimensions. `bias`: a CausalBias, or None. `is_cast`: by autocast. `kinds`: the types of key and value,
+    with scales as codes.resolve() returns both. Without `draws` no seed of dropout is drawn, but stands for one."""
+    query, key, value, mask, sinks, slopes, seed, blocks, *others = inputs
+    of_rows = lengths.Lengths._make(inputs[LENGTHS:SCALES])
+    scores = of_rows.scores(query, key, max_q, max_kv)
     sinks = _sinks(sinks, query)
     given = block_mask if blocks is None else blocks
     blocks, size, mask = block_masks.resolve(given, block_size, scores, mask)
@@ -81,7 +84,7 @@ def resolve(
         upper = bound if upper is None else min(upper, bound)
     scale = None if scale is None else arguments.number("scale", scale)
     numbers = scale, arguments.number("softcap", softcap), arguments.probability(dropout_p)
-    options = Options(lower, upper, *numbers, *size, bottom_right, max_q, max_kv)
+    options = Options(lower, upper, *numbers, *size, bottom_right, max_q, max_kv, *kinds)
     if options.dropout and seed is None and dropout_seed is None and not draws:
         seed = query.new_empty(1, dtype=torch.int64)
     seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query, scores[0])
@@ -89,7 +92,15 @@ def resolve(
     if slopes is not None and slopes.requires_grad:
         raise TypeError("alibi_slopes requires a gradient; it gets none, so it must be a tensor that does not")
     sinks = problem.of_heads("sinks", sinks, scores)
-    return (query, key, value, mask, sinks, slopes, seed, blocks, *of_rows), options
+    return (query, key, value, mask, sinks, slopes, seed, blocks, *others), options
+
+
+def check(inputs: InputsTuple, options: Options, by_operator: bool) -> None:
+    """Raises for what run() would refuse. Compilers have the operators' fake rules for that."""
+    if not by_operator:
+        library().check_supported(prepare_forward(inputs, options).problem)
+    elif not torch.compiler.is_compiling():
+        problem.check(inputs, options)
 
 
 def run(inputs: InputsTuple, options: Options, return_lse: bool, by_operator: bool) -> Any:
@@ -98,7 +109,7 @@ def run(inputs: InputsTuple, options: Options, return_lse: bool, by_operator: bo
         out, lse = attention_forward(*inputs, *options)
         return (out, lse) if return_lse else out
     if is_differentiated(*inputs[: problem.DIFFERENTIABLE]):
-        lengths.refuse_gradients(inputs[LENGTHS:], inputs[1])
+        problem.refuse_gradients(inputs, options)
         return Attention.apply(*inputs, Call(EAGER, options, bool(return_lse)))
     out, lse = forward(inputs, options, return_lse)
     return (out, lse) if return_lse else out

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calls, problem, subclasses, tensors, varlen
+from . import calls, codes, problem, subclasses, tensors, varlen
 from .arguments import BlockSize, Causal
 from .block_mask import BlockMask
+from .codes import KvType
 from .lengths import Lengths
 from .library import Unsupported, library
 
@@ -89,20 +90,24 @@ def explain(
     leftpad_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Explanation:
     """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
     needs beside the operands; or why the call is not supported. Nothing is computed.
 
     The arguments are those of flash_attention(); with cu_seqlens_q those of flash_attention_varlen(), and with other
-    lengths those of flash_attention_kvcache(). `backward`: explains their gradients in place of the result. Wrong
-    arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is not supported
-    does not raise. The numbers in tensors of lengths are not read."""
+    lengths, or with codes, those of flash_attention_kvcache(). `backward`: explains their gradients in place of the
+    result. Wrong arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is
+    not supported does not raise. The numbers in tensors of lengths are not read."""
     mask, bias = subclasses.split(attn_mask)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
     given = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, cache_batch_idx, block_table)
-    inputs: Any = query, key, value, mask, sinks, alibi_slopes, seed, blocks, *given
-    inputs = calls.check_readable(*inputs)
+    inputs: Any = query, key, value, mask, sinks, alibi_slopes, seed, blocks, *given, k_scale, v_scale
+    inputs, kinds = codes.resolve(tuple(calls.check_readable(*inputs)), k_type, v_type)
     most: varlen.Most = {}
     band = calls.band(is_causal, window_size)
     if any(one is not None for one in given):
@@ -121,12 +126,13 @@ def explain(
         bias,
         is_cast=tensors.is_autocast(inputs[0]),
         draws=False,
+        kinds=kinds,
         **most,
     )
     problem.check(inputs, options)
     tensors.refuse_short_storage(**problem.Inputs._make(inputs)._asdict())
     query, _, value, mask, sinks, *_ = inputs
-    out, rows = tensors.like(query, value.shape[3]), tensors.empty_rows(query)
+    out, rows = tensors.like(query, codes.columns(value, options.v_type)), tensors.empty_rows(query)
     try:
         if backward:
             wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool, sinks is not None)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import tensors
 from .arguments import block_map_shape
-from .library import changed, library
 from .options import Options
 
 Scores = tuple[int, int, int, int]  # the shape of the scores: (batch, heads, q_len, kv_len)
@@ -30,7 +29,7 @@ def blocks_of(scores: Scores, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 class Lengths(NamedTuple):
-    """The last of problem.Inputs, which describes them; None where there is none."""
+    """Those of problem.Inputs, which describes them; None where there is none."""
 
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
@@ -143,15 +142,6 @@ def numbers(lengths: Lengths, query: Tensor, key: Tensor, options: Options) -> t
         *(stride for tensor in lengths[:5] for stride in (0 if tensor is None else tensor.stride(0), 0, 0, 0)),
         *((0, 0, 0, 0) if table is None else (table.stride(0), 0, 0, table.stride(1))),
     )
-
-
-def refuse_gradients(lengths: tuple[Any, ...], key: Tensor) -> None:
-    """Raises libmfa's sentence for what has no backward pass, before the forward pass runs."""
-    *_, index, table = lengths
-    if index is not None or table is not None:
-        pages = 0 if table is None else int(key.shape[2])
-        small = library().parse("backward f32 b1 h1 q1 kv1 d1")
-        library().check_supported(changed(small, cache_batch_idx=int(index is not None), page_size=pages, kv_batch=1))
 
 
 def most(name: str, length: Any) -> int:

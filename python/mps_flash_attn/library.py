@@ -27,6 +27,7 @@ F32, F16, BF16, F64 = range(4)
 MASK_NONE, MASK_BOOL, MASK_ADDITIVE = range(3)
 BAND_OPEN_LOWER, BAND_OPEN_UPPER = -(2**63), 2**63 - 1
 STREAM_TORCH = 1
+KV_TYPES = {"int8": 1, "e4m3": 2, "e5m2": 3, "int4": 4, "nf4": 5}  # of mfa_kv_type
 
 # The structs of mfa.h: (field, its format as in the module struct), in the order of the header.
 _LAYOUT, _BUFFER = "4q", "PQ"
@@ -72,10 +73,11 @@ def _struct(fields: Iterable[tuple[str, str]]) -> struct.Struct:
 PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTIONS_FIELDS))
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
-# dbias o_low slopes sinks dsinks seed block_map, with zeros between them and for the rest, which OF_LENGTHS packs: the
-# bases of cu_seqlens_q cu_seqlens_k seqused_k leftpad_k cache_batch_idx block_table. Most calls have none of these.
-OF_LENGTHS = struct.Struct("@" + "P8x" * 6 + "16x" * 2)
-BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6 + f"{OF_LENGTHS.size}x")
+# dbias o_low slopes sinks dsinks seed block_map, with zeros between them and for the rest, which MORE_BASES packs: the
+# bases of cu_seqlens_q cu_seqlens_k seqused_k leftpad_k cache_batch_idx block_table k_scale v_scale, of which most calls
+# have none.
+MORE_BASES = struct.Struct("@" + "P8x" * 8)
+BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6 + f"{MORE_BASES.size}x")
 
 _NO_BUFFERS = struct.pack(f"@Q{BUFFERS.size - 8}x", BUFFERS.size)
 
@@ -118,6 +120,10 @@ class Scalars(NamedTuple):
     total_kv: int
     kv_batch: int
     page_size: int
+    k_type: int
+    v_type: int
+    k_group: int
+    v_group: int
 
 
 # The name of each number of an unpacked problem; the four of a layout have one name.
@@ -227,6 +233,7 @@ class Library:
         self._number_of_threads, self._wait = host.number_of_threads, host.wait
         library = _load(self.path)
         pointer, text, status = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+        whole, long = ctypes.c_int32, ctypes.c_int64
         for name, result, *arguments in (
             ("mfa_version", text),
             ("mfa_last_error", text),
@@ -238,6 +245,7 @@ class Library:
             ("mfa_context_set_threads", status, pointer, ctypes.c_int32),
             ("mfa_problem_parse_sized", status, text, pointer, ctypes.c_size_t),
             ("mfa_problem_dropout_mask", status, pointer, pointer, pointer),
+            ("mfa_kv_quantize", status, whole, whole, long, long, long, pointer, long, pointer, long, pointer, long),
             ("mfa_problem_supported", status, pointer, pointer),
             ("mfa_plan_create", status, pointer, pointer, pointer),
             ("mfa_plan_destroy", None, pointer),
@@ -327,6 +335,20 @@ class Library:
     def dropout_mask(self, problem: bytes, seed: int, kept: int) -> None:
         """Writes which weights of a packed problem dropout keeps, a byte each. `seed`, `kept`: addresses."""
         self.check(self.mfa_problem_dropout_mask(problem, seed, kept))
+
+    def quantize(
+        self,
+        kv_type: int,
+        dtype: int,
+        rows: int,
+        columns: int,
+        group: int,
+        numbers: tuple[int, int],
+        codes: tuple[int, int],
+        scales: tuple[int, int],
+    ) -> None:
+        """Writes the codes and scales of rows of numbers. The last three are (address, elements between rows)."""
+        self.check(self.mfa_kv_quantize(kv_type, dtype, rows, columns, group, *numbers, *codes, *scales))
 
     def plan(self, problem: bytes) -> tuple[str, int]:
         """The plan of a packed problem: (one line of text, workspace bytes)."""

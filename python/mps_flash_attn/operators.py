@@ -5,6 +5,7 @@ torch.export know: their schemas, kernels, fake rules (shapes and strides withou
     attention_backward(d_out, d_lse, *Inputs, out, lse, *Options, wanted)
         -> (dQ, dK, dV, dbias, dsinks), of size 0 where not wanted
     dropout_mask(seed, heads, q_len, kv_len, dropout) -> which weights dropout keeps
+    quantize_kv(numbers, kv_type, group) -> (codes, scale)
 
 The backward operator accepts any `out` and `lse`, so that results merged from several devices work. Its rule for
 autograd is in autograd.py; those for vmap and autocast are in transforms.py.
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from . import run, tensors
+from . import codes, quantize, run, tensors
 from .lengths import Lengths
 from .library import DEVICES, library
 from .options import Options
 from .problem import (
     DIFFERENTIABLE,
     LENGTHS,
+    SCALES,
     Inputs,
     InputsTuple,
     Operands,
@@ -42,11 +44,11 @@ Shape = tuple[int, ...]
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
     "Tensor? block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, "
-    "Tensor? cache_batch_idx, Tensor? block_table"
+    "Tensor? cache_batch_idx, Tensor? block_table, Tensor? k_scale, Tensor? v_scale"
 )
 _OPTIONS = (
     "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, "
-    "bool bottom_right, SymInt? max_q, SymInt? max_kv"
+    "bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type"
 )
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
@@ -54,6 +56,7 @@ _SCHEMAS = (
         f"attention_backward(Tensor d_out, Tensor? d_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted)"
         " -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     ),
+    "quantize_kv(Tensor numbers, str kv_type, int group) -> (Tensor codes, Tensor scale)",
     "dropout_mask(Tensor seed, SymInt heads, SymInt q_len, SymInt kv_len, float dropout) -> Tensor",
 )
 # With this tag compiled code gives the kernels the strides that the fake rule saw. A PyTorch without it keeps the order
@@ -68,6 +71,7 @@ for _schema in _SCHEMAS:
 attention_forward = torch.ops.mfa.attention_forward.default
 attention_backward = torch.ops.mfa.attention_backward.default
 dropout_mask = torch.ops.mfa.dropout_mask.default
+quantize_kv = torch.ops.mfa.quantize_kv.default
 
 
 def run_backward_operator(
@@ -118,30 +122,43 @@ def _dropout_mask(seed: Tensor, heads: int, q_len: int, kv_len: int, dropout: fl
     return kept.to(seed.device)
 
 
+def _quantize_kv(numbers: Tensor, kv_type: str, group: int) -> tuple[Tensor, Tensor]:
+    (numbers,) = as_plain(("numbers",), (numbers,))
+    found = quantize.by_library if numbers.device.type == "cpu" else quantize.by_torch
+    return found(numbers, kv_type, group)
+
+
 for _device in (name.upper() for name in DEVICES):
     registration.impl("attention_forward", _forward, _device)
     registration.impl("attention_backward", _backward, _device)
     registration.impl("dropout_mask", _dropout_mask, _device)
+    registration.impl("quantize_kv", _quantize_kv, _device)
 
 
 @torch.library.register_fake("mfa::attention_forward", lib=registration)
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs = arguments[:_COUNT]
-    check(inputs, Options(*arguments[_COUNT:]))
-    return tensors.like(query, value.shape[3]), tensors.empty_rows(query)
+    options = Options(*arguments[_COUNT:])
+    check(inputs, options)
+    return tensors.like(query, codes.columns(value, options.v_type)), tensors.empty_rows(query)
 
 
 @torch.library.register_fake("mfa::attention_backward", lib=registration)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options, wanted = _split_backward(arguments)
     check(operands.inputs, options)
-    check_saved(operands)
+    check_saved(operands, options)
     return _empty_for_none(map(tensors.gradient, operands.inputs, wanted), operands.inputs[0])
 
 
 @torch.library.register_fake("mfa::dropout_mask", lib=registration)
 def _(seed: Tensor, heads: int, q_len: int, kv_len: int, dropout: float) -> Tensor:
     return seed.new_empty((*seed.shape, heads, q_len, kv_len), dtype=torch.bool)
+
+
+@torch.library.register_fake("mfa::quantize_kv", lib=registration)
+def _(numbers: Tensor, kv_type: str, group: int) -> tuple[Tensor, Tensor]:
+    return quantize.empty(numbers, kv_type, quantize.check(numbers, kv_type, group))
 
 
 @register_flop_formula(torch.ops.mfa.attention_forward, get_raw=True)
@@ -160,10 +177,10 @@ def _of_sequences(inputs: InputsTuple, options: Options) -> Iterator[tuple[Shape
     """The shapes of the result, query, key and value of each sequence, or of all where they are alike, key and value
     with as many heads as the query."""
     query, _, value, *_ = inputs
-    lengths = Lengths._make(inputs[LENGTHS:])
+    lengths = Lengths._make(inputs[LENGTHS:SCALES])
     batch, heads, q_len, kv_len = scores = scores_of(inputs, options)
     alike = all(tensor is None for tensor in lengths)
     for q, kv in [(q_len, kv_len)] if alike else lengths.of_sequences(scores):
         first = (batch if alike else 1, heads)
-        columns = value.shape[3]
+        columns = codes.columns(value, options.v_type)
         yield (*first, q, columns), (*first, q, query.shape[3]), (*first, kv, query.shape[3]), (*first, kv, columns)

@@ -21,6 +21,8 @@ class Options(NamedTuple):
     bottom_right: bool = False  # j - i is counted from the last query and key of a sequence, else from the first
     max_q: int | None = None  # the most queries of a packed sequence; None: they are not packed
     max_kv: int | None = None  # the most keys of one that is packed or in pages; None: it is neither
+    k_type: str | None = None  # the type of codes that key is, a name of library.KV_TYPES; None: numbers
+    v_type: str | None = None  # the same of value
 
 
 def scale_of(options: Options, head_dim: int) -> float:

@@ -7,28 +7,30 @@ libmfa itself refuses all other errors (head counts, dimensions, scale, softcap)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import arguments, lengths, tensors
+from . import arguments, codes, lengths, tensors
 from .lengths import Lengths, Scores, blocks_of
 from .library import (
     BACKWARD,
     BAND_OPEN_LOWER,
     BAND_OPEN_UPPER,
     FORWARD,
+    KV_TYPES,
     MASK_ADDITIVE,
     MASK_BOOL,
     MASK_NONE,
     PROBLEM,
+    changed,
+    library,
 )
 from .options import Options, scale_of
 
 _DIMENSIONS = "(batch, heads, length, head_dim)"
 _NO_GRADIENTS = (0,) * 24  # layouts
-_NO_CODES = (0,) * 12  # the types, groups and layouts of scales: key and value have the query's dtype
 
 
 class Inputs(NamedTuple):
@@ -45,20 +47,24 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # likewise
     dropout_seed: Tensor | None = None  # (batch,), int64
     block_mask: Tensor | None = None  # (batch, heads, blocks of queries, blocks of keys), bool
-    # Those from here on are int32, and say which rows of the first three are whose.
+    # Those from here on have elements of 32 bits. The first are int32, and say which rows of key and so on are whose.
     cu_seqlens_q: Tensor | None = None  # (batch + 1,): query is (1, heads, total, head_dim)
     cu_seqlens_k: Tensor | None = None  # likewise key and value
     seqused_k: Tensor | None = None  # (batch,)
     leftpad_k: Tensor | None = None  # (batch,)
     cache_batch_idx: Tensor | None = None  # (batch,): key and value have a batch of their own
     block_table: Tensor | None = None  # (batch, pages): key and value are (pages, heads, page, columns)
+    # float32, (batch, heads, rows, groups) as key and value, which are codes with them
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 OF_SDPA = 4
 DIFFERENTIABLE = 5
 SEED = Inputs._fields.index("dropout_seed")
 LENGTHS = Inputs._fields.index("cu_seqlens_q")  # the first of those that say which rows are whose
-NO_LENGTHS = (None,) * (len(Inputs._fields) - LENGTHS)
+SCALES = Inputs._fields.index("k_scale")  # the first after them
+NO_LENGTHS = (None,) * (len(Inputs._fields) - LENGTHS)  # and no scales
 # (query, key, value, mask, *NO_MORE) is faster than Inputs().
 NO_MORE: Any = (None,) * (len(Inputs._fields) - OF_SDPA)
 # Plain tuples in the order of Inputs and Operands.
@@ -81,8 +87,8 @@ class Operands(NamedTuple):
 
 def check(inputs: InputsTuple, options: Options) -> None:
     """Raises for Inputs that do not belong together, and for devices and dtypes that are not supported."""
-    query, key, value, mask, sinks, slopes, seed, blocks, *_ = inputs
-    of_rows = Lengths._make(inputs[LENGTHS:])
+    query, key, value, mask, sinks, slopes, seed, blocks, *_, k_scale, v_scale = inputs
+    of_rows = Lengths._make(inputs[LENGTHS:SCALES])
     if mask is not None and mask.device != query.device:
         raise ValueError(f"attn_mask is on {mask.device} and query on {query.device}; they must be on one device")
     if not query.device == key.device == value.device:
@@ -92,10 +98,12 @@ def check(inputs: InputsTuple, options: Options) -> None:
     for name, tensor in _named(query, key, value):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: {_DIMENSIONS}")
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in tensors.DTYPES:
-        _refuse_dtypes(query, key, value)
+    _check_dtypes(query, key, value, options)
+    codes.check("key", key, options.k_type, k_scale)
+    codes.check("value", value, options.v_type, v_scale)
     lengths.check(of_rows, query, key, options)
-    arguments.check_shapes((of_rows.entries(query, key)[2], *query.shape[1:]), key.shape, value.shape)
+    of_key, of_value = codes.shape(key, options.k_type), codes.shape(value, options.v_type)
+    arguments.check_shapes((of_rows.entries(query, key)[2], *query.shape[1:]), of_key, of_value)
     scores = of_rows.scores(query, key, options.max_q, options.max_kv)
     if mask is not None:
         _check_mask(mask, scores)
@@ -109,17 +117,17 @@ def check(inputs: InputsTuple, options: Options) -> None:
         _check_blocks(blocks, query, scores, options)
 
 
-def check_saved(operands: OperandsTuple) -> None:
+def check_saved(operands: OperandsTuple, options: Options) -> None:
     """Raises for results that the forward pass of these operands cannot have given, and for gradients that do not fit
     those."""
     (query, _, value, *_), out, lse, d_out, d_lse, out_low = operands
-    rows = query.shape[:3]
+    rows, columns = query.shape[:3], codes.columns(value, options.v_type)
     for name, tensor, shape, dtype in (
-        ("out", out, (*rows, value.shape[3]), query.dtype),
-        ("d_out", d_out, (*rows, value.shape[3]), query.dtype),
+        ("out", out, (*rows, columns), query.dtype),
+        ("d_out", d_out, (*rows, columns), query.dtype),
         ("lse", lse, rows, tensors.rows_dtype(query)),
         ("d_lse", d_lse, rows, tensors.rows_dtype(query)),
-        ("out_low", out_low, (*rows, value.shape[3]), query.dtype),
+        ("out_low", out_low, (*rows, columns), query.dtype),
     ):
         if tensor is None:
             continue
@@ -133,7 +141,23 @@ def check_saved(operands: OperandsTuple) -> None:
 
 def scores_of(inputs: InputsTuple, options: Options) -> Scores:
     """The shape of the scores: (batch, heads, q_len, kv_len), the lengths being the largest of a sequence."""
-    return Lengths._make(inputs[LENGTHS:]).scores(inputs[0], inputs[1], options.max_q, options.max_kv)
+    return Lengths._make(inputs[LENGTHS:SCALES]).scores(inputs[0], inputs[1], options.max_q, options.max_kv)
+
+
+def refuse_gradients(inputs: InputsTuple, options: Options) -> None:
+    """Raises libmfa's sentence for what has no backward pass, before the forward pass runs."""
+    _, key, *_, index, table, _, _ = inputs
+    k_type, v_type = (0 if kind is None else KV_TYPES[kind] for kind in (options.k_type, options.v_type))
+    if index is None and table is None and not k_type and not v_type:
+        return
+    pages = 0 if table is None else int(key.shape[2])
+    of_rows = {
+        "cache_batch_idx": int(index is not None),
+        "page_size": pages,
+        "kv_batch": int(pages or index is not None),
+    }
+    small = library().parse("backward f32 b1 h1 q1 kv1 d32")
+    library().check_supported(changed(small, k_type=k_type, v_type=v_type, **of_rows))
 
 
 def _expand_mask(mask: Tensor | None, scores: Scores) -> Tensor | None:
@@ -208,7 +232,7 @@ def _numbers(inputs: InputsTuple, options: Options, scores: Scores) -> tuple[flo
         q_len,
         kv_len,
         head_dim,
-        value.shape[3],
+        codes.columns(value, options.v_type),
         BAND_OPEN_LOWER if lower is None else lower,
         BAND_OPEN_UPPER if upper is None else upper,
         scale_of(options, head_dim),
@@ -218,7 +242,7 @@ def _numbers(inputs: InputsTuple, options: Options, scores: Scores) -> tuple[flo
 
 def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None) -> tuple[float, ...]:
     """The members of mfa_problem after dbias_layout."""
-    query, key, _, _, sinks, slopes, seed, blocks, *_ = inputs
+    query, key, value, _, sinks, slopes, seed, blocks, *_, k_scale, v_scale = inputs
     has_sinks, reserved = int(sinks is not None), 0
     of_seed = 0 if seed is None else seed.stride(0)
     of_blocks = (0, 0, 0, 0) if blocks is None else blocks.stride()
@@ -229,8 +253,8 @@ def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None)
         *_heads_layout(dsinks),
         *(options.dropout, of_seed, 0, 0, 0),
         *(options.block_q, options.block_kv, *of_blocks),
-        *lengths.numbers(Lengths._make(inputs[LENGTHS:]), query, key, options),
-        *_NO_CODES,
+        *lengths.numbers(Lengths._make(inputs[LENGTHS:SCALES]), query, key, options),
+        *codes.numbers(key, value, (options.k_type, options.v_type), k_scale, v_scale),
     )
 
 
@@ -299,11 +323,18 @@ def _named(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[str, Tensor
     return (("query", query), ("key", key), ("value", value))
 
 
-def _refuse_dtypes(query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
-    for name, tensor in _named(query, key, value):
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, options: Options) -> None:
+    """Raises unless all that are no codes have one dtype, of those that kernels exist for."""
+    kinds = None, options.k_type, options.v_type
+    given = [named for named, kind in zip(_named(query, key, value), kinds) if kind is None]
+    for name, tensor in given:
         if tensor.dtype not in tensors.DTYPES:
-            raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be float32, float16, bfloat16 or float64")
-    raise TypeError(
-        f"query is {tensors.dtype_name(query)}, key {tensors.dtype_name(key)} and value {tensors.dtype_name(value)}; "
-        "they must have one dtype"
-    )
+            is_code = name != "query" and tensor.dtype in (torch.uint8, *codes.DTYPES.values())
+            hint = ", or codes in flash_attention_kvcache and flash_attention_varlen" if is_code else ""
+            accepted = f"float32, float16, bfloat16 or float64{hint}"
+            raise TypeError(f"{name} is {tensors.dtype_name(tensor)}; it must be {accepted}")
+    if any(tensor.dtype != query.dtype for _, tensor in given):
+        (name, tensor), *others = given
+        found = [f"{name} is {tensors.dtype_name(tensor)}"]
+        found += [f"{name} {tensors.dtype_name(tensor)}" for name, tensor in others]
+        raise TypeError(f"{', '.join(found[:-1])} and {found[-1]}; they must have one dtype")

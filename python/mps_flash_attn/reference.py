@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import codes
 from .block_mask import elements
 from .lengths import Lengths
 from .library import MASK_ADDITIVE, MASK_BOOL, Scalars
 from .operators import dropout_mask
 from .options import Options
-from .problem import DIFFERENTIABLE, LENGTHS, Inputs, scores_of
+from .problem import DIFFERENTIABLE, LENGTHS, SCALES, Inputs, scores_of
 from .tensors import DTYPES
 
 # The exact result, in float64, is rounded as well: hence the number of float64.
@@ -82,21 +83,33 @@ def attention(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
     blocks: Tensor | None = None,
-    *lengths: Tensor | None,
+    *others: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of (B, H, N, D) tensors, or of what Inputs accepts with `lengths`, its last fields. `options`: the
-    fields of Options. The band is lower <= j - i <= upper."""
-    inputs, given = Inputs(query, key, value, mask, sinks, slopes, seed, blocks, *lengths), Options(**options)
-    if all(one is None for one in lengths):
+    """(out, lse) of (B, H, N, D) tensors, or of what Inputs accepts with `others`, its last fields. `options`: the
+    fields of Options. The band is lower <= j - i <= upper. Codes become numbers of the query's dtype."""
+    inputs, given = Inputs(query, key, value, mask, sinks, slopes, seed, blocks, *others), Options(**options)
+    inputs, given = _numbers(inputs, given, query.dtype)
+    if all(one is None for one in inputs[LENGTHS:]):
         return _attention(inputs, given)
-    out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), query.new_full(query.shape[:3], -torch.inf)
+    out, lse = query.new_zeros(*query.shape[:3], inputs.value.shape[3]), query.new_full(query.shape[:3], -torch.inf)
     if sinks is not None and len(sinks):  # of queries that belong to no sequence, which give no gradient
         lse = sinks[0, :, None].detach().to(lse.dtype).expand_as(lse).clone()
     for seq in _sequences(inputs, given):
         found = _attention(seq.inputs, seq.options, seq.number)
         out[seq.q_entry, :, seq.q_rows], lse[seq.q_entry, :, seq.q_rows] = (one[0] for one in found)
     return out, lse
+
+
+def _numbers(inputs: Inputs, options: Options, dtype: torch.dtype) -> tuple[Inputs, Options]:
+    """The same with numbers in this dtype in place of the codes of key and value."""
+    key, value = inputs.key, inputs.value
+    if options.k_type is not None:
+        key = codes.dequantize(key, inputs.k_scale, options.k_type, dtype)
+    if options.v_type is not None:
+        value = codes.dequantize(value, inputs.v_scale, options.v_type, dtype)
+    inputs = inputs._replace(key=key, value=value, k_scale=None, v_scale=None)
+    return inputs, options._replace(k_type=None, v_type=None)
 
 
 def _attention(inputs: Inputs, options: Options, number: int | None = None) -> tuple[Tensor, Tensor]:
@@ -123,7 +136,7 @@ class _Sequence(NamedTuple):
 def _sequences(inputs: Inputs, options: Options) -> Iterator[_Sequence]:
     """Those of Inputs with lengths."""
     query, key, value, mask, sinks, slopes, seed, blocks, *_ = inputs
-    lengths = Lengths._make(inputs[LENGTHS:])
+    lengths = Lengths._make(inputs[LENGTHS:SCALES])
     packed_q, packed_kv, _, padding, index, table = lengths
     scores = scores_of(inputs, options)
     for b, (q_len, kv_len) in enumerate(lengths.of_sequences(scores)):
@@ -269,20 +282,21 @@ def compare_results(
 ) -> Iterator[Comparison]:
     """A Comparison of each of out, lse and, with `gradients`, all of those of function(*tensors) -> (out, lse).
     `tensors` are those of Inputs, without some of the last or all."""
-    query, _, value, *_ = tensors
+    plain, given = _numbers(Inputs(*tensors), Options(**options), torch.float64)
+    query, _, value, *_ = plain
     d_out = torch.randn(*query.shape[:3], value.shape[3]).to(query.dtype)
     d_lse = torch.randn(query.shape[:3])
 
     def naive(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return attention(*arguments, **options)
+        return attention(*arguments, **given._asdict())
 
-    exact = _to(torch.float64, tensors)
+    exact = _to(torch.float64, plain)
     grads = d_out, d_lse, gradients
     truth = results(naive, exact, *grads)
-    yardstick = results(naive, _to(query.dtype, tensors), *grads)
-    single = results(naive, _to(torch.promote_types(query.dtype, torch.float32), tensors), *grads)
+    yardstick = results(naive, _to(query.dtype, plain), *grads)
+    single = results(naive, _to(torch.promote_types(query.dtype, torch.float32), plain), *grads)
     yardstick["lse"] = single["lse"]  # it is kept in float32 whatever the dtype
-    sizes, largest = _magnitudes([t if t is None else t.detach() for t in exact], d_out, d_lse, Options(**options))
+    sizes, largest = _magnitudes([t if t is None else t.detach() for t in exact], d_out, d_lse, given)
     for name, got in results(function, tensors, *grads).items():
         # a gradient is no more exact than out, whatever the dtype of the mask
         dtype = got.dtype if name == "lse" else max(got.dtype, query.dtype, key=lambda d: torch.finfo(d).eps)

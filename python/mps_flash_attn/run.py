@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import dispatch_cache, tensors
-from .library import BASES, BUFFERS, DEVICE_CPU, OF_LENGTHS, STREAM_TORCH
+from . import codes, dispatch_cache, tensors
+from .library import BASES, BUFFERS, DEVICE_CPU, MORE_BASES, STREAM_TORCH
 from .options import Options
 from .problem import (
     LENGTHS,
@@ -37,7 +37,6 @@ _OWN_WORKSPACE = (0, 0, 0)  # that of libmfa's context
 _BEFORE_WORKSPACE = 2 * 12  # numbers of mfa_buffers, two a buffer
 _NO_TENSORS = (None,) * 6  # a forward pass has no d_out, d_lse, dQ, dK, dV and dbias, and no dsinks
 _NO_ADDRESSES = (0,) * 6
-_NO_SCALES = None, None  # of codes of key and value
 
 
 class Forward(NamedTuple):
@@ -46,8 +45,8 @@ class Forward(NamedTuple):
     problem: bytes
     device: int
     extents: tuple[int, ...]  # tensors.extent of the Inputs up to LENGTHS
-    itemsize: int
-    lengths: tuple[int, ...] | None  # the same from LENGTHS on; None if all of these are
+    itemsizes: tuple[int, int, int]  # of query, key and value
+    others: tuple[int, ...] | None  # the extents from LENGTHS on; None if all of these are
     out: EmptyLayout
     rows: EmptyLayout  # of log-sum-exp
     low: EmptyLayout | None  # of out_low; None where out is not rounded
@@ -60,7 +59,7 @@ class Backward(NamedTuple):
     device: int
     extents: tuple[int, ...]  # tensors.extent of the Inputs up to LENGTHS, out, lse, d_out and d_lse
     itemsize: int
-    lengths: tuple[int, ...] | None
+    others: tuple[int, ...] | None  # as in Forward
     wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias, dsinks
     gradients: tuple[EmptyLayout | None, ...]  # None where it is not wanted
 
@@ -79,7 +78,7 @@ def forward_for_backward(inputs: InputsTuple, options: Options, allocate: Alloca
 
 def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> Forward:
     """The Forward of these Inputs. Raises as problem.check() does."""
-    query, key, value, mask, sinks, slopes, seed, blocks, *lengths = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks, *others = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -89,7 +88,7 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         None if seed is None else (seed.shape, seed.stride(), seed.dtype, seed.device),
         None if blocks is None else (blocks.shape, blocks.stride(), blocks.dtype, blocks.device),
-        *map(_signature, lengths),
+        *map(_signature, others),
         *(options, allocate),
     )
     cached = _cached(key_of_pass)
@@ -98,31 +97,32 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
     check(inputs, options)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
-    out, rows = allocate(query, value.shape[3]), tensors.empty_rows(query)
+    out, rows = allocate(query, codes.columns(value, options.v_type)), tensors.empty_rows(query)
     problem = pack_forward(inputs, options, out)
     extents = tuple(map(tensors.extent, inputs[:LENGTHS]))
+    itemsizes = query.itemsize, key.itemsize, value.itemsize
     out_layout = tensors.empty_layout(out)
     layouts = out_layout, tensors.empty_layout(rows), out_layout if tensors.has_low(query) else None
-    prepared = Forward(problem, tensors.device(query), extents, query.itemsize, _lengths_of(inputs), *layouts)
+    prepared = Forward(problem, tensors.device(query), extents, itemsizes, _other_extents(inputs), *layouts)
     return dispatch_cache.put(key_of_pass, prepared)
 
 
 def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low: bool = False) -> tuple[Any, ...]:
     """(out, lse), lse being None without `with_lse`; with `with_low`, where out is rounded, (out, lse, out_low)."""
     query, key, value, mask, sinks, slopes, seed, blocks = inputs[:LENGTHS]
-    problem, device, extents, size, lengths, out_layout, rows_layout, low_layout = prepared
+    problem, device, extents, (q_size, k_size, v_size), of_others, out_layout, rows_layout, low_layout = prepared
     q_extent, k_extent, v_extent, mask_extent, *others = extents
     sinks_extent, slopes_extent, seed_extent, blocks_extent = others
     if (  # written out for speed
-        _storage(query).nbytes() - _offset(query) * size < q_extent
-        or _storage(key).nbytes() - _offset(key) * size < k_extent
-        or _storage(value).nbytes() - _offset(value) * size < v_extent
+        _storage(query).nbytes() - _offset(query) * q_size < q_extent
+        or _storage(key).nbytes() - _offset(key) * k_size < k_extent
+        or _storage(value).nbytes() - _offset(value) * v_size < v_extent
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
         or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
         or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)
         or (blocks is not None and _storage(blocks).nbytes() - _offset(blocks) < blocks_extent)
-        or (lengths is not None and _are_short(inputs[LENGTHS:], lengths))
+        or (of_others is not None and _are_short(inputs[LENGTHS:], of_others))
     ):
         tensors.refuse_short_storage(**Inputs._make(inputs)._asdict())
     out_low = None
@@ -147,15 +147,15 @@ def run_forward(prepared: Forward, inputs: InputsTuple, with_lse: bool, with_low
             0 if seed is None else _address(seed),
             0 if blocks is None else _address(blocks),
         )
-        if lengths is not None:
-            buffers = _with_lengths(buffers, inputs[LENGTHS:])
+        if of_others is not None:
+            buffers = _with_others(buffers, inputs[LENGTHS:])
         library().attention(problem, buffers)
     else:
         out = tensors.empty(query, out_layout)
         lse = tensors.empty(query, rows_layout) if with_lse else None
         if with_low:
             out_low = tensors.empty(query, low_layout)
-        more = out_low, slopes, sinks, None, seed, blocks, *inputs[LENGTHS:], *_NO_SCALES
+        more = out_low, slopes, sinks, None, seed, blocks, *inputs[LENGTHS:]
         _launch_on_metal(problem, (*inputs[:4], out, lse, *_NO_TENSORS, *more))
     return (out, lse) if out_low is None else (out, lse, out_low)
 
@@ -167,7 +167,7 @@ def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) 
     d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
     operands = inputs, out, lse, d_out, d_lse, out_low
     if out_low is not None:
-        check_saved(operands)
+        check_saved(operands, options)
         if out_low.stride() != out.stride():  # hooks for saved tensors may have moved either
             operands = *operands[:5], out.new_empty_strided(out.shape, out.stride()).copy_(out_low)
     return run_backward(prepare_backward(operands, options, wanted), operands)
@@ -176,7 +176,7 @@ def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) 
 def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) -> Backward:
     """The Backward of these Operands. Raises as problem.check() and problem.check_saved() do."""
     inputs, out, lse, d_out, d_lse, _ = operands
-    query, key, value, mask, sinks, slopes, seed, blocks, *lengths = inputs
+    query, key, value, mask, sinks, slopes, seed, blocks, *others = inputs
     key_of_pass = (
         *(query.shape, query.stride(), query.dtype, query.device),
         *(key.shape, key.stride(), key.dtype, key.device),
@@ -190,28 +190,28 @@ def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence
         None if slopes is None else (slopes.shape, slopes.stride(), slopes.dtype, slopes.device),
         None if seed is None else (seed.shape, seed.stride(), seed.dtype, seed.device),
         None if blocks is None else (blocks.shape, blocks.stride(), blocks.dtype, blocks.device),
-        *map(_signature, lengths),
+        *map(_signature, others),
         *(options, *wanted),
     )
     cached = _cached(key_of_pass)
     if cached is not None:
         return cached
     check(inputs, options)
-    check_saved(operands)
+    check_saved(operands, options)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)
     gradients = tuple(map(tensors.gradient, inputs, wanted))
     problem = pack_backward(operands, options, gradients)
     extents = tuple(map(tensors.extent, (*inputs[:LENGTHS], out, lse, d_out, d_lse)))
     layouts = tuple([tensors.empty_layout(gradient) for gradient in gradients])
-    of_lengths = _lengths_of(inputs)
-    prepared = Backward(problem, tensors.device(query), extents, query.itemsize, of_lengths, tuple(wanted), layouts)
+    of_others = _other_extents(inputs)
+    prepared = Backward(problem, tensors.device(query), extents, query.itemsize, of_others, tuple(wanted), layouts)
     return dispatch_cache.put(key_of_pass, prepared)
 
 
 def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, dbias, dsinks), each None if the prepared pass does not want it."""
-    problem, device, extents, size, lengths, _, layouts = prepared
+    problem, device, extents, size, of_others, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
     query, key, value, mask, sinks, slopes, seed, blocks = inputs[:LENGTHS]
     q_extent, k_extent, v_extent, mask_extent, *others = extents
@@ -231,7 +231,7 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
         or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)
         or (blocks is not None and _storage(blocks).nbytes() - _offset(blocks) < blocks_extent)
-        or (lengths is not None and _are_short(inputs[LENGTHS:], lengths))
+        or (of_others is not None and _are_short(inputs[LENGTHS:], of_others))
     ):
         given = Inputs._make(inputs)._asdict()
         tensors.refuse_short_storage(**given, out=out, lse=lse, d_out=d_out, d_lse=d_lse, out_low=out_low)
@@ -258,12 +258,12 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
             0 if seed is None else _address(seed),
             0 if blocks is None else _address(blocks),
         )
-        if lengths is not None:
-            buffers = _with_lengths(buffers, inputs[LENGTHS:])
+        if of_others is not None:
+            buffers = _with_others(buffers, inputs[LENGTHS:])
         library().attention(problem, buffers)
     else:
         *gradients, dsinks = [tensors.empty(query, layout) for layout in layouts]
-        more = out_low, slopes, sinks, dsinks, seed, blocks, *inputs[LENGTHS:], *_NO_SCALES
+        more = out_low, slopes, sinks, dsinks, seed, blocks, *inputs[LENGTHS:]
         _launch_on_metal(problem, (*inputs[:4], out, lse, d_out, d_lse, *gradients, *more))
         gradients.append(dsinks)
     return tuple(gradients)
@@ -273,24 +273,24 @@ def _signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _lengths_of(inputs: InputsTuple) -> tuple[int, ...] | None:
+def _other_extents(inputs: InputsTuple) -> tuple[int, ...] | None:
     """tensors.extent of the Inputs from LENGTHS on; None if all of these are."""
-    lengths = inputs[LENGTHS:]
-    return None if all(tensor is None for tensor in lengths) else tuple(map(tensors.extent, lengths))
+    others = inputs[LENGTHS:]
+    return None if all(tensor is None for tensor in others) else tuple(map(tensors.extent, others))
 
 
-def _are_short(lengths: Iterable[Tensor | None], extents: Iterable[int]) -> bool:
-    """Whether one of these tensors of 32-bit integers has elements beyond its storage."""
+def _are_short(others: Iterable[Tensor | None], extents: Iterable[int]) -> bool:
+    """Whether one of these tensors, whose elements have 32 bits, has elements beyond its storage."""
     return any(
         tensor is not None and _storage(tensor).nbytes() - _offset(tensor) * 4 < extent
-        for tensor, extent in zip(lengths, extents)
+        for tensor, extent in zip(others, extents)
     )
 
 
-def _with_lengths(buffers: bytes, lengths: Iterable[Tensor | None]) -> bytes:
-    """mfa_buffers with the addresses of these tensors, too."""
-    addresses = (0 if tensor is None else _address(tensor) for tensor in lengths)
-    return buffers[: -OF_LENGTHS.size] + OF_LENGTHS.pack(*addresses)
+def _with_others(buffers: bytes, others: Iterable[Tensor | None]) -> bytes:
+    """mfa_buffers with the addresses of the Inputs from LENGTHS on, too."""
+    addresses = (0 if tensor is None else _address(tensor) for tensor in others)
+    return buffers[: -MORE_BASES.size] + MORE_BASES.pack(*addresses)
 
 
 def _launch_on_metal(problem: bytes, buffers: Iterable[Tensor | None]) -> None:

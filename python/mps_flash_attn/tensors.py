@@ -84,7 +84,7 @@ def autocast(query: Tensor, *others: Tensor | None) -> Iterator[Any]:
     dtype = torch.get_autocast_dtype(query.device.type)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        if tensor is None or tensor.dtype not in DTYPES or tensor.dtype is torch.float64:  # codes stay as they are
             return tensor
         return tensor.to(dtype)
 

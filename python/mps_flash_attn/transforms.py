@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import tensors
-from .operators import attention_backward, attention_forward, dropout_mask, registration
+from .operators import attention_backward, attention_forward, dropout_mask, quantize_kv, registration
 from .problem import LENGTHS, OF_SDPA, SEED, Inputs
 
 try:  # not public in PyTorch
@@ -190,8 +190,8 @@ def _each_sample(operator: Callable[..., Any], info: Any, dimensions: Sequence[i
 
 
 def _goes_one_by_one(inputs: Sequence[Any]) -> bool:
-    """Whether samples cannot become a part of the batch: dropout depends on the place in it, and packed sequences, a
-    cache and pages have none."""
+    """Whether samples cannot become a part of the batch: dropout depends on the place in it, packed sequences, a cache
+    and pages have none, and scales that broadcast would be made as large as a batch of them."""
     return inputs[SEED] is not None or any(one is not None for one in inputs[LENGTHS:])
 
 
@@ -235,6 +235,11 @@ def _vmap_dropout_mask(info: Any, dimensions: Sequence[int | None], *arguments: 
     return torch.stack(samples), 0
 
 
+def _vmap_quantize_kv(info: Any, dimensions: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    numbers, *others = arguments
+    return quantize_kv(numbers.movedim(dimensions[0], 0), *others), (0, 0)
+
+
 def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int, ...] | None:
     """The shape of one sample of a vmap; None for None."""
     if tensor is None or dimension is None:
@@ -245,3 +250,4 @@ def _shape_of_sample(tensor: Tensor | None, dimension: int | None) -> tuple[int,
 torch.library.register_vmap("mfa::attention_forward", _vmap_forward, lib=registration)
 torch.library.register_vmap("mfa::attention_backward", _vmap_backward, lib=registration)
 torch.library.register_vmap("mfa::dropout_mask", _vmap_dropout_mask, lib=registration)
+torch.library.register_vmap("mfa::quantize_kv", _vmap_quantize_kv, lib=registration)

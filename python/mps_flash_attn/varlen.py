@@ -7,17 +7,19 @@ scaled_dot_product_attention whose repeated calls are served by their shapes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from . import calls, lengths, subclasses, tensors
+from . import calls, codes, lengths, subclasses, tensors
 from .arguments import BlockSize, Causal
 from .block_mask import BlockMask
+from .codes import KvType
 from .lengths import Lengths
-from .problem import LENGTHS, InputsTuple
+from .problem import LENGTHS, SCALES, InputsTuple
 from .transforms import needs_operator
 
 
@@ -47,6 +49,10 @@ def flash_attention_varlen(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Tensor: ...
 
 
@@ -76,6 +82,10 @@ def flash_attention_varlen(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -105,6 +115,10 @@ def flash_attention_varlen(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -133,6 +147,10 @@ def flash_attention_varlen(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention of packed sequences, without padding: query (total_q, H, E), key (total_k, Hkv, E) and value
     (total_k, Hkv, Ev) hold the rows of all sequences one after another. The result is (total_q, H, Ev). Memory grows
@@ -153,6 +171,8 @@ def flash_attention_varlen(
     block_table    (B, pages) in int32: key and value are pages (pages, page, Hkv, E), and key j of sequence b is row
                    j % page of page block_table[b, j // page]. Lengths are seqused_k, or what cu_seqlens_k, which may
                    be None, says. It has no backward pass, and is_causal must be False, "top_left" or "bottom_right".
+    k_scale and so on  key and value may be codes, as in flash_attention_kvcache(); a k_scale is (total_k, Hkv, groups),
+                   or with a block_table (pages, page, Hkv, groups)
 
     All other arguments are those of flash_attention, where L and S are the lengths of a sequence, B the number of
     sequences, and attn_mask and block_mask are of max_seqlen_q queries and max_seqlen_k keys.
@@ -174,10 +194,14 @@ def flash_attention_varlen(
         "dropout_seed": dropout_seed,
         "block_mask": block_mask,
         "block_size": block_size,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "k_type": k_type,
+        "v_type": v_type,
     }
     positional = query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     given = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, None, block_table)
-    return _attend(flash_attention_varlen, positional, options, given, max_seqlen_q, max_seqlen_k)
+    return attend(flash_attention_varlen, positional, options, given, max_seqlen_q, max_seqlen_k)
 
 
 @overload
@@ -203,6 +227,10 @@ def flash_attention_kvcache(
     leftpad_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Tensor: ...
 
 
@@ -229,6 +257,10 @@ def flash_attention_kvcache(
     leftpad_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -255,6 +287,10 @@ def flash_attention_kvcache(
     leftpad_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -280,6 +316,10 @@ def flash_attention_kvcache(
     leftpad_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention of queries (B, H, L, E) with a cache of keys and values, of which each sequence has used its own
     length; or with keys that are padded on either side. The result is (B, H, L, Ev).
@@ -294,15 +334,25 @@ def flash_attention_kvcache(
     block_table      (B, pages) in int32: key and value are pages (pages, Hkv, page, E) of any size and strides; key j
                      of sequence b, padding included, is row j % page of page block_table[b, j // page]. Sequences may
                      share pages. S is pages * page.
+    k_scale          float32, where key is codes of 8 or 4 bits: a key is code * scale. (B, Hkv, S, groups), or
+                     (pages, Hkv, page, groups), of which each size may be 1, or without dimensions: one scale for
+                     E / groups columns, for a row, a head, or all. None: 1. Of 4-bit codes a group is 32 columns or a
+                     multiple.
+    v_scale          the same of value
+    k_type           "int8", "e4m3", "e5m2", "int4" or "nf4": what the codes are. None: what key's dtype says: int8,
+                     float8_e4m3fn or float8_e5m2. Bytes of uint8 may be any but int8. For int4 and nf4 key is
+                     (..., E / 2), of blocks of 32 columns, of which c and c + 16 are the low and the high half of byte
+                     c. int4 is the half - 8; nf4 a number of QLoRA's table. quantize_kv() makes codes and scales.
+    v_type           the same of value. Either may be codes without the other, which then has the query's dtype.
 
     All other arguments are those of flash_attention, where S, in alibi_slopes and the alignment to the bottom right, is
     the number of keys of a sequence that count, from the first of which j is counted. attn_mask and block_mask are of
     L queries and the S keys that key has.
 
     Keys and values that do not count are not read. Gradients exist with seqused_k and leftpad_k, and are 0 for these.
-    With cache_batch_idx or block_table there is no backward pass: Unsupported where a gradient is required. Wrong
-    numbers in tensors raise ValueError on the CPU before anything is written; on MPS the kernels keep them within the
-    tensors. Errors are those of flash_attention."""
+    With cache_batch_idx, block_table or codes there is no backward pass: Unsupported where a gradient is required, and
+    TypeError for a scale that requires one. Wrong numbers in tensors raise ValueError on the CPU before anything is
+    written; on MPS the kernels keep them within the tensors. Errors are those of flash_attention."""
     options = {
         "is_causal": is_causal,
         "scale": scale,
@@ -317,27 +367,34 @@ def flash_attention_kvcache(
         "dropout_seed": dropout_seed,
         "block_mask": block_mask,
         "block_size": block_size,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "k_type": k_type,
+        "v_type": v_type,
     }
     given = Lengths(None, None, seqused_k, leftpad_k, cache_batch_idx, block_table)
-    return _attend(flash_attention_kvcache, (query, key, value), options, given)
+    return attend(flash_attention_kvcache, (query, key, value), options, given)
 
 
-def _attend(
+def attend(
     function: Any,
     positional: tuple[Any, ...],
     options: dict[str, Any],
     given: Lengths,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    write: Callable[[], None] | None = None,
 ) -> Any:
-    """The result of `function`, one of the two above, for its arguments: `positional`, the options of flash_attention,
-    and lengths, of which those beyond the packed ones are keywords."""
+    """The result of `function`, one of the two above, for its arguments: `positional`, the options of flash_attention
+    and those of codes, and lengths, of which those beyond the packed ones are keywords. `write` is called before
+    anything is computed, when the arguments have been checked."""
     query, key, value, *_ = positional
     mask, bias = subclasses.split(options["attn_mask"])
     dropout_seed, block_mask = options["dropout_seed"], options["block_mask"]
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     blocks = block_mask if isinstance(block_mask, torch.Tensor) else None
-    inputs: Any = query, key, value, mask, options["sinks"], options["alibi_slopes"], seed, blocks, *given
+    scales = options["k_scale"], options["v_scale"]
+    inputs: Any = query, key, value, mask, options["sinks"], options["alibi_slopes"], seed, blocks, *given, *scales
     by_operator = torch.compiler.is_compiling()
     if not by_operator:
         present = [query, key, value, *(tensor for tensor in inputs[3:] if tensor is not None)]
@@ -345,10 +402,13 @@ def _attend(
             by_operator = True
             if subclasses.have_torch_function(*present):
                 keywords = {name: one for name, one in given._asdict().items() if one is not None and name[:2] != "cu"}
+                if write is not None:
+                    write()
                 return handle_torch_function(function, present, *positional, **options, **keywords)
             inputs = calls.check_readable(*inputs)
     band = calls.band(options["is_causal"], options["window_size"])
     check_band(options["is_causal"], bias, given)
+    inputs, kinds = codes.resolve(inputs, options["k_type"], options["v_type"])
     inputs, most = four_dimensional(inputs, max_seqlen_q, max_seqlen_k)
     calls.check_heads(inputs, options["enable_gqa"])
     inputs, found = calls.resolve(
@@ -361,8 +421,12 @@ def _attend(
         block_mask,
         options["block_size"],
         is_cast=not by_operator and tensors.is_autocast(inputs[0]),  # the operators have a rule for it
+        kinds=kinds,
         **most,
     )
+    if write is not None:
+        calls.check(inputs, found, by_operator)
+        write()
     results = calls.run(inputs, found, options["return_lse"], by_operator)
     if given.cu_seqlens_q is None:
         return results
@@ -384,8 +448,8 @@ def four_dimensional(
 ) -> tuple[InputsTuple, Most]:
     """(Inputs with query, key and value of four dimensions and the lengths that libmfa takes, the largest lengths).
     `inputs`: the tensors among the arguments of the functions above."""
-    query, key, value, *others = inputs
-    given = Lengths._make(inputs[LENGTHS:])
+    query, key, value, *others, k_scale, v_scale = inputs
+    given = Lengths._make(inputs[LENGTHS:SCALES])
     if (given.cu_seqlens_q is not None and given.cu_seqlens_q.dim() != 1) or given.is_cache:
         lengths.check_each(given, query)  # else they are checked once, when a pass is prepared
     table = given.block_table
@@ -408,12 +472,14 @@ def four_dimensional(
         if given.cu_seqlens_k is None:
             raise ValueError("cu_seqlens_k is None; without a block_table it must say where keys begin and end")
         key, value = key.unsqueeze(0), value.unsqueeze(0)
+        k_scale, v_scale = (None if scale is None else scale.unsqueeze(0) for scale in (k_scale, v_scale))
     elif given.cu_seqlens_k is not None:
         used = given.cu_seqlens_k.diff() if given.seqused_k is None else given.seqused_k
         given = given._replace(cu_seqlens_k=None, seqused_k=used)
     most["max_kv"] = lengths.most("max_seqlen_k", max_seqlen_k)
     query, key, value = query.transpose(0, 1).unsqueeze(0), key.transpose(1, 2), value.transpose(1, 2)
-    return (query, key, value, *others[: LENGTHS - 3], *given), most
+    k_scale, v_scale = (None if scale is None else scale.transpose(1, 2) for scale in (k_scale, v_scale))
+    return (query, key, value, *others[: LENGTHS - 3], *given, k_scale, v_scale), most
 
 
 def check_band(is_causal: Any, bias: Any, given: Lengths) -> None:

@@ -14,7 +14,7 @@ import torch
 from mps_flash_attn import explain, flash_attention
 from mps_flash_attn import library as abi
 from mps_flash_attn.lengths import Lengths
-from mps_flash_attn.problem import DIFFERENTIABLE, LENGTHS, Inputs, Operands
+from mps_flash_attn.problem import DIFFERENTIABLE, LENGTHS, SCALES, Inputs, Operands
 from stand_in import TIMEOUT
 
 pytestmark = pytest.mark.cpu("the interface is the same for all backends")
@@ -88,7 +88,7 @@ def test_scalars_are_the_fields_that_both_passes_have():
         *("head_dim", "value_dim", "lower", "upper", "scale", "softcap", "sinks", "dropout"),
         *("block_map_q", "block_map_kv"),
         *("varlen_q", "varlen_kv", "seqused_k", "leftpad_k", "cache_batch_idx", "bottom_right"),
-        *("total_q", "total_kv", "kv_batch", "page_size"),
+        *("total_q", "total_kv", "kv_batch", "page_size", "k_type", "v_type", "k_group", "v_group"),
     )
     for line in ("forward f32 b1 h1 q2 kv3 d4 alibi dropout0.5", "backward f32 b1 h1 q2 kv3 d4 upper1 sinks"):
         packed = abi.library().parse(line)
@@ -104,10 +104,11 @@ def test_buffers_without_offsets():
     fields |= {"size": (abi.BUFFERS.size,), "workspace_size": (0,)}
     names = ("q", "k", "v", "mask", "o", "lse", "d_o", "dlse", "dq", "dk", "dv", "dbias", "o_low", "slopes")
     names += ("sinks", "dsinks", "seed", "block_map")
-    lengths = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "cache_batch_idx", "block_table")
-    fields |= {name: (base, 0) for base, name in enumerate((*names, *lengths), 1)}
+    more = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "cache_batch_idx", "block_table")
+    more += ("k_scale", "v_scale")
+    fields |= {name: (base, 0) for base, name in enumerate((*names, *more), 1)}
     whole = abi.BUFFERS.pack(*(number for numbers in fields.values() for number in numbers))
-    bases, rest = abi.BASES.pack(abi.BUFFERS.size, *range(1, 19)), abi.OF_LENGTHS.pack(*range(19, 25))
+    bases, rest = abi.BASES.pack(abi.BUFFERS.size, *range(1, 19)), abi.MORE_BASES.pack(*range(19, 27))
     assert bases[: -len(rest)] + rest == whole and not any(bases[-len(rest) :])
 
 
@@ -144,8 +145,18 @@ def test_operands_have_the_order_of_the_header():
         assert operands == [name for name, _ in abi.BUFFERS_FIELDS if name in operands]
 
 
-def test_lengths_are_the_last_inputs():
-    assert Inputs._fields[LENGTHS:] == Lengths._fields
+def test_lengths_and_scales_are_the_last_inputs():
+    assert Inputs._fields[LENGTHS:SCALES] == Lengths._fields
+    assert Inputs._fields[SCALES:] == ("k_scale", "v_scale")
+
+
+def test_types_of_codes_are_those_of_the_header():
+    text = (ROOT / "include/mfa.h").read_text()
+    assert {
+        name: f"MFA_KV_{name.upper()} = {number}" in text for name, number in abi.KV_TYPES.items()
+    } == dict.fromkeys(abi.KV_TYPES, True)
+    for name, number in abi.KV_TYPES.items():
+        assert abi.scalars(abi.library().parse(f"forward f32 b1 h1 q1 kv1 d32 k_{name}")).k_type == number
 
 
 def test_importing_loads_no_library():
