@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import apple, calls, display, reference, speed, thresholds
 from .explanation import Explanation
-from .library import BAND_OPEN_LOWER, BAND_OPEN_UPPER, DEVICES, changed, library, scalars
+from .library import BAND_OPEN_LOWER, BAND_OPEN_UPPER, DEVICES, KV_NAMES, changed, library, scalars
 from .options import Options
 from .sdpa import torch_mps
 from .torch_host import unavailable_reason
@@ -74,6 +74,9 @@ _FEATURES = (
     "seqused_k leftpad_k",
     "cache_batch_idx kv_batch3 seqused_k",
     "page_size16 kv_batch12 seqused_k leftpad_k causal bottom_right",
+    "k_int8 v_e4m3 k_group32",
+    "k_e5m2 mask_f32 alibi sinks softcap5",
+    "k_nf4 v_int4 v_group32 page_size16 kv_batch12 seqused_k causal bottom_right",
 )
 _SHAPES = (
     "b1 h2 q37 kv53 d80v96 lower-20 upper3 softcap5 mask_bool",
@@ -84,6 +87,9 @@ _SHAPES = (
     "b2 h8/2 q1 kv1100 d64 sinks",
     "b2 h8/2 q1 kv1100 d64 dropout0.1",
     "b2 h8/2 q1 kv1100 d64 page_size32 kv_batch40 seqused_k",
+    "b2 h8/2 q1 kv1100 d64 k_e4m3 v_e5m2",
+    "b2 h8/2 q1 kv1100 d128 k_int8 v_int8 page_size32 kv_batch40 seqused_k",
+    "b2 h8/2 q1 kv1100 d128 k_int4 v_nf4 k_group32 v_group32",
     "b1 h1 q1 kv1 d64",
     "b2 h2 q5 kv0 d64",
 )
@@ -105,7 +111,7 @@ def examine(line: str, device: str) -> Row:
     """The row of one problem: its kernels, the result whose error is the largest fraction of what is allowed, and what
     is wrong; or why it is not supported. For one of QUICK, also the times of its larger one."""
     sizes = scalars(library().parse(f"forward {line}"))
-    has_gradients = not (sizes.page_size or sizes.cache_batch_idx)
+    has_gradients = not (sizes.page_size or sizes.cache_batch_idx or sizes.k_type or sizes.v_type)
     packed = [library().parse(f"{which} {line}") for which in ("forward", "backward")[: 1 + has_gradients]]
     found = [Explanation.of(changed(problem, device=DEVICES[device])) for problem in packed]
     kernels = [explanation.kernel for explanation in found]
@@ -119,6 +125,7 @@ def examine(line: str, device: str) -> Row:
     max_q = sizes.q_len if sizes.varlen_q else None
     max_kv = sizes.kv_len if sizes.varlen_kv or sizes.page_size else None
     options = options._replace(bottom_right=bool(sizes.bottom_right), max_q=max_q, max_kv=max_kv)
+    options = options._replace(k_type=KV_NAMES.get(sizes.k_type), v_type=KV_NAMES.get(sizes.v_type))
 
     def ours(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
         moved = [None if operand is None else operand.to(device) for operand in operands]

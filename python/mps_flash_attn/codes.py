@@ -1,9 +1,9 @@
 """Keys and values as codes of 8 or 4 bits: which tensors are codes, of what type, and the shapes of their scales.
 
-The functions that take codes have the tensor of codes in the place of key, with k_scale and k_type beside it, and not an
-object that holds all of these: a cache is the caller's memory, codes and scales, which he allocates, writes and shares
-page by page, and operators, compilers and transforms know tensors. The dtype of the codes is their type, where PyTorch
-has such a dtype; k_type is needed for bytes of uint8 only.
+The functions that take codes have them in the place of key, with k_scale and k_type beside it, and no object that holds
+all of these: a cache is the caller's memory, codes and scales, which he allocates, writes and shares page by page, and
+operators, compilers and transforms know tensors. The dtype of the codes is their type, where PyTorch has such a dtype;
+k_type is needed for bytes of uint8 only.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def expanded(name: str, scale: Tensor | None, of: str, tensor: Tensor) -> Tensor
             f"{name} has the shape {tuple(scale.shape)}; it must be {_with_groups(rows)}, as {of}, where sizes may "
             f"be 1, or have no dimensions{hint}"
         )
-    return scale.expand(*rows, -1)
+    return scale if sizes == rows else scale.expand(*rows, -1)
 
 
 def _with_groups(rows: tuple[int, ...]) -> str:

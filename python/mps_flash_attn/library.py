@@ -28,6 +28,7 @@ MASK_NONE, MASK_BOOL, MASK_ADDITIVE = range(3)
 BAND_OPEN_LOWER, BAND_OPEN_UPPER = -(2**63), 2**63 - 1
 STREAM_TORCH = 1
 KV_TYPES = {"int8": 1, "e4m3": 2, "e5m2": 3, "int4": 4, "nf4": 5}  # of mfa_kv_type
+KV_NAMES = {number: name for name, number in KV_TYPES.items()}
 
 # The structs of mfa.h: (field, its format as in the module struct), in the order of the header.
 _LAYOUT, _BUFFER = "4q", "PQ"
@@ -74,8 +75,8 @@ PROBLEM, BUFFERS, OPTIONS = map(_struct, (PROBLEM_FIELDS, BUFFERS_FIELDS, OPTION
 
 # mfa_buffers on the CPU, where no offsets are needed: the size and the bases of q k v mask o lse d_o dlse dq dk dv
 # dbias o_low slopes sinks dsinks seed block_map, with zeros between them and for the rest, which MORE_BASES packs: the
-# bases of cu_seqlens_q cu_seqlens_k seqused_k leftpad_k cache_batch_idx block_table k_scale v_scale, of which most calls
-# have none.
+# bases of cu_seqlens_q cu_seqlens_k seqused_k leftpad_k cache_batch_idx block_table k_scale v_scale, of which most
+# calls have none.
 MORE_BASES = struct.Struct("@" + "P8x" * 8)
 BASES = struct.Struct("@Q" + "P8x" * 12 + f"{struct.calcsize(_BUFFER + 'Q')}x" + "P8x" * 6 + f"{MORE_BASES.size}x")
 

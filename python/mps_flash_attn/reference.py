@@ -19,8 +19,8 @@ from torch import Tensor
 from . import codes
 from .block_mask import elements
 from .lengths import Lengths
-from .library import MASK_ADDITIVE, MASK_BOOL, Scalars
-from .operators import dropout_mask
+from .library import KV_NAMES, MASK_ADDITIVE, MASK_BOOL, Scalars
+from .operators import dropout_mask, quantize_kv
 from .options import Options
 from .problem import DIFFERENTIABLE, LENGTHS, SCALES, Inputs, scores_of
 from .tensors import DTYPES
@@ -400,7 +400,15 @@ def operands(sizes: Scalars, seed: int) -> Inputs:
     if sizes.block_map_q:
         q_blocks, kv_blocks = -(-sizes.q_len // sizes.block_map_q), -(-sizes.kv_len // sizes.block_map_kv)
         blocks = tensor(sizes.batch, sizes.q_heads, q_blocks, kv_blocks) < 0.5
-    return Inputs(query, key, value, mask, sinks, slopes, of_dropout, blocks, *_lengths(sizes, generator))
+    of_rows = _lengths(sizes, generator)
+    key, k_scale = _coded(key, sizes.k_type, sizes.k_group)
+    value, v_scale = _coded(value, sizes.v_type, sizes.v_group)
+    return Inputs(query, key, value, mask, sinks, slopes, of_dropout, blocks, *of_rows, k_scale, v_scale)
+
+
+def _coded(numbers: Tensor, kv_type: int, group: int) -> tuple[Tensor, Tensor | None]:
+    """(codes, scale) of a type of mfa_kv_type; for 0 the numbers, without scales."""
+    return quantize_kv(numbers, KV_NAMES[kv_type], group) if kv_type else (numbers, None)
 
 
 def _lengths(sizes: Scalars, generator: torch.Generator) -> Lengths:

@@ -6,25 +6,53 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from mps_flash_attn import flash_attention_kvcache, flash_attention_varlen, reference
+from mps_flash_attn import flash_attention_kvcache, flash_attention_varlen, quantize_kv, reference
+from mps_flash_attn.codes import FLOATS, PACKED
 from mps_flash_attn.lengths import blocks_of
+from mps_flash_attn.library import KV_TYPES
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
+from mps_flash_attn.quantize import encode
 from sequences import cumulative, integers
-from stand_in import DTYPES, FULL
+from stand_in import CODES, DTYPES, FULL, ON_METAL
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 DRAWS = 250 * (4 if FULL else 1)
 KINDS = ("packed", "packed", "padded", "index", "pages", "packed pages")
 
 
+def quantised(draw, numbers):
+    """(codes, scale, type) of (entries, heads, rows, columns) numbers; or these, without scales."""
+    width = numbers.shape[3]
+    kind = draw(st.sampled_from((None, *(kind for kind in KV_TYPES if kind not in PACKED or width % 32 == 0))))
+    if kind is None:
+        return numbers, None, None
+    how = draw(st.sampled_from(("own", "own", "head", "entry", "one", *(("none",) if kind in FLOATS else ()))))
+    group = draw(st.sampled_from((0, 0, 32, width // 2, 1)))
+    unit = 32 if kind in PACKED else 1
+    codes, scale = quantize_kv(numbers, kind, group if group % unit == 0 and width % (group or 1) == 0 else 0)
+    if how == "head":
+        scale = scale.abs().amax((0, 2), keepdim=True)
+    elif how == "entry":
+        scale = scale.abs().amax((1, 2, 3), keepdim=True).expand(-1, -1, draw(st.sampled_from((1, scale.shape[2]))), -1)
+    elif how == "one":
+        scale = torch.tensor(0.05 if kind == "int8" else 0.3)
+    elif how == "none":
+        codes, scale = encode(numbers, None, kind), None
+    if draw(st.booleans()):
+        codes = codes.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind in FLOATS and draw(st.booleans()):
+        codes = codes.view(torch.uint8)
+    return codes, scale, kind
+
+
 @st.composite
-def calls(draw):
+def calls(draw, has_codes=False):
     """(kind, the Inputs, their Options, the keywords of both functions that mean them)."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     kind, batch = draw(st.sampled_from(KINDS)), draw(st.integers(1, 4))
     kv_heads, group = (draw(st.sampled_from((1, 2, 3))) for _ in range(2))
-    head_dim, value_dim = (draw(st.sampled_from((8, 3, 16, 40))) for _ in range(2))
+    head_dim, value_dim = (draw(st.sampled_from((32, 64, 24) if has_codes else (8, 3, 16, 40))) for _ in range(2))
     dtype, heads = draw(st.sampled_from(DTYPES)), kv_heads * group
     length = st.sampled_from((0, 1, 2, 7, 33, 64, 130))
     q_lens, kv_lens = ([draw(length) for _ in range(batch)] for _ in range(2))
@@ -86,11 +114,17 @@ def calls(draw):
         size = draw(st.sampled_from(((16, 16), (16, 48), (32, 16), (128, 64))))
         blocks = torch.rand(blocks_of((batch, heads, q_len, kv_len), size)) < 0.6
         keywords |= {"block_size": size}
+    (key, k_scale, k_type), (value, v_scale, v_type) = ((one, None, None) for one in (key, value))
+    if has_codes:
+        (key, k_scale, k_type), (value, v_scale, v_type) = (quantised(draw, one) for one in (key, value))
+    lengths |= {"k_scale": k_scale, "v_scale": v_scale}
     inputs = Inputs(query, key, value, mask, sinks, slopes, seed, blocks, **lengths)
     band = (None if left < 0 else -left), (None if right < 0 else right)
     max_q = q_len if "packed" in kind else None
     max_kv = kv_len if kind == "packed" or "pages" in kind else None
-    return kind, inputs, Options(*band, None, softcap, dropout, *size, aligned != "top_left", max_q, max_kv), keywords
+    types = k_type, v_type
+    options = Options(*band, None, softcap, dropout, *size, aligned != "top_left", max_q, max_kv, *types)
+    return kind, inputs, options, keywords
 
 
 def run(kind, inputs, options, keywords):
@@ -99,13 +133,18 @@ def run(kind, inputs, options, keywords):
     keywords |= {"block_mask": inputs.block_mask, "enable_gqa": True, "return_lse": True}
     lengths = {name: getattr(inputs, name) for name in ("seqused_k", "leftpad_k", "block_table")}
     query, key, value = inputs[:3]
+    scales = [inputs.k_scale, inputs.v_scale]
+    keywords |= {"k_type": options.k_type, "v_type": options.v_type, "k_scale": scales[0], "v_scale": scales[1]}
     if "packed" not in kind:
         lengths["cache_batch_idx"] = inputs.cache_batch_idx
         return flash_attention_kvcache(query, key, value, **lengths, **keywords)
     if kind == "packed":
         key, value = key[0], value[0]
+        scales = [scale if scale is None or scale.dim() == 0 else scale[0] for scale in scales]
     tensors = query[0].transpose(0, 1), key.transpose(-3, -2), value.transpose(-3, -2)
     most = inputs.cu_seqlens_q, inputs.cu_seqlens_k, options.max_q, options.max_kv
+    scales = [scale if scale is None or scale.dim() == 0 else scale.transpose(-3, -2) for scale in scales]
+    keywords |= {"k_scale": scales[0], "v_scale": scales[1]}
     out, lse = flash_attention_varlen(*tensors, *most, **lengths, **keywords)
     return out.transpose(0, 1)[None], lse[None]
 
@@ -118,3 +157,14 @@ def test_any_options(call):
     note(f"{inputs[8:]}")
     gradients = inputs.cache_batch_idx is None and inputs.block_table is None
     reference.check(lambda *t: run(kind, Inputs(*t), options, keywords), inputs, gradients, **options._asdict())
+
+
+@CODES
+@settings(max_examples=DRAWS // 8 if ON_METAL else DRAWS)
+@given(calls(has_codes=True))
+def test_codes(call):
+    """Keys and values of any two types, some of them numbers, in every kind of cache."""
+    kind, inputs, options, keywords = call
+    note(f"{kind} {[t if t is None else (tuple(t.shape), t.dtype, t.stride()) for t in inputs]} {options}")
+    note(f"{inputs[8:14]}")
+    reference.check(lambda *t: run(kind, Inputs(*t), options, keywords), inputs, False, **options._asdict())
