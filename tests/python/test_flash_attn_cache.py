@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sequences
+from mps_flash_attn import Unsupported
 from mps_flash_attn.flash_attn import apply_rotary_emb, flash_attn_func, flash_attn_with_kvcache
 from sequences import integers
 
@@ -225,6 +226,16 @@ WRONG = {
         "cache_batch_idx and block_table are given",
     ),
     "table": ({**NEW, "cache_seqlens": 2, "rotary_cos": TABLE[:9], "rotary_sin": TABLE[:9]}, "has 9 positions"),
+    "window": ({**NEW, "cache_seqlens": 2, "window_size": (-2, 0)}, r"window_size is \(-2, 0\); it must be"),
+    "softcap": ({**NEW, "cache_seqlens": 2, "softcap": "5"}, "softcap is '5'; it must be a number"),
+    "softcap below 0": ({**NEW, "cache_seqlens": 2, "softcap": -1.0}, "softcap is -1; it must be"),
+    "scale": ({**NEW, "cache_seqlens": 2, "softmax_scale": float("inf")}, "scale is inf; it must be finite"),
+    "slopes": ({**NEW, "cache_seqlens": 2, "alibi_slopes": torch.rand(3)}, r"alibi_slopes has the shape \(3,\)"),
+    "slopes of float64": (
+        {**NEW, "cache_seqlens": 2, "alibi_slopes": torch.rand(4).double()},
+        "alibi_slopes is float64; it must be float32",
+    ),
+    "scales": ({**NEW, "cache_seqlens": 2, "k_scale": torch.tensor(1.0)}, "k_scale is given and k_cache is float32"),
 }
 
 
@@ -252,6 +263,15 @@ def test_wrong_caches():
     with pytest.raises(ValueError, match="q has 4 heads; it must be a multiple of the 3 heads of k_cache"):
         flash_attn_with_kvcache(q, k_cache, k_cache.clone(), new, new, cache_seqlens=2)
     assert not k.any() and not k_cache.any()
+
+
+def test_a_head_dim_without_kernels():
+    """What libmfa refuses is refused before the cache is written, too."""
+    q, new = torch.randn(2, 3, 4, 520), torch.randn(2, 3, 2, 520)
+    caches = [torch.zeros(2, 16, 2, 520) for _ in range(2)]
+    with pytest.raises(Unsupported, match="head_dim is 520"):
+        flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=2)
+    assert not caches[0].any() and not caches[1].any()
 
 
 def test_page_that_is_not_needed():
