@@ -74,18 +74,21 @@ def test_schema_is_stable():
     assert str(forward._schema) == (
         "mfa::attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, "
         "Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-        "Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, SymInt? lower, "
-        "SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, bool bottom_right, "
-        "SymInt? max_q, SymInt? max_kv) -> (Tensor out, Tensor lse)"
+        "Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, Tensor? k_scale, "
+        "Tensor? v_scale, SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, "
+        "int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type) "
+        "-> (Tensor out, Tensor lse)"
     )
     assert str(backward._schema) == (
         "mfa::attention_backward(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
         "Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, "
-        "Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, "
-        "int block_q, int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, bool[] wanted) "
-        "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
+        "Tensor? k_scale, Tensor? v_scale, Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, "
+        "float softcap, float dropout, int block_q, int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, "
+        "str? k_type, str? v_type, bool[] wanted) -> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     )
+    quantize = str(torch.ops.mfa.quantize_kv.default._schema)
+    assert quantize == "mfa::quantize_kv(Tensor numbers, str kv_type, int group) -> (Tensor codes, Tensor scale)"
 
 
 # --- values --------------------------------------------------------------------------------------
