@@ -29,8 +29,7 @@ def quantize_kv(numbers: Tensor, kv_type: KvType, group: int = 0) -> tuple[Tenso
     Columns c and c + 16 of a block of 32 are the low and the high half of its byte c. A number that is NaN or infinite
     is a ValueError on the CPU; on MPS it makes its group NaN or infinite, since nobody waits for the GPU. There is no
     backward pass: NotImplementedError if a gradient is required."""
-    tensors.check("numbers", numbers)
-    refuse_gradients("quantize_kv", numbers)
+    refuse_gradients("quantize_kv", numbers=numbers)
     return quantize_operator(numbers, kv_type, group)
 
 
@@ -77,7 +76,8 @@ def append_kv(
     NaN or infinite and become codes, and for shared scales that are 0, NaN or infinite, before anything is written. On
     MPS nothing is read from the GPU, and PyTorch's indexing decides what becomes of such a place. It has no backward
     pass: NotImplementedError if a gradient is required."""
-    refuse_gradients("append_kv", key, value, new_key, new_value, k_scale, v_scale)
+    given = {"key": key, "value": value, "new_key": new_key, "new_value": new_value, "seqused_k": seqused_k}
+    refuse_gradients("append_kv", **given, k_scale=k_scale, v_scale=v_scale)
     caches, names = [], Names("seqused_k", "leftpad_k")
     for name, cache, rows, scale, kv_type in (
         ("key", key, new_key, k_scale, k_type),
@@ -155,11 +155,11 @@ class Cache(NamedTuple):
         codes.check(name, tensor, kind, scale)
         if scale is None:
             return cls(name, tensor, kind, None, False)
-        shared = [size > 1 and stride == 0 for size, stride in zip(scale.shape[:3], scale.stride())]
+        shared = [size > 1 and stride == 0 for size, stride in zip(scale.shape, scale.stride())]
         if any(shared) and not shared[2] and scale.shape[2] > 1:
             raise ValueError(
-                f"{name[0]}_scale has a scale for each row that entries or heads share; new rows need one for each row "
-                "and head, which is written, or one for all rows, which is not"
+                f"{name[0]}_scale has a scale for each row that entries, heads or groups share; new rows need one for "
+                "each row and head, which is written, or one for all rows, which is not"
             )
         return cls(name, tensor, kind, scale, not any(shared))
 
@@ -209,9 +209,13 @@ def _is_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def refuse_gradients(function: str, *operands: Tensor | None) -> None:
-    """Raises if autograd would have to record a call of this function."""
-    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands):
+def refuse_gradients(function: str, **operands: Tensor | None) -> None:
+    """Raises if autograd would have to record a call of this function, and for what is no tensor."""
+    present = {name: one for name, one in operands.items() if one is not None}
+    for name, one in present.items():
+        if not isinstance(one, torch.Tensor):
+            raise TypeError(f"{name} is a {type(one).__name__}; it must be a torch.Tensor")
+    if torch.is_grad_enabled() and any(one.requires_grad for one in present.values()):
         raise NotImplementedError(
             f"{function} has no backward pass, and a tensor requires a gradient; call it under torch.no_grad() or "
             "torch.inference_mode()"

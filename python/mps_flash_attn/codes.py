@@ -158,7 +158,7 @@ def expanded(name: str, scale: Tensor | None, of: str, tensor: Tensor) -> Tensor
     sizes = tuple(scale.shape[:-1])
     if scale.dim() != tensor.dim() or any(size not in (1, full) for size, full in zip(sizes, rows)):
         hint = ""
-        if scale.shape == (tensor.shape[0], tensor.shape[1]):
+        if scale.shape == tensor.shape[:2] and of in ("key", "value"):
             hint = f"; of a scale for each head it is {name}[:, :, None, None]"
         raise ValueError(
             f"{name} has the shape {tuple(scale.shape)}; it must be {_with_groups(rows)}, as {of}, where sizes may "

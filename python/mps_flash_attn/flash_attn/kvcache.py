@@ -60,7 +60,8 @@ def flash_attn_with_kvcache(
 
     The other arguments are those of flash_attn_func. Wrong arguments are a ValueError or TypeError before anything is
     written, on the CPU also positions and pages that do not exist; on mps numbers are not read by the CPU."""
-    caches.refuse_gradients("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, k_scale, v_scale)
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+    caches.refuse_gradients("flash_attn_with_kvcache", **given)
     batch = q.shape[0]
     lengths = cache_seqlens
     if isinstance(lengths, int):
@@ -123,9 +124,9 @@ def flash_attn_with_kvcache(
         "k_type": kinds[0],
         "v_type": kinds[1],
     }
-    given = Lengths(None, None, lengths, cache_leftpad, cache_batch_idx, block_table)
-    tensors_of = q.transpose(1, 2), key, value
-    found = attend(flash_attention_kvcache, tensors_of, options, given, write=write)
+    of_rows = Lengths(None, None, lengths, cache_leftpad, cache_batch_idx, block_table)
+    positional = q.transpose(1, 2), key, value
+    found = attend(flash_attention_kvcache, positional, options, of_rows, write=write)
     if isinstance(found, tuple):
         return found[0].transpose(1, 2), found[1]
     return found.transpose(1, 2)
