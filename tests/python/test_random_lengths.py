@@ -160,7 +160,7 @@ def test_any_options(call):
 
 
 @CODES
-@settings(max_examples=DRAWS // (8 if ON_METAL else 2))
+@settings(max_examples=DRAWS // (20 if ON_METAL else 2))
 @given(calls(has_codes=True))
 def test_codes(call):
     """Keys and values of any two types, some of them numbers, in every kind of cache."""
