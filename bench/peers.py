@@ -271,20 +271,24 @@ class Ggml(Implementation):
         size += 1 << 20  # their descriptions, and the graph
         self.context = ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=False))
 
-        def own(tensor, kind):
-            sizes = [*reversed(tensor.shape)]
-            made = ggml.ggml_new_tensor_4d(self.context, kind, *sizes)
-            data = array(tensor)
-            ctypes.memmove(ggml.ggml_get_data(made), data.ctypes.data, data.nbytes)
-            return made
-
-        tensors = [own(q.float(), kinds["f32"]), own(k, kinds[problem.dtype]), own(v, kinds[problem.dtype])]
-        tensors.append(None if mask is None else own(mask, kinds["f16"]))
+        tensors = [self.own(q.float(), kinds["f32"]), *(self.cached(one, kinds[problem.dtype]) for one in (k, v))]
+        tensors.append(None if mask is None else self.own(mask, kinds["f16"]))
         self.out = ggml.ggml_flash_attn_ext(self.context, *tensors, problem.head_dim**-0.5, 0.0, 0.0)
         self.graph = ggml.ggml_new_graph(self.context)
         ggml.ggml_build_forward_expand(self.graph, self.out)
         self.backend = ggml.ggml_backend_cpu_init()
         ggml.ggml_backend_cpu_set_n_threads(self.backend, self.threads)
+
+    def own(self, tensor, kind):
+        """A tensor of ggml's with a copy of these bytes."""
+        made = self.ggml.ggml_new_tensor_4d(self.context, kind, *reversed(tensor.shape))
+        data = array(tensor)
+        ctypes.memmove(self.ggml.ggml_get_data(made), data.ctypes.data, data.nbytes)
+        return made
+
+    def cached(self, tensor, kind):
+        """K or V."""
+        return self.own(tensor, kind)
 
     def mask(self):
         rows = -(-self.problem.q_len // ROWS_OF_MASK) * ROWS_OF_MASK
@@ -301,6 +305,23 @@ class Ggml(Implementation):
         shape = problem.batch, problem.q_len, problem.q_heads, problem.value_dim
         floats = (ctypes.c_float * numpy.prod(shape)).from_address(self.ggml.ggml_get_data(self.out))
         return (rows_first(torch.from_numpy(numpy.array(floats)).reshape(shape)),)
+
+
+class GgmlCodes(Ggml):
+    """The same on K and V in blocks of codes, such as "Q8_0"."""
+
+    def __init__(self, kind, *rest):
+        self.kind = kind
+        super().__init__(*rest)
+
+    def cached(self, tensor, _kind):
+        ggml, kind = self.ggml, getattr(self.ggml, f"GGML_TYPE_{self.kind}")
+        numbers = tensor.float().contiguous()
+        made = ggml.ggml_new_tensor_4d(self.context, kind, *reversed(tensor.shape))
+        floats = ctypes.cast(numbers.data_ptr(), ctypes.POINTER(ctypes.c_float))
+        rows, columns = numbers.numel() // numbers.shape[-1], numbers.shape[-1]
+        ggml.ggml_quantize_chunk(kind, floats, ggml.ggml_get_data(made), 0, rows, columns, None)
+        return made
 
 
 # --- All -----------------------------------------------------------------------------------------
