@@ -61,8 +61,7 @@ static const char *const checked_options[] = {
     NULL,
 };
 static const char *const fast_math_options[] = {"-ffast-math", NULL};
-/* Compiled fast, since tests for coverage run little of what they compile. */
-static const char *const coverage_options[] = {"-O0", "-fprofile-instr-generate", "-fcoverage-mapping", NULL};
+static const char *const coverage_options[] = {"-fprofile-instr-generate", "-fcoverage-mapping", NULL};
 
 #define WORDS_MAX 64
 
