@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .dropout import dropout_mask
     from .explanation import Explanation, explain
     from .flash_attn import install_flash_attn, uninstall_flash_attn
+    from .flex import flex_attention
+    from .flex_replacement import replace_flex_attention
     from .frameworks import comfyui_attention
     from .migration import convert_mask
     from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
@@ -43,10 +45,12 @@ __all__ = [
     "flash_attention",
     "flash_attention_kvcache",
     "flash_attention_varlen",
+    "flex_attention",
     "install_flash_attn",
     "is_available",
     "quantize_kv",
     "register_transformers",
+    "replace_flex_attention",
     "replace_sdpa",
     "replaced_sdpa",
     "restore_sdpa",
@@ -61,6 +65,8 @@ _MODULES = {  # with the public names that each has
     "dropout": ("dropout_mask",),
     "explanation": ("Explanation", "explain"),
     "flash_attn": ("install_flash_attn", "uninstall_flash_attn"),
+    "flex": ("flex_attention",),
+    "flex_replacement": ("replace_flex_attention",),
     "frameworks": ("comfyui_attention",),
     "migration": ("convert_mask",),
     "sdpa": ("replace_sdpa", "replaced_sdpa", "restore_sdpa"),

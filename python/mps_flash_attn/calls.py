@@ -3,6 +3,7 @@ arguments become Inputs and Options, and these run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,17 +72,19 @@ def resolve(
     scores = of_rows.scores(query, key, max_q, max_kv)
     sinks = _sinks(sinks, query)
     given = block_mask if blocks is None else blocks
-    blocks, size, mask = block_masks.resolve(given, block_size, scores, mask)
+    is_dense = all(one is None for one in of_rows)
+    blocks, size, mask, band_of_blocks = block_masks.resolve(given, block_size, scores, mask, is_dense)
     if is_cast:
         query, key, value, mask = tensors.autocast(query, key, value, mask)
     lower, upper, bottom_right = found_band
-    if bottom_right and all(one is None for one in of_rows):
+    if bottom_right and is_dense:
         diagonal = scores[3] - scores[2]
         lower, upper = (None if bound is None else bound + diagonal for bound in (lower, upper))
         bottom_right = False
+    lower = _tightest(max, lower, band_of_blocks[0])
+    upper = _tightest(min, upper, band_of_blocks[1])
     if bias is not None:
-        bound = subclasses.upper_bound(bias, *scores[2:])
-        upper = bound if upper is None else min(upper, bound)
+        upper = _tightest(min, upper, subclasses.upper_bound(bias, *scores[2:]))
     scale = None if scale is None else arguments.number("scale", scale)
     numbers = scale, arguments.number("softcap", softcap), arguments.probability(dropout_p)
     options = Options(lower, upper, *numbers, *size, bottom_right, max_q, max_kv, *kinds)
@@ -101,6 +104,13 @@ def check(inputs: InputsTuple, options: Options, by_operator: bool) -> None:
         library().check_supported(prepare_forward(inputs, options).problem)
     elif not torch.compiler.is_compiling():
         problem.check(inputs, options)
+
+
+def _tightest(choose: Callable[[int, int], int], bound: int | None, other: int | None) -> int | None:
+    """The bound that implies both, by max or min; None where there is none."""
+    if bound is None or other is None:
+        return bound if other is None else other
+    return choose(bound, other)
 
 
 def run(inputs: InputsTuple, options: Options, return_lse: bool, by_operator: bool) -> Any:

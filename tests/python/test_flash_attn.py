@@ -286,27 +286,32 @@ def test_installed():
         for module, names in MODULES.items():
             for name in names:
                 assert getattr(importlib.import_module(module), name) is getattr(flash_attn, name)
+        of_3 = importlib.import_module("flash_attn_interface")
+        names = [name for name in vars(flash_attn.fa3) if name.startswith("flash_attn_")]
+        assert len(names) == 4 and all(getattr(of_3, name) is getattr(flash_attn.fa3, name) for name in names)
         assert theirs.layers.rotary is importlib.import_module("flash_attn.layers.rotary")
         with pytest.raises(ImportError):
             importlib.import_module("flash_attn.ops")
     finally:
         uninstall_flash_attn()
-    with pytest.raises(ImportError):
-        importlib.import_module("flash_attn")
+    for name in ("flash_attn", "flash_attn_interface"):
+        with pytest.raises(ImportError):
+            importlib.import_module(name)
     uninstall_flash_attn()  # again: nothing
 
 
-def test_a_real_one_stays(tmp_path, monkeypatch):
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("theirs = True")
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+def test_a_real_one_stays(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("theirs = True")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=r"^flash_attn is installed already"):
+    with pytest.raises(ImportError, match=rf"^{name} is installed already"):
         install_flash_attn()
-    assert importlib.import_module("flash_attn").theirs
-    with pytest.raises(ImportError, match=r"^flash_attn is installed already"):
+    assert importlib.import_module(name).theirs
+    with pytest.raises(ImportError, match=rf"^{name} is installed already"):
         install_flash_attn()
     uninstall_flash_attn()
-    assert sys.modules.pop("flash_attn").theirs
+    assert sys.modules.pop(name).theirs
 
 
 def test_nothing_on_import():

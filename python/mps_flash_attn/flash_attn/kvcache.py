@@ -60,8 +60,61 @@ def flash_attn_with_kvcache(
 
     The other arguments are those of flash_attn_func. Wrong arguments are a ValueError or TypeError before anything is
     written, on the CPU also positions and pages that do not exist; on mps numbers are not read by the CPU."""
+    return attend_with_cache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        rotary_interleaved,
+        alibi_slopes,
+        return_softmax_lse,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        k_type=k_type,
+        v_type=v_type,
+    )
+
+
+def attend_with_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    return_softmax_lse: bool,
+    *,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_type: KvType | None = None,
+    v_type: KvType | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_with_kvcache of flash-attn 2 and 3."""
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
-    caches.refuse_gradients("flash_attn_with_kvcache", **given)
+    caches.refuse_gradients("flash_attn_with_kvcache", **given, sinks=sinks)
     batch = q.shape[0]
     lengths = cache_seqlens
     if isinstance(lengths, int):
@@ -114,7 +167,7 @@ def flash_attn_with_kvcache(
         "enable_gqa": True,
         "return_lse": return_softmax_lse,
         "alibi_slopes": alibi_slopes,
-        "sinks": None,
+        "sinks": sinks,
         "dropout_p": 0,
         "dropout_seed": None,
         "block_mask": None,
