@@ -8,22 +8,22 @@ import sys
 from pathlib import Path
 
 
-def _main(path, output, settings):
+def _main(path, output, arguments, settings):
     with open(output, "w") as to:
         os.dup2(to.fileno(), sys.stdout.fileno())
         os.dup2(to.fileno(), sys.stderr.fileno())
     os.environ.update(settings)
-    sys.argv = [str(path)]
+    sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
 
 
-def run(path, folder, seconds, **settings):
-    """Runs a program, with settings of the environment; its exit code, None if it hangs, and what it printed."""
+def run(path, folder, seconds, arguments=(), **settings):
+    """Runs a program, with arguments and settings of the environment; its exit code, None if it hangs, and what it printed."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch", "mps_flash_attn"])
     output = Path(folder) / "output"
-    process = processes.Process(target=_main, args=(path, output, settings))
+    process = processes.Process(target=_main, args=(path, output, arguments, settings))
     process.start()
     process.join(seconds)
     code = process.exitcode

@@ -1,8 +1,10 @@
 """Every program of examples/ runs, and what it checks is right."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +13,7 @@ from c_programs import EXAMPLES, compiled
 from stand_in import TIMEOUT
 
 LIBRARIES = {"transformers_model.py": ["transformers"], "transformers_packed.py": ["transformers"]}
+ARGUMENTS = {"video_matting.py": ["--steps=2", "--size=96", "--frames=2"]}  # the whole of it takes minutes
 WITHOUT_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 
 pytestmark = pytest.mark.cpu("the examples, which are processes of their own")
@@ -25,7 +28,8 @@ def programs():
 
 @pytest.mark.parametrize("path", list(programs()))
 def test_python_example(path, tmp_path):
-    code, printed = forked.run(path, tmp_path, TIMEOUT, HF_HUB_OFFLINE="1")
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # of its own processes, too
+    code, printed = forked.run(path, tmp_path, TIMEOUT, ARGUMENTS.get(path.name, ()), **settings)
     assert code == 0, printed
     assert printed
 
