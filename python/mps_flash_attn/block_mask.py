@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,8 @@ from .lengths import Scores, blocks_of
 
 # Of a BlockMask's number of partial blocks, a tensor: (its version, whether there is any).
 _has_partial: Any = WeakTensorKeyDictionary()
-# Of its number of full blocks: (the versions of that and of their indices, a band, whether that contains all of them).
+# Of its number of full blocks: (a reference to their indices, the versions of both with a band and lengths, whether the
+# band contains all of them).
 _has_within: Any = WeakTensorKeyDictionary()
 
 Band = tuple[int | None, int | None]  # the bounds of j - i, None where there is none
@@ -104,10 +106,10 @@ def _is_within(block_mask: Any, band: Band, lengths: tuple[int, int]) -> bool:
     since a GPU has to be waited for."""
     numbers, indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
     is_known = not numbers.is_inference() and not indices.is_inference()
-    key = is_known and (id(indices), numbers._version, indices._version, band, lengths)
+    key = is_known and (numbers._version, indices._version, band, lengths)
     known = _has_within.get(numbers) if is_known else None
-    if known is not None and known[0] == key:
-        return known[1]
+    if known is not None and known[0]() is indices and known[1] == key:
+        return known[2]
     q_size, kv_size = block_mask.BLOCK_SIZE
     count = -(-lengths[1] // kv_size)
     full = _dense(numbers, indices, count)
@@ -120,7 +122,7 @@ def _is_within(block_mask: Any, band: Band, lengths: tuple[int, int]) -> bool:
         outside |= (j + kv_size).clamp(max=lengths[1]) - 1 - i > band[1]
     found = not bool((full & outside).any())
     if is_known:
-        _has_within[numbers] = key, found
+        _has_within[numbers] = weakref.ref(indices), key, found
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import transforms
 from .library import Unsupported
 from .score_trace import ACCEPTED, APPROXIMATIONS, INDICES, IndexByTensors, Score, Tracer, Value
 
@@ -50,7 +51,10 @@ def form_of(score_mod: Callable[..., Any], dtype: torch.dtype, device: torch.dev
         tracer.check_gradients()
     if tracer.approximates:
         _verify(score_mod, score, dtype, device, differentiates)
-    return Form(score.gain, score.cap, score.indices, score.terms)
+    terms = score.terms
+    if terms and transforms.are_active():  # captured tensors may be those of a level that was not traced
+        terms = None
+    return Form(score.gain, score.cap, score.indices, terms)
 
 
 def band_of(mask_mod: Callable[..., Any]) -> tuple[int | None, int | None, bool]:

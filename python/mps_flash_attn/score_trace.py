@@ -8,8 +8,7 @@ a rule it is known on which indices a result depends; an operation on the score 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import transforms
 from .library import Unsupported
 
 INDICES = ("b", "h", "q", "kv")
@@ -128,7 +128,7 @@ class Tracer(TorchDispatchMode):
 
     def trace(self, function: Callable[..., Any], dtype: torch.dtype | None) -> Value:
         """The Value of what `function` returns, for a score of this dtype (None: it gets none)."""
-        with _outside_of_transforms(), torch.inference_mode(False), torch.set_grad_enabled(self.differentiates):
+        with transforms.outside(), torch.inference_mode(False), torch.set_grad_enabled(self.differentiates):
             arguments = []
             if dtype is not None:
                 leaf = torch.empty((), dtype=dtype, device="meta", requires_grad=self.differentiates)
@@ -153,10 +153,14 @@ class Tracer(TorchDispatchMode):
         if isinstance(one, Tensor):
             if id(one) in self.values:
                 return self.values[id(one)][1]
-            if one.dim() == 0 and one.device.type == "cpu" and not one.requires_grad and type(one) is Tensor:
+            if one.is_meta:
+                raise Unsupported(
+                    f"{self.what} uses a tensor that PyTorch's dispatcher did not make, such as one that vmap maps; it "
+                    "must be made by operations of PyTorch, or captured as a plain tensor"
+                )
+            is_constant = type(one) is Tensor and not one.requires_grad and not transforms.are_active()
+            if one.dim() == 0 and one.device.type == "cpu" and is_constant:
                 return _number(one.item())
-            if one.is_meta:  # the function made it on the device of its arguments
-                return Value()
             return Value(entry=Entry(one, (None,) * one.dim()))
         return _number(one) if isinstance(one, (bool, int, float)) else Value()
 
@@ -187,8 +191,9 @@ class Tracer(TorchDispatchMode):
         if not followed:
             found = func(*args, **kwargs)
             rule = _OF_CONSTANTS.get(name)
-            value = rule(self, name, args, kwargs, found) if rule and found.is_meta else None
-            return found if value is None else self.keep(found, value)
+            if not isinstance(found, Tensor) or not found.is_meta:
+                return found
+            return self.keep(found, (rule and rule(self, name, args, kwargs, found)) or Value())
         if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero"):
             raise Unsupported(
                 f"{self.what} reads the value of an argument, as `if`, int() and .item() do; it must be computed by "
@@ -211,16 +216,6 @@ class Tracer(TorchDispatchMode):
             self.refuse(name)
         value = rule(self, name, args, kwargs, found) if rule else None
         return self.keep(found, value or Value(frozenset() if name in _OF_SHAPE else indices))
-
-
-@contextmanager
-def _outside_of_transforms() -> Iterator[None]:
-    """What is traced belongs to no level of torch.func."""
-    if not torch._C._are_functorch_transforms_active():
-        yield
-        return
-    with torch._C._DisableFuncTorch():
-        yield
 
 
 def _meta(one: Any) -> Any:

@@ -7,7 +7,7 @@ below.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ def needs_operator(*operands: Tensor) -> bool:
         if not tensors.is_plain(tensor):
             return True
     return False
+
+
+def outside() -> AbstractContextManager[Any]:
+    """A block in which tensors that are made there belong to no level of torch.func."""
+    return torch._C._DisableFuncTorch() if are_active() else nullcontext()
 
 
 # --- Levels of torch.func ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dropped import problem
 from mps_flash_attn import Unsupported, flash_attention, flex_attention, score_mod
@@ -211,3 +212,30 @@ def test_routes(route):
         close(found, torch.autograd.grad(loss(*leaves), leaves))
         return
     close([found], [expected], rtol=1e-5, atol=1e-5)
+
+
+def test_captured_tensors_of_transforms():
+    """grad of torch.func sees them; vmap of one is refused, as is a factor that has a gradient."""
+    tensors, captured = problem(L, S), Captured(torch.float32)
+    forms = {
+        "bias": lambda bias: lambda s, b, h, q, k: s + bias[b, h, q, k],
+        "slopes": lambda slopes: lambda s, b, h, q, k: s - slopes[h] * (q + (S - L) - k).abs(),
+        "number": lambda number: lambda s, b, h, q, k: s + number * torch.sin(k * 1.0),
+    }
+    for name, form in forms.items():
+        loss = lambda one, form=form: ours(*tensors, score_mod=form(one))[0].square().sum()  # noqa: E731
+        leaf = getattr(captured, name).detach().requires_grad_()
+        close([torch.func.grad(loss)(leaf.detach())], torch.autograd.grad(loss(leaf), leaf), rtol=1e-3, atol=1e-3)
+        with pytest.raises(Unsupported, match="such as one that vmap maps"):
+            torch.vmap(loss)(torch.stack([leaf.detach()] * 2))
+    cap = lambda cap: ours(*tensors, score_mod=lambda s, *_: cap * torch.tanh(s / cap))[0].sum()  # noqa: E731
+    for differentiate in (torch.func.grad(cap), lambda one: cap(one.requires_grad_())):
+        with pytest.raises(Unsupported, match="divisor that is no constant number"):
+            differentiate(torch.tensor(2.0))
+
+
+def test_modes():
+    tensors, captured = problem(L, S), Captured(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        flex_attention(*tensors, score_mod=FORMS["relative"](captured), block_mask=blocks_of(causal), enable_gqa=True)
+    assert counter.get_total_flops() == 2 * 2 * H * L * S * (16 + 16)
