@@ -25,7 +25,7 @@ myst_heading_anchors = 4  # the anchors that GitHub gives to headings
 # Names of other libraries.
 nitpick_ignore_regex = [
     ("c:identifier", r"size_t|u?int\d+_t"),
-    ("py:class", r"(torch|collections|jax|numpy)\..*|.*\.BlockMask|NDArray.*|Array"),
+    ("py:class", r"(torch|collections|jax|numpy)\..*|.*\.(BlockMask|AuxRequest)|NDArray.*|Array"),
 ]
 html_theme = "furo"
 html_title = f"libmfa {version}"
