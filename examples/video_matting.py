@@ -121,12 +121,13 @@ def train(steps, size, frames):
     generator = torch.Generator().manual_seed(SEED)
     clips = [draw(size, frames, generator) for _ in range(CLIPS)]
     model, losses = Matting(), []
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-4)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-3)
     for step in range(steps):
         clip, alpha = clips[step % CLIPS]
         loss = loss_of(model(clip), alpha)
         optimiser.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)  # larger steps make rounding grow
         optimiser.step()
         losses.append(loss.item())
     return losses
