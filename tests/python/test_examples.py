@@ -28,7 +28,10 @@ def programs():
 
 @pytest.mark.parametrize("path", list(programs()))
 def test_python_example(path, tmp_path):
-    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # of its own processes, too
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }  # of its own processes, too
     code, printed = forked.run(path, tmp_path, TIMEOUT, ARGUMENTS.get(path.name, ()), **settings)
     assert code == 0, printed
     assert printed
