@@ -74,25 +74,25 @@ static void *find_copy(const void *base)
 
 /* --- Programs ------------------------------------------------------------------------------------- */
 
-/* What each kernel is called with: C the call, LENGTHS those of sequence.h, B(n) buffer n, SCORE those of score.h,
- * then positions. */
+/* What each kernel is called with: C the call, LENGTHS those of sequence.h, B(n) buffer n, KV those of
+ * kv_source.h, SCORE those of score.h, then positions. */
 static const char *arguments_of(const char *function)
 {
     static const char *const table[][2] = {
         {"attention_forward",
-         "C LENGTHS, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), KV, SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_decode",
-         "C LENGTHS, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), KV, SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_decode_vector",
-         "C LENGTHS, B(6), B(7), B(8), SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), KV, SCORE, B(10), B(11), B(18), B(20), B(2), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_merge", "C LENGTHS, B(10), B(11), B(18), B(20), B(2), GROUP, SIMDGROUP, LANE"},
         {"backward_preprocess", "C, B(10), B(11), B(12), B(13), B(18), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_backward_dq",
-         "C LENGTHS, B(6), B(7), B(8), SCORE, B(12), B(14), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), KV, SCORE, B(12), B(14), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_backward_dkv",
-         "C LENGTHS, B(6), B(7), B(8), SCORE, B(12), B(15), B(16), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), KV, SCORE, B(12), B(15), B(16), B(3), B(4), B(5), GROUP, INDEX, SIMDGROUP, LANE"},
         {"attention_dbias",
-         "C LENGTHS, B(6), B(7), B(8), SCORE, B(12), B(17), B(2), B(3), B(4), GROUP, SIMDGROUP, LANE"},
+         "C LENGTHS, B(6), KV, SCORE, B(12), B(17), B(2), B(3), B(4), GROUP, SIMDGROUP, LANE"},
         {"attention_dbias_sum", "C, B(17), B(2), GROUP, INDEX"},
         {"attention_dsinks", "C LENGTHS, B(20), B(21), B(3), B(4), GROUP, INDEX, SIMDGROUP, LANE"},
         {"block_mask", "C LENGTHS, B(9), B(1), GROUP, SIMDGROUP, LANE"},
@@ -123,6 +123,7 @@ static const char entry[] =
     "#if defined(BLOCK_MAP)\n#define MAP , B(23)\n#else\n#define MAP\n#endif\n"
     "#if defined(PAGED)\n#define TABLE , B(29)\n#else\n#define TABLE\n#endif\n"
     "#if defined(VARLEN)\n#define LENGTHS , B(24), B(25), B(26), B(27), B(28) TABLE\n#else\n#define LENGTHS\n#endif\n"
+    "#if defined(CODES)\n#define KV B(7), B(8), B(15), B(16)\n#else\n#define KV B(7), B(8)\n#endif\n"
     "#define SCORE B(9), B(1) SLOPES SEED MAP\n"
     "#define GROUP blockIdx.x\n#define INDEX threadIdx.x\n#define SIMDGROUP (threadIdx.x / 32)\n"
     "#define LANE (threadIdx.x %% 32)\n#define POSITION (blockIdx.x * blockDim.x + threadIdx.x)\n"

@@ -35,7 +35,8 @@ compile() {
 }
 
 build() {
-    names=$(cd src && echo core/args.h core/operands.inc core/philox.h metal/kernels/*.h metal/kernels/*.metal)
+    names=$(cd src && echo core/args.h core/codes.h core/operands.inc core/philox.h metal/kernels/*.h \
+        metal/kernels/*.metal)
     names=$(echo "$names" | tr ' ' ';')
     cmake "-DOUTPUT=$out/sources.inc" "-DFOLDER=$PWD/src" "-DNAMES=$names" -P tools/embed.cmake || return 1
     fast="-O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math"

@@ -129,12 +129,12 @@ int32_t mfa_metal_dispatch_threads(enum mfa_metal_kernel kernel, const struct mf
 
 /* --- The call ------------------------------------------------------------------------------------- */
 
-static mfa_int present(const mfa_buffers *buffers)
+static mfa_int present(const mfa_problem *p, const mfa_buffers *buffers)
 {
     mfa_int bits = 0;
     for (int n = 0; n < MFA_OPERAND_COUNT; n++)
-        if (mfa_operand_buffer(buffers, n)->base)
-            bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
+        if (mfa_operand_role(&mfa_operands[n], p) && mfa_operand_buffer(buffers, n)->base)
+            bits |= (mfa_int)1 << mfa_metal_source_buffer_of(n);
     return bits;
 }
 
@@ -155,8 +155,9 @@ static mfa_int vec4(const mfa_problem *p, const mfa_buffers *buffers)
 {
     mfa_int bits = 0;
     for (int n = 0; n < MFA_OPERAND_COUNT; n++)
-        if (is_vec4(p, &mfa_operands[n], mfa_operand_buffer(buffers, n)->offset))
-            bits |= (mfa_int)1 << (MFA_METAL_BUFFER_OPERAND + n);
+        if (mfa_operand_role(&mfa_operands[n], p) &&
+            is_vec4(p, &mfa_operands[n], mfa_operand_buffer(buffers, n)->offset))
+            bits |= (mfa_int)1 << mfa_metal_source_buffer_of(n);
     return bits;
 }
 
@@ -185,7 +186,7 @@ static struct mfa_metal_call call_of(const mfa_problem *p, const struct mfa_choi
         call.args.lower = p->kv_len, call.args.upper = -p->q_len;
     set_page_size(&call, p->page_size);
     call.pack_gqa = call.args.q_heads_per_kv, call.splits = mfa_metal_tiling_of(choice).splits;
-    call.present = present(buffers), call.vec4 = vec4(p, buffers);
+    call.present = present(p, buffers), call.vec4 = vec4(p, buffers);
     const double unit = p->pass == MFA_FORWARD ? log2e : 1;
     call.score_factor = (float)(p->softcap > 0 ? p->scale / p->softcap : p->scale * unit);
     call.cap_factor = (float)(p->softcap * unit);
@@ -217,7 +218,7 @@ static struct mfa_metal_dispatch *begin(const struct run *run, enum mfa_metal_ke
         if (buffers >> n & 1) {
             const int in_workspace = n < MFA_METAL_BUFFER_OPERAND;
             d->bindings[d->binding_count++] =
-                (struct mfa_metal_binding){n, in_workspace ? -1 : n - MFA_METAL_BUFFER_OPERAND,
+                (struct mfa_metal_binding){n, in_workspace ? -1 : mfa_metal_source_operand_of(n, run->problem->pass),
                                            in_workspace ? offsets[n - MFA_METAL_BUFFER_BLOCK_MASK] : 0};
         }
     return d;

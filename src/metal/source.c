@@ -33,6 +33,7 @@ enum { FORWARD = 1 << MFA_FORWARD, BACKWARD = 1 << MFA_BACKWARD, BOTH = FORWARD 
 #define INDEX /* INDEX_BUFFERS of sequence.h */                                                \
     (OPERAND(cu_seqlens_q) | OPERAND(cu_seqlens_k) | OPERAND(seqused_k) | OPERAND(leftpad_k) | \
      OPERAND(cache_batch_idx) | OPERAND(block_table))
+#define SCALES (PART(K_SCALE) | PART(V_SCALE)) /* KV_BUFFERS of kv_source.h */
 #define RESULTS (OPERAND(o) | OPERAND(lse) | OPERAND(o_low))
 #define GRADIENTS (QKV | SCORE | OPERAND(d_o) | PART(D) | PART(L)) /* what every kernel of gradients reads */
 
@@ -75,10 +76,27 @@ const char *mfa_metal_source_function(enum mfa_metal_kernel kernel)
     return (unsigned)kernel < MFA_METAL_KERNELS ? entries[kernel].function : NULL;
 }
 
+int mfa_metal_source_buffer_of(int operand)
+{
+    return operand == MFA_OPERAND_k_scale   ? MFA_METAL_BUFFER_K_SCALE
+           : operand == MFA_OPERAND_v_scale ? MFA_METAL_BUFFER_V_SCALE
+                                            : MFA_METAL_BUFFER_OPERAND + operand;
+}
+
+int mfa_metal_source_operand_of(int buffer, int32_t pass)
+{
+    if (pass == MFA_FORWARD && buffer == MFA_METAL_BUFFER_K_SCALE)
+        return MFA_OPERAND_k_scale;
+    if (pass == MFA_FORWARD && buffer == MFA_METAL_BUFFER_V_SCALE)
+        return MFA_OPERAND_v_scale;
+    return buffer - MFA_METAL_BUFFER_OPERAND;
+}
+
 uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel, const struct mfa_key *key)
 {
     const uint32_t buffers = entries[kernel].buffers;
-    return key->features & MFA_FEATURE_VARLEN ? buffers : buffers & ~(uint32_t)INDEX;
+    const int scaled = (key->k_type || key->v_type) && (buffers & OPERAND(k));
+    return (key->features & MFA_FEATURE_VARLEN ? buffers : buffers & ~(uint32_t)INDEX) | (scaled ? SCALES : 0);
 }
 
 /* --- A growing text ------------------------------------------------------------------------------ */
@@ -160,7 +178,10 @@ static void splice(struct text *text, int file, uint32_t *included)
 static void define_types(struct text *text, const struct mfa_key *key, int family)
 {
     static const char *const dtypes[] = {"F32", "F16", "BF16"};
+    static const char *const kv_types[] = {"SAME", "INT8", "E4M3", "E5M2", "INT4", "NF4"};
     append_line(text, "#define DTYPE_%s", dtypes[key->dtype]);
+    append_line(text, "#define K_TYPE KV_%s", kv_types[key->k_type]);
+    append_line(text, "#define V_TYPE KV_%s", kv_types[key->v_type]);
     if (family >= 9) /* M3 and later convert bfloat in one instruction; others' compilers emulate it slowly */
         append_line(text, "#define BF16_NATIVE");
 #define FEATURE(name, ...)                  \
@@ -210,6 +231,14 @@ static mfa_status check(const struct mfa_key *key, enum mfa_metal_kernel kernel)
                         key->head_dim, key->value_dim, name, MFA_DIM_MAX);
     if (key->pass == MFA_BACKWARD && (key->features & MFA_FEATURE_PAGED))
         return mfa_fail(MFA_UNSUPPORTED, "the key has pages; %s exists for none in the backward pass", name);
+    if (!mfa_kv_type_name(key->k_type) || !mfa_kv_type_name(key->v_type))
+        return mfa_fail(MFA_UNSUPPORTED, "the key's k_type is %d and its v_type %d; %s exists for 0 to %d", key->k_type,
+                        key->v_type, name, MFA_KV_NF4);
+    if (key->pass == MFA_BACKWARD && (key->k_type || key->v_type))
+        return mfa_fail(MFA_UNSUPPORTED,
+                        "the key's k_type is %s and its v_type %s; %s exists for same in the backward "
+                        "pass",
+                        mfa_kv_type_name(key->k_type), mfa_kv_type_name(key->v_type), name);
     if (entry->needs == VARLEN && !(key->features & MFA_FEATURE_VARLEN))
         return mfa_fail(MFA_UNSUPPORTED, "the key has no varlen; %s is for those with it", name);
     if ((entry->needs == ADDITIVE && !additive) || (entry->needs == MASK && !masked))

@@ -8,12 +8,16 @@
 #include "metal/tiles.h"
 #include "mfa.h"
 
-#define MFA_METAL_BUFFERS (MFA_METAL_BUFFER_OPERAND + MFA_OPERAND_k_scale) /* there are no codes on Metal */
+#define MFA_METAL_BUFFERS (MFA_METAL_BUFFER_OPERAND + MFA_OPERAND_k_scale) /* for scales take others' places */
 
 /* The name of a kernel's function; NULL: there is no such kernel. */
 const char *mfa_metal_source_function(enum mfa_metal_kernel kernel);
 
-/* Bit n: the kernel with this key takes buffer n (kernels/contract.h). */
+/* The buffer to which operand n is bound (kernels/contract.h), and the operand of a buffer in a pass. */
+int mfa_metal_source_buffer_of(int operand);
+int mfa_metal_source_operand_of(int buffer, int32_t pass);
+
+/* Bit n: the kernel with this key takes buffer n. */
 uint32_t mfa_metal_source_buffers(enum mfa_metal_kernel kernel, const struct mfa_key *key);
 
 /* Writes Metal Shading Language with our includes expanded, to be freed by the caller. `defines` (may be NULL)

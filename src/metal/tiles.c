@@ -122,6 +122,12 @@ static int64_t ceil_of(int64_t n, int64_t unit)
     return (n + unit - 1) / unit;
 }
 
+/* Bytes of an element of a tile: of codes it holds f32 (kernels/codes.h). */
+static int32_t tile_element(const struct mfa_key *key)
+{
+    return key->k_type || key->v_type ? 4 : (int32_t)mfa_dtype_size(key->dtype);
+}
+
 static const struct row *find_row(enum mfa_metal_kernel kernel, const struct mfa_key *key)
 {
     const int family = mfa_metal_tiles_family_of(key);
@@ -130,7 +136,7 @@ static const struct row *find_row(enum mfa_metal_kernel kernel, const struct mfa
         for (size_t n = 0; n < sizeof rows / sizeof *rows && families[f] <= family; n++) {
             const struct row *row = &rows[n];
             if (row->family == families[f] && row->kernel == (int)kernel && dim <= row->dim &&
-                (size_t)row->element == mfa_dtype_size(key->dtype))
+                row->element == tile_element(key))
                 return row;
         }
     return NULL;
@@ -170,7 +176,7 @@ void mfa_metal_tiles_memory(enum mfa_metal_kernel kernel, const struct mfa_metal
                             int32_t bytes[2])
 {
     const int32_t fragment = 32 * 8; /* bytes of a fragment of f32 */
-    const int32_t element = (int32_t)mfa_dtype_size(key->dtype), simdgroups = mfa_metal_tiles_threads(tile) / 32;
+    const int32_t element = tile_element(key), simdgroups = mfa_metal_tiles_threads(tile) / 32;
     const int32_t tile_rows = kernel == MFA_METAL_BACKWARD_DKV ? tile->block_q : tile->block_kv;
     const int32_t E = mfa_metal_tiles_columns(tile, key->value_dim);
     const int32_t first = tile_rows * (mfa_metal_tiles_columns(tile, key->head_dim) * element + 16);
@@ -240,9 +246,6 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
     if (p->softcap > 0 && size / p->softcap > 0x1p60)
         return mfa_fail(MFA_UNSUPPORTED, "softcap is %g and scale %g; Metal kernels exist for quotients up to 2^60",
                         p->softcap, p->scale);
-    if (p->k_type || p->v_type)
-        return mfa_fail(MFA_UNSUPPORTED, "k_type is %s and v_type %s; Metal kernels exist for same",
-                        mfa_kv_type_name(p->k_type), mfa_kv_type_name(p->v_type));
     return supports_sizes(p);
 }
 
@@ -313,6 +316,7 @@ void mfa_metal_tiles_choose(int family, const mfa_problem *p, struct mfa_choice 
     key->variant = variant_of(p);
     key->head_dim = (int32_t)ceil_of(p->head_dim, 8) * 8, key->value_dim = (int32_t)ceil_of(p->value_dim, 8) * 8;
     key->features = mfa_key_features(p), key->mask_dtype = p->mask_dtype;
+    key->k_type = p->k_type, key->v_type = p->v_type;
     snprintf(key->machine, sizeof key->machine, "apple%d", family);
     const struct row *row = find_row(mfa_metal_tiles_named(key), key);
     const int half_is_idle =

@@ -21,6 +21,7 @@ using namespace metal;
 #define KEYS_ARE_ROWS
 
 #include "metal/kernels/element.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
@@ -68,8 +69,8 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
                             constant mfa_metal_call &call, thread const simdgroup_coord &sg,
                             thread const threadgroup_memory &memory)
 {
-    threadgroup storage *Q_tile = memory.tiles, *dO_tile = memory.tiles + SECOND_TILE(BLOCK_Q);
-    row_source Q = q_source(in.Q, call, k.seq, head), dO = do_source(in.dO, call, k.seq, head);
+    threadgroup tile_element *Q_tile = memory.tiles, *dO_tile = memory.tiles + SECOND_TILE(BLOCK_Q);
+    row_source<KV_SAME> Q = q_source(in.Q, call, k.seq, head), dO = do_source(in.dO, call, k.seq, head);
     long stats = row_stats_index(k.seq, call.args, head, 0);
     device const float *D = in.D + stats, *L = in.L + stats;
     block_range q_blocks = q_blocks_of(call, k.seq, k.first, min(k.first + BLOCK_KV, k.seq.kv_len) - 1);
@@ -80,8 +81,8 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
     int visited = 0;
 
     for (int first = q_blocks.begin; first < q_blocks.end; first += STRETCH_BLOCKS) {
-        tile_cursor Q_at = tile_cursor_of<BLOCK_Q>(Q, first * BLOCK_Q),
-                    dO_at = tile_cursor_of<BLOCK_Q>(dO, first * BLOCK_Q);
+        tile_cursor<KV_SAME> Q_at = tile_cursor_of<BLOCK_Q>(Q, first * BLOCK_Q),
+                             dO_at = tile_cursor_of<BLOCK_Q>(dO, first * BLOCK_Q);
         int end = stretch_end(first, q_blocks.end);
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_Q>(Q_at), tile_cursor_advance<BLOCK_Q>(dO_at)) {
@@ -127,19 +128,17 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
     return visited;
 }
 
-[[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]],
-                       device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
-                       device const storage *dO [[buffer(12)]], device storage *dK [[buffer(15)]],
-                       device storage *dV [[buffer(16)]], device const float *D [[buffer(3)]],
-                       device const float *L [[buffer(4)]],
+[[max_total_threads_per_threadgroup(THREADS)]] kernel void attention_backward_dkv(
+    constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]] KV_BUFFERS,
+    SCORE_BUFFERS, device const storage *dO [[buffer(12)]], device storage *dK [[buffer(15)]],
+    device storage *dV [[buffer(16)]], device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
 #if defined(COUNT_TILES)
-                       device uint *visited [[buffer(5)]],
+    device uint *visited [[buffer(5)]],
 #endif
-                       uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
+    uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
-    THREADGROUP_ARRAY(storage, tile, TILE_BYTES / sizeof(storage));
+    THREADGROUP_ARRAY(tile_element, tile, TILE_BYTES / sizeof(tile_element));
     THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     constant mfa_args &args = call.args;
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
@@ -148,16 +147,16 @@ attention_backward_dkv(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS
         int key = k.valid ? k.own : 0, heads = int(args.q_heads_per_kv);
         key_row row;
         int count = 0;
-        load_row_paired<D_FRAGMENTS>(row.K, k_source(K, call, k.seq, k.kv_head), key, sg.slice * D_SLICE, k.valid,
-                                     sg.at);
-        load_row_paired<E_FRAGMENTS>(row.V, v_source(V, call, k.seq, k.kv_head), key, sg.slice * E_SLICE, k.valid,
-                                     sg.at);
+        load_row_paired<D_FRAGMENTS>(row.K, k_source(KV_OPERANDS, call, k.seq, k.kv_head), key, sg.slice * D_SLICE,
+                                     k.valid, sg.at);
+        load_row_paired<E_FRAGMENTS>(row.V, v_source(KV_OPERANDS, call, k.seq, k.kv_head), key, sg.slice * E_SLICE,
+                                     k.valid, sg.at);
         clear<D_FRAGMENTS>(row.dK);
         clear<E_FRAGMENTS>(row.dV);
         for (int head = 0; head < heads; head++)
-            count +=
-                walk_queries(row, k, k.kv_head * heads + head, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L},
-                             call, sg, threadgroup_memory{tile, exchange});
+            count += walk_queries(row, k, k.kv_head * heads + head,
+                                  backward_operands{Q, dO, KV_OPERANDS, SCORE_OPERANDS, D, L}, call, sg,
+                                  threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
         if (index == 0)
             visited[call.first_group + group] = uint(count);

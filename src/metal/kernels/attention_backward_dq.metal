@@ -16,6 +16,7 @@
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
@@ -36,8 +37,9 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
                          thread const threadgroup_memory &memory)
 {
     constexpr int ROWS = LANE_ROWS, S_FRAGMENTS = ROWS * KEY_FRAGMENTS;
-    threadgroup storage *K_tile = memory.tiles, *V_tile = memory.tiles + SECOND_TILE(BLOCK_KV);
-    kv_source K = k_source(in.K, call, q.seq, q.kv_head), V = v_source(in.V, call, q.seq, q.kv_head);
+    threadgroup tile_element *K_tile = memory.tiles, *V_tile = memory.tiles + SECOND_TILE(BLOCK_KV);
+    kv_source<K_TYPE> K = k_source(in.kv, call, q.seq, q.kv_head);
+    kv_source<V_TYPE> V = v_source(in.kv, call, q.seq, q.kv_head);
     float L[ROWS], D[ROWS];
     int visited = 0;
     storage2 Q[ROWS * D_FRAGMENTS], dO[ROWS * E_FRAGMENTS];
@@ -58,8 +60,8 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
     clear<ROWS * D_FRAGMENTS>(dQ);
 
     for (int first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
-        kv_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
-                  V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
+        kv_cursor<K_TYPE> K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV);
+        kv_cursor<V_TYPE> V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
         int end = stretch_end(first, q.kv_blocks.end);
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
@@ -104,8 +106,8 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]],
-                      device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                      device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS,
                       device const storage *dO [[buffer(12)]], device storage *dQ [[buffer(14)]],
                       device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
 #if defined(COUNT_TILES)
@@ -114,14 +116,14 @@ attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
                       uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
-    THREADGROUP_ARRAY(storage, tile, TILE_BYTES / sizeof(storage));
+    THREADGROUP_ARRAY(tile_element, tile, TILE_BYTES / sizeof(tile_element));
     THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     constant mfa_args &args = call.args;
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     q_block q = q_block_of(call, INDEX_OPERANDS, threadgroup_coord(call, group), sg);
     if (!is_past_end(call, q)) {
         float2 dQ_rows[LANE_ROWS * D_FRAGMENTS];
-        int count = walk_keys(dQ_rows, q, backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L}, call, sg,
+        int count = walk_keys(dQ_rows, q, backward_operands{Q, dO, KV_OPERANDS, SCORE_OPERANDS, D, L}, call, sg,
                               threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
         if (index == 0)

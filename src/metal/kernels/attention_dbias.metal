@@ -21,6 +21,7 @@ using namespace metal;
 #define SPLIT 1
 
 #include "metal/kernels/element.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
@@ -59,14 +60,14 @@ METAL_FUNC grid_coord summed_tiles(constant mfa_args &args)
 }
 
 /* S += A B^T, with rows of device memory: the lane's own of A, and 8 * FRAGMENTS rows of B from `first` on. */
-METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source &A, int A_row, bool A_valid,
-                               thread const row_source &B, int first, lane_coord at)
+METAL_FUNC void gemm_nt_device(thread float2 *S, thread const row_source<KV_SAME> &A, int A_row, bool A_valid,
+                               thread const row_source<KV_SAME> &B, int first, lane_coord at)
 {
     device const storage *B_rows = row_address(B, first);
     int rows = B.rows - first;
     for (int d = 0; d < B.columns; d += 8) {
         storage a[2];
-        load_run<2>(a, A, row_address(A, A_row), d + at.column, A_valid);
+        load_elements<2>(a, A, row_address(A, A_row), d + at.column, A_valid);
         bool inside = d + at.row < B.columns;
         UNROLL
         for (int n = 0; n < FRAGMENTS; n++) {
@@ -108,8 +109,8 @@ METAL_FUNC void add_tile(thread float2 *sum, tile_coord c, thread const backward
     float2 S[FRAGMENTS], dP[FRAGMENTS], dtanh[FRAGMENTS];
     clear<FRAGMENTS>(S);
     clear<FRAGMENTS>(dP);
-    gemm_nt_device(S, q_source(in.Q, call, seq, q.head), q.i, valid, k_source(in.K, call, seq, kv_head), c.key, at);
-    gemm_nt_device(dP, do_source(in.dO, call, seq, q.head), q.i, valid, v_source(in.V, call, seq, kv_head), c.key, at);
+    gemm_nt_device(S, q_source(in.Q, call, seq, q.head), q.i, valid, k_source(in.kv, call, seq, kv_head), c.key, at);
+    gemm_nt_device(dP, do_source(in.dO, call, seq, q.head), q.i, valid, v_source(in.kv, call, seq, kv_head), c.key, at);
     score_tile<1, FRAGMENTS>(S, dtanh, 0, BLOCK, &range, at, call);
     dropout dropped = dropout_of(in.score, call, seq);
     kept_tile<1, FRAGMENTS> kept;
@@ -166,8 +167,7 @@ METAL_FUNC void reduce_tile(thread float2 *sum, constant mfa_args &args, threadg
 
 #if defined(KERNEL_attention_dbias)
 kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
-                            device const storage *Q [[buffer(6)]], device const storage *K [[buffer(7)]],
-                            device const storage *V [[buffer(8)]], SCORE_BUFFERS,
+                            device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS,
                             device const storage *dO [[buffer(12)]], device mask_storage *dbias [[buffer(17)]],
                             device float *partials [[buffer(2)]], device const float *D [[buffer(3)]],
                             device const float *L [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
@@ -181,7 +181,7 @@ kernel void attention_dbias(constant mfa_metal_call &call [[buffer(0)]] INDEX_BU
     part_range part =
         part_range_of(uint(n.batch) * uint(n.head) * uint(n.row) * uint(n.column), index - number * splits, splits);
     lane_coord at = lane_coord_of(lane);
-    backward_operands in = backward_operands{Q, K, V, dO, SCORE_OPERANDS, D, L};
+    backward_operands in = backward_operands{Q, dO, KV_OPERANDS, SCORE_OPERANDS, D, L};
     float2 sum[FRAGMENTS];
     clear<FRAGMENTS>(sum);
     for (uint step = part.begin; step < part.end; step++)

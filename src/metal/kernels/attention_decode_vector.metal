@@ -23,6 +23,7 @@ using namespace metal;
 #define COLUMN_LANES (WIDER_DIM > 128 ? 32 : WIDER_DIM > 64 ? 16 : WIDER_DIM > 32 ? 8 : 4)
 
 #include "metal/kernels/element.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
@@ -48,64 +49,69 @@ struct accumulator {
 };
 
 /* Row t of the tile at the cursor, in f32; all 0 past the end. */
-template <int RUNS>
-METAL_FUNC void load_vector(thread float *x, thread const row_source &source, thread const tile_cursor &cursor, int t,
-                            int first)
+template <int RUNS, int TYPE>
+METAL_FUNC void load_vector(thread float *x, thread const row_source<TYPE> &source,
+                            thread const tile_cursor<TYPE> &cursor, int t, int first)
 {
-    storage4 run[RUNS];
+    typename row_type<TYPE>::run run[RUNS];
     bool valid = t < cursor.rows;
     if (source.regular) {
-        device const storage *from = cursor.base + (cursor.offset + (t * int(source.row_stride) + first));
+        typename row_type<TYPE>::place from =
+            move_place(cursor.base, cursor.offset + (t * int(source.row_stride) + unit_of<TYPE>(first)));
         UNROLL
         for (int n = 0; n < RUNS; n++) {
-            run[n] = storage4{0, 0, 0, 0};
-            if (valid && first + n * RUN_STRIDE < source.columns)
-                run[n] = *(device const storage4 *)(from + n * RUN_STRIDE);
+            int column = first + n * RUN_STRIDE;
+            clear_run(run[n]);
+            if (valid && column < source.columns)
+                load_regular_run(run[n], source, move_place(from, unit_of<TYPE>(n * RUN_STRIDE)), cursor.row + t,
+                                 column);
         }
     } else {
-        device const storage *from = cursor.base + (cursor.row + t) * source.row_stride;
         UNROLL
-        for (int n = 0; n < RUNS; n++) {
-            storage x[4];
-            load_run<4>(x, source, from, first + n * RUN_STRIDE, valid);
-            run[n] = storage4{x[0], x[1], x[2], x[3]};
-        }
+        for (int n = 0; n < RUNS; n++)
+            load_run(run[n], source, row_of_tile(source, cursor, t), first + n * RUN_STRIDE, valid);
     }
     UNROLL
-    for (int n = 0; n < RUNS * 4; n++)
-        x[n] = widen(storage(run[n / 4][n % 4]));
+    for (int n = 0; n < RUNS; n++) {
+        float4 numbers = run_numbers(run[n]);
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            x[n * 4 + i] = numbers[i];
+    }
 }
 
+/* Where the simdgroup's keys of a block lie, if that has to be looked up. */
 #if defined(PAGED)
-/* Where the simdgroup's keys of a block lie. */
-typedef paged_rows<KEYS_OF_SIMDGROUP> key_places;
+template <int TYPE> using key_places = paged_rows<TYPE, KEYS_OF_SIMDGROUP>;
 
-METAL_FUNC void find_keys(thread key_places &places, thread const kv_source &source, thread const kv_cursor &cursor,
-                          thread const simdgroup_coord &sg)
+template <int TYPE>
+METAL_FUNC void find_keys(thread key_places<TYPE> &places, thread const kv_source<TYPE> &source,
+                          thread const kv_cursor<TYPE> &cursor, thread const simdgroup_coord &sg)
 {
     look_up_rows(places, source, cursor.key + sg.key_group * KEYS_OF_SIMDGROUP, sg.lane);
 }
 
-template <int RUNS>
-METAL_FUNC void load_key(thread float *x, thread const kv_source &source, thread const kv_cursor &cursor,
-                         thread const key_places &places, int t, int first)
+template <int RUNS, int TYPE>
+METAL_FUNC void load_key(thread float *x, thread const kv_source<TYPE> &source, thread const kv_cursor<TYPE> &cursor,
+                         thread const key_places<TYPE> &places, int t, int first)
 {
-    device const storage *row = source.page.base + offset_of_row(places, t % KEYS_OF_SIMDGROUP);
+    typename row_type<TYPE>::place row = place_of_row(places, source, t % KEYS_OF_SIMDGROUP);
     int rows = cursor.key + t < source.page.rows ? 1 : 0;
-    load_vector<RUNS>(x, source.page, tile_cursor{row, 0, rows, 0, 0}, 0, first);
+    load_vector<RUNS>(x, source.page, tile_cursor<TYPE>{row, 0, rows, 0, 0}, 0, first);
 }
 #else
-struct key_places {
+template <int TYPE> struct key_places {
 };
 
-METAL_FUNC void find_keys(thread key_places &, thread const kv_source &, thread const kv_cursor &,
+template <int TYPE>
+METAL_FUNC void find_keys(thread key_places<TYPE> &, thread const kv_source<TYPE> &, thread const kv_cursor<TYPE> &,
                           thread const simdgroup_coord &)
 {
 }
 
-template <int RUNS>
-METAL_FUNC void load_key(thread float *x, thread const kv_source &source, thread const kv_cursor &cursor,
-                         thread const key_places &, int t, int first)
+template <int RUNS, int TYPE>
+METAL_FUNC void load_key(thread float *x, thread const kv_source<TYPE> &source, thread const kv_cursor<TYPE> &cursor,
+                         thread const key_places<TYPE> &, int t, int first)
 {
     load_vector<RUNS>(x, source, cursor, t, first);
 }
@@ -142,10 +148,11 @@ METAL_FUNC void add_key(thread accumulator &acc, thread const float *S, thread c
 
 /* Computes m, l and O over the lane's keys; returns how many blocks of keys were visited. */
 METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device const storage *Q_base,
-                      device const storage *K_base, device const storage *V_base, thread const score_operands &in,
-                      constant mfa_metal_call &call, thread const simdgroup_coord &sg)
+                      thread const kv_operands &kv, thread const score_operands &in, constant mfa_metal_call &call,
+                      thread const simdgroup_coord &sg)
 {
-    kv_source K = k_source(K_base, call, q.seq, q.kv_head), V = v_source(V_base, call, q.seq, q.kv_head);
+    kv_source<K_TYPE> K = k_source(kv, call, q.seq, q.kv_head);
+    kv_source<V_TYPE> V = v_source(kv, call, q.seq, q.kv_head);
     int column = sg.lane % COLUMN_LANES * 4, visited = 0, rows = q.seq.q_len * int(call.pack_gqa) - q.first;
     int first_key = sg.key_group * KEYS_OF_SIMDGROUP + sg.lane / COLUMN_LANES;
     float Q[LANE_ROWS * D_RUNS * 4];
@@ -155,8 +162,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
     kept_ahead ahead = kept_ahead_init();
     UNROLL
     for (int r = 0; r < LANE_ROWS; r++) {
-        row_source source = q_source(Q_base, call, q.seq, q.own[r].head);
-        tile_cursor own = tile_cursor_of<1>(source, q.own[r].i);
+        row_source<KV_SAME> source = q_source(Q_base, call, q.seq, q.own[r].head);
+        tile_cursor<KV_SAME> own = tile_cursor_of<1>(source, q.own[r].i);
         load_vector<D_RUNS>(Q + r * D_RUNS * 4, source, own, 0, column);
         mask_range_of_query(bands[r], in, call, q.seq, q.own[r]);
         acc.state[r] = softmax_init();
@@ -166,8 +173,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
     }
 
     for (int first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
-        kv_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
-                  V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
+        kv_cursor<K_TYPE> K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV);
+        kv_cursor<V_TYPE> V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
         int end = stretch_end(first, q.kv_blocks.end);
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {
@@ -177,7 +184,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, device c
             visited++;
             kept_rows kept;
             keep_rows(kept, ahead, dropped, call.args, q, block, sg);
-            key_places K_places, V_places;
+            key_places<K_TYPE> K_places;
+            key_places<V_TYPE> V_places;
             find_keys(K_places, K, K_at, sg);
             find_keys(V_places, V, V_at, sg);
             bool full = mask_ranges_are_full<LANE_ROWS>(ranges, BLOCK_KV);
@@ -296,10 +304,10 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
 attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
-                        device const storage *Q [[buffer(6)]], device const storage *K [[buffer(7)]],
-                        device const storage *V [[buffer(8)]], SCORE_BUFFERS, device storage *O [[buffer(10)]],
-                        device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
-                        device const float *sinks [[buffer(20)]], device float *partials [[buffer(2)]],
+                        device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS,
+                        device storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
+                        device storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
+                        device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                         device uint *visited [[buffer(5)]],
 #endif
@@ -312,7 +320,7 @@ attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFER
     q_block q = q_block_of(call, INDEX_OPERANDS, coord, sg);
     if (!is_past_end(call, q)) {
         accumulator acc;
-        int count = attend(acc, q, Q, K, V, SCORE_OPERANDS, call, sg);
+        int count = attend(acc, q, Q, KV_OPERANDS, SCORE_OPERANDS, call, sg);
 #if defined(COUNT_TILES)
         if (index == 0)
             visited[call.first_group + group] = uint(count);

@@ -10,6 +10,7 @@
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
@@ -24,9 +25,9 @@ using namespace metal;
 #include "metal/kernels/forward.h"
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
-attention_forward(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]],
-                  device const storage *K [[buffer(7)]], device const storage *V [[buffer(8)]], SCORE_BUFFERS,
-                  device storage *O [[buffer(10)]], device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
+attention_forward(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                  device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS, device storage *O [[buffer(10)]],
+                  device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
                   device const float *sinks [[buffer(20)]], device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                   device uint *visited [[buffer(5)]],
@@ -34,15 +35,15 @@ attention_forward(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, dev
                   uint group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                   uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
-    THREADGROUP_ARRAY(storage, tile, TILE_BYTES / sizeof(storage));
+    THREADGROUP_ARRAY(tile_element, tile, TILE_BYTES / sizeof(tile_element));
     THREADGROUP_ARRAY(float2, exchange, EXCHANGE_BYTES / sizeof(float2));
     simdgroup_coord sg = simdgroup_coord_of(index, simdgroup, lane);
     grid_coord coord = threadgroup_coord(call, group);
     q_block q = q_block_of(call, INDEX_OPERANDS, coord, sg);
     if (!is_past_end(call, q)) {
         accumulator acc;
-        int count =
-            attend(acc, q, forward_operands{Q, K, V, SCORE_OPERANDS}, call, sg, threadgroup_memory{tile, exchange});
+        int count = attend(acc, q, forward_operands{Q, KV_OPERANDS, SCORE_OPERANDS}, call, sg,
+                           threadgroup_memory{tile, exchange});
 #if defined(COUNT_TILES)
         if (index == 0)
             visited[call.first_group + group] = uint(count);

@@ -4,7 +4,8 @@
  * Buffer 0 is the call, 1 to 4 are parts of the workspace, and 5 is the counter of the tests:
  *     1 block mask, 2 partial results, 3 row sums D, 4 L for the backward pass, 5 visited blocks
  * Threadgroup memory is not an argument: kernels declare theirs, and the host sets no length.
- * Buffer 6 + n is the operand n of core/operands.inc; those that C or the kernels' code name stand below. */
+ * Buffer 6 + n is the operand n of core/operands.inc; those that C or the kernels' code name stand below. Metal has 31
+ * buffers, one too few: k_scale and v_scale, which only the forward pass has, take the places of dk and dv. */
 #ifndef MFA_METAL_KERNELS_CONTRACT_H
 #define MFA_METAL_KERNELS_CONTRACT_H
 
@@ -27,6 +28,8 @@
 #define MFA_METAL_BUFFER_DQ 14
 #define MFA_METAL_BUFFER_DK 15
 #define MFA_METAL_BUFFER_DV 16
+#define MFA_METAL_BUFFER_K_SCALE MFA_METAL_BUFFER_DK
+#define MFA_METAL_BUFFER_V_SCALE MFA_METAL_BUFFER_DV
 #define MFA_METAL_BUFFER_O_LOW 18
 #define MFA_METAL_BUFFER_SINKS 20
 #define MFA_METAL_BUFFER_DSINKS 21

@@ -16,7 +16,8 @@
 #define KEY_FRAGMENTS (BLOCK_KV / KEY_GROUPS / 8)
 
 struct forward_operands {
-    device const storage *Q, *K, *V;
+    device const storage *Q;
+    kv_operands kv;
     score_operands score;
 };
 
@@ -38,8 +39,9 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
                       thread const threadgroup_memory &memory)
 {
     constexpr int ROWS = LANE_ROWS, S_FRAGMENTS = ROWS * KEY_FRAGMENTS;
-    threadgroup storage *K_tile = memory.tiles, *V_tile = memory.tiles + SECOND_TILE(BLOCK_KV);
-    kv_source K = k_source(in.K, call, q.seq, q.kv_head), V = v_source(in.V, call, q.seq, q.kv_head);
+    threadgroup tile_element *K_tile = memory.tiles, *V_tile = memory.tiles + SECOND_TILE(BLOCK_KV);
+    kv_source<K_TYPE> K = k_source(in.kv, call, q.seq, q.kv_head);
+    kv_source<V_TYPE> V = v_source(in.kv, call, q.seq, q.kv_head);
     int first_key = sg.key_group * (BLOCK_KV / KEY_GROUPS), visited = 0;
     storage2 Q[ROWS * D_FRAGMENTS];
     mask_range bands[ROWS];
@@ -55,8 +57,8 @@ METAL_FUNC int attend(thread accumulator &acc, thread const q_block &q, thread c
     clear<ROWS * E_FRAGMENTS>(acc.O);
 
     for (int first = q.kv_blocks.begin; first < q.kv_blocks.end; first += STRETCH_BLOCKS) {
-        kv_cursor K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV),
-                  V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
+        kv_cursor<K_TYPE> K_at = tile_cursor_of<BLOCK_KV>(K, first * BLOCK_KV);
+        kv_cursor<V_TYPE> V_at = tile_cursor_of<BLOCK_KV>(V, first * BLOCK_KV);
         int end = stretch_end(first, q.kv_blocks.end);
         for (int block = first; block < end;
              block++, tile_cursor_advance<BLOCK_KV>(K_at), tile_cursor_advance<BLOCK_KV>(V_at)) {

@@ -6,7 +6,7 @@
  * their order, and the columns 2 i of 16 make one fragment, 2 i + 1 the next. A has them in the same order
  * (load_row_paired). A pair of rows is 32 bytes longer than its elements, against bank conflicts. */
 
-#define PAIR_STRIDE(columns) (2 * (columns) + 32 / int(sizeof(storage))) /* from a pair of rows to the next */
+#define PAIR_STRIDE(columns) (2 * (columns) + 32 / int(sizeof(tile_element))) /* from a pair of rows to the next */
 
 /* Where row `row` of a tile begins, and column `column` of it; both are even. */
 #define TILE_ROW(row, columns) ((row) / 2 * PAIR_STRIDE(columns))
@@ -15,14 +15,14 @@
 /* S += A B^T. A: COLUMNS fragments for each of ROWS; B: 8 * FRAGMENTS rows of a tile, of which the COLUMNS * 8 columns
  * from `tile` on are used. */
 template <int ROWS, int FRAGMENTS, int COLUMNS, int STRIDE>
-METAL_FUNC void gemm_nt(thread float2 *S, thread const storage2 *A, threadgroup const storage *tile, lane_coord at)
+METAL_FUNC void gemm_nt(thread float2 *S, thread const storage2 *A, threadgroup const tile_element *tile, lane_coord at)
 {
-    threadgroup const storage *own = tile + at.column / 2 * STRIDE + at.row * 4;
+    threadgroup const tile_element *own = tile + at.column / 2 * STRIDE + at.row * 4;
     UNROLL
     for (int d = 0; d + 1 < COLUMNS; d += 2) {
         UNROLL
         for (int n = 0; n < FRAGMENTS; n++) {
-            storage4 b = *(threadgroup const storage4 *)(own + n * 4 * STRIDE + TILE_COLUMN(d * 8));
+            tile_element4 b = *(threadgroup const tile_element4 *)(own + n * 4 * STRIDE + TILE_COLUMN(d * 8));
             float2 even = float2{widen(b[0]), widen(b[2])}, odd = float2{widen(b[1]), widen(b[3])};
             UNROLL
             for (int r = 0; r < ROWS; r++) {
@@ -46,14 +46,14 @@ METAL_FUNC void gemm_nt(thread float2 *S, thread const storage2 *A, threadgroup 
 
 /* O += P B. P: FRAGMENTS fragments for each of ROWS, as many columns as B has rows. */
 template <int ROWS, int FRAGMENTS, int COLUMNS, int STRIDE>
-METAL_FUNC void gemm_nn(thread float2 *O, thread const float2 *P, threadgroup const storage *tile, lane_coord at)
+METAL_FUNC void gemm_nn(thread float2 *O, thread const float2 *P, threadgroup const tile_element *tile, lane_coord at)
 {
-    threadgroup const storage *own = tile + at.row / 2 * STRIDE + at.row % 2 * 2 + TILE_COLUMN(at.column);
+    threadgroup const tile_element *own = tile + at.row / 2 * STRIDE + at.row % 2 * 2 + TILE_COLUMN(at.column);
     UNROLL
     for (int n = 0; n < FRAGMENTS; n++) {
         UNROLL
         for (int d = 0; d < COLUMNS; d++) {
-            float2 b = widen(*(threadgroup const storage2 *)(own + n * 4 * STRIDE + TILE_COLUMN(d * 8)));
+            float2 b = widen(*(threadgroup const tile_element2 *)(own + n * 4 * STRIDE + TILE_COLUMN(d * 8)));
             UNROLL
             for (int r = 0; r < ROWS; r++)
                 multiply_add(O[r * COLUMNS + d], P[r * FRAGMENTS + n], b);

@@ -49,7 +49,7 @@ METAL_FUNC simdgroup_coord simdgroup_coord_of(uint thread_index, uint simdgroup,
 /* The arrays in threadgroup memory that a kernel declares: one or two tiles, and the partial sums that simdgroups
  * exchange. */
 struct threadgroup_memory {
-    threadgroup storage *tiles;
+    threadgroup tile_element *tiles;
     threadgroup float2 *exchange;
 };
 
