@@ -213,8 +213,10 @@ int main(int count, char **words)
         basics_check_large_sinks();
         basics_check_dropout();
         basics_check_wrong_lengths(&settings);
-        if (!settings.fast_math) /* fast math assumes that there are no NaN */
+        if (!settings.fast_math) { /* which assumes that there are no NaN */
             basics_check_rounding();
+            basics_check_codes();
+        }
     }
     if (arguments.problem_count || (!tiles && !arguments.random))
         check_cases(&arguments);

@@ -1,8 +1,8 @@
 /* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
  * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
  * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. So must
- * mistakes in the random numbers of dropout, in the block map and in the lengths of sequences, which are made in each
- * kernel that has them.
+ * mistakes in the random numbers of dropout, in the block map, in the lengths of sequences and in codes of K and V, which
+ * are made in each kernel that has them.
  * --shard K/N takes one mutant in N. */
 #include <math.h>
 #include <stdio.h>
@@ -45,12 +45,19 @@ static const struct {
     {"forward f16 b2 h1 q1 kv150 d64 page_size24 kv_batch15 leftpad_k", 7, {0}},
     {"forward f16 b2 h1 q4 kv150 d64 page_size24 kv_batch15 leftpad_k", 7, {0}},
     {"forward f16 b4 h2 q4 kv600 d64 varlen_q total_q11 seqused_k leftpad_k bottom_right upper0 sinks", 7, {0}},
+    {"forward f16 b1 h2 q20 kv150 d64 k_group32 v_group32 k_int4 v_int8", 7, {0}},
+    {"forward f16 b1 h2 q4 kv150 d64 k_group32 v_group32 k_int4 v_int8", 7, {0}},
+    {"forward f16 b1 h2 q1 kv150 d64 k_group32 v_group32 k_int4 v_int8", 7, {0}},
+    {"forward f16 b2 h1 q20 kv150 d64 page_size16 kv_batch22 k_int8 v_e4m3", 7, {0}},
+    {"forward f16 b2 h1 q4 kv150 d64 page_size24 kv_batch15 k_int8 v_e4m3", 7, {0}},
+    {"forward f16 b2 h1 q1 kv150 d64 page_size24 kv_batch15 k_int8 v_e4m3", 7, {0}},
 };
 
 #define BIT(kernel) (UINT32_C(1) << MFA_METAL_##kernel)
 #define QUERY_BLOCKS (BIT(FORWARD) | BIT(DECODE) | BIT(DECODE_VECTOR) | BIT(BACKWARD_DQ)) /* own these */
 #define WALKS (QUERY_BLOCKS | BIT(BACKWARD_DKV))
 #define PAGES (BIT(FORWARD) | BIT(DECODE) | BIT(DECODE_VECTOR))
+#define READS_CODES PAGES
 #define ANY UINT32_MAX
 
 static const struct {
@@ -73,6 +80,14 @@ static const struct {
     {"a row of a page is that of the first", "at.row * source.page.row_stride", "0 * source.page.row_stride", PAGES},
     {"rows of two pages are taken for a piece of one", "if (source.in_pieces)", "if (true)",
      BIT(FORWARD) | BIT(DECODE)},
+    {"columns have the scale of the first group", "uint(column) * scales.divisor", "0u * scales.divisor", READS_CODES},
+    {"rows have the scale of the first", "row * int(s.row_stride)", "0 * int(s.row_stride)", READS_CODES},
+    {"pages have the scales of the first", "at.page * source.page.scales.page_stride", "0", READS_CODES},
+    {"scales that are not given are read", "if (s.given)", "if (true)", READS_CODES},
+    {"all codes of 4 bits are in low halves", "(uint(column) & MFA_KV_BLOCK / 2) / 4", "0", READS_CODES},
+    {"blocks of codes of 4 bits are the first", "uint(column) / MFA_KV_BLOCK * HALF", "0", READS_CODES},
+    {"an int8 is one more", "0x00800080u, 128", "0x00800080u, 127", READS_CODES},
+    {"an e4m3 is half of it", "half(256)", "half(128)", READS_CODES},
     {"queries go on after the end of a sequence", "q.first >= q.seq.q_len * int(call.pack_gqa)", "false", QUERY_BLOCKS},
     {"keys go on after the end of a sequence", "k.first >= k.seq.kv_len", "false", BIT(BACKWARD_DKV)},
     {"merged rows have the first entry's sink", "row < rows.first + rows.count ? first", "row >= 0 ? 0", BIT(MERGE)},

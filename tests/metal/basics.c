@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/problem.h"
 #include "metal/gpu.h"
 #include "metal/run.h"
 #include "metal/source.h"
@@ -192,6 +193,53 @@ void basics_check_large_sinks(void)
     static const float sinks[] = {1e4f, -3e5f, 1e30f, -1e30f, -6e37f, 1e38f};
     for (size_t n = 0; n < sizeof sinks / sizeof *sinks; n++)
         check_large_sink((double)sinks[n]);
+}
+
+/* With one key, O is its V: each code of a type, bit by bit what it stands for times its scale. */
+static void check_codes(int32_t type, int rows)
+{
+    enum { BATCH = 16, COLUMNS = 32 };
+    static const double scales[] = {1, -3, 0.0123456789, 1e30};
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    struct reference forward = {0};
+    struct metal_trace trace;
+    int wrong = 0;
+    mfa_problem_init(&problem, BATCH, 1, 1, rows, 1, COLUMNS, COLUMNS);
+    problem.v_type = type, problem.v_group = COLUMNS;
+    mfa_problem_make_dense(&problem);
+    inputs_open(&inputs, &problem, (struct variant){0}, 1, "codes");
+    const int bytes = (int)mfa_kv_type_columns(type, COLUMNS);
+    for (int n = 0; n < BATCH * bytes; n++)
+        inputs.values[REFERENCE_V][n] = (n * 7 + n / 256) % 256; /* of 4 bits, in either half */
+    for (int b = 0; b < BATCH; b++)
+        inputs.values[REFERENCE_V_SCALE][b] = (double)(float)scales[b % 4];
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS);
+    const int good = metal_run(&operands, (struct metal_target){.family = 7}, 0, &trace) == MFA_OK;
+    operands_collect(&operands, &forward);
+    for (int n = 0; n < BATCH * rows * COLUMNS && good; n++) {
+        const int b = n / COLUMNS / rows, c = n % COLUMNS,
+                  byte = (int)inputs.values[REFERENCE_V][b * bytes + c % bytes];
+        const double code = reference_code(type, (uint8_t)(c >= bytes ? byte >> 4 : byte));
+        const double expected = (double)(float)((float)code * (float)inputs.values[REFERENCE_V_SCALE][b]);
+        wrong += !(forward.O[n] == expected || (isnan(forward.O[n]) && isnan(expected)));
+    }
+    if (good && wrong == 0)
+        report_pass();
+    else
+        report_fail("of codes of type %d, %d are wrong%s", type, wrong, good ? "" : ": nothing ran");
+    reference_close(&forward);
+    operands_close(&operands);
+    inputs_close(&inputs);
+}
+
+void basics_check_codes(void)
+{
+    for (int32_t type = MFA_KV_INT8; type <= MFA_KV_NF4; type++) {
+        check_codes(type, 1); /* attention_decode_vector, and then tiles */
+        check_codes(type, 4);
+    }
 }
 
 enum { DROPOUT_LENGTH = 256, DROPOUT_COLUMNS = 16 };

@@ -16,6 +16,9 @@ void basics_check_lowest_mask(void);
 /* Sinks far larger than a float's digits: their gradient has the difference of the sink and L, which is small. */
 void basics_check_large_sinks(void);
 
+/* Every code of K and V is the number that it stands for; NaN and infinities, too. */
+void basics_check_codes(void);
+
 /* The mask of dropout is that of mfa_problem_dropout_mask in every element, in both passes; some have random numbers
  * that are just below, or just, the bound. */
 void basics_check_dropout(void);

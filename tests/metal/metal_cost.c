@@ -22,8 +22,8 @@
 
 struct item {
     enum mfa_metal_kernel kernel;
-    int family, dtype, dim, causal, dropout, map, packed, paged;
-    int heads; /* for each KV head */
+    int family, dtype, dim, causal, dropout, map, packed, paged, type; /* type: of K and V */
+    int heads;                                                         /* for each KV head */
 };
 
 static const struct item *counted; /* the case that is run */
@@ -49,6 +49,11 @@ static mfa_problem problem_of(const struct item *item, int q_len, int kv_len)
     }
     if (item->packed)
         problem.varlen_q = problem.varlen_kv = 1, problem.total_q = q_len, problem.total_kv = kv_len;
+    if (item->type) { /* of 4 bits with a scale for each block of 32 columns, as they are usual */
+        problem.k_type = problem.v_type = item->type;
+        problem.k_group = problem.v_group = item->type == MFA_KV_INT4 ? 32 : 0;
+        mfa_problem_make_dense(&problem);
+    }
     if (item->paged) {
         problem.page_size = PAGE, problem.kv_batch = kv_len / PAGE;
         mfa_problem_make_dense(&problem);
@@ -120,10 +125,10 @@ static int differs(struct item item)
     return item.dtype == MFA_BF16 || memcmp(own, tile_of(&item), sizeof *own);
 }
 
-enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, MAP, PACKED, PAGED, VARIANTS };
+enum { PLAIN, CAUSAL_OR_TWO_ROWS, DROPOUT, MAP, PACKED, PAGED, INT8, INT4, VARIANTS };
 
 /* Each row in f16 and f32, and what is used most in bf16, and causal or with two rows, with dropout, with a block map,
- * of packed sequences, and in pages. */
+ * of packed sequences, in pages, and in codes. */
 static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant)
 {
     const int usual = dim == 64 || dim == 128;
@@ -135,6 +140,10 @@ static int is_case(enum mfa_metal_kernel kernel, int dtype, int dim, int variant
         return dtype == MFA_F16 && dim == 64 && (kernel == MFA_METAL_FORWARD || kernel == MFA_METAL_BACKWARD_DKV);
     if (variant == PAGED)
         return dtype == MFA_F16 && dim == 128 && (kernel == MFA_METAL_FORWARD || decodes(kernel));
+    if (variant == INT8 && kernel == MFA_METAL_FORWARD)
+        return dtype == MFA_F16 && dim == 64;
+    if (variant == INT8 || variant == INT4)
+        return dtype == MFA_F16 && dim == 128 && decodes(kernel);
     if (variant)
         return dtype == MFA_F16 && usual && kernel != MFA_METAL_DECODE;
     return usual || (dtype != MFA_BF16 && dim > 128) || (dtype == MFA_F16 && !decodes(kernel));
@@ -155,9 +164,18 @@ static int list_cases(struct item *items)
                         const int heads = kernels[k] == MFA_METAL_DECODE             ? 8
                                           : variant == CAUSAL_OR_TWO_ROWS && !causal ? 2
                                                                                      : 1;
-                        const struct item item = {
-                            kernels[k],         family,         dtypes[t],         dims[d],          causal,
-                            variant == DROPOUT, variant == MAP, variant == PACKED, variant == PAGED, heads};
+                        const int type = variant == INT8 ? MFA_KV_INT8 : variant == INT4 ? MFA_KV_INT4 : 0;
+                        const struct item item = {kernels[k],
+                                                  family,
+                                                  dtypes[t],
+                                                  dims[d],
+                                                  causal,
+                                                  variant == DROPOUT,
+                                                  variant == MAP,
+                                                  variant == PACKED,
+                                                  variant == PAGED,
+                                                  type,
+                                                  heads};
                         if (is_case(kernels[k], dtypes[t], dims[d], variant) && (family == 7 || differs(item)))
                             items[count++] = item;
                     }
@@ -173,7 +191,8 @@ static void print_case(int number, const struct item *item)
     snprintf(name, sizeof name, "%d-head%s", item->heads, item->heads > 1 ? "s" : "");
     printf("%d %s %d %s %d %s %dx%d %dx%dx%d %.3f %lld\n", number, mfa_metal_source_function(item->kernel),
            item->family, dtypes[item->dtype], item->dim,
-           item->paged             ? "paged"
+           item->type              ? mfa_kv_type_name(item->type)
+           : item->paged           ? "paged"
            : item->packed          ? "packed"
            : decodes(item->kernel) ? name
            : item->causal          ? "causal"

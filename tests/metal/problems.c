@@ -10,8 +10,9 @@
 
 static void finish(struct generated *g)
 {
-    const int cached = g->problem.page_size || g->problem.cache_batch_idx;
-    g->passes = cached ? CASE_FORWARD : CASE_FORWARD | CASE_BACKWARD;
+    const mfa_problem *p = &g->problem;
+    const int reads_only = p->page_size || p->cache_batch_idx || p->k_type || p->v_type;
+    g->passes = reads_only ? CASE_FORWARD : CASE_FORWARD | CASE_BACKWARD;
     mfa_problem_print(&g->problem, g->text, sizeof g->text);
 }
 
@@ -25,6 +26,18 @@ static void vary_lengths(mfa_problem *p, int n)
     p->total_kv = p->varlen_kv ? p->batch * p->kv_len - 5 : 0;
     p->cache_batch_idx = n % 8 == 3, p->page_size = n % 4 == 2 ? (n % 3 == 0 ? 7 : n % 3 == 1 ? 16 : 64) : 0;
     p->kv_batch = p->cache_batch_idx ? 4 : p->page_size ? 11 : 0;
+    mfa_problem_make_dense(p);
+}
+
+/* Codes of K, of V or of both, of each type that the columns allow. */
+static void vary_types(mfa_problem *p, int n)
+{
+    static const int64_t groups[] = {0, 32, 20, 64, 6};
+    const int32_t types[] = {n % 6, (n + n / 6 + 2) % 6};
+    p->k_type = types[0] >= MFA_KV_INT4 && p->head_dim % 32 ? MFA_KV_E4M3 : types[0];
+    p->v_type = types[1] >= MFA_KV_INT4 && p->value_dim % 32 ? MFA_KV_INT8 : types[1];
+    p->k_group = p->k_type ? groups[p->k_type < MFA_KV_INT4 ? n % 5 : n % 2] : 0;
+    p->v_group = p->v_type ? groups[p->v_type < MFA_KV_INT4 ? (n + 1) % 5 : n / 2 % 2] : 0;
     mfa_problem_make_dense(p);
 }
 
@@ -63,6 +76,8 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
     }
     if (n % 7 == 1 || n % 7 == 4)
         vary_lengths(&g->problem, n / 7);
+    if (n % 5 == 3)
+        vary_types(&g->problem, n / 5);
     finish(g);
     return 1;
 }
@@ -86,6 +101,8 @@ static void draw_program(struct generated *g, struct generator *r)
     g->problem.dropout = !random_between(r, 0, 2);     /* whether there is any */
     g->problem.block_map_q = !random_between(r, 0, 2); /* whether there is a map */
     g->problem.seqused_k = !random_between(r, 0, 2);   /* whether lengths differ */
+    if (!random_between(r, 0, 2))
+        random_types(r, &g->problem);
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -100,10 +117,13 @@ int problems_random(struct generated *g, uint64_t seed, int n)
     static const int64_t groups[] = {1, 2, 3, 4, 7};
     const int64_t kv_heads = random_between(&r, 1, 3), q_len = random_length(&r, 150);
     const int64_t kv_len = random_length(&r, wide ? 150 : 700);
-    /* Up to 7 fewer columns, which are padded to the same number. */
+    /* Up to 7 fewer columns, which are padded to the same number; codes of 4 bits need all. */
+    const int64_t head_dim =
+        program.problem.head_dim - random_between(&r, 0, program.problem.k_type < MFA_KV_INT4 ? 7 : 0);
+    const int64_t value_dim =
+        program.problem.value_dim - random_between(&r, 0, program.problem.v_type < MFA_KV_INT4 ? 7 : 0);
     mfa_problem_init(&g->problem, random_between(&r, 1, 2), kv_heads * groups[random_between(&r, 0, 4)], kv_heads,
-                     q_len, kv_len, program.problem.head_dim - random_between(&r, 0, 7),
-                     program.problem.value_dim - random_between(&r, 0, 7));
+                     q_len, kv_len, head_dim, value_dim);
     g->problem.dtype = program.problem.dtype;
     g->problem.mask = program.problem.mask, g->problem.mask_dtype = program.problem.mask_dtype;
     g->problem.softcap = program.problem.softcap;
@@ -118,6 +138,8 @@ int problems_random(struct generated *g, uint64_t seed, int n)
         random_block_map(&r, &g->problem);
     if (program.problem.seqused_k)
         random_varlen(&r, &g->problem);
+    g->problem.k_type = program.problem.k_type, g->problem.v_type = program.problem.v_type;
+    random_groups(&r, &g->problem);
     mfa_problem_make_dense(&g->problem);
     random_memory(&r, &g->problem, &g->variant, &g->arrangement);
     g->variant.map_broadcast = (int)random_between(&r, 0, 11);

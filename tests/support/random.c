@@ -41,17 +41,29 @@ static void random_layouts(mfa_problem *p)
     p->k_scale_layout = p->v_scale_layout = (mfa_layout){1, 1, 1, 1};
 }
 
-static void random_codes(struct generator *r, mfa_problem *p)
+/* A type for rows of so many columns. */
+static int32_t random_type(struct generator *r, int64_t columns)
+{
+    const int32_t type = (int32_t)random_between(r, MFA_KV_SAME, MFA_KV_NF4);
+    return type >= MFA_KV_INT4 && columns % 32 ? MFA_KV_INT8 : type;
+}
+
+static int64_t random_group(struct generator *r, int32_t type)
 {
     static const int64_t groups[] = {0, 0, 32, 32, 64, 96, 5, 16};
-    p->k_type = (int32_t)random_between(r, MFA_KV_SAME, MFA_KV_NF4);
-    p->v_type = (int32_t)random_between(r, MFA_KV_SAME, MFA_KV_NF4);
-    p->k_group = p->k_type ? groups[random_between(r, 0, p->k_type < MFA_KV_INT4 ? 7 : 5)] : 0;
-    p->v_group = p->v_type ? groups[random_between(r, 0, p->v_type < MFA_KV_INT4 ? 7 : 5)] : 0;
-    if (p->k_type >= MFA_KV_INT4 && p->head_dim % 32)
-        p->k_type = MFA_KV_INT8;
-    if (p->v_type >= MFA_KV_INT4 && p->value_dim % 32)
-        p->v_type = MFA_KV_INT8;
+    return type ? groups[random_between(r, 0, type < MFA_KV_INT4 ? 7 : 5)] : 0;
+}
+
+void random_types(struct generator *r, mfa_problem *p)
+{
+    p->k_type = random_type(r, p->head_dim);
+    p->v_type = random_type(r, p->value_dim);
+}
+
+void random_groups(struct generator *r, mfa_problem *p)
+{
+    p->k_group = random_group(r, p->k_type);
+    p->v_group = random_group(r, p->v_type);
 }
 
 void random_block_map(struct generator *generator, mfa_problem *problem)
@@ -145,8 +157,10 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
         random_block_map(&r, p);
     if (!random_between(&r, 0, 2))
         random_varlen(&r, p);
-    if (!random_between(&r, 0, 3))
-        random_codes(&r, p);
+    if (!random_between(&r, 0, 3)) {
+        random_types(&r, p);
+        random_groups(&r, p);
+    }
     if (p->block_map_q || p->page_size || p->k_type || p->v_type)
         random_layouts(p);
     drawn->variant.map_broadcast = (int)random_between(&r, 0, 11);

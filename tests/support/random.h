@@ -24,6 +24,9 @@ void random_band(struct generator *generator, mfa_problem *problem);
 void random_block_map(struct generator *generator, mfa_problem *problem);
 /* Sequences of lengths of their own, packed, in a cache or in pages; a few batch entries. */
 void random_varlen(struct generator *generator, mfa_problem *problem);
+/* Types of K and V that the columns allow, and then columns that share a scale. */
+void random_types(struct generator *generator, mfa_problem *problem);
+void random_groups(struct generator *generator, mfa_problem *problem);
 
 void random_memory(struct generator *generator, const mfa_problem *problem, struct variant *variant,
                    enum arrangement *arrangement);

@@ -21,8 +21,8 @@ using namespace metal;
 #define SPLIT 1
 
 #include "metal/kernels/element.h"
-#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"

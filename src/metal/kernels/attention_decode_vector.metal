@@ -23,8 +23,8 @@ using namespace metal;
 #define COLUMN_LANES (WIDER_DIM > 128 ? 32 : WIDER_DIM > 64 ? 16 : WIDER_DIM > 32 ? 8 : 4)
 
 #include "metal/kernels/element.h"
-#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"
@@ -53,9 +53,9 @@ template <int RUNS, int TYPE>
 METAL_FUNC void load_vector(thread float *x, thread const row_source<TYPE> &source,
                             thread const tile_cursor<TYPE> &cursor, int t, int first)
 {
-    typename row_type<TYPE>::run run[RUNS];
     bool valid = t < cursor.rows;
     if (source.regular) {
+        typename row_type<TYPE>::run run[RUNS];
         typename row_type<TYPE>::place from =
             move_place(cursor.base, cursor.offset + (t * int(source.row_stride) + unit_of<TYPE>(first)));
         UNROLL
@@ -66,17 +66,21 @@ METAL_FUNC void load_vector(thread float *x, thread const row_source<TYPE> &sour
                 load_regular_run(run[n], source, move_place(from, unit_of<TYPE>(n * RUN_STRIDE)), cursor.row + t,
                                  column);
         }
-    } else {
         UNROLL
-        for (int n = 0; n < RUNS; n++)
-            load_run(run[n], source, row_of_tile(source, cursor, t), first + n * RUN_STRIDE, valid);
+        for (int n = 0; n < RUNS; n++) {
+            float4 numbers = run_numbers(run[n]);
+            UNROLL
+            for (int i = 0; i < 4; i++)
+                x[n * 4 + i] = numbers[i];
+        }
+        return;
     }
     UNROLL
     for (int n = 0; n < RUNS; n++) {
-        float4 numbers = run_numbers(run[n]);
+        tile_element4 elements = load_four(source, row_of_tile(source, cursor, t), first + n * RUN_STRIDE, valid);
         UNROLL
         for (int i = 0; i < 4; i++)
-            x[n * 4 + i] = numbers[i];
+            x[n * 4 + i] = widen(tile_element(elements[i]));
     }
 }
 

@@ -10,8 +10,8 @@
 #include "metal/kernels/contract.h"
 using namespace metal;
 #include "metal/kernels/element.h"
-#include "metal/kernels/codes.h"
 #include "metal/kernels/fragment.h"
+#include "metal/kernels/codes.h"
 #include "metal/kernels/gemm.h"
 #include "metal/kernels/grid.h"
 #include "metal/kernels/sequence.h"

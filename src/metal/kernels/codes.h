@@ -97,7 +97,7 @@ struct code_scales {
     long row_stride, column_stride, page_stride;
     uint divisor; /* the group of column c is c * divisor >> DIVISOR_BITS, for columns below 2^10 */
     bool given;   /* else they are 1 */
-    bool regular; /* a run has one, and 32 bits hold offsets within a stretch */
+    bool regular; /* a run has one scale, and 32 bits hold offsets within a stretch */
 };
 
 #define DIVISOR_BITS 20
@@ -112,10 +112,10 @@ METAL_FUNC int group_of(thread const code_scales &scales, int column)
     return int(uint(column) * scales.divisor >> DIVISOR_BITS);
 }
 
-/* Four codes, a byte each; of 4 bits the low half of it, and the high half may be anything. */
+/* Four codes with one scale, a byte each; of 4 bits the low half of it, and the high half may be anything. */
 template <int TYPE> struct code_run {
     uint codes;
-    float4 scales;
+    float scale;
 };
 
 template <int TYPE> struct row_type {
@@ -128,7 +128,7 @@ template <int TYPE> struct row_type {
 template <int TYPE> METAL_FUNC void clear_run(thread code_run<TYPE> &run)
 {
     run.codes = 0;
-    run.scales = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    run.scale = 0.0f;
 }
 
 /* The bit of its byte where the code of a column begins. */
@@ -144,10 +144,11 @@ METAL_FUNC float4 in_order(half2 even, half2 odd, half less, half times)
                   float(half((even[1] - less) * times)), float(half((odd[1] - less) * times))};
 }
 
-/* Integers: with the exponent of 1024, the low bits of a half count ones. `zero`: what stands for 0. */
-METAL_FUNC float4 integers(uint codes, uint mask, int zero)
+/* Integers: with the exponent of 1024, the low bits of a half count ones. `flip`: bits that are changed before, so that
+ * `zero` stands for 0. */
+METAL_FUNC float4 integers(uint codes, uint mask, uint flip, int zero)
 {
-    uint even = (codes & mask) | 0x64006400u, odd = (codes >> 8 & mask) | 0x64006400u;
+    uint even = (codes & mask) ^ (0x64006400u | flip), odd = (codes >> 8 & mask) ^ (0x64006400u | flip);
     return in_order(as_type<half2>(even), as_type<half2>(odd), half(1024 + zero), half(1));
 }
 
@@ -177,12 +178,12 @@ METAL_FUNC float4 nf4(uint codes)
 template <int TYPE> METAL_FUNC float4 run_numbers(code_run<TYPE> run)
 {
     uint codes = run.codes, even = codes << 8 & 0xff00ff00u, odd = codes & 0xff00ff00u;
-    float4 x = TYPE == KV_INT8   ? integers(codes ^ 0x80808080u, 0x00ff00ffu, 128)
-               : TYPE == KV_INT4 ? integers(codes, 0x000f000fu, 8)
+    float4 x = TYPE == KV_INT8   ? integers(codes, 0x00ff00ffu, 0x00800080u, 128)
+               : TYPE == KV_INT4 ? integers(codes, 0x000f000fu, 0, 8)
                : TYPE == KV_NF4  ? nf4(codes)
                : TYPE == KV_E4M3 ? e4m3(even, odd)
                                  : in_order(as_type<half2>(even), as_type<half2>(odd), half(0), half(1));
-    return float4{x[0] * run.scales[0], x[1] * run.scales[1], x[2] * run.scales[2], x[3] * run.scales[3]};
+    return x * run.scale;
 }
 
 METAL_FUNC tile_element4 tile_run(storage4 run)

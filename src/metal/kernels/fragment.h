@@ -16,6 +16,9 @@
 #if !defined(UNROLL) /* fragments are arrays, and stay in registers only if every index is a constant */
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif
+#if !defined(ROLLED) /* loops that are rarely run, and whose unrolled code would take registers from others */
+#define ROLLED _Pragma("clang loop unroll(disable)")
+#endif
 
 /* Which element of every fragment a lane holds: (row, column), and (row, column + 1). */
 struct lane_coord {

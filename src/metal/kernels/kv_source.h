@@ -196,13 +196,13 @@ METAL_FUNC void load_elements(thread storage *x, thread const row_source<KV_SAME
     }
 }
 
-/* Loads the run of a row from `column` on, likewise. */
-METAL_FUNC void load_run(thread storage4 &run, thread const row_source<KV_SAME> &source, device const storage *row,
-                         int column, bool valid)
+/* Four elements of a tile, likewise. */
+METAL_FUNC tile_element4 load_four(thread const row_source<KV_SAME> &source, device const storage *row, int column,
+                                   bool valid)
 {
     storage x[4];
     load_elements<4>(x, source, row, column, valid);
-    run = storage4{x[0], x[1], x[2], x[3]};
+    return tile_run(storage4{x[0], x[1], x[2], x[3]});
 }
 
 /* Loads the run at `at` of a regular source. Of codes, it begins in column `column`, and the scales of its row are
@@ -225,18 +225,21 @@ METAL_FUNC code_place move_place(code_place place, int n)
 }
 
 template <int TYPE>
-METAL_FUNC void load_run(thread code_run<TYPE> &run, thread const row_source<TYPE> &source, code_place row, int column,
-                         bool valid)
+METAL_FUNC tile_element4 load_four(thread const row_source<TYPE> &source, code_place row, int column, bool valid)
 {
     thread const code_scales &s = source.scales;
-    clear_run(run);
-    UNROLL
-    for (int i = 0; i < 4; i++)
-        if (valid && column + i < source.columns) {
-            run.codes |= uint(row.codes[unit_of<TYPE>(column + i) * source.column_stride]) << 8 * i;
-            run.scales[i] = s.given ? row.scales[group_of(s, column + i) * s.column_stride] : 1.0f;
+    float4 x = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    ROLLED
+    for (int c = column + 3; c >= column; c--) {
+        float first = 0.0f;
+        if (valid && c < source.columns) {
+            uint code = row.codes[unit_of<TYPE>(c) * source.column_stride] >> bit_of<TYPE>(c);
+            float scale = s.given ? row.scales[group_of(s, c) * s.column_stride] : 1.0f;
+            first = run_numbers(code_run<TYPE>{code, scale})[0];
         }
-    run.codes >>= bit_of<TYPE>(column);
+        x = float4{first, x[0], x[1], x[2]};
+    }
+    return x;
 }
 
 template <int TYPE>
@@ -248,7 +251,7 @@ METAL_FUNC void load_regular_run(thread code_run<TYPE> &run, thread const row_so
     if (s.given)
         scale = at.scales[row * int(s.row_stride) + group_of(s, column) * int(s.column_stride)];
     run.codes = *(device const uint *)at.codes >> bit_of<TYPE>(column);
-    run.scales = float4{scale, scale, scale, scale};
+    run.scale = scale;
 }
 #endif
 
@@ -331,11 +334,11 @@ METAL_FUNC void load_tile(threadgroup tile_element *tile, thread const row_sourc
     }
     for (int run = int(thread_index); run < PAIRS * RUNS; run += LANES) {
         int pair = run / RUNS, column = run % RUNS * 4;
-        typename row_type<TYPE>::run x[2];
+        tile_element4 x[2];
         UNROLL
         for (int r = 0; r < 2; r++)
-            load_run(x[r], source, row_of_tile(source, cursor, 2 * pair + r), column, 2 * pair + r < cursor.rows);
-        store_pair(tile + pair * PAIR_STRIDE(COLUMNS) + TILE_COLUMN(column), tile_run(x[0]), tile_run(x[1]));
+            x[r] = load_four(source, row_of_tile(source, cursor, 2 * pair + r), column, 2 * pair + r < cursor.rows);
+        store_pair(tile + pair * PAIR_STRIDE(COLUMNS) + TILE_COLUMN(column), x[0], x[1]);
     }
 }
 
@@ -485,21 +488,23 @@ METAL_FUNC void load_tile(threadgroup tile_element *tile, thread const kv_source
     /* Unrolled, this would take registers that the other pages have to spare. */
     for (int n = 0; n < (PAIRS * RUNS + LANES - 1) / LANES; n++) {
         int run = n * LANES + int(thread_index), pair = run / RUNS, column = run % RUNS * 4;
-        typename row_type<TYPE>::run x[2];
+        tile_element4 x[2];
         UNROLL
         for (int r = 0; r < 2; r++) {
             int row = 2 * pair + r;
             typename row_type<TYPE>::place from = place_of_row(places, source, row);
             if (page.regular) {
-                clear_run(x[r]);
+                typename row_type<TYPE>::run own;
+                clear_run(own);
                 if (row < rows && column < page.columns)
-                    load_regular_run(x[r], page, move_place(from, unit_of<TYPE>(column)), 0, column);
+                    load_regular_run(own, page, move_place(from, unit_of<TYPE>(column)), 0, column);
+                x[r] = tile_run(own);
             } else {
-                load_run(x[r], page, from, column, row < rows);
+                x[r] = load_four(page, from, column, row < rows);
             }
         }
         if (PAIRS * RUNS % LANES == 0 || run < PAIRS * RUNS)
-            store_pair(tile + pair * PAIR_STRIDE(COLUMNS) + TILE_COLUMN(column), tile_run(x[0]), tile_run(x[1]));
+            store_pair(tile + pair * PAIR_STRIDE(COLUMNS) + TILE_COLUMN(column), x[0], x[1]);
     }
 }
 #else
