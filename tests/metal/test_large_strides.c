@@ -75,7 +75,7 @@ static void run(struct operands *operands, int splits)
         fail_msg("%s", mfa_last_error());
 }
 
-/* Both passes; the results are read where they are. */
+/* Both passes, or forward where K or V has codes; the results are read where they are. */
 static void run_passes(const struct inputs *inputs, int splits, int dimension, int64_t stride,
                        struct reference *results)
 {
@@ -86,6 +86,10 @@ static void run_passes(const struct inputs *inputs, int splits, int dimension, i
     run(&operands, splits);
     results->O = tensor_read(&operands.tensors[REFERENCE_O]);
     results->L = tensor_read(&operands.tensors[REFERENCE_L]);
+    if (inputs->problem.k_type || inputs->problem.v_type) {
+        operands_close(&operands);
+        return;
+    }
     operands_turn(&operands, DENSE, results);
     move(&operands, REFERENCE_O, dimension, stride);
     move(&operands, REFERENCE_L, dimension, stride);
@@ -152,6 +156,15 @@ static void test_decode(void **state)
           (struct strides){large, 2});
 }
 
+/* Codes and their scales, in attention_forward, attention_decode and attention_decode_vector. */
+static void test_codes(void **state)
+{
+    (void)state;
+    check("forward f16 b2 h4/2 q40 kv70 d24v64 k_group8 v_group32 k_int8 v_int4", 0, 0, 3, (struct strides){large, 2});
+    check("forward f16 b2 h4/2 q2 kv100 d32v24 k_group32 v_group3 k_nf4 v_e4m3", 0, 0, 3, (struct strides){large, 2});
+    check("forward f16 b2 h2 q1 kv100 d32v24 v_group12 k_int4 v_int8", 0, 0, 3, (struct strides){large, 2});
+}
+
 /* More blocks than a stretch of 32-bit offsets has (kv_source.h), of K and V in attention_decode_vector and
  * attention_backward_dq, and of Q and dO in attention_backward_dkv: rows so far apart that the offsets just fit, or do
  * not. */
@@ -162,12 +175,14 @@ static void test_stretches(void **state)
     (void)state;
     check("forward f16 b1 h1 q1 kv8300 d8", 1, ROW, ROW, (struct strides){strides, 4});
     check("forward f16 b1 h1 q4200 kv9 d8", 1, ROW, ROW, (struct strides){strides, 4});
+    static const int64_t of_scales[] = {FAR / 2 - 4, FAR / 2, 4 - FAR / 2};
+    check("forward f16 b1 h1 q1 kv8300 d8 k_int8 v_int8", 1, ROW, ROW, (struct strides){of_scales, 3});
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_blocks), cmocka_unit_test(test_decode),
-                                       cmocka_unit_test(test_stretches)};
+                                       cmocka_unit_test(test_codes), cmocka_unit_test(test_stretches)};
     const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
     gpu_set(&settings);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));

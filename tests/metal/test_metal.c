@@ -57,6 +57,8 @@ static void check_tiles(struct mfa_key key)
 {
     for (size_t n = 0; n < sizeof tiled / sizeof *tiled; n++) {
         key.pass = tiled[n] >= MFA_METAL_BACKWARD_DQ ? MFA_BACKWARD : MFA_FORWARD;
+        if (key.pass == MFA_BACKWARD && key.v_type)
+            continue;
         key.block_q = 0;
         check_tile(tiled[n], &key);
         key.block_q = 1; /* less than any of the usual ones */
@@ -72,7 +74,11 @@ static void test_limits(void **state)
         for (int dtype = MFA_F32; dtype <= MFA_BF16; dtype++)
             for (int d = 8; d <= MFA_DIM_MAX; d += 8)
                 for (int e = 8; e <= MFA_DIM_MAX; e += 8)
-                    check_tiles(key_of(MFA_FORWARD, dtype, d, e, families[f]));
+                    for (int type = MFA_KV_SAME; type <= MFA_KV_INT8; type++) {
+                        struct mfa_key key = key_of(MFA_FORWARD, dtype, d, e, families[f]);
+                        key.v_type = type;
+                        check_tiles(key);
+                    }
 }
 
 static void test_families(void **state)
@@ -162,15 +168,26 @@ static void test_text(void **state)
     char *text;
     (void)state;
     key.features = MFA_FEATURE_BAND | MFA_FEATURE_MASK_ADDITIVE | MFA_FEATURE_SOFTCAP, key.mask_dtype = MFA_F16;
+    key.v_type = MFA_KV_INT4;
     assert_int_equal(mfa_metal_source_write(&key, MFA_METAL_FORWARD, "#define FIRST\n", &text), MFA_OK);
     assert_memory_equal(text, "#define FIRST\n", 14);
-    static const char *const once[] = {"#define DTYPE_BF16\n",    "#define BF16_NATIVE\n",
-                                       "#define MASK_F16\n",      "#define BAND\n",
-                                       "#define SOFTCAP\n",       "#define HEAD_DIM 72\n",
-                                       "#define VALUE_DIM 40\n",  "#define BLOCK_Q 32\n",
-                                       "#define SHARED_TILE 0\n", "#include <metal_stdlib>",
-                                       "struct mfa_args {",       "struct mfa_metal_call {",
-                                       "#line 1 \"core/args.h\"", "#line 1 \"metal/kernels/fragment.h\"",
+    static const char *const once[] = {"#define DTYPE_BF16\n",
+                                       "#define BF16_NATIVE\n",
+                                       "#define K_TYPE KV_SAME\n",
+                                       "#define V_TYPE KV_INT4\n",
+                                       "#define MASK_F16\n",
+                                       "#define BAND\n",
+                                       "#define SOFTCAP\n",
+                                       "#define HEAD_DIM 72\n",
+                                       "#define VALUE_DIM 40\n",
+                                       "#define BLOCK_Q 32\n",
+                                       "#define SHARED_TILE 0\n",
+                                       "#include <metal_stdlib>",
+                                       "struct mfa_args {",
+                                       "struct mfa_metal_call {",
+                                       "#line 1 \"core/args.h\"",
+                                       "#line 1 \"core/codes.h\"",
+                                       "#line 1 \"metal/kernels/fragment.h\"",
                                        "\nattention_forward("};
     for (size_t n = 0; n < sizeof once / sizeof *once; n++)
         assert_int_equal(count(text, once[n]), 1);
@@ -224,6 +241,10 @@ static void test_unsupported_keys(void **state)
     key.features |= MFA_FEATURE_VARLEN | MFA_FEATURE_PAGED;
     expect_unsupported(&key, MFA_METAL_BACKWARD_DQ, "pages; attention_backward_dq exists for none");
     expect_unsupported(&good, MFA_METAL_UNUSED_QUERIES, "no varlen; unused_queries");
+    key = good, key.k_type = 6;
+    expect_unsupported(&key, MFA_METAL_FORWARD, "k_type is 6 and its v_type 0; attention_forward exists for 0 to 5");
+    key = good, key.pass = MFA_BACKWARD, key.v_type = MFA_KV_NF4;
+    expect_unsupported(&key, MFA_METAL_BACKWARD_DQ, "k_type is same and its v_type nf4; attention_backward_dq exists");
     key = good, key.pass = 7;
     expect_unsupported(&key, MFA_METAL_FORWARD, "pass is 7");
     key = good, key.dtype = MFA_F64;
@@ -390,6 +411,40 @@ static void test_lengths(void **state)
     expect_kernels(&p, 0);
 }
 
+/* Where the dispatch's kernel has operand `operand`; -1: nowhere. */
+static int buffer_of(const struct mfa_metal_dispatch *d, int operand)
+{
+    for (int n = 0; n < d->binding_count; n++)
+        if (d->bindings[n].operand == operand)
+            return d->bindings[n].buffer;
+    return -1;
+}
+
+/* Scales of codes have the buffers that dk and dv have in the backward pass, and only where there are codes. */
+static void test_scales(void **state)
+{
+    mfa_problem p;
+    struct listed l;
+    (void)state;
+    mfa_problem_init(&p, 4, 32, 32, 512, 512, 64, 64);
+    list(&p, &l);
+    assert_int_equal(buffer_of(&l.list[0], MFA_OPERAND_k_scale), -1);
+    assert_int_equal(l.list[0].call.present >> MFA_METAL_BUFFER_K_SCALE & 1, 0); /* though dk is given */
+    p.v_type = MFA_KV_E5M2;
+    list(&p, &l);
+    assert_int_equal(buffer_of(&l.list[0], MFA_OPERAND_k_scale), MFA_METAL_BUFFER_K_SCALE);
+    assert_int_equal(buffer_of(&l.list[0], MFA_OPERAND_v_scale), MFA_METAL_BUFFER_V_SCALE);
+    assert_int_equal(buffer_of(&l.list[0], MFA_OPERAND_dk), -1);
+    assert_int_equal(l.list[0].call.present >> MFA_METAL_BUFFER_V_SCALE & 1, 0);
+    assert_int_equal(l.list[0].call.args.v_group, 0);
+    p.v_type = MFA_KV_SAME, p.pass = MFA_BACKWARD;
+    list(&p, &l);
+    assert_int_equal(l.list[2].kernel, MFA_METAL_BACKWARD_DKV);
+    assert_int_equal(buffer_of(&l.list[2], MFA_OPERAND_dk), MFA_METAL_BUFFER_DK);
+    assert_int_equal(buffer_of(&l.list[2], MFA_OPERAND_dv), MFA_METAL_BUFFER_DV);
+    assert_int_equal(l.list[2].call.present >> MFA_METAL_BUFFER_DK & 1, 1);
+}
+
 /* The kernels' division by the size of a page, for numbers of rows up to the most that there are. */
 static void test_pages(void **state)
 {
@@ -523,6 +578,7 @@ int main(void)
         cmocka_unit_test(test_unsupported_sizes),
         cmocka_unit_test(test_lists),
         cmocka_unit_test(test_lengths),
+        cmocka_unit_test(test_scales),
         cmocka_unit_test(test_pages),
         cmocka_unit_test(test_bias_parts),
         cmocka_unit_test(test_chunks),
