@@ -63,6 +63,8 @@ void basics_check_wrong_lengths(const struct gpu_settings *settings)
         "forward f16 b2 h2 q33 kv150 d64 page_size32 kv_batch3 seqused_k varlen_q total_q50",
         "forward f16 b2 h4/2 q1 kv900 d64 page_size16 kv_batch3 seqused_k leftpad_k",
         "forward f16 b2 h8/2 q1 kv900 d72v40 page_size7 kv_batch3 seqused_k",
+        "forward f16 b2 h8/2 q1 kv900 d64 page_size7 kv_batch3 seqused_k k_int8 v_nf4",
+        "forward f16 b3 h4/2 q33 kv70 d64 varlen_kv total_kv100 leftpad_k k_group32 k_int4 v_int8",
     };
     struct gpu_settings checked = *settings;
     for (size_t n = 0; n < sizeof lines / sizeof *lines; n++) {

@@ -11,7 +11,7 @@
 #define KV_INT8 1
 #define KV_E4M3 2
 #define KV_E5M2 3
-#define KV_INT4 4
+#define KV_INT4 4 /* from here on, 4 bits */
 #define KV_NF4 5
 
 #if K_TYPE != KV_SAME || V_TYPE != KV_SAME
@@ -66,7 +66,7 @@ template <> struct row_type<KV_SAME> {
 template <int TYPE> METAL_FUNC int unit_of(int column)
 {
     constexpr uint HALF = MFA_KV_BLOCK / 2;
-    return TYPE == KV_INT4 || TYPE == KV_NF4 ? int(uint(column) / MFA_KV_BLOCK * HALF + uint(column) % HALF) : column;
+    return TYPE >= KV_INT4 ? int(uint(column) / MFA_KV_BLOCK * HALF + uint(column) % HALF) : column;
 }
 
 #if defined(CODES)
@@ -134,7 +134,7 @@ template <int TYPE> METAL_FUNC void clear_run(thread code_run<TYPE> &run)
 /* The bit of its byte where the code of a column begins. */
 template <int TYPE> METAL_FUNC uint bit_of(int column)
 {
-    return TYPE == KV_INT4 || TYPE == KV_NF4 ? (uint(column) & MFA_KV_BLOCK / 2) / 4 : 0;
+    return TYPE >= KV_INT4 ? (uint(column) & MFA_KV_BLOCK / 2) / 4 : 0;
 }
 
 /* Halves that were made of bytes 0 and 2, and of bytes 1 and 3, in the order of the bytes. */
@@ -153,7 +153,7 @@ METAL_FUNC float4 integers(uint codes, uint mask, uint flip, int zero)
 }
 
 /* An 8-bit float is the upper byte of a half, or with a bit more of the fraction a part of one: then it lacks a factor
- * of 2^8, and 0x7f is a NaN. Halves have subnormals on every GPU of Apple. */
+ * of 2^8, and 0x7f is a NaN. Subnormal ones need subnormal halves, which Apple's GPUs keep. */
 METAL_FUNC uint half_of_e4m3(uint upper)
 {
     return (upper & 0x80008000u) | (upper >> 1 & 0x3f803f80u);
