@@ -31,6 +31,7 @@ QUICK = (
     "attention_forward f16 64 map",
     "attention_forward f16 64 packed",
     "attention_decode f16 128 paged",
+    "attention_decode f16 128 int8",
     "attention_decode_vector f16 128 1-head",
     "attention_backward_dq f16 64 full",
     "attention_backward_dkv f16 64 dropout",
