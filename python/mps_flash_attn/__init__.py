@@ -18,12 +18,14 @@ from .library import Unsupported
 if TYPE_CHECKING:
     from .attention import flash_attention
     from .caches import append_kv, dequantize_kv, quantize_kv
+    from .diffusers_backend import register_diffusers
     from .dropout import dropout_mask
     from .explanation import Explanation, explain
     from .flash_attn import install_flash_attn, uninstall_flash_attn
+    from .flash_impl import register_flash_attention_impl
     from .flex import flex_attention
     from .flex_replacement import replace_flex_attention
-    from .frameworks import comfyui_attention
+    from .frameworks import comfyui_attention, register_comfyui
     from .migration import convert_mask
     from .sdpa import replace_sdpa, replaced_sdpa, restore_sdpa
     from .stats import sdpa_stats, sdpa_thresholds
@@ -49,6 +51,9 @@ __all__ = [
     "install_flash_attn",
     "is_available",
     "quantize_kv",
+    "register_comfyui",
+    "register_diffusers",
+    "register_flash_attention_impl",
     "register_transformers",
     "replace_flex_attention",
     "replace_sdpa",
@@ -62,12 +67,14 @@ __all__ = [
 _MODULES = {  # with the public names that each has
     "attention": ("flash_attention",),
     "caches": ("append_kv", "dequantize_kv", "quantize_kv"),
+    "diffusers_backend": ("register_diffusers",),
     "dropout": ("dropout_mask",),
     "explanation": ("Explanation", "explain"),
     "flash_attn": ("install_flash_attn", "uninstall_flash_attn"),
+    "flash_impl": ("register_flash_attention_impl",),
     "flex": ("flex_attention",),
     "flex_replacement": ("replace_flex_attention",),
-    "frameworks": ("comfyui_attention",),
+    "frameworks": ("comfyui_attention", "register_comfyui"),
     "migration": ("convert_mask",),
     "sdpa": ("replace_sdpa", "replaced_sdpa", "restore_sdpa"),
     "stats": ("sdpa_stats", "sdpa_thresholds"),

@@ -68,7 +68,7 @@ def resolve(
     with four dimensions. `bias`: a CausalBias, or None. `is_cast`: by autocast. `kinds`: the types of key and value,
     with scales as codes.resolve() returns both. Without `draws` no seed of dropout is drawn, but stands for one."""
     query, key, value, mask, sinks, slopes, seed, blocks, *others = inputs
-    of_rows = lengths.Lengths._make(inputs[LENGTHS:SCALES])
+    of_rows = lengths.Lengths(*inputs[LENGTHS:SCALES])  # PyTorch 2.6 does not compile _make()
     scores = of_rows.scores(query, key, max_q, max_kv)
     sinks = _sinks(sinks, query)
     given = block_mask if blocks is None else blocks

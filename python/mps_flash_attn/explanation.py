@@ -101,7 +101,17 @@ def explain(
     The arguments are those of flash_attention(); with cu_seqlens_q those of flash_attention_varlen(), and with other
     lengths, or with codes, those of flash_attention_kvcache(). `backward`: explains their gradients in place of the
     result. Wrong arguments raise ValueError or TypeError, as there, and a missing libmfa ImportError; a call that is
-    not supported does not raise. The numbers in tensors of lengths are not read."""
+    not supported does not raise. The numbers in tensors of lengths are not read. Nested tensors (B, H, j, D) with the
+    jagged layout are explained as scaled_dot_product_attention after replace_sdpa() takes them; `reason` is then why
+    PyTorch runs the call."""
+    if tensors.is_jagged(query):
+        from .sdpa import jagged  # which uses this file
+
+        reason = jagged.fallback_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+        if reason is not None:
+            return Explanation(reason=reason)
+        packed, seqused_k = jagged.packed(query, key, value)
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packed
     mask, bias = subclasses.split(attn_mask)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) else None
     blocks = block_mask if isinstance(block_mask, torch.Tensor) else None

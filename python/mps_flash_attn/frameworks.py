@@ -1,17 +1,19 @@
 """Attention functions for frameworks that let users choose one: ComfyUI; the package transformers/ has that of
-transformers. None is imported before it is needed. diffusers calls scaled_dot_product_attention, for which there is
-replace_sdpa()."""
+transformers, diffusers_backend.py that of diffusers. None is imported before it is needed."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import flash_attention
-from .library import Unsupported
+from .handles import Registration
+from .library import Unsupported, library
 from .stats import REPLACED, count
 
 # --- ComfyUI -------------------------------------------------------------------------------------
@@ -57,3 +59,30 @@ def comfyui_attention(
         return original(q, k, v, heads, mask, skip_output_reshape=skip_output_reshape, **precision, **options)
     count(REPLACED)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def register_comfyui(name: str = "mfa") -> Registration:
+    """Registers libmfa with ComfyUI as an attention function of this name, for nodes that let users choose one:
+    comfy.ldm.modules.attention.get_attention_function("mfa"). It is comfyui_attention; calls that libmfa does not run
+    go to ComfyUI's "pytorch" attention, and are counted in sdpa_stats().
+
+    The result's remove() takes the name out. ValueError if the name is that of another function; ImportError if there
+    is no libmfa, no ComfyUI, or one that has no such list."""
+    library()
+    from comfy.ldm.modules import attention
+
+    if not hasattr(attention, "register_attention_function"):
+        raise ImportError(
+            "this ComfyUI has no register_attention_function; use comfyui_attention as its optimized_attention_override"
+        )
+    functions = attention.REGISTERED_ATTENTION_FUNCTIONS
+    if name not in functions:
+        ours = partial(comfyui_attention, attention.attention_pytorch)
+        attention.register_attention_function(name, attention.wrap_attn(ours))
+    elif not _is_comfyui_attention(functions[name]):
+        raise ValueError(f'name is "{name}"; it must not be that of another attention function')
+    return Registration(lambda: functions.pop(name, None))
+
+
+def _is_comfyui_attention(function: Any) -> bool:
+    return getattr(inspect.unwrap(function), "func", None) is comfyui_attention

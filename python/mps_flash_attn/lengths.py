@@ -69,9 +69,12 @@ class Lengths(NamedTuple):
         return list(zip(queries.tolist(), keys.tolist()))
 
 
+_NAMES = Lengths._fields  # PyTorch 2.6 compiles neither this nor _asdict()
+
+
 def check_each(lengths: Lengths, query: Tensor) -> None:
     """Raises for a tensor of lengths that is wrong by itself."""
-    for name, tensor in lengths._asdict().items():
+    for name, tensor in zip(_NAMES, lengths):
         if tensor is None:
             continue
         if tensor.dtype is not torch.int32:

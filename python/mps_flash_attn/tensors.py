@@ -30,6 +30,11 @@ def is_plain(tensor: Tensor) -> bool:
     return not tensor.is_neg() and not tensor._is_zerotensor()
 
 
+def is_jagged(tensor: Any) -> bool:
+    """Whether this is a nested tensor with the jagged layout."""
+    return isinstance(tensor, torch.Tensor) and tensor.is_nested and tensor.layout is torch.jagged
+
+
 def is_zero(tensor: Any) -> bool:
     """Whether this is a zero tensor, which PyTorch's own rules for gradients make: it has no memory."""
     return type(tensor) in PLAIN and tensor._is_zerotensor()

@@ -449,8 +449,9 @@ def four_dimensional(
     """(Inputs with query, key and value of four dimensions and the lengths that libmfa takes, the largest lengths).
     `inputs`: the tensors among the arguments of the functions above."""
     query, key, value, *others, k_scale, v_scale = inputs
-    given = Lengths._make(inputs[LENGTHS:SCALES])
-    if (given.cu_seqlens_q is not None and given.cu_seqlens_q.dim() != 1) or given.is_cache:
+    given = Lengths(*inputs[LENGTHS:SCALES])  # PyTorch 2.6 compiles neither _make() nor properties of it
+    is_cache = given.cache_batch_idx is not None or given.block_table is not None
+    if is_cache or (given.cu_seqlens_q is not None and given.cu_seqlens_q.dim() != 1):
         lengths.check_each(given, query)  # else they are checked once, when a pass is prepared
     table = given.block_table
     if given.cu_seqlens_q is None:

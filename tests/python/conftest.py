@@ -30,9 +30,9 @@ from versions import expect_failures
 LIBRARIES = ("diffusers", "expecttest", "rich", "transformers")
 # What these files test lies above the backends, in code that does not know which it has: once, on the CPU, is enough.
 ABOVE_BACKENDS = (
-    *("checkpointing", "dropout_torch", "flash_attn", "flash_attn_3", "flash_attn_cache", "flex_replacement"),
-    *("frameworks", "func", "jax", "migration", "models", "modes", "numpy", "sdpa_compiled", "sdpa_flags"),
-    *("transformers", "transformers_generate"),
+    *("checkpointing", "diffusers", "dropout_torch", "flash_attn", "flash_attn_3", "flash_attn_cache", "flash_impl"),
+    *("flex_replacement", "frameworks", "func", "jagged", "jax", "migration", "models", "modes", "numpy"),
+    *("sdpa_compiled", "sdpa_flags", "transformers", "transformers_generate"),
 )
 collect_ignore = [f"test_{name}.py" for name in (ABOVE_BACKENDS if ON_METAL else ("metal",))]
 

@@ -25,7 +25,7 @@ def _is_gone():
     """Asserts that PyTorch's operator has no registration of ours left."""
     yield
     restore_sdpa()
-    assert not checkpointing.is_pending() and replace._registration is None
+    assert not checkpointing.is_pending() and replace._overrides is None
 
 
 def attention(*tensors, **options):
@@ -157,23 +157,23 @@ def test_other_calls_meanwhile():
     with torch.no_grad():
         assert torch.equal(F.scaled_dot_product_attention(*tensors), expected)
         layer(tensors[0][0], tensors[0][0], tensors[0][0], need_weights=False)
-    assert sdpa_stats() == {} and replace._registration is not None
+    assert sdpa_stats() == {} and replace._overrides is not None
     with replaced_sdpa():
         F.scaled_dot_product_attention(*tensors)
     assert sdpa_stats(reset=True) == {"replaced": 1}
     torch.autograd.grad(out.sum(), tensors)
     assert sdpa_stats() == {"replaced": 1}
     del out
-    assert replace._registration is None
+    assert replace._overrides is None
 
 
 def test_graph_that_is_dropped():
     tensors = [t.requires_grad_() for t in problem(1, 2, 9, 8)]
     with replaced_sdpa():
         out = checkpoint(attention, *tensors, use_reentrant=False)
-    assert replace._registration is not None
+    assert replace._overrides is not None
     del out
-    assert replace._registration is None
+    assert replace._overrides is None
 
 
 def test_other_hooks():

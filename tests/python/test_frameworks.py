@@ -1,11 +1,15 @@
 """The function for ComfyUI: its arguments, and the calls that are left to the original attention. That for transformers
 is in test_transformers.py."""
 
+import functools
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mps_flash_attn import comfyui_attention, sdpa_stats
+from mps_flash_attn import comfyui_attention, register_comfyui, sdpa_stats
 from mps_flash_attn.reference import agree
 
 pytestmark = pytest.mark.usefixtures("everything", "one_thread")
@@ -105,3 +109,53 @@ def test_comfyui_unsupported_goes_to_its_own(options):
     assert "520" in reason and "512" in reason
     with pytest.raises(ValueError, match="attn_mask"):
         comfyui.attention(*(torch.randn(shape) for shape in FLAT), H, mask=torch.ones(3, 3, dtype=torch.bool))
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    """A stand-in for comfy.ldm.modules.attention, with what register_comfyui() uses of it."""
+    module = types.ModuleType("comfy.ldm.modules.attention")
+    registered = module.REGISTERED_ATTENTION_FUNCTIONS = {}
+
+    def wrap_attn(function):
+        @functools.wraps(function)
+        def wrapper(*args, transformer_options=None, **kwargs):
+            override = (transformer_options or {}).get("optimized_attention_override")
+            if override is not None and not kwargs.get("_inside_attn_wrapper"):
+                return override(function, *args, **kwargs, _inside_attn_wrapper=True)
+            return function(*args, **kwargs, transformer_options=transformer_options)
+
+        return wrapper
+
+    module.wrap_attn, module.own = wrap_attn, ComfyUI()
+    module.attention_pytorch = wrap_attn(module.own.own)
+    module.register_attention_function = registered.setdefault
+    registered["pytorch"] = module.attention_pytorch
+    for name in ("comfy", "comfy.ldm", "comfy.ldm.modules"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["comfy.ldm.modules"].attention = module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_comfyui_by_name(comfy):
+    tensors, registered = [torch.randn(shape) for shape in FLAT], comfy.REGISTERED_ATTENTION_FUNCTIONS
+    with register_comfyui() as handle:
+        ours = registered["mfa"]
+        assert register_comfyui() is not handle and registered["mfa"] is ours
+        found = ours(*tensors, H, mask=None, transformer_options={"block_index": 3})
+        assert comfy.own.own_calls == 0 and sdpa_stats() == {"replaced": 1}
+        torch.testing.assert_close(found, comfy.own.own(*tensors, H))
+        options = {"optimized_attention_override": lambda function, *args, **options: 7}
+        assert ours(*tensors, H, transformer_options=options) == 7  # an override is honoured, as by ComfyUI's own
+        wide = [torch.randn(1, 9, 520) for _ in range(3)]
+        assert torch.equal(ours(*wide, 1), comfy.own.own(*wide, 1)) and comfy.own.own_calls == 3
+        with pytest.raises(ValueError, match=r'^name is "pytorch"; it must not be that of another'):
+            register_comfyui("pytorch")
+    assert set(registered) == {"pytorch"}
+
+
+def test_comfyui_without_names(comfy, monkeypatch):
+    monkeypatch.delattr(comfy, "register_attention_function")
+    with pytest.raises(ImportError, match="has no register_attention_function; use comfyui_attention"):
+        register_comfyui()

@@ -354,10 +354,11 @@ def test_wrong_calls_of_the_handler(said, problem, operands):
         jax.jit(lambda q: call(q, q, q, problem=problem, operands=operands))(q).block_until_ready()
 
 
-def test_torch_is_not_imported():
+def test_no_other_library_is_imported():
     program = (
         "import sys, jax.numpy as jnp; from mps_flash_attn.jax import dot_product_attention as f\n"
-        "q = jnp.ones((1, 5, 2, 8)); assert (f(q, q, q) == 1).all() and 'torch' not in sys.modules"
+        "q = jnp.ones((1, 5, 2, 8)); assert (f(q, q, q) == 1).all()\n"
+        "assert not {'torch', 'transformers', 'diffusers', 'rich'} & {*sys.modules}"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr

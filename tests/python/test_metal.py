@@ -12,11 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mps_flash_attn
 from c_programs import compiled
 from mps_flash_attn import check as command
-from mps_flash_attn import explain, flash_attention, speed, tensors, thresholds
+from mps_flash_attn import (
+    explain,
+    flash_attention,
+    register_flash_attention_impl,
+    replaced_sdpa,
+    speed,
+    tensors,
+    thresholds,
+)
 from mps_flash_attn.library import library
 from mps_flash_attn.reference import check
 from stand_in import TIMEOUT
@@ -263,6 +272,31 @@ array = (ctypes.c_char_p * len(texts))(*texts)
 compile_texts = ctypes.CDLL({runtime!r}).metalsim_runtime_compile
 sys.exit(compile_texts(array, len(texts), sys.argv[5].encode(), None))
 """
+
+
+@pytest.mark.parametrize("entry", ["varlen_attn", "nested tensors"])
+def test_packed_sequences_of_pytorch(entry):
+    """By PyTorch's own function for them, and by its nested tensors; beside PyTorch's attention of each."""
+    if entry == "varlen_attn" and not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        pytest.skip("PyTorch 2.11 or later")
+    starts, leaves = torch.tensor([0, 9, 40]), [torch.randn(40, 2, 16, requires_grad=True) for _ in range(3)]
+
+    def run(*rows):
+        if entry == "nested tensors":
+            query, key, value = (torch.nested.nested_tensor_from_jagged(t, starts).transpose(1, 2) for t in rows)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).values()
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(*rows, starts.int(), starts.int(), 31, 31, window_size=(-1, 0))
+
+    parts = zip(*(t.transpose(0, 1).split([9, 31], 1) for t in leaves), strict=True)
+    expected = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts], 1).transpose(0, 1)
+    with register_flash_attention_impl() if entry == "varlen_attn" else replaced_sdpa():
+        if entry == "varlen_attn":
+            torch.nn.attention.activate_flash_attention_impl("mfa")
+        out, d_out = run(*leaves), torch.randn(40, 2, 16)
+        found = torch.autograd.grad(out, leaves, d_out)
+    torch.testing.assert_close((out, *found), (expected, *torch.autograd.grad(expected, leaves, d_out)))
 
 
 def _precompile(*arguments, **settings):

@@ -46,7 +46,7 @@ def _first_or_cached(request, monkeypatch):
         return attention(*arguments, **options)
 
     for key in ("CPU", "AutogradCPU", "MPS", "AutogradMPS"):
-        monkeypatch.setitem(replace._KERNELS, key, thrice)
+        monkeypatch.setitem(replace._KERNELS, (replace._NAME, key), thrice)
 
 
 # --- on and off ----------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from mps_flash_attn import (
     flash_attention,
     flash_attention_kvcache,
     flash_attention_varlen,
+    register_diffusers,
+    register_flash_attention_impl,
     replace_sdpa,
     replaced_sdpa,
     sdpa_stats,
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
         assert_type(replace_sdpa().remove(), None)
         with replaced_sdpa() as handle:
             handle.remove()
+        with register_diffusers("ours") as registration, register_flash_attention_impl():
+            assert_type(registration.remove(), None)
 
     def wrong(q: Tensor) -> None:
         flash_attention(q, q, q, is_causal="left")  # type: ignore[call-overload] # no such alignment

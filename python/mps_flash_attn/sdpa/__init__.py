@@ -9,6 +9,7 @@ original.py       PyTorch's own operators, for calls that libmfa does not run
 torch_mps.py      PyTorch's own kernels on mps, and which calls stay with them
 shapes.py         the shapes that SDPA accepts
 checkpointing.py  whether SDPA is replaced for a call, also when a checkpoint recomputes it
+jagged.py         nested tensors, whose class calls a function of its own
 native_mha.py     the evaluation path of nn.MultiheadAttention, which does not call SDPA
 """
 

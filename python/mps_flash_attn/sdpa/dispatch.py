@@ -25,7 +25,7 @@ from .original import OPERATOR, original, original_for
 from .run import TorchCall, options_key, run_cached
 
 _TRACERS = (FakeTensor, FunctionalTensor)  # the classes of tensors with which torch.compile runs a model
-_EAGER, _INTERCEPTED, _TRACED = "eager", "seen by modes or transforms", "traced"  # kinds of calls
+_EAGER, _INTERCEPTED, TRACED = "eager", "seen by modes or transforms", "traced"  # kinds of calls
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 or later
 
 
@@ -45,7 +45,7 @@ def attention(
 ) -> Tensor:
     """The kernel of the CPU and of MPS, with and without autograd."""
     hooks = top_hooks(True)
-    if (hooks is not None or not handles) and not _is_replaced(hooks, query, key, value, attn_mask):
+    if (hooks is not None or not handles) and not is_replaced_for(hooks, query, key, value, attn_mask):
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if not dropout_p:
         cached = dispatch_cache.lookup(query, key, value, attn_mask, options_key(is_causal, scale, enable_gqa))
@@ -54,8 +54,8 @@ def attention(
             if out is not None:
                 return out
     args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    unwrapped, kind = _kind(args)
-    if kind is _TRACED and any(map(tensors.is_zero, args)):  # PyTorch's fused kernel would read memory they do not have
+    unwrapped, kind = kind_of(args)
+    if kind is TRACED and any(map(tensors.is_zero, args)):  # PyTorch's fused kernel would read memory they do not have
         operands: tuple[Any, ...] = (query, key, value, attn_mask)
         query, key, value, attn_mask = (one.clone() if tensors.is_zero(one) else one for one in operands)
         return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -63,7 +63,7 @@ def attention(
     if reason is None and query.device.type == torch_mps.DEVICE and not dropout_p:  # PyTorch has no kernel with it
         reason = torch_mps.fallback_reason(query, key, value, attn_mask, is_causal, enable_gqa, support.work)
     if reason is None:
-        if kind is _TRACED:
+        if kind is TRACED:
             tag_compiler_cache()
         try:
             run_call = run.run_eager if kind is _EAGER else run.run_by_operator
@@ -71,11 +71,11 @@ def attention(
         except Unsupported as error:
             reason = str(error)
         except ValueError:
-            if kind is _TRACED or all(map(tensors.is_aligned, unwrapped)):
+            if kind is TRACED or all(map(tensors.is_aligned, unwrapped)):
                 raise
             reason = "memory that is not aligned to its elements"
         else:
-            count("traced into a compiled graph" if kind is _TRACED else REPLACED)
+            count("traced into a compiled graph" if kind is TRACED else REPLACED)
             return out
     count(reason)
     if reason in (SMALL, TORCH_KERNEL) and kind is _EAGER and not dropout_p:
@@ -85,7 +85,7 @@ def attention(
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _is_replaced(hooks: Any, *operands: Tensor | None) -> bool:
+def is_replaced_for(hooks: Any, *operands: Tensor | None) -> bool:
     """Whether SDPA is replaced for a call under hooks for saved tensors, or after the last replacement was removed."""
     if is_replaced(hooks, lambda: is_differentiated(*operands)):
         return True
@@ -109,10 +109,10 @@ def vmapped(
     of it. Calls that libmfa does not run are mapped by PyTorch."""
     options = {"scale": scale, "enable_gqa": enable_gqa}
     hooks = top_hooks(True)
-    if (hooks is not None or not handles) and not _is_replaced(hooks, query, key, value, attn_mask):
+    if (hooks is not None or not handles) and not is_replaced_for(hooks, query, key, value, attn_mask):
         return original(query, key, value, attn_mask, dropout_p, is_causal, **options)
     args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    reason, support = check_support(args, *_kind(args), dropout_p, is_causal, scale, enable_gqa)
+    reason, support = check_support(args, *kind_of(args), dropout_p, is_causal, scale, enable_gqa)
     vmap = transforms.Vmap()
     operands, dimensions = vmap.split((query, key, value, attn_mask))
     is_mapped = any(dimension is not None for dimension in dimensions)
@@ -138,13 +138,13 @@ def vmapped(
 # --- Whose call it is ----------------------------------------------------------------------------
 
 
-def _kind(args: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], str]:
+def kind_of(args: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], str]:
     """(the tensors that hold the memory, the kind of the call)."""
     unwrapped = args
     if transforms.are_active() and transforms.are_supported:
         unwrapped = tuple(map(transforms.unwrapped, args))
     if not all(map(tensors.is_plain, unwrapped)):
-        return unwrapped, _TRACED
+        return unwrapped, TRACED
     return unwrapped, _EAGER if unwrapped is args and not count_of_modes() else _INTERCEPTED
 
 
@@ -161,7 +161,7 @@ def check_support(
     reason = fallback_reason(unwrapped, kind, dropout_p, scale)
     if reason is not None:
         return reason, None
-    check = shapes.check_support if kind is _TRACED else shapes.check_support_cached
+    check = shapes.check_support if kind is TRACED else shapes.check_support_cached
     mask_shape = args[3].shape if len(args) == 4 else None
     query, key, value = args[:3]
     support = check(query.shape, key.shape, value.shape, mask_shape, is_causal, enable_gqa)
@@ -178,7 +178,7 @@ def fallback_reason(args: tuple[Tensor, ...], kind: str, dropout_p: float, scale
     raises its own errors for them."""
     if transforms.are_active() and not transforms.are_supported:
         return "a functorch transform"
-    if kind is _TRACED:
+    if kind is TRACED:
         for tensor in args:
             if type(tensor) not in _TRACERS and not tensors.is_plain(tensor):
                 return tensors.describe_unsupported(tensor)

@@ -10,7 +10,6 @@ For a query that may see no key, PyTorch's operator returns NaN; scaled_dot_prod
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,17 +31,12 @@ _MASK_SHAPES: dict[int | None, Callable[[int, int, int], tuple[int, ...]]] = {
 }
 
 
-def kernel() -> Any:
-    """The kernel that is registered now. It needs a PyTorch with get_kernel."""
-    return torch.library.get_kernel(f"aten::{_NAME}", _KEY)
-
-
-def register(registration: torch.library.Library) -> None:
-    """Registers the override, which calls the original while SDPA is not replaced. Without get_kernel the original
-    cannot be called, so nothing is registered."""
+def kernels() -> dict[tuple[str, str], Callable[..., Any]]:
+    """The override, as Overrides takes it, which calls the original while SDPA is not replaced. Without get_kernel the
+    original cannot be called, so there is none."""
     if not hasattr(torch.library, "get_kernel"):
-        return
-    original = kernel()
+        return {}
+    original: Any = torch.library.get_kernel(f"aten::{_NAME}", _KEY)
 
     def attention(
         query: Tensor,
@@ -69,9 +63,7 @@ def register(registration: torch.library.Library) -> None:
         keys = torch._C._dispatch_keys(query)
         return original.call_boxed(keys, query, key, value, embed_dim, num_head, *weights, *options)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that there is a kernel already
-        registration.impl(_NAME, attention, _KEY)
+    return {(_NAME, _KEY): attention}
 
 
 def fallback_reason(

@@ -2,38 +2,33 @@
 
 The operator aten::scaled_dot_product_attention itself is overridden, so that functions imported early, scripted models
 and compiled ones are covered. It has an autograd key and a plain key for each device: the autograd key is used in
-training and evaluation, the plain one under inference_mode. PyTorch's original computes what libmfa does not run.
+training and evaluation, the plain one under inference_mode. PyTorch's original computes what libmfa does not run. The
+class of nested tensors never calls the operator: the function that it calls is replaced (jagged.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from .. import transforms
 from ..after_fork import new_lock
 from ..library import library
-from . import checkpointing, dispatch, native_mha, torch_mps
+from ..overrides import Overrides
+from . import checkpointing, dispatch, jagged, native_mha, torch_mps
 from .checkpointing import handles
 from .compiler_cache import tag_compiler_cache, untag_compiler_cache
-from .original import OPERATOR
 
-_KEYS = ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
-_KERNELS: dict[str, Callable[..., Tensor]] = dict.fromkeys(_KEYS, dispatch.attention)
+_NAME = "scaled_dot_product_attention"
+_KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
+    (_NAME, key): dispatch.attention for key in ("CPU", "AutogradCPU", "MPS", "AutogradMPS")
+}
 if transforms.are_supported:
-    _KERNELS[transforms.VMAP_KEY] = dispatch.vmapped
+    _KERNELS[_NAME, transforms.VMAP_KEY] = dispatch.vmapped
 
 _lock = new_lock(globals(), "_lock")
-_registration: torch.library.Library | None = None
-# Kernels that were unregistered, which other threads may be about to call.
-_retired_kernels: deque[Any] = deque(maxlen=1024)
+_overrides: Overrides | None = None
 
 
 class Replacement:
@@ -64,12 +59,13 @@ def replace_sdpa() -> Replacement:
 
     Calls that libmfa does not run go to PyTorch's own operator, as do those below sdpa_thresholds and, on MPS, those
     for which PyTorch has a kernel that does not hold the scores; sdpa_stats() counts them. Thresholds that
-    `python -m mps_flash_attn check --tune` measured on this machine are read now. Replacements nest: PyTorch's own
-    operator is restored when all have been removed. ImportError if there is no libmfa."""
+    `python -m mps_flash_attn check --tune` measured on this machine are read now. Nested tensors with the jagged layout
+    run on libmfa, too. Replacements nest: PyTorch's own operator is restored when all have been removed. ImportError if
+    there is no libmfa."""
     library()
     handle = Replacement()
     with _lock:
-        if _registration is None:
+        if _overrides is None:
             _register()
         handles.add(handle)
     return handle
@@ -91,20 +87,10 @@ def restore_sdpa() -> None:
 
 
 def _register() -> None:
-    global _registration
+    global _overrides
     torch_mps.load_thresholds()
-    registration = torch.library.Library("aten", "IMPL")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that vmap has a kernel already
-            for key, kernel in _KERNELS.items():
-                registration.impl("scaled_dot_product_attention", kernel, key)
-        native_mha.register(registration)
-    except BaseException:
-        registration._destroy()
-        raise
-    _registration = registration
-    _clear_operator_cache()
+    _overrides = Overrides(_KERNELS | native_mha.kernels())
+    jagged.register()
     tag_compiler_cache()
 
 
@@ -120,19 +106,9 @@ checkpointing.call_when_released(_unregister_unneeded)
 
 
 def _unregister() -> None:
-    """A thread that PyTorch has dispatched to one of our kernels may still wait for the interpreter lock, and nothing
-    else keeps that kernel alive. So _retired_kernels does, where PyTorch has get_kernel."""
-    global _registration
-    if _registration is not None:
-        if hasattr(torch.library, "get_kernel"):
-            _retired_kernels.append([*map(partial(torch.library.get_kernel, OPERATOR), _KERNELS), native_mha.kernel()])
-        registration, _registration = _registration, None
-        registration._destroy()
-        _clear_operator_cache()
+    global _overrides
+    if _overrides is not None:
+        overrides, _overrides = _overrides, None
+        overrides.remove()
+        jagged.unregister()
         untag_compiler_cache()
-
-
-def _clear_operator_cache() -> None:
-    """PyTorch's operator caches its kernels for traced tensors. With a stale cache, code that is compiled later would
-    get the kernels of before."""
-    getattr(OPERATOR, "_dispatch_cache", {}).clear()

@@ -8,6 +8,6 @@ paged.py      its calls in continuous batching, on the pages of transformers' ca
 """
 
 from .attention import transformers_attention
-from .register import Registration, register_transformers
+from .register import register_transformers
 
-__all__ = ["Registration", "register_transformers", "transformers_attention"]
+__all__ = ["register_transformers", "transformers_attention"]

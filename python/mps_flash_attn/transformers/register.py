@@ -4,36 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..handles import Registration
 from .attention import transformers_attention
 from .check import check_config, check_models, forget_models
 from .masks import mask_of_transformers
 from .paged import allow_continuous_batching, forbid_continuous_batching
-
-
-class Registration:
-    """What register_transformers() returns. As a context manager, it lasts for the block."""
-
-    def __init__(self, name: str, mask: Any) -> None:
-        self.name = name
-        self._mask = mask
-
-    def remove(self) -> None:
-        """Ends the registration of this name, unless it was registered anew since. What transformers has of ours is
-        taken out with the last name. Models that have this name raise transformers' error from then on."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        if AttentionMaskInterface._global_mapping.get(self.name) is not self._mask:
-            return
-        del AttentionMaskInterface._global_mapping[self.name]
-        del AttentionInterface._global_mapping[self.name]
-        forget_models(self.name)
-        forbid_continuous_batching(self.name)
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def register_transformers(name: str = "mfa") -> Registration:
@@ -62,4 +37,16 @@ def register_transformers(name: str = "mfa") -> Registration:
     allow_continuous_batching(name)
     AttentionInterface.register(name, transformers_attention)
     AttentionMaskInterface.register(name, mask)
-    return Registration(name, mask)
+    return Registration(lambda: _unregister(name, mask))
+
+
+def _unregister(name: str, mask: Any) -> None:
+    """Ends the registration of this name, unless it was registered anew since. What transformers has of ours is taken
+    out with the last name. Models that have this name raise transformers' error from then on."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if AttentionMaskInterface._global_mapping.get(name) is mask:
+        del AttentionMaskInterface._global_mapping[name]
+        del AttentionInterface._global_mapping[name]
+        forget_models(name)
+        forbid_continuous_batching(name)

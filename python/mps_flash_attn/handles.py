@@ -1,0 +1,24 @@
+"""What functions return that put something of ours into another library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Registration:
+    """It lasts until remove(), or until the end of its `with` block."""
+
+    def __init__(self, undo: Callable[[], object]) -> None:
+        self._undo: Callable[[], object] | None = undo
+
+    def remove(self) -> None:
+        """Takes out what was registered. A second remove() does nothing."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
