@@ -7,14 +7,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import forked
 from c_programs import EXAMPLES, compiled
 from stand_in import TIMEOUT
 
-LIBRARIES = {"transformers_model.py": ["transformers"], "transformers_packed.py": ["transformers"]}
+LIBRARIES = {
+    "diffusers_model.py": ["diffusers"],
+    "transformers_model.py": ["transformers"],
+    "transformers_packed.py": ["transformers"],
+}
 ARGUMENTS = {"video_matting.py": ["--steps=2", "--size=96", "--frames=2"]}  # the whole of it takes minutes
 WITHOUT_JAX = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+SINCE_2_12 = pytest.mark.skipif(
+    not hasattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace"), reason="PyTorch 2.12 or later"
+)
+MARKS = {"jax_attention.py": [WITHOUT_JAX], "varlen_attn.py": [SINCE_2_12]}
 
 pytestmark = pytest.mark.cpu("the examples, which are processes of their own")
 
@@ -22,7 +31,7 @@ pytestmark = pytest.mark.cpu("the examples, which are processes of their own")
 def programs():
     for path in sorted(EXAMPLES.glob("*.py")):
         marks = [pytest.mark.needs(name) for name in LIBRARIES.get(path.name, ())]
-        marks += [WITHOUT_JAX] if path.name == "jax_attention.py" else []
+        marks += MARKS.get(path.name, ())
         yield pytest.param(path, id=path.name, marks=marks)
 
 
