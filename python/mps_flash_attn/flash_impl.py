@@ -275,8 +275,8 @@ def _resolve(
     window: tuple[int | None, int | None],
     alibi_slopes: Tensor | None = None,
 ) -> tuple[InputsTuple, Options]:
-    """The Inputs and Options of a call. `lengths`: those of problem.Inputs; `most`: the largest; `dropped`: the
-    probability of dropout, and its seed."""
+    """The Inputs and Options of a call. `lengths`: those of problem.Inputs, before the scales of codes; `most`: the
+    largest; `dropped`: the probability of dropout, and its seed."""
     dropout_p, seed = dropped
     cum_seq_q, *others = lengths
     largest: varlen.Most = {}
@@ -291,7 +291,7 @@ def _resolve(
                 dimensions = "(batch, length, heads, head_dim) where cum_seq_q is None"
                 raise ValueError(f"{name} has {one.dim()} dimensions; it must have 4: {dimensions}")
         query, key, value = (one.transpose(1, 2) for one in (query, key, value))
-    inputs: InputsTuple = query, key, value, None, None, alibi_slopes, seed, None, *lengths
+    inputs: InputsTuple = query, key, value, None, None, alibi_slopes, seed, None, *lengths, None, None
     if cum_seq_q is not None:
         inputs, largest = varlen.four_dimensional(inputs, *most)
     left, right = (-1 if bound is None else bound for bound in window)
