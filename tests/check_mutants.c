@@ -1,8 +1,8 @@
 /* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
  * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
  * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. So must
- * mistakes in the random numbers of dropout, in the block map, in the lengths of sequences and in codes of K and V, which
- * are made in each kernel that has them.
+ * mistakes in the random numbers of dropout, in the block map, in the lengths of sequences and in codes of K and V,
+ * which are made in each kernel that has them.
  * --shard K/N takes one mutant in N. */
 #include <math.h>
 #include <stdio.h>
