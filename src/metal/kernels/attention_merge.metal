@@ -38,10 +38,10 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]] INDEX_BU
     device const float *parts = partials + (valid ? number : 0) * (splits * step);
 
     softmax_state s = softmax_init();
-    for (int p = int(lane); p < splits; p += 32)
+    for (int p = int(lane); valid && p < splits; p += 32)
         s.m = max(s.m, parts[p * step]);
     s.m = simd_max(s.m);
-    for (int p = int(lane); p < splits; p += 32)
+    for (int p = int(lane); valid && p < splits; p += 32)
         s.l += softmax_rescale(parts[p * step], s.m) * parts[p * step + 1];
     s.l = simd_sum(s.l);
     softmax_state end = s;
