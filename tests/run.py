@@ -38,23 +38,23 @@ METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEAS
 # Seconds are estimates for two fast cores. CTest is given the label of the tests to run, and that of those not to run.
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
-    "checks": Step("includes, names, documents, style; and what checks them", 54, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 161, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 300, ("release",), pytest=["tests/python"], environment=CPU),
+    "checks": Step("includes, names, documents, style; and what checks them", 67, (), pytest=["tests/tools"]),
+    "release": Step("the shipped library on every instruction set", 175, ("release",), ctest=("", "metal")),
+    "python": Step("the Python package", 245, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
-        70,
+        50,
         ("wheels",),
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 135, ("wheels", "arm64"), ctest=("", "")),
-    "clang": Step("another compiler", 50, ("clang",), ctest=("", "")),
+    "arm64": Step("NEON and the macOS library, emulated", 120, ("wheels", "arm64"), ctest=("", "")),
+    "clang": Step("another compiler", 45, ("clang",), ctest=("", "")),
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 90, ("asan-ubsan",), ctest=("", "")),
-    "tsan": Step("thread sanitizer", 55, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 170, ("release",), ctest=("metal", "")),
+    "tsan": Step("thread sanitizer", 52, ("tsan",), ctest=("", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 420, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 114, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 230, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 

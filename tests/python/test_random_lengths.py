@@ -149,7 +149,7 @@ def run(kind, inputs, options, keywords):
     return out.transpose(0, 1)[None], lse[None]
 
 
-@settings(max_examples=DRAWS)
+@settings(max_examples=DRAWS // (10 if ON_METAL else 1))
 @given(calls())
 def test_any_options(call):
     kind, inputs, options, keywords = call
