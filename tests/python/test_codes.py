@@ -390,7 +390,7 @@ def test_compiled_decoding(kind):
     key, value, options = empty(kind, True, 32)
 
     def step(query, key, value, k_scale, v_scale, new_key, new_value, used):
-        given = options | {"k_scale": k_scale, "v_scale": v_scale}
+        given = {**options, "k_scale": k_scale, "v_scale": v_scale}
         used = append_kv(key, value, new_key, new_value, used, **given)
         return attend(query, key, value, "bottom_right", seqused_k=used, **given), used
 
