@@ -35,6 +35,10 @@ def register_flash_attention_impl(name: str = "mfa") -> Registration:
     float32, float16, bfloat16 and, on the CPU, float64. torch.nn.attention.restore_flash_attention_impl() ends that.
     Nothing is activated here, and scaled_dot_product_attention is not changed, for which there is replace_sdpa().
 
+    PyTorch's operator has no gradient with seqused_k, alibi_slopes or block_table: NotImplementedError where one is
+    required; in compiled code and under torch.func, in the backward pass and on the CPU alone. On mps, where that would
+    take a read of the device, such gradients are wrong: call the functions of this package there.
+
     The result's remove() takes the name out of PyTorch's list, and restores PyTorch's own implementation if this one is
     active. ValueError if the name is one of another implementation; ImportError if there is no libmfa, or if PyTorch
     has no such list, as before 2.11."""
@@ -87,11 +91,13 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, rng_state, unused, debug_mask). lse is (B, H, L), or (H, total). rng_state holds the seed of dropout
-    for the backward pass; PyTorch's generator draws it."""
+    """(out, lse, rng_state, unused, debug_mask). lse is (B, H, L), or (H, total). rng_state holds for the backward pass
+    the seed of dropout, which PyTorch's generator draws, and whether options were given that have no gradient."""
     _refuse(return_debug_mask, num_splits)
     without_gradient = {"seqused_k": seqused_k, "alibi_slopes": alibi_slopes, "block_table": block_table}
-    _refuse_gradients((query, key, value), without_gradient)
+    given = [name for name, tensor in without_gradient.items() if tensor is not None]
+    if given and torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
+        raise _without_gradient(given[0])
     seed = dropout.draw(query, 1) if dropout_p else None
     inputs, options = _resolve(
         query,
@@ -110,6 +116,8 @@ def _forward(
     state = query.new_zeros(2, dtype=torch.int64)
     if seed is not None:
         state[:1] = seed
+    if given:  # in compiled code and under torch.func it is not seen here that a gradient will be required
+        state[1:] = 1
     unused = query.new_empty((), dtype=torch.int64).view(torch.uint64)
     if cum_seq_q is not None:
         lse = lse.squeeze(0)
@@ -163,6 +171,8 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
+    if rng_state.device.type == "cpu" and rng_state.view(torch.int64).flatten()[1:].any():  # a read stops the GPU
+        raise _without_gradient("seqused_k, alibi_slopes or block_table")
     seed = rng_state.view(torch.int64)[:1] if dropout_p else None
     inputs, options = _resolve(
         query,
@@ -252,15 +262,12 @@ def _refuse(return_debug_mask: bool, num_splits: int | None) -> None:
         )
 
 
-def _refuse_gradients(inputs: tuple[Tensor, ...], options: dict[str, Tensor | None]) -> None:
-    """Raises for options that PyTorch's rule for autograd does not pass on to the backward pass."""
-    if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
-        for name, tensor in options.items():
-            if tensor is not None:
-                raise NotImplementedError(
-                    f"{name} is given where a gradient is required; PyTorch's operator has none with it: call it "
-                    "under torch.no_grad(), or mps_flash_attn's own functions"
-                )
+def _without_gradient(options: str) -> NotImplementedError:
+    """The error for options that PyTorch's rule for autograd does not pass on to the backward pass."""
+    return NotImplementedError(
+        f"{options} is given where a gradient is required; PyTorch's operator has none with it: call it under "
+        "torch.no_grad(), or mps_flash_attn's own functions"
+    )
 
 
 def _resolve(

@@ -295,6 +295,27 @@ def test_what_has_no_gradient_in_pytorch():
         sdpa(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1), 0.0, True)
 
 
+@SINCE_2_11
+@pytest.mark.usefixtures("active")
+@pytest.mark.parametrize("option", ["alibi_slopes", "seqused_k"])
+def test_what_has_no_gradient_where_the_forward_pass_does_not_know(option):
+    query, key, value = dense()
+    options = {"alibi_slopes": torch.rand(4)}
+    if option == "seqused_k":
+        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+        lengths = integers([0, 19, 38]), integers([0, 30, 60]), 19, 30
+        options = {"seqused_k": integers([2, 30]), "lengths": lengths}
+
+    def run(query):
+        return operator(query, key, value, **options)[0].square().sum()
+
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(query), run(query))
+    loss = torch.compile(run, backend="aot_eager")(query.clone().requires_grad_())
+    for backward in (loss.backward, lambda: torch.func.grad(run)(query)):
+        with pytest.raises(NotImplementedError, match="seqused_k, alibi_slopes or block_table is given where"):
+            backward()
+
+
 # --- On and off ----------------------------------------------------------------------------------
 
 
