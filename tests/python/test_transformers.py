@@ -337,6 +337,22 @@ def test_positions_that_begin_anew(case, window):
         assert_close(attend("mfa", *tensors, mask, position_ids=numbers), expected)
 
 
+def test_positions_without_a_version():
+    """They are seen where NumPy or .data changes them, and with them the window of a layer that has no mask."""
+    tensors, numbers = layer(8, batch=1), positions(8).clone()
+    causal = attend("mfa", *tensors, None, position_ids=numbers)
+    for change in (numbers.numpy(), numbers.data):
+        for lengths in ((3, 5), (4, 4)):
+            change[:] = positions(*lengths)
+            for window in (None, 2):
+                seen = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool().tril()
+                seen = seen if window is None else seen.triu(1 - window)
+                found = attend("mfa", *tensors, None, position_ids=numbers, sliding_window=window)
+                assert_close(found, attend("sdpa", *tensors, seen[None, None]))
+        change[:] = positions(8)
+        assert_close(attend("mfa", *tensors, None, position_ids=numbers), causal)
+
+
 # --- The attention function ----------------------------------------------------------------------
 
 OPTIONS = {
@@ -426,6 +442,25 @@ def test_packed_by_numbers(kind):
         mask, _ = two_masks("causal", None, batch=1, position_ids=positions(5, 1, 14))
     found = attend("mfa", query, key, value, mask, **packed(5, 1, 14), **options)
     assert_close(found, attend("sdpa", query, key, value, seen[None, None] if seen.dim() == 2 else seen))
+    assert sdpa_stats() == {"replaced": 1}
+
+
+@pytest.mark.parametrize("kind", ["mask", "no mask", "ones", "window"])
+def test_packed_by_numbers_and_positions(kind):
+    """Where these say something else, the numbers are heeded, and a mask of the positions hides what it hides."""
+    tensors, ids = layer(batch=1), positions(5, 15)
+    seen = torch.block_diag(*(torch.ones(n, n) for n in (8, 12))).bool().tril()
+    mask = None
+    if kind == "mask":
+        mask, theirs = two_masks("causal", None, batch=1, position_ids=ids)
+        seen &= theirs[0, 0]
+    if kind == "ones":
+        mask, _ = two_masks("causal", None, batch=1, attention_mask=ALL[:1], position_ids=ids)
+    if kind == "window":
+        mask, theirs = two_masks("sliding", 4, batch=1, attention_mask=ALL[:1], position_ids=ids)
+        seen &= theirs[0, 0]
+    found = attend("mfa", *tensors, mask, position_ids=ids, **packed(8, 12))
+    assert_close(found, attend("sdpa", *tensors, seen[None, None]))
     assert sdpa_stats() == {"replaced": 1}
 
 

@@ -58,7 +58,8 @@ def transformers_attention(
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0, "enable_gqa": True, "dropout_p": dropout}
     common["sinks"] = _sinks(s_aux, query)
     packed = {name: options[name] for name in _PACKED if options.get(name) is not None}
-    plan = _plan(attention_mask, query, key, causal, options.get("position_ids") if position_bias is None else None)
+    positions = None if packed or position_bias is not None else options.get("position_ids")
+    plan = _plan(attention_mask, query, key, causal, positions, sliding_window)
     try:
         if cache is not None:
             out = paged_attention(module, query, key, value, cache, sliding_window, options, **common)
@@ -148,7 +149,7 @@ def _packed(
     if common.pop("position_bias") is not None:
         raise ValueError("position_bias is given with cu_seq_lens_q; it is of one sequence, and must not be")
     starts_q, starts_k = (packed[name].to(torch.int32) for name in _PACKED[:2])
-    if plan is not None and plan.starts is not None:  # position_ids say it, too
+    if plan is not None and plan.starts is not None and _are_equal(plan.starts, starts_q, starts_k):
         return _attend(query, key, value, mask, plan, causal, None, common)
     options: dict[str, Any] = {}
     if mask is None:
@@ -182,6 +183,12 @@ def _varlen(
     return out.unflatten(0, (query.shape[0], query.shape[2])).contiguous()
 
 
+def _are_equal(starts: Tensor, *others: Tensor) -> bool:
+    """Whether a mask has the sequences that are given by numbers. On a GPU this reads them in each layer, which takes
+    less than a mask of all queries and keys would."""
+    return not is_traced(*others) and all(torch.equal(starts, one) for one in others)
+
+
 def _longest(length: Any, tensor: Tensor) -> int:
     """A largest length as a number. On a GPU it is not read: the number of rows, which is no less, stands for it."""
     if not isinstance(length, torch.Tensor):
@@ -199,7 +206,9 @@ def _of_sequences(mask: Tensor, starts_q: Tensor, starts_k: Tensor, length: int,
     return mask & same if mask.dtype is torch.bool else mask.masked_fill(~same, -torch.inf)
 
 
-def _plan(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, positions: Any) -> Plan | None:
+def _plan(
+    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, positions: Any, sliding_window: int | None
+) -> Plan | None:
     """The plan of the mask, with the sequences where positions begin anew, if they are packed in one row: transformers
     does not look for them where a cache is made, and users of flash-attn expect it. None if there is no plan."""
     if torch.compiler.is_compiling():
@@ -210,7 +219,12 @@ def _plan(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, positio
     if not (is_causal and is_one_row) or positions is None or is_traced(positions):
         return plan
     found = restarts(positions) if positions.shape == (1, query.shape[2]) else None
-    return plan if found is None else found if plan is None else found._replace(options=plan.options)
+    if found is None:
+        return plan
+    if plan is not None:
+        return found._replace(options=plan.options)
+    window = {} if sliding_window is None else {"window_size": (sliding_window - 1, 0)}
+    return found._replace(options=found.options | window)
 
 
 def _dense(mask: Any) -> Any:

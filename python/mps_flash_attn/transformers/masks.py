@@ -214,7 +214,7 @@ def _of_sequences(plan: Plan, begins: Tensor) -> Plan:
     return plan._replace(starts=of_rows, longest=longest)
 
 
-_last: tuple[Any, int, Plan] | None = None  # of restarts(): (reference to the positions, their version, the plan)
+_last: tuple[Any, int | Tensor, Plan] | None = None  # of restarts(): (reference to positions, their state, the plan)
 
 
 def restarts(positions: Tensor) -> Plan | None:
@@ -222,9 +222,8 @@ def restarts(positions: Tensor) -> Plan | None:
     where they do not, or three are equal, as those of an image may be. All layers get the same tensor, which is read
     in the first."""
     global _last
-    version = -1 if positions.is_inference() else positions._version
     last = _last
-    if version < 0 or last is None or last[0]() is not positions or last[1] != version:
+    if last is None or last[0]() is not positions or not _is_in(last[1], positions):
         step = positions.diff(dim=1)
         begins, is_equal = step != 1, step == 0
         is_other = begins & (positions[:, 1:] != positions[:, :1])
@@ -232,9 +231,23 @@ def restarts(positions: Tensor) -> Plan | None:
         is_packed, is_unclear = torch.stack([begins.any(), is_other.any()]).tolist()
         plan = Plan(positions.shape[1], {"is_causal": "bottom_right"})
         plan = _of_sequences(plan, begins) if is_packed and not is_unclear else plan
-        last = weakref.ref(positions), version, plan._replace(is_of_mask=False)
+        last = weakref.ref(positions), _state(positions), plan._replace(is_of_mask=False)
         _last = last
     return last[2] if last[2].starts is not None else None
+
+
+def _state(positions: Tensor) -> int | Tensor:
+    """What tells whether they have changed: on the CPU a copy, since NumPy and .data change them without a version; on
+    a GPU, where that would be read in each layer, the version, or -1 if there is none."""
+    if positions.device.type == "cpu":
+        return positions.detach().clone()
+    return -1 if positions.is_inference() else positions._version
+
+
+def _is_in(state: int | Tensor, positions: Tensor) -> bool:
+    if isinstance(state, Tensor):
+        return torch.equal(state, positions)
+    return state >= 0 and not positions.is_inference() and state == positions._version
 
 
 # --- The mask ------------------------------------------------------------------------------------
