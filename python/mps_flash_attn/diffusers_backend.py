@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import tensors
 from .attention import flash_attention
-from .handles import Registration
+from .handles import Registration, check_name
 from .library import Unsupported, library
 from .operators import attention_backward
 from .options import Options
@@ -17,6 +17,7 @@ from .problem import DIFFERENTIABLE, NO_MORE
 from .stats import REPLACED, count
 
 _active_before: dict[str, Any] = {}  # of each name that is ours: the backend that was active when it was registered
+_last: dict[str, object] = {}  # of each name that is ours: what its last registration is told by
 
 
 def register_diffusers(name: str = "mfa") -> Registration:
@@ -29,11 +30,14 @@ def register_diffusers(name: str = "mfa") -> Registration:
     context parallelism (ring and Ulysses attention). Calls that libmfa does not run go to diffusers' "native", and are
     counted in sdpa_stats().
 
-    The result's remove() takes the backend out, after which the one is active that was when it was registered. Models
-    that were switched to it have to be given another before: model.reset_attention_backend(). ValueError if the name
+    The result's remove() takes the backend out, after which the one is active that was when it was registered, or
+    "native" if there is no such one; where the name was registered anew since, it does nothing. Models that were
+    switched to it have to be given another before, model.reset_attention_backend(), and a `with attention_backend` of
+    the name, which would restore it, has to have ended. ValueError if the name
     has capital letters, which set_attention_backend() does not pass on, or is that of another backend. ImportError if
     there is no libmfa, or no diffusers of version 0.37 or later, whose backends it needs."""
     library()
+    check_name(name)
     if name != name.lower():
         raise ValueError(f'name is "{name}"; it must have no capital letters: set_attention_backend() changes them')
     import diffusers
@@ -52,17 +56,21 @@ def register_diffusers(name: str = "mfa") -> Registration:
         # Before 0.42 ring attention takes log-sum-exp in another layout, and its gradients are of one part of the keys.
         is_parallel = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
         registry.register(backend, supports_context_parallel=is_parallel)(diffusers_attention)
-    elif name not in _active_before:
+    elif name not in _active_before or registry._backends.get(backend) is not diffusers_attention:
         raise ValueError(f'name is "{name}"; it must not be that of another backend')
-    return Registration(lambda: _unregister(names, registry, name))
+    own = _last[name] = object()
+    return Registration(lambda: _unregister(names, registry, name, own))
 
 
-def _unregister(names: Any, registry: Any, name: str) -> None:
-    if name not in _active_before:
+def _unregister(names: Any, registry: Any, name: str, own: object) -> None:
+    if _last.get(name) is not own:
         return
-    backend, active = names(name), _active_before.pop(name)
+    del _last[name]
+    backend, active = names._value2member_map_.get(name), _active_before.pop(name)
+    if registry._backends.get(backend) is not diffusers_attention:  # somebody else has registered the name since
+        return
     if registry._active_backend is backend:
-        registry.set_active_backend(active)
+        registry.set_active_backend(active if active in registry._backends else names.NATIVE)
     for table in (registry._backends, registry._constraints, registry._supported_arg_names):
         del table[backend]
     registry._supports_context_parallel.discard(name)

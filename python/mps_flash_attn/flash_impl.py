@@ -8,6 +8,7 @@ mask and windows are aligned to the last query and key of a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 
 from . import calls, dropout, varlen
-from .handles import Registration
+from .handles import Registration, check_name
 from .library import library
 from .operators import attention_backward, attention_forward
 from .options import Options
 from .overrides import Overrides
 from .problem import DIFFERENTIABLE, InputsTuple
 
-_registered: set[str] = set()  # the names that are ours
+_registered: dict[str, Callable[[], Overrides]] = {}  # by the names that are ours: what PyTorch calls to activate them
 
 
 def register_flash_attention_impl(name: str = "mfa") -> Registration:
@@ -40,26 +41,41 @@ def register_flash_attention_impl(name: str = "mfa") -> Registration:
     take a read of the device, such gradients are wrong: call the functions of this package there.
 
     The result's remove() takes the name out of PyTorch's list, and restores PyTorch's own implementation if this one is
-    active. ValueError if the name is one of another implementation; ImportError if there is no libmfa, or if PyTorch
+    active; where the name was registered anew since, it does nothing. ValueError if the name is one of another
+    implementation; ImportError if there is no libmfa, or if PyTorch
     has no such list, as before 2.11."""
     library()
+    check_name(name)
     if not hasattr(torch_attention, "restore_flash_attention_impl"):
         raise ImportError(
             f"PyTorch {torch.__version__} has no torch.nn.attention.restore_flash_attention_impl; PyTorch 2.11 or "
             "later is needed"
         )
-    if name in torch_attention.list_flash_attention_impls() and name not in _registered:
+    present = _implementations().get(name)
+    if present is not None and present is not _registered.get(name):
         raise ValueError(f'name is "{name}"; it must not be that of another implementation in PyTorch\'s list')
-    torch_attention.register_flash_attention_impl(name, register_fn=_activate)
-    _registered.add(name)
-    return Registration(lambda: _unregister(name))
+
+    def activate() -> Overrides:  # a function for each registration, by which they are told apart
+        return _activate()
+
+    torch_attention.register_flash_attention_impl(name, register_fn=activate)
+    _registered[name] = activate
+    return Registration(lambda: _unregister(name, activate))
 
 
-def _unregister(name: str) -> None:
-    if torch_attention.current_flash_attention_impl() == name:
-        torch_attention.restore_flash_attention_impl()
-    _registered.discard(name)
-    torch_attention._registry._FLASH_ATTENTION_IMPLS.pop(name, None)
+def _unregister(name: str, activate: Callable[[], Overrides]) -> None:
+    if _registered.get(name) is not activate:
+        return
+    del _registered[name]
+    if _implementations().get(name) is activate:
+        if torch_attention.current_flash_attention_impl() == name:
+            torch_attention.restore_flash_attention_impl()
+        del _implementations()[name]
+
+
+def _implementations() -> dict[str, Any]:
+    """PyTorch's list, which has no function to take a name out."""
+    return torch_attention._registry._FLASH_ATTENTION_IMPLS
 
 
 def _activate() -> Overrides:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import flash_attention
-from .handles import Registration
+from .handles import Registration, check_name
 from .library import Unsupported, library
 from .stats import REPLACED, count
 
@@ -66,9 +66,10 @@ def register_comfyui(name: str = "mfa") -> Registration:
     comfy.ldm.modules.attention.get_attention_function("mfa"). It is comfyui_attention; calls that libmfa does not run
     go to ComfyUI's "pytorch" attention, and are counted in sdpa_stats().
 
-    The result's remove() takes the name out. ValueError if the name is that of another function; ImportError if there
+    The result's remove() takes the name out, unless it was registered anew since. ValueError if the name is that of another function; ImportError if there
     is no libmfa, no ComfyUI, or one that has no such list."""
     library()
+    check_name(name)
     from comfy.ldm.modules import attention
 
     if not hasattr(attention, "register_attention_function"):
@@ -76,12 +77,13 @@ def register_comfyui(name: str = "mfa") -> Registration:
             "this ComfyUI has no register_attention_function; use comfyui_attention as its optimized_attention_override"
         )
     functions = attention.REGISTERED_ATTENTION_FUNCTIONS
-    if name not in functions:
-        ours = partial(comfyui_attention, attention.attention_pytorch)
-        attention.register_attention_function(name, attention.wrap_attn(ours))
-    elif not _is_comfyui_attention(functions[name]):
-        raise ValueError(f'name is "{name}"; it must not be that of another attention function')
-    return Registration(lambda: functions.pop(name, None))
+    if name in functions:
+        if not _is_comfyui_attention(functions[name]):
+            raise ValueError(f'name is "{name}"; it must not be that of another attention function')
+        del functions[name]  # ComfyUI ignores a second registration
+    ours = attention.wrap_attn(partial(comfyui_attention, attention.attention_pytorch))
+    attention.register_attention_function(name, ours)
+    return Registration(lambda: functions.pop(name) if functions.get(name) is ours else None)
 
 
 def _is_comfyui_attention(function: Any) -> bool:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
+def check_name(name: object) -> None:
+    """Raises for what is no name to register."""
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; it must be a string")
+    if not name:
+        raise ValueError('name is ""; it must not be empty')
+
+
 class Registration:
-    """It lasts until remove(), or until the end of its `with` block."""
+    """It lasts until remove(), or until the end of its `with` block, or until the name is registered anew: it is the last
+    registration of a name that takes it out."""
 
     def __init__(self, undo: Callable[[], object]) -> None:
         self._undo: Callable[[], object] | None = undo

@@ -285,6 +285,7 @@ def test_on_and_off():
         register_diffusers("Ours")
     model.reset_attention_backend()
     handle.remove()
+    assert names("ours") in registry.list_backends()
     again.remove()
     assert registry.get_active_backend()[0] is names.NATIVE
     assert registry.list_backends() == before and list(names) == members and not hasattr(names, "OURS")
@@ -294,6 +295,18 @@ def test_on_and_off():
     assert not sdpa_stats()
     with pytest.raises(ValueError, match="ours"):
         names("ours")
+
+
+def test_the_active_backend_is_never_one_that_has_gone():
+    module = importlib.import_module("diffusers.models.attention_dispatch")
+    registry, names = module._AttentionBackendRegistry, module.AttentionBackendName
+    with register_diffusers("second"):
+        first = register_diffusers("first")
+        registry.set_active_backend(names("first"))
+        with register_diffusers("third"):
+            registry.set_active_backend(names("third"))
+            first.remove()
+        assert registry.get_active_backend()[0] is names.NATIVE
 
 
 def test_old_diffusers(monkeypatch):

@@ -346,6 +346,35 @@ def test_on_and_off():
 
 
 @SINCE_2_11
+def test_registered_twice_or_by_another():
+    """Only the last registration takes a name out, and what another registers under it stays."""
+    before = torch_attention.list_flash_attention_impls()
+    first, second = register_flash_attention_impl(), register_flash_attention_impl()
+    torch_attention.activate_flash_attention_impl("mfa")
+    first.remove()
+    assert torch_attention.current_flash_attention_impl() == "mfa" and has_kernels() == {True}
+    second.remove()
+    assert torch_attention.list_flash_attention_impls() == before and has_kernels() == {False}
+    implementations = torch_attention._registry._FLASH_ATTENTION_IMPLS
+    try:
+        with register_flash_attention_impl():
+            torch_attention.register_flash_attention_impl("mfa", register_fn=print)
+            with pytest.raises(ValueError, match=r'^name is "mfa"; it must not be that of another'):
+                register_flash_attention_impl()
+        assert implementations["mfa"] is print
+    finally:
+        implementations.pop("mfa", None)
+
+
+@pytest.mark.parametrize(
+    "name, error, words", [("", ValueError, 'is ""; it must not'), (3, TypeError, "is 3; .* string")]
+)
+def test_no_name(name, error, words):
+    with pytest.raises(error, match=f"^name {words}"):
+        register_flash_attention_impl(name)
+
+
+@SINCE_2_11
 def test_name_of_another():
     with pytest.raises(ValueError, match=r'^name is "FA4"; it must not be that of another'):
         register_flash_attention_impl("FA4")

@@ -140,9 +140,8 @@ def comfy(monkeypatch):
 
 def test_comfyui_by_name(comfy):
     tensors, registered = [torch.randn(shape) for shape in FLAT], comfy.REGISTERED_ATTENTION_FUNCTIONS
-    with register_comfyui() as handle:
+    with register_comfyui():
         ours = registered["mfa"]
-        assert register_comfyui() is not handle and registered["mfa"] is ours
         found = ours(*tensors, H, mask=None, transformer_options={"block_index": 3})
         assert comfy.own.own_calls == 0 and sdpa_stats() == {"replaced": 1}
         torch.testing.assert_close(found, comfy.own.own(*tensors, H))
@@ -153,6 +152,14 @@ def test_comfyui_by_name(comfy):
         with pytest.raises(ValueError, match=r'^name is "pytorch"; it must not be that of another'):
             register_comfyui("pytorch")
     assert set(registered) == {"pytorch"}
+    first, second = register_comfyui(), register_comfyui()
+    first.remove()
+    assert set(registered) == {"pytorch", "mfa"}
+    second.remove()
+    assert set(registered) == {"pytorch"}
+    with register_comfyui():
+        registered["mfa"] = print  # by another
+    assert registered["mfa"] is print
 
 
 def test_comfyui_without_names(comfy, monkeypatch):

@@ -540,5 +540,10 @@ def test_registration_ends():
     second.remove()
     second.remove()
     assert names() == {"mfa"} and extended() == [True, True]
+    theirs = AttentionInterface()["sdpa"], AttentionMaskInterface()["eager"]
+    for name in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match=f'^name is "{name}"; it must not be that of another'):
+            register_transformers(name)
+    assert theirs == (AttentionInterface()["sdpa"], AttentionMaskInterface()["eager"])
     register_transformers().remove()
     assert names() == set() and extended() == [False, False]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..handles import Registration
+from ..handles import Registration, check_name
 from .attention import transformers_attention
 from .check import check_config, check_models, forget_models
 from .masks import mask_of_transformers
@@ -20,13 +20,19 @@ def register_transformers(name: str = "mfa") -> Registration:
 
     A model whose code does not call the registered function raises a ValueError that names its class: when it is made,
     when it is switched by set_attn_implementation(), or else when it requests its first mask. ValueError if the name
-    contains "flash", which transformers takes for a flash-attn; ImportError if transformers is missing or too old."""
+    contains "flash", which transformers takes for a flash-attn, or is that of another implementation; ImportError if
+    transformers is missing or too old."""
+    check_name(name)
     if "flash" in name:
         raise ValueError(
             f'name is "{name}"; it may not have "flash" in it: transformers takes that for a flash-attn, '
             "which it looks for and which has no masks"
         )
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    ours = AttentionInterface._global_mapping.get(name) is transformers_attention
+    if not ours and (name in AttentionInterface() or name in AttentionMaskInterface()):
+        raise ValueError(f'name is "{name}"; it must not be that of another implementation of attention')
 
     def mask(*arguments: Any, config: Any = None, **options: Any) -> Any:
         if config is not None:
@@ -47,6 +53,7 @@ def _unregister(name: str, mask: Any) -> None:
 
     if AttentionMaskInterface._global_mapping.get(name) is mask:
         del AttentionMaskInterface._global_mapping[name]
-        del AttentionInterface._global_mapping[name]
+        if AttentionInterface._global_mapping.get(name) is transformers_attention:
+            del AttentionInterface._global_mapping[name]
         forget_models(name)
         forbid_continuous_batching(name)
