@@ -17,7 +17,7 @@ from .problem import DIFFERENTIABLE, NO_MORE
 from .stats import REPLACED, count
 
 _active_before: dict[str, Any] = {}  # of each name that is ours: the backend that was active when it was registered
-_last: dict[str, object] = {}  # of each name that is ours: what its last registration is told by
+_last: dict[str, object] = {}  # of each name that is ours: an object that stands for its last registration
 
 
 def register_diffusers(name: str = "mfa") -> Registration:

@@ -55,7 +55,7 @@ def register_flash_attention_impl(name: str = "mfa") -> Registration:
     if present is not None and present is not _registered.get(name):
         raise ValueError(f'name is "{name}"; it must not be that of another implementation in PyTorch\'s list')
 
-    def activate() -> Overrides:  # a function for each registration, by which they are told apart
+    def activate() -> Overrides:  # a function of its own for each registration, which _unregister() recognises
         return _activate()
 
     torch_attention.register_flash_attention_impl(name, register_fn=activate)

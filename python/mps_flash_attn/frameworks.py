@@ -38,7 +38,7 @@ def comfyui_attention(
         mask                 bool or float, broadcastable to (B, heads, L, S), or (B, L, S)
         attn_precision       for `original` alone
         skip_output_reshape  returns (B, heads, L, D); otherwise the result is (B, L, heads * D)
-        options              scale and enable_gqa, as in flash_attention; others are for `original` alone
+        options              is_causal, scale and enable_gqa, as in flash_attention; others are for `original` alone
     """
     try:
         query, key, value = q, k, v
@@ -49,6 +49,7 @@ def comfyui_attention(
             query,
             key,
             value,
+            is_causal=bool(options.get("is_causal")),
             scale=options.get("scale"),
             attn_mask=mask if mask is None or mask.dim() != 3 else mask.unsqueeze(1),
             enable_gqa=bool(options.get("enable_gqa")),
@@ -66,8 +67,8 @@ def register_comfyui(name: str = "mfa") -> Registration:
     comfy.ldm.modules.attention.get_attention_function("mfa"). It is comfyui_attention; calls that libmfa does not run
     go to ComfyUI's "pytorch" attention, and are counted in sdpa_stats().
 
-    The result's remove() takes the name out, unless it was registered anew since. ValueError if the name is that of another function; ImportError if there
-    is no libmfa, no ComfyUI, or one that has no such list."""
+    The result's remove() takes the name out, unless it was registered anew since. ValueError if the name is that of
+    another function; ImportError if there is no libmfa, no ComfyUI, or one that has no such list."""
     library()
     check_name(name)
     from comfy.ldm.modules import attention

@@ -14,8 +14,8 @@ def check_name(name: object) -> None:
 
 
 class Registration:
-    """It lasts until remove(), or until the end of its `with` block, or until the name is registered anew: it is the last
-    registration of a name that takes it out."""
+    """It lasts until remove(), or until the end of its `with` block. Where a name is registered anew, remove() of the
+    last registration takes it out, and that of the others does nothing."""
 
     def __init__(self, undo: Callable[[], object]) -> None:
         self._undo: Callable[[], object] | None = undo

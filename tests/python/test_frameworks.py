@@ -42,7 +42,7 @@ class ComfyUI:
             q, k, v = (t.view(t.shape[0], t.shape[1], -1, q.shape[-1] // heads).transpose(1, 2) for t in (q, k, v))
         if mask is not None and mask.dim() == 3:
             mask = mask[:, None]
-        passed_on = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
+        passed_on = {name: options[name] for name in ("is_causal", "scale", "enable_gqa") if name in options}
         out = F.scaled_dot_product_attention(q, k, v, mask, **passed_on)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
@@ -66,6 +66,7 @@ COMFYUI = {
     "grouped heads": ((SPLIT[0], (B, 2, S, D), (B, 2, S, D)), {"skip_reshape": True, "enable_gqa": True}),
     "flat grouped heads": ((FLAT[0], (B, S, 2 * D), (B, S, 2 * D)), {"enable_gqa": True}),
     "scale": (FLAT, {"scale": 0.3}),
+    "causal": ((FLAT[0],) * 3, {"is_causal": True}),
 }
 
 

@@ -1,8 +1,11 @@
 """attn_implementation="mfa" of transformers: its masks, its arguments, and the calls that are left to transformers'
 "sdpa". Models are in test_transformers_generate.py, test_transformers_models.py and test_models.py."""
 
+import copy
+import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -264,6 +267,24 @@ def test_what_is_done_to_a_mask():
     assert_close(attend("mfa", *tensors, mask), attend("sdpa", *tensors, mask & True))
 
 
+MEMORY = {
+    "numpy": lambda mask: torch.from_numpy(mask.numpy()),
+    "array": lambda mask: torch.from_numpy(np.asarray(mask)),
+    "list": lambda mask: torch.tensor(mask.tolist()),
+    "dlpack": torch.from_dlpack,
+    "dlpack of NumPy": lambda mask: torch.from_numpy(np.from_dlpack(mask).copy()),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda mask: pickle.loads(pickle.dumps(mask)),
+    "shared": lambda mask: mask.share_memory_() & True,
+}
+
+
+@pytest.mark.parametrize("read", MEMORY)
+def test_what_reads_the_memory_of_a_mask(read):
+    mask, theirs = two_masks("causal", None, attention_mask=LEFT)
+    assert torch.equal(MEMORY[read](mask), theirs)
+
+
 def test_a_mask_for_other_lengths():
     """A layer with other keys than those of the mask gets the error that "sdpa" gives, and no wrong result."""
     mask, _ = two_masks("causal", None, attention_mask=LEFT)
@@ -484,6 +505,10 @@ def test_wrong_arguments():
     refused("^cache is a object; it must be .*", *tensors, None, cache=object())
     del numbers["max_length_k"]
     refused("^cu_seq_lens_q, .* given and max_length_k not; all", *tensors, None, **numbers)
+    numbers = packed(8, 12)
+    for wrong, words in ((numbers["cu_seq_lens_k"].float(), r"torch\.float32"), ([0, 8, 20], "list")):
+        with pytest.raises(TypeError, match=f"^cu_seq_lens_k is {words}; it must be a tensor of int32 or int64"):
+            attend("mfa", *tensors, None, **numbers | {"cu_seq_lens_k": wrong})
     bias = torch.zeros(1, H, L, L)
     refused("^position_bias is given with cu_seq_lens_q", *tensors, None, **packed(8, 12), position_bias=bias)
     mask = torch.ones(1, 1, L, L, dtype=torch.bool)

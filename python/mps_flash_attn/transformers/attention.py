@@ -148,6 +148,10 @@ def _packed(
         raise ValueError(f"{', '.join(packed)} given and {', '.join(missing)} not; all of them must be, or none")
     if common.pop("position_bias") is not None:
         raise ValueError("position_bias is given with cu_seq_lens_q; it is of one sequence, and must not be")
+    for name in _PACKED[:2]:
+        given = getattr(packed[name], "dtype", type(packed[name]).__name__)
+        if given not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} is {given}; it must be a tensor of int32 or int64")
     starts_q, starts_k = (packed[name].to(torch.int32) for name in _PACKED[:2])
     if plan is not None and plan.starts is not None and _are_equal(plan.starts, starts_q, starts_k):
         return _attend(query, key, value, mask, plan, causal, None, common)

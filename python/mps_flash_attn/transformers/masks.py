@@ -9,6 +9,7 @@ is made then. Other masks, chunked attention for example, are that of "sdpa" fro
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import weakref
@@ -295,6 +296,33 @@ class Mask(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Mask(shape={tuple(self.shape)}, device='{self.device}')"
+
+    # What reads memory without an operation.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._touch().numpy(force=force)
+
+    def __array__(self, *arguments: Any, **options: Any) -> Any:
+        return self._touch().__array__(*arguments, **options)
+
+    def tolist(self) -> Any:
+        return self._touch().tolist()
+
+    def __dlpack__(self, *arguments: Any, **options: Any) -> Any:
+        return self._touch().__dlpack__(*arguments, **options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._touch().__dlpack_device__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self._touch(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._touch().__reduce_ex__(protocol)
+
+    def share_memory_(self) -> Mask:
+        self._touch().share_memory_()
+        return self
 
     # For compiled code, in which it is the mask of "sdpa".
 
