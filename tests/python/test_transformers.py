@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from mps_flash_attn import flash_attention, register_transformers, sdpa_stats
+from mps_flash_attn.transformers import masks
 from mps_flash_attn.transformers.masks import Mask, Pattern, packed_plan
 from stand_in import FULL
 
@@ -299,8 +300,6 @@ def test_other_functions_of_masks_are_not_known(monkeypatch):
     """With a transformers whose functions mean something else, or with a user's own, masks are those of "sdpa"."""
     from transformers import masking_utils
 
-    from mps_flash_attn.transformers import masks
-
     own = {"attention_mask": LEFT, "or_mask_function": lambda batch, head, query, key: key == 3}
     mask, theirs = two_masks("causal", None, **own)
     assert type(mask) is torch.Tensor and torch.equal(mask, theirs)
@@ -372,6 +371,18 @@ def test_positions_without_a_version():
                 assert_close(found, attend("sdpa", *tensors, seen[None, None]))
         change[:] = positions(8)
         assert_close(attend("mfa", *tensors, None, position_ids=numbers), causal)
+
+
+def test_positions_of_a_gpu_go_by_their_version():
+    """There they are not read in each layer; without a version they are."""
+    numbers = torch.arange(8, device="meta")[None]
+    state = masks._state(numbers)
+    assert masks._is_in(state, numbers)
+    numbers.zero_()
+    assert not masks._is_in(state, numbers)
+    with torch.inference_mode():
+        numbers = torch.arange(8, device="meta")[None]
+        assert not masks._is_in(masks._state(numbers), numbers)
 
 
 # --- The attention function ----------------------------------------------------------------------
