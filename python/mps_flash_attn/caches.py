@@ -183,7 +183,7 @@ class Cache(NamedTuple):
                 _put(scale, places, scales)
 
             return write
-        scales = None if self.scale is None else self.scale[places.entries, :, places.rows]
+        scales = None if self.scale is None else self.scale.transpose(1, 2)[places.entries, places.rows]
         quantize.check(rows, self.kind, 0)
         if _is_read(rows):
             if not rows.isfinite().all():
@@ -201,7 +201,7 @@ def _put(cache: Tensor, places: Places, rows: Tensor) -> None:
     """Writes rows (batch, new rows, heads, columns)."""
     if cache.dtype.itemsize == 1:  # PyTorch does not index 8-bit floats
         cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
-    cache[places.entries, :, places.rows] = rows
+    cache.transpose(1, 2)[places.entries, places.rows] = rows  # adjacent, else vmap puts its dimension between them
 
 
 def _is_read(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sequences
-from mps_flash_attn import Unsupported
+from mps_flash_attn import Unsupported, append_kv, quantize_kv
 from mps_flash_attn.flash_attn import apply_rotary_emb, flash_attn_func, flash_attn_with_kvcache
 from sequences import integers
 
@@ -287,3 +287,38 @@ def test_no_gradients():
         flash_attn_with_kvcache(q, *caches, cache_seqlens=2)
     with torch.no_grad():
         flash_attn_with_kvcache(q, *caches, cache_seqlens=2)
+
+
+# --- Through PyTorch -----------------------------------------------------------------------------
+
+
+def test_vmap():
+    """Where all sizes are alike, so that a row in a wrong place does not raise."""
+    q, k, v = torch.randn(3, 2, 2, 2, 2, 32)
+    both, lengths = torch.randn(2, 2, 2, 16, 2, 32), integers([3, 5])
+
+    def step(q, k_cache, v_cache, k, v):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+
+    mapped, single = both.clone(), both.clone()
+    found = torch.vmap(step)(q, *mapped, k, v)
+    expected = torch.stack([step(q[n], *single[:, n], k[n], v[n]) for n in range(2)])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(mapped, single)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_vmap_of_codes(shared, monkeypatch):
+    monkeypatch.setattr("mps_flash_attn.caches._is_read", lambda tensor: False)  # as on a GPU: vmap has no numbers
+    new, lengths = torch.randn(2, 2, 2, 2, 32), integers([3, 5])
+    codes, scale = quantize_kv(torch.randn(2, 2, 2, 16, 32), "int8")
+    scales = torch.rand(2, 1, 2, 1, 1) + 0.01 if shared else scale
+
+    def append(key, value, new, k_scale, v_scale):
+        return append_kv(key, value, new, new, lengths, k_scale=k_scale, v_scale=v_scale)
+
+    mapped, single = ([one.clone() for one in (codes, codes, scales, scales)] for _ in range(2))
+    torch.vmap(append)(*mapped[:2], new, *mapped[2:])
+    for n in range(2):
+        append(single[0][n], single[1][n], new[n], single[2][n], single[3][n])
+    assert all(map(torch.equal, mapped, single)) and not torch.equal(mapped[0], codes)
