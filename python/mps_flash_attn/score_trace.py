@@ -141,6 +141,8 @@ class Tracer(TorchDispatchMode):
         if not isinstance(found, Tensor) or found.dim():
             kind = f"a tensor of the shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise Unsupported(f"{self.what} returns {kind}; it must be a tensor without dimensions")
+        if any(tensor._backward_hooks for tensor, _ in self.values.values()):
+            raise Unsupported(f"{self.what} registers a hook on a tensor; it must register none")
         self.used[id(found)] = found
         return self.value_of(found)
 
@@ -215,6 +217,8 @@ class Tracer(TorchDispatchMode):
         if is_of_score and rule is None:
             self.refuse(name)
         value = rule(self, name, args, kwargs, found) if rule else None
+        if value and value.entry and self.differentiates and not torch.is_grad_enabled():
+            value = replace(value, entry=None)  # no_grad, or an autograd.Function, whose gradient is its own
         return self.keep(found, value or Value(frozenset() if name in _OF_SHAPE else indices))
 
 

@@ -35,6 +35,30 @@ def without_gradient(score, b, h, q, kv):
         return score + 1
 
 
+class Doubled(torch.autograd.Function):
+    """A copy whose gradient is twice as large."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def hooked(score, b, h, q, kv):
+    found = score * 2
+    found.register_hook(lambda gradient: gradient / 2)
+    return found
+
+
 def in_place(score, b, h, q, kv):
     score += 1
     return score
@@ -69,6 +93,8 @@ REFUSED = {
     "a gradient of its": lambda c: lambda s, b, h, q, k: Straight.apply(s),
     "a gradient of": lambda c: without_gradient,
     "changes a tensor in place": lambda c: in_place,
+    "registers a hook": lambda c: hooked,
+    "registers a hook on": lambda c: lambda s, b, h, q, k: s + hooked(c.slopes.requires_grad_()[h], b, h, q, k),
     "returns int; it must be": lambda c: lambda s, b, h, q, k: 3,
     r"returns a tensor of the shape \(4,\)": lambda c: lambda s, b, h, q, k: s + c.slopes,
 }
@@ -94,6 +120,17 @@ def test_gradients_that_are_switched_off():
     assert all(gradient is None for gradient in found[5:])
     with torch.no_grad():
         close(ours(*tensors, score_mod=lambda *t: without_gradient(*t)), written_out(*tensors, without_gradient))
+
+
+def test_gradients_of_a_function_of_its_own():
+    """Of a captured tensor: those of the autograd.Function, which its forward pass does not show."""
+    tensors, captured = problem(L, S, dtype=DTYPE), Captured(requires_grad=True)
+
+    def function(score, b, h, q, kv):
+        return score + Doubled.apply(captured.bias[b, h, q, kv])
+
+    found = results(lambda *t: ours(*t, score_mod=function), tensors, captured)
+    close(found, results(lambda *t: written_out(*t, function), tensors, captured))
 
 
 # --- Approximations of tanh -----------------------------------------------------------------------
