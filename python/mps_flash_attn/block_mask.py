@@ -64,8 +64,7 @@ def resolve(
                 f"block_mask is a BlockMask for {found[0]} queries and {found[1]} keys; it must be for the lengths of "
                 f"query and key, {lengths[0]} and {lengths[1]}"
             )
-        keys = blocks_of(scores, size)[3]
-        visible, attn_mask, band = _of_block_mask(block_mask, size, lengths, keys, attn_mask, takes_band)
+        visible, attn_mask, band = _of_block_mask(block_mask, size, scores, attn_mask, takes_band)
     else:
         size = DEFAULT_BLOCK if block_size is None else block_size_pair(block_size)
         if not isinstance(block_mask, torch.Tensor):
@@ -129,18 +128,20 @@ def _is_within(block_mask: Any, band: Band, lengths: tuple[int, int]) -> bool:
 def _of_block_mask(
     block_mask: Any,
     size: tuple[int, int],
-    lengths: tuple[int, int],
-    keys: int,
+    scores: Scores,
     attn_mask: Tensor | None,
     takes_band: bool,
 ) -> tuple[Tensor, Tensor | None, Band]:
     """(the visible blocks of a BlockMask, the attn_mask with what mask_mod hides in partial blocks, the band by which
-    it hides in its place). `keys`: blocks."""
+    it hides in its place)."""
+    lengths, shape = scores[2:], blocks_of(scores, size)
+    keys = shape[3]
     partial = _dense(block_mask.kv_num_blocks, block_mask.kv_indices, keys)
     full = None
     if block_mask.full_kv_num_blocks is not None:
         full = _dense(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, keys)
     visible = partial if full is None else partial | full
+    check_block_map(visible.shape, shape, size)
     module = sys.modules["torch.nn.attention.flex_attention"]
     if block_mask.mask_mod is module.noop_mask or not _may_be_partial(block_mask.kv_num_blocks):
         return visible, attn_mask, NO_BAND
@@ -148,8 +149,12 @@ def _of_block_mask(
         lower, upper, is_exact = band_of(block_mask, lengths)
         if is_exact:
             return visible, attn_mask, (lower, upper)
-    batch, heads = (1, 1, *visible.shape[:-2])[-2:]
+    # mask_mod is asked for each batch entry and head, also where these share their blocks.
+    batch, heads = (max(size_of, 1) for size_of in scores[:2])
     mask = module.create_mask(block_mask.mask_mod, batch, heads, *lengths, device=visible.device)
+    for dimension in (0, 1):
+        if mask.stride(dimension) == 0:  # vmap expands what does not depend on an index
+            mask = mask.narrow(dimension, 0, 1)
     if full is not None:
         mask = mask | elements(full, size, lengths)
     if attn_mask is None:

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
 from dropped import gradients, problem
-from mps_flash_attn import explain, flash_attention, reference
+from mps_flash_attn import block_mask, explain, flash_attention, reference
 from mps_flash_attn.arguments import block_map_shape
 from mps_flash_attn.block_mask import elements
 from mps_flash_attn.options import Options
@@ -233,6 +233,25 @@ def test_mask_mod_holds_in_partial_blocks_alone():
     visible = flex.create_mask(causal, 1, 1, 64, 64, device="cpu") | elements(full, (32, 32), (64, 64))
     found = flash_attention(query, key, value, block_mask=blocks)
     torch.testing.assert_close(found, flash_attention(query, key, value, attn_mask=visible))
+
+
+@pytest.mark.parametrize("mod", MODS)
+def test_blocks_that_batch_entries_and_heads_share(mod, monkeypatch):
+    """mask_mod is asked for each of them as in PyTorch, and the mask has the sizes that it depends on."""
+    mask_mod, *_ = MODS[mod]
+    query, key, value = problem(128, 96)
+    blocks = flex.create_block_mask(lambda b, h, q, kv: q >= 0, None, None, 128, 96, device="cpu", BLOCK_SIZE=32)
+    blocks = flex.BlockMask.from_kv_blocks(
+        blocks.full_kv_num_blocks, blocks.full_kv_indices, BLOCK_SIZE=32, mask_mod=mask_mod, seq_lengths=(128, 96)
+    )
+    expected = flex_attention(query, key, value, block_mask=blocks)
+    masks, resolve = [], block_mask.resolve
+    monkeypatch.setattr(block_mask, "resolve", lambda *given: masks.append(resolve(*given)) or masks[-1])
+    found = flash_attention(query, key, value, enable_gqa=True, block_mask=blocks)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if masks[0][2] is not None:
+        sizes = (2 if mod == "documents" else 1, 4 if mod == "prefix" else 1)
+        assert masks[0][2].shape == (*sizes, 128, 96)
 
 
 def test_block_mask_without_mask_mod():
