@@ -153,6 +153,7 @@ class Cache(NamedTuple):
     def of(cls, name: str, tensor: Tensor, kind: str | None, scale: Tensor | None) -> Cache:
         """The cache with the scales that codes.expanded() returns. Raises for what does not fit together."""
         codes.check(name, tensor, kind, scale)
+        _check_writable(name, tensor)
         if scale is None:
             return cls(name, tensor, kind, None, False)
         shared = [size > 1 and stride == 0 for size, stride in zip(scale.shape, scale.stride())]
@@ -161,11 +162,17 @@ class Cache(NamedTuple):
                 f"{name[0]}_scale has a scale for each row that entries, heads or groups share; new rows need one for "
                 "each row and head, which is written, or one for all rows, which is not"
             )
+        if not any(shared):
+            _check_writable(f"{name[0]}_scale", scale)
         return cls(name, tensor, kind, scale, not any(shared))
 
     def writer(self, name: str, rows: Tensor, places: Places) -> Callable[[], None]:
         """A function that writes these rows, the argument `name`, (batch, heads, new rows, columns), to these places.
         What can be wrong with them is raised here."""
+        if rows.device != self.tensor.device:
+            raise ValueError(
+                f"{name} is on {rows.device} and {self.name} on {self.tensor.device}; they must be on one device"
+            )
         found = rows.transpose(1, 2)
         if self.kind is None:
             if rows.dtype != self.tensor.dtype:
@@ -195,6 +202,23 @@ class Cache(NamedTuple):
                 )
         encoded = quantize.encode(found, scales, self.kind)
         return lambda: _put(self.tensor, places, encoded)
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    """Raises for a tensor in which rows would overwrite each other, or which PyTorch does not let be written."""
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride())):
+        if size > 1 and stride == 0:
+            raise ValueError(
+                f"{name} is expanded: its {size} entries of dimension {dimension} are one place in memory; it must "
+                "have memory for each, as by clone()"
+            )
+    if torch.compiler.is_compiling():  # Dynamo does not compile what follows
+        return
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode() and can be written there alone; append to it there, or make "
+            "it outside"
+        )
 
 
 def _put(cache: Tensor, places: Places, rows: Tensor) -> None:

@@ -265,6 +265,36 @@ def test_wrong_caches():
     assert not k.any() and not k_cache.any()
 
 
+def test_caches_that_cannot_be_written():
+    """Refused before either cache is written; without new rows they are read."""
+    q, k_cache, new = torch.randn(2, 3, 4, 16), torch.zeros(2, 16, 2, 16), torch.ones(2, 3, 2, 16)
+    with torch.inference_mode():
+        of_inference = torch.zeros(2, 16, 2, 16)
+    for v_cache, words in (
+        (torch.zeros(1, 16, 2, 16).expand(2, -1, -1, -1), "v_cache is expanded: its 2 entries of dimension 0 are one"),
+        (of_inference, r"v_cache was made under torch.inference_mode\(\) and can be written there alone"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=2)
+        flash_attn_with_kvcache(q, k_cache, v_cache)
+    with pytest.raises(ValueError, match="v is on meta and v_cache on cpu; they must be on one device"):
+        flash_attn_with_kvcache(q, k_cache, k_cache.clone(), new, new.to("meta"), cache_seqlens=2)
+    assert not k_cache.any()
+    with torch.inference_mode():
+        flash_attn_with_kvcache(q, k_cache, of_inference, new, new, cache_seqlens=2)
+    assert k_cache.any() and of_inference.any()
+
+
+def test_scales_that_cannot_be_written():
+    codes, scale = quantize_kv(torch.randn(2, 2, 16, 32), "int8")
+    with torch.inference_mode():
+        of_inference = scale.clone()
+    before, new = codes.clone(), torch.randn(2, 2, 1, 32)
+    with pytest.raises(ValueError, match=r"v_scale was made under torch.inference_mode\(\)"):
+        append_kv(codes, codes.clone(), new, new, integers([3, 5]), k_scale=scale, v_scale=of_inference)
+    assert torch.equal(codes, before)
+
+
 def test_a_head_dim_without_kernels():
     """What libmfa refuses is refused before the cache is written, too."""
     q, new = torch.randn(2, 3, 4, 520), torch.randn(2, 3, 2, 520)
@@ -285,6 +315,9 @@ def test_no_gradients():
     q, caches = torch.randn(2, 3, 4, 16, requires_grad=True), [torch.randn(4, 16, 2, 16) for _ in range(2)]
     with pytest.raises(NotImplementedError, match="has no backward pass, and a tensor requires a gradient"):
         flash_attn_with_kvcache(q, *caches, cache_seqlens=2)
+    table = torch.rand(16, 8, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="has no backward pass, and a tensor requires a gradient"):
+        flash_attn_with_kvcache(q.detach(), *caches, **NEW, cache_seqlens=2, rotary_cos=table, rotary_sin=TABLE)
     with torch.no_grad():
         flash_attn_with_kvcache(q, *caches, cache_seqlens=2)
 

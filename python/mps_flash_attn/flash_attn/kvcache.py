@@ -114,7 +114,8 @@ def attend_with_cache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache of flash-attn 2 and 3."""
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
-    caches.refuse_gradients("flash_attn_with_kvcache", **given, sinks=sinks)
+    of_rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    caches.refuse_gradients("flash_attn_with_kvcache", **given, **of_rotary, sinks=sinks)
     batch = q.shape[0]
     lengths = cache_seqlens
     if isinstance(lengths, int):
