@@ -74,8 +74,8 @@ def append_kv(
 
     ValueError and TypeError for what is wrong, on the CPU also for a place outside of the cache, for numbers that are
     NaN or infinite and become codes, and for shared scales that are 0, NaN or infinite, before anything is written. On
-    MPS nothing is read from the GPU, and PyTorch's indexing decides what becomes of such a place. It has no backward
-    pass: NotImplementedError if a gradient is required."""
+    MPS, and in compiled code, numbers are not read for that, and PyTorch's indexing decides what becomes of such a
+    place. It has no backward pass: NotImplementedError if a gradient is required."""
     given = {"key": key, "value": value, "new_key": new_key, "new_value": new_value, "seqused_k": seqused_k}
     refuse_gradients("append_kv", **given, k_scale=k_scale, v_scale=v_scale)
     caches, names = [], Names("seqused_k", "leftpad_k")

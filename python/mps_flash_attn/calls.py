@@ -3,7 +3,7 @@ arguments become Inputs and Options, and these run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -104,6 +104,15 @@ def check(inputs: InputsTuple, options: Options, by_operator: bool) -> None:
         library().check_supported(prepare_forward(inputs, options).problem)
     elif not torch.compiler.is_compiling():
         problem.check(inputs, options)
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Raises for those of flash_attention's options that are wrong whatever the tensors are."""
+    band(options["is_causal"], options["window_size"])
+    arguments.probability(options["dropout_p"])
+    scale = options["scale"]
+    scale = None if scale is None else arguments.number("scale", scale)
+    problem.check_numbers(scale, arguments.number("softcap", options["softcap"]))
 
 
 def _tightest(choose: Callable[[int, int], int], bound: int | None, other: int | None) -> int | None:

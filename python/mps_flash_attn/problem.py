@@ -160,6 +160,12 @@ def refuse_gradients(inputs: InputsTuple, options: Options) -> None:
     library().check_supported(changed(small, k_type=k_type, v_type=v_type, **of_rows))
 
 
+def check_numbers(scale: float | None, softcap: float) -> None:
+    """Raises libmfa's sentence for numbers that are wrong whatever the tensors are."""
+    small = library().parse("forward f32 b1 h1 q1 kv1 d32")
+    library().check_supported(changed(small, softcap=softcap, **({} if scale is None else {"scale": scale})))
+
+
 def _expand_mask(mask: Tensor | None, scores: Scores) -> Tensor | None:
     """The mask as (batch, head, row, column), with stride 0 where it is broadcast."""
     return mask if mask is None else mask.expand(scores)

@@ -403,6 +403,7 @@ def attend(
             if subclasses.have_torch_function(*present):
                 keywords = {name: one for name, one in given._asdict().items() if one is not None and name[:2] != "cu"}
                 if write is not None:
+                    calls.check_numbers(options)  # tensors are the subclass's to check
                     write()
                 return handle_torch_function(function, present, *positional, **options, **keywords)
             inputs = calls.check_readable(*inputs)

@@ -250,6 +250,24 @@ def test_wrong_arguments(case):
     assert all(map(torch.equal, caches, before))
 
 
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("case", [name for name in WRONG if name.split()[0] in ("window", "softcap", "scale", "full")])
+def test_wrong_arguments_of_a_subclass(case):
+    """The same where __torch_function__ of a tensor's class is called."""
+    options, words = WRONG[case]
+    q, caches = torch.randn(2, 3, 4, 16).as_subclass(Overriding), [torch.zeros(4, 16, 2, 16) for _ in range(2)]
+    with pytest.raises((TypeError, ValueError), match=words):
+        flash_attn_with_kvcache(q, *caches, **options)
+    assert not caches[0].any() and not caches[1].any()
+    flash_attn_with_kvcache(q, *caches, **NEW, cache_seqlens=2)
+    assert caches[0].any()
+
+
 def test_wrong_caches():
     q, k = torch.randn(2, 3, 4, 16), torch.zeros(2, 16, 2, 16)
     for caches, words in (

@@ -59,7 +59,8 @@ def flash_attn_with_kvcache(
     k_type, v_type      in flash_attention_kvcache(); k and v, in q's dtype, become codes as in append_kv()
 
     The other arguments are those of flash_attn_func. Wrong arguments are a ValueError or TypeError before anything is
-    written, on the CPU also positions and pages that do not exist; on mps numbers are not read by the CPU."""
+    written, on the CPU also positions and pages that do not exist; on mps, and in compiled code, numbers in tensors are
+    not read for that."""
     return attend_with_cache(
         q,
         k_cache,
