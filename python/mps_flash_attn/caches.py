@@ -40,6 +40,14 @@ def dequantize_kv(
     `scale` may be 1, and None is 1: it may broadcast as k_scale of flash_attention_kvcache()."""
     kind = codes.check_type("kv_type", kv_type)
     codes.check_dtype("kv_type", kind, "codes_of", codes_of)
+    if dtype not in tensors.DTYPES:
+        accepted = "float32, float16, bfloat16 or float64"
+        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}; it must be {accepted}")
+    if kind in codes.PACKED and (codes_of.dim() == 0 or codes_of.shape[-1] % (codes.BLOCK // 2)):
+        raise ValueError(
+            f"codes_of has the shape {tuple(codes_of.shape)}; of {kind} the last size must be a multiple of "
+            f"{codes.BLOCK // 2} bytes"
+        )
     if scale is not None and scale.dim():
         codes.check_groups("scale", scale.shape[-1], codes.columns(codes_of, kind), kind)
     return codes.dequantize(codes_of, scale, kind, dtype)

@@ -31,6 +31,7 @@ ACCEPTED = (
     "subtracted, and torch.where(condition, score, -inf)"
 )
 _EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)  # dtypes in which places are exact
+_WHOLE = 2**23  # numbers below are exact in float32, as are their sums with places
 APPROXIMATIONS = ("approx::tanh",)  # operators that approximate tanh, each verified where it is used
 
 
@@ -227,7 +228,7 @@ def _meta(one: Any) -> Any:
 
 
 def _number(one: float) -> Value:
-    is_whole = isinstance(one, int) or (math.isfinite(one) and one == int(one))
+    is_whole = abs(one) < _WHOLE and one == int(one)
     band = (None, None, True) if one is True else None
     return Value(number=one, line=(0, 0, int(one)) if is_whole else None, band=band)
 

@@ -551,6 +551,14 @@ def test_wrong_numbers(arguments, error, words):
         quantize_kv(*arguments)
 
 
+def test_wrong_codes():
+    codes, scale = quantize_kv(torch.ones(2, 64), "int4")
+    with pytest.raises(TypeError, match="dtype is int8; it must be float32"):
+        dequantize_kv(codes, scale, "int4", torch.int8)
+    with pytest.raises(ValueError, match=r"codes_of has the shape \(2, 24\); .* a multiple of 16 bytes"):
+        dequantize_kv(codes[:, :24], None, "int4")
+
+
 def test_nothing_to_quantize():
     for shape in ((0, 64), (3, 0), (2, 0, 32)):
         codes, scale = quantize_kv(torch.zeros(shape), "int8")

@@ -1,5 +1,6 @@
 """flash_attn_with_kvcache: flash-attention's own grid of caches, and what is appended, rotated and refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,11 @@ WRONG = {
     "no k": ({"cache_seqlens": 2, "rotary_cos": TABLE, "rotary_sin": TABLE}, "rotary_cos is given and k None"),
     "shape": ({**NEW, "cache_seqlens": 2, "v": NEW["v"][:, :2]}, r"v has the shape \(2, 2, 2, 16\); it must be \(2, 3"),
     "dtype": ({**NEW, "cache_seqlens": 2, "k": NEW["k"].half()}, "q is float32, k float16 and k_cache float32"),
+    "text": ({"cache_seqlens": "2"}, "cache_seqlens is '2'; it must be a number, or a tensor of int32"),
+    "window of three": (
+        {**NEW, "cache_seqlens": 2, "window_size": (1, 0, 2)},
+        r"window_size is \(1, 0, 2\); it",
+    ),
     "int64": ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens is int64 .* int32 of the shape"),
     "full": ({**NEW, "cache_seqlens": integers([2, 14])}, r"cache_seqlens\[1\] is 14, and 3 keys are appended; .* 16"),
     "negative": ({**NEW, "cache_seqlens": integers([-1, 2])}, r"cache_seqlens\[0\] is -1"),
@@ -320,6 +326,12 @@ def test_a_head_dim_without_kernels():
     with pytest.raises(Unsupported, match="head_dim is 520"):
         flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=2)
     assert not caches[0].any() and not caches[1].any()
+
+
+def test_number_of_numpy():
+    q, caches = torch.randn(2, 3, 4, 16), [torch.randn(4, 16, 2, 16) for _ in range(2)]
+    out = flash_attn_with_kvcache(q, *caches, cache_seqlens=np.int64(5))
+    assert torch.equal(out, flash_attn_with_kvcache(q, *caches, cache_seqlens=5))
 
 
 def test_page_that_is_not_needed():

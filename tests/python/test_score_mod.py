@@ -299,6 +299,13 @@ def drawn_mask(draw):
     )
 
 
+def test_no_band_of_numbers_that_round():
+    """In float32 q + 1e9 is k + 1e9 for all of these."""
+    for number in (1e9, 1e30, 2**60):
+        assert score_mod.band_of(lambda b, h, q, k: k + number <= q + number) == (None, None, False)  # noqa: B023
+    assert score_mod.band_of(lambda b, h, q, k: k + 100.0 <= q + 100) == (None, 0, True)
+
+
 def test_bands_of_random_masks(request):
     draw = random.Random(request.config.mfa_seed)
     distance = torch.arange(40) - torch.arange(30)[:, None]

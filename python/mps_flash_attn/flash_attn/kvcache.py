@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -119,8 +121,10 @@ def attend_with_cache(
     caches.refuse_gradients("flash_attn_with_kvcache", **given, **of_rotary, sinks=sinks)
     batch = q.shape[0]
     lengths = cache_seqlens
-    if isinstance(lengths, int):
-        lengths = torch.full((batch,), lengths, dtype=torch.int32, device=q.device)
+    if isinstance(lengths, Integral):
+        lengths = torch.full((batch,), int(lengths), dtype=torch.int32, device=q.device)
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise TypeError(f"cache_seqlens is {lengths!r}; it must be a number, or a tensor of int32")
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: (batch, length, heads, head_dim)")
@@ -164,7 +168,7 @@ def attend_with_cache(
         "is_causal": "bottom_right" if causal else False,
         "scale": softmax_scale,
         "attn_mask": None,
-        "window_size": (window_size[0], window_size[1]),
+        "window_size": tuple(window_size),
         "softcap": softcap,
         "enable_gqa": True,
         "return_lse": return_softmax_lse,
