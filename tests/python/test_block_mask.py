@@ -331,7 +331,7 @@ def test_compiled_once_for_all_lengths():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mod", ["causal", "tiles"])
+@pytest.mark.parametrize("mod", ["causal", "tiles", "prefix"])
 def test_compiled_block_mask(mod):
     torch._dynamo.reset()
     tensors = problem(128, 96)
