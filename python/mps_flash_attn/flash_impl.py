@@ -37,8 +37,8 @@ def register_flash_attention_impl(name: str = "mfa") -> Registration:
     Nothing is activated here, and scaled_dot_product_attention is not changed, for which there is replace_sdpa().
 
     PyTorch's operator has no gradient with seqused_k, alibi_slopes or block_table: NotImplementedError where one is
-    required; in compiled code and under torch.func, in the backward pass and on the CPU alone. On mps, where that would
-    take a read of the device, such gradients are wrong: call the functions of this package there.
+    required; in compiled code and under torch.func, in the backward pass. On mps, where that would take a read of the
+    device, such gradients are NaN there.
 
     The result's remove() takes the name out of PyTorch's list, and restores PyTorch's own implementation if this one is
     active; where the name was registered anew since, it does nothing. ValueError if the name is one of another
@@ -187,7 +187,10 @@ def _backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
-    if rng_state.device.type == "cpu" and rng_state.view(torch.int64).flatten()[1:].any():  # a read stops the GPU
+    is_refused = rng_state.view(torch.int64).flatten()[1:].any()
+    if rng_state.device.type != "cpu":
+        grad_out = torch.where(is_refused, torch.nan, grad_out)  # to read it would stop the GPU
+    elif is_refused:
         raise _without_gradient("seqused_k, alibi_slopes or block_table")
     seed = rng_state.view(torch.int64)[:1] if dropout_p else None
     inputs, options = _resolve(
