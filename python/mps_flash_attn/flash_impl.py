@@ -42,8 +42,7 @@ def register_flash_attention_impl(name: str = "mfa") -> Registration:
 
     The result's remove() takes the name out of PyTorch's list, and restores PyTorch's own implementation if this one is
     active; where the name was registered anew since, it does nothing. ValueError if the name is one of another
-    implementation; ImportError if there is no libmfa, or if PyTorch
-    has no such list, as before 2.11."""
+    implementation; ImportError if there is no libmfa, or if PyTorch has no such list, as before 2.11."""
     library()
     check_name(name)
     if not hasattr(torch_attention, "restore_flash_attention_impl"):
@@ -276,7 +275,7 @@ def _refuse(return_debug_mask: bool, num_splits: int | None) -> None:
         raise NotImplementedError("return_debug_mask is True; it must be False: the weights are never held")
     if num_splits == 1:
         raise NotImplementedError(
-            "num_splits is 1, which asks for results of a sequence that are the same bits whatever else is in the "
+            "num_splits is 1, which requires results of a sequence that are the same bits whatever else is in the "
             "batch; it must be None: libmfa divides the keys of a sequence by the work of the whole batch"
         )
 

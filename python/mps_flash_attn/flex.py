@@ -105,7 +105,7 @@ def flex_attention(
     enable_gqa      allows fewer heads in key and value
     return_lse      returns (out, lse), where lse is (B, H, L), as flash_attention's; it is differentiable
     kernel_options  has no effect: it tunes PyTorch's kernels
-    return_aux      an AuxRequest: returns (out, AuxOutput) with the lse, if that asks for it. max_scores are not
+    return_aux      an AuxRequest: returns (out, AuxOutput) with the lse, if that requests it. max_scores are not
                     computed: Unsupported.
 
     Terms cost memory as follows, for each batch entry and head that they depend on:
@@ -137,7 +137,7 @@ def _attend(
     if return_lse and return_aux is not None:
         raise ValueError("return_lse and return_aux are given; return_aux alone says what is returned")
     if getattr(return_aux, "max_scores", False):
-        raise Unsupported("return_aux asks for max_scores, which are not computed; lse is")
+        raise Unsupported("return_aux requests max_scores, which are not computed; lse is")
     if block_mask is not None and not block_masks.is_block_mask(block_mask):
         raise TypeError(f"block_mask is a {type(block_mask).__name__}; it must be a BlockMask of flex_attention")
     if kernel_options is not None and not isinstance(kernel_options, Mapping):

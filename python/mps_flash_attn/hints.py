@@ -3,7 +3,7 @@ that do not exist here (docs/migration.md)."""
 
 from __future__ import annotations
 
-_NOT_QUANTIZED = "keys and values are not quantized here; give flash_attention those that quantize_kv_* was given"
+_QUANTIZED_HERE = "use quantize_kv, whose codes and scales flash_attention_kvcache and flash_attention_varlen take"
 _HINTS = {
     "flash_attn_func": "use flash_attention, whose tensors are (batch, heads, length, head_dim), or "
     "mps_flash_attn.flash_attn.flash_attn_func",
@@ -22,5 +22,5 @@ _QUANTIZED = ("quantize_kv_", "QUANT_", "flash_attention_fp8", "flash_attention_
 def replacement_hint(name: str) -> str | None:
     """What to use in place of a name of that package; None for any other name."""
     if name.startswith(_QUANTIZED) or name == "flash_attention_quantized":
-        return _NOT_QUANTIZED
+        return _QUANTIZED_HERE
     return _HINTS.get(name)

@@ -64,7 +64,6 @@ def pytest_configure(config):
     config.option.hypothesis_seed = str(seed)
     config.mfa_seed = seed
     config.addinivalue_line("markers", "needs(library): fails without this library; see --without")
-    config.addinivalue_line("markers", "codes: of K and V as codes; left out where the backend refuses them")
     config.addinivalue_line("markers", "cpu(reason): of the CPU alone, and why; left out with MFA_BACKEND=metal")
     config.metal = stand_in.install() if ON_METAL else None
 
@@ -81,21 +80,12 @@ def some_cases(items):
     return kept, left
 
 
-def refuses_codes():
-    """Why the backend has no codes of keys and values; "" if it has."""
-    problem = changed(library().parse("forward f32 b1 h1 q1 kv1 d32 k_int8"), device=DEVICES["cpu"])
-    return Explanation.of(problem).reason
-
-
 def pytest_collection_modifyitems(config, items):
     if ON_METAL and not FULL:
         items[:], left = some_cases(items)
         config.hook.pytest_deselected(items=left)
     expect_failures(items)
-    without_codes = refuses_codes()
     for item in items:
-        if without_codes and item.get_closest_marker("codes"):
-            item.add_marker(pytest.mark.skip(reason=f"MFA_BACKEND={BACKEND}: {without_codes}"))
         for mark in item.iter_markers("needs"):
             if mark.args[0] in config.getoption("--without"):
                 item.add_marker(pytest.mark.skip(reason=f"--without {mark.args[0]}"))

@@ -23,7 +23,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, *(() if ON_METAL else (t
 FULL = "MFA_TEST_FULL" in os.environ  # make test-full: every case, and more random problems
 TIMEOUT = int(os.environ.get("MFA_TEST_TIMEOUT", "900"))  # seconds of a process that a test starts, as in tests/run.py
 FLOAT64 = pytest.mark.cpu("the GPU has no float64")
-CODES = pytest.mark.codes  # of keys and values that are codes: left out, and said, where the backend refuses them
 
 _COUNTS = Path(__file__).parents[2] / "metalsim/runtime/counts.inc"
 

@@ -26,9 +26,9 @@ from mps_flash_attn.library import KV_TYPES
 from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from sequences import cumulative, integers
-from stand_in import CODES, DTYPES, FULL
+from stand_in import DTYPES, FULL
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), CODES]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FORWARD = torch.ops.mfa.attention_forward.default
 TYPES = tuple(KV_TYPES)
 

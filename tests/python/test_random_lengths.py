@@ -14,7 +14,7 @@ from mps_flash_attn.options import Options
 from mps_flash_attn.problem import Inputs
 from mps_flash_attn.quantize import encode
 from sequences import cumulative, integers
-from stand_in import CODES, DTYPES, FULL, ON_METAL
+from stand_in import DTYPES, FULL, ON_METAL
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 DRAWS = 250 * (4 if FULL else 1)
@@ -159,7 +159,6 @@ def test_any_options(call):
     reference.check(lambda *t: run(kind, Inputs(*t), options, keywords), inputs, gradients, **options._asdict())
 
 
-@CODES
 @settings(max_examples=DRAWS // (20 if ON_METAL else 2))
 @given(calls(has_codes=True))
 def test_codes(call):

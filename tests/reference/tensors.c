@@ -107,7 +107,7 @@ static int64_t columns(int32_t type, int64_t dim)
     return type == MFA_KV_INT4 || type == MFA_KV_NF4 ? dim / 2 : dim;
 }
 
-/* Extents of a tensor that no layout has changed. Loops ask for them, so only those of this tensor are computed. */
+/* Extents of a tensor that no layout has changed. Loops call this, so only those of this tensor are computed. */
 static void full_shape(const mfa_problem *p, enum reference_tensor tensor, int64_t shape[4])
 {
     const int64_t q_batch = p->varlen_q ? 1 : p->batch, q_rows = p->varlen_q ? p->total_q : p->q_len;

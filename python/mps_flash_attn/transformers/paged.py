@@ -1,6 +1,6 @@
 """Continuous batching of transformers, generate_batch(), whose keys and values are in pages.
 
-Its manager accepts a few names of attention only, and asks for a mask of all queries and keys where the name is not of
+Its manager accepts a few names of attention only, and makes a mask of all queries and keys where the name is not of
 a flash-attn. The manager's check of the name, a method, is extended for ours, for which it then makes no mask.
 
 In full attention the keys and values of a step are written into their pages, and attention reads the pages where they
