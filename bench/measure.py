@@ -30,7 +30,6 @@ from problems import DTYPES, Operands, Problem
 
 CONTENDERS = ("ours", "torch", "math")
 PROBE_MS = 4.0
-READ_BYTES = 1 << 28  # far more than the caches hold
 MAX_ROUNDS = 25
 SETTLE_SECONDS = 0.003  # the threads of the last contender still spin for a moment before they sleep
 CHECK_FLOP = 4e9  # the budget for checking heads; at least one is checked
@@ -187,7 +186,7 @@ def peak_library():
     library.mfa_peak_tiles_gflops.argtypes = (ctypes.c_int, ctypes.c_double)
     library.mfa_peak_bf16_gflops.restype = ctypes.c_double
     library.mfa_peak_bf16_gflops.argtypes = (ctypes.c_int, ctypes.c_double)
-    library.mfa_peak_read_gbytes.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_double)
+    library.mfa_peak_read_gbytes.argtypes = (*(ctypes.c_void_p, ctypes.c_size_t) * 2, ctypes.c_int)
     return library
 
 
@@ -330,8 +329,9 @@ class Bound:
     probe: object
 
 
-def bounds_of(problem, kernel):
-    """The arithmetic that the kernel uses; and memory bandwidth for decode steps, which read K and V only once."""
+def bounds_of(problem, kernel, operands):
+    """The arithmetic that the kernel uses; and for decode steps, which read K and V only once, a read of the same bytes
+    by as many threads: from the caches as far as these hold them."""
     library, threads = peak_library(), torch.get_num_threads()
     if kernel.endswith("amxbf16"):
         arithmetic = functools.partial(library.mfa_peak_tiles_gflops, threads, PROBE_MS)
@@ -341,10 +341,10 @@ def bounds_of(problem, kernel):
         arithmetic = functools.partial(library.mfa_peak_gflops, threads, vector_bits(library), PROBE_MS)
     bounds = [Bound("peak", 1e-9 * problem.flop(), arithmetic)]
     if problem.reads_memory:
-        buffer = torch.ones(READ_BYTES, dtype=torch.uint8)
+        k, v = operands.k, operands.v
 
         def read():
-            return library.mfa_peak_read_gbytes(buffer.data_ptr(), buffer.nbytes, threads, PROBE_MS)
+            return library.mfa_peak_read_gbytes(k.data_ptr(), k.nbytes, v.data_ptr(), v.nbytes, threads)
 
         bounds.append(Bound("read", 1e-9 * problem.bytes_read(), read))
     return bounds
@@ -411,7 +411,7 @@ def measure_here(problem, budget, seed, device, contenders):
     entries = {contender: entry for contender, entry in entries.items() if contender not in absent}
     for entry in entries.values():
         entry.results = ()
-    bounds = bounds_of(problem, row["kernel"]) if device == "cpu" else []
+    bounds = bounds_of(problem, row["kernel"], operands) if device == "cpu" else []
     taken, peaks = rounds(entries, bounds, budget, device)
     median = {contender: statistics.median(seconds) for contender, seconds in taken.items()}
     for contender, seconds in median.items():

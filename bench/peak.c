@@ -3,6 +3,7 @@
  * before and one just after each measurement: on a shared machine the clock frequency varies, and the share of the
  * peak at the same moment varies much less. Loaded by bench/measure.py through ctypes; not part of libmfa. */
 #define _GNU_SOURCE /* clock_gettime and syscall under a strict -std=c11 */
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -36,25 +37,27 @@ EXPORT double mfa_peak_gflops(int threads, int vector_bits, double milliseconds)
 EXPORT double mfa_peak_bf16_gflops(int threads, double milliseconds);
 EXPORT double mfa_peak_tiles_gflops(int threads, double milliseconds);
 
-/* 10^9 bytes a second, read once through from a buffer that should be larger than the caches; 0 as above. */
-EXPORT double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds);
+/* 10^9 bytes a second, where the threads read two buffers once through, in pieces that each takes when it has done the
+ * one before; 0 as above. */
+EXPORT double mfa_peak_read_gbytes(const void *first, size_t first_bytes, const void *second, size_t second_bytes,
+                                   int threads);
 
 enum { MAX_THREADS = 1024, STEPS = 4096, CHUNK = 1 << 18 };
 
 struct probe {
-    /* Does a piece of work, the `turn`-th of its thread, and returns its size in operations or bytes. */
-    double (*piece)(const struct probe *probe, int thread, size_t turn);
+    /* Does a piece of work, and returns its size in operations or bytes; 0: there is none left. */
+    double (*piece)(struct probe *probe);
     double seconds;
     int threads;
     atomic_int arrived; /* all threads begin together, else the first ones would run alone */
-    const char *buffer;
-    size_t share; /* bytes of the buffer for each thread */
+    const char *buffers[2];
+    size_t bytes[2];
+    atomic_size_t next; /* the piece of the buffers that is read next */
 };
 
 struct worker {
     struct probe *probe;
-    int index;
-    double rate;
+    double done, elapsed;
 };
 
 /* Independent sums, enough to hide the latency of a multiply-add on every unit, few enough to stay in
@@ -62,7 +65,7 @@ struct worker {
 static const volatile float factor = 0.5f;
 
 #define DEFINE_PIECE(name, attributes, vector, count, broadcast, multiply_add, numbers)                       \
-    attributes static double name(const struct probe *probe, int thread, size_t turn)                         \
+    attributes static double name(struct probe *probe)                                                        \
     {                                                                                                         \
         static _Thread_local volatile float kept;                                                             \
         const vector a = broadcast(factor), b = broadcast(factor);                                            \
@@ -72,7 +75,7 @@ static const volatile float factor = 0.5f;
             _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) sums[n] = multiply_add(a, b, sums[n]); \
         _Pragma("GCC unroll 32") for (int n = 0; n < (count); n++) total += sums[n];                          \
         kept = total[0];                                                                                      \
-        (void)kept, (void)probe, (void)thread, (void)turn;                                                    \
+        (void)kept, (void)probe;                                                                              \
         return 2.0 * STEPS * (count) * (double)(sizeof(vector) / sizeof(float)) * (numbers);                  \
     }
 
@@ -85,7 +88,7 @@ DEFINE_PIECE(fma_128, __attribute__((target("avx2,fma"))), __m128, 12, _mm_set1_
 DEFINE_PIECE(dots, __attribute__((target("avx512f,avx512bf16"))), __m512, 24, _mm512_set1_ps, DOT, 2)
 
 /* The products of AMX: tiles of 16 x 16 sums, with 32 terms each. */
-__attribute__((target("amx-tile,amx-bf16"))) static double tiles(const struct probe *probe, int thread, size_t turn)
+__attribute__((target("amx-tile,amx-bf16"))) static double tiles(struct probe *probe)
 {
     static const struct {
         uint8_t palette, start_row, reserved[14];
@@ -100,7 +103,7 @@ __attribute__((target("amx-tile,amx-bf16"))) static double tiles(const struct pr
         _tile_dpbf16ps(3, 4, 5);
     }
     _tile_release();
-    (void)probe, (void)thread, (void)turn;
+    (void)probe;
     return 2.0 * STEPS * 4 * 16 * 16 * 32;
 }
 #elif defined(__aarch64__)
@@ -110,7 +113,7 @@ DEFINE_PIECE(fma_128, , float32x4_t, 20, vdupq_n_f32, MULTIPLY_ADD, 1)
 DEFINE_PIECE(dots, __attribute__((target("arch=armv8.2-a+bf16"))), float32x4_t, 20, vdupq_n_f32, DOT, 2)
 #endif
 
-static double (*fma_piece(int vector_bits))(const struct probe *, int, size_t)
+static double (*fma_piece(int vector_bits))(struct probe *)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -128,7 +131,7 @@ static double (*fma_piece(int vector_bits))(const struct probe *, int, size_t)
     return NULL;
 }
 
-static double (*dots_piece(void))(const struct probe *, int, size_t)
+static double (*dots_piece(void))(struct probe *)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -145,7 +148,7 @@ static double (*dots_piece(void))(const struct probe *, int, size_t)
 #endif
 }
 
-static double read_piece(const struct probe *probe, int thread, size_t turn)
+static double read_piece(struct probe *probe)
 {
     enum {
         SUMS = 8,      /* that every processor has registers for */
@@ -153,9 +156,13 @@ static double read_piece(const struct probe *probe, int thread, size_t turn)
     };
     typedef uint64_t lanes __attribute__((vector_size(16), aligned(8), may_alias));
     static _Thread_local volatile uint64_t kept;
-    const size_t begin = turn * CHUNK % probe->share;
-    const size_t bytes = probe->share - begin < CHUNK ? probe->share - begin : CHUNK;
-    const lanes *from = (const lanes *)(probe->buffer + (size_t)thread * probe->share + begin);
+    const size_t piece = atomic_fetch_add(&probe->next, 1), of_first = (probe->bytes[0] + CHUNK - 1) / CHUNK;
+    const int which = piece >= of_first;
+    const size_t begin = (piece - (which ? of_first : 0)) * CHUNK, size = probe->bytes[which];
+    if (begin >= size)
+        return 0;
+    const size_t bytes = size - begin < CHUNK ? size - begin : CHUNK;
+    const lanes *from = (const lanes *)(probe->buffers[which] + begin);
     lanes a = {0}, b = a, c = a, d = a, e = a, f = a, g = a, h = a;
     for (size_t n = 0; n + SUMS <= bytes / sizeof(lanes); n += SUMS, from += SUMS) {
         for (size_t line = 0; line < sizeof(lanes[SUMS]); line += 64)
@@ -184,38 +191,47 @@ static void *work(void *argument)
     while (atomic_load(&probe->arrived) < probe->threads)
         ;
     const double begin = now();
-    double done = 0, elapsed = 0;
-    for (size_t turn = 0; elapsed < probe->seconds; turn++) {
-        done += probe->piece(probe, worker->index, turn);
-        elapsed = now() - begin;
-    }
-    worker->rate = done / elapsed;
+    do {
+        const double size = probe->piece(probe);
+        if (size == 0)
+            break;
+        worker->done += size;
+        worker->elapsed = now() - begin;
+    } while (worker->elapsed < probe->seconds);
     return NULL;
 }
 
-/* The sum of what the threads do a second; the caller is one of them. */
-static double run(struct probe *probe)
+/* Runs the probe on its threads, of which the caller is one; 0 if it cannot be. */
+static int run(struct probe *probe, struct worker workers[MAX_THREADS])
 {
-    struct worker workers[MAX_THREADS];
     pthread_t threads[MAX_THREADS];
     int started = 0;
     if (!probe->piece || probe->threads < 1 || probe->threads > MAX_THREADS)
         return 0;
     const int count = probe->threads;
     for (int n = 0; n < count; n++)
-        workers[n] = (struct worker){.probe = probe, .index = n};
+        workers[n] = (struct worker){.probe = probe};
     while (started < count - 1 && !pthread_create(&threads[started], NULL, work, &workers[started + 1]))
         started++;
     /* Not all threads could be started: counts the missing ones, for which the others would wait forever. */
     if (started < count - 1)
         atomic_fetch_add(&probe->arrived, count - 1 - started);
     work(&workers[0]);
-    double rate = 0;
     for (int n = 0; n < started; n++)
         pthread_join(threads[n], NULL);
-    for (int n = 0; n < count; n++)
-        rate += workers[n].rate;
-    return started == count - 1 ? 1e-9 * rate : 0;
+    return started == count - 1;
+}
+
+/* The sum of what the threads do a second. */
+static double sum_of_rates(struct probe probe)
+{
+    struct worker workers[MAX_THREADS];
+    double rate = 0;
+    if (!run(&probe, workers))
+        return 0;
+    for (int n = 0; n < probe.threads; n++)
+        rate += workers[n].done / workers[n].elapsed;
+    return 1e-9 * rate;
 }
 
 int mfa_peak_vector_bits(void)
@@ -228,14 +244,13 @@ int mfa_peak_vector_bits(void)
 
 double mfa_peak_gflops(int threads, int vector_bits, double milliseconds)
 {
-    struct probe probe = {.piece = fma_piece(vector_bits), .seconds = 1e-3 * milliseconds, .threads = threads};
-    return run(&probe);
+    return sum_of_rates(
+        (struct probe){.piece = fma_piece(vector_bits), .seconds = 1e-3 * milliseconds, .threads = threads});
 }
 
 double mfa_peak_bf16_gflops(int threads, double milliseconds)
 {
-    struct probe probe = {.piece = dots_piece(), .seconds = 1e-3 * milliseconds, .threads = threads};
-    return run(&probe);
+    return sum_of_rates((struct probe){.piece = dots_piece(), .seconds = 1e-3 * milliseconds, .threads = threads});
 }
 
 double mfa_peak_tiles_gflops(int threads, double milliseconds)
@@ -248,15 +263,23 @@ double mfa_peak_tiles_gflops(int threads, double milliseconds)
         syscall(SYS_arch_prctl, 0x1023, 18) == 0)
         probe.piece = tiles;
 #endif
-    return run(&probe);
+    return sum_of_rates(probe);
 }
 
-double mfa_peak_read_gbytes(const void *buffer, size_t bytes, int threads, double milliseconds)
+double mfa_peak_read_gbytes(const void *first, size_t first_bytes, const void *second, size_t second_bytes, int threads)
 {
-    struct probe probe = {.seconds = 1e-3 * milliseconds, .threads = threads, .buffer = buffer};
-    if (threads < 1 || bytes / (size_t)threads < CHUNK)
+    struct worker workers[MAX_THREADS];
+    struct probe probe = {.piece = read_piece,
+                          .seconds = HUGE_VAL,
+                          .threads = threads,
+                          .buffers = {first, second},
+                          .bytes = {first_bytes, second_bytes}};
+    double done = 0, longest = 0;
+    if (!run(&probe, workers))
         return 0;
-    probe.piece = read_piece;
-    probe.share = bytes / (size_t)threads / CHUNK * CHUNK;
-    return run(&probe);
+    for (int n = 0; n < threads; n++) {
+        done += workers[n].done;
+        longest = workers[n].elapsed > longest ? workers[n].elapsed : longest;
+    }
+    return longest > 0 ? 1e-9 * done / longest : 0;
 }

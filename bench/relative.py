@@ -106,7 +106,7 @@ class Runner:
         if wrong:
             raise ArithmeticError(f"{side.text}: {wrong['ours']}")
         self.begin()
-        (self.bound, *_) = bounds_of(problem, kernel(problem, operands))
+        (self.bound, *_) = bounds_of(problem, kernel(problem, operands), operands)
         x, w = torch.randn(OTHER_SIZE, OTHER_SIZE), torch.randn(OTHER_SIZE, OTHER_SIZE)
         self.other = (lambda: F.linear(x, w)) if side.after_other else (lambda: None)
         self.repeats = max(1, round(TURN_SECONDS / self.seconds(1)))

@@ -3,6 +3,7 @@
     python bench/report.py bench.json peers.json relative.json              tables in markdown, on the terminal
     python bench/report.py bench.json --png rows.png                        a picture of all rows with PyTorch
     python bench/report.py peers.json --svg peers.svg                       a picture of libmfa among its peers
+    python bench/report.py scaling.json --scaling scaling.svg               tables and a picture by numbers of threads
     python bench/report.py *.json --svg peers.svg --readme README.md --record docs/measure.md
 
 The last puts the picture and README_ROWS between the markers of the README, and all rows between those of
@@ -32,6 +33,7 @@ COLOURS = {
     "jax": "#c0504d",
     "ggml": "#8c8c5a",
 }
+PICTURE = {"svg.fonttype": "none", "svg.hashsalt": "libmfa"}  # text stays text, and the same rows make the same file
 README_ROWS = [f"{p} {dtype} b4 h8 q2048 kv2048 d64" for p in ("forward", "forward+backward") for dtype in DTYPES]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -85,9 +87,10 @@ COLUMNS = {
     "torch +MiB": of(mebibytes, "torch_extra_bytes"),
     "math +MiB": of(mebibytes, "math_extra_bytes"),
 }
+THREADS = {"threads": lambda row: str(row["threads"])}
 MARKDOWN_COLUMNS = {name: cell for name, cell in COLUMNS.items() if name not in ("math ms", "math / ours")}
 PEER_COLUMNS = {
-    "threads": lambda row: str(row["threads"]),
+    **THREADS,
     "ours ms": of(milliseconds, "ours_ms"),
     "torch ms": of(milliseconds, "torch_ms"),
     **{f"{name} ms": of(milliseconds, f"{name}_ms") for name in PEERS},
@@ -200,6 +203,45 @@ def reasons(rows):
     return "".join(f"\n- {name}: {reason}" for name, reason in found)
 
 
+def by_threads(rows):
+    """{problem: {threads: (share of the bound, the bound, PyTorch's time over ours or None)}}: medians of all runs. The
+    bound is that of the row with the fewest threads."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["problem"], {}).setdefault(row["threads"], []).append(row)
+    medians = {}
+    for problem, runs in found.items():
+        bound, _ = share_of_bound(runs[min(runs)][0])
+        for threads, measured in sorted(runs.items()):
+            share = statistics.median(row[f"share_of_{bound}"] for row in measured)
+            ratios = [row["ratio_torch"] for row in measured if row.get("ratio_torch") is not None]
+            ratio = statistics.median(ratios) if ratios else None
+            medians.setdefault(problem, {})[threads] = share, bound, ratio
+    return medians
+
+
+def markdown_scaling(rows):
+    """Share of the bound, and in brackets PyTorch's time over ours, for each number of threads."""
+    parts = []
+    for about, group in by_machine(rows).items():
+        medians, counts = by_threads(group), sorted({row["threads"] for row in group})
+        lines = [
+            "| problem | " + " | ".join(f"{n} threads" if n > 1 else "1 thread" for n in counts) + " |",
+            "| --- |" + " ---: |" * len(counts),
+        ]
+        for problem, of_threads in medians.items():
+            cells = []
+            for n in counts:
+                share, bound, ratio = of_threads.get(n, (None, None, None))
+                words = "-" if share is None else f"{share:.0%}{' of read' if bound == 'read' else ''}"
+                cells.append(words if ratio is None else f"{words} ({times(ratio)})")
+            lines.append(f"| `{problem}` | " + " | ".join(cells) + " |")
+        runs = len(group) // max(1, sum(map(len, medians.values())))
+        said = "one run" if runs == 1 else f"medians of {runs} runs"
+        parts += [f"Measured on {about}; {said}.", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def markdown_means(rows):
     lines = ["| problems | rows | mean | least |", "| --- | ---: | ---: | ---: |"]
     for contender, which, mean, least, count in means(rows):
@@ -286,8 +328,7 @@ def save(figure, axes, path):
 
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize=8)
-    # Text stays text, and the same rows make the same file.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "libmfa"}):
+    with pyplot.rc_context(PICTURE):
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
@@ -339,6 +380,31 @@ def draw_peers(rows, path):
         save(figure, time, numbered(path, n))
 
 
+def draw_scaling(rows, path):
+    """Share of the bound by number of threads, a line for each problem."""
+    from matplotlib import pyplot
+
+    for n, (about, group) in enumerate(by_machine(rows).items()):
+        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+        figure.suptitle(about, fontsize=8)
+        for problem, of_threads in by_threads(group).items():
+            bound = next(iter(of_threads.values()))[1]
+            label = f"{problem}, % of read" if bound == "read" else problem
+            axes.plot(list(of_threads), [100 * share for share, _, _ in of_threads.values()], "o-", ms=4, label=label)
+        counts = sorted({row["threads"] for row in group})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, map(str, counts))
+        axes.set_xlabel("threads")
+        axes.set_ylabel("% of the peak of as many threads")
+        axes.set_ylim(0, 100)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+        with pyplot.rc_context(PICTURE):
+            figure.savefig(numbered(path, n), dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        pyplot.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", type=pathlib.Path, help="files that the benchmarks wrote by --json")
@@ -346,6 +412,7 @@ def main():
     parser.add_argument("--svg", type=pathlib.Path, metavar="FILE", help="draw the rows beside all peers")
     parser.add_argument("--readme", type=pathlib.Path, metavar="FILE", help="rewrite its table, and its picture's link")
     parser.add_argument("--record", type=pathlib.Path, metavar="FILE", help="rewrite its tables of all rows")
+    parser.add_argument("--scaling", type=pathlib.Path, metavar="FILE", help="draw shares by numbers of threads")
     options = parser.parse_args()
     rows = [row for file in options.rows for row in json.loads(file.read_text())]
     failed = [row.get("problem", row.get("relation")) for row in rows if "failed" in row]
@@ -362,7 +429,10 @@ def main():
         rewrite(options.readme, link + markdown_readme(rows))
     if options.record:
         rewrite(options.record, markdown(rows))
-    if not (options.readme or options.record):
+    if options.scaling:
+        draw_scaling(rows, options.scaling)
+        print(markdown_scaling(rows))
+    if not (options.readme or options.record or options.scaling):
         print(markdown(rows))
 
 

@@ -3,6 +3,7 @@
     python bench/versus_torch.py --quick                        some of them, under two minutes
     python bench/versus_torch.py --json rows.json               all of them
     python bench/versus_torch.py --group decode                 some
+    python bench/versus_torch.py --group scaling --threads 1,4,16 --runs 3
     python bench/versus_torch.py "forward bf16 b1 h32/8 q4096 kv4096 d128 causal"
 
 docs/measure.md describes the method. The exit status is 1 if a result was wrong; a wrong result is not timed.
@@ -86,6 +87,16 @@ def small():
     return rows + [f"{p} f32 b1 h8 q{n} kv{n} d64 causal" for n in sizes for p in passes]
 
 
+def scaling():
+    """Rows for several numbers of threads: compute, few tasks, tile registers, and memory."""
+    sizes = ("b1 h8 q4096 kv4096 d64", "b1 h8 q2048 kv2048 d64", "b1 h32 q2048 kv2048 d64")
+    rows = [f"{p} f32 {size}{band}" for size in sizes for p, band in (("forward", ""), ("backward", ""))]
+    rows += ["backward f32 b1 h8 q4096 kv4096 d64 causal", "backward f32 b1 h8 q2048 kv2048 d64 causal"]
+    rows += [f"{p} bf16 b1 h8 q4096 kv4096 d128" for p in BOTH]
+    rows += [f"forward {dtype} b1 h32/8 q1 kv65536 d128" for dtype in ("f32", "bf16")]
+    return [*rows, "forward bf16 b8 h32/8 q16 kv8192 d128"]
+
+
 GROUPS = {
     "users": users_table,
     "speed": speed,
@@ -97,6 +108,7 @@ GROUPS = {
     "small": small,
 }
 QUICK = ("users", "speed")
+NAMED_ONLY = {"scaling": scaling}  # groups that are measured only where --group names them
 
 
 def parser_of(description, seconds):
@@ -108,6 +120,14 @@ def parser_of(description, seconds):
     parser.add_argument("--seed", type=int, default=1, help="of the random operands")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows to this file")
     return parser
+
+
+def numbers(text):
+    """The positive numbers of a list such as 1,4,16."""
+    found = [int(word) for word in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
 
 
 def options_of(parser):
@@ -153,13 +173,24 @@ def measure_all(problems, options, title, columns, **how):
 def main():
     parser = parser_of(__doc__, seconds=1.0)
     parser.add_argument("--quick", action="store_true", help="only some rows, for a look or a comparison")
-    parser.add_argument("--group", choices=GROUPS, action="append", help="only the rows of this group")
+    groups = GROUPS | NAMED_ONLY
+    parser.add_argument("--group", choices=groups, action="append", help="only the rows of this group")
+    parser.add_argument(
+        "--threads",
+        type=numbers,
+        default=[None],
+        metavar="N,...",
+        help="each row with so many threads; default: as PyTorch",
+    )
+    parser.add_argument("--runs", type=int, default=1, help="measure all rows so many times; default %(default)s")
     options = options_of(parser)
     chosen = options.group or (QUICK if options.quick else GROUPS)
-    problems = [("given", problem, None) for problem in options.problems]
-    problems = problems or [(group, problem, None) for group in chosen for problem in GROUPS[group]()]
+    named = [("given", problem) for problem in options.problems]
+    named = named or [(group, problem) for group in chosen for problem in groups[group]()]
+    problems = [(*one, threads) for _ in range(options.runs) for one in named for threads in options.threads]
     title = "ours, PyTorch's attention as it comes (torch) and its unfused math path (math)"
-    return measure_all(problems, options, title, report.COLUMNS)
+    columns = report.COLUMNS if options.threads == [None] else report.THREADS | report.COLUMNS
+    return measure_all(problems, options, title, columns)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ static const struct row {
 
 #define LOAD_PANELS 0.125 /* the time to load a block for a chunk, in units of the time of a panel */
 #define SMALL_BLOCK 256   /* maximum number of keys of a block where tasks are few */
+#define KV_BLOCKS_MIN 128 /* of all heads in backward: with fewer, many threads wait for the last ones */
 #define EQUAL_TASKS 8     /* with fewer tasks, they should be of equal size, or threads wait for the last one */
 #define BLOCK_UNIT 16     /* keys */
 #define SERIAL_FLOP 2e6   /* less work takes about as long as waking a thread */
@@ -110,7 +111,7 @@ static int64_t choose_backward(const mfa_problem *p, const struct row *row, int6
 {
     int64_t heads = p->batch * p->kv_heads, blocks = mfa_cpu_ceil(p->kv_len, row->backward_kv);
     tiling->panels = row->backward_panels;
-    if (row->backward_kv > SMALL_BLOCK && heads * blocks > 0 && heads * blocks < MFA_CPU_ENOUGH_TASKS) {
+    if (row->backward_kv > SMALL_BLOCK && heads * blocks > 0 && heads * blocks < KV_BLOCKS_MIN) {
         tiling->block_kv /= 2;
         tiling->panels *= 2;
         blocks = mfa_cpu_ceil(p->kv_len, tiling->block_kv);

@@ -209,6 +209,32 @@ def test_picture_of_peers_is_small_text_and_reproducible(tmp_path):
         assert words in pictures[0]
 
 
+def test_scaling(tmp_path, monkeypatch, capsys):
+    """Medians of the runs, a column for each number of threads, and a picture."""
+    problems = "forward f32 b1 h8 q64 kv64 d64", "forward f32 b1 h8 q1 kv64 d64"
+    rows = [
+        row(problem, threads=threads, share_of_peak=share, share_of_read=0.9 if " q1 " in problem else None)
+        for problem in problems
+        for threads in (1, 4)
+        for share in (0.2 / threads, 0.8 / threads, 0.4 / threads)
+    ]
+    text = report.markdown_scaling(rows)
+    assert "a machine, 4 and 1 threads; libmfa 1; 2026-01-02; medians of 3 runs." in text
+    assert "| problem | 1 thread | 4 threads |" in text
+    assert f"| `{problems[0]}` | 40% (2.00) | 10% (2.00) |" in text
+    assert f"| `{problems[1]}` | 90% of read (2.00) | 90% of read (2.00) |" in text
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    picture = tmp_path / "scaling.svg"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "rows.json"), "--scaling", str(picture)])
+    report.main()
+    assert (
+        all(problem in picture.read_text() for problem in problems) and "medians of 3 runs" in capsys.readouterr().out
+    )
+    assert versus_torch.numbers("1,4,16") == [1, 4, 16]
+    with pytest.raises(ValueError):
+        versus_torch.numbers("1,0")
+
+
 def test_picture_of_rows(tmp_path):
     without = row("backward f32 b1 h1 q8 kv8 d8", math_ms=None, math_extra_bytes=None)
     report.draw_rows([row("forward f32 b1 h1 q8 kv8 d8"), without], tmp_path / "rows.png")
