@@ -73,6 +73,12 @@ typedef enum mfa_kv_type {
     MFA_KV_NF4 = 5
 } mfa_kv_type;
 
+/* The type of o, in both passes, and of dq, dk and dv. */
+typedef enum mfa_out_type {
+    MFA_OUT_SAME = 0, /* the problem's dtype */
+    MFA_OUT_F32 = 1   /* f32, also where the problem is f16 or bf16: sums are not rounded to the dtype. Not for f64 */
+} mfa_out_type;
+
 /* Strides of a (batch, head, row, column) tensor, in elements. An input may have any strides, 0 and negative ones
  * included; an output must not have stride 0 along a dimension longer than 1 (but see dbias). The rows of q, o, d_o,
  * dq, lse are queries, those of k, v, dk, dv are keys; a mask has queries as rows and keys as columns. lse and dlse
@@ -129,7 +135,8 @@ typedef struct mfa_layout {
  *     dbias = dS; then, with softcap, dS = dS * (1 - tanh^2)
  *     dV = (Z * P)^T dO, dK = scale * dS^T Q, dQ = scale * dS K
  *     dsink = -sum_i exp(sink - L_i) * D_i, over the queries of the head
- * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low.
+ * D uses the o that the caller gives, which is rounded to f16 or bf16; where o_low is given, it uses o + o_low. With
+ * MFA_OUT_F32 o is not rounded.
  * Results are bitwise the same for any number of threads, and in every run. */
 typedef struct mfa_problem {
     uint64_t size; /* sizeof(mfa_problem), of the caller's header; mfa_problem_init sets it */
@@ -175,6 +182,9 @@ typedef struct mfa_problem {
     int64_t k_group, v_group; /* columns that share a scale, for 4 bits a multiple of 32; 0: all of a row */
     /* of (as k: batch, kv_heads, keys, ceil(head_dim / k_group)) tensors; stride 0 along a dimension: one for all */
     mfa_layout k_scale_layout, v_scale_layout;
+
+    int32_t out_type;  /* of enum mfa_out_type */
+    int32_t reserved2; /* 0 */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN
@@ -197,9 +207,9 @@ typedef struct mfa_buffers {
     mfa_buffer q, k, v, mask, o, lse, d_o, dlse, dq, dk, dv, dbias;
     mfa_buffer workspace;    /* 64-byte aligned, on Metal an MTLBuffer; without a base: the context's own is used */
     uint64_t workspace_size; /* its bytes: mfa_plan_workspace() or more */
-    /* Optional, for f16 and bf16 only; MFA_INVALID if it is given for another dtype. It has the shape, dtype and layout
-     * of o. Forward writes O - o, the rounding error of o, rounded to the dtype (0 where o is not finite), so that
-     * o + o_low has about twice the digits of o. Backward reads it and computes D from o + o_low. */
+    /* Optional, for f16 and bf16 with MFA_OUT_SAME only; MFA_INVALID if it is given for others. It has the shape, dtype
+     * and layout of o. Forward writes O - o, the rounding error of o, rounded to the dtype (0 where o is not finite),
+     * so that o + o_low has about twice the digits of o. Backward reads it and computes D from o + o_low. */
     mfa_buffer o_low;
     mfa_buffer slopes;        /* of ALiBi: f32, whatever the dtype. They are constants: they get no gradient */
     mfa_buffer sinks, dsinks; /* f32, whatever the dtype */
@@ -259,8 +269,8 @@ MFA_API mfa_status mfa_context_set_threads(mfa_context *context, int32_t threads
 
 /* Fills in a forward problem in f32 on the CPU: dense (batch, head, row, column) layouts for all
  * operands, no mask (its layout is that of a dense one), open band, scale 1/sqrt(head_dim), no softcap, no ALiBi,
- * no sinks, no dropout, no block map, whose layout is zeros: it is for the caller to set. `size` is the caller's
- * sizeof(mfa_problem), of which no byte more is written. */
+ * no sinks, no dropout, MFA_OUT_SAME, no block map, whose layout is zeros: it is for the caller to set. `size` is
+ * the caller's sizeof(mfa_problem), of which no byte more is written. */
 MFA_API void mfa_problem_init_sized(mfa_problem *problem, size_t size, int64_t batch, int64_t q_heads, int64_t kv_heads,
                                     int64_t q_len, int64_t kv_len, int64_t head_dim, int64_t value_dim);
 static inline void mfa_problem_init(mfa_problem *problem, int64_t batch, int64_t q_heads, int64_t kv_heads,

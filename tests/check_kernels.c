@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "core/dropout.h"
+#include "core/operand.h"
 #include "core/problem.h"
 #include "cpu/device.h"
 #include "cpu/kernels/contract.h"
@@ -174,6 +175,7 @@ static void make_call(struct test_run *t)
         .dtype = p.dtype,
         .k_dtype = p.k_type ? CPU_CODES + p.k_type : p.dtype,
         .v_dtype = p.v_type ? CPU_CODES + p.v_type : p.dtype,
+        .out_dtype = mfa_operand_out_dtype(&p),
         .features = mfa_key_features(&p),
         .mask_dtype = p.mask_dtype,
         .block_kv = t->tiling.block_kv,

@@ -62,8 +62,11 @@ static void group_without_codes(mfa_problem *p) { p->v_group = 32; }
 static void odd_group(mfa_problem *p) { p->k_type = MFA_KV_INT4; p->k_group = 16; }
 static void odd_columns(mfa_problem *p) { p->v_type = MFA_KV_NF4; p->value_dim = 40; }
 static void groups_of_rows(mfa_problem *p) { p->k_type = MFA_KV_INT8; p->k_group = 2; p->kv_len = 9; }
+static void unknown_out_type(mfa_problem *p) { p->out_type = 2; }
+static void out_f32_of_f64(mfa_problem *p) { p->dtype = MFA_F64; p->out_type = MFA_OUT_F32; }
 static void gradient_of_codes(mfa_problem *p) { p->pass = MFA_BACKWARD; p->k_type = MFA_KV_E4M3; }
 static void reserved(mfa_problem *p) { p->reserved = 1; }
+static void reserved2(mfa_problem *p) { p->reserved2 = -1; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
 static void negative_batch(mfa_problem *p) { p->batch = -1; }
@@ -122,10 +125,13 @@ static const struct {
     {odd_group, MFA_INVALID, "k_group is 16; it must be 0 (one scale for a row) or a multiple of 32"},
     {odd_columns, MFA_UNSUPPORTED, "v_type is nf4 and value_dim 40; of 4 bits kernels exist for multiples of 32"},
     {groups_of_rows, MFA_INVALID, "k_scale_layout.row and .column are both 1 for k_group 2"},
+    {unknown_out_type, MFA_INVALID, "out_type is 2; it must be 0 (o, dq, dk and dv have the dtype of q) or 1 (f32)"},
+    {out_f32_of_f64, MFA_INVALID, "out_type is 1 (f32) and dtype 3 (f64); of f64 it must be 0 (as q)"},
     {gradient_of_codes, MFA_UNSUPPORTED, "k_type is e4m3 in the backward pass"},
     {gradient_of_pages, MFA_UNSUPPORTED, "page_size is 16 and cache_batch_idx 0 in the backward pass"},
     {block_map_overflows, MFA_INVALID, "block_map_layout is 0, 0, 9223372036854775807, 0 for sizes"},
     {reserved, MFA_INVALID, "reserved is 1; it must be 0"},
+    {reserved2, MFA_INVALID, "reserved2 is -1; it must be 0"},
     {another_size, MFA_INVALID, "size"},
     {size_of_the_future, MFA_INVALID, "size"},
     {negative_batch, MFA_INVALID, "batch is -1"},
@@ -189,6 +195,8 @@ static void small_buffers(mfa_buffers *b) { b->size = offsetof(mfa_buffers, o_lo
 static void q_off_by_a_byte(mfa_buffers *b) { b->q.offset = 1; }
 static void mask_off_by_a_byte(mfa_buffers *b) { b->mask.offset = 3; }
 static void lse_off_by_two(mfa_buffers *b) { b->lse.offset = 2; }
+static void o_off_by_two(mfa_buffers *b) { b->o.offset = 2; }
+static void dk_off_by_two(mfa_buffers *b) { b->dk.offset = 2; }
 static void dq_off_by_a_byte(mfa_buffers *b) { b->dq.base = (char *)b->dq.base + 1; }
 static void workspace_off(mfa_buffers *b) { b->workspace.offset = 32; }
 static void unused_dq(mfa_buffers *b) { b->dq = b->o; }
@@ -223,8 +231,12 @@ static const struct {
     {"backward bf16 b1 h2 q8 kv8 d16", dq_off_by_a_byte, "dq begins at"},
     {"forward f32 b1 h2 q8 kv8 d16", workspace_off, "workspace begins at"},
     {"forward f32 b1 h2 q8 kv8 d16", unused_dq, "dq is given; the forward pass has none"},
-    {"forward f32 b1 h2 q8 kv8 d16", some_o_low, "o_low is given; only problems in f16 and bf16 have it"},
+    {"forward f32 b1 h2 q8 kv8 d16", some_o_low, "o_low is given; only problems in f16 and bf16 with out_type 0"},
     {"backward f64 b1 h2 q8 kv8 d16", some_o_low, "o_low is given; only problems in f16 and bf16"},
+    {"forward bf16 b1 h2 q8 kv8 d16 out_f32", some_o_low, "in f16 and bf16 with out_type 0 have it"},
+    {"backward f16 b1 h2 q8 kv8 d16 out_f32", some_o_low, "in f16 and bf16 with out_type 0 have it"},
+    {"backward f16 b1 h2 q8 kv8 d16 out_f32", o_off_by_two, "o begins at"},
+    {"backward f16 b1 h2 q8 kv8 d16 out_f32", dk_off_by_two, "dk begins at"},
     {"forward f16 b1 h2 q8 kv8 d16 alibi", no_slopes, "slopes is NULL; the forward pass needs it"},
     {"backward f64 b1 h2 q8 kv8 d16 alibi", no_slopes, "slopes is NULL; the backward pass needs it"},
     {"backward f64 b1 h2 q8 kv8 d16 alibi", slopes_off_by_two, "slopes begins at"},

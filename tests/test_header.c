@@ -8,7 +8,7 @@
 
 static_assert(sizeof(mfa_layout) == 32, "four strides of 8 bytes");
 static_assert(sizeof(mfa_buffer) == 16 && offsetof(mfa_buffer, offset) == 8, "64-bit machines");
-static_assert(sizeof(mfa_problem) == 1032, "mfa_problem");
+static_assert(sizeof(mfa_problem) == 1040, "mfa_problem");
 static_assert(offsetof(mfa_problem, pass) == 8, "pass");
 static_assert(offsetof(mfa_problem, mask_dtype) == 24, "mask_dtype");
 static_assert(offsetof(mfa_problem, batch) == 32, "batch");
@@ -31,6 +31,7 @@ static_assert(offsetof(mfa_problem, cu_seqlens_q_layout) == 752, "cu_seqlens_q_l
 static_assert(offsetof(mfa_problem, block_table_layout) == 912, "block_table_layout");
 static_assert(offsetof(mfa_problem, k_type) == 944, "k_type");
 static_assert(offsetof(mfa_problem, k_scale_layout) == 968, "k_scale_layout");
+static_assert(offsetof(mfa_problem, out_type) == 1032, "out_type");
 static_assert(sizeof(mfa_buffers) == 448, "mfa_buffers");
 static_assert(offsetof(mfa_buffers, q) == 8, "q");
 static_assert(offsetof(mfa_buffers, dbias) == 184, "dbias");
@@ -54,6 +55,7 @@ static_assert(MFA_FORWARD == 0 && MFA_BACKWARD == 1, "passes");
 static_assert(MFA_DEVICE_CPU == 0 && MFA_DEVICE_METAL == 1, "devices");
 static_assert(MFA_F32 == 0 && MFA_F16 == 1 && MFA_BF16 == 2 && MFA_F64 == 3, "dtypes");
 static_assert(MFA_MASK_NONE == 0 && MFA_MASK_BOOL == 1 && MFA_MASK_ADDITIVE == 2, "masks");
+static_assert(MFA_OUT_SAME == 0 && MFA_OUT_F32 == 1, "types of outputs");
 
 /* Each function, with the type that callers without the header, such as ctypes, rely on. */
 static const struct {

@@ -207,6 +207,12 @@ static void test_canonical(void **state)
     assert_int_equal(mfa_problem_check(&problem, &canonical), MFA_OK);
     assert_int_equal(canonical.mask_dtype, MFA_F64);
     assert_int_equal(canonical.size, sizeof canonical);
+    problem.out_type = MFA_OUT_F32;
+    assert_int_equal(mfa_problem_check(&problem, &canonical), MFA_OK);
+    assert_int_equal(canonical.out_type, MFA_OUT_F32);
+    problem.dtype = MFA_F32;
+    assert_int_equal(mfa_problem_check(&problem, &canonical), MFA_OK);
+    assert_int_equal(canonical.out_type, MFA_OUT_SAME);
     /* An open band is the same from either end, of sequences of their own lengths, too. */
     problem.seqused_k = 1;
     for (problem.bottom_right = 0; problem.bottom_right <= 1; problem.bottom_right++) {
@@ -257,6 +263,7 @@ static const char *const lines[] = {
     "backward bf16 b1 h1 q1 kv1 d8 causal softcap30 dropout0.1 mask_bool alibi sinks metal",
     "backward f32 b3 h4 q7 kv9 d32 causal total_q15 total_kv17 varlen_q varlen_kv seqused_k leftpad_k bottom_right",
     "forward f16 b3 h4 q1 kv90 d32 kv_batch100 page_size16 seqused_k",
+    "backward bf16 b3 h4 q7 kv9 d32 causal varlen_q bottom_right out_f32 metal",
     "forward f64 b3 h4 q1 kv90 d32 kv_batch5 cache_batch_idx metal",
     "forward f32 b1 h1 q1 kv1 d8 total_q1 total_kv7 kv_batch2 page_size9223372036854775807",
 };
@@ -318,6 +325,7 @@ static mfa_problem draw_problem(struct generator *r)
     p.dtype = (int32_t)random_between(r, MFA_F32, MFA_F64);
     p.mask = (int32_t)random_between(r, MFA_MASK_NONE, MFA_MASK_ADDITIVE);
     p.mask_dtype = (int32_t)random_between(r, MFA_F32, p.mask == MFA_MASK_ADDITIVE ? MFA_F64 : 9);
+    p.out_type = (int32_t)random_between(r, MFA_OUT_SAME, MFA_OUT_F32);
     p.alibi = (int32_t)random_between(r, 0, 1), p.sinks = (int32_t)random_between(r, 0, 1);
     p.lower = draw_bound(r);
     p.upper = draw_bound(r);
@@ -490,6 +498,7 @@ static void test_older_structs(void **state)
     assert_int_equal(mfa_problem_parse_sized("backward f16 b1 h1 q8 kv8 d8 dropout0.1", problem, OLDER), MFA_INVALID);
     assert_non_null(strstr(mfa_last_error(), "has options that an mfa_problem of 608 bytes, the caller's, lacks"));
     assert_int_equal(problem->sinks, 1);
+    assert_int_equal(mfa_problem_parse_sized("backward f16 b1 h1 q8 kv8 d8 out_f32", problem, OLDER), MFA_INVALID);
     assert_int_equal(mfa_problem_parse_sized("forward f16 b1 h1 q8 kv8 d8", problem, 8), MFA_INVALID);
     assert_non_null(strstr(mfa_last_error(), "size of mfa_problem is 8"));
     for (size_t n = OLDER; n < sizeof memory; n++)
@@ -533,12 +542,12 @@ static void test_keys(void **state)
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_k_int8_v_nf4_avx512");
     key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16,    INT32_MIN,
-                           INT32_MAX,    INT32_MIN,          INT32_MIN,   1023,
+                           INT32_MAX,    INT32_MIN,          INT32_MIN,   2047,
                            MFA_BF16,     MFA_KV_E4M3,        MFA_KV_E5M2, "sixteen_letters"};
     key.machine[15] = '!'; /* no end: still only sixteen are read */
     mfa_key_print(&key, text);
-    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_block_map_varlen_paged_k_e4m3_"
-                                 "v_e5m2_sixteen_letters!"));
+    assert_non_null(strstr(text, "_band_mask_bool_mask_bf16_softcap_alibi_sinks_dropout_block_map_varlen_paged_out_f32_"
+                                 "k_e4m3_v_e5m2_sixteen_letters!"));
 }
 
 /* The first word of a plan's key says which kernel runs. */

@@ -299,10 +299,9 @@ static void test_tolerances_are_a_few_ulp(void **state)
     static const struct {
         const char *text;
         double max_ulps;
-    } problems[] = {{"forward f32 b1 h1 q64 kv64 d64", 40},
-                    {"forward f16 b1 h1 q64 kv64 d64", 4},
-                    {"forward bf16 b1 h1 q64 kv64 d64", 4},
-                    {"forward f64 b1 h1 q64 kv64 d64", 64},
+    } problems[] = {{"forward f32 b1 h1 q64 kv64 d64", 40},          {"forward f16 b1 h1 q64 kv64 d64", 4},
+                    {"forward bf16 b1 h1 q64 kv64 d64", 4},          {"forward f16 b1 h1 q64 kv64 d64 out_f32", 40},
+                    {"forward bf16 b1 h1 q64 kv64 d64 out_f32", 40}, {"forward f64 b1 h1 q64 kv64 d64", 64},
                     {"forward f32 b1 h1 q64 kv512 d64", 64}};
     for (size_t n = 0; n < sizeof problems / sizeof *problems; n++) {
         mfa_problem problem;

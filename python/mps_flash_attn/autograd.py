@@ -50,6 +50,9 @@ class Call(NamedTuple):
         return self.route.forward(inputs, self.options)
 
     def backward(self, operands: OperandsTuple, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        if self.options.out_type is not None:  # PyTorch gives the gradient of out in the dtype of out
+            inputs, out, lse, d_out, d_lse, out_low = operands
+            operands = inputs, out, lse, d_out.to(inputs[0].dtype), d_lse, out_low
         return self.route.backward(operands, self.options, wanted)
 
 

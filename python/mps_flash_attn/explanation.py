@@ -146,7 +146,7 @@ def explain(
     try:
         if backward:
             wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool, sinks is not None)
-            gradients = map(tensors.gradient, inputs, wanted)
+            gradients = tensors.gradients(inputs, wanted, options.out_type)
             of_backward = problem.Operands(problem.Inputs._make(inputs), out, rows, out, None)
             return Explanation.of(problem.pack_backward(of_backward, options, gradients))
         return Explanation.of(problem.pack_forward(inputs, options, out))

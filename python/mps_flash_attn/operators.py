@@ -7,7 +7,8 @@ torch.export know: their schemas, kernels, fake rules (shapes and strides withou
     dropout_mask(seed, heads, q_len, kv_len, dropout) -> which weights dropout keeps
     quantize_kv(numbers, kv_type, group) -> (codes, scale)
 
-The backward operator accepts any `out` and `lse`, so that results merged from several devices work. Its rule for
+With the out_type "f32", out, dQ, dK and dV are float32. The backward operator accepts any `out` and `lse`, so that
+results merged from several devices work. Its rule for
 autograd is in autograd.py; those for vmap and autocast are in transforms.py.
 """
 
@@ -48,7 +49,7 @@ _INPUTS = (
 )
 _OPTIONS = (
     "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, "
-    "bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type"
+    "bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type, str? out_type"
 )
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
@@ -140,7 +141,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, _, value, *_ = inputs = arguments[:_COUNT]
     options = Options(*arguments[_COUNT:])
     check(inputs, options)
-    return tensors.like(query, codes.columns(value, options.v_type)), tensors.empty_rows(query)
+    out = tensors.of_out_type(tensors.like(query, codes.columns(value, options.v_type)), options.out_type)
+    return out, tensors.empty_rows(query)
 
 
 @torch.library.register_fake("mfa::attention_backward", lib=registration)
@@ -148,7 +150,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options, wanted = _split_backward(arguments)
     check(operands.inputs, options)
     check_saved(operands, options)
-    return _empty_for_none(map(tensors.gradient, operands.inputs, wanted), operands.inputs[0])
+    gradients = tensors.gradients(operands.inputs, wanted, options.out_type)
+    return _empty_for_none(gradients, operands.inputs[0])
 
 
 @torch.library.register_fake("mfa::dropout_mask", lib=registration)

@@ -23,6 +23,8 @@ class Options(NamedTuple):
     max_kv: int | None = None  # the most keys of one that is packed or in pages; None: it is neither
     k_type: str | None = None  # the type of codes that key is, a name of library.KV_TYPES; None: numbers
     v_type: str | None = None  # the same of value
+    # The type of out and of the gradients of query, key and value, a name of library.OUT_TYPES; None: query's dtype.
+    out_type: str | None = None
 
 
 def scale_of(options: Options, head_dim: int) -> float:

@@ -23,6 +23,7 @@ from .library import (
     MASK_ADDITIVE,
     MASK_BOOL,
     MASK_NONE,
+    OUT_TYPES,
     PROBLEM,
     changed,
     library,
@@ -99,6 +100,7 @@ def check(inputs: InputsTuple, options: Options) -> None:
         if tensor.dim() != 4:
             raise ValueError(f"{name} has {tensor.dim()} dimensions; it must have 4: {_DIMENSIONS}")
     _check_dtypes(query, key, value, options)
+    _check_out_type(query, options)
     codes.check("key", key, options.k_type, k_scale)
     codes.check("value", value, options.v_type, v_scale)
     lengths.check(of_rows, query, key, options)
@@ -123,7 +125,7 @@ def check_saved(operands: OperandsTuple, options: Options) -> None:
     (query, _, value, *_), out, lse, d_out, d_lse, out_low = operands
     rows, columns = query.shape[:3], codes.columns(value, options.v_type)
     for name, tensor, shape, dtype in (
-        ("out", out, (*rows, columns), query.dtype),
+        ("out", out, (*rows, columns), tensors.out_dtype(query, options.out_type)),
         ("d_out", d_out, (*rows, columns), query.dtype),
         ("lse", lse, rows, tensors.rows_dtype(query)),
         ("d_lse", d_lse, rows, tensors.rows_dtype(query)),
@@ -261,6 +263,7 @@ def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None)
         *(options.block_q, options.block_kv, *of_blocks),
         *lengths.numbers(Lengths._make(inputs[LENGTHS:SCALES]), query, key, options),
         *codes.numbers(key, value, (options.k_type, options.v_type), k_scale, v_scale),
+        *(0 if options.out_type is None else OUT_TYPES[options.out_type], reserved),
     )
 
 
@@ -344,3 +347,13 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, options: Options) -
         found = [f"{name} is {tensors.dtype_name(tensor)}"]
         found += [f"{name} {tensors.dtype_name(tensor)}" for name, tensor in others]
         raise TypeError(f"{', '.join(found[:-1])} and {found[-1]}; they must have one dtype")
+
+
+def _check_out_type(query: Tensor, options: Options) -> None:
+    """Raises for an out_type that is none, or that is narrower than what is computed."""
+    if options.out_type is None:
+        return
+    if options.out_type not in OUT_TYPES:
+        raise ValueError(f"out_type is {options.out_type!r}; it must be None (query's dtype) or 'f32'")
+    if query.dtype is torch.float64:
+        raise ValueError(f"out_type is {options.out_type!r} and query float64; with float64 it must be None")

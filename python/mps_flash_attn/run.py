@@ -58,7 +58,7 @@ class Backward(NamedTuple):
     problem: bytes
     device: int
     extents: tuple[int, ...]  # tensors.extent of the Inputs up to LENGTHS, out, lse, d_out and d_lse
-    itemsize: int
+    itemsizes: tuple[int, int]  # of query and what has its dtype, and of out
     others: tuple[int, ...] | None  # as in Forward
     wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias, dsinks
     gradients: tuple[EmptyLayout | None, ...]  # None where it is not wanted
@@ -72,7 +72,7 @@ def forward(
 
 
 def forward_for_backward(inputs: InputsTuple, options: Options, allocate: Allocate = tensors.like) -> tuple[Any, ...]:
-    """(out, lse), or in f16 and bf16 (out, lse, out_low), where out_low is what out lost by rounding."""
+    """(out, lse), or where out is f16 or bf16 (out, lse, out_low), where out_low is what out lost by rounding."""
     return run_forward(prepare_forward(inputs, options, allocate), inputs, True, True)
 
 
@@ -97,12 +97,13 @@ def prepare_forward(inputs: InputsTuple, options: Options, allocate: Allocate = 
     check(inputs, options)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)  # expand() in pack_forward() would not name the mask
-    out, rows = allocate(query, codes.columns(value, options.v_type)), tensors.empty_rows(query)
+    out = tensors.of_out_type(allocate(query, codes.columns(value, options.v_type)), options.out_type)
+    rows = tensors.empty_rows(query)
     problem = pack_forward(inputs, options, out)
     extents = tuple(map(tensors.extent, inputs[:LENGTHS]))
     itemsizes = query.itemsize, key.itemsize, value.itemsize
     out_layout = tensors.empty_layout(out)
-    layouts = out_layout, tensors.empty_layout(rows), out_layout if tensors.has_low(query) else None
+    layouts = out_layout, tensors.empty_layout(rows), out_layout if tensors.has_low(out) else None
     prepared = Forward(problem, tensors.device(query), extents, itemsizes, _other_extents(inputs), *layouts)
     return dispatch_cache.put(key_of_pass, prepared)
 
@@ -164,7 +165,7 @@ def backward(operands: OperandsTuple, options: Options, wanted: Sequence[bool]) 
     """(dQ, dK, dV, dbias, dsinks), each None if not `wanted`. `operands`: problem.Operands, where d_out may be None
     for zeros."""
     inputs, out, lse, d_out, d_lse, out_low = operands
-    d_out, d_lse = tensors.incoming(d_out, out), tensors.resolved(d_lse)
+    d_out, d_lse = tensors.incoming(d_out, out, inputs[0].dtype), tensors.resolved(d_lse)
     operands = inputs, out, lse, d_out, d_lse, out_low
     if out_low is not None:
         check_saved(operands, options)
@@ -200,18 +201,18 @@ def prepare_backward(operands: OperandsTuple, options: Options, wanted: Sequence
     check_saved(operands, options)
     if mask is not None:
         tensors.refuse_short_storage(attn_mask=mask)
-    gradients = tuple(map(tensors.gradient, inputs, wanted))
+    gradients = tensors.gradients(inputs, wanted, options.out_type)
     problem = pack_backward(operands, options, gradients)
     extents = tuple(map(tensors.extent, (*inputs[:LENGTHS], out, lse, d_out, d_lse)))
     layouts = tuple([tensors.empty_layout(gradient) for gradient in gradients])
-    of_others = _other_extents(inputs)
-    prepared = Backward(problem, tensors.device(query), extents, query.itemsize, of_others, tuple(wanted), layouts)
+    itemsizes, of_others = (query.itemsize, out.itemsize), _other_extents(inputs)
+    prepared = Backward(problem, tensors.device(query), extents, itemsizes, of_others, tuple(wanted), layouts)
     return dispatch_cache.put(key_of_pass, prepared)
 
 
 def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, dbias, dsinks), each None if the prepared pass does not want it."""
-    problem, device, extents, size, of_others, _, layouts = prepared
+    problem, device, extents, (size, out_size), of_others, _, layouts = prepared
     inputs, out, lse, d_out, d_lse, out_low = operands
     query, key, value, mask, sinks, slopes, seed, blocks = inputs[:LENGTHS]
     q_extent, k_extent, v_extent, mask_extent, *others = extents
@@ -221,12 +222,12 @@ def run_backward(prepared: Backward, operands: OperandsTuple) -> tuple[Tensor | 
         _storage(query).nbytes() - _offset(query) * size < q_extent
         or _storage(key).nbytes() - _offset(key) * size < k_extent
         or _storage(value).nbytes() - _offset(value) * size < v_extent
-        or _storage(out).nbytes() - _offset(out) * size < out_extent
+        or _storage(out).nbytes() - _offset(out) * out_size < out_extent
         or _storage(d_out).nbytes() - _offset(d_out) * size < d_out_extent
         or _storage(lse).nbytes() - _offset(lse) * lse.itemsize < lse_extent
         or (mask is not None and _storage(mask).nbytes() - _offset(mask) * mask.itemsize < mask_extent)
         or (d_lse is not None and _storage(d_lse).nbytes() - _offset(d_lse) * d_lse.itemsize < d_lse_extent)
-        or (out_low is not None and _storage(out_low).nbytes() - _offset(out_low) * size < out_extent)
+        or (out_low is not None and _storage(out_low).nbytes() - _offset(out_low) * out_size < out_extent)
         or (sinks is not None and _storage(sinks).nbytes() - _offset(sinks) * 4 < sinks_extent)
         or (slopes is not None and _storage(slopes).nbytes() - _offset(slopes) * 4 < slopes_extent)
         or (seed is not None and _storage(seed).nbytes() - _offset(seed) * 8 < seed_extent)

@@ -3,7 +3,7 @@ results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -96,6 +96,11 @@ def autocast(query: Tensor, *others: Tensor | None) -> Iterator[Any]:
     return map(cast, (query, *others))
 
 
+def of_out_type(out: Tensor, out_type: str | None) -> Tensor:
+    """Memory for an output of this out_type in the layout of `out`, which has the dtype of query."""
+    return out if out_type is None else torch.empty_like(out, dtype=out_dtype(out, out_type))
+
+
 def like(query: Tensor, columns: int) -> Tensor:
     """Memory for an output: `columns` are contiguous, and the other dimensions have the order of the query's memory, as
     in PyTorch's own operator. So (B, N, H, D) memory viewed as (B, H, N, D) gives an output of the same order."""
@@ -116,9 +121,14 @@ def rows_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype is torch.float64 else torch.float32
 
 
-def has_low(query: Tensor) -> bool:
+def out_dtype(query: Tensor, out_type: str | None) -> torch.dtype:
+    """The dtype of out and of the gradients of query, key and value, for Options.out_type."""
+    return query.dtype if out_type is None else torch.float32
+
+
+def has_low(out: Tensor) -> bool:
     """Whether out is rounded to a narrower dtype than it is computed in, so that there is an out_low."""
-    return query.dtype in _HALVES
+    return out.dtype in _HALVES
 
 
 def empty_rows(query: Tensor) -> Tensor:
@@ -126,9 +136,14 @@ def empty_rows(query: Tensor) -> Tensor:
     return torch.empty(query.shape[:3], dtype=rows_dtype(query), device=query.device)
 
 
-def gradient(tensor: Any, wanted: bool) -> Tensor | None:
-    """Memory for the gradient of `tensor`, if wanted."""
-    return torch.empty_like(tensor) if wanted else None
+def gradients(inputs: Sequence[Any], wanted: Sequence[bool], out_type: str | None) -> tuple[Tensor | None, ...]:
+    """Memory for the gradients of query, key, value, mask and sinks, None where not wanted."""
+    dtype = None if out_type is None else out_dtype(inputs[0], out_type)  # None: that of the tensor
+    dtypes = dtype, dtype, dtype, None, None
+    return tuple(
+        torch.empty_like(tensor, dtype=own) if is_wanted else None
+        for tensor, is_wanted, own in zip(inputs, wanted, dtypes)
+    )
 
 
 def _fastest_empty() -> Callable[..., Tensor]:
@@ -168,9 +183,9 @@ def empty(query: Tensor, layout: EmptyLayout | None) -> Tensor | None:
     return None if layout is None else query.new_empty_strided(layout[0], layout[1], dtype=layout[2])
 
 
-def incoming(gradient: Tensor | None, out: Tensor) -> Tensor:
-    """The incoming gradient of `out`, without a pending negation; zeros for None."""
-    return out.new_zeros(1).expand(out.shape) if gradient is None else resolved(gradient)
+def incoming(gradient: Tensor | None, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The incoming gradient of `out`, without a pending negation; zeros for None, of this dtype or that of out."""
+    return out.new_zeros(1, dtype=dtype).expand(out.shape) if gradient is None else resolved(gradient)
 
 
 @overload

@@ -114,9 +114,15 @@ int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *pro
     return shape[0] && shape[1] && shape[2] && shape[3];
 }
 
+int32_t mfa_operand_out_dtype(const mfa_problem *problem)
+{
+    return problem->out_type == MFA_OUT_F32 ? MFA_F32 : problem->dtype;
+}
+
 size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem)
 {
     switch (operand->element) {
+    case MFA_ELEMENT_OUT: return mfa_dtype_size(mfa_operand_out_dtype(problem));
     case MFA_ELEMENT_ROW_SUM: return problem->dtype == MFA_F64 ? 8 : 4;
     case MFA_ELEMENT_MASK: return problem->mask == MFA_MASK_BOOL ? 1 : mfa_dtype_size(problem->mask_dtype);
     case MFA_ELEMENT_FLOAT: return 4;

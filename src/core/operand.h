@@ -19,6 +19,7 @@ enum mfa_role {
 /* The types of an element, as operands.inc names them. */
 enum mfa_element {
     MFA_ELEMENT_DATA, /* the problem's dtype */
+    MFA_ELEMENT_OUT,  /* the same, or f32: its out_type */
     MFA_ELEMENT_K_CODE,
     MFA_ELEMENT_V_CODE,
     MFA_ELEMENT_ROW_SUM, /* f32, or f64 where the problem is */
@@ -60,6 +61,9 @@ int mfa_operand_extent(const struct mfa_operand *operand, const mfa_problem *pro
 
 /* The caller's buffer for operand number `n`. */
 const mfa_buffer *mfa_operand_buffer(const mfa_buffers *buffers, int n);
+
+/* The dtype of MFA_ELEMENT_OUT: of o, dq, dk and dv. */
+int32_t mfa_operand_out_dtype(const mfa_problem *problem);
 
 /* Bytes of one element. */
 size_t mfa_operand_element(const struct mfa_operand *operand, const mfa_problem *problem);

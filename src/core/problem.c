@@ -308,6 +308,13 @@ static mfa_status check_numbers(const mfa_problem *problem)
     return MFA_OK;
 }
 
+static mfa_status check_out_type(const mfa_problem *problem)
+{
+    if (problem->out_type == MFA_OUT_F32 && problem->dtype == MFA_F64)
+        return mfa_fail(MFA_INVALID, "out_type is 1 (f32) and dtype 3 (f64); of f64 it must be 0 (as q)");
+    return MFA_OK;
+}
+
 /* The counters of dropout have 32 bits for each of these. */
 static mfa_status check_dropout(const mfa_problem *p)
 {
@@ -407,6 +414,8 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
     if (status == MFA_OK)
         status = check_numbers(&problem);
     if (status == MFA_OK)
+        status = check_out_type(&problem);
+    if (status == MFA_OK)
         status = check_dropout(&problem);
     if (status == MFA_OK)
         status = check_block_map(&problem);
@@ -423,6 +432,8 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
 
     if (problem.mask != MFA_MASK_ADDITIVE)
         problem.mask_dtype = problem.dtype;
+    if (problem.dtype == MFA_F32)
+        problem.out_type = MFA_OUT_SAME;
     clamp_band(&problem);
     problem.block_map_q = clamp_block(problem.block_map_q, problem.q_len);
     problem.block_map_kv = clamp_block(problem.block_map_kv, problem.kv_len);

@@ -64,7 +64,8 @@ mfa_status mfa_problem_check_signs(const mfa_problem *problem);
  *     [-q_len - kv_len, q_len + kv_len];
  *   - bottom_right is 0 where all entries have the same lengths: lower and upper count from the first query and key;
  *   - block_map_q and block_map_kv are multiples of 16, not above the lengths in such units, or both 0;
- *   - mask_dtype is dtype unless the mask is additive. */
+ *   - mask_dtype is dtype unless the mask is additive;
+ *   - out_type is 0 where dtype is f32 or f64. */
 mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical);
 
 /* The arguments of the kernels for a canonical problem. Without heads, group is 1. */

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/dropout.h"
+#include "core/operand.h"
 #include "core/problem.h"
 #include "cpu/sequences.h"
 #include "cpu/tiles.h"
@@ -49,6 +50,7 @@ static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, 
         call->k_dtype = CPU_CODES + p->k_type;
     if (p->v_type)
         call->v_dtype = CPU_CODES + p->v_type;
+    call->out_dtype = mfa_operand_out_dtype(p);
     call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels;
@@ -69,7 +71,8 @@ static int64_t round_up(int64_t n, int64_t unit)
     return mfa_cpu_ceil(n, unit) * unit;
 }
 
-/* dQ is accumulated in the caller's tensor if its rows are whole vectors of reals. */
+/* dQ is accumulated in the caller's tensor if its rows are whole vectors of reals, and the kernels do not sum up dQ^T,
+ * as those that multiply bf16 may. */
 static int sums_in_place(const struct mfa_cpu_kernels *kernels, const mfa_problem *p)
 {
     return (p->dtype == MFA_F32 || p->dtype == MFA_F64) && p->dq_layout.column == 1 &&

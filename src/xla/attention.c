@@ -80,6 +80,7 @@ static int is_of_dtype(int32_t found, int dtype)
 static int has_right_type(int32_t found, const struct mfa_operand *operand, const mfa_problem *problem)
 {
     switch (operand->element) {
+    case MFA_ELEMENT_OUT: return is_of_dtype(found, mfa_operand_out_dtype(problem));
     case MFA_ELEMENT_ROW_SUM: return is_of_dtype(found, problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32);
     case MFA_ELEMENT_MASK:
         return problem->mask == MFA_MASK_BOOL ? found == MFA_XLA_PRED : is_of_dtype(found, problem->mask_dtype);

@@ -7,11 +7,12 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from mps_flash_attn import flash_attention_kvcache, flash_attention_varlen, quantize_kv, reference
+from mps_flash_attn import run as passes
 from mps_flash_attn.codes import FLOATS, PACKED
 from mps_flash_attn.lengths import blocks_of
 from mps_flash_attn.library import KV_TYPES
 from mps_flash_attn.options import Options
-from mps_flash_attn.problem import Inputs
+from mps_flash_attn.problem import Inputs, Operands
 from mps_flash_attn.quantize import encode
 from sequences import cumulative, integers
 from stand_in import DTYPES, FULL, ON_METAL
@@ -47,13 +48,13 @@ def quantised(draw, numbers):
 
 
 @st.composite
-def calls(draw, has_codes=False):
+def calls(draw, has_codes=False, dtypes=DTYPES):
     """(kind, the Inputs, their Options, the keywords of both functions that mean them)."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     kind, batch = draw(st.sampled_from(KINDS)), draw(st.integers(1, 4))
     kv_heads, group = (draw(st.sampled_from((1, 2, 3))) for _ in range(2))
     head_dim, value_dim = (draw(st.sampled_from((32, 64, 24) if has_codes else (8, 3, 16, 40))) for _ in range(2))
-    dtype, heads = draw(st.sampled_from(DTYPES)), kv_heads * group
+    dtype, heads = draw(st.sampled_from(dtypes)), kv_heads * group
     length = st.sampled_from((0, 1, 2, 7, 33, 64, 130))
     q_lens, kv_lens = ([draw(length) for _ in range(batch)] for _ in range(2))
     q_len, kv_len = (
@@ -167,3 +168,23 @@ def test_codes(call):
     note(f"{kind} {[t if t is None else (tuple(t.shape), t.dtype, t.stride()) for t in inputs]} {options}")
     note(f"{inputs[8:14]}")
     reference.check(lambda *t: run(kind, Inputs(*t), options, keywords), inputs, False, **options._asdict())
+
+
+@settings(max_examples=DRAWS // (20 if ON_METAL else 2))
+@given(calls(dtypes=(torch.float16, torch.bfloat16)))
+def test_out_type(call):
+    """Results in float32 are those that are rounded without out_type."""
+    kind, inputs, options, _ = call
+    note(f"{kind} {[t if t is None else (tuple(t.shape), t.dtype, t.stride()) for t in inputs]} {options}")
+    wide = options._replace(out_type="f32")
+    found, rounded = passes.forward(inputs, wide), passes.forward(inputs, options)
+    assert found[0].dtype is torch.float32
+    if inputs.cache_batch_idx is None and inputs.block_table is None:
+        (out, lse), d_out = rounded, torch.randn_like(rounded[0])
+        mask = inputs.attn_mask
+        wanted = (True, True, True, mask is not None and mask.dtype is not torch.bool, inputs.sinks is not None)
+        found += passes.backward(Operands(inputs, out.float(), lse, d_out, None), wide, wanted)
+        rounded += passes.backward(Operands(inputs, out, lse, d_out, None), options, wanted)
+    for got, right in zip(found, rounded, strict=True):
+        assert (got is None) == (right is None)
+        assert got is None or torch.equal(got.to(right.dtype), right)

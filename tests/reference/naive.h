@@ -128,7 +128,7 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
     for (int64_t c = 0; c < p->value_dim; c++)
         head->O[c] = 0, head->O_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
-        REAL P = (REAL)element_round(p->dtype, head->P[j]);
+        REAL P = (REAL)element_round(n->products, head->P[j]);
         double P_off = head->off[j] * (double)head->P[j];
         const double Z = head->Z[j];
         LOCAL(add)(head->O, head->O_squares, (REAL)Z * P, Z * P_off, head->V + j * p->value_dim, p->value_dim, n->unit);
@@ -142,7 +142,7 @@ static void LOCAL(forward_row)(struct naive *n, struct LOCAL(head) *head)
     head->L = L;
     n->results.L[at] = element_round(reference_dtype(p, REFERENCE_L), L);
     for (int64_t c = 0; c < p->value_dim; c++)
-        n->results.O[at * p->value_dim + c] = element_round(p->dtype, head->O[c]);
+        n->results.O[at * p->value_dim + c] = element_round(reference_dtype(p, REFERENCE_O), head->O[c]);
 }
 
 static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
@@ -159,15 +159,15 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
     for (int64_t c = 0; c < values; c++)
         O_squares += (double)dO[c] * (double)dO[c] * head->O_squares[c];
     double D_off = n->unit * (dO_norm * O_norm + fabs(dL)) + sqrt(O_squares) +
-                   naive_unit(p->dtype) * dO_norm * O_norm / sqrt((double)values);
+                   naive_unit(reference_dtype(p, REFERENCE_O)) * dO_norm * O_norm / sqrt((double)values);
     naive_add_dsink(n, &head->at, (double)head->L, head->L_off, (double)D, D_off);
     for (int64_t c = 0; c < columns; c++)
         dQ[c] = 0, head->dQ_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         const double Z = head->Z[j];
         REAL dP = (REAL)Z * LOCAL(dot)(dO, head->V + j * values, values);
-        REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(p->dtype, head->P[j]);
-        REAL dQK = (REAL)element_round(p->dtype, dS * head->dtanh[j]);
+        REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(n->products, head->P[j]);
+        REAL dQK = (REAL)element_round(n->products, dS * head->dtanh[j]);
 
         double dtanh = head->dtanh[j], P_off = (head->off[j] + head->L_off) * head->P[j];
         double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * Z * dO_norm * head->V_norm[j];
@@ -180,7 +180,7 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
     }
     n->dQ_off = fmax(n->dQ_off, sqrt(largest(head->dQ_squares, columns)));
     for (int64_t c = 0; c < columns; c++)
-        n->results.dQ[at * columns + c] = element_round(p->dtype, (REAL)p->scale * dQ[c]);
+        n->results.dQ[at * columns + c] = element_round(reference_dtype(p, REFERENCE_dQ), (REAL)p->scale * dQ[c]);
 }
 
 /* All queries that read one KV head. */
@@ -189,6 +189,7 @@ static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, in
     const mfa_problem *p = n->problem;
     const int64_t columns = p->head_dim, values = p->value_dim, group = p->q_heads / p->kv_heads;
     const int64_t kv_len = n->seq.kv_len;
+    const int32_t of_K = reference_dtype(p, REFERENCE_dK), of_V = reference_dtype(p, REFERENCE_dV);
     for (int64_t j = 0; j < kv_len; j++) {
         LOCAL(gather)(reference_key(&n->seq, n->K, kv_head, j), n->K.column, columns, head->K + j * columns);
         LOCAL(gather)(reference_key(&n->seq, n->V, kv_head, j), n->V.column, values, head->V + j * values);
@@ -208,9 +209,9 @@ static void LOCAL(rows)(struct naive *n, struct LOCAL(head) *head, int64_t b, in
     for (int64_t j = 0; j < kv_len && n->backward; j++) {
         const int64_t key = reference_key_index(p, &n->seq, kv_head, j);
         for (int64_t c = 0; c < columns; c++)
-            n->results.dK[key * columns + c] = element_round(p->dtype, (REAL)p->scale * head->dK[j * columns + c]);
+            n->results.dK[key * columns + c] = element_round(of_K, (REAL)p->scale * head->dK[j * columns + c]);
         for (int64_t c = 0; c < values; c++)
-            n->results.dV[key * values + c] = element_round(p->dtype, head->dV[j * values + c]);
+            n->results.dV[key * values + c] = element_round(of_V, head->dV[j * values + c]);
     }
 }
 

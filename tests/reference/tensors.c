@@ -89,6 +89,10 @@ int32_t reference_dtype(const mfa_problem *problem, enum reference_tensor tensor
     case REFERENCE_LEFTPAD_K:
     case REFERENCE_CACHE_BATCH_IDX:
     case REFERENCE_BLOCK_TABLE: return ELEMENT_I32;
+    case REFERENCE_O:
+    case REFERENCE_dQ:
+    case REFERENCE_dK:
+    case REFERENCE_dV: return problem->out_type == MFA_OUT_F32 ? MFA_F32 : problem->dtype;
     case REFERENCE_L:
     case REFERENCE_dL: return problem->dtype == MFA_F64 ? MFA_F64 : MFA_F32;
     default: return problem->dtype;

@@ -28,7 +28,8 @@ struct naive {
     struct reference_sequence seq;
     struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
     int backward;
-    double unit; /* one rounding of the working precision */
+    int32_t products; /* the dtype to which P and dS are rounded where they enter a product */
+    double unit;      /* one rounding of the working precision */
     struct reference results;
     double *dbias_squares, *dsinks_squares;
     double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off, dsinks_off; /* the errors of tolerance.h; without scale */
@@ -135,7 +136,8 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
                          struct tolerance *tolerance)
 {
     const mfa_problem *p = problem;
-    struct naive n = {.problem = p, .buffers = buffers, .unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24};
+    struct naive n = {.problem = p, .buffers = buffers};
+    n.products = reference_dtype(p, REFERENCE_O), n.unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24;
     n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias || truth->dsinks;
     struct {
         struct reference_view *view;
@@ -200,4 +202,17 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
         free(inputs[at].view->values);
     for (size_t at = 0; at < output_count; at++)
         free(*outputs[at].values);
+}
+
+void reference_tolerance_of_rounded_P(const mfa_problem *problem, const mfa_buffers *buffers,
+                                      const struct reference *truth, struct tolerance *tolerance)
+{
+    struct tolerance exact;
+    mfa_problem same = *problem;
+    same.out_type = MFA_OUT_SAME;
+    reference_tolerance(&same, buffers, truth, tolerance);
+    if (problem->out_type == MFA_OUT_SAME)
+        return;
+    reference_tolerance(problem, buffers, truth, &exact);
+    tolerance->O = fmax(exact.O, exact.O_low_of_rounded_P);
 }

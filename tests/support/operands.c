@@ -233,7 +233,7 @@ static int has(const mfa_problem *problem, enum reference_tensor tensor)
     switch (tensor) {
     case REFERENCE_DBIAS: return problem->mask == MFA_MASK_ADDITIVE;
     case REFERENCE_DSINKS: return problem->sinks;
-    case REFERENCE_O_LOW: return is_half;
+    case REFERENCE_O_LOW: return is_half && !problem->out_type;
     default: return 1;
     }
 }

@@ -165,4 +165,5 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
         random_layouts(p);
     drawn->variant.map_broadcast = (int)random_between(&r, 0, 11);
     drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);
+    p->out_type = p->dtype != MFA_F64 && !random_between(&r, 0, 2) ? MFA_OUT_F32 : MFA_OUT_SAME;
 }

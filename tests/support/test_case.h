@@ -13,8 +13,8 @@ struct test_case { /* one variant of one case */
     int passes;
     struct inputs inputs;
     struct reference truth;
-    struct tolerance tolerance;
-    int rounds_P; /* the kernel does: see tolerance.h */
+    struct tolerance tolerance, of_rounded_P;
+    int rounds_P; /* the kernel does, so the latter counts: see tolerance.h */
     double worst; /* error as a share of the tolerance */
 };
 

@@ -69,10 +69,11 @@ struct mfa_cpu_call {
     double kept;      /* 1 - dropout, or 1: what P, and with it results, are still to be divided by */
     double dS_factor; /* backward: a power of two that dS is multiplied by, near the scale where that is far from 1 */
     int32_t dtype, k_dtype, v_dtype, mask_dtype;
-    int32_t features; /* a set of enum mfa_cpu_feature */
-    int32_t block_kv; /* keys of a block */
-    int32_t panels;   /* forward: panels of a chunk of queries; backward: of a block of queries */
-    int32_t decode;   /* 1: by the decode kernels */
+    int32_t out_dtype; /* of o, dq, dk and dv: dtype or CPU_F32 */
+    int32_t features;  /* a set of enum mfa_cpu_feature */
+    int32_t block_kv;  /* keys of a block */
+    int32_t panels;    /* forward: panels of a chunk of queries; backward: of a block of queries */
+    int32_t decode;    /* 1: by the decode kernels */
 
     /* The sequences, first those of the batch entries, and the order in which `before` counts them: those with the most
      * work first. NULL: each batch entry is like `entry`, but for its batch, q_batch, kv_batch and `before`. */

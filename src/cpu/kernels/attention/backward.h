@@ -446,8 +446,8 @@ static void store_keys(const struct mfa_cpu_call *call, void *to, const struct m
                        const struct keys *keys, const real *rows, int64_t columns)
 {
     for (int64_t r = 0; to && r < keys->n; r++)
-        store_row((char *)kv_row_of(keys->seq, to, bytes_of(call->dtype), strides, keys->kv_head, keys->first + r),
-                  call->dtype, strides->column, rows + r * padded(columns), columns);
+        store_row((char *)kv_row_of(keys->seq, to, bytes_of(call->out_dtype), strides, keys->kv_head, keys->first + r),
+                  call->out_dtype, strides->column, rows + r * padded(columns), columns);
 }
 
 static void backward(void *data, int64_t task, int worker)

@@ -101,7 +101,7 @@ static void weigh_rows(int64_t rows, const real *P, const real *X, int64_t colum
 static void store_key(const struct mfa_cpu_call *call, void *to, const struct mfa_strides *strides,
                       const struct keys *keys, int64_t key, const real *row, int64_t columns)
 {
-    store_row((char *)kv_row_of(keys->seq, to, bytes_of(call->dtype), strides, keys->kv_head, key), call->dtype,
+    store_row((char *)kv_row_of(keys->seq, to, bytes_of(call->out_dtype), strides, keys->kv_head, key), call->out_dtype,
               strides->column, row, columns);
 }
 

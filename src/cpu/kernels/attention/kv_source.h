@@ -292,7 +292,7 @@ static void visit_prefetch(const struct mfa_cpu_call *call, const struct panel *
         by_product[0] = &next[0];
     }
     if (PREFETCH_O && visit.last_of_panel && visit.writes_O && a->o.column == 1) {
-        next[1] = panel_cursor(panel, visit.keys, call->o, call->dtype, &a->o, a->value_dim);
+        next[1] = panel_cursor(panel, visit.keys, call->o, call->out_dtype, &a->o, a->value_dim);
         by_product[1] = &next[1];
     }
 }

@@ -90,7 +90,7 @@ static inline double dS_scale(const struct mfa_cpu_call *call)
 static void dQ_epilogue(const struct mfa_cpu_call *call, const struct q_block *q, real *rows)
 {
     const struct mfa_args *a = &call->args;
-    const int64_t d = padded(a->head_dim), bytes = bytes_of(call->dtype);
+    const int64_t d = padded(a->head_dim), bytes = bytes_of(call->out_dtype);
     const struct matrix dQ = q_block_dQ(call, q);
     const double scale = dS_scale(call);
     for (int64_t i = 0; i < q->rows; i++) {
@@ -102,7 +102,8 @@ static void dQ_epilogue(const struct mfa_cpu_call *call, const struct q_block *q
         }
         scale_vectors(row, d, scale);
         if (call->dq_sums)
-            store_row((char *)q_block_row(q, call->dq, bytes, &a->dq, i), call->dtype, a->dq.column, row, a->head_dim);
+            store_row((char *)q_block_row(q, call->dq, bytes, &a->dq, i), call->out_dtype, a->dq.column, row,
+                      a->head_dim);
     }
 }
 
@@ -148,17 +149,17 @@ static void scale_gradients(const struct mfa_cpu_call *call, real *x, int64_t n)
 static vec sum_rows(const struct mfa_cpu_call *call, const struct q_block *q, int64_t row, int64_t rows, real *room)
 {
     const struct mfa_args *a = &call->args;
-    const int64_t bytes = bytes_of(call->dtype), e = padded(a->value_dim);
+    const int64_t dO_bytes = bytes_of(call->dtype), O_bytes = bytes_of(call->out_dtype), e = padded(a->value_dim);
     real *sums = room + 2 * e, *transposed = sums + LANES * LANES;
     fill(sums, LANES * LANES, 0);
     for (int64_t i = 0; i < rows; i++) {
-        const char *dO_row = q_block_row(q, call->d_o, bytes, &a->d_o, row + i);
+        const char *dO_row = q_block_row(q, call->d_o, dO_bytes, &a->d_o, row + i);
         const real *dO = row_of_reals(room + e, dO_row, call->dtype, a->d_o.column, a->value_dim);
         const void *parts[] = {call->o, call->o_low};
         vec sum = vec_set1(0);
         for (int part = 0; part < 2 && parts[part]; part++) {
-            const char *O_row = q_block_row(q, parts[part], bytes, &a->o, row + i);
-            const real *O = row_of_reals(room, O_row, call->dtype, a->o.column, a->value_dim);
+            const char *O_row = q_block_row(q, parts[part], O_bytes, &a->o, row + i);
+            const real *O = row_of_reals(room, O_row, call->out_dtype, a->o.column, a->value_dim);
             for (int64_t d = 0; d < e; d += LANES)
                 sum = vec_fma(vec_load(O + d), vec_load(dO + d), sum);
         }

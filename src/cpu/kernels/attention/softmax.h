@@ -185,7 +185,7 @@ static void softmax_epilogue(const struct mfa_cpu_call *call, const struct panel
                              real *rows)
 {
     const struct mfa_args *a = &call->args;
-    int64_t e = padded(a->value_dim), bytes = bytes_of(call->dtype);
+    int64_t e = padded(a->value_dim), bytes = bytes_of(call->out_dtype);
     for (int64_t i = 0; i < panel->lanes; i++) {
         real *row = rows + i % LANES * e;
         if (i % LANES == 0)
@@ -196,10 +196,10 @@ static void softmax_epilogue(const struct mfa_cpu_call *call, const struct panel
             *(real *)panel_row(panel, call->lse, sizeof(real), &a->lse, i) = end.L;
         char *to = (char *)panel_row(panel, call->o, bytes, &a->o, i);
         if (call->o_low)
-            store_row_and_rest(to, (char *)panel_row(panel, call->o_low, bytes, &a->o, i), call->dtype, a->o.column,
+            store_row_and_rest(to, (char *)panel_row(panel, call->o_low, bytes, &a->o, i), call->out_dtype, a->o.column,
                                row, a->value_dim);
         else
-            store_row(to, call->dtype, a->o.column, row, a->value_dim);
+            store_row(to, call->out_dtype, a->o.column, row, a->value_dim);
     }
 }
 
