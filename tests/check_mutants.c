@@ -1,8 +1,8 @@
 /* Whether each barrier of the kernels is needed, and its absence is found: every barrier is deleted or weakened, one at
  * a time (metalsim/mutants.h), and each such mutant must be caught on one of the problems below, by metalsim's checker
  * or by wrong results. A mutant that is never caught means that a barrier is redundant or a problem missing. So must
- * mistakes in the random numbers of dropout, in the block map, in the lengths of sequences and in codes of K and V,
- * which are made in each kernel that has them.
+ * mistakes in the random numbers of dropout, in the block map, in the lengths of sequences, in codes of K and V and in
+ * outputs in f32, which are made in each kernel that has them.
  * --shard K/N takes one mutant in N. */
 #include <math.h>
 #include <stdio.h>
@@ -51,6 +51,10 @@ static const struct {
     {"forward f16 b2 h1 q20 kv150 d64 page_size16 kv_batch22 k_int8 v_e4m3", 7, {0}},
     {"forward f16 b2 h1 q4 kv150 d64 page_size24 kv_batch15 k_int8 v_e4m3", 7, {0}},
     {"forward f16 b2 h1 q1 kv150 d64 page_size24 kv_batch15 k_int8 v_e4m3", 7, {0}},
+    {"both f16 b2 h2 q20 kv70 d16 varlen_q total_q30 varlen_kv total_kv100 out_f32", 7, {0}},
+    {"forward f16 b1 h2 q3 kv1050 d64 out_f32", 7, {0}},
+    {"forward f16 b1 h2 q3 kv150 d64 out_f32", 7, {0}},
+    {"forward f16 b1 h2 q1 kv150 d64 out_f32", 7, {0}},
 };
 
 #define BIT(kernel) (UINT32_C(1) << MFA_METAL_##kernel)
@@ -58,6 +62,7 @@ static const struct {
 #define WALKS (QUERY_BLOCKS | BIT(BACKWARD_DKV))
 #define PAGES (BIT(FORWARD) | BIT(DECODE) | BIT(DECODE_VECTOR))
 #define READS_CODES PAGES
+#define STORES (PAGES | BIT(MERGE) | BIT(BACKWARD_DQ) | BIT(BACKWARD_DKV)) /* O, dQ, dK and dV */
 #define ANY UINT32_MAX
 
 static const struct {
@@ -93,6 +98,10 @@ static const struct {
     {"merged rows have the first entry's sink", "row < rows.first + rows.count ? first", "row >= 0 ? 0", BIT(MERGE)},
     {"a row of no sequence is left out", "r.first - r.begin + r.end - r.last", "r.first - r.begin + r.end - r.last - 1",
      BIT(UNUSED_QUERIES) | BIT(UNUSED_KEYS)},
+    {"outputs in f32 are rounded", "narrow_out(float x)\n{\n#if defined(OUT_F32)\n    return x;",
+     "narrow_out(float x)\n{\n#if defined(OUT_F32)\n    return widen(narrow(x));", STORES},
+    {"outputs in f32 lie in memory as those of the dtype", "typedef float out_storage;", "typedef storage out_storage;",
+     STORES | BIT(BACKWARD_PREPROCESS) | BIT(UNUSED_QUERIES) | BIT(UNUSED_KEYS)},
 };
 
 enum { MIN_MUTANTS = 100 }; /* mutants, as long as no barrier is taken out of the kernels */

@@ -25,6 +25,8 @@ static const struct {
     {MFA_F16, 128, 0, 0, 7, MFA_KV_INT8, MFA_KV_INT4},
     {MFA_BF16, 64, MFA_FEATURE_VARLEN | MFA_FEATURE_PAGED, 0, 9, MFA_KV_E4M3, MFA_KV_SAME},
     {MFA_F32, 32, MFA_FEATURE_DROPOUT, 0, 7, MFA_KV_NF4, MFA_KV_E5M2},
+    {MFA_F16, 136, MFA_FEATURE_VARLEN | MFA_FEATURE_OUT_F32, 0, 7, 0, 0},
+    {MFA_BF16, 64, MFA_FEATURE_OUT_F32, 0, 9, 0, 0},
 };
 
 int main(int count, char **words)

@@ -239,9 +239,6 @@ mfa_status mfa_metal_tiles_supports(const mfa_problem *p)
         return mfa_fail(MFA_UNSUPPORTED, "dtype is f64; Metal kernels exist for f32, f16 and bf16");
     if (p->mask == MFA_MASK_ADDITIVE && p->mask_dtype == MFA_F64)
         return mfa_fail(MFA_UNSUPPORTED, "mask_dtype is f64; Metal kernels exist for f32, f16 and bf16");
-    if (p->out_type != MFA_OUT_SAME)
-        return mfa_fail(MFA_UNSUPPORTED, "out_type is 1 (f32) and dtype %s; Metal kernels exist for 0 (as q)",
-                        mfa_dtype_name(p->dtype));
     const double size = fabs(p->scale); /* the factor of the product of Q and K */
     if (size != 0 && !(size >= 0x1p-100 && size <= 0x1p100))
         return mfa_fail(MFA_UNSUPPORTED, "scale is %g; Metal kernels exist for 0 and, of either sign, 2^-100 to 2^100",

@@ -78,6 +78,7 @@ int problems_of_tiles(struct generated *g, uint64_t seed, int n)
         vary_lengths(&g->problem, n / 7);
     if (n % 5 == 3)
         vary_types(&g->problem, n / 5);
+    g->problem.out_type = n % 11 % 3 == 1 ? MFA_OUT_F32 : MFA_OUT_SAME;
     finish(g);
     return 1;
 }
@@ -103,6 +104,7 @@ static void draw_program(struct generated *g, struct generator *r)
     g->problem.seqused_k = !random_between(r, 0, 2);   /* whether lengths differ */
     if (!random_between(r, 0, 2))
         random_types(r, &g->problem);
+    g->problem.out_type = random_between(r, 0, 2) ? MFA_OUT_SAME : MFA_OUT_F32;
 }
 
 int problems_random(struct generated *g, uint64_t seed, int n)
@@ -138,6 +140,7 @@ int problems_random(struct generated *g, uint64_t seed, int n)
         random_block_map(&r, &g->problem);
     if (program.problem.seqused_k)
         random_varlen(&r, &g->problem);
+    g->problem.out_type = program.problem.out_type;
     g->problem.k_type = program.problem.k_type, g->problem.v_type = program.problem.v_type;
     random_groups(&r, &g->problem);
     mfa_problem_make_dense(&g->problem);

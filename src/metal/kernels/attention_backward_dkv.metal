@@ -130,8 +130,8 @@ METAL_FUNC int walk_queries(thread key_row &row, thread const kv_block &k, int h
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void attention_backward_dkv(
     constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device const storage *Q [[buffer(6)]] KV_BUFFERS,
-    SCORE_BUFFERS, device const storage *dO [[buffer(12)]], device storage *dK [[buffer(15)]],
-    device storage *dV [[buffer(16)]], device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
+    SCORE_BUFFERS, device const storage *dO [[buffer(12)]], device out_storage *dK [[buffer(15)]],
+    device out_storage *dV [[buffer(16)]], device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
 #if defined(COUNT_TILES)
     device uint *visited [[buffer(5)]],
 #endif

@@ -108,7 +108,7 @@ METAL_FUNC int walk_keys(thread float2 *dQ, thread const q_block &q, thread cons
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
 attention_backward_dq(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
                       device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS,
-                      device const storage *dO [[buffer(12)]], device storage *dQ [[buffer(14)]],
+                      device const storage *dO [[buffer(12)]], device out_storage *dQ [[buffer(14)]],
                       device const float *D [[buffer(3)]], device const float *L [[buffer(4)]],
 #if defined(COUNT_TILES)
                       device uint *visited [[buffer(5)]],

@@ -264,7 +264,7 @@ METAL_FUNC void store_sums(thread const accumulator &acc, threadgroup float *sum
 }
 
 struct results {
-    device storage *O, *O_low;
+    device out_storage *O, *O_low;
     device uint *L;
     device const float *sinks;
     device float *partials;
@@ -294,7 +294,7 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
             partial[2 + e] = O;
             continue;
         }
-        out.O[O_row + e * args.o.column] = narrow(O * inverse);
+        out.O[O_row + e * args.o.column] = narrow_out(O * inverse);
         if (call.present >> MFA_METAL_BUFFER_O_LOW & 1)
             out.O_low[O_row + e * args.o.column] = narrow_rest(O * inverse);
     }
@@ -309,8 +309,8 @@ METAL_FUNC void merge_row(threadgroup const float *sums, thread const q_block &q
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
 attention_decode_vector(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
                         device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS,
-                        device storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
-                        device storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
+                        device out_storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
+                        device out_storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
                         device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                         device uint *visited [[buffer(5)]],

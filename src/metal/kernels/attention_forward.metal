@@ -26,8 +26,8 @@ using namespace metal;
 
 [[max_total_threads_per_threadgroup(THREADS)]] kernel void
 attention_forward(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
-                  device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS, device storage *O [[buffer(10)]],
-                  device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
+                  device const storage *Q [[buffer(6)]] KV_BUFFERS, SCORE_BUFFERS, device out_storage *O [[buffer(10)]],
+                  device uint *L [[buffer(11)]], device out_storage *O_low [[buffer(18)]],
                   device const float *sinks [[buffer(20)]], device float *partials [[buffer(2)]],
 #if defined(COUNT_TILES)
                   device uint *visited [[buffer(5)]],

@@ -16,10 +16,10 @@ using namespace metal;
 #include "metal/kernels/softmax.h"
 #include "metal/kernels/sinks.h"
 
-kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device storage *O [[buffer(10)]],
-                            device uint *L [[buffer(11)]], device storage *O_low [[buffer(18)]],
-                            device const float *sinks [[buffer(20)]], device const float *partials [[buffer(2)]],
-                            uint group [[threadgroup_position_in_grid]],
+kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                            device out_storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
+                            device out_storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
+                            device const float *partials [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
@@ -52,7 +52,7 @@ kernel void attention_merge(constant mfa_metal_call &call [[buffer(0)]] INDEX_BU
         float sum = 0.0f;
         for (int p = 0; p < splits; p++)
             sum += softmax_rescale(parts[p * step], s.m) * parts[p * step + 2 + d];
-        O[O_row + d * args.o.column] = narrow(sum * inverse);
+        O[O_row + d * args.o.column] = narrow_out(sum * inverse);
         if (call.present >> MFA_METAL_BUFFER_O_LOW & 1)
             O_low[O_row + d * args.o.column] = narrow_rest(sum * inverse);
     }

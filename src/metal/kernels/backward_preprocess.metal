@@ -14,9 +14,9 @@ using namespace metal;
 #include "metal/kernels/sequence.h"
 #include "metal/kernels/softmax.h"
 
-kernel void backward_preprocess(constant mfa_metal_call &call [[buffer(0)]], device const storage *O [[buffer(10)]],
+kernel void backward_preprocess(constant mfa_metal_call &call [[buffer(0)]], device const out_storage *O [[buffer(10)]],
                                 device const uint *L [[buffer(11)]], device const storage *dO [[buffer(12)]],
-                                device const float *dL [[buffer(13)]], device const storage *O_low [[buffer(18)]],
+                                device const float *dL [[buffer(13)]], device const out_storage *O_low [[buffer(18)]],
                                 device float *D [[buffer(3)]], device float *L_finite [[buffer(4)]],
                                 uint group [[threadgroup_position_in_grid]],
                                 uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -31,9 +31,9 @@ kernel void backward_preprocess(constant mfa_metal_call &call [[buffer(0)]], dev
     device const storage *dO_row = dO + q_offset(row.seq, args.d_o, row.q.head, row.q.i);
     float sum = 0.0f;
     for (int d = int(lane); valid && d < columns; d += 32)
-        sum += widen(dO_row[d * args.d_o.column]) * widen(O[O_row + d * args.o.column]);
+        sum += widen(dO_row[d * args.d_o.column]) * widen_out(O[O_row + d * args.o.column]);
     for (int d = int(lane); valid && d < columns && (call.present >> MFA_METAL_BUFFER_O_LOW & 1); d += 32)
-        sum += widen(dO_row[d * args.d_o.column]) * widen(O_low[O_row + d * args.o.column]);
+        sum += widen(dO_row[d * args.d_o.column]) * widen_out(O_low[O_row + d * args.o.column]);
     sum = simd_sum(sum);
     if (!valid || lane != 0)
         return;

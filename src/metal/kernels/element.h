@@ -1,9 +1,9 @@
 /* The types of operands in memory, and their conversion to f32 and back.
  *
- * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16, and BF16_NATIVE if the GPU has bfloat: else a bf16 is
- * handled as bits, the upper half of a float. Rounding is to nearest, ties to even. Metal's default is fast math, under
- * which a float is never infinite: infinities are read and written as bits only. Numbers from OVERFLOWS on are rounded
- * to infinity. */
+ * The host defines one of DTYPE_F32, DTYPE_F16, DTYPE_BF16; BF16_NATIVE if the GPU has bfloat: else a bf16 is handled
+ * as bits, the upper half of a float; and OUT_F32 where O, dQ, dK and dV are f32 and the rest is not. Rounding is to
+ * nearest, ties to even. Metal's default is fast math, under which a float is never infinite: infinities are read and
+ * written as bits only. Numbers from OVERFLOWS on are rounded to infinity. */
 
 #if defined(DTYPE_F32)
 typedef float storage;
@@ -71,10 +71,35 @@ METAL_FUNC storage narrow(float x)
 #endif
 }
 
-/* The rounding error x - narrow(x), narrowed; 0 where narrow(x) is not finite. */
-METAL_FUNC storage narrow_rest(float x)
+/* O, dQ, dK and dV. */
+#if defined(OUT_F32)
+typedef float out_storage;
+#else
+typedef storage out_storage;
+#endif
+
+METAL_FUNC float widen_out(out_storage x)
 {
-    return fabs(x) < OVERFLOWS ? narrow(x - widen(narrow(x))) : storage(0);
+#if defined(OUT_F32)
+    return x;
+#else
+    return widen(x);
+#endif
+}
+
+METAL_FUNC out_storage narrow_out(float x)
+{
+#if defined(OUT_F32)
+    return x;
+#else
+    return narrow(x);
+#endif
+}
+
+/* The rounding error x - narrow_out(x), narrowed; 0 where narrow_out(x) is not finite. */
+METAL_FUNC out_storage narrow_rest(float x)
+{
+    return fabs(x) < OVERFLOWS ? narrow_out(x - widen_out(narrow_out(x))) : out_storage(0);
 }
 
 #if defined(MASK_BOOL)

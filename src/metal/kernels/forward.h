@@ -22,7 +22,7 @@ struct forward_operands {
 };
 
 struct forward_results {
-    device storage *O, *O_low;
+    device out_storage *O, *O_low;
     device uint *L;
     device const float *sinks;
 };

@@ -84,14 +84,15 @@ template <int FRAGMENTS> METAL_FUNC void clear(thread float2 *x)
 /* Stores a lane's elements x * factor of a row in device memory whose columns lie `step` apart: two from `column` on,
  * and two of every 8 columns after it, up to the end of the row. REST: what rounding x * factor takes off it. */
 template <int FRAGMENTS, bool REST = false>
-METAL_FUNC void store_row(device storage *row, long step, int column, int columns, thread const float2 *x, float factor)
+METAL_FUNC void store_row(device out_storage *row, long step, int column, int columns, thread const float2 *x,
+                          float factor)
 {
-    device storage *to = row + column * step;
+    device out_storage *to = row + column * step;
     UNROLL
     for (int d = 0; d < FRAGMENTS; d++, column += 8, to += 8 * step) {
         if (column < columns)
-            *to = REST ? narrow_rest(x[d][0] * factor) : narrow(x[d][0] * factor);
+            *to = REST ? narrow_rest(x[d][0] * factor) : narrow_out(x[d][0] * factor);
         if (column + 1 < columns)
-            to[step] = REST ? narrow_rest(x[d][1] * factor) : narrow(x[d][1] * factor);
+            to[step] = REST ? narrow_rest(x[d][1] * factor) : narrow_out(x[d][1] * factor);
     }
 }

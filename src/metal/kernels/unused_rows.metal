@@ -41,17 +41,17 @@ METAL_FUNC rows_around rows_around_all(device const int *cu_seqlens, constant mf
     return rows_around{0, first, clamp_index(index_of(cu_seqlens, s, batch), first, total), total};
 }
 
-METAL_FUNC void clear_row(device storage *row, long step, mfa_int columns, uint lane)
+METAL_FUNC void clear_row(device out_storage *row, long step, mfa_int columns, uint lane)
 {
     for (int d = int(lane); d < int(columns); d += 32)
-        row[d * step] = storage(0);
+        row[d * step] = out_storage(0);
 }
 
 #if defined(KERNEL_unused_queries)
-kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device storage *O [[buffer(10)]],
-                           device uint *L [[buffer(11)]], device storage *dQ [[buffer(14)]],
-                           device storage *O_low [[buffer(18)]], device const float *sinks [[buffer(20)]],
-                           uint group [[threadgroup_position_in_grid]],
+kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                           device out_storage *O [[buffer(10)]], device uint *L [[buffer(11)]],
+                           device out_storage *dQ [[buffer(14)]], device out_storage *O_low [[buffer(18)]],
+                           device const float *sinks [[buffer(20)]], uint group [[threadgroup_position_in_grid]],
                            uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
@@ -81,9 +81,10 @@ kernel void unused_queries(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUF
 #endif
 
 #if defined(KERNEL_unused_keys)
-kernel void unused_keys(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS, device storage *dK [[buffer(15)]],
-                        device storage *dV [[buffer(16)]], uint group [[threadgroup_position_in_grid]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]])
+kernel void unused_keys(constant mfa_metal_call &call [[buffer(0)]] INDEX_BUFFERS,
+                        device out_storage *dK [[buffer(15)]], device out_storage *dV [[buffer(16)]],
+                        uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                        uint lane [[thread_index_in_simdgroup]])
 {
     constant mfa_args &args = call.args;
     index_operands in = INDEX_OPERANDS;
