@@ -192,18 +192,17 @@ char *metalsim_mutants_make(const char *text, size_t i, char name[METALSIM_MUTAN
     return mutant.bytes;
 }
 
-int metalsim_mutants_differ(const char *text, const char *mutant, const char *folder)
+char *metalsim_mutants_preprocess(const char *text, const char *folder)
 {
-    const char *const both[2] = {text, mutant};
-    struct metalsim_text results[2] = {{0}};
+    struct metalsim_text result = {0};
     char path[MFA_FILE_PATH];
-    int fine = snprintf(path, sizeof path, "%s/mutant-%ld.metal", folder, (long)getpid()) < (int)sizeof path;
-    for (int i = 0; i < 2; i++)
-        fine = fine && mfa_file_write(path, both[i], strlen(both[i])) &&
-               metalsim_library_preprocess(path, &results[i]) == METALSIM_OK;
-    int differ = fine ? strcmp(results[0].bytes, results[1].bytes) != 0 : -1;
+    const int fine = snprintf(path, sizeof path, "%s/mutant-%ld.metal", folder, (long)getpid()) < (int)sizeof path &&
+                     mfa_file_write(path, text, strlen(text)) &&
+                     metalsim_library_preprocess(path, &result) == METALSIM_OK;
     unlink(path);
-    for (int i = 0; i < 2; i++)
-        free(results[i].bytes);
-    return differ;
+    if (!fine) {
+        free(result.bytes);
+        return NULL;
+    }
+    return result.bytes;
 }

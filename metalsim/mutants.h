@@ -14,8 +14,8 @@ size_t metalsim_mutants_count(const char *text);
  * as #line has it. Two texts that include the same line have mutants of the same name. NULL: out of memory. */
 char *metalsim_mutants_make(const char *text, size_t i, char name[METALSIM_MUTANT_NAME]);
 
-/* Does the compiler see a difference? Not in what the preprocessor leaves out. `folder` must be one that can
- * be written. -1: the compiler did not take one of the texts. */
-int metalsim_mutants_differ(const char *text, const char *mutant, const char *folder);
+/* What the compiler sees of a text, to be freed by the caller: a mutant of what the preprocessor leaves out looks like
+ * the text that it was made of. `folder` must be one that can be written. NULL: the compiler did not take the text. */
+char *metalsim_mutants_preprocess(const char *text, const char *folder);
 
 #endif

@@ -133,12 +133,18 @@ static char *rewrite(enum mfa_metal_kernel kernel, char *text)
     return strdup(replacement.text);
 }
 
-/* The mutant of this name; whether it is the shard's goes by the order in which names appear. */
+/* The mutant of this name, if it has appeared. */
 static struct mutant *find(const char *name)
 {
-    for (struct mutant *m = mutants; m; m = m->next)
-        if (!strcmp(m->name, name))
-            return m;
+    struct mutant *m = mutants;
+    while (m && strcmp(m->name, name) != 0)
+        m = m->next;
+    return m;
+}
+
+/* A mutant of a new name; whether it is the shard's goes by the order in which names appear. */
+static struct mutant *add(const char *name)
+{
     struct mutant *m = calloc(1, sizeof *m);
     if (!m)
         abort();
@@ -194,13 +200,11 @@ static enum verdict run_layout_test(void *argument, const char **why)
     return verdict_of(*why);
 }
 
-/* Tries a mutant of a kernel's text, unless it was caught before. */
+/* Tries a mutant of a kernel's text. */
 static void try_mutant(enum mfa_metal_kernel kernel, const char *mutated, struct mutant *m, run_function *run,
                        void *argument, int verbose)
 {
     const char *why = NULL;
-    if (m->caught || !m->taken)
-        return;
     replacement.kernel = kernel, replacement.text = mutated;
     const enum verdict verdict = run(argument, &why);
     replacement.text = NULL;
@@ -228,25 +232,52 @@ static char *make_mistake(const char *text, size_t n)
     return made.bytes;
 }
 
+/* Is it one to try? Not if another shard has it, or it was caught before. */
+static int is_open(const struct mutant *m)
+{
+    return m->taken && !m->caught;
+}
+
+/* Does the compiler see a difference to `seen`, what it sees of the original? */
+static int differs(const char *seen, const char *mutated)
+{
+    char *other = mutated ? metalsim_mutants_preprocess(mutated, cache) : NULL;
+    const int differ = seen && other && strcmp(seen, other) != 0;
+    if (mutated && (!seen || !other))
+        report_fail("the compiler does not take %s", seen ? "a mutant" : "a kernel");
+    free(other);
+    return differ;
+}
+
+/* A preprocessor is started for each mutant that may be tried, and for no other: there are thousands. */
 static void try_mutants(enum mfa_metal_kernel kernel, const char *text, run_function *run, void *argument, int verbose)
 {
     const size_t count = metalsim_mutants_count(text);
-    char name[METALSIM_MUTANT_NAME];
+    char name[METALSIM_MUTANT_NAME], *seen = metalsim_mutants_preprocess(text, cache);
     for (size_t n = 0; n < count; n++) {
         char *mutated = metalsim_mutants_make(text, n, name);
         struct mutant *m = find(name);
-        if (mutated && m->taken && !m->caught && metalsim_mutants_differ(text, mutated, cache) != 0)
+        if (!m)
+            m = add(name);
+        if (is_open(m) && differs(seen, mutated))
             try_mutant(kernel, mutated, m, run, argument, verbose);
         free(mutated);
     }
     for (size_t n = 0; n < sizeof mistakes / sizeof *mistakes; n++) {
-        char *mutated = make_mistake(text, n);
         snprintf(name, sizeof name, "%s: %s", mfa_metal_source_function(kernel), mistakes[n].name);
-        const int made = (mistakes[n].kernels >> kernel & 1) != 0;
-        if (mutated && made && metalsim_mutants_differ(text, mutated, cache) != 0)
-            try_mutant(kernel, mutated, find(name), run, argument, verbose);
+        struct mutant *m = find(name);
+        if ((mistakes[n].kernels >> kernel & 1) == 0 || (m && !is_open(m)))
+            continue;
+        char *mutated = make_mistake(text, n);
+        if (differs(seen, mutated)) {
+            if (!m)
+                m = add(name);
+            if (is_open(m))
+                try_mutant(kernel, mutated, m, run, argument, verbose);
+        }
         free(mutated);
     }
+    free(seen);
 }
 
 /* Tries all mutants of all kernels that `run` runs; without a mutant it must pass. */
