@@ -3,13 +3,15 @@
     metalsim/lint/lint.py [-D NAME[=VALUE]] ... FILE ...      finds nothing in good files
     metalsim/lint/lint.py --expect FILE ...                   finds what // EXPECT-ERROR: lines say, and no more
 
-Files are whole programs: their own #includes are already in them, with #line. Clang reads a file twice. Once as
-metalsim executes it: its errors and warnings are findings, and rules look at its syntax tree. Once with a type of its
-own for `thread`: there, a pointer or reference that names no address space shows. Rules on the text come on top.
+Files are whole programs: their own #includes are already in them, with #line. Clang reads a file as metalsim executes
+it: its errors and warnings are findings, and rules look at its syntax tree. It reads it as C++17, which newer versions
+of Metal are, for errors and warnings alone; and with a type of its own for `thread`: there, a pointer or reference that
+names no address space shows. Rules on the text come on top. The stand-in headers are compiled once (`precompiled`).
 It prints a line per finding, and at last N passed, N failed.
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -18,6 +20,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 INCLUDE = pathlib.Path(__file__).resolve().parent.parent / "include"
 CLANG = os.environ.get("METALSIM_CLANG", "clang-19")
@@ -99,6 +102,22 @@ def clang(path, defines, *options, text=True):
     return subprocess.run(words, capture_output=True, text=text)
 
 
+@functools.cache
+def folder_of_headers():
+    folder = tempfile.TemporaryDirectory()
+    (pathlib.Path(folder.name) / "all.h").write_text("#include <metal_stdlib>\n")
+    return folder  # removed with it, at the end of the program
+
+
+@functools.cache
+def precompiled(defines, options):
+    """The stand-in headers, compiled with these options, as options: neither read nor in the tree for each file."""
+    folder = pathlib.Path(folder_of_headers().name)
+    made = folder / f"{len(list(folder.iterdir()))}.pch"
+    done = clang(folder / "all.h", defines, *options, "-x", "c++-header", "-o", str(made))
+    return ("-include-pch", str(made)) if done.returncode == 0 else ()  # else the file says what is wrong
+
+
 class Findings:
     def __init__(self):
         self.found = set()
@@ -113,6 +132,9 @@ class Findings:
 # --- What clang says --------------------------------------------------------------------------------------------------
 
 
+MESSAGES = ("error", "fatal error", "warning")
+
+
 def read_messages(text, errors, findings, kinds):
     """Clang's messages name places as #line has them already."""
     for file, line, kind, sentence in re.findall(r"^(.*?):(\d+):\d+: ((?:fatal )?\w+): (.*)$", errors, re.MULTILINE):
@@ -120,11 +142,10 @@ def read_messages(text, errors, findings, kinds):
             findings.add((file, int(line)), sentence)
 
 
-def compile_passes(text, defines, findings):
-    for standard in ("-std=c++14", "-std=c++17"):
-        pedantic = ["-pedantic-errors"] if standard == "-std=c++14" else []
-        done = clang(text.path, defines, standard, *pedantic, *WARNINGS, "-ferror-limit=0", "-fsyntax-only")
-        read_messages(text, done.stderr, findings, ("error", "fatal error", "warning"))
+def compile_as_cpp17(text, defines, findings):
+    options = ("-std=c++17", *WARNINGS, "-ferror-limit=0")
+    done = clang(text.path, defines, *options, *precompiled(defines, options), "-fsyntax-only")
+    read_messages(text, done.stderr, findings, MESSAGES)
 
 
 # --- The syntax tree --------------------------------------------------------------------------------------------------
@@ -136,9 +157,11 @@ class Tree:
     def __init__(self, text, defines, *options):
         # The tree is printed after errors, too: what is sound in it is looked at. After too many, templates would stay
         # without their types.
-        options = ("-w", "-ferror-limit=0", "-fsyntax-only", "-Xclang", "-ast-dump=json", *options)
-        done = clang(text.path, defines, "-std=c++14", *options, text=False)
+        options = ("-std=c++14", "-ferror-limit=0", *options)
+        tree = ("-fsyntax-only", "-Xclang", "-ast-dump=json")
+        done = clang(text.path, defines, *options, *precompiled(defines, options), *tree, text=False)
         self.root = json.loads(done.stdout)
+        self.messages = done.stderr.decode()
         self.text = text
         self.file, self.line = "", 0
         self.nodes = []  # (node, line or None, ancestors) of the file itself
@@ -342,20 +365,21 @@ def check_positions(parameters, place, findings):
 
 def lint(path, defines):
     text, findings = Text(path), Findings()
-    compile_passes(text, defines, findings)
+    compile_as_cpp17(text, defines, findings)
     check_words(text, findings)
     kernels = kernels_of(text, defines, findings)
 
     def report(line, sentence):
         findings.add(text.place(line), sentence)
 
-    tree = Tree(text, defines)
+    tree = Tree(text, defines, "-pedantic-errors", *WARNINGS)
+    read_messages(text, tree.messages, findings, MESSAGES)
     for node, line, ancestors in tree.nodes:
         check_declaration(node, line, ancestors, report)
         check_expression(node, line, report)
     check_functions(tree, kernels, report)
     check_arrays(tree, kernels, report)
-    for node, line, _ in Tree(text, defines, "-DMETALSIM_LINT").nodes:
+    for node, line, _ in Tree(text, defines, "-w", "-DMETALSIM_LINT").nodes:
         if node["kind"] in ("VarDecl", "ParmVarDecl", "FieldDecl", "FunctionDecl") and unqualified(type_of(node)):
             report(line, f"{node.get('name', 'a parameter')}: its pointer or reference has no address space")
     return text, findings
@@ -389,7 +413,7 @@ def main():
     wrappers = {}
     files = [sorted(path.glob("*.metal")) if path.is_dir() else [path] for path in options.files]
     for path in itertools.chain(*files):
-        text, findings = lint(path, options.defines)
+        text, findings = lint(path, tuple(options.defines))
         for number, line in enumerate(text.code, 1):
             if "thread_elements" in line:
                 wrappers.setdefault(text.place(number)[0], text.place(number))
