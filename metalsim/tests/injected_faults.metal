@@ -3,10 +3,6 @@
 #include <metal_stdlib>
 using namespace metal;
 
-#if !defined(ELEMENT)
-#define ELEMENT float
-#endif
-
 struct fault_args {
     uint count;
     float scale;
@@ -114,13 +110,6 @@ kernel void turn_round(device const float *from [[buffer(0)]], device float *to 
         *(device uint *)counter = 1;
 #endif
     atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
-}
-
-/* Reads as ELEMENTs, and writes. */
-kernel void wide(device const ELEMENT *from [[buffer(0)]], device ELEMENT *to [[buffer(1)]],
-                 uint i [[thread_position_in_grid]])
-{
-    to[i] = from[i];
 }
 
 /* No mistake, but an invitation to the optimiser: all that depends on `first` could be put together, and the barrier

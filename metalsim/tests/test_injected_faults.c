@@ -119,12 +119,14 @@ static void test_widths(void **state)
     };
     static unsigned char from[33 * 16] __attribute__((aligned(16))), to[33 * 16] __attribute__((aligned(16)));
     (void)state;
+    metalsim_library *library = support_load("widths.metal", NULL, METALSIM_CHECKED);
+    assert_int_equal(metalsim_library_count(library), sizeof types / sizeof *types);
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
-        char defines[64], words[64];
+        char name[64], words[64];
         const size_t size = types[i].size, bytes = 32 * size;
-        snprintf(defines, sizeof defines, "FAULT 0\nELEMENT %s", types[i].name);
-        metalsim_library *library = support_load("injected_faults.metal", defines, METALSIM_CHECKED);
-        const metalsim_kernel *kernel = metalsim_library_find(library, "wide");
+        snprintf(name, sizeof name, "copy_%s", types[i].name);
+        const metalsim_kernel *kernel = metalsim_library_find(library, name);
+        assert_non_null(kernel);
         struct metalsim_dispatch dispatch = {
             .threadgroups = {1, 1, 1},
             .threads = {32, 1, 1},
@@ -149,8 +151,8 @@ static void test_widths(void **state)
             assert_int_equal(metalsim_dispatch_run(kernel, &dispatch), METALSIM_FAULT);
             support_expect_error("not aligned");
         }
-        metalsim_library_destroy(library);
     }
+    metalsim_library_destroy(library);
 }
 
 /* No mistake: no finding in any build, and the same bits by every schedule. */

@@ -38,8 +38,8 @@ def test_lint_expects_neither_too_much_nor_too_little(tmp_path):
 
 def test_lint_is_silent_about_good_files():
     options = ["-D", "FAULT=0", "-D", "LEFT=half", "-D", "RIGHT=half", "-D", "ADDED=float", "-D", "RESULT=float"]
-    files = [METALSIM / "tests" / name for name in ("injected_faults.metal", "covered.metal")]
-    assert run(METALSIM / "lint/lint.py", *options, *files) == (0, "2 passed, 0 failed\n")
+    files = [METALSIM / "tests" / name for name in ("injected_faults.metal", "widths.metal", "covered.metal")]
+    assert run(METALSIM / "lint/lint.py", *options, *files) == (0, "3 passed, 0 failed\n")
 
 
 def test_lint_names_the_lines_of_spliced_files(tmp_path):
