@@ -49,6 +49,10 @@ def _first_or_cached(request, monkeypatch):
         monkeypatch.setitem(replace._KERNELS, (replace._NAME, key), thrice)
 
 
+# For what runs in another process, which has its own cache.
+once = pytest.mark.parametrize("_first_or_cached", ["at first"], indirect=True)
+
+
 # --- on and off ----------------------------------------------------------------------------------
 
 
@@ -84,6 +88,7 @@ def test_decorator():
     assert function() and function() and not taken()
 
 
+@once
 def test_silent():
     """Calls print nothing and warn of nothing, whether they are replaced or not."""
     code = (
@@ -182,6 +187,7 @@ def test_from_many_threads():
     assert not wrong and not taken()
 
 
+@once
 def test_counted_by_the_garbage_collector():
     """An object's end, which may call attention, can come in the midst of anything, counting too."""
     code = """if True:
