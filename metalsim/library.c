@@ -61,6 +61,7 @@ static const char *const checked_options[] = {
     NULL,
 };
 static const char *const fast_math_options[] = {"-ffast-math", NULL};
+static const char *const unoptimised_options[] = {"-O0", NULL};
 static const char *const coverage_options[] = {"-fprofile-instr-generate", "-fcoverage-mapping", NULL};
 
 #define WORDS_MAX 64
@@ -83,6 +84,8 @@ static void add_build(struct words *words, unsigned build)
         add_words(words, fast_math_options);
     if (build & METALSIM_COVERAGE)
         add_words(words, coverage_options);
+    if (build & METALSIM_UNOPTIMISED) /* the last -O counts */
+        add_words(words, unoptimised_options);
 }
 
 /* --- The cache ------------------------------------------------------------------------------------ */

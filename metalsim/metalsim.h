@@ -26,9 +26,10 @@ typedef enum metalsim_status {
 
 /* How a library is compiled; combine with |. */
 enum metalsim_build {
-    METALSIM_CHECKED = 1,   /* accesses are watched; dispatches run on the calling thread alone */
-    METALSIM_FAST_MATH = 2, /* as Metal's compiler does by default */
-    METALSIM_COVERAGE = 4   /* counts for coverage.py, written when the process ends (LLVM_PROFILE_FILE) */
+    METALSIM_CHECKED = 1,    /* accesses are watched; dispatches run on the calling thread alone */
+    METALSIM_FAST_MATH = 2,  /* as Metal's compiler does by default */
+    METALSIM_COVERAGE = 4,   /* counts for coverage.py, written when the process ends (LLVM_PROFILE_FILE) */
+    METALSIM_UNOPTIMISED = 8 /* compiles faster, runs slower: for kernels that run briefly */
 };
 
 typedef struct metalsim_library metalsim_library;

@@ -5,6 +5,7 @@
  *     check_metal --random N      N problems drawn from the seed
  *     --checked                   look for races and the like
  *     --fast-math                 kernels compiled with fast math, which is Metal's default
+ *     --quick                     one run of each problem, of kernels that are compiled without optimisation
  *
  * Each line of the case list is taken in f32, f16 and bf16, for one of the GPU families that have tiles of their own (a
  * quarter of them for tiles with half the threads), and run forward and backward through tiles, source and dispatch.
@@ -203,6 +204,7 @@ int main(int count, char **words)
         return 2;
     settings.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim";
     settings.seed = arguments.seed;
+    settings.unoptimised = arguments.quick && !settings.fast_math; /* which acts in the optimiser */
     gpu_set(&settings);
     guarded_report_faults();
     check_generated(&arguments, tiles, problems_of_tiles);

@@ -33,6 +33,7 @@ JOBS = os.cpu_count()
 # The environment of the Python tests: the library in the tree, and on Metal the one that opens metalsim.
 CPU = {"PYTHONPATH": str(ROOT / "python"), "MFA_LIBRARY": str(RELEASE / "libmfa.so")}
 METAL = CPU | {"MFA_LIBRARY": str(RELEASE / "libmfa_metalsim.so"), "MFA_BACKEND": "metal"}
+METAL |= {"METALSIM_UNOPTIMISED": "1"}  # kernels run briefly here, and metal runs the same texts optimised
 METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEASE / "metalsim/metalsim_cover")}
 
 # Seconds are estimates for two fast cores. CTest is given the label of the tests to run, and that of those not to run.

@@ -6,8 +6,9 @@
 struct program *metalsim_program_open(const char *text, int fast_math, const char **why)
 {
     metalsim_library *library = NULL;
-    const unsigned build =
-        (metalsim_now.checked ? METALSIM_CHECKED : 0U) | (fast_math ? (unsigned)METALSIM_FAST_MATH : 0U);
+    const unsigned build = (metalsim_now.checked ? METALSIM_CHECKED : 0U) |
+                           (metalsim_now.unoptimised ? METALSIM_UNOPTIMISED : 0U) |
+                           (fast_math ? (unsigned)METALSIM_FAST_MATH : 0U);
     if (metalsim_library_create("program_source", text, NULL, metalsim_now.cache, build, &library) != METALSIM_OK)
         *why = metalsim_last_error();
     return (struct program *)library;

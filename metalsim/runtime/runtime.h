@@ -30,6 +30,7 @@ struct metalsim_settings {
     const char *cache;    /* folder of metalsim's own for compiled kernels; METALSIM_CACHE. It stands for no cache of
                              Metal's: what is counted as compiled is so even if it lies here */
     int checked;          /* kernels are checked for races and more; METALSIM_CHECKED */
+    int unoptimised;      /* they are compiled faster, and run slower; METALSIM_UNOPTIMISED */
     int idle;             /* kernels do not run: commands are counted and recorded, no more */
     int schedule;         /* an enum metalsim_schedule, with its seed */
     uint64_t seed;

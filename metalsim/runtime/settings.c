@@ -61,6 +61,7 @@ void metalsim_runtime_defaults(struct metalsim_settings *settings)
         .memory = (uint64_t)1 << 32,
         .cache = text_of("METALSIM_CACHE", "build/metalsim"),
         .checked = number_of("METALSIM_CHECKED", 0),
+        .unoptimised = number_of("METALSIM_UNOPTIMISED", 0),
         .aborts = number_of("METALSIM_ABORT", 0),
     };
     read_fault(text_of("METALSIM_FAULT", "none"), settings);

@@ -158,7 +158,8 @@ static void test_widths(void **state)
 /* No mistake: no finding in any build, and the same bits by every schedule. */
 static void test_clean(void **state)
 {
-    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH, METALSIM_CHECKED | METALSIM_FAST_MATH};
+    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH, METALSIM_CHECKED | METALSIM_FAST_MATH,
+                               METALSIM_UNOPTIMISED};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
         metalsim_library *library = support_load("injected_faults.metal", "FAULT 0", builds[b]);
@@ -178,7 +179,7 @@ static void test_clean(void **state)
 /* The optimiser may not give one barrier two places. */
 static void test_one_barrier(void **state)
 {
-    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
+    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH, METALSIM_UNOPTIMISED};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
         metalsim_library *library = support_load("injected_faults.metal", "FAULT 0", builds[b]);
@@ -199,7 +200,7 @@ static void test_one_barrier(void **state)
 /* Nor two barriers in one place, where a last call made a jump would return. */
 static void test_two_barriers(void **state)
 {
-    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH};
+    const unsigned builds[] = {0, METALSIM_CHECKED, METALSIM_FAST_MATH, METALSIM_UNOPTIMISED};
     (void)state;
     for (size_t b = 0; b < sizeof builds / sizeof *builds; b++) {
         metalsim_library *library = support_load("injected_faults.metal", "FAULT 27", builds[b]);

@@ -27,10 +27,11 @@ struct gpu_launch {
 
 enum gpu_schedule { GPU_NATURAL, GPU_REVERSED, GPU_SHUFFLED };
 
-/* Settings of the kernels that run next; an NVIDIA GPU ignores the schedule. */
+/* Settings of the kernels that run next; an NVIDIA GPU ignores the schedule, and is always optimised for. */
 struct gpu_settings {
     const char *cache; /* a folder for compiled programs */
     int checked, fast_math;
+    int unoptimised; /* they run briefly: compiling them fast matters more */
     enum gpu_schedule schedule;
     uint64_t seed;
 };

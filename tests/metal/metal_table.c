@@ -226,7 +226,8 @@ int main(int count, char **words)
 {
     char *text = NULL;
     size_t length = 0;
-    const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim"};
+    const struct gpu_settings settings = {.cache = getenv("MFA_CACHE") ? getenv("MFA_CACHE") : "build/metalsim",
+                                          .unoptimised = 1};
     gpu_set(&settings);
     metal_rewrite = count_operations;
     FILE *memory = open_memstream(&text, &length);

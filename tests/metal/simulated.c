@@ -32,6 +32,7 @@ void gpu_end(struct gpu_buffer *buffers, int count)
 static metalsim_library *find_library(const struct gpu_launch *launch)
 {
     const unsigned build = (settings.checked ? METALSIM_CHECKED : 0) | (settings.fast_math ? METALSIM_FAST_MATH : 0) |
+                           (settings.unoptimised ? METALSIM_UNOPTIMISED : 0) |
                            (getenv("LLVM_PROFILE_FILE") ? METALSIM_COVERAGE : 0);
     for (struct program *p = programs; p; p = p->next)
         if (p->build == build && !strcmp(p->text, launch->text))
