@@ -41,7 +41,7 @@ Step = collections.namedtuple("Step", "about seconds builds ctest pytest environ
 STEPS = {
     "checks": Step("includes, names, documents, style; and what checks them", 67, (), pytest=["tests/tools"]),
     "release": Step("the shipped library on every instruction set", 175, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 245, ("release",), pytest=["tests/python"], environment=CPU),
+    "python": Step("the Python package", 235, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
         50,
@@ -53,9 +53,9 @@ STEPS = {
     "clang": Step("another compiler", 45, ("clang",), ctest=("", "")),
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 90, ("asan-ubsan",), ctest=("", "")),
     "tsan": Step("thread sanitizer", 52, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 420, ("release",), ctest=("metal", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 340, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 230, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 200, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
