@@ -21,12 +21,12 @@ ALONE = {"mfa_version", "mfa_last_error", "mfa_attention", "mfa_precompile", "mf
 FOLDERS = set(
     """.ci bench docs examples include metalsim metalsim/cost metalsim/cuda metalsim/cuda/include metalsim/include
     metalsim/include/metalsim metalsim/lint metalsim/macho metalsim/runtime metalsim/tests python
-    python/mps_flash_attn python/mps_flash_attn/flash_attn python/mps_flash_attn/sdpa
-    python/mps_flash_attn/transformers requirements
+    python/mps_flash_attn python/mps_flash_attn/distributed python/mps_flash_attn/flash_attn
+    python/mps_flash_attn/sdpa python/mps_flash_attn/transformers requirements
     src src/base src/core src/cpu src/cpu/kernels
     src/cpu/kernels/attention src/cpu/kernels/gemm src/cpu/kernels/simd src/metal src/metal/kernels src/xla tests
-    tests/amx tests/macos tests/metal tests/metal_host tests/python tests/reference tests/support tests/tools
-    tools tools/macos tools/macos/sdk tools/macos/sdk/usr tools/macos/sdk/usr/include
+    tests/amx tests/macos tests/metal tests/metal_host tests/python tests/python/distributed tests/reference
+    tests/support tests/tools tools tools/macos tools/macos/sdk tools/macos/sdk/usr tools/macos/sdk/usr/include
     tools/macos/sdk/usr/include/sys""".split()
 )  # closed: what a folder is called is decided here, and none is called util, common, misc, old or new
 

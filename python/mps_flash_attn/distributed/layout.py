@@ -1,0 +1,258 @@
+"""Which rank holds which rows of a sequence, and which of them see each other: arithmetic only.
+
+A rank holds *spans* (start, stop) of the whole sequence, one after the other in its tensors. Of two spans, a query i
+and a key j see each other where lower <= j - i <= upper; counted from the beginnings of the spans, both bounds are
+shifted by the distance of these. So causal masks, windows, packed documents and every division of the rows are one
+case.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .transfer import Peers
+
+Span = tuple[int, int]  # (start, stop)
+Spans = tuple[Span, ...]
+Bound = int | None  # of j - i; None: no bound
+
+
+class Layout:
+    """How the rows of one sequence are divided over the ranks of a process group: `spans[rank]` are the (start, stop)
+    that a rank holds, in the order of its tensors. All ranks of the group must have made the same layout.
+
+    contiguous   equal parts in the order of the ranks, the first ranks having one row more where `length` cannot be
+                 divided, as torch.tensor_split does it. For windows: K and V travel to neighbours only.
+    zigzag       2P such parts, of which rank r holds number r and number 2P - 1 - r: with a causal mask every rank has
+                 the same work. A part may be empty.
+    of_lengths   lengths[r] rows for rank r, in the order of the ranks; 0 is allowed.
+
+    group        a ProcessGroup, a DeviceMesh with one dimension, or None for the default group, which must have been
+                 initialised.
+    """
+
+    def __init__(self, spans: Iterable[Iterable[Span]], group: Any = None) -> None:
+        """A layout of any spans, which together must be all rows, each once. ValueError if they are not."""
+        self.spans: tuple[Spans, ...] = tuple(
+            tuple((int(start), int(stop)) for start, stop in of_rank if stop > start) for of_rank in spans
+        )
+        self.peers = Peers(group)
+        if len(self.spans) != self.peers.size:
+            raise ValueError(f"spans are of {len(self.spans)} ranks; the group has {self.peers.size}")
+        every = sorted(span for of_rank in self.spans for span in of_rank)
+        self.length: int = every[-1][1] if every else 0
+        if [start for start, _ in every] != [0, *(stop for _, stop in every)][: len(every)]:
+            raise ValueError(f"spans are {self.spans}; together they must be all rows of the sequence, each once")
+
+    @classmethod
+    def contiguous(cls, length: int, group: Any = None) -> Layout:
+        peers = Peers(group)
+        return cls(([part] for part in split(_length(length), peers.size)), group)
+
+    @classmethod
+    def zigzag(cls, length: int, group: Any = None) -> Layout:
+        peers = Peers(group)
+        parts = split(_length(length), 2 * peers.size)
+        return cls(([parts[rank], parts[-1 - rank]] for rank in range(peers.size)), group)
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], group: Any = None) -> Layout:
+        ends = (0, *accumulate(map(_length, lengths)))
+        return cls(([span] for span in pairwise(ends)), group)
+
+    @property
+    def own(self) -> Spans:
+        """The spans of this rank."""
+        return self.spans[self.peers.rank]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of this rank."""
+        return count(self.own)
+
+    def shard(self, tensor: Tensor, dim: int) -> Tensor:
+        """This rank's rows of a tensor that has all rows in dimension `dim`, as a new tensor. Differentiable; each rank
+        then has the gradient of its own rows, and zeros elsewhere."""
+        if tensor.shape[dim] != self.length:
+            raise ValueError(
+                f"the tensor has {tensor.shape[dim]} rows in dimension {dim}; the layout has {self.length}"
+            )
+        parts = [tensor.narrow(dim, start, stop - start) for start, stop in self.own]
+        return torch.cat(parts or [tensor.narrow(dim, 0, 0)], dim)
+
+    def unshard(self, tensor: Tensor, dim: int) -> Tensor:
+        """The tensor with all rows in dimension `dim`, on every rank, from each rank's own. All ranks must call it. It
+        passes no gradient on: ValueError for a tensor that requires one while gradients are recorded."""
+        failure = None
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            failure = ValueError("the tensor requires a gradient, which unshard does not pass on; give it detach()ed")
+        elif tensor.shape[dim] != self.rows:
+            failure = ValueError(
+                f"the tensor has {tensor.shape[dim]} rows in dimension {dim}; this rank of the layout has {self.rows}"
+            )
+        rows_first = tensor.detach().movedim(dim, 0) if failure is None else tensor
+        others = {"spans": self.spans, "shape of a row": tuple(rows_first.shape[1:]), "dtype": tensor.dtype}
+        self.peers.agree("Layout.unshard", others, failure)
+        each = rows_first[:1].numel() if self.rows else rows_first.new_empty(1, *rows_first.shape[1:]).numel()
+        own = rows_first.reshape(-1)
+        ranks = [rank for rank in range(self.peers.size) if rank != self.peers.rank]
+        sizes = {rank: count(self.spans[rank]) * each for rank in ranks}
+        parts = self.peers.exchange(dict.fromkeys(ranks, own), sizes, own, "rows").wait()
+        parts[self.peers.rank] = own
+        whole = rows_first.new_empty(self.length, *rows_first.shape[1:])
+        for rank, spans in enumerate(self.spans):
+            place_rows(whole, parts[rank].view(-1, *rows_first.shape[1:]) if spans else whole[:0], spans, 0)
+        return whole.movedim(0, dim)
+
+    def positions(self, device: Any = None) -> Tensor:
+        """The places in the sequence of this rank's rows, (rows,) int64, as RoPE needs them."""
+        spans = [torch.arange(start, stop, device=device) for start, stop in self.own]
+        return torch.cat(spans) if spans else torch.arange(0, device=device)
+
+    def __repr__(self) -> str:
+        return f"Layout({self.spans}, rank {self.peers.rank})"
+
+
+def _length(length: Any) -> int:
+    try:
+        found = operator.index(length)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise ValueError(f"a length is {length!r}; it must be a whole number, 0 or more")
+    return found
+
+
+def split(length: int, parts: int) -> list[Span]:
+    """`length` rows in `parts` spans, of which the first have one more where it cannot be divided."""
+    each, more = divmod(length, parts)
+    starts = [each * part + min(part, more) for part in range(parts + 1)]
+    return list(pairwise(starts))
+
+
+def count(spans: Iterable[Span]) -> int:
+    """The rows of spans."""
+    return sum(stop - start for start, stop in spans)
+
+
+def place_rows(whole: Tensor, rows: Tensor, spans: Spans, dim: int) -> None:
+    """Writes the rows of a rank to their places in a tensor that has all rows."""
+    begin = 0
+    for start, stop in spans:
+        whole.narrow(dim, start, stop - start).copy_(rows.narrow(dim, begin, stop - start))
+        begin += stop - start
+
+
+# --- Pairs of spans ------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Queries of this rank and keys of one rank that see each other."""
+
+    span: int  # which of this rank's spans, divided at the documents, the queries are of
+    queries: Span  # rows of this rank's tensors
+    source: int  # which of the spans of `Step.receives` the keys are of
+    keys: Span  # rows of that
+    columns: Span  # the same keys as places in the whole sequence
+    lower: Bound  # of j - i, both counted from 0 in the pair
+    upper: Bound
+
+
+class Step(NamedTuple):
+    """What a rank does with the keys of one other rank, or of its own. Spans are of the whole sequence."""
+
+    receives_from: int
+    receives: Spans  # the keys that come from there
+    pairs: tuple[Pair, ...]
+    sends_to: int
+    sends: Spans  # the keys that go there
+
+
+class Schedule(NamedTuple):
+    """What a rank does in a call."""
+
+    spans: Spans  # rows of its tensors, divided at the documents
+    steps: tuple[Step, ...]  # the first is that of its own keys
+
+
+def visible(queries: Span, keys: Span, lower: Bound, upper: Bound) -> tuple[Span, Span] | None:
+    """The queries that see one of the keys, and the keys that one of the queries sees; None if none does. In what is
+    left the first query and the last see a key, and the first key and the last are seen."""
+    (first, end), (first_key, end_key) = queries, keys
+    if lower is not None:
+        first_key, end = max(first_key, queries[0] + lower), min(end, keys[1] - lower)
+    if upper is not None:
+        end_key, first = min(end_key, queries[1] + upper), max(first, keys[0] - upper)
+    return ((first, end), (first_key, end_key)) if first < end and first_key < end_key else None
+
+
+@functools.lru_cache(maxsize=256)
+def schedule(spans: tuple[Spans, ...], rank: int, lower: Bound, upper: Bound, cuts: tuple[int, ...] = ()) -> Schedule:
+    """The Schedule of a rank. `cuts`: the places where a document begins. In step s a rank uses the keys of the rank s
+    before it; keys that it does not see do not travel."""
+    size, steps = len(spans), []
+    documents = tuple(_divide(of_rank, cuts) for of_rank in spans)
+    for step in range(size):
+        source, target = (rank - step) % size, (rank + step) % size
+        receives, pairs = _pairs(documents[rank], documents[source], spans[rank], spans[source], lower, upper)
+        sends, _ = _pairs(documents[target], documents[rank], spans[target], spans[rank], lower, upper)
+        steps.append(Step(source, receives, pairs, target, sends))
+    rows = tuple(rows_of(spans[rank], span) for _, span in documents[rank])
+    return Schedule(rows, tuple(steps))
+
+
+def _divide(spans: Spans, cuts: tuple[int, ...]) -> tuple[tuple[int, Span], ...]:
+    """(document, span) of the parts that the cuts leave."""
+    found = []
+    for start, stop in spans:
+        inside = [cut for cut in cuts if start < cut < stop]
+        for part in pairwise((start, *inside, stop)):
+            found.append((sum(cut <= part[0] for cut in cuts), part))
+    return tuple(found)
+
+
+def _pairs(
+    queries: Sequence[tuple[int, Span]],
+    keys: Sequence[tuple[int, Span]],
+    query_spans: Spans,
+    key_spans: Spans,
+    lower: Bound,
+    upper: Bound,
+) -> tuple[Spans, tuple[Pair, ...]]:
+    """(the keys that are needed, of each of key_spans at most one span; the pairs)."""
+    found = []
+    for key_document, key_span in keys:
+        for number, (document, query_span) in enumerate(queries):
+            seen = visible(query_span, key_span, lower, upper) if document == key_document else None
+            if seen is not None:
+                found.append((number, *seen))
+    needed = []
+    for start, stop in key_spans:
+        inside = [columns for _, _, columns in found if start <= columns[0] < stop]
+        if inside:
+            needed.append((min(first for first, _ in inside), max(end for _, end in inside)))
+    pairs = []
+    for number, places, columns in found:
+        source = next(n for n, (start, stop) in enumerate(needed) if start <= columns[0] < stop)
+        shift, begin = places[0] - columns[0], needed[source][0]
+        bounds = (None if bound is None else bound + shift for bound in (lower, upper))
+        rows = rows_of(query_spans, places)
+        pairs.append(Pair(number, rows, source, (columns[0] - begin, columns[1] - begin), columns, *bounds))
+    return tuple(needed), tuple(pairs)
+
+
+def rows_of(spans: Spans, places: Span) -> Span:
+    """The rows, in the tensors of the rank that holds `spans`, of places that lie in one of them."""
+    begin = 0
+    for start, stop in spans:
+        if start <= places[0] and places[1] <= stop:
+            return begin + places[0] - start, begin + places[1] - start
+        begin += stop - start
+    raise AssertionError(f"{places} is not within one of {spans}")

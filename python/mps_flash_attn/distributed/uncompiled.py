@@ -1,0 +1,10 @@
+"""attend() for code that torch.compile compiles, which breaks its graph there: messages to other ranks stay outside.
+Only such code imports this file, since it imports the compiler."""
+
+import torch
+
+from . import attention
+
+attend = torch.compiler.disable(
+    attention.attend, reason="context_parallel_attention exchanges messages with other ranks"
+)
