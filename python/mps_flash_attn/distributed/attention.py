@@ -14,14 +14,12 @@ from ..arguments import Causal
 from ..autograd import is_differentiated
 from ..problem import Inputs
 from . import local_step
-from .autograd import ContextParallel
+from .autograd import METHODS, ContextParallel
+from .call import Call
 from .layout import Layout
-from .ring import Call
 
-Method = Literal["ring"]
+Method = Literal["ring", "all_to_all"]
 Documents = Sequence[int] | Tensor
-
-METHODS = ("ring",)
 
 
 @overload
@@ -96,12 +94,14 @@ def context_parallel_attention(
     attn_mask   bool or float, broadcastable to (B, H, layout.rows, layout.length): this rank's queries and all keys, in
                 the order of the sequence. A float mask that requires a gradient gets it.
     sinks       (H,) or (B, H), as in flash_attention, the same on all ranks. Each rank gets the part of the gradient
-                that its own rows have; their sum is the gradient, as that of other
+                that its own rows have (with "all_to_all", its own heads); their sum is the gradient, as that of other
                 parameters of which each rank has a copy (DistributedDataParallel adds them).
     documents   where packed documents begin, increasing places in the sequence, as a sequence of int or a tensor of
                 int32 or int64; 0 and the length may be among them, so that it may be cu_seqlens. Queries see the keys
                 of their own document only.
-    method      "ring": keys and values travel to the ranks that see them.
+    method      "ring": keys and values travel to the ranks that see them. "all_to_all" (Ulysses): rows are exchanged
+                for heads, so that each rank has all rows of some heads; with fewer heads than ranks some have none. It
+                takes no attn_mask, of which each rank would need all rows: ValueError.
     check       False leaves out the messages by which the ranks agree on the call before data travels, for calls like
                 earlier ones. Ranks that differ then hang, get wrong results or end.
 
@@ -169,7 +169,7 @@ def _resolve(
 ) -> tuple[Inputs, Call]:
     """The Inputs and the Call of the arguments, all checked. The mask has four dimensions."""
     if method not in METHODS:
-        raise ValueError(f'method is {method!r}; it must be "ring"')
+        raise ValueError(f'method is {method!r}; it must be "ring" or "all_to_all"')
     mask, bias = subclasses.split(attn_mask)
     if bias is not None:
         raise TypeError("attn_mask is a CausalBias; with a divided sequence is_causal=True says the same")
@@ -187,6 +187,8 @@ def _resolve(
             )
     batch, heads, rows, _ = inputs.query.shape
     if mask is not None:
+        if method == "all_to_all":
+            raise ValueError('attn_mask is given; method "all_to_all" takes none, but method "ring" does')
         arguments.check_mask_shape(mask.shape, (batch, heads, rows, layout.length))
         inputs = inputs._replace(attn_mask=mask.reshape((1,) * (4 - mask.dim()) + mask.shape))
     lower, upper, _ = calls.band(is_causal, window_size)

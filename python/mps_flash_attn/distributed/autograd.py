@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import tensors
-from ..problem import Inputs, Operands
-from . import ring
+from ..problem import DIFFERENTIABLE, Inputs
+from . import all_to_all, ring
+
+METHODS: dict[str, Any] = {"ring": ring, "all_to_all": all_to_all}  # modules with a forward and a backward
 
 
 class ContextParallel(torch.autograd.Function):
@@ -18,10 +20,8 @@ class ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs_and_call: Any) -> tuple[Tensor, Tensor]:
         *given, call = inputs_and_call
-        inputs = Inputs(*given)
-        wide, lse = ring.forward(inputs, call)
-        out = wide.to(inputs.query.dtype)
-        ctx.save_for_backward(*given, wide if call.kernels.has_low else out, lse)
+        out, lse, saved = METHODS[call.method].forward(Inputs(*given), call)
+        ctx.save_for_backward(*given, *saved)
         ctx.set_materialize_grads(False)
         ctx.call = call
         return out, lse
@@ -40,14 +40,15 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *saved_and_call: Any) -> Any:
-        *given, out, lse, call = saved_and_call
+        given, saved, call = saved_and_call[:DIFFERENTIABLE], saved_and_call[DIFFERENTIABLE:-1], saved_and_call[-1]
         inputs = Inputs(*given)
         if d_lse is not None and not call.kernels.has_lse_gradient:
             raise NotImplementedError(
-                f"lse has no gradient on {lse.device.type}; on the CPU and on mps it has, or take lse.detach()"
+                f"lse has no gradient on {d_lse.device.type}; on the CPU and on mps it has, or take lse.detach()"
             )
-        d_out = tensors.incoming(d_out, inputs.query.new_empty(1).expand(out.shape))
-        return ring.backward(Operands(inputs, out, lse, d_out, tensors.resolved(d_lse)), call)
+        shape = *inputs.query.shape[:3], inputs.value.shape[3]
+        d_out = tensors.incoming(d_out, inputs.query.new_empty(1).expand(shape))
+        return METHODS[call.method].backward(inputs, saved, d_out, tensors.resolved(d_lse), call)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:

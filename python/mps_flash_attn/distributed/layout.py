@@ -9,6 +9,7 @@ case.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -90,25 +91,31 @@ class Layout:
     def unshard(self, tensor: Tensor, dim: int) -> Tensor:
         """The tensor with all rows in dimension `dim`, on every rank, from each rank's own. All ranks must call it. It
         passes no gradient on: ValueError for a tensor that requires one while gradients are recorded."""
+        values: dict[str, Any] = {}
         failure = None
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            failure = ValueError("the tensor requires a gradient, which unshard does not pass on; give it detach()ed")
-        elif tensor.shape[dim] != self.rows:
-            failure = ValueError(
-                f"the tensor has {tensor.shape[dim]} rows in dimension {dim}; this rank of the layout has {self.rows}"
-            )
-        rows_first = tensor.detach().movedim(dim, 0) if failure is None else tensor
-        others = {"spans": self.spans, "shape of a row": tuple(rows_first.shape[1:]), "dtype": tensor.dtype}
-        self.peers.agree("Layout.unshard", others, failure)
-        each = rows_first[:1].numel() if self.rows else rows_first.new_empty(1, *rows_first.shape[1:]).numel()
-        own = rows_first.reshape(-1)
+        try:
+            if tensor.shape[dim] != self.rows:
+                raise ValueError(
+                    f"the tensor has {tensor.shape[dim]} rows in dimension {dim}; rank {self.peers.rank} of the layout "
+                    f"has {self.rows}"
+                )
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                raise ValueError(
+                    "the tensor requires a gradient, which unshard does not pass on; give it tensor.detach()"
+                )
+            own = tensor.detach().movedim(dim, 0)
+            values = {"layout": self.spans, "shape of a row": tuple(own.shape[1:]), "dtype": own.dtype}
+        except Exception as error:  # the other ranks have to learn of it first
+            failure = error
+        self.peers.agree("Layout.unshard", values, failure)
+        shape, flat = own.shape[1:], own.reshape(-1)
         ranks = [rank for rank in range(self.peers.size) if rank != self.peers.rank]
-        sizes = {rank: count(self.spans[rank]) * each for rank in ranks}
-        parts = self.peers.exchange(dict.fromkeys(ranks, own), sizes, own, "rows").wait()
-        parts[self.peers.rank] = own
-        whole = rows_first.new_empty(self.length, *rows_first.shape[1:])
+        sizes = {rank: count(self.spans[rank]) * math.prod(shape) for rank in ranks}
+        found = self.peers.exchange(dict.fromkeys(ranks, flat), sizes, flat, "rows").wait()
+        found[self.peers.rank] = flat
+        whole = own.new_empty(self.length, *shape)
         for rank, spans in enumerate(self.spans):
-            place_rows(whole, parts[rank].view(-1, *rows_first.shape[1:]) if spans else whole[:0], spans, 0)
+            place_rows(whole, found[rank].view(count(spans), *shape), spans, 0)
         return whole.movedim(0, dim)
 
     def positions(self, device: Any = None) -> Tensor:
@@ -198,7 +205,7 @@ def schedule(spans: tuple[Spans, ...], rank: int, lower: Bound, upper: Bound, cu
     """The Schedule of a rank. `cuts`: the places where a document begins. In step s a rank uses the keys of the rank s
     before it; keys that it does not see do not travel."""
     size, steps = len(spans), []
-    documents = tuple(_divide(of_rank, cuts) for of_rank in spans)
+    documents = tuple(divide(of_rank, cuts) for of_rank in spans)
     for step in range(size):
         source, target = (rank - step) % size, (rank + step) % size
         receives, pairs = _pairs(documents[rank], documents[source], spans[rank], spans[source], lower, upper)
@@ -208,7 +215,7 @@ def schedule(spans: tuple[Spans, ...], rank: int, lower: Bound, upper: Bound, cu
     return Schedule(rows, tuple(steps))
 
 
-def _divide(spans: Spans, cuts: tuple[int, ...]) -> tuple[tuple[int, Span], ...]:
+def divide(spans: Spans, cuts: tuple[int, ...]) -> tuple[tuple[int, Span], ...]:
     """(document, span) of the parts that the cuts leave."""
     found = []
     for start, stop in spans:

@@ -8,7 +8,6 @@ the order of the steps: results depend on nothing but the layout, bit by bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,35 +17,18 @@ from ..options import Options
 from ..problem import Inputs, Operands
 from . import layout as layouts
 from . import local_step
+from .call import Call
 from .layout import Layout, Pair, Schedule, Span, Step
-from .local_step import Kernels
 from .transfer import Exchange
 
 
-class Call(NamedTuple):
-    """What defines a call beside its tensors."""
-
-    layout: Layout
-    options: Options
-    cuts: tuple[int, ...]  # where documents begin, but for the first
-    kernels: Kernels
-    wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias, dsinks, on all ranks alike but for the last two
-    method: str
-
-    def schedule(self) -> Schedule:
-        """The Schedule of this rank."""
-        return layouts.schedule(
-            self.layout.spans, self.layout.peers.rank, self.options.lower, self.options.upper, self.cuts
-        )
-
-
-def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse) of this rank's queries, in float32 (float64 for float64)."""
+def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """(out, lse) of this rank's rows, lse in float32 (float64 for float64), and what backward() needs."""
     query, key, value, _, sinks, *_ = inputs
     dtype = tensors.rows_dtype(query)
     out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    spans, steps = call.schedule()
+    spans, steps = _schedule(call)
     begun = [False] * len(spans)
     travel = _Travel((key, value), steps, call.layout)
     for step in steps:
@@ -66,7 +48,8 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
             _clear(out, lse, span)
     if sinks is not None:
         local_step.merge_sinks(out, lse, sinks)
-    return out, lse
+    rounded = out.to(query.dtype)
+    return rounded, lse, (out if call.kernels.has_low else rounded, lse)
 
 
 def _clear(out: Tensor, lse: Tensor, rows: Span) -> None:
@@ -74,10 +57,12 @@ def _clear(out: Tensor, lse: Tensor, rows: Span) -> None:
     lse[:, :, slice(*rows)] = -torch.inf
 
 
-def backward(operands: Operands, call: Call) -> tuple[Tensor | None, ...]:
+def backward(
+    inputs: Inputs, saved: Sequence[Tensor], d_out: Tensor, d_lse: Tensor | None, call: Call
+) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, dbias, dsinks), each None if not wanted, in the dtypes of their tensors."""
-    inputs, out, lse, d_out, d_lse, _ = operands
     query, key, value, _, sinks, *_ = inputs
+    out, lse = saved
     dtype = tensors.rows_dtype(query)
     if d_lse is not None:
         d_lse = d_lse.masked_fill(lse == -torch.inf, 0)  # lse is a constant there
@@ -86,7 +71,7 @@ def backward(operands: Operands, call: Call) -> tuple[Tensor | None, ...]:
         for one, is_wanted in zip(inputs[:4], call.wanted)
     )
     travelling = [one for one in (dk, dv) if one is not None]
-    steps = call.schedule().steps
+    steps = _schedule(call).steps
     travel = _Travel((key, value), steps, call.layout)
     home: tuple[Exchange, Step] | None = None
     for step in steps:
@@ -122,6 +107,12 @@ def backward(operands: Operands, call: Call) -> tuple[Tensor | None, ...]:
         dsinks = local_step.sinks_gradient(sinks, out, lse, d_out, d_lse)
     wide = dq, dk, dv, dbias
     return *(one if one is None or of is None else one.to(of.dtype) for one, of in zip(wide, inputs)), dsinks
+
+
+def _schedule(call: Call) -> Schedule:
+    """The Schedule of this rank."""
+    layout, options = call.layout, call.options
+    return layouts.schedule(layout.spans, layout.peers.rank, options.lower, options.upper, call.cuts)
 
 
 # --- Pairs ---------------------------------------------------------------------------------------

@@ -18,7 +18,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 _AGREEMENT = 32  # numbers in a message of agree()
-_TAGS = {"agreement": 7001, "keys and values": 7002, "gradients of keys and values": 7003, "rows": 7004, "heads": 7005}
+_CONTENTS = (  # of messages, each with a tag of its own
+    "agreement",
+    "rows",
+    "keys and values",
+    "gradients of keys and values",
+    "heads of query, key and value",
+    "heads of out",
+    "heads of lse",
+    "heads of the gradient of out",
+    "heads of gradients",
+)
+_TAGS = {content: 7001 + number for number, content in enumerate(_CONTENTS)}
 _OWN_LINKS = ("nccl", "xccl", "hccl")  # backends that read and write a device's own memory
 
 

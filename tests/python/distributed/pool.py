@@ -11,6 +11,11 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+import stand_in
+
 SIZES = (1, 2, 3, 4)
 RANKS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}  # of the group of each size
 WORLD = 4
@@ -25,9 +30,8 @@ def _context():
 
 
 def _work(rank, size, store, pipe, timeout, subgroups):
-    import torch
-    import torch.distributed as dist
-
+    if os.environ.get("MFA_BACKEND") == "metal":
+        stand_in.install()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
