@@ -31,27 +31,25 @@ def choose(inputs: InputsTuple, options: Options) -> Kernels:
         from . import cuda
 
         return cuda.choose(inputs, options)
-    calls.check(inputs, options, by_operator=False)
+    calls.check(inputs, _wide(inputs[0], options), by_operator=False)
     return _LIBMFA
 
 
 def _forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    out, lse = run.forward(_widened(inputs), options)
+    out, lse = run.forward(inputs, _wide(inputs.query, options))
     return out, lse
 
 
 def _backward(operands: Operands, options: Options, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    inputs, out, lse, d_out, d_lse, _ = operands
-    wide = Operands(_widened(inputs), out, lse, d_out.to(out.dtype), d_lse)
-    return run.backward(wide, options, (*wanted, False))[:4]
+    return run.backward(operands, _wide(operands.inputs.query, options), (*wanted, False))[:4]
 
 
 _LIBMFA = Kernels(_forward, _backward, has_low=True, has_lse_gradient=True)
 
 
-def _widened(inputs: Inputs) -> Inputs:
-    dtype = tensors.rows_dtype(inputs.query)
-    return inputs._replace(query=inputs.query.to(dtype), key=inputs.key.to(dtype), value=inputs.value.to(dtype))
+def _wide(query: Tensor, options: Options) -> Options:
+    """The Options with results in float32, where they would be rounded to less."""
+    return options._replace(out_type="f32") if tensors.has_low(query) else options
 
 
 # --- Merging -------------------------------------------------------------------------------------
