@@ -103,7 +103,8 @@ def context_parallel_attention(
                 for heads, so that each rank has all rows of some heads; with fewer heads than ranks some have none. It
                 takes no attn_mask, of which each rank would need all rows: ValueError.
     check       False leaves out the messages by which the ranks agree on the call before data travels, for calls like
-                earlier ones. Ranks that differ then hang, get wrong results or end.
+                earlier ones. Ranks that differ then hang, get wrong results or end. With NCCL the first call of a group
+                needs them, since all of its ranks have to take part in the first message.
 
     In float16 and bfloat16 the parts of a result are added in float32. Results are reproducible, bit by bit, for the
     same layout and method.

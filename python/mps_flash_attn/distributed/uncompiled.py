@@ -5,6 +5,9 @@ import torch
 
 from . import attention
 
-attend = torch.compiler.disable(
-    attention.attend, reason="context_parallel_attention exchanges messages with other ranks"
-)
+_REASON = "context_parallel_attention exchanges messages with other ranks"
+
+try:
+    attend = torch.compiler.disable(attention.attend, reason=_REASON)
+except TypeError:  # PyTorch 2.6 takes no reason
+    attend = torch.compiler.disable(attention.attend)

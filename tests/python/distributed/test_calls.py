@@ -75,6 +75,18 @@ def some_gradients(size):
             torch.testing.assert_close(leaves[place].grad, expected[1 + place], rtol=1e-5, atol=1e-5)
 
 
+def gradient_of_a_mask(size):
+    """Of the mask alone: only keys and values travel."""
+    layout = cases.layout_of(size, "zigzag", 33)
+    operands, d_out = cases.operands_of(33, 4, 2, 16, 16, torch.float32)
+    mask = torch.randn(4, 33, 33, requires_grad=True)
+    flash_attention(*operands.values(), attn_mask=mask, enable_gqa=True).backward(d_out)
+    own = layout.shard(mask.detach(), 1).requires_grad_()
+    parts = [layout.shard(one, 2) for one in operands.values()]
+    context_parallel_attention(*parts, layout, attn_mask=own, enable_gqa=True).backward(layout.shard(d_out, 2))
+    torch.testing.assert_close(own.grad, layout.shard(mask.grad, 1), rtol=1e-5, atol=1e-5)
+
+
 def autocast(size):
     layout = cases.layout_of(size, "zigzag", 33)
     own, expected = problem(layout)
@@ -112,6 +124,7 @@ FUNCTIONS = {
     "reentrant checkpoint": (checkpointed, True),
     "no gradients": (without_gradients,),
     "some gradients": (some_gradients,),
+    "gradient of a mask": (gradient_of_a_mask,),
     "autocast": (autocast,),
     "strided": (strided,),
     "the same bits by the ring": (same_bits, "ring"),
