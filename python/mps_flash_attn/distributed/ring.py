@@ -76,7 +76,10 @@ def backward(
     home: tuple[Exchange, Step] | None = None
     for step in steps:
         sources = travel.arrived(step)
-        flat, found = _flat_rows(travelling, step.receives, dtype)
+        if step is steps[0]:
+            found = _own_rows(travelling, step.receives, call.layout)
+        else:
+            flat, found = _flat_rows(travelling, step.receives, dtype)
         for pair in step.pairs:
             rows = slice(*pair.queries)
             of_pair = Operands(
@@ -96,9 +99,7 @@ def backward(
         if home is not None:
             _add_rows(travelling, home, call.layout)
             home = None
-        if step is steps[0]:
-            _add(travelling, found, step.receives, call.layout)
-        elif travelling:
+        if travelling and step is not steps[0]:
             home = _send_home(travelling, flat, step, call.layout), step
     if home is not None:
         _add_rows(travelling, home, call.layout)
@@ -146,14 +147,12 @@ class _Travel:
     def __init__(self, own: Sequence[Tensor], steps: Sequence[Step], layout: Layout) -> None:
         self._own, self._steps, self._layout = own, iter(steps[1:]), layout
         self._next = self._start()
-        self._sent: tuple[layouts.Spans, Tensor] | None = None
 
     def arrived(self, step: Step) -> Sources:
         """What the step uses. It must be called for each step in order."""
-        own, spans = self._own, self._layout.own
+        own = self._own
         if step.receives_from == self._layout.peers.rank:
-            places = [layouts.rows_of(spans, span) for span in step.receives]
-            return [[one[:, :, slice(*rows)] for one in own] for rows in places]
+            return _own_rows(own, step.receives, self._layout)
         exchange = self._next
         self._next = self._start()
         assert exchange is not None
@@ -170,6 +169,12 @@ class _Travel:
         flat = torch.cat(parts) if parts else own[0].new_empty(0)
         size = sum(layouts.count(step.receives) * _row_size(one) for one in own)
         return self._layout.peers.exchange({step.sends_to: flat}, {step.receives_from: size}, own[0], "keys and values")
+
+
+def _own_rows(own: Sequence[Tensor], spans: layouts.Spans, layout: Layout) -> Sources:
+    """Views of this rank's rows."""
+    places = [slice(*layouts.rows_of(layout.own, span)) for span in spans]
+    return [[one[:, :, rows] for one in own] for rows in places]
 
 
 def _row_size(tensor: Tensor) -> int:
@@ -210,11 +215,7 @@ def _add_rows(travelling: Sequence[Tensor], home: tuple[Exchange, Step], layout:
     """Adds the gradients that have come home from one rank."""
     exchange, step = home
     (flat,) = exchange.wait().values()
-    _add(travelling, _split_rows(flat, travelling, step.sends), step.sends, layout)
-
-
-def _add(travelling: Sequence[Tensor], found: Sources, spans: layouts.Spans, layout: Layout) -> None:
-    for span, parts in zip(spans, found):
-        rows = slice(*layouts.rows_of(layout.own, span))
-        for into, part in zip(travelling, parts):
-            into[:, :, rows] += part
+    found = _split_rows(flat, travelling, step.sends)
+    for views, parts in zip(_own_rows(travelling, step.sends, layout), found):
+        for into, part in zip(views, parts):
+            into += part
