@@ -62,9 +62,11 @@ def backward(
     layout, rank, wanted = call.layout, call.layout.peers.rank, call.wanted
     of_queries, of_keys = heads_of(inputs.query.shape[1], inputs.key.shape[1], layout.peers.size)
     (d_out,) = _to_heads(layout, (d_out,), (of_queries,), "heads of the gradient of out")
-    (of_lse,) = (None,) if d_lse is None else _to_heads(layout, (d_lse[..., None],), (of_queries,), "heads of lse")
-    if of_lse is not None:
-        of_lse = of_lse[..., 0].masked_fill(lse == -torch.inf, 0)  # lse is a constant there
+    of_lse = None
+    if call.with_lse and call.kernels.has_lse_gradient:  # a rank has none where its own part of the loss has no lse
+        own_lse = inputs.query.new_zeros(inputs.query.shape[:3], dtype=lse.dtype) if d_lse is None else d_lse
+        (columns,) = _to_heads(layout, (own_lse[..., None],), (of_queries,), "heads of lse")
+        of_lse = columns[..., 0].masked_fill(lse == -torch.inf, 0)  # lse is a constant there
     divisions = of_queries, of_keys, of_keys
     found = [torch.zeros_like(one, dtype=lse.dtype) for one in (query, key, value)]
     for heads, kv_heads, rows in _parts(of_queries[rank], of_keys[rank], inputs, call):

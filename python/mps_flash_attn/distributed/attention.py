@@ -123,6 +123,7 @@ def context_parallel_attention(
         "sinks": sinks,
         "documents": documents,
         "method": method,
+        "return_lse": bool(return_lse),
     }
     if torch.compiler.is_compiling():
         from .uncompiled import attend as attend_uncompiled
@@ -167,6 +168,7 @@ def _resolve(
     sinks: Tensor | None,
     documents: Documents | None,
     method: str,
+    return_lse: bool,
 ) -> tuple[Inputs, Call]:
     """The Inputs and the Call of the arguments, all checked. The mask has four dimensions."""
     if method not in METHODS:
@@ -202,7 +204,8 @@ def _resolve(
     if part is not None and part.shape[3] != 1:
         part = part[..., :1].expand(-1, -1, -1, rows)
     kernels = local_step.choose(inputs._replace(attn_mask=part), options)
-    return inputs, Call(layout, options, _cuts(documents, layout.length), kernels, wanted, method)
+    cuts = _cuts(documents, layout.length)
+    return inputs, Call(layout, options, cuts, kernels, wanted, method, return_lse)
 
 
 def _cuts(documents: Documents | None, length: int) -> tuple[int, ...]:
@@ -229,6 +232,7 @@ def _common(inputs: Inputs, call: Call) -> dict[str, Any]:
     options, wanted = call.options, call.wanted
     return {
         "method": call.method,
+        "return_lse": call.with_lse,
         "layout": call.layout.spans,
         "device": query.device.type,
         "dtype": query.dtype,

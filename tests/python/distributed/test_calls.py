@@ -75,6 +75,20 @@ def some_gradients(size):
             torch.testing.assert_close(leaves[place].grad, expected[1 + place], rtol=1e-5, atol=1e-5)
 
 
+def lse_of_one_rank(size):
+    """Only the loss of the first rank has lse."""
+    layout = cases.layout_of(size, "contiguous", 33)
+    operands, d_out = cases.operands_of(33, 4, 2, 16, 16, torch.float32)
+    d_lse = torch.zeros(2, 4, 33)
+    d_lse[:, :, : layout.spans[0][0][1]] = 1
+    whole = cases.run_whole(operands, d_out, d_lse, None, {"is_causal": True})
+    for method in ("ring", "all_to_all"):
+        own = None if layout.peers.rank else d_lse
+        found = cases.run_divided(layout, operands, d_out, own, None, {"is_causal": True, "method": method})
+        for name, one in found.items():
+            torch.testing.assert_close(one, layout.shard(whole[name], 2), rtol=1e-5, atol=1e-5)
+
+
 def gradient_of_a_mask(size):
     """Of the mask alone: only keys and values travel."""
     layout = cases.layout_of(size, "zigzag", 33)
@@ -124,6 +138,7 @@ FUNCTIONS = {
     "reentrant checkpoint": (checkpointed, True),
     "no gradients": (without_gradients,),
     "some gradients": (some_gradients,),
+    "lse of one rank": (lse_of_one_rank,),
     "gradient of a mask": (gradient_of_a_mask,),
     "autocast": (autocast,),
     "strided": (strided,),

@@ -56,6 +56,7 @@ DIFFERENCES = {
     "query requires a gradient": {"grad": (0,)},
     "value requires a gradient": {"grad": (2,)},
     "method": {"method": "all_to_all"},
+    "return_lse": {"return_lse": True},
     "function": {"unshard": True},
 }
 
