@@ -64,6 +64,27 @@ def context_parallel_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    is_causal: Causal = False,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window_size: int | tuple[int, int] = 0,
+    *,
+    softcap: float = 0,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    sinks: Tensor | None = None,
+    documents: Documents | None = None,
+    method: Method = "ring",
+    check: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def context_parallel_attention(
     query: Tensor,
     key: Tensor,
