@@ -66,7 +66,7 @@ def backward(
     if call.with_lse and call.kernels.has_lse_gradient:  # a rank has none where its own part of the loss has no lse
         own_lse = inputs.query.new_zeros(inputs.query.shape[:3], dtype=lse.dtype) if d_lse is None else d_lse
         (columns,) = _to_heads(layout, (own_lse[..., None],), (of_queries,), "heads of lse")
-        of_lse = columns[..., 0].masked_fill(lse == -torch.inf, 0)  # lse is a constant there
+        of_lse = columns[..., 0]
     divisions = of_queries, of_keys, of_keys
     found = [torch.zeros_like(one, dtype=lse.dtype) for one in (query, key, value)]
     for heads, kv_heads, rows in _parts(of_queries[rank], of_keys[rank], inputs, call):

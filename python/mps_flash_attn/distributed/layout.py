@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -219,9 +220,9 @@ def divide(spans: Spans, cuts: tuple[int, ...]) -> tuple[tuple[int, Span], ...]:
     """(document, span) of the parts that the cuts leave."""
     found = []
     for start, stop in spans:
-        inside = [cut for cut in cuts if start < cut < stop]
+        inside = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
         for part in pairwise((start, *inside, stop)):
-            found.append((sum(cut <= part[0] for cut in cuts), part))
+            found.append((bisect_right(cuts, part[0]), part))
     return tuple(found)
 
 
@@ -234,10 +235,13 @@ def _pairs(
     upper: Bound,
 ) -> tuple[Spans, tuple[Pair, ...]]:
     """(the keys that are needed, of each of key_spans at most one span; the pairs)."""
+    of_document: dict[int, list[tuple[int, Span]]] = {}
+    for number, (document, query_span) in enumerate(queries):
+        of_document.setdefault(document, []).append((number, query_span))
     found = []
-    for key_document, key_span in keys:
-        for number, (document, query_span) in enumerate(queries):
-            seen = visible(query_span, key_span, lower, upper) if document == key_document else None
+    for document, key_span in keys:
+        for number, query_span in of_document.get(document, ()):
+            seen = visible(query_span, key_span, lower, upper)
             if seen is not None:
                 found.append((number, *seen))
     needed = []

@@ -89,6 +89,20 @@ def lse_of_one_rank(size):
             torch.testing.assert_close(one, layout.shard(whole[name], 2), rtol=1e-5, atol=1e-5)
 
 
+def rows_without_keys(size):
+    """What the gradient of lse is where lse is -inf does not matter."""
+    layout = cases.layout_of(size, "zigzag", 33)
+    operands, d_out = cases.operands_of(33, 4, 2, 16, 16, torch.float32)
+    mask = torch.rand(33, 33) < 0.5
+    mask[::3] = False
+    own = [layout.shard(one, 2).requires_grad_() for one in operands.values()]
+    options = {"attn_mask": layout.shard(mask, 0), "enable_gqa": True, "return_lse": True}
+    out, lse = context_parallel_attention(*own, layout, **options)
+    d_lse = torch.ones_like(lse).masked_fill(lse == -torch.inf, torch.nan)
+    found = torch.autograd.grad((out, lse), own, (layout.shard(d_out, 2), d_lse))
+    assert all(one.isfinite().all() for one in found)
+
+
 def gradient_of_a_mask(size):
     """Of the mask alone: only keys and values travel."""
     layout = cases.layout_of(size, "zigzag", 33)
@@ -138,6 +152,7 @@ FUNCTIONS = {
     "reentrant checkpoint": (checkpointed, True),
     "no gradients": (without_gradients,),
     "some gradients": (some_gradients,),
+    "rows without keys": (rows_without_keys,),
     "lse of one rank": (lse_of_one_rank,),
     "gradient of a mask": (gradient_of_a_mask,),
     "autocast": (autocast,),
