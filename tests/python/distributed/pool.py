@@ -88,7 +88,11 @@ class Pool:
         """(result, None), or (None, (class, sentence, traceback)) of the error."""
         if not self.pipes[rank].poll(timeout):
             raise Failed(f"rank {rank} has no result after {timeout} s")
-        return self.pipes[rank].recv()
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join(5)
+            raise Failed(f"rank {rank} ended with the exit code {self.processes[rank].exitcode}") from None
 
     def run(self, ranks, function, *arguments, **options):
         """The results of function(...) on these ranks; raises if one of them raised an error."""
@@ -111,9 +115,9 @@ _shared = None
 
 
 def shared():
-    """The pool that all tests of this process use."""
+    """The pool that all tests of this process use; a new one after a test that ended one of its processes."""
     global _shared
-    if _shared is None:
+    if _shared is None or not all(process.is_alive() for process in _shared.processes):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         _shared = Pool()
     return _shared
