@@ -164,11 +164,9 @@ def place_rows(whole: Tensor, rows: Tensor, spans: Spans, dim: int) -> None:
 class Pair(NamedTuple):
     """Queries of this rank and keys of one rank that see each other."""
 
-    span: int  # which of this rank's spans, divided at the documents, the queries are of
     queries: Span  # rows of this rank's tensors
-    source: int  # which of the spans of `Step.receives` the keys are of
-    keys: Span  # rows of that
-    columns: Span  # the same keys as places in the whole sequence
+    keys: Span  # rows of what came from the other rank, all of Step.receives; its own are rows of this rank's tensors
+    columns: Span | None  # the same keys as places in the whole sequence; None where they are of several spans
     lower: Bound  # of j - i, both counted from 0 in the pair
     upper: Bound
 
@@ -183,13 +181,6 @@ class Step(NamedTuple):
     sends: Spans  # the keys that go there
 
 
-class Schedule(NamedTuple):
-    """What a rank does in a call."""
-
-    spans: Spans  # rows of its tensors, divided at the documents
-    steps: tuple[Step, ...]  # the first is that of its own keys
-
-
 def visible(queries: Span, keys: Span, lower: Bound, upper: Bound) -> tuple[Span, Span] | None:
     """The queries that see one of the keys, and the keys that one of the queries sees; None if none does. In what is
     left the first query and the last see a key, and the first key and the last are seen."""
@@ -202,18 +193,60 @@ def visible(queries: Span, keys: Span, lower: Bound, upper: Bound) -> tuple[Span
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(spans: tuple[Spans, ...], rank: int, lower: Bound, upper: Bound, cuts: tuple[int, ...] = ()) -> Schedule:
-    """The Schedule of a rank. `cuts`: the places where a document begins. In step s a rank uses the keys of the rank s
-    before it; keys that it does not see do not travel."""
+def schedule(
+    spans: tuple[Spans, ...], rank: int, lower: Bound, upper: Bound, cuts: tuple[int, ...] = (), joins: bool = False
+) -> tuple[Step, ...]:
+    """The steps of a rank, of which the first is that of its own keys. `cuts`: the places where a document begins. In
+    step s a rank uses the keys of the rank s before it; keys that it does not see do not travel. `joins`: pairs that
+    together are one pair of other spans become that, since a kernel is faster on it; not with a mask, whose columns
+    would not lie together."""
     size, steps = len(spans), []
     documents = tuple(divide(of_rank, cuts) for of_rank in spans)
     for step in range(size):
         source, target = (rank - step) % size, (rank + step) % size
-        receives, pairs = _pairs(documents[rank], documents[source], spans[rank], spans[source], lower, upper)
-        sends, _ = _pairs(documents[target], documents[rank], spans[target], spans[rank], lower, upper)
-        steps.append(Step(source, receives, pairs, target, sends))
-    rows = tuple(rows_of(spans[rank], span) for _, span in documents[rank])
-    return Schedule(rows, tuple(steps))
+        receives, seen = _seen(documents[rank], documents[source], spans[source], lower, upper)
+        sends, _ = _seen(documents[target], documents[rank], spans[rank], lower, upper)
+        held = spans[rank] if step == 0 else receives
+        pairs = []
+        for places, columns in seen:
+            shift = places[0] - columns[0]
+            bounds = (None if bound is None else bound + shift for bound in (lower, upper))
+            pairs.append(Pair(rows_of(spans[rank], places), rows_of(held, columns), columns, *bounds))
+        if joins and step == 0 and not cuts and lower is None and _is_band(spans[rank], upper):
+            rows = 0, count(spans[rank])
+            pairs = [Pair(rows, rows, None, None, upper)] if rows[1] else []
+        elif joins:
+            pairs = _join(_join(list(map(_simplest, pairs)), "queries", "keys"), "keys", "queries")
+        steps.append(Step(source, receives, tuple(pairs), target, sends))
+    return tuple(steps)
+
+
+def _is_band(spans: Spans, upper: Bound) -> bool:
+    """Whether `upper` means the same of rows as of places, for queries and keys that are both these spans."""
+    return upper is None or (upper == 0 and list(spans) == sorted(spans))
+
+
+def _simplest(pair: Pair) -> Pair:
+    """The pair without bounds that hide nothing."""
+    queries, keys = pair.queries[1] - pair.queries[0], pair.keys[1] - pair.keys[0]
+    lower = None if pair.lower is None or pair.lower <= 1 - queries else pair.lower
+    upper = None if pair.upper is None or pair.upper >= keys - 1 else pair.upper
+    return pair._replace(lower=lower, upper=upper)
+
+
+def _join(pairs: list[Pair], same: str, adjacent: str) -> list[Pair]:
+    """Pairs of which none hides anything and that have the `same` rows become one where their `adjacent` rows are."""
+    found: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: (getattr(pair, same), getattr(pair, adjacent))):
+        last = found[-1] if found else pair
+        (start, stop), (next_start, next_stop) = getattr(last, adjacent), getattr(pair, adjacent)
+        is_whole = last[3:] == pair[3:] == (None, None)
+        if is_whole and getattr(last, same) == getattr(pair, same) and stop == next_start:
+            joined: dict[str, Any] = {adjacent: (start, next_stop), "columns": None}
+            found[-1] = last._replace(**joined)
+        else:
+            found.append(pair)
+    return found
 
 
 def divide(spans: Spans, cuts: tuple[int, ...]) -> tuple[tuple[int, Span], ...]:
@@ -226,37 +259,30 @@ def divide(spans: Spans, cuts: tuple[int, ...]) -> tuple[tuple[int, Span], ...]:
     return tuple(found)
 
 
-def _pairs(
+def _seen(
     queries: Sequence[tuple[int, Span]],
     keys: Sequence[tuple[int, Span]],
-    query_spans: Spans,
     key_spans: Spans,
     lower: Bound,
     upper: Bound,
-) -> tuple[Spans, tuple[Pair, ...]]:
-    """(the keys that are needed, of each of key_spans at most one span; the pairs)."""
-    of_document: dict[int, list[tuple[int, Span]]] = {}
-    for number, (document, query_span) in enumerate(queries):
-        of_document.setdefault(document, []).append((number, query_span))
+) -> tuple[Spans, list[tuple[Span, Span]]]:
+    """(the keys that are needed, of each of key_spans at most one span; the queries and keys that see each other), all
+    as places in the sequence."""
+    of_document: dict[int, list[Span]] = {}
+    for document, query_span in queries:
+        of_document.setdefault(document, []).append(query_span)
     found = []
     for document, key_span in keys:
-        for number, query_span in of_document.get(document, ()):
+        for query_span in of_document.get(document, ()):
             seen = visible(query_span, key_span, lower, upper)
             if seen is not None:
-                found.append((number, *seen))
+                found.append(seen)
     needed = []
     for start, stop in key_spans:
-        inside = [columns for _, _, columns in found if start <= columns[0] < stop]
+        inside = [columns for _, columns in found if start <= columns[0] < stop]
         if inside:
             needed.append((min(first for first, _ in inside), max(end for _, end in inside)))
-    pairs = []
-    for number, places, columns in found:
-        source = next(n for n, (start, stop) in enumerate(needed) if start <= columns[0] < stop)
-        shift, begin = places[0] - columns[0], needed[source][0]
-        bounds = (None if bound is None else bound + shift for bound in (lower, upper))
-        rows = rows_of(query_spans, places)
-        pairs.append(Pair(number, rows, source, (columns[0] - begin, columns[1] - begin), columns, *bounds))
-    return tuple(needed), tuple(pairs)
+    return tuple(needed), found
 
 
 def rows_of(spans: Spans, places: Span) -> Span:

@@ -8,6 +8,7 @@ the order of the steps: results depend on nothing but the layout, bit by bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..problem import Inputs, Operands
 from . import layout as layouts
 from . import local_step
 from .call import Call
-from .layout import Layout, Pair, Schedule, Span, Step
+from .layout import Layout, Pair, Span, Step
 from .transfer import Exchange
 
 
@@ -28,33 +29,51 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor | 
     dtype = tensors.rows_dtype(query)
     out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    spans, steps = _schedule(call)
-    begun = [False] * len(spans)
+    steps = _schedule(call)
+    empty = _Rows(query.shape[2])
     travel = _Travel((key, value), steps, call.layout)
     for step in steps:
         sources = travel.arrived(step)
         for pair in step.pairs:
             part, part_lse = call.kernels.forward(_of_pair(inputs, sources, pair), _options(call, pair))
             rows = slice(*pair.queries)
-            if begun[pair.span]:
+            if empty.contain(pair.queries):
+                out[:, :, rows], lse[:, :, rows] = part, part_lse
+            else:
+                _clear(out, lse, empty.within(pair.queries))
                 local_step.merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
-                continue
-            begun[pair.span] = True
-            if pair.queries != spans[pair.span]:
-                _clear(out, lse, spans[pair.span])
-            out[:, :, rows], lse[:, :, rows] = part, part_lse
-    for span, has_keys in zip(spans, begun):
-        if not has_keys:
-            _clear(out, lse, span)
+            empty.remove(pair.queries)
+    _clear(out, lse, empty.spans)
     if sinks is not None:
         local_step.merge_sinks(out, lse, sinks)
     rounded = out.to(query.dtype)
     return rounded, lse, (out if call.kernels.has_low else rounded, lse)
 
 
-def _clear(out: Tensor, lse: Tensor, rows: Span) -> None:
-    out[:, :, slice(*rows)] = 0
-    lse[:, :, slice(*rows)] = -torch.inf
+def _clear(out: Tensor, lse: Tensor, spans: Iterable[Span]) -> None:
+    for rows in spans:
+        out[:, :, slice(*rows)] = 0
+        lse[:, :, slice(*rows)] = -torch.inf
+
+
+class _Rows:
+    """Rows of out and lse that are not written yet."""
+
+    def __init__(self, count: int) -> None:
+        self.spans = [(0, count)]
+
+    def within(self, rows: Span) -> list[Span]:
+        parts = ((max(start, rows[0]), min(stop, rows[1])) for start, stop in self.spans)
+        return [part for part in parts if part[0] < part[1]]
+
+    def contain(self, rows: Span) -> bool:
+        return self.within(rows) == [rows]
+
+    def remove(self, rows: Span) -> None:
+        parts = [
+            part for start, stop in self.spans for part in ((start, min(stop, rows[0])), (max(start, rows[1]), stop))
+        ]
+        self.spans = [part for part in parts if part[0] < part[1]]
 
 
 def backward(
@@ -71,13 +90,13 @@ def backward(
         for one, is_wanted in zip(inputs[:4], call.wanted)
     )
     travelling = [one for one in (dk, dv) if one is not None]
-    steps = _schedule(call).steps
+    steps = _schedule(call)
     travel = _Travel((key, value), steps, call.layout)
     home: tuple[Exchange, Step] | None = None
     for step in steps:
         sources = travel.arrived(step)
         if step is steps[0]:
-            found = _own_rows(travelling, step.receives, call.layout)
+            found: Sequence[Tensor] = travelling
         else:
             flat, found = _flat_rows(travelling, step.receives, dtype)
         for pair in step.pairs:
@@ -92,7 +111,7 @@ def backward(
             parts = call.kernels.backward(of_pair, _options(call, pair), call.wanted[:4])
             if dq is not None:
                 dq[:, :, rows] += parts[0]
-            for into, part in zip(found[pair.source], (part for part in parts[1:3] if part is not None)):
+            for into, part in zip(found, (part for part in parts[1:3] if part is not None)):
                 into[:, :, slice(*pair.keys)] += part
             if dbias is not None:
                 _of_mask(dbias, pair).add_(parts[3])
@@ -110,19 +129,18 @@ def backward(
     return *(one if one is None or of is None else one.to(of.dtype) for one, of in zip(wide, inputs)), dsinks
 
 
-def _schedule(call: Call) -> Schedule:
-    """The Schedule of this rank."""
+def _schedule(call: Call) -> tuple[Step, ...]:
+    """The steps of this rank."""
     layout, options = call.layout, call.options
-    return layouts.schedule(layout.spans, layout.peers.rank, options.lower, options.upper, call.cuts)
+    bounds = options.lower, options.upper
+    return layouts.schedule(layout.spans, layout.peers.rank, *bounds, call.cuts, joins=not call.has_mask)
 
 
 # --- Pairs ---------------------------------------------------------------------------------------
 
-Sources = list[list[Tensor]]  # of each span of Step.receives, the rows of each tensor that travels
 
-
-def _of_pair(inputs: Inputs, sources: Sources, pair: Pair) -> Inputs:
-    key, value = (one[:, :, slice(*pair.keys)] for one in sources[pair.source])
+def _of_pair(inputs: Inputs, sources: Sequence[Tensor], pair: Pair) -> Inputs:
+    key, value = (one[:, :, slice(*pair.keys)] for one in sources)
     mask = None if inputs.attn_mask is None else _of_mask(inputs.attn_mask, pair)
     return Inputs(inputs.query[:, :, slice(*pair.queries)], key, value, mask)
 
@@ -131,7 +149,10 @@ def _of_mask(mask: Tensor, pair: Pair) -> Tensor:
     """The part of a mask of four dimensions for a pair."""
     if mask.shape[2] != 1:
         mask = mask[:, :, slice(*pair.queries)]
-    return mask if mask.shape[3] == 1 else mask[..., slice(*pair.columns)]
+    if mask.shape[3] == 1:
+        return mask
+    assert pair.columns is not None
+    return mask[..., slice(*pair.columns)]
 
 
 def _options(call: Call, pair: Pair) -> Options:
@@ -148,11 +169,11 @@ class _Travel:
         self._own, self._steps, self._layout = own, iter(steps[1:]), layout
         self._next = self._start()
 
-    def arrived(self, step: Step) -> Sources:
-        """What the step uses. It must be called for each step in order."""
+    def arrived(self, step: Step) -> Sequence[Tensor]:
+        """Keys and values that the step uses. It must be called for each step in order."""
         own = self._own
         if step.receives_from == self._layout.peers.rank:
-            return _own_rows(own, step.receives, self._layout)
+            return own
         exchange = self._next
         self._next = self._start()
         assert exchange is not None
@@ -164,17 +185,18 @@ class _Travel:
         if step is None:
             return None
         own, spans = self._own, self._layout.own
-        rows = [layouts.rows_of(spans, span) for span in step.sends]
-        parts = [one[:, :, slice(*places)].reshape(-1) for places in rows for one in own]
-        flat = torch.cat(parts) if parts else own[0].new_empty(0)
+        flat = own[0].new_empty(layouts.count(step.sends) * sum(map(_row_size, own)))
+        for one, rows in zip(own, _split_rows(flat, own, step.sends)):
+            for begin, span in _beginnings(step.sends):
+                start, stop = layouts.rows_of(spans, span)
+                rows[:, :, begin : begin + stop - start] = one[:, :, start:stop]
         size = sum(layouts.count(step.receives) * _row_size(one) for one in own)
         return self._layout.peers.exchange({step.sends_to: flat}, {step.receives_from: size}, own[0], "keys and values")
 
 
-def _own_rows(own: Sequence[Tensor], spans: layouts.Spans, layout: Layout) -> Sources:
-    """Views of this rank's rows."""
-    places = [slice(*layouts.rows_of(layout.own, span)) for span in spans]
-    return [[one[:, :, rows] for one in own] for rows in places]
+def _beginnings(spans: layouts.Spans) -> list[tuple[int, Span]]:
+    """Each span, and where its rows begin in a tensor that has those of all spans."""
+    return list(zip(accumulate((stop - start for start, stop in spans), initial=0), spans))
 
 
 def _row_size(tensor: Tensor) -> int:
@@ -182,21 +204,17 @@ def _row_size(tensor: Tensor) -> int:
     return batch * heads * columns
 
 
-def _split_rows(flat: Tensor, like: Sequence[Tensor], spans: Iterable[Span]) -> Sources:
-    """The tensors that a flat one consists of: for each span, rows of each of `like`."""
-    found, begin = [], 0
-    for start, stop in spans:
-        of_span = []
-        for one in like:
-            size = (stop - start) * _row_size(one)
-            shape = (*one.shape[:2], stop - start, one.shape[3])
-            of_span.append(flat[begin : begin + size].view(shape))
-            begin += size
-        found.append(of_span)
+def _split_rows(flat: Tensor, like: Sequence[Tensor], spans: layouts.Spans) -> list[Tensor]:
+    """The tensors that a flat one consists of: the rows of all spans of each of `like`."""
+    rows, found, begin = layouts.count(spans), [], 0
+    for one in like:
+        size = rows * _row_size(one)
+        found.append(flat[begin : begin + size].view(*one.shape[:2], rows, one.shape[3]))
+        begin += size
     return found
 
 
-def _flat_rows(like: Sequence[Tensor], spans: layouts.Spans, dtype: torch.dtype) -> tuple[Tensor, Sources]:
+def _flat_rows(like: Sequence[Tensor], spans: layouts.Spans, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """A flat tensor of zeros, and the tensors that it consists of."""
     size = layouts.count(spans) * sum(map(_row_size, like))
     flat = like[0].new_zeros(size, dtype=dtype) if like else torch.empty(0)
@@ -215,7 +233,7 @@ def _add_rows(travelling: Sequence[Tensor], home: tuple[Exchange, Step], layout:
     """Adds the gradients that have come home from one rank."""
     exchange, step = home
     (flat,) = exchange.wait().values()
-    found = _split_rows(flat, travelling, step.sends)
-    for views, parts in zip(_own_rows(travelling, step.sends, layout), found):
-        for into, part in zip(views, parts):
-            into += part
+    for into, rows in zip(travelling, _split_rows(flat, travelling, step.sends)):
+        for begin, span in _beginnings(step.sends):
+            start, stop = layouts.rows_of(layout.own, span)
+            into[:, :, start:stop] += rows[:, :, begin : begin + stop - start]

@@ -44,7 +44,7 @@ def sent(size, kind, length, dtype, options):
 
 def rows_sent(found, rank, lower, upper, cuts=()):
     """(keys that a rank sends, keys whose gradients it sends), by the layout."""
-    steps = layout.schedule(found, rank, lower, upper, cuts).steps[1:]
+    steps = layout.schedule(found, rank, lower, upper, cuts)[1:]
     return sum(layout.count(step.sends) for step in steps), sum(layout.count(step.receives) for step in steps)
 
 

@@ -39,16 +39,22 @@ def test_pairs_are_what_is_visible_once(kind, length, size, cuts):
         seen = torch.zeros(length, length, dtype=torch.int)
         for rank in range(size):
             places = [place for span in spans[rank] for place in range(*span)]
-            plan = layout.schedule(spans, rank, lower, upper, cuts)
-            assert [step.receives_from for step in plan.steps] == [(rank - step) % size for step in range(size)]
-            for step in plan.steps:
-                back = layout.schedule(spans, step.sends_to, lower, upper, cuts).steps[(step.sends_to - rank) % size]
+            steps = layout.schedule(spans, rank, lower, upper, cuts)
+            joined = layout.schedule(spans, rank, lower, upper, cuts, joins=True)
+            assert [step.receives_from for step in steps] == [(rank - step) % size for step in range(size)]
+            for step, alike in zip(steps, joined, strict=True):
+                back = layout.schedule(spans, step.sends_to, lower, upper, cuts)[(step.sends_to - rank) % size]
                 assert step.sends == back.receives
+                held = spans[rank] if step is steps[0] else step.receives
+                assert alike._replace(pairs=()) == step._replace(pairs=()) and len(alike.pairs) <= len(step.pairs)
+                assert torch.equal(
+                    *(seen_of(pairs, len(places), layout.count(held)) for pairs in (step.pairs, alike.pairs))
+                )
                 needed = set()
                 for pair in step.pairs:
                     start, stop = pair.columns
                     assert stop - start == pair.keys[1] - pair.keys[0] > 0
-                    assert step.receives[pair.source][0] + pair.keys[0] == start
+                    assert layout.rows_of(held, pair.columns) == pair.keys
                     needed |= set(range(start, stop))
                     band = within(pair)
                     assert band.any(1).all() or lower == 2 or upper == -1
@@ -57,6 +63,28 @@ def test_pairs_are_what_is_visible_once(kind, length, size, cuts):
                 if kind == "contiguous" and not cuts:
                     assert layout.count(step.receives) == len(needed)
         assert torch.equal(seen, visible(length, lower, upper, cuts).int()), (lower, upper)
+
+
+def seen_of(pairs, rows, keys):
+    """How often each row of a rank sees each key of those that it has in a step."""
+    seen = torch.zeros(rows, keys, dtype=torch.int)
+    for pair in pairs:
+        assert torch.equal(within(pair), of_windows(pair))
+        seen[slice(*pair.queries), slice(*pair.keys)] += within(pair).int()
+    return seen
+
+
+@pytest.mark.parametrize("upper, pairs", [(0, (1, 1, 1)), (None, (1, 1, 1))])
+def test_pairs_of_zigzag_are_joined(upper, pairs):
+    """A rank has one call of a kernel in each step, causal or not, where its spans alone would be three or four."""
+    spans = spans_of("zigzag", 24, 3)
+    for rank in range(3):
+        steps = layout.schedule(spans, rank, None, upper, joins=True)
+        assert tuple(len(step.pairs) for step in steps) == pairs
+        assert len(layout.schedule(spans, rank, None, upper)[0].pairs) == (3 if upper == 0 else 4)
+    backwards = tuple(tuple(reversed(of_rank)) for of_rank in spans)
+    first = layout.schedule(backwards, 0, None, 0, joins=True)[0]
+    assert torch.equal(seen_of(first.pairs, 8, 8), torch.ones(8, 8).tril().int().roll((4, 4), (0, 1)))
 
 
 def within(pair):
@@ -85,7 +113,7 @@ def test_work_is_balanced():
     def scores(kind, lower, upper):
         spans, works = spans_of(kind, length, size), []
         for rank in range(size):
-            steps = layout.schedule(spans, rank, lower, upper).steps
+            steps = layout.schedule(spans, rank, lower, upper)
             works.append(sum(int(within(pair).sum()) for step in steps for pair in step.pairs))
         return max(works) * size / sum(works)
 
@@ -98,12 +126,12 @@ def test_keys_that_travel():
     """A causal window needs a few keys of the rank before; a causal zigzag half of the keys of the ranks before."""
     spans = spans_of("contiguous", 4096, 4)
     for rank in range(4):
-        steps = layout.schedule(spans, rank, -255, 0).steps
+        steps = layout.schedule(spans, rank, -255, 0)
         first = spans[rank][0][0]
         assert [step.receives for step in steps[1:]] == [((first - 255, first),) if rank else (), (), ()]
     spans = spans_of("zigzag", 4096, 4)
     for rank in range(4):
-        for step in layout.schedule(spans, rank, None, 0).steps[1:]:
+        for step in layout.schedule(spans, rank, None, 0)[1:]:
             assert layout.count(step.receives) == (512 if step.receives_from < rank else 1024)
 
 
