@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from . import calls, dispatch_cache, problem, subclasses, tensors
+from . import calls, context_parallel_state, dispatch_cache, problem, subclasses, tensors
 from .arguments import BlockSize, Causal
 from .autograd import EAGER, CachedCall, Call
 from .block_mask import BlockMask
@@ -186,6 +186,8 @@ def flash_attention(
             positional: tuple[Any, ...] = (query, key, value, is_causal, scale, attn_mask, window_size)
             return handle_torch_function(flash_attention, given, *positional, **keywords)
         inputs = calls.check_readable(*inputs)
+    if not subclasses.are_distributed(*given):
+        context_parallel_state.refuse_local("flash_attention")
     calls.check_heads(inputs, enable_gqa)
     is_cast = not by_operator and tensors.is_autocast(inputs[0])  # the operators have a rule for autocast of their own
     inputs, options = calls.resolve(

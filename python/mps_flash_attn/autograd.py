@@ -22,6 +22,7 @@ from .library import Unsupported
 from .operators import attention_backward, attention_forward, registration, run_backward_operator
 from .options import Options
 from .problem import DIFFERENTIABLE, NO_MORE, Inputs, InputsTuple, OperandsTuple, refuse_gradients
+from .subclasses import load_rules
 from .transforms import below, beneath_autograd, count_of_modes, needs_operator
 
 _INPUTS = len(Inputs._fields)
@@ -200,6 +201,7 @@ def _forward_with_autograd(*arguments: Any) -> Any:
     backward = _rules.backward
     with _last_level():
         inputs, options = arguments[:_INPUTS], Options(*arguments[_INPUTS:])
+        load_rules(*inputs)
         if is_differentiated(*inputs):
             refuse_gradients(inputs, options)
             route = Route(partial(_visible_forward, below(attention_forward)), backward)

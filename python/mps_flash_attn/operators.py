@@ -92,7 +92,7 @@ def _empty_for_none(gradients: Iterable[Tensor | None], query: Tensor) -> tuple[
 _COUNT = len(Inputs._fields)
 
 
-def _split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, Options, Sequence[bool]]:
+def split_backward(arguments: tuple[Any, ...]) -> tuple[Operands, Options, Sequence[bool]]:
     """(Operands, Options, wanted) of the arguments of attention_backward."""
     d_out, d_lse, *others = arguments
     inputs: Any = others[:_COUNT]
@@ -105,7 +105,7 @@ def _forward(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    (inputs, *others), options, wanted = _split_backward(arguments)
+    (inputs, *others), options, wanted = split_backward(arguments)
     if len(wanted) != DIFFERENTIABLE:
         raise ValueError(f"wanted is {wanted}; it must be five bools, for query, key, value, mask and sinks")
     inputs = as_plain(Inputs._fields, inputs)
@@ -147,7 +147,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("mfa::attention_backward", lib=registration)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, options, wanted = _split_backward(arguments)
+    operands, options, wanted = split_backward(arguments)
     check(operands.inputs, options)
     check_saved(operands, options)
     gradients = tensors.gradients(operands.inputs, wanted, options.out_type)
@@ -172,7 +172,7 @@ def _(*arguments: Any, out_val: Any = None) -> int:
 
 @register_flop_formula(torch.ops.mfa.attention_backward, get_raw=True)
 def _(*arguments: Any, out_val: Any = None) -> int:
-    operands, options, _ = _split_backward(arguments)
+    operands, options, _ = split_backward(arguments)
     return sum(sdpa_backward_flop_count(*shapes) for shapes in _of_sequences(operands.inputs, options))
 
 

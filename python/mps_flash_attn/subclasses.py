@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def as_plain(names: Iterable[str], operands: Iterable[Tensor | None]) -> Any:
 def _as_plain(name: str, tensor: Tensor) -> Tensor:
     kind = type(tensor)
     if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        load_rules(tensor)
         return tensor
     if _is_causal_bias(tensor) or (name == "attn_mask" and _overrides_torch_function(kind)):
         raise TypeError(
@@ -45,6 +47,20 @@ def _as_plain(name: str, tensor: Tensor) -> Tensor:
 def have_torch_function(*operands: Tensor) -> bool:
     """Whether the class of one of them has a __torch_function__ that must be called."""
     return any(type(one) not in PLAIN for one in operands) and has_torch_function(operands)
+
+
+def are_distributed(*operands: Any) -> bool:
+    """Whether one of these is a DTensor of torch.distributed.tensor."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # not imported: there are none
+    if kind is None:
+        return False
+    return any(isinstance(one, kind) for one in operands)
+
+
+def load_rules(*operands: Any) -> None:
+    """Registers the rules of our operators for DTensors, if one of these is a DTensor."""
+    if are_distributed(*operands):
+        import_module(".distributed.dtensors", __package__)
 
 
 def split(mask: Tensor | None) -> tuple[Tensor | None, Any]:

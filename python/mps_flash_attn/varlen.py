@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from . import calls, codes, lengths, subclasses, tensors
+from . import calls, codes, context_parallel_state, lengths, subclasses, tensors
 from .arguments import BlockSize, Causal
 from .block_mask import BlockMask
 from .codes import KvType
@@ -407,6 +407,8 @@ def attend(
                     write()
                 return handle_torch_function(function, present, *positional, **options, **keywords)
             inputs = calls.check_readable(*inputs)
+    if not subclasses.are_distributed(*inputs):
+        context_parallel_state.refuse_local(function.__name__)
     band = calls.band(options["is_causal"], options["window_size"])
     check_band(options["is_causal"], bias, given)
     inputs, kinds = codes.resolve(inputs, options["k_type"], options["v_type"])

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from .. import dispatch_cache, tensors, transforms
+from .. import context_parallel_state, dispatch_cache, tensors, transforms
 from ..autograd import is_differentiated
 from ..library import DEVICES, Unsupported
 from ..stats import REPLACED, SMALL, TORCH_KERNEL, count, disabled_reason, small_reason
+from ..subclasses import are_distributed
 from ..transforms import count_of_modes, merge_into_batch, merge_mask_into_batch
 from . import run, shapes, torch_mps
 from .checkpointing import handles, is_replaced, top_hooks
@@ -53,12 +54,32 @@ def attention(
             out = run_cached(cached, query, key, value, attn_mask, is_causal, scale, enable_gqa)
             if out is not None:
                 return out
+    if are_distributed(query, key, value, attn_mask):
+        from ..distributed import dtensors
+
+        return dtensors.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    context_parallel_state.refuse_local("scaled_dot_product_attention")
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """The same for a call that has no entry in the cache of calls, of tensors that are no DTensors."""
     args = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     unwrapped, kind = kind_of(args)
     if kind is TRACED and any(map(tensors.is_zero, args)):  # PyTorch's fused kernel would read memory they do not have
         operands: tuple[Any, ...] = (query, key, value, attn_mask)
         query, key, value, attn_mask = (one.clone() if tensors.is_zero(one) else one for one in operands)
-        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason, support = check_support(args, unwrapped, kind, dropout_p, is_causal, scale, enable_gqa)
     if reason is None and query.device.type == torch_mps.DEVICE and not dropout_p:  # PyTorch has no kernel with it
         reason = torch_mps.fallback_reason(query, key, value, attn_mask, is_causal, enable_gqa, support.work)
@@ -81,8 +102,8 @@ def attention(
     if reason in (SMALL, TORCH_KERNEL) and kind is _EAGER and not dropout_p:
         call_key = options_key(is_causal, scale, enable_gqa)
         dispatch_cache.insert(query, key, value, attn_mask, call_key, TorchCall, reason, support.work)
-    attend = original_for(reason)
-    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    run_original = original_for(reason)
+    return run_original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def is_replaced_for(hooks: Any, *operands: Tensor | None) -> bool:

@@ -9,7 +9,9 @@ class of nested tensors never calls the operator: the function that it calls is 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from .. import transforms
@@ -91,6 +93,8 @@ def _register() -> None:
     torch_mps.load_thresholds()
     _overrides = Overrides(_KERNELS | native_mha.kernels())
     jagged.register()
+    if "torch.distributed.tensor" in sys.modules:  # else its rules come with the first DTensor
+        import_module("..distributed.dtensors", __package__)
     tag_compiler_cache()
 
 
