@@ -16,6 +16,10 @@ _MODULES = (
     "torch.distributed.tensor.experimental._context_parallel._attention",
     "torch.distributed.tensor.experimental._attention",  # PyTorch before 2.10
 )
+_INSTEAD = (
+    "call torch.nn.functional.scaled_dot_product_attention by that name, which context_parallel replaces (a function "
+    "that was imported from there before is not replaced), or pass DTensors, Replicate() for those that are no shards"
+)
 
 
 def is_active() -> bool:
@@ -33,16 +37,13 @@ def is_balanced() -> bool:
     return bool(module._cp_options.enable_load_balance)
 
 
-def refuse_local(name: str) -> None:
-    """Raises where context_parallel is active, for a function that it does not replace: for plain tensors the result
-    would be that of this rank's shards only."""
+def refuse_local(name: str, instead: str = _INSTEAD) -> None:
+    """Raises where context_parallel is active, for a function that it does not replace: of plain tensors the result
+    would be that of this rank's shards only. `instead`: what to do."""
     if is_active():
         raise RuntimeError(
             f"{name} was called with plain tensors inside PyTorch's context_parallel, where tensors are shards of a "
-            "sequence: its result would be that of this rank's shards alone. Call "
-            "torch.nn.functional.scaled_dot_product_attention by that name, which context_parallel replaces (a "
-            "function that was imported from there before is not replaced), or pass DTensors, Replicate() for those "
-            "that are no shards"
+            f"sequence: its result would be that of this rank's shards alone; {instead}"
         )
 
 

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import tensors
+from .. import context_parallel_state, tensors
 from ..stats import count, disabled_reason, flash_is_enabled, small_reason
 from .checkpointing import handles
 
 _NAME = "_native_multi_head_attention"
 _KEY = "CPU"
+_INSTEAD = "turn it off by torch.backends.mha.set_fastpath_enabled(False)"
 # mask_type: the shape of its mask, in which True hides.
 _MASK_SHAPES: dict[int | None, Callable[[int, int, int], tuple[int, ...]]] = {
     0: lambda batch, heads, length: (1, 1, length, length),
@@ -55,6 +56,10 @@ def kernels() -> dict[tuple[str, str], Callable[..., Any]]:
     ) -> Any:
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
         if handles:
+            context_parallel_state.refuse_local(
+                "the fast path of nn.MultiheadAttention",
+                "turn it off by torch.backends.mha.set_fastpath_enabled(False)",
+            )
             reason = fallback_reason(query, key, value, num_head, weights, mask, need_weights, mask_type)
             if reason is None:
                 return _attend(query, num_head, *weights, mask, mask_type), None

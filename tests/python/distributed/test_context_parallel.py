@@ -160,6 +160,7 @@ def local_calls():
     """The error, or None, of each call with plain tensors inside context_parallel, and of some that are right."""
     replace_all_sizes()
     tensors = [one.detach() for one in drawn(*SELF)]
+    layer, rows = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 16, 16)
     compiled = torch.compile(lambda *tensors: imported_early(*tensors), backend="aot_eager")
     with replaced_sdpa(), within([one.clone() for one in tensors] + tensors):
         sdpa_stats(reset=True)
@@ -172,6 +173,8 @@ def local_calls():
             "flash_attention": sentence(flash_attention, *tensors),
             "flash_attention_kvcache": sentence(flash_attention_kvcache, *tensors),
         }
+        with torch.no_grad():
+            found["nn.MultiheadAttention"] = sentence(layer, rows, rows, rows, need_weights=False)
         right = [sentence(function, *replicated) for function in (imported_early, flash_attention)]
         right += [sentence(context_parallel_attention, *tensors, layout), sdpa_stats()]
     with replaced_sdpa():
