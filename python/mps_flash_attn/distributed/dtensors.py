@@ -53,6 +53,8 @@ def attention(
     sharding = _shard_sdpa(given, dropout_p, is_causal, enable_gqa)
     q, k, v, mask = _shards(sharding, given)
     out = dispatch.attend(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if mask is not None and mask.requires_grad and not out.numel():  # PyTorch overlooks its gradient there, for which
+        out = out + 0 * mask.sum()  # other ranks wait
     return _result(out, sharding, given)
 
 

@@ -36,6 +36,7 @@ class Sharding:
         can have."""
         self.mesh = query.device_mesh
         self.sizes = sizes
+        self._rows = query.shape[ROWS]
         named = {"query": query, "key": key, "value": value}
         self.dimensions = tuple(self._dimension(named, place) for place in range(self.mesh.ndim))
 
@@ -45,15 +46,17 @@ class Sharding:
         placements: list[Placement] = []
         gradients: list[Placement] = []
         is_selected = False
-        for number, dimension in enumerate(self.dimensions):
-            place = -1 if dimension is None else dimension + missing + tensor.dim()
-            size = tensor.shape[place] if place >= 0 else 1
+        for dimension in self.dimensions:
             if dimension is None:
                 placements.append(Replicate())
                 gradients.append(Replicate())
                 continue
-            if dimension == ROWS:  # where PyTorch makes a DTensor of unequal shards, its size is none
-                is_divided = size > 1 or tensor.placements[number] == Shard(place)
+            place = dimension + missing + tensor.dim()
+            size = tensor.shape[place] if place >= 0 else 1
+            if place < 0:
+                is_divided = False
+            elif dimension == ROWS:  # any other size: where from_local was given unequal shards, it is wrong
+                is_divided = size != 1 or self._rows == 1
             else:
                 is_divided = size == self.size(dimension) or (size > 1 and size % self.parts(dimension) == 0)
             placements.append(Shard(place) if is_divided else Replicate())

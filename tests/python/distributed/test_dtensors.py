@@ -84,6 +84,12 @@ BOTH = {  # name: (shapes of query, key, value and mask, mesh, placements, optio
     "mask of keys": ((*SELF, (4, 1, 1, 33)), (4,), ([B], [B], [B], [R]), {}),
     "mask, grouped heads": ((*GROUPED, (8, 33, 33)), (4,), ([H], [H], [H], [Shard(0)]), GQA),
     "no rows for some ranks": (((1, 3, 9, 8),) * 3, (4,), ([H],) * 3, {}),
+    "one batch entry, sharded, mask without a batch": (
+        (*(((1, 3, 4, 8),) * 3), (4, 4)),
+        (4,),
+        ([B], [B], [B], [R]),
+        {},
+    ),
     "one batch entry, sharded": (((1, 3, 9, 8),) * 3, (4,), ([B],) * 3, {"is_causal": True}),
 }
 # Shapes that flash_attention does not take.
@@ -107,6 +113,8 @@ SEQUENCE = {
     "sequence and grouped heads": (((2, 6, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8)), (2, 2), ([N, H],) * 3, GQA),
     "sequence, mask by rows": ((*SELF, (4, 8, 33, 33)), (4,), ([N],) * 4, {}),
     "sequence, mask replicated": ((*SELF, (33, 33)), (4,), ([N], [N], [N], [R]), {}),
+    "sequence of one row": ((*(((2, 3, 1, 8),) * 3), (3, 1, 1)), (4,), ([N], [N], [N], [Shard(1)]), {}),
+    "sequence, one row of a mask, sharded": ((*SELF, (1, 33)), (4,), ([N], [N], [N], [Shard(0)]), {}),
     "sequence, mask of keys": ((*SELF, (4, 1, 1, 33)), (2, 2), ([N, B], [N, B], [N, B], [R, B]), {}),
 }
 OF_SDPA |= SEQUENCE
