@@ -128,7 +128,7 @@ def attend_over_sequence(
     is_balanced = context_parallel_state.is_balanced()
     try:
         sharding = _shard_sdpa(given, dropout_p, is_causal, enable_gqa, checks_mask=False)
-        _check_sequence(sharding, given, is_causal, is_balanced)
+        _check_sequence(sharding, given, is_causal, enable_gqa, is_balanced)
     except Exception as error:  # the other ranks have to learn of it first
         failure = error
     group = query.device_mesh.get_group(query.placements.index(Shard(query.dim() + ROWS)))
@@ -140,16 +140,21 @@ def attend_over_sequence(
     return _result(out, sharding, given)
 
 
-def _check_sequence(sharding: Sharding, given: tuple[Any, ...], is_causal: bool, is_balanced: bool) -> None:
-    query, key, _, mask = given
+def _check_sequence(
+    sharding: Sharding, given: tuple[Any, ...], is_causal: bool, enable_gqa: bool, is_balanced: bool
+) -> None:
+    query, key, value, mask = given
     if sharding.dimensions.count(ROWS) > 1:
         raise ValueError(
             f"query has the placements {query.placements}; the sequence may be sharded on one dimension of the mesh"
         )
-    if query.dim() != 4 or query.shape[ROWS] != key.shape[ROWS]:
+    alike = {(one.dim(), *one.shape[:HEADS], one.shape[ROWS]) for one in (query, key, value)}
+    heads = {one.shape[HEADS:ROWS] for one in (key, value)} | (set() if enable_gqa else {query.shape[HEADS:ROWS]})
+    if query.dim() != 4 or len(alike) > 1 or len(heads) > 1:
+        named = ", ".join(f"{name} {tuple(one.shape)}" for name, one in zip(_INPUTS, (query, key, value)))
         raise ValueError(
-            f"query has the shape {tuple(query.shape)} and key {tuple(key.shape)}; sharded along the sequence they "
-            "must have four dimensions and equal lengths"
+            f"the shapes are {named}; sharded along the sequence they must have four dimensions, one batch, one length "
+            "and one number of heads, but with enable_gqa query may have more"
         )
     if mask is not None and is_causal:
         raise ValueError("attn_mask is given and is_causal is True; only one of both may be")

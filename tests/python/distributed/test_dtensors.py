@@ -335,7 +335,7 @@ SENTENCES = {
     "sequence of the operator": "mps_flash_attn.distributed.context_parallel_attention",
     "sequence twice": "the sequence may be sharded on one dimension of the mesh",
     "heads": "(shapes): query (4, 8, 16, 16), key (4, 4, 16, 16), value (4, 4, 16, 16)",
-    "lengths": "they must have four dimensions and equal lengths",
+    "lengths": "they must have four dimensions, one batch, one length",
     "mask and is_causal": "attn_mask is given and is_causal is True",
     "meshes": "they must be on one mesh",
     "lengths of the batch": "query is sharded along the batch and seqused_k is given",
