@@ -1,12 +1,14 @@
 """Finds what Apple's compiler rejects in a .metal text and clang alone does not, and what our dialect forbids.
 
     metalsim/lint/lint.py [-D NAME[=VALUE]] ... FILE ...      finds nothing in good files
+    metalsim/lint/lint.py --distinct FILE ...                 reads only files that have something not yet read
     metalsim/lint/lint.py --expect FILE ...                   finds what // EXPECT-ERROR: lines say, and no more
 
 Files are whole programs: their own #includes are already in them, with #line. Clang reads a file as metalsim executes
 it: its errors and warnings are findings, and rules look at its syntax tree. It reads it as C++17, which newer versions
 of Metal are, for errors and warnings alone; and with a type of its own for `thread`: there, a pointer or reference that
 names no address space shows. Rules on the text come on top. The stand-in headers are compiled once (`precompiled`).
+--distinct is for the texts of many variants of the same sources (`distinct_files`).
 It prints a line per finding, and at last N passed, N failed.
 """
 
@@ -21,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 
 INCLUDE = pathlib.Path(__file__).resolve().parent.parent / "include"
 CLANG = os.environ.get("METALSIM_CLANG", "clang-19")
@@ -360,6 +363,36 @@ def check_positions(parameters, place, findings):
             findings.add(place, f"an index in a threadgroup is a uint or a ushort, not {kind}")
 
 
+# --- Which files ------------------------------------------------------------------------------------------------------
+
+
+def keys_of(path, defines):
+    """What is compiled of a file: each place in it with the element type, and each with its text after macros, in which
+    all numbers are alike."""
+    own = path.read_text()
+    dtype = tuple(re.findall(r"^#define (DTYPE_\w+)$", own, re.MULTILINE))
+    place, number, keys = "", 0, set()
+    for row in clang(path, defines, "-std=c++14", "-E").stdout.split("\n"):
+        if marker := re.match(r'# (\d+) "([^"]*)"', row):
+            place, number = marker[2] if marker[2] != str(path) else "", int(marker[1])
+            continue
+        if row.strip() and not place.startswith((str(INCLUDE), "<")):
+            keys |= {(place, number, dtype), (place, number, re.sub(r"\b\d+\b", "0", row))}
+        number += 1
+    return keys
+
+
+def distinct_files(paths, defines):
+    """The files that add to what is compiled of those before them, the longest first, and one in 17 of the others."""
+    of_file = {path: keys_of(path, defines) for path in paths}
+    seen, chosen = set(), []
+    for path in sorted(paths, key=lambda path: (-len(of_file[path]), path)):
+        if not of_file[path] <= seen or zlib.crc32(path.name.encode()) % 17 == 0:
+            chosen.append(path)
+        seen |= of_file[path]
+    return sorted(chosen)
+
+
 # --- All of it --------------------------------------------------------------------------------------------------------
 
 
@@ -406,13 +439,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--expect", action="store_true", help="the files hold injected errors")
+    parser.add_argument("--distinct", action="store_true", help="leave out files of which all has been read in others")
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="or a folder of .metal files")
     options = parser.parse_args()
     gc.disable()  # trees have no cycles, and the collector would walk them again and again
     passed = failed = 0
     wrappers = {}
     files = [sorted(path.glob("*.metal")) if path.is_dir() else [path] for path in options.files]
-    for path in itertools.chain(*files):
+    files = list(itertools.chain(*files))
+    for path in distinct_files(files, options.defines) if options.distinct else files:
         text, findings = lint(path, tuple(options.defines))
         for number, line in enumerate(text.code, 1):
             if "thread_elements" in line:

@@ -60,6 +60,31 @@ def test_lint_wants_one_file_to_know_the_layout(tmp_path):
     assert code == 1 and "thread_elements stands in a.h, b.h" in output
 
 
+VARIANT = """#define DTYPE_{dtype}
+#define COLUMNS {columns}
+{feature}
+#include <metal_stdlib>
+using namespace metal;
+#line 1 "tile.h"
+METAL_FUNC int columns() {{ return COLUMNS; }}
+#ifdef FEATURE
+struct wrong {{ float *p; }};
+#endif
+"""
+
+
+def test_lint_of_distinct_files_leaves_out_what_it_has_read(tmp_path):
+    for columns in range(12):
+        (tmp_path / f"{columns}.metal").write_text(VARIANT.format(dtype="F16", columns=columns, feature=""))
+    (tmp_path / "other.metal").write_text(VARIANT.format(dtype="F32", columns=8, feature=""))
+    code, output = run(METALSIM / "lint/lint.py", "--distinct", tmp_path)
+    read = int(output.split()[0])
+    assert code == 0 and 2 <= read < 6
+    (tmp_path / "wrong.metal").write_text(VARIANT.format(dtype="F32", columns=8, feature="#define FEATURE"))
+    code, output = run(METALSIM / "lint/lint.py", "--distinct", tmp_path)
+    assert code == 1 and "tile.h:3: p: its pointer or reference has no address space\n" in output
+
+
 class Cover:
     def __init__(self, folder):
         self.cache, self.profiles = folder / "cache", folder / "profiles"
