@@ -7,7 +7,7 @@ is listed in versions.py, and expected.
 
 With MFA_BACKEND=metal the same tests run on the Metal backend (stand_in.py); what it cannot do is left out, and said.
 Of the cases of a test one in 17 runs there, and the first, since each compiles kernels for the simulated Metal; all
-run with MFA_TEST_FULL, and those of the files of Metal's own always.
+run with MFA_TEST_FULL, and those of the files of Metal's own always. Some files run there with MFA_TEST_FULL alone.
 """
 
 import os
@@ -34,7 +34,10 @@ ABOVE_BACKENDS = (
     *("flex_replacement", "frameworks", "func", "jagged", "jax", "migration", "models", "modes", "numpy"),
     *("sdpa_compiled", "sdpa_flags", "transformers", "transformers_generate"),
 )
-collect_ignore = [f"test_{name}.py" for name in (ABOVE_BACKENDS if ON_METAL else ("metal",))]
+# So does nearly all of these, whose cases compile kernels that other files run, too: on Metal in test-full alone.
+MOSTLY_ABOVE_BACKENDS = ("flex_attention", "operators", "opinfo", "score_mod", "subclasses")
+OF_CPU_ALONE = ABOVE_BACKENDS if FULL else ABOVE_BACKENDS + MOSTLY_ABOVE_BACKENDS
+collect_ignore = [f"test_{name}.py" for name in (OF_CPU_ALONE if ON_METAL else ("metal",))]
 if ON_METAL:  # of these files one
     of_ranks = "calls context_parallel costs cuda dtensors errors layout parallel_models ring"
     collect_ignore += [f"distributed/test_{name}.py" for name in of_ranks.split()]
