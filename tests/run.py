@@ -53,9 +53,9 @@ STEPS = {
     "clang": Step("another compiler", 45, ("clang",), ctest=("", "")),
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 90, ("asan-ubsan",), ctest=("", "")),
     "tsan": Step("thread sanitizer", 52, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 340, ("release",), ctest=("metal", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 315, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 200, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 175, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
