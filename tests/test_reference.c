@@ -185,6 +185,37 @@ static void test_band_and_mask_by_counting(void **state)
     print_message("%d bands\n", count * count);
 }
 
+/* One key outweighs 2000 equal ones. In plain sums their roundings would go one way, and L and O be off by three
+ * hundred times u. L and O are known, and dS = P (dP - D) is 0, since all values are equal. */
+static void test_sums_of_equal_terms(void **state)
+{
+    (void)state;
+    enum { KEYS = 2001 };
+    const double u = 0x1p-53, value = 0.7;
+    for (double score = -0.1; score > -3; score -= 0.1) {
+        mfa_problem problem;
+        struct inputs inputs;
+        struct reference results;
+        mfa_problem_init(&problem, 1, 1, 1, 1, KEYS, 1, 1);
+        problem.dtype = MFA_F64;
+        inputs_open(&inputs, &problem, (struct variant){0}, SEED, NULL);
+        inputs.values[REFERENCE_Q][0] = inputs.values[REFERENCE_dO][0] = 1;
+        for (int64_t j = 0; j < KEYS; j++) {
+            inputs.values[REFERENCE_K][j] = j == KEYS / 2 ? 0 : score;
+            inputs.values[REFERENCE_V][j] = value;
+        }
+        allocate(&problem, &results, 1);
+        solve(&inputs, &results);
+        const double L = log(1 + (KEYS - 1) * exp(score));
+        if (!(fabs(results.L[0] - L) <= 32 * u && fabs(results.O[0] - value) <= 32 * u &&
+              fabs(results.dQ[0]) <= 32 * u * -score))
+            fail_msg("score %g: L is off by %g u, O by %g u, dQ by %g u", score, (results.L[0] - L) / u,
+                     (results.O[0] - value) / u, results.dQ[0] / u);
+        reference_close(&results);
+        inputs_close(&inputs);
+    }
+}
+
 /* A block map is a bool mask of which each block has one value. */
 static void test_block_map_is_a_mask(void **state)
 {
@@ -342,6 +373,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_conversions),
         cmocka_unit_test(test_band_and_mask_by_counting),
+        cmocka_unit_test(test_sums_of_equal_terms),
         cmocka_unit_test(test_block_map_is_a_mask),
         cmocka_unit_test(test_grouped_heads_are_repeated_ones),
         cmocka_unit_test(test_gradients_are_finite_differences),

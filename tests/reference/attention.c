@@ -7,8 +7,9 @@
  *     with dropout, Z_j P_j takes the place of P_j in O and dV, and Z_j dP_j that of dP_j, Z_j being 0 or 1 / (1 - p)
  *     dV_j += P_j dO_i      dbias_ij = dS_j      dQ_i = scale * dS K      dK_j += scale * dS_j Q_i
  *
- * where dS is taken through the softcap before dQ and dK. All inner loops run along memory; each number is
- * still one plain sum in ascending order. */
+ * where dS is taken through the softcap before dQ and dK. All inner loops run along memory. Sums along keys are made of
+ * the sums of PART keys: in one plain sum of thousands of equal terms roundings go one way and add up to hundreds of u,
+ * which is more than what the f64 kernels are off by. Other sums are plain ones, all are in ascending order. */
 #include "reference/attention.h"
 
 #include <math.h>
@@ -16,13 +17,15 @@
 
 #include "reference/vectorize.h"
 
+enum { PART = 32 };
+
 struct head { /* of one batch and KV head: keys and values, and sums for their gradients */
     double *K, *V, *K_transposed, *V_transposed, *dK, *dV;
 };
 
 struct row {
     double *S, *P, *Z, *dP, *dS, *dtanh; /* along keys; dtanh = dS after / dS before softcap */
-    double *Q, *dO, *O, *dQ;             /* along columns */
+    double *Q, *dO, *O, *dQ, *part;      /* along columns; part: of O or dQ */
     int64_t first, end;                  /* of the keys in the band; nothing else is touched */
     double L, sink;                      /* sink: -infinity without sinks */
     double dsink;                        /* what the row adds to it */
@@ -67,6 +70,11 @@ static void scores(struct work *w, int64_t b, int64_t h, int64_t i)
     }
 }
 
+static int64_t end_of_part(const struct row *row, int64_t first)
+{
+    return first + PART < row->end ? first + PART : row->end;
+}
+
 static void forward_row(struct work *w)
 {
     const mfa_problem *p = w->problem;
@@ -75,18 +83,28 @@ static void forward_row(struct work *w)
     for (int64_t j = row->first; j < row->end; j++)
         largest = fmax(largest, row->S[j]);
     sum = largest == -INFINITY ? 0 : exp(row->sink - largest);
-    for (int64_t j = row->first; j < row->end; j++) {
-        row->P[j] = largest == -INFINITY ? 0 : exp(row->S[j] - largest);
-        sum += row->P[j];
+    for (int64_t j = row->first, end; j < row->end; j = end) {
+        double part = 0;
+        for (end = end_of_part(row, j); j < end; j++) {
+            row->P[j] = largest == -INFINITY ? 0 : exp(row->S[j] - largest);
+            part += row->P[j];
+        }
+        sum += part;
     }
     row->L = sum > 0 ? largest + log(sum) : -INFINITY;
     for (int64_t c = 0; c < p->value_dim; c++)
         row->O[c] = 0;
-    for (int64_t j = row->first; j < row->end; j++) {
-        if (sum > 0)
-            row->P[j] /= sum;
+    for (int64_t j = row->first, end; j < row->end; j = end) {
         for (int64_t c = 0; c < p->value_dim; c++)
-            row->O[c] += row->Z[j] * row->P[j] * w->head.V[j * p->value_dim + c];
+            row->part[c] = 0;
+        for (end = end_of_part(row, j); j < end; j++) {
+            if (sum > 0)
+                row->P[j] /= sum;
+            for (int64_t c = 0; c < p->value_dim; c++)
+                row->part[c] += row->Z[j] * row->P[j] * w->head.V[j * p->value_dim + c];
+        }
+        for (int64_t c = 0; c < p->value_dim; c++)
+            row->O[c] += row->part[c];
     }
 }
 
@@ -101,22 +119,32 @@ static void backward_row(struct work *w, double dL)
     for (int64_t c = 0; c < p->value_dim; c++)
         for (int64_t j = row->first; j < row->end; j++)
             row->dP[j] += row->dO[c] * head->V_transposed[c * w->seq.kv_len + j];
-    for (int64_t j = row->first; j < row->end; j++) {
-        row->dP[j] *= row->Z[j];
-        D += row->P[j] * row->dP[j];
+    for (int64_t j = row->first, end; j < row->end; j = end) {
+        double part = 0;
+        for (end = end_of_part(row, j); j < end; j++) {
+            row->dP[j] *= row->Z[j];
+            part += row->P[j] * row->dP[j];
+        }
+        D += part;
     }
     row->dsink = row->L == -INFINITY ? 0 : -exp(row->sink - row->L) * D;
     for (int64_t c = 0; c < p->head_dim; c++)
         row->dQ[c] = 0;
-    for (int64_t j = row->first; j < row->end; j++) {
-        row->dS[j] = row->P[j] * (row->dP[j] - D);
-        double dQK = p->scale * row->dtanh[j] * row->dS[j];
-        for (int64_t c = 0; c < p->head_dim; c++) {
-            row->dQ[c] += dQK * head->K[j * p->head_dim + c];
-            head->dK[j * p->head_dim + c] += dQK * row->Q[c];
+    for (int64_t j = row->first, end; j < row->end; j = end) {
+        for (int64_t c = 0; c < p->head_dim; c++)
+            row->part[c] = 0;
+        for (end = end_of_part(row, j); j < end; j++) {
+            row->dS[j] = row->P[j] * (row->dP[j] - D);
+            double dQK = p->scale * row->dtanh[j] * row->dS[j];
+            for (int64_t c = 0; c < p->head_dim; c++) {
+                row->part[c] += dQK * head->K[j * p->head_dim + c];
+                head->dK[j * p->head_dim + c] += dQK * row->Q[c];
+            }
+            for (int64_t c = 0; c < p->value_dim; c++)
+                head->dV[j * p->value_dim + c] += row->Z[j] * row->P[j] * row->dO[c];
         }
-        for (int64_t c = 0; c < p->value_dim; c++)
-            head->dV[j * p->value_dim + c] += row->Z[j] * row->P[j] * row->dO[c];
+        for (int64_t c = 0; c < p->head_dim; c++)
+            row->dQ[c] += row->part[c];
     }
 }
 
@@ -215,7 +243,7 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         w.dsinks = reference_view(p, REFERENCE_DSINKS, results->dsinks);
     reference_clear(p, buffers, results);
     double **along_keys[] = {&w.row.S, &w.row.P, &w.row.Z, &w.row.dP, &w.row.dS, &w.row.dtanh};
-    double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ};
+    double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ, &w.row.part};
     double **of_head[] = {&w.head.K, &w.head.V, &w.head.K_transposed, &w.head.V_transposed, &w.head.dK, &w.head.dV};
     int64_t widest = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;
     for (size_t n = 0; n < sizeof along_keys / sizeof *along_keys; n++)
