@@ -206,6 +206,41 @@ static void test_caps(void **state)
     reference_close(&capped);
 }
 
+/* O keeps its digits where a sink is so large that the weight of its sum, exp(m - sink) / l, is subnormal. */
+static void test_weights_below_a_sink(void **state)
+{
+    static const char *const of_sinks[] = {"forward f32 b1 h2/1 q60 kv200 d40 sinks",
+                                           "forward f32 b1 h1 q1 kv300 d64 sinks"};
+    (void)state;
+    for (size_t n = 0; n < sizeof of_sinks / sizeof *of_sinks; n++) {
+        mfa_problem problem;
+        struct inputs inputs;
+        struct operands operands;
+        struct reference truth = {0}, results = {0};
+        double largest = 0;
+        assert_int_equal(mfa_problem_parse(of_sinks[n], &problem), MFA_OK);
+        inputs_open(&inputs, &problem, (struct variant){0}, SEED, "range");
+        shift(&inputs, REFERENCE_V, 60);
+        for (int64_t h = 0; h < problem.q_heads; h++)
+            inputs.values[REFERENCE_SINKS][h] = 104;
+        operands_open(&operands, &inputs, DENSE, OUTPUT(O));
+        const int64_t count = reference_count(&problem, REFERENCE_O);
+        truth.O = reference_allocate(count);
+        reference_attention(&operands.problem, &operands.buffers, &truth);
+        assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
+        assert_null(operands_collect(&operands, &results));
+        for (int64_t at = 0; at < count; at++)
+            largest = fmax(largest, fabs(truth.O[at]));
+        for (int64_t at = 0; at < count; at++)
+            if (!(fabs(results.O[at] - truth.O[at]) < 2e-6 * largest))
+                fail_msg("%s: O[%d] is %g, expected %g", of_sinks[n], (int)at, results.O[at], truth.O[at]);
+        reference_close(&truth);
+        reference_close(&results);
+        operands_close(&operands);
+        inputs_close(&inputs);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -214,6 +249,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_large_values, test_context_open, test_context_close),
         cmocka_unit_test_setup_teardown(test_values_that_are_not_finite, test_context_open, test_context_close),
         cmocka_unit_test_setup_teardown(test_caps, test_context_open, test_context_close),
+        cmocka_unit_test_setup_teardown(test_weights_below_a_sink, test_context_open, test_context_close),
     };
     report_begin("test_range", SEED);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));

@@ -161,9 +161,11 @@ static void decode_softmax_step(int R, real *S, int64_t vectors, struct accumula
 
 /* --- The end ---------------------------------------------------------------------------------- */
 
-/* What O of a lane is multiplied by at the end, and L = m + log(l). */
+/* What O of a lane is multiplied by at the end, and L = m + log(l). Below a large sink the weight may be subnormal in
+ * f32, where it would lose the digits of O. */
 struct softmax_end {
-    real weight, L;
+    double weight;
+    real L;
 };
 
 static inline struct softmax_end softmax_end(const struct mfa_cpu_call *call, const struct panel *panel,
@@ -171,11 +173,11 @@ static inline struct softmax_end softmax_end(const struct mfa_cpu_call *call, co
 {
     const real m = acc.m[lane], l = acc.l[lane];
     if (!(call->features & CPU_SINKS))
-        return (struct softmax_end){l == 0 ? 0 : *acc.unit / (l * (real)call->kept),
+        return (struct softmax_end){l == 0 ? 0 : (double)(*acc.unit / (l * (real)call->kept)),
                                     l == 0 ? -(real)INFINITY : (real)((double)m / S_UNIT + log((double)l))};
     const double sink = sink_of(call, panel->seq, panel->head[lane]) * S_UNIT;
     const struct sink_sum with = add_sink((double)m, (double)l, sink);
-    return (struct softmax_end){with.l == 0 ? 0 : (real)((double)*acc.unit * with.alpha / (with.l * call->kept)),
+    return (struct softmax_end){with.l == 0 ? 0 : (double)*acc.unit * with.alpha / (with.l * call->kept),
                                 with.l == 0 ? -(real)INFINITY : (real)(with.m / S_UNIT + log(with.l))};
 }
 
