@@ -12,6 +12,8 @@
 
 #include <cmocka.h>
 
+#include "reference/tolerance.h"
+#include "support/compare.h"
 #include "support/context.h"
 #include "support/operands.h"
 #include "support/report.h"
@@ -241,6 +243,65 @@ static void test_weights_below_a_sink(void **state)
     }
 }
 
+/* Sinks that far exceed all scores. Each P comes near the least normal number, 2^-126 in f32, or below it, where it
+ * counts as 0; gradients are off by what is lost so, which their tolerances count. */
+static void check_sinks(const char *text, double sink)
+{
+    mfa_problem problem;
+    struct inputs inputs;
+    struct operands operands;
+    struct reference truth = {0}, results = {0};
+    struct tolerance tolerance;
+    char what[128];
+    snprintf(what, sizeof what, "%s, sinks of %g", text, sink);
+    assert_int_equal(mfa_problem_parse(text, &problem), MFA_OK);
+    inputs_open(&inputs, &problem, (struct variant){.dlse = 1}, SEED, "range");
+    for (int64_t h = 0; h < problem.q_heads; h++)
+        inputs.values[REFERENCE_SINKS][h] = sink;
+    operands_open(&operands, &inputs, DENSE, FORWARD_OUTPUTS | BACKWARD_OUTPUTS);
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++)
+        if (tensor != REFERENCE_O_LOW && (tensor != REFERENCE_DBIAS || problem.mask == MFA_MASK_ADDITIVE))
+            *reference_member(&truth, tensor) = reference_allocate(reference_count(&problem, tensor));
+    reference_attention(&operands.problem, &operands.buffers, &truth);
+    reference_tolerance(&operands.problem, &operands.buffers, &truth, &tolerance);
+    assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
+    assert_null(operands_collect(&operands, &results));
+    operands_turn(&operands, DENSE, &results);
+    assert_int_equal(operands_run(&operands, test_context, 0), MFA_OK);
+    assert_null(operands_collect(&operands, &results));
+    const double tolerances[REFERENCE_TENSORS] = {
+        [REFERENCE_O] = tolerance.O,          [REFERENCE_L] = tolerance.L,   [REFERENCE_dQ] = tolerance.dQ,
+        [REFERENCE_dK] = tolerance.dK,        [REFERENCE_dV] = tolerance.dV, [REFERENCE_DBIAS] = tolerance.dbias,
+        [REFERENCE_DSINKS] = tolerance.dsinks};
+    for (int tensor = REFERENCE_O; tensor < REFERENCE_TENSORS; tensor++) {
+        const double *got = *reference_member(&results, tensor), *expected = *reference_member(&truth, tensor);
+        int64_t shape[4];
+        reference_shape(&problem, tensor, shape);
+        if (got && expected && compare_close(what, tensor_name(tensor), shape, got, expected, tolerances[tensor], NULL))
+            report_pass();
+    }
+    reference_close(&truth);
+    reference_close(&results);
+    operands_close(&operands);
+    inputs_close(&inputs);
+}
+
+static void test_sinks_above_all_scores(void **state)
+{
+    static const char *const of_sinks[] = {"h1 q5 kv900 d64 mask_f32 sinks", "h1 q1 kv300 d64 sinks",
+                                           "h2/1 q40 kv131 d40 sinks", "h1 q30 kv200 d16 softcap4 sinks"};
+    static const char *const dtypes[] = {"f32", "bf16", "f64"};
+    static const double above[] = {20, 80, 84, 86, 88, 90, 94, 98, 106, 300};
+    (void)state;
+    for (size_t i = 0; i < sizeof of_sinks / sizeof *of_sinks; i++)
+        for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++)
+            for (size_t n = 0; n < sizeof above / sizeof *above; n++) {
+                char text[96];
+                snprintf(text, sizeof text, "forward %s b1 %s", dtypes[d], of_sinks[i]);
+                check_sinks(text, above[n]);
+            }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -250,6 +311,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_values_that_are_not_finite, test_context_open, test_context_close),
         cmocka_unit_test_setup_teardown(test_caps, test_context_open, test_context_close),
         cmocka_unit_test_setup_teardown(test_weights_below_a_sink, test_context_open, test_context_close),
+        cmocka_unit_test_setup_teardown(test_sinks_above_all_scores, test_context_open, test_context_close),
     };
     report_begin("test_range", SEED);
     return report_group(sizeof tests / sizeof *tests, cmocka_run_group_tests(tests, NULL, NULL));

@@ -91,8 +91,10 @@ static REAL LOCAL(softmax)(const struct naive *n, struct LOCAL(head) *head)
         P[j] = s;
         largest = s > largest ? s : largest;
     }
+    const double sink_off = largest == sink && isfinite(sink) ? n->unit * fabs((double)sink) : 0;
     sum = largest == (REAL)-INFINITY ? 0 : (REAL)exp(sink - largest);
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
+        head->off[j] += sink_off;
         P[j] = largest == (REAL)-INFINITY ? 0 : (REAL)exp(P[j] - largest);
         sum += P[j];
     }
@@ -161,22 +163,28 @@ static void LOCAL(backward_row)(struct naive *n, struct LOCAL(head) *head)
     double D_off = n->unit * (dO_norm * O_norm + fabs(dL)) + sqrt(O_squares) +
                    naive_unit(reference_dtype(p, REFERENCE_O)) * dO_norm * O_norm / sqrt((double)values);
     naive_add_dsink(n, &head->at, (double)head->L, head->L_off, (double)D, D_off);
+    const double keys = (double)(head->at.end - head->at.first);
+    const double queries = (double)(n->seq.q_len * (p->q_heads / p->kv_heads));
     for (int64_t c = 0; c < columns; c++)
         dQ[c] = 0, head->dQ_squares[c] = 0;
     for (int64_t j = head->at.end - 1; j >= head->at.first; j--) {
         const double Z = head->Z[j];
         REAL dP = (REAL)Z * LOCAL(dot)(dO, head->V + j * values, values);
-        REAL dS = head->P[j] * (dP - D), P = (REAL)element_round(n->products, head->P[j]);
-        REAL dQK = (REAL)element_round(n->products, dS * head->dtanh[j]);
+        const double all = head->P[j], at_edge = naive_at_edge(n, all);
+        REAL normal = (REAL)naive_normal(n, all), dS = (REAL)naive_normal(n, normal * (dP - D));
+        REAL P = (REAL)element_round(n->products, normal), dQK = (REAL)element_round(n->products, dS * head->dtanh[j]);
 
-        double dtanh = head->dtanh[j], P_off = (head->off[j] + head->L_off) * head->P[j];
-        double own_off = P_off * fabs((double)(dP - D)) + n->unit * head->P[j] * Z * dO_norm * head->V_norm[j];
+        double dtanh = head->dtanh[j], P_off = (head->off[j] + head->L_off) * all;
+        double own_off = P_off * fabs((double)(dP - D)) + n->unit * all * Z * dO_norm * head->V_norm[j];
         double dtanh_off = p->softcap > 0 ? n->unit + 2 * dtanh * head->off[j] / p->softcap : 0;
-        double dQK_off = (own_off + head->P[j] * D_off) * dtanh + fabs((double)dS) * dtanh_off;
-        LOCAL(add)(dQ, head->dQ_squares, dQK, dQK_off, head->K + j * columns, columns, n->unit);
-        LOCAL(add)(head->dK + j * columns, head->dK_squares + j * columns, dQK, dQK_off, head->Q, columns, n->unit);
-        LOCAL(add)(head->dV + j * values, head->dV_squares + j * values, (REAL)Z * P, Z * P_off, dO, values, n->unit);
-        naive_add_dbias(n, &head->at, j, dS, own_off, head->P[j], D_off);
+        double dQK_off = (own_off + all * D_off) * dtanh + fabs((double)dS) * dtanh_off;
+        const double edge = at_edge * fabs((double)(dP - D)), edge_QK = edge * dtanh;
+        LOCAL(add)(dQ, head->dQ_squares, dQK, dQK_off + edge_QK * sqrt(keys), head->K + j * columns, columns, n->unit);
+        LOCAL(add)(head->dK + j * columns, head->dK_squares + j * columns, dQK, dQK_off + edge_QK * sqrt(queries),
+                   head->Q, columns, n->unit);
+        LOCAL(add)(head->dV + j * values, head->dV_squares + j * values, (REAL)Z * P,
+                   Z * (P_off + at_edge * sqrt(queries)), dO, values, n->unit);
+        naive_add_dbias(n, &head->at, j, dS, own_off + edge * sqrt(n->dbias_terms), all, D_off);
     }
     n->dQ_off = fmax(n->dQ_off, sqrt(largest(head->dQ_squares, columns)));
     for (int64_t c = 0; c < columns; c++)

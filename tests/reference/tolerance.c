@@ -28,8 +28,9 @@ struct naive {
     struct reference_sequence seq;
     struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
     int backward;
-    int32_t products; /* the dtype to which P and dS are rounded where they enter a product */
-    double unit;      /* one rounding of the working precision */
+    int32_t products;          /* the dtype to which P and dS are rounded where they enter a product */
+    double unit, least_normal; /* one rounding of the working precision; its least normal number */
+    double dbias_terms;        /* of which an element of dbias is the sum, at most */
     struct reference results;
     double *dbias_squares, *dsinks_squares;
     double O_off, L_off, dQ_off, dK_off, dV_off, dbias_off, dsinks_off; /* the errors of tolerance.h; without scale */
@@ -63,6 +64,18 @@ static double naive_sink(const struct naive *n, const struct position *at)
 static double naive_dL(const struct naive *n, const struct position *at)
 {
     return n->dL.values ? *reference_query(&n->seq, n->dL, at->h, at->i) : 0;
+}
+
+/* A P or dS of backward as kernels may have it: 0 where it would be subnormal. */
+static double naive_normal(const struct naive *n, double x)
+{
+    return fabs(x) < n->least_normal ? 0 : x;
+}
+
+/* The error of a P that is normal in some kernels and 0 in others. */
+static double naive_at_edge(const struct naive *n, double P)
+{
+    return fabs(P - n->least_normal) < 0.01 * n->least_normal ? P : 0;
 }
 
 /* `own` is this dS's error; beside it, all of the query's keys have P times `D_off` from D. Where dbias is
@@ -138,6 +151,7 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     const mfa_problem *p = problem;
     struct naive n = {.problem = p, .buffers = buffers};
     n.products = reference_dtype(p, REFERENCE_O), n.unit = p->dtype == MFA_F64 ? 0x1p-53 : 0x1p-24;
+    n.least_normal = p->dtype == MFA_F64 ? 0x1p-1022 : 0x1p-126;
     n.backward = truth->dQ || truth->dK || truth->dV || truth->dbias || truth->dsinks;
     struct {
         struct reference_view *view;
@@ -173,8 +187,11 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     for (size_t at = 0; at < output_count; at++)
         if (outputs[at].needed)
             *outputs[at].values = reference_allocate(reference_count(p, outputs[at].tensor));
-    if (truth->dbias)
+    if (truth->dbias) {
+        const int64_t pairs = p->batch * p->q_heads * p->q_len * p->kv_len;
         n.dbias = reference_view(p, REFERENCE_DBIAS, n.results.dbias);
+        n.dbias_terms = (double)pairs / (double)reference_count(p, REFERENCE_DBIAS);
+    }
     if (truth->dsinks)
         n.dsinks = reference_view(p, REFERENCE_DSINKS, n.results.dsinks);
 

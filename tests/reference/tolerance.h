@@ -21,7 +21,8 @@
  * root of the sum of squares:
  *     a sum is off by u times its partial sum, at each of its terms. A partial sum of the n products of z = Q_i K_j is
  *     a part of z plus a random walk: sqrt(n z^2 / 3 + |Q_i|^2 |K_j|^2 / 6) in all
- *     S_ij is off by s_ij = u (1 + |scale| times that + |S_ij| + |mask_ij| + |ALiBi_ij|); P_ij by P_ij s_ij
+ *     S_ij is off by s_ij = u (1 + |scale| times that + |S_ij| + |mask_ij| + |ALiBi_ij|), and by u |sink| more where
+ *     the sink exceeds the scores, for what counts is the difference; P_ij by P_ij s_ij
  *     L_i by l_i, the root of sum_j (P_ij s_ij)^2, and u |L_i|; in backward, which has P from L, P_ij by P_ij l_i more
  *     dP_ij is off by u |dO_i| |V_j|, D_i by u (|dO_i| |O_i| + |dL_i|) and by what the error and the rounding
  *     of the O that backward is given do to it; dS_ij by P_ij times these, and as P_ij by that times |dP_ij - D_i|
@@ -30,6 +31,11 @@
  *     dsink: a term P_i D_i, P_i being exp(sink - L_i), by P_i |D_i| (l_i + u + u |sink|) and by P_i times the error of
  *     D_i
  * |x| being the length of a row. Dropout's factors of P and dP are factors of their errors, too.
+ *
+ * In backward a P or dS below the least normal number of the working precision, 2^-126 in f32, is 0 in naive attention:
+ * the kernels' exponentials are 0 there, and those that multiply bf16 read a subnormal dS as 0. A P within 1 % of that
+ * number is off by itself, since one may take it to be normal and the other not. These errors may all have one sign, so
+ * in a sum of n terms each counts sqrt(n) times: the root of the sum of squares is then no less than their sum.
  *
  * o + o_low is O before it was rounded. Its tolerance is the floor alone, with the rounding of o_low in place of an
  * ulp. Kernels that multiply bf16 round P to the dtype: they may also be off by twice the change that this makes to O.
