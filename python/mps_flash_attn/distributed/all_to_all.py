@@ -68,20 +68,21 @@ def backward(
         (columns,) = _to_heads(layout, (own_lse[..., None],), (of_queries,), "heads of lse")
         of_lse = columns[..., 0]
     divisions = of_queries, of_keys, of_keys
-    found = [torch.zeros_like(one, dtype=lse.dtype) for one in (query, key, value)]
+    chosen = [place for place in range(3) if wanted[place]]
+    found = {place: torch.zeros_like((query, key, value)[place], dtype=lse.dtype) for place in chosen}
     for heads, kv_heads, rows in _parts(of_queries[rank], of_keys[rank], inputs, call):
+        if not chosen:  # sinks alone want a gradient
+            break
         part = Inputs(query[:, heads, rows], key[:, kv_heads, rows], value[:, kv_heads, rows])
         of_part = None if of_lse is None else of_lse[:, heads, rows]
         results = out[:, heads, rows], lse[:, heads, rows], d_out[:, heads, rows], of_part
         gradients = call.kernels.backward(Operands(part, *results), call.options, (*wanted[:3], False))
-        for into, places, gradient in zip(found, (heads, kv_heads, kv_heads), gradients):
-            if gradient is not None:
-                into[:, places, rows] = gradient
-    chosen = [place for place in range(3) if wanted[place]]
+        for place, into in found.items():
+            into[:, kv_heads if place else heads, rows] = gradients[place]
     totals = inputs.query.shape[1], inputs.key.shape[1], inputs.key.shape[1]
     own = _to_rows(
         layout,
-        [found[place] for place in chosen],
+        list(found.values()),
         [divisions[place] for place in chosen],
         [totals[place] for place in chosen],
         "heads of gradients",
@@ -142,19 +143,21 @@ def _to_rows(
 ) -> list[Tensor]:
     """The reverse: this rank's rows of all heads, of which `totals` are the numbers. Where several ranks have a part of
     one head, these are added, in the order of the ranks."""
+    if not own:
+        return []
     peers = layout.peers
     sends, sizes = {}, {}
     for rank in range(peers.size):
         rows = [one[:, :, start:stop] for one in own for start, stop in layout.spans[rank]]
         sends[rank] = torch.cat([part.reshape(-1) for part in rows]) if rows else own[0].new_empty(0)
         sizes[rank] = sum(layout.rows * _row_size(one, heads[rank]) for one, heads in zip(own, divisions))
-    found = _exchange(layout, sends, sizes, content) if own else {}
+    found = _exchange(layout, sends, sizes, content)
     whole = [one.new_zeros(one.shape[0], total, layout.rows, one.shape[3]) for one, total in zip(own, totals)]
     for rank, flat in sorted(found.items()):
         begin = 0
         for into, heads in zip(whole, divisions):
             first, end = heads[rank]
-            for start, stop in (layouts.rows_of(layout.own, span) for span in layout.own):
+            for start, stop in map(layouts.Places(layout.own).rows, layout.own):
                 size = (stop - start) * _row_size(into, heads[rank])
                 part = flat[begin : begin + size].view(into.shape[0], end - first, stop - start, into.shape[3])
                 into[:, first:end, start:stop] += part

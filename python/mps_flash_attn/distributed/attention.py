@@ -17,6 +17,7 @@ from . import local_step
 from .autograd import METHODS, ContextParallel
 from .call import Call
 from .layout import Layout
+from .transfer import without_modes
 
 Method = Literal["ring", "all_to_all"]
 Documents = Sequence[int] | Tensor
@@ -167,11 +168,12 @@ def attend(
         values = _common(inputs, call)
     except Exception as error:  # the other ranks have to learn of it first
         failure = error
-    if check:
-        layout.peers.agree("context_parallel_attention", values, failure)
-    elif failure is not None:
-        raise failure
-    return ContextParallel.apply(*inputs[: problem.DIFFERENTIABLE], call)
+    with without_modes():
+        if check:
+            layout.peers.agree("context_parallel_attention", values, failure)
+        elif failure is not None:
+            raise failure
+        return ContextParallel.apply(*inputs[: problem.DIFFERENTIABLE], call)
 
 
 def _resolve(
@@ -192,7 +194,7 @@ def _resolve(
     return_lse: bool,
 ) -> tuple[Inputs, Call]:
     """The Inputs and the Call of the arguments, all checked. The mask has four dimensions."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f'method is {method!r}; it must be "ring" or "all_to_all"')
     mask, bias = subclasses.split(attn_mask)
     if bias is not None:
@@ -233,10 +235,10 @@ def _cuts(documents: Documents | None, length: int) -> tuple[int, ...]:
     """The places within the sequence where a document begins."""
     if documents is None:
         return ()
-    if isinstance(documents, Tensor):
+    if isinstance(documents, Tensor) and documents.dtype is not torch.bool:
         documents = documents.tolist()
     try:
-        places = [operator.index(place) for place in documents]
+        places = list(map(operator.index, documents))
     except TypeError:
         places = [-1]
     if any(place < 0 or place > length for place in places) or places != sorted(places):

@@ -15,7 +15,7 @@ METHODS: dict[str, Any] = {"ring": ring, "all_to_all": all_to_all}  # modules wi
 
 
 class ContextParallel(torch.autograd.Function):
-    """(out, lse) of this rank's rows, differentiable once, of query, key, value, attn_mask, sinks and a ring.Call."""
+    """(out, lse) of this rank's rows, differentiable once, of query, key, value, attn_mask, sinks and a Call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs_and_call: Any) -> tuple[Tensor, Tensor]:

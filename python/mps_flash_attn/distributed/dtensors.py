@@ -24,7 +24,7 @@ from ..stats import REPLACED, count
 from .attention import context_parallel_attention
 from .layout import Layout
 from .sharding import HEADS, ROWS, Operand, Sharding, as_dtensor, divides_rows, gradient_of, local, whole
-from .transfer import Peers
+from .transfer import Peers, without_modes
 from .uncompiled import uncompiled
 
 _BATCH = -4
@@ -47,9 +47,10 @@ def attention(
     enable_gqa: bool,
 ) -> Tensor:
     """scaled_dot_product_attention of DTensors."""
-    given = _all_dtensors(_INPUTS, (query, key, value, attn_mask))
-    if divides_rows(given[0]):
-        return attend_over_sequence(given, dropout_p, is_causal, scale, enable_gqa)
+    operands = query, key, value, attn_mask
+    if isinstance(query, DTensor) and divides_rows(query):
+        return attend_over_sequence(operands, dropout_p, is_causal, scale, enable_gqa)
+    given = _all_dtensors(_INPUTS, operands)
     sharding = _shard_sdpa(given, dropout_p, is_causal, enable_gqa)
     q, k, v, mask = _shards(sharding, given)
     out = dispatch.attend(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -115,8 +116,8 @@ def _shards(sharding: Sharding, given: Iterable[Any]) -> Any:
 def attend_over_sequence(
     given: tuple[Any, ...], dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> DTensor:
-    """The result by context_parallel_attention, for a query that is sharded along the sequence. An error on one rank
-    is one on all that share the sequence."""
+    """The result by context_parallel_attention, for a query that is sharded along the sequence on all ranks. An error
+    on one rank is one on all that share the sequence."""
     query, *_ = given
     rows = query.to_local().detach()
     if not tensors.is_plain(rows):
@@ -127,6 +128,7 @@ def attend_over_sequence(
     failure = sharding = None
     is_balanced = context_parallel_state.is_balanced()
     try:
+        given = _all_dtensors(_INPUTS, given)
         sharding = _shard_sdpa(given, dropout_p, is_causal, enable_gqa, checks_mask=False)
         _check_sequence(sharding, given, is_causal, enable_gqa, is_balanced)
     except Exception as error:  # the other ranks have to learn of it first
@@ -173,7 +175,9 @@ def _layout(group: Any, rows: int, failure: Exception | None, is_balanced: bool)
     peers = Peers(group)
     own = torch.tensor([rows if failure is None else -1])
     others = [rank for rank in range(peers.size) if rank != peers.rank]
-    found = peers.exchange(dict.fromkeys(others, own), dict.fromkeys(others, 1), own, "rows").wait() | {peers.rank: own}
+    with without_modes():
+        found = peers.exchange(dict.fromkeys(others, own), dict.fromkeys(others, 1), own, "rows").wait()
+    found[peers.rank] = own
     if failure is not None:
         raise failure
     lengths = [int(found[rank]) for rank in range(peers.size)]

@@ -42,9 +42,7 @@ class Layout:
 
     def __init__(self, spans: Iterable[Iterable[Span]], group: Any = None) -> None:
         """A layout of any spans, which together must be all rows, each once. ValueError if they are not."""
-        self.spans: tuple[Spans, ...] = tuple(
-            tuple((int(start), int(stop)) for start, stop in of_rank if stop > start) for of_rank in spans
-        )
+        self.spans: tuple[Spans, ...] = tuple(map(_spans, spans))
         self.peers = Peers(group)
         if len(self.spans) != self.peers.size:
             raise ValueError(f"spans are of {len(self.spans)} ranks; the group has {self.peers.size}")
@@ -82,7 +80,7 @@ class Layout:
     def shard(self, tensor: Tensor, dim: int) -> Tensor:
         """This rank's rows of a tensor that has all rows in dimension `dim`, as a new tensor. Differentiable; each rank
         then has the gradient of its own rows, and zeros elsewhere."""
-        if tensor.shape[dim] != self.length:
+        if _rows(tensor, dim) != self.length:
             raise ValueError(
                 f"the tensor has {tensor.shape[dim]} rows in dimension {dim}; the layout has {self.length}"
             )
@@ -95,7 +93,7 @@ class Layout:
         values: dict[str, Any] = {}
         failure = None
         try:
-            if tensor.shape[dim] != self.rows:
+            if _rows(tensor, dim) != self.rows:
                 raise ValueError(
                     f"the tensor has {tensor.shape[dim]} rows in dimension {dim}; rank {self.peers.rank} of the layout "
                     f"has {self.rows}"
@@ -126,6 +124,23 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"Layout({self.spans}, rank {self.peers.rank})"
+
+
+def _spans(of_rank: Any) -> Spans:
+    """The spans of a rank, without empty ones."""
+    try:
+        found = tuple((operator.index(start), operator.index(stop)) for start, stop in of_rank)
+    except (TypeError, ValueError):
+        found = ((0, -1),)
+    if any(start > stop for start, stop in found):
+        raise ValueError(f"the spans of a rank are {of_rank!r}; they must be pairs (start, stop) of whole numbers")
+    return tuple(span for span in found if span[0] < span[1])
+
+
+def _rows(tensor: Tensor, dim: int) -> int:
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(f"dim is {dim}; the tensor has {tensor.dim()} dimensions")
+    return tensor.shape[dim]
 
 
 def _length(length: Any) -> int:
@@ -200,18 +215,18 @@ def schedule(
     step s a rank uses the keys of the rank s before it; keys that it does not see do not travel. `joins`: pairs that
     together are one pair of other spans become that, since a kernel is faster on it; not with a mask, whose columns
     would not lie together."""
-    size, steps = len(spans), []
+    size, own, steps = len(spans), Places(spans[rank]), []
     documents = tuple(divide(of_rank, cuts) for of_rank in spans)
     for step in range(size):
         source, target = (rank - step) % size, (rank + step) % size
         receives, seen = _seen(documents[rank], documents[source], spans[source], lower, upper)
         sends, _ = _seen(documents[target], documents[rank], spans[rank], lower, upper)
-        held = spans[rank] if step == 0 else receives
+        held = own if step == 0 else Places(receives)
         pairs = []
         for places, columns in seen:
             shift = places[0] - columns[0]
             bounds = (None if bound is None else bound + shift for bound in (lower, upper))
-            pairs.append(Pair(rows_of(spans[rank], places), rows_of(held, columns), columns, *bounds))
+            pairs.append(Pair(own.rows(places), held.rows(columns), columns, *bounds))
         if joins and step == 0 and not cuts and lower is None and _is_band(spans[rank], upper):
             rows = 0, count(spans[rank])
             pairs = [Pair(rows, rows, None, None, upper)] if rows[1] else []
@@ -272,24 +287,31 @@ def _seen(
     for document, query_span in queries:
         of_document.setdefault(document, []).append(query_span)
     found = []
-    for document, key_span in keys:
+    needed: dict[Span, Span] = {}
+    spans = iter(key_spans)
+    whole = (0, 0)
+    for document, key_span in keys:  # which are the key_spans, divided
+        while not whole[0] <= key_span[0] < whole[1]:
+            whole = next(spans)
         for query_span in of_document.get(document, ()):
             seen = visible(query_span, key_span, lower, upper)
             if seen is not None:
                 found.append(seen)
-    needed = []
-    for start, stop in key_spans:
-        inside = [columns for _, columns in found if start <= columns[0] < stop]
-        if inside:
-            needed.append((min(first for first, _ in inside), max(end for _, end in inside)))
-    return tuple(needed), found
+                start, stop = needed.get(whole, seen[1])
+                needed[whole] = min(start, seen[1][0]), max(stop, seen[1][1])
+    return tuple(needed.values()), found
 
 
-def rows_of(spans: Spans, places: Span) -> Span:
-    """The rows, in the tensors of the rank that holds `spans`, of places that lie in one of them."""
-    begin = 0
-    for start, stop in spans:
-        if start <= places[0] and places[1] <= stop:
-            return begin + places[0] - start, begin + places[1] - start
-        begin += stop - start
-    raise AssertionError(f"{places} is not within one of {spans}")
+class Places:
+    """Where the places of spans are in the tensors of the rank that holds these."""
+
+    def __init__(self, spans: Spans) -> None:
+        begins = accumulate((stop - start for start, stop in spans), initial=0)
+        self._found = sorted(zip(spans, begins))
+        self._starts = [start for (start, _), _ in self._found]
+
+    def rows(self, places: Span) -> Span:
+        """The rows of places that lie in one of the spans."""
+        (start, stop), begin = self._found[bisect_right(self._starts, places[0]) - 1]
+        assert start <= places[0] and places[1] <= stop
+        return begin + places[0] - start, begin + places[1] - start

@@ -66,6 +66,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 def merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """The same of sinks (B, H), each the logit of one key without a value."""
     total = torch.logaddexp(lse, sinks[..., None].to(lse.dtype))
+    total.masked_fill_(total == torch.inf, torch.nan)  # as on one process
     out.mul_((lse - total.masked_fill(total == -torch.inf, 0)).exp_()[..., None])
     lse.copy_(total)
 

@@ -8,7 +8,6 @@ the order of the steps: results depend on nothing but the layout, bit by bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -184,19 +183,19 @@ class _Travel:
         step = next(self._steps, None)
         if step is None:
             return None
-        own, spans = self._own, self._layout.own
+        own = self._own
         flat = own[0].new_empty(layouts.count(step.sends) * sum(map(_row_size, own)))
         for one, rows in zip(own, _split_rows(flat, own, step.sends)):
-            for begin, span in _beginnings(step.sends):
-                start, stop = layouts.rows_of(spans, span)
-                rows[:, :, begin : begin + stop - start] = one[:, :, start:stop]
+            for sent, held in _places(step.sends, self._layout):
+                rows[:, :, sent] = one[:, :, held]
         size = sum(layouts.count(step.receives) * _row_size(one) for one in own)
         return self._layout.peers.exchange({step.sends_to: flat}, {step.receives_from: size}, own[0], "keys and values")
 
 
-def _beginnings(spans: layouts.Spans) -> list[tuple[int, Span]]:
-    """Each span, and where its rows begin in a tensor that has those of all spans."""
-    return list(zip(accumulate((stop - start for start, stop in spans), initial=0), spans))
+def _places(spans: layouts.Spans, layout: Layout) -> list[tuple[slice, slice]]:
+    """Of each span, its rows in a tensor that has those of all `spans`, and in one of this rank's."""
+    together, own = layouts.Places(spans), layouts.Places(layout.own)
+    return [(slice(*together.rows(span)), slice(*own.rows(span))) for span in spans]
 
 
 def _row_size(tensor: Tensor) -> int:
@@ -234,6 +233,5 @@ def _add_rows(travelling: Sequence[Tensor], home: tuple[Exchange, Step], layout:
     exchange, step = home
     (flat,) = exchange.wait().values()
     for into, rows in zip(travelling, _split_rows(flat, travelling, step.sends)):
-        for begin, span in _beginnings(step.sends):
-            start, stop = layouts.rows_of(layout.own, span)
-            into[:, :, start:stop] += rows[:, :, begin : begin + stop - start]
+        for sent, held in _places(step.sends, layout):
+            into[:, :, held] += rows[:, :, sent]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import _disable_current_modes
 
 _AGREEMENT = 32  # numbers in a message of agree()
 _CONTENTS = (  # of messages, each with a tag of its own
@@ -31,6 +32,11 @@ _CONTENTS = (  # of messages, each with a tag of its own
 )
 _TAGS = {content: 7001 + number for number, content in enumerate(_CONTENTS)}
 _OWN_LINKS = ("nccl", "xccl", "hccl")  # backends that read and write a device's own memory
+
+
+# Around messages: a policy of selective checkpointing, a mode, would keep what some have brought and repeat others, for
+# which no rank waits.
+without_modes = _disable_current_modes
 
 
 class PeerError(RuntimeError):

@@ -1,10 +1,12 @@
 """What PyTorch does with calls: compilers, checkpoints, inference, autocast, meshes; and the same bits each time."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cases
 import pool
@@ -115,6 +117,41 @@ def gradient_of_a_mask(size):
     torch.testing.assert_close(own.grad, layout.shard(mask.grad, 1), rtol=1e-5, atol=1e-5)
 
 
+def gradient_of_sinks(size):
+    """Of the sinks alone; and what infinite ones do on one process."""
+    layout = cases.layout_of(size, "zigzag", 33)
+    operands, d_out = cases.operands_of(33, 4, 2, 16, 16, torch.float32)
+    parts = [layout.shard(one, 2) for one in operands.values()]
+    sinks = torch.tensor([0.5, 3, -torch.inf, 1])
+    whole = sinks.clone().requires_grad_()
+    flash_attention(*operands.values(), True, sinks=whole, enable_gqa=True).backward(d_out)
+    for method in ("ring", "all_to_all"):
+        options = {"is_causal": True, "enable_gqa": True, "method": method}
+        own = sinks.clone().requires_grad_()
+        context_parallel_attention(*parts, layout, sinks=own, **options).backward(layout.shard(d_out, 2))
+        dist.all_reduce(own.grad, group=pool.groups[size])
+        torch.testing.assert_close(own.grad, whole.grad, rtol=1e-5, atol=1e-5)
+        infinite = torch.tensor([torch.inf, 0, 0, 0])
+        results = context_parallel_attention(*parts, layout, sinks=infinite, return_lse=True, **options)
+        assert all(one[:, 0].isnan().all() and one[:, 1:].isfinite().all() for one in results)
+
+
+def selectively_checkpointed(size):
+    """Policies that keep the results of operators: the messages are repeated on all ranks, or on none."""
+    layout = cases.layout_of(size, "zigzag", 33)
+    for policy in CheckpointPolicy.PREFER_SAVE, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE:
+        contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_, kept=policy, **__: kept)
+        for method in ("ring", "all_to_all"):
+
+            def attend(*own, method=method, contexts=contexts):
+                def scaled(*one):
+                    return attention(layout, method)(*one) * 1
+
+                return checkpoint(scaled, *own, use_reentrant=False, context_fn=contexts)
+
+            check(layout, attend)
+
+
 def autocast(size):
     layout = cases.layout_of(size, "zigzag", 33)
     own, expected = problem(layout)
@@ -155,6 +192,8 @@ FUNCTIONS = {
     "rows without keys": (rows_without_keys,),
     "lse of one rank": (lse_of_one_rank,),
     "gradient of a mask": (gradient_of_a_mask,),
+    "gradient of sinks": (gradient_of_sinks,),
+    "selective checkpoint": (selectively_checkpointed,),
     "autocast": (autocast,),
     "strided": (strided,),
     "the same bits by the ring": (same_bits, "ring"),

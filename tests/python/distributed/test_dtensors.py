@@ -322,7 +322,10 @@ def sentences():
     found = {name: sentence(function, *operands, **options) for name, (function, operands, options) in calls.items()}
     if torch.distributed.get_rank() == 1:
         sharded[N][2] = short[2]
-    return found | {"on one rank": sentence(sdpa, *sharded[N])}
+    found["on one rank"] = sentence(sdpa, *sharded[N])
+    if torch.distributed.get_rank() == 1:
+        sharded[N][2] = tensors[2][:, :, :4]
+    return found | {"plain on one rank": sentence(sdpa, *sharded[N])}
 
 
 SENTENCES = {
@@ -344,8 +347,9 @@ SENTENCES = {
 
 def test_sentences():
     for rank, found in enumerate(pool.shared().run(ALL, sentences)):
-        on_one_rank = found.pop("on one rank")
+        on_one_rank, plain = found.pop("on one rank"), found.pop("plain on one rank")
         assert found.keys() == SENTENCES.keys()
         for name, part in SENTENCES.items():
             assert found[name] is not None and part in found[name], (name, found[name])
         assert ("lengths of key and value" if rank == 1 else "raised an error on rank 1 of the group") in on_one_rank
+        assert ("value is a plain tensor" if rank == 1 else "raised an error on rank 1 of the group") in plain

@@ -1,5 +1,7 @@
 """The arithmetic of layouts and of the pairs of spans that see each other; no process is needed for most of it."""
 
+import time
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_pairs_are_what_is_visible_once(kind, length, size, cuts):
                 for pair in step.pairs:
                     start, stop = pair.columns
                     assert stop - start == pair.keys[1] - pair.keys[0] > 0
-                    assert layout.rows_of(held, pair.columns) == pair.keys
+                    assert layout.Places(held).rows(pair.columns) == pair.keys
                     needed |= set(range(start, stop))
                     band = within(pair)
                     assert band.any(1).all() or lower == 2 or upper == -1
@@ -85,6 +87,15 @@ def test_pairs_of_zigzag_are_joined(upper, pairs):
     backwards = tuple(tuple(reversed(of_rank)) for of_rank in spans)
     first = layout.schedule(backwards, 0, None, 0, joins=True)[0]
     assert torch.equal(seen_of(first.pairs, 8, 8), torch.ones(8, 8).tril().int().roll((4, 4), (0, 1)))
+
+
+def test_many_spans_take_little_time():
+    """A row for each span and rank, in turn."""
+    spans = tuple(tuple((row, row + 1) for row in range(rank, 512, 4)) for rank in range(4))
+    begin = time.perf_counter()
+    step = layout.schedule(spans, 0, None, None, joins=True)[1]
+    assert [pair[:2] for pair in step.pairs] == [((0, 128), (0, 128))] and len(step.receives) == 128
+    assert time.perf_counter() - begin < 2
 
 
 def within(pair):
@@ -197,6 +208,10 @@ def wrong_layouts():
         lambda: Layout.of_lengths([3], group),
         lambda: Layout([[(0, 3)], [(4, 6)]], group),
         lambda: Layout([[(0, 3)], [(2, 6)]], group),
+        lambda: Layout([[(0, 5.7)], [(5, 10)]], group),
+        lambda: Layout([[(0, 5), (9, 5)], []], group),
+        lambda: Layout([(0, 5), (5, 10)], group),
+        lambda: Layout.contiguous(8, group).shard(torch.zeros(2, 8), 2),
         lambda: Layout.contiguous(8, group).shard(torch.zeros(2, 9), 1),
         lambda: Layout.contiguous(8, group).unshard(torch.zeros(2, 9), 1),
         lambda: Layout.contiguous(8, group).unshard(torch.zeros(2, 4, requires_grad=True), 1),
@@ -217,6 +232,10 @@ def test_wrong_layouts():
             "spans are of 1 ranks; the group has 2",
             "together they must be all rows of the sequence, each once",
             "together they must be all rows of the sequence, each once",
+            "the spans of a rank are [(0, 5.7)]; they must be pairs (start, stop) of whole numbers",
+            "the spans of a rank are [(0, 5), (9, 5)]; they must be pairs",
+            "the spans of a rank are (0, 5); they must be pairs",
+            "dim is 2; the tensor has 2 dimensions",
             "the tensor has 9 rows in dimension 1; the layout has 8",
             "the tensor has 9 rows in dimension 1; rank 0 of the layout has 4",
             "requires a gradient, which unshard does not pass on",
