@@ -1,7 +1,5 @@
 """The arithmetic of layouts and of the pairs of spans that see each other; no process is needed for most of it."""
 
-import time
-
 import pytest
 import torch
 
@@ -89,13 +87,13 @@ def test_pairs_of_zigzag_are_joined(upper, pairs):
     assert torch.equal(seen_of(first.pairs, 8, 8), torch.ones(8, 8).tril().int().roll((4, 4), (0, 1)))
 
 
-def test_many_spans_take_little_time():
-    """A row for each span and rank, in turn."""
-    spans = tuple(tuple((row, row + 1) for row in range(rank, 512, 4)) for rank in range(4))
-    begin = time.perf_counter()
+def test_rows_in_turn():
+    """A row for each span and rank: not causal, what travels is one pair all the same."""
+    spans = tuple(tuple((row, row + 1) for row in range(rank, 256, 4)) for rank in range(4))
     step = layout.schedule(spans, 0, None, None, joins=True)[1]
-    assert [pair[:2] for pair in step.pairs] == [((0, 128), (0, 128))] and len(step.receives) == 128
-    assert time.perf_counter() - begin < 2
+    assert [pair[:2] for pair in step.pairs] == [((0, 64), (0, 64))] and len(step.receives) == 64
+    causal = layout.schedule(spans, 0, None, 0, joins=True)
+    assert torch.equal(seen_of(causal[0].pairs, 64, 64), torch.ones(64, 64, dtype=torch.int).tril())
 
 
 def within(pair):
