@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -205,6 +206,15 @@ def _number(value: Any) -> int:
     return number
 
 
+def _fails(work: Any) -> bool:
+    """Whether a message has failed, or does in a moment."""
+    try:
+        work.wait(timedelta(seconds=0.1))
+    except RuntimeError:
+        return True
+    return False
+
+
 class Exchange:
     """Messages that are under way."""
 
@@ -223,7 +233,13 @@ class Exchange:
 
     def wait(self) -> dict[int, Tensor]:
         """What came from each rank, as flat tensors on the device. PeerError for ranks that do not answer."""
-        for ranks, work in self._works:
-            self._peers.named(ranks, self._content, work.wait)
+        works = iter(self._works)
+        for ranks, work in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                # A rank that has ended makes others raise this error, and end, too: so all that have are named.
+                others = [rank for more, other in works if _fails(other) for rank in more]
+                raise self._peers.error(tuple(dict.fromkeys((*ranks, *others))), self._content, error) from error
         self._buffers = None
         return {rank: flat.to(self._device) for rank, flat in self._results.items()}

@@ -25,7 +25,8 @@ groups = {}  # in a worker: the group of each size that it is in
 
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "mps_flash_attn", "pool"])
+    # One server serves all of a process: for bench/measure.py it must not have imported mps_flash_attn.
+    context.set_forkserver_preload(["torch"])
     return context
 
 

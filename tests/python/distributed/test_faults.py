@@ -198,5 +198,5 @@ def test_a_rank_that_does_not_answer(fault, between):
             assert error is None
             assert timeout == TIMEOUT and f"within the group's timeout of {TIMEOUT} s" in sentence
             assert seconds < TIMEOUT + 4
-            assert ranks == (1,), sentence
+            assert 1 in ranks, sentence  # beside it one that has ended for the same reason
             assert f"did not exchange {'keys and values' if between else 'agreement'} with rank {rank}" in sentence
