@@ -40,8 +40,8 @@ METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEAS
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
     "checks": Step("includes, names, documents, style; and what checks them", 67, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 175, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 235, ("release",), pytest=["tests/python"], environment=CPU),
+    "release": Step("the shipped library on every instruction set", 190, ("release",), ctest=("", "metal")),
+    "python": Step("the Python package", 300, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
         50,
@@ -49,13 +49,13 @@ STEPS = {
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 120, ("wheels", "arm64"), ctest=("", "")),
+    "arm64": Step("NEON and the macOS library, emulated", 150, ("wheels", "arm64"), ctest=("", "")),
     "clang": Step("another compiler", 45, ("clang",), ctest=("", "")),
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 90, ("asan-ubsan",), ctest=("", "")),
     "tsan": Step("thread sanitizer", 52, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 315, ("release",), ctest=("metal", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 350, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 175, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 260, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
