@@ -44,17 +44,6 @@ static void run(const struct test_case *test_case, unsigned wanted, struct refer
     operands_close(&operands);
 }
 
-static double mean_square(const struct test_case *s, enum reference_tensor tensor, struct reference *results)
-{
-    struct reference truth = s->truth;
-    const double *got = *reference_member(results, tensor), *right = *reference_member(&truth, tensor);
-    const int64_t count = reference_count(&s->inputs.problem, tensor);
-    double sum = 0;
-    for (int64_t at = 0; at < count; at++)
-        sum += (got[at] - right[at]) * (got[at] - right[at]);
-    return sum / (double)count;
-}
-
 /* With few keys, dK sums the D of hundreds of queries, so the errors that rounding O causes in D add up. O, L and dV do
  * not depend on D. */
 static void test_gradients_are_more_exact(void **state)
@@ -75,8 +64,8 @@ static void test_gradients_are_more_exact(void **state)
                 if (tensor != REFERENCE_O_LOW && tensor != REFERENCE_dQ && tensor != REFERENCE_dK)
                     assert_memory_equal(*reference_member(&plain, tensor), *reference_member(&exact, tensor),
                                         (size_t)reference_count(&one.problem, tensor) * sizeof(double));
-            without += mean_square(&test_case, REFERENCE_dK, &plain);
-            with += mean_square(&test_case, REFERENCE_dK, &exact);
+            without += test_case_mean_square(&test_case, REFERENCE_dK, &plain);
+            with += test_case_mean_square(&test_case, REFERENCE_dK, &exact);
             reference_close(&plain);
             reference_close(&exact);
             test_case_close(&test_case);

@@ -102,17 +102,6 @@ static void test_outputs_are_not_rounded(void **state)
     }
 }
 
-static double mean_square(const struct test_case *s, enum reference_tensor tensor, struct reference *results)
-{
-    struct reference truth = s->truth;
-    const double *got = *reference_member(results, tensor), *right = *reference_member(&truth, tensor);
-    const int64_t count = reference_count(&s->inputs.problem, tensor);
-    double sum = 0;
-    for (int64_t at = 0; at < count; at++)
-        sum += (got[at] - right[at]) * (got[at] - right[at]);
-    return sum / (double)count;
-}
-
 /* With few keys, dK sums the D of hundreds of queries, so the errors that rounding O causes in D add up. */
 static void test_D_is_of_all_digits(void **state)
 {
@@ -128,8 +117,8 @@ static void test_D_is_of_all_digits(void **state)
             run(&s, MFA_OUT_SAME, DENSE, NULL, &rounded);
             run(&s, MFA_OUT_F32, DENSE, &rounded, &of_rounded);
             run(&s, MFA_OUT_F32, DENSE, NULL, &whole);
-            rounded_D += mean_square(&s, REFERENCE_dK, &of_rounded);
-            exact_D += mean_square(&s, REFERENCE_dK, &whole);
+            rounded_D += test_case_mean_square(&s, REFERENCE_dK, &of_rounded);
+            exact_D += test_case_mean_square(&s, REFERENCE_dK, &whole);
             reference_close(&rounded);
             reference_close(&whole);
             reference_close(&of_rounded);

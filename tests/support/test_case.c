@@ -77,6 +77,17 @@ double test_case_tolerance(const struct test_case *s, enum reference_tensor tens
     return tolerances[tensor];
 }
 
+double test_case_mean_square(const struct test_case *s, enum reference_tensor tensor, struct reference *results)
+{
+    struct reference truth = s->truth;
+    const double *got = *reference_member(results, tensor), *right = *reference_member(&truth, tensor);
+    const int64_t count = reference_count(&s->inputs.problem, tensor);
+    double sum = 0;
+    for (int64_t at = 0; at < count; at++)
+        sum += (got[at] - right[at]) * (got[at] - right[at]);
+    return sum / (double)count;
+}
+
 /* Whether o + o_low is O to more digits than o has. */
 static int compare_low(struct test_case *s, const char *what, const int64_t shape[4], const struct reference *results)
 {

@@ -31,6 +31,10 @@ test_case_describe(const struct test_case *test_case, const char *format, ...);
 
 double test_case_tolerance(const struct test_case *test_case, enum reference_tensor tensor);
 
+/* The mean square of a tensor's errors. */
+double test_case_mean_square(const struct test_case *test_case, enum reference_tensor tensor,
+                             struct reference *results);
+
 /* Whether all results that are not NULL lie within the tolerance; or equal `expected` bit for bit. Differences are
  * reported, with `what`. */
 int test_case_is_right(struct test_case *test_case, const char *what, struct reference *results);

@@ -228,7 +228,7 @@ def _resolve(
         part = part[..., :1].expand(-1, -1, -1, rows)
     kernels = local_step.choose(inputs._replace(attn_mask=part), options)
     cuts = _cuts(documents, layout.length)
-    return inputs, Call(layout, options, cuts, kernels, wanted, method, part is not None, return_lse)
+    return inputs, Call(layout, options, cuts, kernels, wanted, method, return_lse)
 
 
 def _cuts(documents: Documents | None, length: int) -> tuple[int, ...]:

@@ -16,5 +16,4 @@ class Call(NamedTuple):
     kernels: Kernels
     wanted: tuple[bool, ...]  # which of dQ, dK, dV, dbias, dsinks; of the first three alike on all ranks
     method: str
-    has_mask: bool
     with_lse: bool  # whether the caller gets lse, so that it may have a gradient

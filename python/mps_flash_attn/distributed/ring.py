@@ -28,7 +28,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, tuple[Tensor | 
     dtype = tensors.rows_dtype(query)
     out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    steps = _schedule(call)
+    steps = _schedule(inputs, call)
     empty = _Rows(query.shape[2])
     travel = _Travel((key, value), steps, call.layout)
     for step in steps:
@@ -89,7 +89,7 @@ def backward(
         for one, is_wanted in zip(inputs[:4], call.wanted)
     )
     travelling = [one for one in (dk, dv) if one is not None]
-    steps = _schedule(call)
+    steps = _schedule(inputs, call)
     travel = _Travel((key, value), steps, call.layout)
     home: tuple[Exchange, Step] | None = None
     for step in steps:
@@ -128,11 +128,11 @@ def backward(
     return *(one if one is None or of is None else one.to(of.dtype) for one, of in zip(wide, inputs)), dsinks
 
 
-def _schedule(call: Call) -> tuple[Step, ...]:
+def _schedule(inputs: Inputs, call: Call) -> tuple[Step, ...]:
     """The steps of this rank."""
     layout, options = call.layout, call.options
     bounds = options.lower, options.upper
-    return layouts.schedule(layout.spans, layout.peers.rank, *bounds, call.cuts, joins=not call.has_mask)
+    return layouts.schedule(layout.spans, layout.peers.rank, *bounds, call.cuts, joins=inputs.attn_mask is None)
 
 
 # --- Pairs ---------------------------------------------------------------------------------------

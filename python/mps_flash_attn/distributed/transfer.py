@@ -1,5 +1,5 @@
-"""The only file that calls torch.distributed: the ranks of a process group, messages between them, and the agreement on
-what a call computes, before the first tensor travels.
+"""The only file that sends messages itself (PyTorch redistributes DTensors): the ranks of a process group, messages
+between them, and the agreement on what a call computes, before the first tensor travels.
 
 gloo takes a message of another length than expected without an error, or ends the process. So every call begins with
 messages of one fixed length, by which each rank learns what the others are about to do.
