@@ -62,7 +62,10 @@ static const char *const checked_options[] = {
 };
 static const char *const fast_math_options[] = {"-ffast-math", NULL};
 static const char *const unoptimised_options[] = {"-O0", NULL};
-static const char *const coverage_options[] = {"-fprofile-instr-generate", "-fcoverage-mapping", NULL};
+static const char *const coverage_options[] = {
+    "-fprofile-instr-generate", "-fcoverage-mapping",
+    "-fprofile-update=atomic", /* groups run on several threads, and some counts are differences of two counters */
+    NULL};
 
 #define WORDS_MAX 64
 

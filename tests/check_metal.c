@@ -218,6 +218,7 @@ int main(int count, char **words)
         if (!settings.fast_math) { /* which assumes that there are no NaN */
             basics_check_rounding();
             basics_check_codes();
+            basics_check_overflow();
         }
     }
     if (arguments.problem_count || (!tiles && !arguments.random))

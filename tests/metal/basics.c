@@ -242,6 +242,41 @@ void basics_check_codes(void)
     }
 }
 
+/* With one key, O is its V; o_low is 0, of infinities too, where the difference would be NaN. */
+void basics_check_overflow(void)
+{
+    enum { ROWS = 9, COLUMNS = 24 };
+    for (int32_t dtype = MFA_F16; dtype <= MFA_BF16; dtype++) {
+        const double largest = dtype == MFA_F16 ? 65504 : 0x1.fep127;
+        const double numbers[] = {INFINITY, -INFINITY, largest, -largest, 1.25, 0};
+        mfa_problem problem;
+        struct inputs inputs;
+        struct operands operands;
+        struct reference forward = {0};
+        struct metal_trace trace;
+        int wrong = 0;
+        mfa_problem_init(&problem, 1, 1, 1, ROWS, 1, COLUMNS, COLUMNS);
+        problem.dtype = dtype;
+        mfa_problem_make_dense(&problem);
+        inputs_open(&inputs, &problem, (struct variant){0}, 1, "overflow");
+        for (int c = 0; c < COLUMNS; c++)
+            inputs.values[REFERENCE_V][c] = numbers[c % 6];
+        operands_open(&operands, &inputs, DENSE, OUTPUT(O) | OUTPUT(O_LOW));
+        const int good = metal_run(&operands, (struct metal_target){.family = 7}, 0, &trace) == MFA_OK;
+        operands_collect(&operands, &forward);
+        for (int n = 0; n < ROWS * COLUMNS && good; n++)
+            wrong += !(forward.O[n] == numbers[n % COLUMNS % 6] && forward.O_low[n] == 0);
+        if (good && wrong == 0)
+            report_pass();
+        else
+            report_fail("of O and o_low where %s overflows, %d are wrong%s", dtype == MFA_F16 ? "f16" : "bf16", wrong,
+                        good ? "" : ": nothing ran");
+        reference_close(&forward);
+        operands_close(&operands);
+        inputs_close(&inputs);
+    }
+}
+
 enum { DROPOUT_LENGTH = 256, DROPOUT_COLUMNS = 16 };
 
 /* Sums of powers of two show whose terms they have: column c of a row of V, or dO, is 2^n in row 16 c + n, else 0, and

@@ -16,6 +16,9 @@ void basics_check_lowest_mask(void);
 /* Sinks far larger than a float's digits: their gradient has the difference of the sink and L, which is small. */
 void basics_check_large_sinks(void);
 
+/* Infinities in O, and the largest finite numbers, whose o_low is 0. */
+void basics_check_overflow(void);
+
 /* Every code of K and V is the number that it stands for; NaN and infinities, too. */
 void basics_check_codes(void);
 

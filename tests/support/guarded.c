@@ -1,6 +1,7 @@
 /* Guarded memory by mmap and mprotect, and a signal handler that reports which memory an access hit. */
 #include "support/guarded.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -13,7 +14,8 @@
 
 enum { MAX_MEMORIES = 64, MAX_FREE = 64, MAX_FREE_SIZE = 1 << 22 };
 
-static struct guarded known[MAX_MEMORIES]; /* a fault is looked up here; the handler only reads */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of what is known and what is closed */
+static struct guarded known[MAX_MEMORIES];               /* a fault is looked up here; the handler only reads */
 static const char *testing = "nothing yet";
 
 size_t guarded_page(void)
@@ -76,24 +78,28 @@ void guarded_open(struct guarded *memory, const char *name, size_t size, size_t 
     memory->name = name;
     memory->size = size;
     memory->mapped = inside + 2 * page;
-    memory->mapping = map(memory->mapped);
     size_t before = placement == GUARDED_END ? (inside - size) / alignment * alignment : 0;
+    pthread_mutex_lock(&lock);
+    memory->mapping = map(memory->mapped);
     memory->bytes = memory->mapping + page + before;
-    memset(memory->mapping + page, filler, inside);
     for (int slot = 0; slot < MAX_MEMORIES; slot++)
         if (!known[slot].mapping) {
             known[slot] = *memory;
             break;
         }
+    pthread_mutex_unlock(&lock);
+    memset(memory->mapping + page, filler, inside);
 }
 
 void guarded_close(struct guarded *memory)
 {
+    pthread_mutex_lock(&lock);
     for (int slot = 0; slot < MAX_MEMORIES; slot++)
         if (memory->mapping && known[slot].mapping == memory->mapping)
             known[slot].mapping = NULL;
     if (memory->mapping)
         unmap(memory->mapping, memory->mapped);
+    pthread_mutex_unlock(&lock);
     memory->mapping = NULL;
 }
 

@@ -2,10 +2,11 @@
 #include "support/report.h"
 
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 
 static uint64_t the_seed;
-static long long passed, failed;
+static atomic_llong passed, failed;
 static FILE *bits;
 
 void report_begin(const char *program, uint64_t seed)
