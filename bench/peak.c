@@ -42,6 +42,11 @@ EXPORT double mfa_peak_tiles_gflops(int threads, double milliseconds);
 EXPORT double mfa_peak_read_gbytes(const void *first, size_t first_bytes, const void *second, size_t second_bytes,
                                    int threads);
 
+/* Starts threads that do nothing, without a pause, as those of another library's pool do while they wait for work; and
+ * ends them. Returns how many were started. Not for several callers at once. */
+EXPORT int mfa_peak_begin_spinning(int threads);
+EXPORT void mfa_peak_end_spinning(void);
+
 enum { MAX_THREADS = 1024, STEPS = 4096, CHUNK = 1 << 18 };
 
 struct probe {
@@ -282,4 +287,31 @@ double mfa_peak_read_gbytes(const void *first, size_t first_bytes, const void *s
         longest = workers[n].elapsed > longest ? workers[n].elapsed : longest;
     }
     return longest > 0 ? 1e-9 * done / longest : 0;
+}
+
+static atomic_int spinning;
+static pthread_t spinners[MAX_THREADS];
+static int spinner_count;
+
+static void *spin(void *argument)
+{
+    while (atomic_load_explicit(&spinning, memory_order_relaxed))
+        ;
+    return argument;
+}
+
+int mfa_peak_begin_spinning(int threads)
+{
+    atomic_store(&spinning, 1);
+    while (spinner_count < threads && spinner_count < MAX_THREADS &&
+           !pthread_create(&spinners[spinner_count], NULL, spin, NULL))
+        spinner_count++;
+    return spinner_count;
+}
+
+void mfa_peak_end_spinning(void)
+{
+    atomic_store(&spinning, 0);
+    while (spinner_count > 0)
+        pthread_join(spinners[--spinner_count], NULL);
 }

@@ -10,6 +10,7 @@ result is compared with the reference in double before it is timed; the exit sta
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -31,16 +32,18 @@ from measure import (
     in_process,
     kernel,
     machine,
+    peak_library,
     probe,
     versions,
 )
 from problems import Operands, Problem
 
 TURN_SECONDS = 0.02
+SPINNING_SECONDS = 0.3  # of a turn beside threads that spin: many slices of the scheduler
 OTHER_SIZE = 1024  # of the matrix product that stands for the rest of a model
 PLAIN = "f32 b1 h8 q2048 kv2048 d64"
 VISIBLE = 0.9  # of a random mask, which excludes no whole tile of the scores
-OPTION, MASK, WINDOW, HEAD_SIZE, THREADS = 1.3, 1.2, 1.3, 1 / 0.9, 1 / 0.97
+OPTION, MASK, WINDOW, HEAD_SIZE, THREADS, SPINNING = 1.3, 1.2, 1.3, 1 / 0.9, 1 / 0.97, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Side:
     threads: int | None = None  # None: as many as the run has
     scattered: bool = False  # with a random bool mask; masked scores count as useful
     after_other: bool = False  # each run follows another operation of PyTorch's
+    spinning: bool = False  # beside as many threads as there are processors, which do nothing without a pause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,8 @@ def relations():
             add(f"{dtype}, one head beside eight", Side(eight.text.replace("h8", "h1")), eight, THREADS)
         model = Side(f"{passes} f32 b1 h8 q1024 kv1024 d64")
         add("after a product of PyTorch's", dataclasses.replace(model, after_other=True), model, THREADS)
+        small = Side(f"{passes} f32 b1 h8 q128 kv128 d64 causal")
+        add("beside threads that spin", dataclasses.replace(small, spinning=True), small, SPINNING)
         for head_dim, next_dim in ((40, 48), (111, 112)):
             sides = [Side(f"{passes} f32 b1 h8 q1024 kv1024 d{size}") for size in (head_dim, next_dim)]
             add(f"head_dim {head_dim} beside {next_dim}", *sides, HEAD_SIZE)
@@ -109,7 +115,8 @@ class Runner:
         (self.bound, *_) = bounds_of(problem, kernel(problem, operands), operands)
         x, w = torch.randn(OTHER_SIZE, OTHER_SIZE), torch.randn(OTHER_SIZE, OTHER_SIZE)
         self.other = (lambda: F.linear(x, w)) if side.after_other else (lambda: None)
-        self.repeats = max(1, round(TURN_SECONDS / self.seconds(1)))
+        turn = SPINNING_SECONDS if side.spinning else TURN_SECONDS
+        self.repeats = max(1, round(turn / self.timed(1)))
 
     def begin(self):
         """Sets the number of threads, and runs once to start them."""
@@ -117,8 +124,18 @@ class Runner:
             torch.set_num_threads(self.threads)
         self.call.run()
 
-    def seconds(self, repeats):
+    def seconds(self):
+        """Of a run, in one turn."""
         time.sleep(SETTLE_SECONDS)
+        if not self.side.spinning:
+            return self.timed(self.repeats)
+        peak_library().mfa_peak_begin_spinning(os.cpu_count())
+        try:
+            return self.timed(self.repeats)
+        finally:
+            peak_library().mfa_peak_end_spinning()
+
+    def timed(self, repeats):
         total = 0.0
         for _ in range(repeats):
             self.other()
@@ -131,7 +148,7 @@ class Runner:
         """The share of the machine's peak, in one turn."""
         self.begin()
         before = probe([self.bound])
-        taken = self.seconds(self.repeats)
+        taken = self.seconds()
         after = probe([self.bound])
         return self.bound.work / taken / max(before["peak"], after["peak"])
 

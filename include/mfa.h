@@ -232,7 +232,8 @@ typedef struct mfa_context_options {
     const char *isa;       /* CPU: highest instruction set to use, a name as of mfa_isa_name(). NULL: the environment's
                               MFA_ISA, else the best of this machine */
     const char *cache;     /* folder for compiled kernels. NULL: MFA_CACHE, else the user's cache folder */
-    mfa_parallel_for host; /* the host's thread pool; NULL: the library's own */
+    mfa_parallel_for host; /* the host's thread pool; NULL: the library's own, which also runs while others' threads
+                              keep the host's from ending runs in time */
 } mfa_context_options;
 
 /* Compiles `count` texts, files in the device's language, into the file `library`, which serves any device;

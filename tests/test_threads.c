@@ -473,6 +473,54 @@ static void test_host_pools(void **state)
     mfa_cpu_threads_close(threads);
 }
 
+static const struct timespec late = {0, 3000000}; /* nanoseconds */
+static int is_late;
+
+static int32_t late_host(int64_t begin, int64_t end, int64_t grain,
+                         void (*worker)(int64_t begin, int64_t end, void *argument), void *argument)
+{
+    const int32_t status = counting_host(begin, end, grain, worker, argument);
+    if (is_late)
+        nanosleep(&late, NULL);
+    return status;
+}
+
+/* Runs until the host is called, for at most five seconds, which must be after `milliseconds`. */
+static void run_until_host_is_called(mfa_cpu_threads *threads, double milliseconds)
+{
+    static struct record record;
+    const int calls = host_calls;
+    struct timespec begin_time, time;
+    double passed = 0;
+    clock_gettime(CLOCK_MONOTONIC, &begin_time);
+    while (host_calls == calls && passed < 5000) {
+        begin(&record, 2);
+        mfa_cpu_threads_run(threads, 2, 10, note, &record);
+        check(&record, 10);
+        clock_gettime(CLOCK_MONOTONIC, &time);
+        passed = (double)(time.tv_sec - begin_time.tv_sec) * 1e3 + (double)(time.tv_nsec - begin_time.tv_nsec) / 1e6;
+    }
+    assert_int_equal(host_calls, calls + 1);
+    assert_true(passed >= milliseconds);
+}
+
+/* A host that ends two runs milliseconds after their last task is left alone for a tenth of a second, then tried, and
+ * left alone for twice as long if it is late again; one that is in time gets every run. */
+static void test_late_host(void **state)
+{
+    (void)state;
+    mfa_cpu_threads *threads = open_threads(late_host);
+    host_calls = 0, is_late = 1;
+    run_until_host_is_called(threads, 0);
+    run_until_host_is_called(threads, 0);
+    run_until_host_is_called(threads, 90);
+    run_until_host_is_called(threads, 190);
+    is_late = 0;
+    run_until_host_is_called(threads, 390);
+    run_until_host_is_called(threads, 0);
+    mfa_cpu_threads_close(threads);
+}
+
 static void test_available(void **state)
 {
     (void)state;
@@ -501,7 +549,8 @@ int main(void)
         cmocka_unit_test(test_threads_run_at_once), cmocka_unit_test(test_nested_is_serial),
         cmocka_unit_test(test_concurrent_callers),  cmocka_unit_test(test_forked_child),
         cmocka_unit_test(test_pool_in_use),         cmocka_unit_test(test_nested_spares_the_host),
-        cmocka_unit_test(test_host_pools),          cmocka_unit_test(test_available),
+        cmocka_unit_test(test_host_pools),          cmocka_unit_test(test_late_host),
+        cmocka_unit_test(test_available),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

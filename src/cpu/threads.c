@@ -27,7 +27,11 @@
 #include <sched.h>
 #endif
 
-#define SPIN_NANOSECONDS 30000                /* a wait of this length costs about as much as sleeping */
+#define SPIN_NANOSECONDS 30000  /* a wait of this length costs about as much as sleeping */
+#define LATE_NANOSECONDS 300000 /* more than a host's pool takes to end a run, less than a scheduler's slice */
+#define LATE_AGAIN 100000000    /* two late runs within this time are no accident */
+#define OWN_MIN 100000000       /* for so long runs are on our own pool then, at first */
+#define OWN_MAX 1600000000      /* and at most */
 #define MAX_WORKERS (MFA_CPU_THREADS_MAX - 1) /* beside the caller */
 
 /* The run word: 32 bits of run number, 16 of tickets left, 16 of active workers. */
@@ -60,8 +64,19 @@ struct pool {
     int started, capacity; /* running workers; length of the array */
 };
 
+/* A host's pool may wait for each of its threads before a run ends, although no task is left: OpenMP's does. Where the
+ * threads of others keep the cores busy, such a thread comes a scheduler's slice late, some milliseconds, to a run that
+ * takes a tenth of one. Our pool waits for nobody who has not begun. So a host that is late twice is left alone for a
+ * time, which is doubled if it is late when it is tried again. */
+struct lateness {
+    _Atomic int64_t own_until; /* until then runs are on our own pool; 0: since no host was late */
+    _Atomic int64_t own_for;   /* the length of that time */
+    _Atomic int64_t last;      /* when the host was late last */
+};
+
 struct mfa_cpu_threads {
     mfa_parallel_for host;
+    struct lateness lateness; /* of the host */
     _Atomic(struct pool *) pool;
 };
 
@@ -271,7 +286,8 @@ static void run_on_pool(mfa_cpu_threads *threads, struct run *run, int workers)
 struct hosted {
     struct run *run;
     int workers;
-    atomic_int joined; /* workers so far */
+    atomic_int joined;        /* workers so far */
+    _Atomic int64_t finished; /* when a worker has found no task left, the last time */
 };
 
 /* Each index of the host's range is one of our workers. */
@@ -280,16 +296,45 @@ static void work_on_host(int64_t begin, int64_t end, void *argument)
     struct hosted *hosted = argument;
     for (int64_t i = begin; i < end; i++) {
         const int worker = atomic_fetch_add(&hosted->joined, 1);
-        if (worker < hosted->workers)
+        if (worker < hosted->workers && atomic_load(&hosted->run->next) < hosted->run->tasks) {
             work(hosted->run, worker);
+            atomic_store(&hosted->finished, now());
+        }
     }
 }
 
-static void run_on_host(mfa_parallel_for host, struct run *run, int workers)
+static int is_left_alone(struct lateness *lateness)
 {
-    struct hosted hosted = {run, workers, 0};
-    (void)host(0, workers, 1, work_on_host, &hosted);
+    const int64_t until = atomic_load_explicit(&lateness->own_until, memory_order_relaxed);
+    return until != 0 && now() < until;
+}
+
+/* Takes note of how late the host was at `time`, in nanoseconds. Callers at once may overwrite each other's notes. */
+static void note_lateness(struct lateness *lateness, int64_t late, int64_t time)
+{
+    const int64_t until = atomic_load(&lateness->own_until);
+    if (late < LATE_NANOSECONDS) {
+        if (until)
+            atomic_store(&lateness->own_until, 0);
+        return;
+    }
+    const int64_t last = atomic_exchange(&lateness->last, time);
+    if (!until && (last == 0 || time - last > LATE_AGAIN))
+        return;
+    const int64_t before = atomic_load(&lateness->own_for);
+    const int64_t length = !until ? OWN_MIN : before < OWN_MAX ? 2 * before : OWN_MAX;
+    atomic_store(&lateness->own_for, length);
+    atomic_store(&lateness->own_until, time + length);
+}
+
+static void run_on_host(mfa_cpu_threads *threads, struct run *run, int workers)
+{
+    struct hosted hosted = {.run = run, .workers = workers};
+    const int32_t status = threads->host(0, workers, 1, work_on_host, &hosted);
+    const int64_t time = now(), finished = atomic_load(&hosted.finished);
     work_on_host(0, 1, &hosted); /* what the host has left: nothing, unless it failed */
+    if (status == 0 && finished)
+        note_lateness(&threads->lateness, time - finished, time);
 }
 
 void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, mfa_cpu_task task, void *call)
@@ -300,8 +345,8 @@ void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, m
         workers = (int)tasks;
     if (workers <= 1 || within_task)
         work(&run, 0);
-    else if (threads->host)
-        run_on_host(threads->host, &run, workers);
+    else if (threads->host && !is_left_alone(&threads->lateness))
+        run_on_host(threads, &run, workers);
     else
         run_on_pool(threads, &run, workers);
 }
