@@ -207,6 +207,8 @@ void reference_tolerance(const mfa_problem *problem, const mfa_buffers *buffers,
     tolerance->O = allow(p, REFERENCE_O, truth->O, n.results.O, floor_factor(p->dtype) * n.O_off);
     tolerance->O_low = allow_low(p, truth->O, floor_factor(p->dtype) * n.O_off);
     tolerance->O_low_of_rounded_P = fmax(2 * n.rounded_P_off, tolerance->O_low);
+    tolerance->O_of_rounded_P =
+        allow(p, REFERENCE_O, truth->O, n.results.O, fmax(2 * n.rounded_P_off, floor_factor(p->dtype) * n.O_off));
     tolerance->L = allow(p, REFERENCE_L, truth->L, n.results.L, floor_factor(p->dtype) * n.L_off);
     tolerance->dQ = allow(p, REFERENCE_dQ, truth->dQ, n.results.dQ, floor_factor(p->dtype) * n.dQ_off * scale);
     tolerance->dK = allow(p, REFERENCE_dK, truth->dK, n.results.dK, floor_factor(p->dtype) * n.dK_off * scale);
@@ -231,5 +233,5 @@ void reference_tolerance_of_rounded_P(const mfa_problem *problem, const mfa_buff
     if (problem->out_type == MFA_OUT_SAME)
         return;
     reference_tolerance(problem, buffers, truth, &exact);
-    tolerance->O = fmax(exact.O, exact.O_low_of_rounded_P);
+    tolerance->O_of_rounded_P = exact.O_of_rounded_P;
 }

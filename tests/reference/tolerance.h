@@ -38,15 +38,17 @@
  * in a sum of n terms each counts sqrt(n) times: the root of the sum of squares is then no less than their sum.
  *
  * o + o_low is O before it was rounded. Its tolerance is the floor alone, with the rounding of o_low in place of an
- * ulp. Kernels that multiply bf16 round P to the dtype: they may also be off by twice the change that this makes to O.
- * The P of a row have a factor that differs between kernels, 1 / l or exp(m - L). Where many P are nearly equal, all of
- * them are rounded up with one such factor and down with another: so the largest error with four factors counts.
+ * ulp. Kernels that multiply bf16 round P to the dtype: o + o_low may also be off by twice the change that this makes,
+ * and O by an ulp more, since naive attention's own change may happen to be small where O has few elements. The P of a
+ * row have a factor that differs between kernels, 1 / l or exp(m - L). Where many P are nearly equal, all of them are
+ * rounded up with one such factor and down with another: so the largest change with four factors counts.
  *
  * With outputs in f32 of operands in f16 or bf16 (out_type), naive attention rounds neither results nor P and dS, and
  * an ulp is that of f32: an output that had been rounded to the dtype would be far off. Of kernels that multiply bf16,
  * gradients have the tolerance of outputs in bf16, and O that of o + o_low. */
 struct tolerance {
     double O, L, dQ, dK, dV, dbias, dsinks;
+    double O_of_rounded_P;            /* of kernels that multiply bf16 */
     double O_low, O_low_of_rounded_P; /* of o + o_low */
 };
 

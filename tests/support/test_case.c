@@ -69,11 +69,14 @@ const char *test_case_describe(const struct test_case *s, const char *format, ..
 double test_case_tolerance(const struct test_case *s, enum reference_tensor tensor)
 {
     const struct tolerance *t = s->rounds_P ? &s->of_rounded_P : &s->tolerance;
-    const double tolerances[REFERENCE_TENSORS] = {
-        [REFERENCE_O] = t->O,           [REFERENCE_L] = t->L,
-        [REFERENCE_dQ] = t->dQ,         [REFERENCE_dK] = t->dK,
-        [REFERENCE_dV] = t->dV,         [REFERENCE_DBIAS] = t->dbias,
-        [REFERENCE_DSINKS] = t->dsinks, [REFERENCE_O_LOW] = s->rounds_P ? t->O_low_of_rounded_P : t->O_low};
+    const double tolerances[REFERENCE_TENSORS] = {[REFERENCE_O] = s->rounds_P ? t->O_of_rounded_P : t->O,
+                                                  [REFERENCE_L] = t->L,
+                                                  [REFERENCE_dQ] = t->dQ,
+                                                  [REFERENCE_dK] = t->dK,
+                                                  [REFERENCE_dV] = t->dV,
+                                                  [REFERENCE_DBIAS] = t->dbias,
+                                                  [REFERENCE_DSINKS] = t->dsinks,
+                                                  [REFERENCE_O_LOW] = s->rounds_P ? t->O_low_of_rounded_P : t->O_low};
     return tolerances[tensor];
 }
 

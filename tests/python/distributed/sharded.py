@@ -3,6 +3,7 @@
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.torch_version import TorchVersion
 
 from mps_flash_attn import sdpa_thresholds
 
@@ -28,11 +29,12 @@ def drawn(*shapes, dtype=torch.float64):
 
 
 def distribute(tensors, mesh, *placements):
-    """The tensors as DTensors, as leaves; no messages are exchanged."""
+    """The tensors as DTensors, as leaves; no messages are exchanged from PyTorch 2.7 on."""
     if len(placements) == 1:
         placements = placements * len(tensors)
+    options = {"src_data_rank": None} if TorchVersion(torch.__version__) >= "2.7" else {}
     return [
-        distribute_tensor(one.detach(), mesh, place, src_data_rank=None).requires_grad_(one.requires_grad)
+        distribute_tensor(one.detach(), mesh, place, **options).requires_grad_(one.requires_grad)
         for one, place in zip(tensors, placements, strict=True)
     ]
 
