@@ -53,10 +53,25 @@ def attention(
     given = _all_dtensors(_INPUTS, operands)
     sharding = _shard_sdpa(given, dropout_p, is_causal, enable_gqa)
     q, k, v, mask = _shards(sharding, given)
-    out = dispatch.attend(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if mask is not None and mask.requires_grad and not out.numel():  # PyTorch overlooks its gradient there, for which
-        out = out + 0 * mask.sum()  # other ranks wait
+    batch, heads = _batch_and_heads((q.shape, k.shape, v.shape), enable_gqa)
+    shape = (*batch, *heads, q.shape[ROWS], v.shape[-1])
+    if 0 in shape:
+        out = _without_elements(shape, q, k, v, mask)
+    else:
+        out = dispatch.attend(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     return _result(out, sharding, given)
+
+
+def _without_elements(shape: Sequence[int], query: Tensor, *others: Tensor | None) -> Tensor:
+    """A result without elements, whose operands have gradients of zeros, for which other ranks may wait. PyTorch's
+    kernels, which run such calls of plain tensors, give some none, and others unusual strides, at which autograd
+    replicates a DTensor by messages that other ranks do not expect. Without heads those of 2.9 end the process."""
+    out = query.new_zeros(shape)
+    for one in (query, *others):
+        if one is not None and one.requires_grad:
+            one.register_hook(lambda gradient: gradient.new_zeros(gradient.shape))
+            out = out + 0 * one.sum()
+    return out
 
 
 def _shard_sdpa(
@@ -89,11 +104,17 @@ def _sizes(
     fitting = [(*(max(size, 1) for size in one[:-1]), min(max(one[-1], 1), shapes.HEAD_DIM_MAX)) for one in given]
     of_mask = None if mask is None else tuple(max(size, 1) for size in mask)
     reason = shapes.check_support(fitting[0], fitting[1], fitting[2], of_mask, is_causal, enable_gqa).reason
-    batch = shapes.broadcast(*(one[:HEADS] for one in given))
-    heads = shapes.broadcast(*(one[HEADS:ROWS] for one in (given[:1] if enable_gqa else given)))
+    batch, heads = _batch_and_heads(given, enable_gqa)
     if reason is not None or batch is None or heads is None:
         named = ", ".join(f"{name} {tuple(one)}" for name, one in zip(_INPUTS, (*given, mask)) if one is not None)
         raise ValueError(f"scaled_dot_product_attention does not take these DTensors ({reason or 'shapes'}): {named}")
+    return batch, heads
+
+
+def _batch_and_heads(given: Sequence[Sequence[int]], enable_gqa: bool) -> tuple[Any, Any]:
+    """The sizes before the rows of a result, of the shapes of query, key and value; None where these do not fit."""
+    batch = shapes.broadcast(*(one[:HEADS] for one in given))
+    heads = shapes.broadcast(*(one[HEADS:ROWS] for one in (given[:1] if enable_gqa else given)))
     return batch, heads
 
 

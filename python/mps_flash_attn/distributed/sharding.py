@@ -140,6 +140,8 @@ def local(tensor: Any, operand: Operand) -> Any:
     if tensor is None:
         return None
     if tensor.placements != operand.placements:
+        if not torch.is_grad_enabled():  # PyTorch 2.9 would detach the result in place, which DTensors cannot
+            tensor = tensor.detach()
         tensor = tensor.redistribute(placements=operand.placements)
     shard = tensor.to_local(grad_placements=operand.grad_placements)
     if hasattr(shard, "trigger_wait"):  # an AsyncCollectiveTensor, of a redistribution that is under way
