@@ -1,4 +1,4 @@
-/* How a library comes to be: text -> what binds its kernels -> clang -> a shared object in the cache. */
+/* How a library comes to be: text -> what binds its kernels -> clang -> ld -> a shared object in the cache. */
 #define _GNU_SOURCE
 #include "library.h"
 
@@ -20,9 +20,11 @@
 #include "parameters.h"
 
 #if defined(__x86_64__)
-#define TARGET "--target=x86_64-linux-gnu", "-march=x86-64-v3"
+#define MACHINE "x86_64-linux-gnu"
+#define TARGET "--target=" MACHINE, "-march=x86-64-v3"
 #elif defined(__aarch64__)
-#define TARGET "--target=aarch64-linux-gnu"
+#define MACHINE "aarch64-linux-gnu"
+#define TARGET "--target=" MACHINE, "-mno-outline-atomics" /* which are in libgcc */
 #endif
 
 /* The compiler: the build says METALSIM_CLANG, and the environment may name another that takes the same options. */
@@ -38,10 +40,10 @@ static const char *compiler(void)
 /* No call of a barrier may come to depend on more conditions than in the text, nor be a jump that returns to the
  * caller's caller: threads that are together must see one and the same. Uninitialised variables hold a pattern, of
  * floats a NaN. */
-#define GENERATE                                                                                             \
-    "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",            \
-        "-fno-strict-aliasing", "-fconvergent-functions", "-fno-optimize-sibling-calls", "-ffp-contract=on", \
-        "-ftrivial-auto-var-init=pattern", "-Xclang", "-cl-single-precision-constant", "-gdwarf-4",          \
+#define GENERATE                                                                                                     \
+    "-c", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-strict-aliasing", \
+        "-fconvergent-functions", "-fno-optimize-sibling-calls", "-ffp-contract=on",                                 \
+        "-ftrivial-auto-var-init=pattern", "-Xclang", "-cl-single-precision-constant", "-gdwarf-4",                  \
         "-gline-tables-only", "-fdebug-compilation-dir=."
 
 static const char *const plain_options[] = {"-O2", NULL};
@@ -53,7 +55,6 @@ static const char *const checked_options[] = {
     "-fno-slp-vectorize",
     "-fsanitize=thread",
     "-fsanitize=alignment,bounds,float-cast-overflow,integer-divide-by-zero,null,shift,signed-integer-overflow",
-    "-fno-sanitize-link-runtime",
     "-mllvm",
     "-tsan-instrument-func-entry-exit=0",
     "-mllvm",
@@ -139,21 +140,41 @@ static metalsim_status bind(const char *path, struct metalsim_text *code)
     return status;
 }
 
-static metalsim_status compile(const char *path, struct words *words, const char *object)
+/* Runs a command that is to make a file. */
+static metalsim_status run(const struct words *words, const char *what)
 {
-    static atomic_uint drafts;
-    char draft[MFA_FILE_PATH + 32];
-    snprintf(draft, sizeof draft, "%s.%ld.%u", object, (long)getpid(), atomic_fetch_add(&drafts, 1));
-    add_words(words, (const char *const[]){path, "-o", draft, "-lm", NULL});
     struct metalsim_text output = {0}, errors = {0};
     metalsim_status status = METALSIM_OK;
     if (metalsim_command_run(words->list, &output, &errors))
-        status = metalsim_fail(METALSIM_COMPILE_FAILED, "%s", errors.bytes ? errors.bytes : "the compiler failed");
-    else if (rename(draft, object))
-        status = metalsim_fail(METALSIM_COMPILE_FAILED, "the library could not be written to %s", object);
-    unlink(draft);
+        status = metalsim_fail(METALSIM_COMPILE_FAILED, "%s", errors.bytes ? errors.bytes : what);
     free(output.bytes);
     free(errors.bytes);
+    return status;
+}
+
+/* The compiler as a driver of both would start two more processes, which take as long as a small kernel to compile. So
+ * only the runtime library of profiles is left to it. */
+static metalsim_status compile(const char *path, struct words *words, unsigned build, const char *object)
+{
+    static atomic_uint drafts;
+    const unsigned draft = atomic_fetch_add(&drafts, 1);
+    char unlinked[MFA_FILE_PATH + 32], linked[MFA_FILE_PATH + 32];
+    snprintf(unlinked, sizeof unlinked, "%s.%ld.%u.o", object, (long)getpid(), draft);
+    snprintf(linked, sizeof linked, "%s.%ld.%u", object, (long)getpid(), draft);
+    struct words link = {0};
+    if (build & METALSIM_COVERAGE)
+        add_words(&link, (const char *const[]){compiler(), TARGET, "-fprofile-instr-generate", NULL});
+    else
+        add_words(&link, (const char *const[]){MACHINE "-ld", NULL});
+    add_words(&link, (const char *const[]){"-shared", unlinked, "-o", linked, "-lm", NULL});
+    add_words(words, (const char *const[]){path, "-o", unlinked, NULL});
+    metalsim_status status = run(words, "the compiler failed");
+    if (status == METALSIM_OK)
+        status = run(&link, "the linker failed");
+    if (status == METALSIM_OK && rename(linked, object))
+        status = metalsim_fail(METALSIM_COMPILE_FAILED, "the library could not be written to %s", object);
+    unlink(unlinked);
+    unlink(linked);
     return status;
 }
 
@@ -185,7 +206,7 @@ static metalsim_status make(const struct metalsim_text *text, const char *cache,
         snprintf(unit, sizeof unit, "%s/%016" PRIx64 ".cpp", cache, hash);
         status =
             mfa_file_write(unit, all.bytes, all.length)
-                ? compile(unit, &words, object)
+                ? compile(unit, &words, build, object)
                 : metalsim_fail(METALSIM_REFUSED, "cache is \"%s\"; it must be a folder that can be written", cache);
         free(all.bytes);
     }

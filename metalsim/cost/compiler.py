@@ -91,19 +91,18 @@ def with_counters(code: str, kernel: str, symbol: str) -> str:
 
 
 def compile_counted(words: list[str], unit: pathlib.Path, kernel: str) -> None:
-    """`words` are metalsim's: they end with the text, -o, the shared object and -lm."""
+    """`words` are metalsim's: they end with the text, -o and the object."""
     files = {suffix: str(unit.with_suffix(suffix)) for suffix in (".ll", ".native.o", ".counted.o")}
     begin = words.index("-x")
     code = optimised(unit.with_suffix(".metal"), kernel, words[begin : words.index("-w", begin) + 1])
     pathlib.Path(files[".ll"]).write_text(code)
-    options = [word for word in words[:-4] if word != "-shared"]
-    clang(*options, f'-DMETALSIM_CODE="{files[".ll"]}"', "-c", str(unit), "-o", files[".native.o"])
+    clang(*words[:-3], f'-DMETALSIM_CODE="{files[".ll"]}"', str(unit), "-o", files[".native.o"])
     symbols = subprocess.run(["nm", files[".native.o"]], check=True, capture_output=True, text=True).stdout
     found = re.search(rf" W (\S*{kernel}\S*)$", symbols, re.M)
     if not found:
         raise CompileError(f"{kernel} is not a weak symbol of its library\n")
     clang(*LOWER, "-c", "-o", files[".counted.o"], "-", text=with_counters(code, kernel, found[1]))
-    clang(words[0], "-shared", files[".native.o"], files[".counted.o"], *words[-3:])
+    clang(words[0], "-nostdlib", "-r", files[".native.o"], files[".counted.o"], *words[-2:])
 
 
 def main() -> int:
