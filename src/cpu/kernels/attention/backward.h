@@ -22,7 +22,7 @@
 #define RUN_UNIT (USE_AMX ? MASK_GRANULE : KEY_UNIT) /* in which keys that the map shows are visited */
 
 struct backward_scratch {
-    packed *rows;     /* of a panel of Q or dO */
+    packed *rows;     /* of a panel of Q or dO, or of the keys where KV_IN_PLACE is 0 */
     packed *Qt, *dOt; /* their transposes, right operands: [packs of dim][PANEL] */
     packed *Q, *dO;   /* of the block of queries, right operands: [packs of query][dim] */
     packed *K, *V;    /* left operands */
@@ -50,9 +50,10 @@ static uint64_t backward_arena(const struct mfa_cpu_call *call, char *base, stru
     int64_t d = padded(a->head_dim), e = padded(a->value_dim), n = round_up_keys(call->block_kv);
     int64_t q_block = call->panels * PANEL;
     int64_t d_packs = row_packs(a->head_dim), e_packs = row_packs(a->value_dim);
+    const int64_t rows = INTERLEAVED_IN_PLACE ? 0 : KV_IN_PLACE || n < PANEL ? PANEL : n;
     const int biased = has_bias(call);
     uint64_t used = 0;
-    s->rows = arena_alloc(base, &used, INTERLEAVED_IN_PLACE ? 0 : PANEL * (d_packs > e_packs ? d_packs : e_packs));
+    s->rows = arena_alloc(base, &used, rows * (d_packs > e_packs ? d_packs : e_packs));
     s->Qt = arena_alloc(base, &used, d_packs * PANEL);
     s->dOt = arena_alloc(base, &used, e_packs * PANEL);
     s->Q = arena_alloc(base, &used, q_block * d_packs);
@@ -114,9 +115,10 @@ static void load_keys(const struct mfa_cpu_call *call, const struct backward_scr
 {
     const struct kv_source K = k_source(call, keys->seq, keys->kv_head);
     const struct kv_source V = v_source(call, keys->seq, keys->kv_head, 0);
-    keys->K = kv_load(&K, keys->first, keys->n, 1, s->K);
-    keys->V = kv_load(&V, keys->first, keys->n, 1, s->V);
-    keys->packed_K = pack_at(keys->K, keys->n, K.columns, s->packed_K);
+    const struct kv_block rows = kv_load(&K, keys->first, keys->n, 1, KV_IN_PLACE ? s->K : s->rows);
+    keys->packed_K = pack_at(rows, keys->n, K.columns, s->packed_K);
+    keys->K = pack_a(rows, keys->n, K.columns, s->K);
+    keys->V = pack_a(kv_load(&V, keys->first, keys->n, 1, KV_IN_PLACE ? s->V : s->rows), keys->n, V.columns, s->V);
 }
 
 /* Q or dO of the block of queries as a right operand of dK += dS^T Q, dV += P^T dO; rows of the block. */

@@ -6,11 +6,10 @@
  * such vectors, those of even lanes and those of odd ones. */
 enum { DROPOUT_WIDES = sizeof(real) == 8 ? 1 : 2, DROPOUT_KEYS = MFA_PHILOX_KEYS };
 
-/* As many bits as a real, one a lane, and bits of keys in pairs. */
+/* As many bits as a real, one a lane. */
 typedef word word_vec __attribute__((vector_size(sizeof(vec))));
 typedef __typeof__(_Generic((real)0, double: (int64_t)0, float: (int32_t)0)) signed_vec
     __attribute__((vector_size(sizeof(vec))));
-typedef uint16_t half_vec __attribute__((vector_size(sizeof(vec))));
 
 /* What two rounds leave of a counter without its key / 8, which they mix in but do not multiply with the rest. */
 struct dropout_lanes {
@@ -122,10 +121,9 @@ static void drop_b(const struct dropout *d, int v, int64_t key, int64_t n, struc
     word_vec words[4];
     for (int64_t k = 0; k < n; k += 2) {
         const int64_t at = (key + k) % DROPOUT_KEYS;
-        real *row = b_from(P, k, 0).data;
         if (k == 0 || at == 0)
             dropout_words(d, v, (key + k) / DROPOUT_KEYS, words);
-        vec_store(row, (vec)((half_vec)vec_load(row) & (half_vec)((half_vec)words[at / 2] > most)));
+        mask_b_packs(P, k, (half_vec)((half_vec)words[at / 2] > most));
     }
 #endif
 }

@@ -12,7 +12,7 @@
  * 2^-SHRINK_BITS. */
 
 struct forward_scratch {
-    packed *Q, *K, *V, *packed_V, *P; /* K and V: as copied; P may be S */
+    packed *Q, *K, *V, *packed_K, *packed_V, *P; /* K and V: as copied; P may be S */
     real *rows, *S, *acc, *mask_rows, *bias;
 };
 
@@ -28,6 +28,7 @@ static uint64_t forward_arena(const struct mfa_cpu_call *call, char *base, struc
     s->S = arena_alloc(base, &used, n * PANEL);
     s->K = arena_alloc(base, &used, n * d);
     s->V = arena_alloc(base, &used, n * e);
+    s->packed_K = arena_alloc(base, &used, KV_IN_PLACE ? 0 : n * d);
     s->packed_V = arena_alloc(base, &used, INTERLEAVED_IN_PLACE ? 0 : n * e);
     s->P = P_IN_PLACE ? s->S : arena_alloc(base, &used, k_packs(n) * PANEL);
     s->acc = arena_alloc(base, &used, call->panels * accumulator_reals(a));
@@ -254,7 +255,8 @@ static void visit_keys(const struct mfa_cpu_call *call, const struct chunk *c, c
         !w->K.rows, w->packed_panels <= p, panel->any_high < w->key + w->n, c->splits == 1, p, c->panels,
         count,      w->next_block};
     if (!w->K.rows) {
-        w->K = kv_load(&w->sources[0], w->key, w->n, !a_fits_tiles(w->n, &a->k, a->head_dim), s->K);
+        w->K = pack_a(kv_load(&w->sources[0], w->key, w->n, !a_fits_tiles(w->n, &a->k, a->head_dim), s->K), w->n,
+                      a->head_dim, s->packed_K);
         w->V = pack_at(kv_load(&w->sources[1], w->key, w->n, !at_fits_vectors(a->value_dim), s->V), w->n, a->value_dim,
                        s->packed_V);
     }

@@ -1,12 +1,12 @@
 /* dS.h by multiply-adds. */
 
 /* P of a row of S and its bias: in P and, where packs are pairs, in the place of S. */
-static inline __attribute__((always_inline)) void exp_row(real *S, const real *bias, const real *L, packed *P)
+static inline __attribute__((always_inline)) void exp_row(real *S, const real *bias, const real *L, struct packed_a P)
 {
     for (int v = 0; v < PANEL_VECTORS; v++) {
         const int64_t at = v * LANES;
         vec p = probabilities(score_plus(vec_load(S + at), bias ? bias + at : NULL), 1, vec_load(L + at));
-        store_a(P + at / K_PACK, p);
+        store_a(a_from(P, 0, at).data, p);
         if (K_PACK > 1)
             vec_store(S + at, p);
     }
@@ -17,9 +17,9 @@ static inline __attribute__((always_inline)) void exp_row(real *S, const real *b
         vec_load(K_PACK > 1 ? S + (r) * PANEL + (v) * LANES : e.to.P.data + (r) * e.to.P.stride + (v) * LANES), \
         acc_##r##_##v, vec_load(e.D + (v) * LANES), NULL);                                                      \
     if (K_PACK > 1)                                                                                             \
-        store_a(e.to.dS.data + (r) * e.to.dS.stride + (v) * LANES / K_PACK, acc_##r##_##v);
+        store_a(a_from(e.to.dS, r, (v) * LANES).data, acc_##r##_##v);
 #define DS_ROW(r, V) UNROLL_VECTORS_##V(DS, r)
-#define DS_PAIR(even, odd)                                                          \
+#define DS_PAIR(even, odd, V)                                                       \
     store_b_pair(b_from(e.to.dS_b, 0, 0), even, acc_##even##_0, acc_##odd##_0);     \
     store_b_pair(b_from(e.to.dS_b, 0, LANES), even, acc_##even##_1, acc_##odd##_1); \
     store_b_pair(b_from(e.to.dS_b, 0, 2 * LANES), even, acc_##even##_2, acc_##odd##_2);
@@ -28,18 +28,20 @@ static inline __attribute__((always_inline)) void exp_row(real *S, const real *b
 static inline __attribute__((always_inline)) void dS_tile(struct kv_block V, struct packed_b dO, int64_t v, real *S,
                                                           struct dS_epilogue e)
 {
-    const struct strided_a A = {V.rows, V.stride, 1};
+    const struct strided_a A = a_of_packed(V.rows, V.stride);
     const struct packed_b B = {dO.data, PANEL};
     const packed *restrict a = A.data, *restrict b = B.data;
+    const int64_t steps = k_steps(v);
     int64_t t = 0;
     UNROLL_ROWS(TILE_ROWS_3, ACC_ZERO_ROW, PANEL_VECTORS)
     for (int64_t key = 0; key < TILE_ROWS_3; key++) {
-        exp_row(S + key * PANEL, e.bias ? e.bias + key * PANEL : NULL, e.L, e.to.P.data + key * e.to.P.stride);
-        const int64_t end = v * (key + 1) / TILE_ROWS_3;
+        exp_row(S + key * PANEL, e.bias ? e.bias + key * PANEL : NULL, e.L, a_from(e.to.P, key, 0));
+        const int64_t end = steps * (key + 1) / TILE_ROWS_3;
         ACCUMULATE(TILE_UNROLL, TILE_ROWS_3, PANEL_VECTORS, t, end, )
     }
+    SUMS_TO_ROWS(TILE_ROWS_3, PANEL_VECTORS)
     UNROLL_ROWS(TILE_ROWS_3, DS_ROW, PANEL_VECTORS)
-    UNROLL_PAIRS(TILE_ROWS_3, DS_PAIR)
+    UNROLL_PAIRS(TILE_ROWS_3, DS_PAIR, PANEL_VECTORS)
 }
 
 /* How many keys are done: whole tiles. */

@@ -14,7 +14,7 @@ static __attribute__((noinline)) void gemm_minus_m(int64_t rows, struct kv_block
 /* P of some rows of a vector of S, [row][PANEL]; its sums are added to l. The bias of reals is added before m is
  * subtracted, for S + bias is to be rounded as it is in backward. */
 static inline __attribute__((always_inline)) void exp_part(int64_t rows, const real *S, const real *bias, const real *m,
-                                                           real *l, packed *P)
+                                                           real *l, struct packed_b P)
 {
     vec reference = vec_load(m), sum = vec_load(l);
     for (int64_t k = 0; k < rows; k += 2) {
@@ -23,7 +23,7 @@ static inline __attribute__((always_inline)) void exp_part(int64_t rows, const r
         even = exp_of(K_PACK > 1 ? even : vec_sub(even, reference));
         odd = exp_of(K_PACK > 1 ? odd : vec_sub(odd, reference));
         sum = vec_add(sum, vec_add(even, odd));
-        store_b_pair((struct packed_b){P, PANEL}, k, even, odd);
+        store_b_pair(P, k, even, odd);
     }
     vec_store(l, sum);
 }

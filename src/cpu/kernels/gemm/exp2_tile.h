@@ -13,11 +13,13 @@ static inline __attribute__((always_inline)) void TILE(struct kv_block K, struct
                                                        real *restrict S, struct exp2_epilogue e,
                                                        struct prefetch_cursor *next)
 {
-    const struct strided_a A = {K.rows, K.stride, 1};
+    const struct strided_a A = a_of_packed(K.rows, K.stride);
     const struct packed_b B = {Q.data, PANEL};
     const packed *restrict a = A.data, *restrict b = B.data;
-    packed *restrict P = e.P.data;
+    packed *restrict p = e.P.data;
+    const struct packed_b P = {p, PANEL};
     real *restrict l = e.l;
+    const int64_t steps = k_steps(k);
     struct prefetch_cursor cursor = {.at = NULL};
     int64_t t = 0;
     if (next)
@@ -26,10 +28,11 @@ static inline __attribute__((always_inline)) void TILE(struct kv_block K, struct
     ALL_PARTS
     for (int64_t i = 0; i < ROWS * PANEL_VECTORS / PART; i++) {
         const int64_t lane = i / (ROWS / PART) * LANES, key = i % (ROWS / PART) * PART, at = key * PANEL + lane;
-        exp_part(PART, S + at, e.bias ? e.bias + at : NULL, e.m + lane, l + lane, P + key / K_PACK * PANEL + lane);
-        const int64_t end = k * (i + 1) / (ROWS * PANEL_VECTORS / PART);
-        ACCUMULATE(PART_UNROLL, ROWS, PANEL_VECTORS, t, end, if (next) prefetch_next(&cursor, ROWS))
+        exp_part(PART, S + at, e.bias ? e.bias + at : NULL, e.m + lane, l + lane, b_from(P, key, lane));
+        const int64_t end = steps * (i + 1) / (ROWS * PANEL_VECTORS / PART);
+        ACCUMULATE(PART_UNROLL, ROWS, PANEL_VECTORS, t, end, if (next) prefetch_next(&cursor, ROWS * K_STEP))
     }
+    SUMS_TO_ROWS(ROWS, PANEL_VECTORS)
     UNROLL_VECTORS(PANEL_VECTORS, MINUS_M, 0)
     UNROLL_ROWS(ROWS, STORE_S_ROW, PANEL_VECTORS)
     if (K_PACK == 1 && e.factor != 1)

@@ -8,6 +8,10 @@ static inline __attribute__((always_inline)) void COLUMN(int64_t rows, struct st
         TALL_TILE(A, B, C, k, mode, extra);
     for (; rows >= 4; rows -= 4, A.data += 4 * A.row, C.data += 4 * C.stride)
         TILE_4(A, B, C, k, mode, extra);
+#if USE_MMLA
+    for (; rows >= 2; rows -= 2, A.data += 2 * A.row, C.data += 2 * C.stride)
+        TILE_2(A, B, C, k, mode, extra);
+#endif
     for (; rows > 0; rows--, A.data += A.row, C.data += C.stride)
         TILE_1(A, B, C, k, mode, extra);
 }
@@ -16,4 +20,5 @@ static inline __attribute__((always_inline)) void COLUMN(int64_t rows, struct st
 #undef TALL_ROWS
 #undef TALL_TILE
 #undef TILE_4
+#undef TILE_2
 #undef TILE_1

@@ -17,14 +17,16 @@ static inline __attribute__((always_inline)) void TILE(struct strided_a A, struc
 {
     struct prefetch_cursor cursor = {.at = NULL};
     const packed *a = A.data, *b = B.data;
+    const int64_t steps = k_steps(k);
     int64_t t = 0;
     if (extra.cursor)
         cursor = *extra.cursor; /* a copy, which lives in registers */
     if (mode == GEMM_ADD) {
         UNROLL_ROWS(ROWS, FETCH_C_ROW, VECTORS)
     }
-    UNROLL_ROWS(ROWS, ACC_ZERO_ROW, VECTORS)
-    ACCUMULATE(TILE_UNROLL, ROWS, VECTORS, t, k, if (extra.cursor) prefetch_next(&cursor, ROWS))
+    UNROLL_ROWS(SUM_ROWS(ROWS), ACC_ZERO_ROW, VECTORS)
+    ACCUMULATE(TILE_UNROLL, ROWS, VECTORS, t, steps, if (extra.cursor) prefetch_next(&cursor, ROWS * K_STEP))
+    SUMS_TO_ROWS(ROWS, VECTORS)
     UNROLL_ROWS(ROWS, STORE_C_ROW, VECTORS)
     if (extra.cursor)
         *extra.cursor = cursor;

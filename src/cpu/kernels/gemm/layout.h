@@ -17,12 +17,24 @@
  * lie in micropanels of LANES columns, the rows of one next to each other: what a register loads is then 1 KiB in one
  * place, and what a product reads again spreads over all sets of the cache. Left operands lie likewise, in micropanels
  * of LANES packs, which end after PACKED_A_ROWS rows. Since registers read the left operand along its rows only, V^T
- * and K^T are packed as left operands. K and V in K Q^T and V dO^T are read where they lie. */
+ * and K^T are packed as left operands. K and V in K Q^T and V dO^T are read where they lie.
+ *
+ * With BFMMLA (USE_MMLA) products take K_STEP = 2 packs along k, of two rows of A and two columns of B. So the two
+ * packs of a row or a column lie side by side, and those of the next one after them:
+ *
+ *     right operands, and V^T, K^T    [k / 4][column][2 packs]
+ *     other left operands             [row / 2][k / 4][row % 2][2 packs]
+ *
+ * Packs beyond k are 0 in one operand and finite in the other here, too. */
 
 #ifndef K_PACK
 #define K_PACK 1
 #define vec_dot(a, b, sum) vec_fma(vec_set1(a), b, sum)
 #define vec_dots vec_fma
+#endif
+
+#ifndef USE_MMLA
+#define USE_MMLA 0
 #endif
 
 #ifndef USE_AMX
@@ -54,7 +66,9 @@ typedef real packed;
 
 enum {
     PACK_ELEMENTS = K_PACK,             /* numbers of a pack */
-    P_IN_PLACE = !USE_AMX,              /* forward: P may be written over the S that it is made from */
+    K_STEP = USE_MMLA ? 2 : 1,          /* packs along k that an instruction multiplies; but for tile registers */
+    KV_IN_PLACE = !USE_MMLA,            /* rows of K and V in memory are left operands as they lie */
+    P_IN_PLACE = !USE_AMX && !USE_MMLA, /* forward: P may be written over the S that it is made from */
     GRADIENTS_IN_PLACE = K_PACK == 1,   /* backward: S and dP may lie where P and dS will */
     INTERLEAVED_IN_PLACE = K_PACK == 1, /* row-major packs are k-interleaved ones, too */
     OPERANDS_AS_GIVEN = K_PACK > 1, /* Q and dO are multiplied as the caller gave them: factors come after products */
@@ -122,17 +136,22 @@ static inline int64_t packed_b_stride(int64_t packs, int64_t columns)
     return USE_AMX ? packs * LANES : columns;
 }
 
-/* Where a pack lies. It can be added to a position that begins PACKED_A_ROWS rows and a micropanel. */
+/* Where a pack lies. It can be added to a position that begins PACKED_A_ROWS rows and a micropanel, with BFMMLA two
+ * rows and two packs. */
 static inline int64_t packed_a_index(int64_t stride, int64_t row, int64_t pack)
 {
+    if (USE_MMLA)
+        return (row - row % 2) * stride + (pack / 2 * 2 + row % 2) * 2 + pack % 2;
     if (!USE_AMX)
         return row * stride + pack;
     return row / PACKED_A_ROWS * stride + (pack / LANES * PACKED_A_ROWS + row % PACKED_A_ROWS) * LANES + pack % LANES;
 }
 
-/* It can be added to a position that begins a micropanel. */
+/* It can be added to a position that begins a micropanel, with BFMMLA two packs. */
 static inline int64_t packed_b_index(int64_t stride, int64_t pack, int64_t column)
 {
+    if (USE_MMLA)
+        return (pack - pack % 2) * stride + column * 2 + pack % 2;
     return USE_AMX ? column / LANES * stride + pack * LANES + column % LANES : pack * stride + column;
 }
 
