@@ -87,6 +87,19 @@ def test_every_code(kind, q_len):
             assert torch.equal(raw(found), raw(flash_attention_kvcache(query, key, typed, v_scale=scale)))
 
 
+@pytest.mark.parametrize("heads", [1, 4, 8, 16])
+@pytest.mark.parametrize("exponent", [-110, 122])
+def test_scales_of_e4m3_near_the_ends(exponent, heads):
+    """What its numbers have in common, 2^8, is a factor of neither too large nor too small a number."""
+    numbers = torch.randn(1, 1, 70, 64).mul(0.1).to(torch.float8_e4m3fn)
+    value, scale = numbers.double() * 2.0**exponent, torch.tensor(2.0**exponent)
+    found = flash_attention_kvcache(
+        torch.zeros(1, heads, 1, 64), torch.zeros(1, 1, 70, 64), numbers, v_scale=scale, enable_gqa=True
+    )
+    expected = value.mean(2, keepdim=True).expand(1, heads, 1, 64) / 2.0**exponent
+    torch.testing.assert_close(found.double() / 2.0**exponent, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [0, 32, 64])
 @pytest.mark.parametrize("kind", TYPES)

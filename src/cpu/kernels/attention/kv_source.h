@@ -90,15 +90,20 @@ static inline int64_t kv_run(const struct kv_source *source, int64_t key, int64_
 static void kv_copy_codes(const struct kv_source *source, int64_t key, int64_t n, packed *copy, int64_t stride)
 {
 #if K_PACK == 1
+    static const float one = 1;
     const struct mfa_strides *s = source->strides, *of_scales = source->scale_strides;
-    const char *from = kv_row(source, key);
-    struct code_scales scales = {NULL, of_scales->column, source->group};
-    if (source->scales)
-        scales.at = (const float *)(const void *)kv_row_in(source, source->scales, sizeof(float), of_scales, key);
-    for (int64_t r = 0; r < n; r++) {
-        load_codes(copy + r * stride, from + r * s->row, source->dtype, s->column, source->columns, scales);
-        scales.at += scales.at ? of_scales->row : 0;
+    struct code_rows rows = {(const uint8_t *)kv_row(source, key),
+                             source->dtype,
+                             s->row,
+                             s->column,
+                             source->columns,
+                             {&one, 0, source->group},
+                             0};
+    if (source->scales) {
+        rows.scales.at = (const float *)(const void *)kv_row_in(source, source->scales, sizeof(float), of_scales, key);
+        rows.scales.stride = of_scales->column, rows.scales_row = of_scales->row;
     }
+    load_codes(copy, stride, rows, n);
 #else
     (void)source, (void)key, (void)n, (void)copy, (void)stride; /* sets of bf16 pairs get no codes (program.c) */
 #endif
@@ -141,8 +146,8 @@ static struct kv_block kv_load(const struct kv_source *source, int64_t key, int6
 static inline int widens_codes(const struct kv_source *source)
 {
     const int64_t group = source->group < source->columns ? source->group : 0;
-    return is_codes(source->dtype) && (source->dtype == CPU_INT8 || is_nibbles(source->dtype)) && !source->shrinks &&
-           source->strides->column == 1 && source->columns % LANES == 0 && group % LANES == 0;
+    return is_codes(source->dtype) && !source->shrinks && source->strides->column == 1 &&
+           source->columns % LANES == 0 && group % LANES == 0;
 }
 
 /* Such rows from `key` on. */
@@ -228,7 +233,8 @@ struct decode_walk {
 };
 
 /* What is prefetched while keys [k, k + n) of the block are read: as many rows a chunk further on, and past the block
- * those of what is read after it. If nothing follows, a row that there is, again and again. */
+ * those of what is read after it. If nothing follows, a row that there is, again and again. Of pages, a line of a row
+ * further on is fetched now: to translate the address of a page that was not used lately takes long. */
 static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t k, int64_t n)
 {
     k += kv_chunk_keys(w->source, w->R);
@@ -239,6 +245,8 @@ static struct prefetch_cursor decode_cursor(const struct decode_walk *w, int64_t
     struct prefetch_cursor cursor = kv_cursor(next, last ? w->key : from);
     if (last)
         cursor.gap = -cursor.bytes;
+    else if (next->block_table && from + DECODE_ACCUMULATORS < next->seq->kv_len)
+        __builtin_prefetch(kv_row(next, from + DECODE_ACCUMULATORS), 0, 3);
     return cursor;
 }
 

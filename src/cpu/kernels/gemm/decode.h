@@ -57,14 +57,19 @@ static inline __attribute__((always_inline)) void prefetch_packs(struct prefetch
 {
     if (rows->bytes_per_pack == (int64_t)sizeof(packed))
         prefetch_lines(rows, packs * (int64_t)sizeof(packed));
-    else
+    else if (rows->bytes_per_pack == 2)
         prefetch_lines(rows, packs * 2);
+    else
+        prefetch_lines(rows, packs);
 }
 
-/* Whether a tile of scores has whole vectors of packs, R queries and LANES / R keys; otherwise packs are repeated. */
+/* Whether a tile of scores has whole vectors of packs, R queries and LANES / R keys; otherwise packs are repeated. With
+ * registers for a tile of 8 queries by 2 keys, rows of any dtype are read in place. */
+#define HAS_TILE_OF_8 (K_PACK == 1 && DECODE_ACCUMULATORS == 16)
+
 static inline int decode_has_whole_vectors(int R)
 {
-    return R == 1 || LANES / R >= 4;
+    return R == 1 || LANES / R >= 4 || (R == 8 && HAS_TILE_OF_8);
 }
 
 /* Q for scores, from rows of packs: [packs / n][R][n], n packs of each query side by side. */
@@ -115,25 +120,31 @@ static inline int64_t codes_step(int dtype)
     return is_nibbles(dtype) ? MFA_KV_BLOCK : LANES;
 }
 
-/* LANES numbers of a row from column t on, without their scale; of a block, its vector i, counted from any block. */
-static inline __attribute__((always_inline)) vec codes_at(struct kv_rows rows, const char *row, int64_t t, int i)
+/* What the codes of a group of a row are widened with, if not with the scale of the whole row, which is left out: their
+ * scale; or that times the numbers of 4 bits. */
+struct code_group {
+    vec scale;
+    struct code_table table;
+};
+
+/* That of row k, of a group whose scales begin at `column`. */
+static inline __attribute__((always_inline)) struct code_group code_group_at(struct kv_rows rows, int64_t k,
+                                                                             int64_t column)
+{
+    const real scale = rows.scaled_by_row ? 1 : (real)rows.scales[k * rows.scale_step + column];
+    return (struct code_group){vec_set1(scale), vec_code_table(rows.table, scale)};
+}
+
+/* LANES numbers of a row from column t on; of a block of 4-bit codes its vector i. Where the row's scale is left out,
+ * code_unit is, too. */
+static inline __attribute__((always_inline)) vec codes_at(struct kv_rows rows, const char *row, int64_t t, int i,
+                                                          struct code_group group)
 {
     enum { HALF = MFA_KV_BLOCK / 2 };
     const uint8_t *from = (const uint8_t *)row;
-    if (!is_nibbles(rows.dtype))
-        return vec_load_int8(from + t);
-    return vec_load_nibbles(from + t / MFA_KV_BLOCK * HALF + i * LANES % HALF, i * LANES / HALF % 2, rows.table);
-}
-
-static inline vec code_scale_at(struct kv_rows rows, int64_t k, int64_t group)
-{
-    return vec_set1((real)rows.scales[k * rows.scale_step + group * rows.scale_column]);
-}
-
-/* A vector of codes as numbers, with the scale of their group unless the row's scale is left out. */
-static inline __attribute__((always_inline)) vec scaled_codes(struct kv_rows rows, vec codes, vec scale)
-{
-    return rows.scaled_by_row ? codes : vec_mul(codes, scale);
+    if (is_nibbles(rows.dtype))
+        return vec_load_nibbles(from + t / MFA_KV_BLOCK * HALF + i * LANES % HALF, i * LANES / HALF % 2, group.table);
+    return rows.scaled_by_row ? load_part(from + t, rows.dtype) : vec_mul(load_code(from + t, rows.dtype), group.scale);
 }
 
 /* The scales of n rows from row k on, LANES / R at the most, as factors of a vector of [key][R]; 1 past them. */
@@ -209,6 +220,11 @@ static inline __attribute__((always_inline)) vec load_widened(const char *at, in
 #define KEYS 4
 #include "cpu/kernels/gemm/decode_qk_tile.h"
 
+#define TILE gemm_qk_8x2
+#define QUERIES 8
+#define KEYS 2
+#include "cpu/kernels/gemm/decode_qk_tile.h"
+
 /* n packs of a row of K. */
 static inline __attribute__((always_inline)) vec key_load(const char *at, int n)
 {
@@ -241,7 +257,8 @@ static inline __attribute__((always_inline)) void scores_repeated(const int n, c
 }
 
 /* S of keys whose sums are next to each other: adds neighbours until each sum is that of `lanes` lanes. */
-static inline __attribute__((always_inline)) void store_scores(vec *sums, int count, int lanes, vec factor, real *S)
+static inline __attribute__((always_inline)) void store_scores(vec *sums, int count, int lanes, vec factor,
+                                                               const real unit, real *S)
 {
     for (int left = lanes; left > 1; left /= 2) {
         count /= 2;
@@ -249,7 +266,8 @@ static inline __attribute__((always_inline)) void store_scores(vec *sums, int co
             sums[i] = vec_add_neighbours(sums[2 * i], sums[2 * i + 1]);
     }
     for (int i = 0; i < count; i++)
-        vec_store(S + i * LANES, vec_mul(sums[i], factor));
+        vec_store(S + i * LANES,
+                  unit != 1 ? vec_mul(vec_mul(sums[i], factor), vec_set1(unit)) : vec_mul(sums[i], factor));
 }
 
 /* S = factor * Q K^T of DECODE_ACCUMULATORS keys. Memory is read fastest row after row; but where queries are many, so
@@ -257,29 +275,34 @@ static inline __attribute__((always_inline)) void store_scores(vec *sums, int co
 static inline __attribute__((always_inline)) void score_tile(int R, const packed *Q, struct kv_rows K, int64_t columns,
                                                              real factor, real *S, struct prefetch_cursor *next)
 {
-    const int n = LANES / R, together = R < 4 ? 1 : 4;
+    const int n = LANES / R, together = R < 4 ? 1 : R < 8 ? 4 : 2;
     vec sums[DECODE_ACCUMULATORS > LANES ? DECODE_ACCUMULATORS : LANES];
     if (!decode_has_whole_vectors(R)) {
         scores_repeated(n, Q, K, columns, sums, next);
-        store_scores(sums, DECODE_ACCUMULATORS, n, vec_set1(factor), S);
+        store_scores(sums, DECODE_ACCUMULATORS, n, vec_set1(factor), 1, S);
         return;
     }
     for (int k = 0; k < DECODE_ACCUMULATORS; k += n, S += LANES) {
         vec all = vec_set1(factor);
-        if (is_codes(K.dtype) && K.scaled_by_row)
+        real unit = 1;
+        if (is_codes(K.dtype) && K.scaled_by_row) {
             all = vec_mul(all, row_scales(K, 0, n, R));
+            unit = code_unit(K.dtype);
+        }
         _Pragma("GCC unroll 16") for (int i = 0; i < n; i += together, K.rows += together * K.step)
         {
             if (R == 1)
                 gemm_qk_1x1(Q, K, columns, sums + i, next);
             else if (R == 2)
                 gemm_qk_2x1(Q, K, columns, sums + 2 * i, next);
-            else
+            else if (R == 4)
                 gemm_qk_4x4(Q, K, columns, sums + 4 * i, next);
+            else
+                gemm_qk_8x2(Q, K, columns, sums + 8 * i, next);
             if (is_codes(K.dtype))
                 K.scales += together * K.scale_step;
         }
-        store_scores(sums, LANES, LANES, all, S);
+        store_scores(sums, LANES, LANES, all, unit, S);
     }
 }
 
@@ -323,23 +346,33 @@ static inline __attribute__((always_inline)) struct kv_rows rows_of_codes(struct
     return rows;
 }
 
+/* product(rows), where the compiler knows their dtype, and how codes are scaled. */
+#define BY_DTYPE(product, rows)                 \
+    if (K_PACK > 1 || (rows).dtype == CPU_BF16) \
+        product(rows_of_dtype(rows, CPU_BF16)); \
+    else if ((rows).dtype == CPU_F16)           \
+        product(rows_of_dtype(rows, CPU_F16));  \
+    else if (!is_codes((rows).dtype))           \
+        product(rows_of_dtype(rows, CPU_REAL)); \
+    else if ((rows).scaled_by_row)              \
+        BY_CODES(product, rows, 1)              \
+    else                                        \
+        BY_CODES(product, rows, 0)
+
+#define BY_CODES(product, rows, by_row)                                   \
+    switch ((rows).dtype) {                                               \
+    case CPU_INT8: product(rows_of_codes(rows, CPU_INT8, by_row)); break; \
+    case CPU_E4M3: product(rows_of_codes(rows, CPU_E4M3, by_row)); break; \
+    case CPU_E5M2: product(rows_of_codes(rows, CPU_E5M2, by_row)); break; \
+    default: product(rows_of_codes(rows, CPU_INT4, by_row));              \
+    }
+
 static void gemm_qk_decode(int R, const packed *Q, struct kv_rows K, int64_t columns, real factor, real *S,
                            struct prefetch_cursor *next)
 {
-    if (K_PACK == 1 && K.dtype == CPU_F16)
-        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_F16), columns, factor, S, next);
-    else if (K_PACK > 1 || K.dtype == CPU_BF16)
-        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_BF16), columns, factor, S, next);
-    else if (K.dtype == CPU_INT8 && K.scaled_by_row)
-        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT8, 1), columns, factor, S, next);
-    else if (K.dtype == CPU_INT8)
-        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT8, 0), columns, factor, S, next);
-    else if (is_nibbles(K.dtype) && K.scaled_by_row)
-        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT4, 1), columns, factor, S, next);
-    else if (is_nibbles(K.dtype))
-        gemm_qk_decode_of(R, Q, rows_of_codes(K, CPU_INT4, 0), columns, factor, S, next);
-    else
-        gemm_qk_decode_of(R, Q, rows_of_dtype(K, CPU_REAL), columns, factor, S, next);
+#define QK(rows) gemm_qk_decode_of(R, Q, rows, columns, factor, S, next)
+    BY_DTYPE(QK, K)
+#undef QK
 }
 
 /* A vector of k-interleaved packs: of LANES columns of the row `at` and, where packs are pairs, of the one `step` bytes
@@ -507,29 +540,19 @@ static inline __attribute__((always_inline)) void gemm_pv_decode_of(int R, const
         gemm_pv_1(P, V, n, columns, O, next);
 }
 
-/* P, [key][R], times the scales of n rows of V. */
+/* P, [key][R], times the scales of n rows of V. Where that is infinite, O will not be finite. */
 static void scale_probabilities(int R, struct kv_rows V, int64_t n, real *P)
 {
+    const vec unit = vec_set1(code_unit(V.dtype));
     for (int64_t k = 0; k < n; k += LANES / R, P += LANES)
-        vec_store(P, vec_mul(vec_load(P), row_scales(V, k, n - k, R)));
+        vec_store(P, vec_mul(vec_mul(vec_load(P), row_scales(V, k, n - k, R)), unit));
 }
 
 /* O += P V for n keys. */
 static void gemm_pv_decode(int R, const packed *P, struct kv_rows V, int64_t n, int64_t columns, real *O,
                            struct prefetch_cursor *next)
 {
-    if (K_PACK == 1 && V.dtype == CPU_F16)
-        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_F16), n, columns, O, next);
-    else if (K_PACK > 1 || V.dtype == CPU_BF16)
-        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_BF16), n, columns, O, next);
-    else if (V.dtype == CPU_INT8 && V.scaled_by_row)
-        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT8, 1), n, columns, O, next);
-    else if (V.dtype == CPU_INT8)
-        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT8, 0), n, columns, O, next);
-    else if (is_nibbles(V.dtype) && V.scaled_by_row)
-        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT4, 1), n, columns, O, next);
-    else if (is_nibbles(V.dtype))
-        gemm_pv_decode_of(R, P, rows_of_codes(V, CPU_INT4, 0), n, columns, O, next);
-    else
-        gemm_pv_decode_of(R, P, rows_of_dtype(V, CPU_REAL), n, columns, O, next);
+#define PV(rows) gemm_pv_decode_of(R, P, rows, n, columns, O, next)
+    BY_DTYPE(PV, V)
+#undef PV
 }

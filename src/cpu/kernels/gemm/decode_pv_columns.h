@@ -8,9 +8,10 @@ static inline __attribute__((always_inline)) void COLUMNS(const packed *P, struc
         WIDE_TILE(P, V, n, O, columns, c, 0, next);
     for (; MIDDLE > 1 && c + MIDDLE * LANES <= columns; c += MIDDLE * LANES)
         MIDDLE_TILE(P, V, n, O, columns, c, 0, next);
-    for (; c < columns; c += K_PACK * LANES) {
+    const int halves = K_PACK > 1 || (is_nibbles(V.dtype) && 2 * LANES == MFA_KV_BLOCK) ? 2 : 1;
+    for (; c < columns; c += halves * LANES) {
         NARROW_TILE(P, V, n, O, columns, c, 0, next);
-        if (K_PACK > 1)
+        if (halves > 1)
             NARROW_TILE(P, V, n, O, columns, c + LANES, 1, next);
     }
 }

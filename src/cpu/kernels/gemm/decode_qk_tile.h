@@ -6,9 +6,9 @@
 #define DOT_KEY(k, R)                                                 \
     const vec key_##k = load_widened(K.rows + (k) * K.step, K.dtype); \
     ROWS_##R(DOT, k)
-#define SCALE_KEY(k, n) const vec scale_##k = code_scale_at(K, k, n);
-#define DOT_CODES(k, R)                                                                                   \
-    const vec key_##k = scaled_codes(K, codes_at(K, K.rows + (k) * K.step, t + i * LANES, i), scale_##k); \
+#define GROUP_OF_KEY(k, n) const struct code_group group_##k = code_group_at(K, k, (n) * K.scale_column);
+#define DOT_CODES(k, R)                                                                  \
+    const vec key_##k = codes_at(K, K.rows + (k) * K.step, t + i * LANES, i, group_##k); \
     ROWS_##R(DOT, k)
 #define STORE(r, k) sums[(k) * QUERIES + (r)] = acc_##r##_##k;
 #define STORE_KEY(k, R) ROWS_##R(STORE, k)
@@ -21,7 +21,7 @@ static inline __attribute__((always_inline)) void TILE(const packed *Q, struct k
     UNROLL_ROWS(KEYS, ZERO_KEY, QUERIES)
     for (int64_t t = 0, g = 0; t < columns && is_codes(K.dtype); g++) {
         const int64_t end = !K.scaled_by_row && K.group < columns - t ? t + K.group : columns;
-        UNROLL_ROWS(KEYS, SCALE_KEY, g)
+        UNROLL_ROWS(KEYS, GROUP_OF_KEY, g)
         for (; t < end; t += step)
             _Pragma("GCC unroll 4") for (int i = 0; i < step / LANES; i++, Q += QUERIES * LANES)
             {
@@ -47,7 +47,7 @@ static inline __attribute__((always_inline)) void TILE(const packed *Q, struct k
 #undef LOAD_Q
 #undef DOT
 #undef DOT_KEY
-#undef SCALE_KEY
+#undef GROUP_OF_KEY
 #undef DOT_CODES
 #undef STORE
 #undef STORE_KEY

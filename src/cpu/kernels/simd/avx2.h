@@ -143,17 +143,28 @@ static inline vec vec_load_e5m2(const uint8_t *p)
 static inline vec vec_load_e4m3(const uint8_t *p)
 {
     __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)); /* the sign in all high bits */
-    __m128i size = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3f80));
-    __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80)), _mm_set1_epi16(0x7e00));
-    return _mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(size, nan), _mm_and_si128(x, _mm_set1_epi16((short)0x8000))));
+    __m128i half = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16((short)0xbf80));
+    __m128i ones = _mm_or_si128(half, _mm_set1_epi16((short)0xc07f)); /* -1: all bits but the sign are set */
+    __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(ones, _mm_set1_epi16(-1)), _mm_set1_epi16(0x7e00));
+    return _mm256_cvtph_ps(_mm_or_si128(half, nan));
+}
+
+struct code_table {
+    vec low, high;
+};
+
+static inline struct code_table vec_code_table(const float *numbers, real scale)
+{
+    const vec factor = vec_set1(scale);
+    return (struct code_table){vec_mul(vec_load(numbers), factor), vec_mul(vec_load(numbers + 8), factor)};
 }
 
 /* A permutation reads 3 bits of an index; the fourth says which half of the table. */
-static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *table)
+static inline vec vec_load_nibbles(const uint8_t *p, int half, struct code_table table)
 {
     __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
     x = half ? _mm256_srli_epi32(x, 4) : x;
-    vec low = _mm256_permutevar8x32_ps(vec_load(table), x), high = _mm256_permutevar8x32_ps(vec_load(table + 8), x);
+    vec low = _mm256_permutevar8x32_ps(table.low, x), high = _mm256_permutevar8x32_ps(table.high, x);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
 }
 

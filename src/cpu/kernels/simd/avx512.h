@@ -143,17 +143,26 @@ static inline vec vec_load_e5m2(const uint8_t *p)
 static inline vec vec_load_e4m3(const uint8_t *p)
 {
     __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); /* the sign in all high bits */
-    __m256i size = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(0x3f80));
-    __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x7e00));
-    __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16((short)0x8000));
-    return _mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(size, nan), sign));
+    __m256i half = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbf80));
+    __m256i ones = _mm256_or_si256(half, _mm256_set1_epi16((short)0xc07f)); /* -1: all bits but the sign are set */
+    __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(ones, _mm256_set1_epi16(-1)), _mm256_set1_epi16(0x7e00));
+    return _mm512_cvtph_ps(_mm256_or_si256(half, nan));
+}
+
+struct code_table {
+    vec all;
+};
+
+static inline struct code_table vec_code_table(const float *numbers, real scale)
+{
+    return (struct code_table){vec_mul(_mm512_loadu_ps(numbers), vec_set1(scale))};
 }
 
 /* The permutation reads the low 4 bits of each index. */
-static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *table)
+static inline vec vec_load_nibbles(const uint8_t *p, int half, struct code_table table)
 {
     __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_permutexvar_ps(half ? _mm512_srli_epi32(x, 4) : x, _mm512_loadu_ps(table));
+    return _mm512_permutexvar_ps(half ? _mm512_srli_epi32(x, 4) : x, table.all);
 }
 
 /* LANES / n floats, each n times: n divides LANES. */

@@ -29,11 +29,24 @@ static inline vec vec_load_e4m3(const uint8_t *p)
     return vec_load_f16(halves);
 }
 
-static inline vec vec_load_nibbles(const uint8_t *p, int half, const float *table)
+/* The numbers of the 16 codes of 4 bits, times a scale. */
+struct code_table {
+    real numbers[16];
+};
+
+static inline struct code_table vec_code_table(const float *numbers, real scale)
+{
+    struct code_table table;
+    for (int i = 0; i < 16; i++)
+        table.numbers[i] = (real)numbers[i] * scale;
+    return table;
+}
+
+static inline vec vec_load_nibbles(const uint8_t *p, int half, struct code_table table)
 {
     real lanes[LANES];
     for (int i = 0; i < LANES; i++)
-        lanes[i] = (real)table[half ? p[i] >> 4 : p[i] & 15];
+        lanes[i] = table.numbers[half ? p[i] >> 4 : p[i] & 15];
     return vec_load(lanes);
 }
 
