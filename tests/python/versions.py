@@ -57,6 +57,22 @@ FAILING = (
         before="2.7",
     ),
     Failing(
+        r"test_context_parallel.py::(test_which_rows_a_rank_has\[36-True-contiguous\]|test_uneven_lengths\[.*\])",
+        "context_parallel refuses lengths that are no multiple of twice the number of ranks, on all of them",
+        before="2.11",
+    ),
+    Failing(
+        r"test_context_parallel.py::test_modules\[.*\]",
+        "context_parallel has no plan for modules",
+        before="2.10",
+    ),
+    Failing(
+        r"test_context_parallel.py::test_modules\[True\]",
+        "with load balancing context_parallel permutes the rows of the tensors that it is given in place",
+        since="2.10",
+        before="2.11",
+    ),
+    Failing(
         r"test_subclasses.py::test_causal_bias_(refused\[(part|sum|moved)\]|that_is_no_mask)",
         "a CausalBias refuses every function but SDPA itself, also those that make another of it",
         before="2.8",
