@@ -79,6 +79,21 @@ typedef enum mfa_out_type {
     MFA_OUT_F32 = 1   /* f32, also where the problem is f16 or bf16: sums are not rounded to the dtype. Not for f64 */
 } mfa_out_type;
 
+/* What a forward pass may do with less precision where it then takes less time. MFA_FAST_INT8 is for k_type and v_type
+ * MFA_KV_INT8 with one scale for a row (k_group and v_group 0, or all columns): Q K^T and P V may be products of
+ * integers. Then each query is rounded to multiples of a 127th of its largest number, and the weights of a block of
+ * keys, up to 512 neighbours, to 256 levels. With
+ *     u_i  = max_c |Q_ic| / 254
+ *     d_i  = max_j |scale| * u_i * sum_c |K_jc|, over the visible keys
+ *     R_ij = the largest P_ik times the largest |v_scale|, among the keys k of j's block
+ * and the code C_jc of V_jc, results differ from exact ones, beside the usual roundings, by at most
+ *     |dL_i|  <= d_i
+ *     |dO_ic| <= (exp(2 d_i) - 1) * sum_j Z_ij P_ij |V_jc| + exp(2 d_i) / 510 * sum_j Z_ij R_ij |C_jc|
+ * (Z as with dropout, else 1). A query whose largest number is below 2^-100 counts as zeros. It is a permission: where
+ * a device, an instruction set or a case has no such kernels, results are those without it. mfa_plan_describe() says
+ * which kernel runs; "forward_int8" is the one that multiplies integers. */
+typedef enum mfa_fast { MFA_FAST_NONE = 0, MFA_FAST_INT8 = 1 } mfa_fast;
+
 /* Strides of a (batch, head, row, column) tensor, in elements. An input may have any strides, 0 and negative ones
  * included; an output must not have stride 0 along a dimension longer than 1 (but see dbias). The rows of q, o, d_o,
  * dq, lse are queries, those of k, v, dk, dv are keys; a mask has queries as rows and keys as columns. lse and dlse
@@ -183,8 +198,8 @@ typedef struct mfa_problem {
     /* of (as k: batch, kv_heads, keys, ceil(head_dim / k_group)) tensors; stride 0 along a dimension: one for all */
     mfa_layout k_scale_layout, v_scale_layout;
 
-    int32_t out_type;  /* of enum mfa_out_type */
-    int32_t reserved2; /* 0 */
+    int32_t out_type; /* of enum mfa_out_type */
+    int32_t fast;     /* of enum mfa_fast */
 } mfa_problem;
 
 #define MFA_BAND_OPEN_LOWER INT64_MIN

@@ -7,7 +7,8 @@
  * the others with one arrangement each. --random draws problems from the seed instead (support/random.h).
  *
  * --isa all runs each of them on all instruction sets that this machine has, beside one computation of the reference.
- * Sets for dot products of bf16 get the problems in bf16 only: their other kernels are those of the set below. */
+ * Sets for dot products of bf16 get the problems in bf16, and those whose products may be of int8, only: their other
+ * kernels are those of the set below. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -277,23 +278,21 @@ static void print_verdict(int good, long long checks, double worst, double time,
     fflush(stdout);
 }
 
-/* Whether the kernel multiplies bf16, and so rounds P: the machine in its key ends with bf16. */
-static int rounds_P(mfa_context *context, const mfa_problem *problem)
-{
-    char line[256] = "";
-    mfa_plan *plan = NULL;
-    if (problem->dtype == MFA_BF16 && mfa_plan_create(context, problem, &plan) == MFA_OK)
-        mfa_plan_describe(plan, line, sizeof line);
-    mfa_plan_destroy(plan);
-    return strstr(line, "bf16 threads") != NULL;
-}
-
-/* Makes the test case the one of this set; 0 if the set does not get it. */
+/* Makes the test case the one of this set, by the kernel that it has for the problem: one whose machine ends with bf16
+ * multiplies bf16, and so rounds P, unless it multiplies int8. 0 if the set does not get it. */
 static int use_set(struct test_run *t, const struct set *set)
 {
+    const mfa_problem *p = &t->test_case.inputs.problem;
+    char line[256] = "";
+    mfa_plan *plan = NULL;
     t->set = set;
-    t->test_case.rounds_P = rounds_P(set->context, &t->test_case.inputs.problem);
-    return !set->only_bf16 || t->test_case.inputs.problem.dtype == MFA_BF16;
+    if ((p->dtype == MFA_BF16 || p->fast) && mfa_plan_create(set->context, p, &plan) == MFA_OK)
+        mfa_plan_describe(plan, line, sizeof line);
+    mfa_plan_destroy(plan);
+    const int int8 = strstr(line, " forward_int8_") != NULL;
+    t->test_case.multiplies_int8 = int8;
+    t->test_case.rounds_P = p->dtype == MFA_BF16 && !int8 && strstr(line, "bf16 threads");
+    return !set->only_bf16 || p->dtype == MFA_BF16 || int8;
 }
 
 /* All variants of a problem in one dtype. */

@@ -181,6 +181,7 @@ static void make_call(struct test_run *t)
         .block_kv = t->tiling.block_kv,
         .panels = t->tiling.panels,
         .decode = t->tiling.decode,
+        .int8 = t->test_case->multiplies_int8,
 #define INPUT(name, ...) .name = address(&b->name),
 #define RESULT(name, ...) .name = address(&b->name),
 #define RESULT_LIKE(name, ...) .name = address(&b->name),
@@ -296,7 +297,7 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
             struct mfa_choice choice = {.threads = 1};
             mfa_problem_init(&p, 1, heads, heads, 512, 512, dim, dim);
             p.pass = pass, p.dtype = set->dtype;
-            mfa_cpu_tiles_choose(set->isa, set->kernels, &p, &choice);
+            mfa_cpu_tiles_choose(set->isa, set->kernels, mfa_cpu_tiles_variant(set->kernels, &p), &p, &choice);
             int known = 0;
             const int block_kv = mfa_cpu_tiling_of(&choice).block_kv;
             while (known < count && blocks[known] != block_kv)
@@ -310,7 +311,8 @@ static int list_blocks(const struct kernel_set *set, mfa_pass pass, int blocks[M
 static int may_decode(const struct test_run *t)
 {
     const mfa_problem *p = &t->operands.problem;
-    return p->dropout == 0 && p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->decode_rows;
+    return p->dropout == 0 && !t->test_case->multiplies_int8 &&
+           p->q_heads / p->kv_heads * p->q_len <= t->set->kernels->decode_rows;
 }
 
 static int list_forward(const struct test_run *t, struct tiling tilings[MAX_TILINGS])
@@ -360,11 +362,18 @@ static void check_pass(struct test_run *t, int number, int quick)
     }
 }
 
+/* Sets that have products of int8 get the problems that permit them for these alone. */
+static int multiplies_int8(const struct kernel_set *set, const mfa_problem *p)
+{
+    return set->kernels->int8 && p->fast && p->dtype != MFA_F64;
+}
+
 static void check_set(struct test_case *test_case, const struct kernel_set *set, int number, int quick)
 {
     struct test_run t = {.test_case = test_case, .set = set, .scratch = {{.mapping = NULL}}};
     t.arrangement = number % 2 ? DENSE : number / 2 % ARRANGEMENTS;
-    test_case->rounds_P = set->dtype == MFA_BF16;
+    test_case->multiplies_int8 = multiplies_int8(set, &test_case->inputs.problem);
+    test_case->rounds_P = set->dtype == MFA_BF16 && !test_case->multiplies_int8;
     operands_open(&t.operands, &test_case->inputs, t.arrangement, 0);
     check_pass(&t, number, quick);
     if (test_case->passes & CASE_BACKWARD) {
@@ -379,10 +388,12 @@ static void check_set(struct test_case *test_case, const struct kernel_set *set,
 
 /* --- Cases ------------------------------------------------------------------------------------ */
 
-/* Sets of bf16 pairs have no codes. */
+/* Sets of bf16 pairs have no codes but for products of int8. */
 static int serves(const struct kernel_set *set, const mfa_problem *p)
 {
     const int32_t dtype = p->dtype;
+    if (multiplies_int8(set, p))
+        return 1;
     if (set->dtype == MFA_BF16 && (p->k_type || p->v_type))
         return 0;
     return dtype == set->dtype || (set->dtype == MFA_F32 && (dtype == MFA_F16 || dtype == MFA_BF16));
@@ -458,7 +469,20 @@ static const char *const decode_cases[] = {
     "both any b1 h17/1 q1 kv193 d64",
 };
 
-enum { SIZES = 9, DECODE_CASES = sizeof decode_cases / sizeof *decode_cases, CASES = SIZES * SIZES + DECODE_CASES };
+/* Problems for products of int8. */
+static const char *const int8_cases[] = {
+    "forward any b1 h3/1 q100 kv300 d64 causal dropout0.3 k_int8 v_int8 fast_int8",
+    "forward any b2 h3/1 q60 kv200 d33v17 block_map_q16 block_map_kv32 k_int8 v_int8 mask_bool fast_int8",
+    "forward any b1 h2 q49 kv150 d128 kv_batch20 page_size16 softcap3 k_int8 v_int8 alibi sinks fast_int8",
+    "forward any b3 h2 q49 kv150 d16v130 total_q100 total_kv200 k_int8 v_int8 varlen_q varlen_kv fast_int8",
+};
+
+enum {
+    SIZES = 9,
+    DECODE_CASES = sizeof decode_cases / sizeof *decode_cases,
+    INT8_CASES = sizeof int8_cases / sizeof *int8_cases,
+    CASES = SIZES * SIZES + DECODE_CASES + INT8_CASES
+};
 
 /* Every pair of values of any two of the four sizes occurs: a Latin square design, i + j and i + 2 j. */
 static const char **make_cases(void)
@@ -473,6 +497,7 @@ static const char **make_cases(void)
         cases[n] = texts[n];
     }
     memcpy(cases + SIZES * SIZES, decode_cases, sizeof decode_cases);
+    memcpy(cases + SIZES * SIZES + DECODE_CASES, int8_cases, sizeof int8_cases);
     return cases;
 }
 

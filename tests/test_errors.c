@@ -66,7 +66,10 @@ static void unknown_out_type(mfa_problem *p) { p->out_type = 2; }
 static void out_f32_of_f64(mfa_problem *p) { p->dtype = MFA_F64; p->out_type = MFA_OUT_F32; }
 static void gradient_of_codes(mfa_problem *p) { p->pass = MFA_BACKWARD; p->k_type = MFA_KV_E4M3; }
 static void reserved(mfa_problem *p) { p->reserved = 1; }
-static void reserved2(mfa_problem *p) { p->reserved2 = -1; }
+static void unknown_fast(mfa_problem *p) { p->fast = 2; }
+static void fast_without_codes(mfa_problem *p) { p->fast = MFA_FAST_INT8; p->k_type = MFA_KV_INT8; }
+static void fast_groups(mfa_problem *p) { p->fast = p->v_group = p->kv_len = 1; p->k_type = p->v_type = MFA_KV_INT8; }
+static void fast_gradient(mfa_problem *p) { p->pass = MFA_BACKWARD; p->fast = MFA_FAST_INT8; }
 static void another_size(mfa_problem *p) { p->size = 24; }
 static void size_of_the_future(mfa_problem *p) { p->size += 8; }
 static void negative_batch(mfa_problem *p) { p->batch = -1; }
@@ -131,7 +134,11 @@ static const struct {
     {gradient_of_pages, MFA_UNSUPPORTED, "page_size is 16 and cache_batch_idx 0 in the backward pass"},
     {block_map_overflows, MFA_INVALID, "block_map_layout is 0, 0, 9223372036854775807, 0 for sizes"},
     {reserved, MFA_INVALID, "reserved is 1; it must be 0"},
-    {reserved2, MFA_INVALID, "reserved2 is -1; it must be 0"},
+    {unknown_fast, MFA_INVALID, "fast is 2; it must be 0 (none) or 1 (products of int8)"},
+    {fast_without_codes, MFA_INVALID,
+     "fast is 1 (products of int8), k_type int8 with k_group 0 of 16 columns, v_type same"},
+    {fast_groups, MFA_INVALID, "v_type int8 with v_group 1 of 16; both must be int8 with one scale for each row"},
+    {fast_gradient, MFA_UNSUPPORTED, "fast is 1 (products of int8) in the backward pass; kernels exist for 0"},
     {another_size, MFA_INVALID, "size"},
     {size_of_the_future, MFA_INVALID, "size"},
     {negative_batch, MFA_INVALID, "batch is -1"},

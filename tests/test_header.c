@@ -32,6 +32,7 @@ static_assert(offsetof(mfa_problem, block_table_layout) == 912, "block_table_lay
 static_assert(offsetof(mfa_problem, k_type) == 944, "k_type");
 static_assert(offsetof(mfa_problem, k_scale_layout) == 968, "k_scale_layout");
 static_assert(offsetof(mfa_problem, out_type) == 1032, "out_type");
+static_assert(offsetof(mfa_problem, fast) == 1036, "fast");
 static_assert(sizeof(mfa_buffers) == 448, "mfa_buffers");
 static_assert(offsetof(mfa_buffers, q) == 8, "q");
 static_assert(offsetof(mfa_buffers, dbias) == 184, "dbias");

@@ -541,6 +541,9 @@ static void test_keys(void **state)
     key.pass = MFA_FORWARD, key.k_type = MFA_KV_INT8, key.v_type = MFA_KV_NF4;
     mfa_key_print(&key, text);
     assert_string_equal(text, "decode_f32_d96v64_q8_k192_mask_bool_softcap_k_int8_v_nf4_avx512");
+    key.variant = MFA_VARIANT_INT8, key.block_q = 48, key.v_type = MFA_KV_INT8, key.features = 0;
+    mfa_key_print(&key, text);
+    assert_string_equal(text, "forward_int8_f32_d96v64_q48_k192_k_int8_v_int8_avx512");
     key = (struct mfa_key){MFA_BACKWARD, MFA_VARIANT_DECODE, MFA_BF16,    INT32_MIN,
                            INT32_MAX,    INT32_MIN,          INT32_MIN,   2047,
                            MFA_BF16,     MFA_KV_E4M3,        MFA_KV_E5M2, "sixteen_letters"};

@@ -17,7 +17,7 @@ MIN_SUMS = 6  # sums of a product; a polynomial has one for each vector
 MIN_SHARE = 0.3  # of the loop that are multiply-adds
 
 X86 = {
-    "multiply": re.compile(r"(?:vfn?m(?:add|sub)\d+p[sd]|vdpbf16ps)\b.*?%(\w+)$"),
+    "multiply": re.compile(r"(?:vfn?m(?:add|sub)\d+p[sd]|vdpbf16ps|vpdpbusd)\b.*?%(\w+)$"),
     "vector": re.compile(r"%[xyz]mm"),
     "stack": re.compile(r"\(%rsp"),
     "frame": re.compile(r"\(%rbp"),

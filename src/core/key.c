@@ -18,6 +18,8 @@ static const char *kernel_word(const struct mfa_key *key)
 {
     if (key->variant == MFA_VARIANT_DECODE)
         return key->pass == MFA_BACKWARD ? "decode_backward" : "decode";
+    if (key->variant == MFA_VARIANT_INT8)
+        return "forward_int8";
     return key->variant == MFA_VARIANT_DECODE_VECTOR ? "decode_vector" : mfa_pass_name(key->pass);
 }
 

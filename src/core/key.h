@@ -1,8 +1,8 @@
 /* The name of one specialised kernel: what changes the code. A length is no part of it, except that few queries have a
  * variant of their own. Its text names cache files, and stands in logs, tests and benchmarks:
  *     <kernel>_<dtype>_d<head_dim>_q<block_q>_k<block_kv>[_<feature>...]_<machine>
- * <kernel> is forward, backward, decode or decode_backward: the pass and the variant. d96v64 where value_dim differs
- * from head_dim. */
+ * <kernel> is forward, forward_int8, backward, decode or decode_backward: the pass and the variant. d96v64 where
+ * value_dim differs from head_dim. */
 #ifndef MFA_CORE_KEY_H
 #define MFA_CORE_KEY_H
 
@@ -23,9 +23,10 @@ enum mfa_feature {
 };
 
 enum mfa_variant {
-    MFA_VARIANT_TILED,        /* blocks of queries */
-    MFA_VARIANT_DECODE,       /* few queries, as in a decode step */
-    MFA_VARIANT_DECODE_VECTOR /* one or two: lanes along the columns (Metal) */
+    MFA_VARIANT_TILED,         /* blocks of queries */
+    MFA_VARIANT_DECODE,        /* few queries, as in a decode step */
+    MFA_VARIANT_DECODE_VECTOR, /* one or two: lanes along the columns (Metal) */
+    MFA_VARIANT_INT8           /* blocks of queries, products of int8 (CPU) */
 };
 
 struct mfa_key { /* no padding: compared and hashed as bytes */

@@ -315,6 +315,27 @@ static mfa_status check_out_type(const mfa_problem *problem)
     return MFA_OK;
 }
 
+/* Of k or v: whether its rows are int8 with one scale each. */
+static int has_int8_rows(int32_t type, int64_t group, int64_t columns)
+{
+    return type == MFA_KV_INT8 && (group == 0 || group >= columns);
+}
+
+static mfa_status check_fast(const mfa_problem *p)
+{
+    if (p->fast && p->pass == MFA_BACKWARD)
+        return mfa_fail(MFA_UNSUPPORTED, "fast is 1 (products of int8) in the backward pass; kernels exist for 0");
+    if (p->fast &&
+        (!has_int8_rows(p->k_type, p->k_group, p->head_dim) || !has_int8_rows(p->v_type, p->v_group, p->value_dim)))
+        return mfa_fail(MFA_INVALID,
+                        "fast is 1 (products of int8), k_type %s with k_group %lld of %lld columns, v_type %s with "
+                        "v_group %lld of %lld; both must be int8 with one scale for each row (a group of 0, or of all "
+                        "columns)",
+                        mfa_kv_type_name(p->k_type), (long long)p->k_group, (long long)p->head_dim,
+                        mfa_kv_type_name(p->v_type), (long long)p->v_group, (long long)p->value_dim);
+    return MFA_OK;
+}
+
 /* The counters of dropout have 32 bits for each of these. */
 static mfa_status check_dropout(const mfa_problem *p)
 {
@@ -427,6 +448,8 @@ mfa_status mfa_problem_check(const mfa_problem *given, mfa_problem *canonical)
     if (status == MFA_OK)
         status = check_kv_type(&problem, "v", problem.v_type, problem.v_group, "value_dim", problem.value_dim,
                                &problem.v_scale_layout);
+    if (status == MFA_OK)
+        status = check_fast(&problem);
     if (status != MFA_OK)
         return status;
 

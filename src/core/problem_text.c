@@ -4,7 +4,7 @@
  *     [kv_batch<int>] [page_size<int>] [k_group<int>] [v_group<int>] [scale<float>] [softcap<float>] [dropout<float>]
  *     [k_<type>] [v_<type>], with a type of int8, e4m3, e5m2, int4 and nf4,
  *     [mask_bool] [mask_f32|mask_f16|mask_bf16|mask_f64] [alibi] [sinks] [varlen_q] [varlen_kv] [seqused_k] [leftpad_k]
- *     [cache_batch_idx] [bottom_right] [out_f32] [metal]
+ *     [cache_batch_idx] [bottom_right] [out_f32] [fast_int8] [metal]
  * causal is upper0; mask_<dtype> is an additive mask of that dtype. What is left out has the value that
  * mfa_problem_init gives. */
 #define _GNU_SOURCE

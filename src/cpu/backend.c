@@ -86,9 +86,15 @@ static void choose(void *state, const mfa_problem *problem, int simpler, struct 
     struct cpu *cpu = state;
     (void)simpler;
     choice->threads = atomic_load(&cpu->limit);
-    const mfa_cpu_isa isa = mfa_cpu_program_isa(cpu->isa, problem);
-    const struct mfa_cpu_kernels *kernels = mfa_cpu_program_find(isa, problem->dtype);
-    mfa_cpu_tiles_choose(isa, kernels, problem, choice);
+    mfa_cpu_isa isa = mfa_cpu_program_isa(cpu->isa, problem);
+    const struct mfa_cpu_kernels *kernels = mfa_cpu_program_find(isa, problem->dtype, MFA_VARIANT_TILED);
+    enum mfa_variant variant = mfa_cpu_tiles_variant(kernels, problem);
+    const mfa_cpu_isa int8 = mfa_cpu_program_int8(cpu->isa, problem);
+    if (variant == MFA_VARIANT_TILED && int8 != MFA_CPU_ISA_COUNT) {
+        isa = int8, variant = MFA_VARIANT_INT8;
+        kernels = mfa_cpu_program_find(isa, problem->dtype, variant);
+    }
+    mfa_cpu_tiles_choose(isa, kernels, variant, problem, choice);
     mfa_cpu_launch_measure(kernels, problem, choice);
 }
 
@@ -96,7 +102,7 @@ static mfa_status load(void *state, const struct mfa_key *key, const char *libra
                        const void **kernel)
 {
     (void)state, (void)library, (void)path, (void)whole;
-    *kernel = mfa_cpu_program_find(mfa_cpu_isa_named(key->machine), key->dtype);
+    *kernel = mfa_cpu_program_find(mfa_cpu_isa_named(key->machine), key->dtype, key->variant);
     return MFA_OK;
 }
 

@@ -21,10 +21,11 @@
 enum feature {
     AVX2 = 1,   /* AVX2, FMA and F16C */
     AVX512 = 2, /* AVX-512 F, DQ, BW and VL */
-    AVX512_BF16 = 4,
-    AMX_BF16 = 8, /* AMX_TILE and AMX_BF16 */
-    NEON = 16,
-    NEON_BF16 = 32 /* FEAT_BF16 */
+    AVX512_VNNI = 4,
+    AVX512_BF16 = 8,
+    AMX_BF16 = 16, /* AMX_TILE and AMX_BF16 */
+    NEON = 32,
+    NEON_BF16 = 64 /* FEAT_BF16 */
 };
 
 static const struct {
@@ -60,6 +61,7 @@ static int has_feature(enum feature feature)
 {
     const uint32_t fma_osxsave_avx_f16c = BIT(12) | BIT(27) | BIT(28) | BIT(29);      /* leaf 1, ecx */
     const uint32_t avx2 = BIT(5), f_dq_bw_vl = BIT(16) | BIT(17) | BIT(30) | BIT(31); /* leaf 7, ebx */
+    const uint32_t avx512_vnni = BIT(11);                                             /* leaf 7, ecx */
     const uint32_t avx512_bf16 = BIT(5);                                              /* leaf 7.1, eax */
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & fma_osxsave_avx_f16c) != fma_osxsave_avx_f16c)
@@ -69,6 +71,7 @@ static int has_feature(enum feature feature)
     switch (feature) {
     case AVX2: return (b & avx2) && (saved_state() & XMM_YMM) == XMM_YMM;
     case AVX512: return (b & f_dq_bw_vl) == f_dq_bw_vl && (saved_state() & OPMASK_AND_ZMM) == OPMASK_AND_ZMM;
+    case AVX512_VNNI: return (c & avx512_vnni) != 0;
     case AVX512_BF16: return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
     case AMX_BF16: return mfa_cpu_amx_present();
     default: return 0;

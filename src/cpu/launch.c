@@ -53,6 +53,7 @@ static void fill_in_call(const mfa_problem *p, const struct mfa_choice *choice, 
     call->out_dtype = mfa_operand_out_dtype(p);
     call->mask_dtype = p->mask_dtype, call->features = choice->key.features;
     call->decode = choice->key.variant == MFA_VARIANT_DECODE;
+    call->int8 = choice->key.variant == MFA_VARIANT_INT8;
     call->block_kv = tiling.block_kv, call->panels = tiling.panels;
 }
 

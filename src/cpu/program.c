@@ -2,6 +2,8 @@
 
 #include <math.h>
 
+#include "core/key.h"
+
 static const struct entry {
     mfa_cpu_isa isa;
     int32_t dtype;
@@ -49,9 +51,29 @@ mfa_cpu_isa mfa_cpu_program_isa(mfa_cpu_isa isa, const mfa_problem *problem)
     return isa;
 }
 
-const struct mfa_cpu_kernels *mfa_cpu_program_find(mfa_cpu_isa isa, int32_t dtype)
+/* The set of an instruction set that has products of int8; NULL: none. */
+static const struct mfa_cpu_kernels *int8_kernels(mfa_cpu_isa isa)
 {
-    return entry_of(isa, dtype)->kernels;
+    for (int i = 0; i < ENTRIES; i++)
+        if (entries[i].isa == isa && entries[i].kernels->int8)
+            return entries[i].kernels;
+    return NULL;
+}
+
+/* The scale is a factor of what each query is multiplied by, which stays finite for any query if it is at most 1. */
+mfa_cpu_isa mfa_cpu_program_int8(mfa_cpu_isa isa, const mfa_problem *problem)
+{
+    if (!problem->fast || problem->dtype == MFA_F64 || needs_scaled_queries(problem) || fabs(problem->scale) > 1)
+        return MFA_CPU_ISA_COUNT;
+    for (int at = (int)isa; at >= 0; at--)
+        if (int8_kernels((mfa_cpu_isa)at))
+            return (mfa_cpu_isa)at;
+    return MFA_CPU_ISA_COUNT;
+}
+
+const struct mfa_cpu_kernels *mfa_cpu_program_find(mfa_cpu_isa isa, int32_t dtype, int32_t variant)
+{
+    return variant == MFA_VARIANT_INT8 ? int8_kernels(isa) : entry_of(isa, dtype)->kernels;
 }
 
 int mfa_cpu_program_has(mfa_cpu_isa isa)

@@ -86,7 +86,7 @@ static int64_t choose_forward(const mfa_problem *p, const struct row *row, const
         tiling->splits = wanted < most ? wanted : most < 1 ? 1 : most;
         if (tiling->block_kv > SMALL_BLOCK)
             tiling->block_kv = SMALL_BLOCK;
-    } else if (tasks > 0 && choice->key.variant == MFA_VARIANT_TILED) {
+    } else if (tasks > 0 && choice->key.variant != MFA_VARIANT_DECODE) {
         tiling->panels = choose_panels(p, row->forward_panels, block_q, choice->threads);
         tasks = heads * mfa_cpu_ceil(queries, tiling->panels * block_q);
     }
@@ -136,21 +136,27 @@ static mfa_problem average(const mfa_problem *p)
     return even;
 }
 
-void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *p,
-                          struct mfa_choice *choice)
+/* Training is what has dropout, and the decode kernels have not. */
+enum mfa_variant mfa_cpu_tiles_variant(const struct mfa_cpu_kernels *kernels, const mfa_problem *p)
+{
+    const int most = p->pass == MFA_FORWARD ? kernels->decode_rows : kernels->decode_backward_rows;
+    const int64_t queries = queries_of(p);
+    return queries > 0 && queries <= most && !(p->dropout > 0) ? MFA_VARIANT_DECODE : MFA_VARIANT_TILED;
+}
+
+void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, enum mfa_variant variant,
+                          const mfa_problem *p, struct mfa_choice *choice)
 {
     const mfa_problem even = average(p);
     const struct row *row = row_of(isa, p);
     const int forward = p->pass == MFA_FORWARD;
-    const int decode_rows = forward ? kernels->decode_rows : kernels->decode_backward_rows;
-    /* Training is what has dropout, and the decode kernels have not. */
-    const int decodes = queries_of(p) > 0 && queries_of(p) <= decode_rows && !(p->dropout > 0);
-
     memset(&choice->key, 0, sizeof choice->key);
     choice->key.pass = p->pass, choice->key.dtype = p->dtype;
-    choice->key.variant = decodes ? MFA_VARIANT_DECODE : MFA_VARIANT_TILED;
+    choice->key.variant = variant;
     choice->key.head_dim = (int32_t)p->head_dim, choice->key.value_dim = (int32_t)p->value_dim;
-    choice->key.block_q = decodes ? decode_rows : kernels->panel;
+    choice->key.block_q = variant != MFA_VARIANT_DECODE ? kernels->panel
+                          : forward                     ? kernels->decode_rows
+                                                        : kernels->decode_backward_rows;
     choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
     choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
     choice->key.k_type = p->k_type, choice->key.v_type = p->v_type;

@@ -27,10 +27,13 @@ static inline struct mfa_cpu_tiling mfa_cpu_tiling_of(const struct mfa_choice *c
     return tiling;
 }
 
+/* Tiled, or decode where the queries are so few that the set has those kernels for them. */
+enum mfa_variant mfa_cpu_tiles_variant(const struct mfa_cpu_kernels *kernels, const mfa_problem *problem);
+
 /* Makes the key, the tiling and the number of threads of a choice, but not the sizes of its workspace. They depend on
  * the problem and the instruction set; panels, which no result depends on, also on choice->threads. That comes in as
  * the number of threads allowed, and goes out as the number that this problem is worth. */
-void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, const mfa_problem *problem,
-                          struct mfa_choice *choice);
+void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels, enum mfa_variant variant,
+                          const mfa_problem *problem, struct mfa_choice *choice);
 
 #endif

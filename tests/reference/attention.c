@@ -21,6 +21,7 @@ enum { PART = 32 };
 
 struct head { /* of one batch and KV head: keys and values, and sums for their gradients */
     double *K, *V, *K_transposed, *V_transposed, *dK, *dV;
+    double *V_scale, largest_V_scale; /* sizes, with P_off */
 };
 
 struct row {
@@ -36,6 +37,8 @@ struct work {
     const struct reference *results;
     struct reference_sequence seq;
     struct reference_view Q, K, V, mask, slopes, sinks, seed, map, dO, dL, dbias, dsinks;
+    struct reference_view V_scale;
+    double *P_off; /* reference_attention_int8; or NULL */
     int backward;
     struct head head;
     struct row row;
@@ -108,6 +111,24 @@ static void forward_row(struct work *w)
     }
 }
 
+/* What rounding P does at most to an element of O: P_j V_scale_j is off by 1 / 510 of the largest P and scale, of each
+ * key that is not dropped. */
+static void add_P_off(struct work *w)
+{
+    const int64_t columns = w->problem->value_dim;
+    const struct row *row = &w->row;
+    double most = 0;
+    for (int64_t j = row->first; j < row->end; j++)
+        most = fmax(most, row->P[j]);
+    for (int64_t c = 0; c < columns; c++) {
+        double codes = 0;
+        for (int64_t j = row->first; j < row->end; j++)
+            if (row->P[j] > 0 && w->head.V_scale[j] > 0)
+                codes += row->Z[j] * fabs(w->head.V[j * columns + c]) / w->head.V_scale[j];
+        *w->P_off = fmax(*w->P_off, codes * most * w->head.largest_V_scale / 510);
+    }
+}
+
 static void backward_row(struct work *w, double dL)
 {
     const mfa_problem *p = w->problem;
@@ -168,6 +189,8 @@ static void query_row(struct work *w, int64_t b, int64_t h, int64_t i)
     reference_dropout(p, seed, b, h, i, row->first, row->end, row->Z);
     scores(w, b, h, i);
     forward_row(w);
+    if (w->P_off)
+        add_P_off(w);
     for (int64_t c = 0; c < p->value_dim && results->O; c++)
         results->O[at * p->value_dim + c] = row->O[c];
     if (results->L)
@@ -201,6 +224,11 @@ VECTORIZE static void kv_head(struct work *w, int64_t b, int64_t h)
         gather(V, w->V.column, values, head->V + j * values, 1);
         gather(V, w->V.column, values, head->V_transposed + j, kv_len);
     }
+    head->largest_V_scale = 0;
+    for (int64_t j = 0; j < kv_len && w->P_off; j++) {
+        head->V_scale[j] = w->V_scale.values ? fabs(*reference_key(&w->seq, w->V_scale, h, j)) : 1;
+        head->largest_V_scale = fmax(head->largest_V_scale, head->V_scale[j]);
+    }
     for (int64_t at = 0; at < kv_len * columns; at++)
         head->dK[at] = 0;
     for (int64_t at = 0; at < kv_len * values; at++)
@@ -215,14 +243,35 @@ VECTORIZE static void kv_head(struct work *w, int64_t b, int64_t h)
         w->results->dV[first * values + at] = head->dV[at];
 }
 
-void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results)
+/* Q as products of int8 have it, with the roundings of f32 by which the library makes it. */
+static void round_queries(const mfa_problem *p, struct reference_view *Q)
+{
+    int64_t shape[4];
+    reference_shape(p, REFERENCE_Q, shape);
+    for (int64_t row = 0; row < shape[0] * shape[1] * shape[2]; row++) {
+        double *at = Q->values + row * shape[3], largest = 0;
+        for (int64_t c = 0; c < shape[3]; c++)
+            largest = fmax(largest, fabs(at[c]));
+        const int counts = largest >= 0x1p-100;
+        const float inverse = counts ? (float)(127 / largest) : 0;
+        for (int64_t c = 0; c < shape[3]; c++)
+            at[c] = counts ? (rintf(fmaf((float)at[c], inverse, 128)) - 128) * (largest / 127) : 0;
+    }
+}
+
+static void attend(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results,
+                   double *P_off)
 {
     const mfa_problem *p = problem;
-    struct work w = {.problem = p, .results = results};
+    struct work w = {.problem = p, .results = results, .P_off = P_off};
     w.backward = results->dQ || results->dK || results->dV || results->dbias || results->dsinks;
     w.Q = reference_load(p, REFERENCE_Q, buffers);
     w.K = reference_load(p, REFERENCE_K, buffers);
     w.V = reference_load(p, REFERENCE_V, buffers);
+    if (P_off)
+        round_queries(p, &w.Q);
+    if (P_off && buffers->v_scale.base)
+        w.V_scale = reference_load(p, REFERENCE_V_SCALE, buffers);
     if (p->mask != MFA_MASK_NONE)
         w.mask = reference_load(p, REFERENCE_MASK, buffers);
     if (p->alibi)
@@ -244,7 +293,8 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
     reference_clear(p, buffers, results);
     double **along_keys[] = {&w.row.S, &w.row.P, &w.row.Z, &w.row.dP, &w.row.dS, &w.row.dtanh};
     double **along_columns[] = {&w.row.Q, &w.row.dO, &w.row.O, &w.row.dQ, &w.row.part};
-    double **of_head[] = {&w.head.K, &w.head.V, &w.head.K_transposed, &w.head.V_transposed, &w.head.dK, &w.head.dV};
+    double **of_head[] = {&w.head.K,  &w.head.V,  &w.head.K_transposed, &w.head.V_transposed,
+                          &w.head.dK, &w.head.dV, &w.head.V_scale};
     int64_t widest = p->head_dim > p->value_dim ? p->head_dim : p->value_dim;
     for (size_t n = 0; n < sizeof along_keys / sizeof *along_keys; n++)
         *along_keys[n] = reference_allocate(p->kv_len);
@@ -265,7 +315,20 @@ void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers,
         free(*along_columns[n]);
     for (size_t n = 0; n < sizeof of_head / sizeof *of_head; n++)
         free(*of_head[n]);
-    struct reference_view *views[] = {&w.Q, &w.K, &w.V, &w.mask, &w.slopes, &w.sinks, &w.seed, &w.map, &w.dO, &w.dL};
+    struct reference_view *views[] = {&w.Q,    &w.K,   &w.V,  &w.mask, &w.slopes, &w.sinks,
+                                      &w.seed, &w.map, &w.dO, &w.dL,   &w.V_scale};
     for (size_t n = 0; n < sizeof views / sizeof *views; n++)
         free(views[n]->values);
+}
+
+void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results)
+{
+    attend(problem, buffers, results, NULL);
+}
+
+void reference_attention_int8(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results,
+                              double *P_off)
+{
+    *P_off = 0;
+    attend(problem, buffers, results, P_off);
 }

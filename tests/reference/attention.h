@@ -56,6 +56,11 @@ int64_t reference_count(const mfa_problem *problem, enum reference_tensor tensor
 /* Reads q, k, v and what else the problem has, and for gradients d_o, and dlse if given. It computes O and L itself. */
 void reference_attention(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results);
 
+/* The same of a forward problem with products of int8 (mfa_fast): exact but for Q, which is rounded as the library
+ * rounds it. P_off: the most by which an element of O may be off because P is rounded as well. */
+void reference_attention_int8(const mfa_problem *problem, const mfa_buffers *buffers, const struct reference *results,
+                              double *P_off);
+
 /* A tensor as doubles of reference_shape, with strides that are 0 along a dimension of one element. */
 struct reference_view {
     double *values;

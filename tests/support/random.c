@@ -166,4 +166,10 @@ void random_problem_draw(struct random_problem *drawn, uint64_t seed, int n)
     drawn->variant.map_broadcast = (int)random_between(&r, 0, 11);
     drawn->variant.heads_broadcast = (int)random_between(&r, 0, 3);
     p->out_type = p->dtype != MFA_F64 && !random_between(&r, 0, 2) ? MFA_OUT_F32 : MFA_OUT_SAME;
+    if (!random_between(&r, 0, 5)) {
+        p->k_type = p->v_type = MFA_KV_INT8;
+        p->k_group = p->v_group = 0;
+        p->fast = MFA_FAST_INT8;
+        random_layouts(p);
+    }
 }

@@ -29,14 +29,30 @@ void test_case_open(struct test_case *s, const struct one_case *one, struct vari
     s->of_rounded_P = s->tolerance;
     if (p->dtype == MFA_BF16 && p->out_type == MFA_OUT_F32)
         reference_tolerance_of_rounded_P(&operands.problem, &operands.buffers, &s->truth, &s->of_rounded_P);
+    if (p->fast) {
+        double P_off;
+        s->truth_of_int8.O = reference_allocate(reference_count(p, REFERENCE_O));
+        s->truth_of_int8.L = reference_allocate(reference_count(p, REFERENCE_L));
+        s->truth_of_int8.O_low = reference_allocate(reference_count(p, REFERENCE_O));
+        reference_attention_int8(&operands.problem, &operands.buffers, &s->truth_of_int8, &P_off);
+        s->of_int8 = s->tolerance;
+        s->of_int8.O += P_off, s->of_int8.O_low += P_off;
+    }
     operands_close(&operands);
     for (int64_t n = 0; n < reference_count(p, REFERENCE_O); n++)
         s->truth.O_low[n] = s->truth.O[n] - element_round(p->dtype, s->truth.O[n]);
 }
 
+/* What the kernel's results are to be. */
+static const struct reference *truth_of(const struct test_case *s)
+{
+    return s->multiplies_int8 ? &s->truth_of_int8 : &s->truth;
+}
+
 void test_case_close(struct test_case *s)
 {
     reference_close(&s->truth);
+    reference_close(&s->truth_of_int8);
     inputs_close(&s->inputs);
 }
 
@@ -68,7 +84,7 @@ const char *test_case_describe(const struct test_case *s, const char *format, ..
 
 double test_case_tolerance(const struct test_case *s, enum reference_tensor tensor)
 {
-    const struct tolerance *t = s->rounds_P ? &s->of_rounded_P : &s->tolerance;
+    const struct tolerance *t = s->multiplies_int8 ? &s->of_int8 : s->rounds_P ? &s->of_rounded_P : &s->tolerance;
     const double tolerances[REFERENCE_TENSORS] = {[REFERENCE_O] = s->rounds_P ? t->O_of_rounded_P : t->O,
                                                   [REFERENCE_L] = t->L,
                                                   [REFERENCE_dQ] = t->dQ,
@@ -82,7 +98,7 @@ double test_case_tolerance(const struct test_case *s, enum reference_tensor tens
 
 double test_case_mean_square(const struct test_case *s, enum reference_tensor tensor, struct reference *results)
 {
-    struct reference truth = s->truth;
+    struct reference truth = *truth_of(s);
     const double *got = *reference_member(results, tensor), *right = *reference_member(&truth, tensor);
     const int64_t count = reference_count(&s->inputs.problem, tensor);
     double sum = 0;
@@ -98,8 +114,8 @@ static int compare_low(struct test_case *s, const char *what, const int64_t shap
     double *sums = reference_allocate(count);
     for (int64_t n = 0; n < count; n++)
         sums[n] = results->O[n] + results->O_low[n];
-    int good =
-        compare_close(what, "o + o_low", shape, sums, s->truth.O, test_case_tolerance(s, REFERENCE_O_LOW), &s->worst);
+    int good = compare_close(what, "o + o_low", shape, sums, truth_of(s)->O, test_case_tolerance(s, REFERENCE_O_LOW),
+                             &s->worst);
     free(sums);
     return good;
 }
@@ -147,7 +163,8 @@ int test_case_is_right(struct test_case *s, const char *what, struct reference *
 {
     if (report_wants_bits())
         report_bits(what, hash_of(&s->inputs.problem, results));
-    return compare(&s->inputs.problem, s, what, results, &s->truth);
+    struct reference truth = *truth_of(s);
+    return compare(&s->inputs.problem, s, what, results, &truth);
 }
 
 int test_case_is_same(const struct test_case *s, const char *what, struct reference *results,

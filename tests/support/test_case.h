@@ -12,10 +12,11 @@ struct test_case { /* one variant of one case */
     const char *text;
     int passes;
     struct inputs inputs;
-    struct reference truth;
-    struct tolerance tolerance, of_rounded_P;
-    int rounds_P; /* the kernel does, so the latter counts: see tolerance.h */
-    double worst; /* error as a share of the tolerance */
+    struct reference truth, truth_of_int8;
+    struct tolerance tolerance, of_rounded_P, of_int8;
+    int rounds_P;        /* the kernel does, so of_rounded_P counts: see tolerance.h */
+    int multiplies_int8; /* likewise, of problems with MFA_FAST_INT8: of_int8, truth_of_int8 */
+    double worst;        /* error as a share of the tolerance */
 };
 
 /* Keeps a pointer to the text of the case, which stays the caller's. */

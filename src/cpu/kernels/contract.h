@@ -74,6 +74,7 @@ struct mfa_cpu_call {
     int32_t block_kv;  /* keys of a block */
     int32_t panels;    /* forward: panels of a chunk of queries; backward: of a block of queries */
     int32_t decode;    /* 1: by the decode kernels */
+    int32_t int8;      /* 1: forward by products of int8; only for sets that have them */
 
     /* The sequences, first those of the batch entries, and the order in which `before` counts them: those with the most
      * work first. NULL: each batch entry is like `entry`, but for its batch, q_batch, kv_batch and `before`. */
@@ -106,6 +107,8 @@ typedef void mfa_cpu_task_function(void *call, int64_t task, int worker);
 struct mfa_cpu_kernels {
     int lanes; /* reals in a vector; 0: this compiler could not build the set */
     int panel; /* queries of a panel, whole vectors: block_q */
+    int int8;  /* 1: forward has products of int8, for K and V of CPU_INT8 with a scale for each row, and q of any
+                  dtype but f64; else `int8` of a call must be 0 */
 
     /* forward: CPU_PARTS tasks; then merge: CPU_MERGES. decode takes the place of forward where a KV head has at most
      * decode_rows queries in all: one panel, blocks of decode_keys keys; decode_backward that of backward up to

@@ -15,6 +15,7 @@
 #include "cpu/kernels/gemm/pack.h"
 #include "cpu/kernels/gemm/unroll.h"
 #include "cpu/kernels/gemm/gemm.h"
+#include "cpu/kernels/gemm/int8.h"
 #include "cpu/kernels/gemm/decode.h"
 
 #include "cpu/kernels/attention/sequence.h"
@@ -31,6 +32,7 @@
 #include "cpu/kernels/gemm/exp2.h"
 #include "cpu/kernels/gemm/dS.h"
 
+#include "cpu/kernels/attention/int8.h"
 #include "cpu/kernels/attention/forward.h"
 #include "cpu/kernels/attention/decode.h"
 #include "cpu/kernels/attention/q_block.h"
@@ -42,6 +44,7 @@
 const struct mfa_cpu_kernels KERNEL_SET = {
     .lanes = LANES,
     .panel = PANEL,
+    .int8 = INT8_PRODUCTS,
     .forward = forward,
     .decode = decode,
     .merge = merge,

@@ -127,3 +127,22 @@ static void drop_b(const struct dropout *d, int v, int64_t key, int64_t n, struc
     }
 #endif
 }
+
+#if INT8_PRODUCTS
+/* The same of packs of four bytes, P[key / 4][PANEL]; key and n are multiples of 4. */
+static void drop_bytes(const struct dropout *d, int v, int64_t key, int64_t n, packed *P)
+{
+    const half_vec most = (half_vec){0} + (uint16_t)(d->below - 1);
+    word_vec words[4];
+    for (int64_t k = 0; k < n; k += 4, P += PANEL) {
+        const int64_t at = (key + k) % DROPOUT_KEYS;
+        if (k == 0 || at == 0)
+            dropout_words(d, v, (key + k) / DROPOUT_KEYS, words);
+        const word_vec first = (word_vec)((half_vec)words[at / 2] > most);
+        const word_vec second = (word_vec)((half_vec)words[at / 2 + 1] > most);
+        const word_vec kept =
+            (first & 0xff) | (first >> 8 & 0xff00) | (second << 16 & 0xff0000) | (second & 0xff000000);
+        vec_store(P, (vec)((word_vec)vec_load(P) & kept));
+    }
+}
+#endif

@@ -14,6 +14,9 @@
 struct forward_scratch {
     packed *Q, *K, *V, *packed_K, *packed_V, *P; /* K and V: as copied; P may be S */
     real *rows, *S, *acc, *mask_rows, *bias;
+#if INT8_PRODUCTS
+    struct int8_operands int8; /* in the place of the first line */
+#endif
 };
 
 static uint64_t forward_arena(const struct mfa_cpu_call *call, char *base, struct forward_scratch *s)
@@ -23,6 +26,17 @@ static uint64_t forward_arena(const struct mfa_cpu_call *call, char *base, struc
     int64_t wide = padded(a->head_dim > a->value_dim ? a->head_dim : a->value_dim);
     const int biased = has_bias(call);
     uint64_t used = 0;
+#if INT8_PRODUCTS
+    if (call->int8) {
+        s->rows = arena_alloc(base, &used, PANEL * wide);
+        s->S = arena_alloc(base, &used, n * PANEL);
+        s->acc = arena_alloc(base, &used, call->panels * accumulator_reals(a));
+        s->mask_rows = arena_alloc(base, &used, biased ? n * PANEL : 0);
+        s->bias = arena_alloc(base, &used, biased ? n * PANEL : 0);
+        int8_arena(call, base, &used, n, &s->int8);
+        return used;
+    }
+#endif
     s->Q = arena_alloc(base, &used, call->panels * d * PANEL);
     s->rows = arena_alloc(base, &used, PANEL * wide);
     s->S = arena_alloc(base, &used, n * PANEL);
@@ -241,6 +255,31 @@ struct walk {
     int64_t packed_panels; /* whose queries have been packed */
 };
 
+#if INT8_PRODUCTS
+/* Panel p visits keys r of the block by products of int8; bias: of key r.from, or NULL. */
+static void int8_visit(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
+                       const struct panel *panels, struct walk *w, int64_t p, struct range r, const real *bias)
+{
+    struct dropout dropout;
+    if (!w->K.rows) {
+        int8_keys(&w->sources[0], &w->sources[1], w->key, w->n, &s->int8);
+        w->K.rows = s->int8.K;
+    }
+    for (; w->packed_panels <= p; w->packed_panels++)
+        int8_queries(call, &panels[w->packed_panels], w->packed_panels, &s->int8, s->rows);
+    if (has_dropout(call))
+        dropout_start(&dropout, call, &panels[p]);
+    const struct int8_step step = {&panels[p],
+                                   p,
+                                   w->key,
+                                   bias,
+                                   has_dropout(call) ? &dropout : NULL,
+                                   c->shrinks_V,
+                                   accumulators_at(s->acc, &call->args, p)};
+    int8_attend(call, &s->int8, &step, r, s->S);
+}
+#endif
+
 /* Panel p visits keys r of the block. */
 static void visit_keys(const struct mfa_cpu_call *call, const struct chunk *c, const struct forward_scratch *s,
                        const struct panel *panels, struct walk *w, int64_t p, struct range r)
@@ -251,6 +290,12 @@ static void visit_keys(const struct mfa_cpu_call *call, const struct chunk *c, c
     const enum block_mask seen = panel_bias(panel, call, w->key + r.from, count, s->mask_rows, s->bias);
     if (seen == BLOCK_EMPTY)
         return;
+#if INT8_PRODUCTS
+    if (call->int8) {
+        int8_visit(call, c, s, panels, w, p, r, seen == BLOCK_PARTIAL_BIAS ? s->bias : NULL);
+        return;
+    }
+#endif
     const struct visit visit = {
         !w->K.rows, w->packed_panels <= p, panel->any_high < w->key + w->n, c->splits == 1, p, c->panels,
         count,      w->next_block};

@@ -81,19 +81,25 @@ static inline struct accumulators accumulators_from(struct accumulators acc, int
     return (struct accumulators){acc.O + lane, acc.m + lane, acc.l + lane, acc.unit};
 }
 
-/* P of a column of scores; m, and with it O, is rescaled where it is stale. */
+/* Returns m for scores of a column up to `top`; m, and with it O, is rescaled where it is stale. */
+static inline vec softmax_rescale(struct accumulators acc, int64_t value_dim, vec top)
+{
+    vec reference = vec_load(acc.m);
+    if (!vec_any_less(vec_add(reference, vec_set1(RESCALE_THRESHOLD)), top))
+        return reference;
+    vec raised = vec_max(top, reference), alpha = exp_of(vec_sub(reference, raised));
+    int64_t rows = vec_any_less(vec_set1(0), vec_load(acc.l)) ? value_dim : 0; /* else O is 0 */
+    vec_store(acc.m, raised);
+    vec_store(acc.l, vec_mul(vec_load(acc.l), alpha));
+    for (int64_t d = 0; d < rows; d++)
+        vec_store(acc.O + d * PANEL, vec_mul(vec_load(acc.O + d * PANEL), alpha));
+    return raised;
+}
+
+/* P of a column of scores. */
 static void softmax_step(struct accumulators acc, int64_t value_dim, const real *S, int64_t n, struct packed_b P)
 {
-    vec reference = vec_load(acc.m), top = column_max(S, n);
-    if (vec_any_less(vec_add(reference, vec_set1(RESCALE_THRESHOLD)), top)) {
-        vec raised = vec_max(top, reference), alpha = exp_of(vec_sub(reference, raised));
-        int64_t rows = vec_any_less(vec_set1(0), vec_load(acc.l)) ? value_dim : 0; /* else O is 0 */
-        vec_store(acc.m, raised);
-        vec_store(acc.l, vec_mul(vec_load(acc.l), alpha));
-        for (int64_t d = 0; d < rows; d++)
-            vec_store(acc.O + d * PANEL, vec_mul(vec_load(acc.O + d * PANEL), alpha));
-        reference = raised;
-    }
+    const vec reference = softmax_rescale(acc, value_dim, column_max(S, n));
     vec_store(acc.l, vec_add(vec_load(acc.l), column_exp(S, n, reference, P)));
 }
 

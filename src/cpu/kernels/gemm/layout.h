@@ -53,6 +53,10 @@ static inline void quiet_nans(real *x, int64_t n)
 }
 #endif
 
+#ifndef INT8_PRODUCTS
+#define INT8_PRODUCTS 0
+#endif
+
 typedef real packed;
 
 /* What a panel of queries is made of: its width in vectors; the unit in which its vectors are used; the unit of the
