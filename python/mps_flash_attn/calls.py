@@ -62,11 +62,13 @@ def resolve(
     max_q: int | None = None,
     max_kv: int | None = None,
     kinds: codes.Kinds = codes.NO_KINDS,
+    fast: str | None = None,
     draws: bool = True,
 ) -> tuple[InputsTuple, Options]:
     """The Inputs and Options of a call, of which the Inputs are the tensors among its arguments, query, key and value
     with four dimensions. `bias`: a CausalBias, or None. `is_cast`: by autocast. `kinds`: the types of key and value,
-    with scales as codes.resolve() returns both. Without `draws` no seed of dropout is drawn, but stands for one."""
+    with scales as codes.resolve() returns both. `fast`: see Options. Without `draws` no seed of dropout is
+    drawn, but stands for one."""
     query, key, value, mask, sinks, slopes, seed, blocks, *others = inputs
     of_rows = lengths.Lengths(*inputs[LENGTHS:SCALES])  # PyTorch 2.6 does not compile _make()
     scores = of_rows.scores(query, key, max_q, max_kv)
@@ -87,7 +89,7 @@ def resolve(
         upper = _tightest(min, upper, subclasses.upper_bound(bias, *scores[2:]))
     scale = None if scale is None else arguments.number("scale", scale)
     numbers = scale, arguments.number("softcap", softcap), arguments.probability(dropout_p)
-    options = Options(lower, upper, *numbers, *size, bottom_right, max_q, max_kv, *kinds)
+    options = Options(lower, upper, *numbers, *size, bottom_right, max_q, max_kv, *kinds, fast=fast)
     if options.dropout and seed is None and dropout_seed is None and not draws:
         seed = query.new_empty(1, dtype=torch.int64)
     seed = dropout.seed_of(dropout_seed if seed is None else seed, options.dropout, query, scores[0])

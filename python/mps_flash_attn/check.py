@@ -26,7 +26,17 @@ from torch import Tensor
 
 from . import apple, calls, display, reference, speed, thresholds
 from .explanation import Explanation
-from .library import BAND_OPEN_LOWER, BAND_OPEN_UPPER, DEVICES, KV_NAMES, OUT_NAMES, changed, library, scalars
+from .library import (
+    BAND_OPEN_LOWER,
+    BAND_OPEN_UPPER,
+    DEVICES,
+    FAST_NAMES,
+    KV_NAMES,
+    OUT_NAMES,
+    changed,
+    library,
+    scalars,
+)
 from .options import Options
 from .sdpa import torch_mps
 from .torch_host import unavailable_reason
@@ -129,7 +139,7 @@ def examine(line: str, device: str) -> Row:
     max_kv = sizes.kv_len if sizes.varlen_kv or sizes.page_size else None
     options = options._replace(bottom_right=bool(sizes.bottom_right), max_q=max_q, max_kv=max_kv)
     options = options._replace(k_type=KV_NAMES.get(sizes.k_type), v_type=KV_NAMES.get(sizes.v_type))
-    options = options._replace(out_type=OUT_NAMES.get(sizes.out_type))
+    options = options._replace(out_type=OUT_NAMES.get(sizes.out_type), fast=FAST_NAMES.get(sizes.fast))
 
     def ours(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
         moved = [None if operand is None else operand.to(device) for operand in operands]

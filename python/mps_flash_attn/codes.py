@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import tensors
-from .library import KV_TYPES
+from .library import FAST, KV_TYPES
 
 KvType = Literal["int8", "e4m3", "e5m2", "int4", "nf4"]
+Fast = Literal["int8"]
 Kinds = tuple[str | None, str | None]  # the types of key and value; None: numbers of the query's dtype
 
 DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # others are bytes of uint8
@@ -75,6 +76,19 @@ def check(name: str, tensor: Tensor, kind: str | None, scale: Tensor | None) -> 
     if scale.shape[:-1] != rows:
         raise ValueError(f"{of_scale} has the shape {tuple(scale.shape)}; it must be {_with_groups(rows)}")
     check_groups(of_scale, groups, width, kind)
+
+
+def check_fast(fast: str | None, kinds: Kinds, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Raises for a `fast` that is none, and for one that needs other codes."""
+    if fast is None:
+        return
+    if fast not in FAST:
+        raise ValueError(f"fast is {fast!r}; it must be None or {_list(FAST)}")
+    for name, kind, scale in (("key", kinds[0], k_scale), ("value", kinds[1], v_scale)):
+        groups = 1 if scale is None else scale.shape[-1]
+        if kind != "int8" or groups != 1:
+            found = "numbers" if kind is None else f"{kind} with {groups} scales for a row"
+            raise ValueError(f"fast is {fast!r} and {name} {found}; both must be int8 with one scale for a row")
 
 
 def check_scale(name: str, scale: Tensor, codes: Tensor, of: str) -> None:
@@ -173,4 +187,4 @@ def _with_groups(rows: tuple[int, ...]) -> str:
 
 def _list(kinds: Any) -> str:
     *first, last = map(repr, kinds)
-    return f"{', '.join(first)} or {last}"
+    return f"{', '.join(first)} or {last}" if first else last

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import calls, codes, problem, subclasses, tensors, varlen
 from .arguments import BlockSize, Causal
 from .block_mask import BlockMask
-from .codes import KvType
+from .codes import Fast, KvType
 from .lengths import Lengths
 from .library import Unsupported, library
 
@@ -94,6 +94,7 @@ def explain(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Explanation:
     """Which backend and kernel flash_attention() would use for these arguments, and how many bytes of workspace it
     needs beside the operands; or why the call is not supported. Nothing is computed.
@@ -137,6 +138,7 @@ def explain(
         is_cast=tensors.is_autocast(inputs[0]),
         draws=False,
         kinds=kinds,
+        fast=fast,
         **most,
     )
     problem.check(inputs, options)

@@ -31,6 +31,8 @@ KV_TYPES = {"int8": 1, "e4m3": 2, "e5m2": 3, "int4": 4, "nf4": 5}  # of mfa_kv_t
 KV_NAMES = {number: name for name, number in KV_TYPES.items()}
 OUT_TYPES = {"f32": 1}  # of mfa_out_type
 OUT_NAMES = {number: name for name, number in OUT_TYPES.items()}
+FAST = {"int8": 1}  # of mfa_fast
+FAST_NAMES = {number: name for name, number in FAST.items()}
 
 # The structs of mfa.h: (field, its format as in the module struct), in the order of the header.
 _LAYOUT, _BUFFER = "4q", "PQ"
@@ -56,7 +58,7 @@ PROBLEM_FIELDS = (
     *((name, "i") for name in ("k_type", "v_type")),
     *((name, "q") for name in ("k_group", "v_group")),
     *((name + "_layout", _LAYOUT) for name in ("k_scale", "v_scale")),
-    *((name, "i") for name in ("out_type", "reserved2")),
+    *((name, "i") for name in ("out_type", "fast")),
 )
 BUFFERS_FIELDS = (
     ("size", "Q"),
@@ -129,6 +131,7 @@ class Scalars(NamedTuple):
     k_group: int
     v_group: int
     out_type: int
+    fast: int
 
 
 # The name of each number of an unpacked problem; the four of a layout have one name.

@@ -8,7 +8,7 @@ torch.export know: their schemas, kernels, fake rules (shapes and strides withou
     quantize_kv(numbers, kv_type, group) -> (codes, scale)
 
 With the out_type "f32", out, dQ, dK and dV are float32. The backward operator accepts any `out` and `lse`, so that
-results merged from several devices work. Its rule for
+results merged from several devices work. With `fast` "int8" products may be of int8. Its rule for
 autograd is in autograd.py; those for vmap and autocast are in transforms.py.
 """
 
@@ -49,7 +49,7 @@ _INPUTS = (
 )
 _OPTIONS = (
     "SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, int block_kv, "
-    "bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type, str? out_type"
+    "bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type, str? out_type, str? fast"
 )
 _SCHEMAS = (
     f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",

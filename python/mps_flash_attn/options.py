@@ -25,6 +25,7 @@ class Options(NamedTuple):
     v_type: str | None = None  # the same of value
     # The type of out and of the gradients of query, key and value, a name of library.OUT_TYPES; None: query's dtype.
     out_type: str | None = None
+    fast: str | None = None  # which products may be less precise, a name of library.FAST; None: none
 
 
 def scale_of(options: Options, head_dim: int) -> float:

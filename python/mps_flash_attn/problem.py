@@ -18,6 +18,7 @@ from .library import (
     BACKWARD,
     BAND_OPEN_LOWER,
     BAND_OPEN_UPPER,
+    FAST,
     FORWARD,
     KV_TYPES,
     MASK_ADDITIVE,
@@ -103,6 +104,7 @@ def check(inputs: InputsTuple, options: Options) -> None:
     _check_out_type(query, options)
     codes.check("key", key, options.k_type, k_scale)
     codes.check("value", value, options.v_type, v_scale)
+    codes.check_fast(options.fast, (options.k_type, options.v_type), k_scale, v_scale)
     lengths.check(of_rows, query, key, options)
     of_key, of_value = codes.shape(key, options.k_type), codes.shape(value, options.v_type)
     arguments.check_shapes((of_rows.entries(query, key)[2], *query.shape[1:]), of_key, of_value)
@@ -252,6 +254,8 @@ def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None)
     """The members of mfa_problem after dbias_layout."""
     query, key, value, _, sinks, slopes, seed, blocks, *_, k_scale, v_scale = inputs
     has_sinks, reserved = int(sinks is not None), 0
+    out_type = 0 if options.out_type is None else OUT_TYPES[options.out_type]
+    fast = 0 if options.fast is None else FAST[options.fast]
     of_seed = 0 if seed is None else seed.stride(0)
     of_blocks = (0, 0, 0, 0) if blocks is None else blocks.stride()
     return (
@@ -263,7 +267,7 @@ def _after_layouts(inputs: InputsTuple, options: Options, dsinks: Tensor | None)
         *(options.block_q, options.block_kv, *of_blocks),
         *lengths.numbers(Lengths._make(inputs[LENGTHS:SCALES]), query, key, options),
         *codes.numbers(key, value, (options.k_type, options.v_type), k_scale, v_scale),
-        *(0 if options.out_type is None else OUT_TYPES[options.out_type], reserved),
+        *(out_type, fast),
     )
 
 

@@ -110,7 +110,7 @@ def _numbers(inputs: Inputs, options: Options, dtype: torch.dtype) -> tuple[Inpu
     if options.v_type is not None:
         value = codes.dequantize(value, inputs.v_scale, options.v_type, dtype)
     inputs = inputs._replace(key=key, value=value, k_scale=None, v_scale=None)
-    return inputs, options._replace(k_type=None, v_type=None)
+    return inputs, options._replace(k_type=None, v_type=None, fast=None)
 
 
 def _attention(inputs: Inputs, options: Options, number: int | None = None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function
 from . import calls, codes, context_parallel_state, lengths, subclasses, tensors
 from .arguments import BlockSize, Causal
 from .block_mask import BlockMask
-from .codes import KvType
+from .codes import Fast, KvType
 from .lengths import Lengths
 from .problem import LENGTHS, SCALES, InputsTuple
 from .transforms import needs_operator
@@ -53,6 +53,7 @@ def flash_attention_varlen(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor: ...
 
 
@@ -86,6 +87,7 @@ def flash_attention_varlen(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -119,6 +121,7 @@ def flash_attention_varlen(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -151,6 +154,7 @@ def flash_attention_varlen(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention of packed sequences, without padding: query (total_q, H, E), key (total_k, Hkv, E) and value
     (total_k, Hkv, Ev) hold the rows of all sequences one after another. The result is (total_q, H, Ev). Memory grows
@@ -172,7 +176,7 @@ def flash_attention_varlen(
                    j % page of page block_table[b, j // page]. Lengths are seqused_k, or what cu_seqlens_k, which may
                    be None, says. It has no backward pass, and is_causal must be False, "top_left" or "bottom_right".
     k_scale and so on  key and value may be codes, as in flash_attention_kvcache(); a k_scale is (total_k, Hkv, groups),
-                   or with a block_table (pages, page, Hkv, groups)
+                   or with a block_table (pages, page, Hkv, groups). `fast` is as there.
 
     All other arguments are those of flash_attention, where L and S are the lengths of a sequence, B the number of
     sequences, and attn_mask and block_mask are of max_seqlen_q queries and max_seqlen_k keys.
@@ -198,6 +202,7 @@ def flash_attention_varlen(
         "v_scale": v_scale,
         "k_type": k_type,
         "v_type": v_type,
+        "fast": fast,
     }
     positional = query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     given = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, None, block_table)
@@ -231,6 +236,7 @@ def flash_attention_kvcache(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor: ...
 
 
@@ -261,6 +267,7 @@ def flash_attention_kvcache(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -291,6 +298,7 @@ def flash_attention_kvcache(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -320,6 +328,7 @@ def flash_attention_kvcache(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention of queries (B, H, L, E) with a cache of keys and values, of which each sequence has used its own
     length; or with keys that are padded on either side. The result is (B, H, L, Ev).
@@ -344,6 +353,10 @@ def flash_attention_kvcache(
                      (..., E / 2), of blocks of 32 columns, of which c and c + 16 are the low and the high half of byte
                      c. int4 is the half - 8; nf4 a number of QLoRA's table. quantize_kv() makes codes and scales.
     v_type           the same of value. Either may be codes without the other, which then has the query's dtype.
+    fast             "int8": where key and value are int8 with one scale for a row, products may be of int8: each query
+                     is rounded to 255 levels, and the weights of a block of keys to 256. Prefill then takes about a
+                     third of the time on x86-64 with AVX512_BF16; everywhere else, and for few queries, results are
+                     those without it. docs/pytorch.md has the bound of the error; ValueError for other keys and values.
 
     All other arguments are those of flash_attention, where S, in alibi_slopes and the alignment to the bottom right, is
     the number of keys of a sequence that count, from the first of which j is counted. attn_mask and block_mask are of
@@ -371,6 +384,7 @@ def flash_attention_kvcache(
         "v_scale": v_scale,
         "k_type": k_type,
         "v_type": v_type,
+        "fast": fast,
     }
     given = Lengths(None, None, seqused_k, leftpad_k, cache_batch_idx, block_table)
     return attend(flash_attention_kvcache, (query, key, value), options, given)
@@ -425,6 +439,7 @@ def attend(
         options["block_size"],
         is_cast=not by_operator and tensors.is_autocast(inputs[0]),  # the operators have a rule for it
         kinds=kinds,
+        fast=options["fast"],
         **most,
     )
     if write is not None:

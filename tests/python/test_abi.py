@@ -90,7 +90,7 @@ def test_scalars_are_the_fields_that_both_passes_have():
         *("block_map_q", "block_map_kv"),
         *("varlen_q", "varlen_kv", "seqused_k", "leftpad_k", "cache_batch_idx", "bottom_right"),
         *("total_q", "total_kv", "kv_batch", "page_size", "k_type", "v_type", "k_group", "v_group"),
-        "out_type",
+        *("out_type", "fast"),
     )
     for line in ("forward f32 b1 h1 q2 kv3 d4 alibi dropout0.5", "backward f32 b1 h1 q2 kv3 d4 upper1 sinks"):
         packed = abi.library().parse(line)

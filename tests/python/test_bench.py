@@ -12,6 +12,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 
 import compare
 import features
+import int8
 import measure
 import peers
 import relative
@@ -45,6 +46,15 @@ def test_features(capsys, monkeypatch):
     printed = capsys.readouterr().out
     rows = 2 * len(features.features(64)) + 1  # and the layer; two of sparse blocks have no time of PyTorch's
     assert "WRONG" not in printed and printed.count("0.50") == rows + 2 and printed.count("3.00") == rows
+
+
+def test_int8(capsys, monkeypatch):
+    """It compares its results, and has a row for each problem and number of threads."""
+    monkeypatch.setattr(sys, "argv", ["int8.py", "--length", "64"])
+    monkeypatch.setattr(int8.speed, "medians", lambda functions, wait: [1.0, 2.0])
+    assert int8.main() == 0
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed and printed.count("2.00") == 8 * len({1, torch.get_num_threads()})
 
 
 # --- Problems ------------------------------------------------------------------------------------

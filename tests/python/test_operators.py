@@ -76,8 +76,8 @@ def test_schema_is_stable():
         "Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
         "Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, Tensor? k_scale, "
         "Tensor? v_scale, SymInt? lower, SymInt? upper, float? scale, float softcap, float dropout, int block_q, "
-        "int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type, str? out_type) "
-        "-> (Tensor out, Tensor lse)"
+        "int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, str? k_type, str? v_type, str? out_type, "
+        "str? fast) -> (Tensor out, Tensor lse)"
     )
     assert str(backward._schema) == (
         "mfa::attention_backward(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
@@ -85,7 +85,7 @@ def test_schema_is_stable():
         "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, Tensor? block_table, "
         "Tensor? k_scale, Tensor? v_scale, Tensor out, Tensor lse, SymInt? lower, SymInt? upper, float? scale, "
         "float softcap, float dropout, int block_q, int block_kv, bool bottom_right, SymInt? max_q, SymInt? max_kv, "
-        "str? k_type, str? v_type, str? out_type, bool[] wanted) "
+        "str? k_type, str? v_type, str? out_type, str? fast, bool[] wanted) "
         "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor dbias, Tensor dsinks)"
     )
     quantize = str(torch.ops.mfa.quantize_kv.default._schema)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import caches, codes, tensors
-from ..codes import KvType
+from ..codes import Fast, KvType
 from ..lengths import Lengths
 from ..varlen import attend, flash_attention_kvcache
 from .rotary import check_table, rotate
@@ -41,6 +41,7 @@ def flash_attn_with_kvcache(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of q (B, L, H, D) with caches k_cache (Bc, S, Hkv, D) and v_cache (Bc, S, Hkv, Dv), or their pages
     (pages, page, Hkv, D); the result is (B, L, H, Dv). It has no backward pass: NotImplementedError if a gradient is
@@ -59,6 +60,7 @@ def flash_attn_with_kvcache(
 
     k_scale, v_scale    the caches are codes with these scales, (Bc, S, Hkv, groups) or (pages, page, Hkv, groups), as
     k_type, v_type      in flash_attention_kvcache(); k and v, in q's dtype, become codes as in append_kv()
+    fast                "int8": products may be of int8, as there
 
     The other arguments are those of flash_attn_func. Wrong arguments are a ValueError or TypeError before anything is
     written, on the CPU also positions and pages that do not exist; on mps, and in compiled code, numbers in tensors are
@@ -86,6 +88,7 @@ def flash_attn_with_kvcache(
         v_scale=v_scale,
         k_type=k_type,
         v_type=v_type,
+        fast=fast,
     )
 
 
@@ -114,6 +117,7 @@ def attend_with_cache(
     v_scale: Tensor | None = None,
     k_type: KvType | None = None,
     v_type: KvType | None = None,
+    fast: Fast | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache of flash-attn 2 and 3."""
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
@@ -182,6 +186,7 @@ def attend_with_cache(
         "v_scale": v_scale,
         "k_type": kinds[0],
         "v_type": kinds[1],
+        "fast": fast,
     }
     of_rows = Lengths(None, None, lengths, cache_leftpad, cache_batch_idx, block_table)
     positional = q.transpose(1, 2), key, value
