@@ -26,7 +26,7 @@ X86 = {
     "jump": re.compile(r"j\w+\s+([0-9a-f]+)\b"),
 }
 ARM64 = {
-    "multiply": re.compile(r"(?:fml[as]|bfdot|bfmmla)\s+(v\d+)\."),
+    "multiply": re.compile(r"(?:fml[as]|bfdot|bfmmla|usdot)\s+(v\d+)\."),
     "vector": re.compile(r"\b[qv]\d+"),
     "stack": re.compile(r"\[sp\b"),
     "frame": re.compile(r"\[x29\b"),

@@ -355,8 +355,9 @@ def flash_attention_kvcache(
     v_type           the same of value. Either may be codes without the other, which then has the query's dtype.
     fast             "int8": where key and value are int8 with one scale for a row, products may be of int8: each query
                      is rounded to 255 levels, and the weights of a block of keys to 256. Prefill then takes about a
-                     third of the time on x86-64 with AVX512_BF16; everywhere else, and for few queries, results are
-                     those without it. docs/pytorch.md has the bound of the error; ValueError for other keys and values.
+                     third of the time on x86-64 with AVX512_BF16; arm64 with FEAT_I8MM has such kernels, too.
+                     Everywhere else, and for few queries, results are those without it. docs/pytorch.md has the bound
+                     of the error. ValueError for other keys and values.
 
     All other arguments are those of flash_attention, where S, in alibi_slopes and the alignment to the bottom right, is
     the number of keys of a sequence that count, from the first of which j is counted. attn_mask and block_mask are of

@@ -25,7 +25,8 @@ enum feature {
     AVX512_BF16 = 8,
     AMX_BF16 = 16, /* AMX_TILE and AMX_BF16 */
     NEON = 32,
-    NEON_BF16 = 64 /* FEAT_BF16 */
+    NEON_BF16 = 64, /* FEAT_BF16 */
+    NEON_I8MM = 128 /* FEAT_I8MM */
 };
 
 static const struct {
@@ -78,23 +79,34 @@ static int has_feature(enum feature feature)
     }
 }
 #elif defined(__aarch64__)
-static int has_bf16(void)
-{
 #if defined(__linux__)
-    const unsigned long hwcap2_bf16 = 1ul << 14;
-    return (getauxval(AT_HWCAP2) & hwcap2_bf16) != 0;
+static int has_hwcap2(int bit)
+{
+    return (getauxval(AT_HWCAP2) >> bit & 1) != 0;
+}
+
+#define PRESENT(bit, name) has_hwcap2(bit)
 #elif defined(__APPLE__)
+static int has_optional(const char *name)
+{
     int present = 0;
     size_t size = sizeof present;
-    return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, NULL, 0) == 0 && present;
-#else
-    return 0;
-#endif
+    return sysctlbyname(name, &present, &size, NULL, 0) == 0 && present;
 }
+
+#define PRESENT(bit, name) has_optional("hw.optional.arm." name)
+#else
+#define PRESENT(bit, name) 0
+#endif
 
 static int has_feature(enum feature feature)
 {
-    return feature == NEON || (feature == NEON_BF16 && has_bf16());
+    switch (feature) {
+    case NEON: return 1;
+    case NEON_BF16: return PRESENT(14, "FEAT_BF16");
+    case NEON_I8MM: return PRESENT(13, "FEAT_I8MM");
+    default: return 0;
+    }
 }
 #else
 static int has_feature(enum feature feature)
