@@ -43,7 +43,7 @@ static void int8_arena(const struct mfa_cpu_call *call, char *base, uint64_t *us
     s->O_factors = arena_alloc(base, used, PANEL);
 }
 
-/* A query as bytes Q + 128, in whole vectors of packs; returns its scale. One that is not finite gets NaN, and one
+/* A query as bytes Q + 128, in whole vectors of reals; returns its scale. One that is not finite gets NaN, and one
  * whose largest number is below 2^-100, whose inverse might not be finite, counts as zeros. */
 static double quantize_query(const real *row, int64_t columns, uint8_t *to)
 {
@@ -54,7 +54,6 @@ static double quantize_query(const real *row, int64_t columns, uint8_t *to)
     const double largest = (double)horizontal_max(top);
     const int counts = largest >= 0x1p-100;
     const vec inverse = vec_set1(counts ? (real)(127 / largest) : 0);
-    memset(to, 128, (size_t)int8_row(columns) * INT8_K);
     for (int64_t c = 0; c < n; c += LANES)
         vec_store_bytes(to + c, vec_fma(vec_load(row + c), inverse, vec_set1(128)));
     return !all_finite(row, n) ? NAN : counts ? largest / 127 : 0;
@@ -69,7 +68,7 @@ static void int8_queries(const struct mfa_cpu_call *call, const struct panel *pa
     _Alignas(64) real row[INT8_COLUMNS];
     for (int64_t i = 0; i < PANEL; i++) {
         double scale = 0;
-        memset(rows + i * d, 128, (size_t)d * sizeof(packed));
+        memset(rows + i * d, 128, (size_t)d * sizeof(packed)); /* zeros */
         if (i < panel->lanes) {
             load_row(row, panel_row(panel, call->q, bytes_of(call->dtype), &a->q, i), call->dtype, a->q.column,
                      a->head_dim);
