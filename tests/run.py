@@ -29,6 +29,7 @@ WHEELS = BUILD / "test-wheels"
 RELEASE = BUILD / "test-release"
 TIMEOUT = os.environ.get("MFA_TEST_TIMEOUT", "900")
 JOBS = os.cpu_count()
+WORKERS = min(JOBS + 1, 8)  # of pytest: some tests wait for other processes, or for time to pass
 
 # The environment of the Python tests: the library in the tree, and on Metal the one that opens metalsim.
 CPU = {"PYTHONPATH": str(ROOT / "python"), "MFA_LIBRARY": str(RELEASE / "libmfa.so")}
@@ -154,7 +155,7 @@ def run_step(tally, name, step, full):
     report = BUILD / f"test-{name}.xml"
     report.unlink(missing_ok=True)
     if step.pytest:
-        options = ["-q", "-n", min(JOBS, 8), "--dist=worksteal", f"--timeout={TIMEOUT}", f"--junitxml={report}"]
+        options = ["-q", "-n", WORKERS, "--dist=worksteal", f"--timeout={TIMEOUT}", f"--junitxml={report}"]
         code = run(sys.executable, "-m", "pytest", *options, *step.pytest, **step.environment)
     else:
         output = [f"--test-output-size-{kind}={1 << 20}" for kind in ("passed", "failed")]
