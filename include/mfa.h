@@ -85,7 +85,7 @@ typedef enum mfa_out_type {
  * keys, up to 512 neighbours, to 256 levels. With
  *     u_i  = max_c |Q_ic| / 254
  *     d_i  = max_j |scale| * u_i * sum_c |K_jc|, over the visible keys
- *     R_ij = the largest P_ik times the largest |v_scale|, among the keys k of j's block
+ *     R_ij = the largest P_ik |v_scale_k| among the keys k of j's block
  * and the code C_jc of V_jc, results differ from exact ones, beside the usual roundings, by at most
  *     |dL_i|  <= d_i
  *     |dO_ic| <= (exp(2 d_i) - 1) * sum_j Z_ij P_ij |V_jc| + exp(2 d_i) / 510 * sum_j Z_ij R_ij |C_jc|

@@ -144,10 +144,10 @@ static double check_bound(const char *rest)
     for (int64_t i = 0; i < QUERIES; i++) {
         const int64_t first = i / Q_LEN * KV_LEN, last = p.upper == INT64_MAX ? KV_LEN - 1 : i % Q_LEN + p.upper;
         const double d = score_bound(&p, i, last + 1), rounding = 1e-5;
-        double most = 0, scale = 0;
+        double most = 0;
         weights(&p, i, last + 1, truth.L[i], P);
         for (int64_t j = 0; j <= last; j++)
-            most = fmax(most, P[j]), scale = fmax(scale, (double)V_scale[first + j]);
+            most = fmax(most, P[j] * (double)V_scale[first + j]);
         assert_true(fabs((double)L[i] - truth.L[i]) <= d + rounding * (1 + fabs(truth.L[i])));
         for (int c = 0; c < DIM; c++) {
             double values = 0, codes = 0;
@@ -156,7 +156,7 @@ static double check_bound(const char *rest)
                 codes += fabs((double)V[first + j][c]);
             }
             const double exact = truth.O[i * DIM + c], error = fabs((double)O[i][c] - exact);
-            assert_true(error <= (exp(2 * d) - 1) * values + exp(2 * d) / 510 * most * scale * codes + rounding);
+            assert_true(error <= (exp(2 * d) - 1) * values + exp(2 * d) / 510 * most * codes + rounding);
             errors += error * error, squares += exact * exact;
         }
     }
@@ -187,6 +187,21 @@ static int is_nan(int64_t query)
     return count == DIM;
 }
 
+/* A scale of a key that a query does not see changes no bit of its result. */
+static void test_scales_of_hidden_keys(void **state)
+{
+    enum { SEEN = KV_LEN - 1 - 840 }; /* queries that do not see the last key */
+    static float before[QUERIES][DIM];
+    (void)state;
+    fill_in(0, 1);
+    run(" upper840");
+    memcpy(before, O, sizeof O);
+    V_scale[KV_LEN - 1] = V_scale[KEYS - 1] = 1e6f;
+    run(" upper840");
+    for (int64_t i = 0; i < QUERIES; i++)
+        assert_int_equal(!memcmp(before[i], O[i], sizeof O[i]), i % Q_LEN < SEEN);
+}
+
 static void test_not_finite(void **state)
 {
     (void)state;
@@ -200,6 +215,13 @@ static void test_not_finite(void **state)
     run(" upper0");
     for (int64_t i = 0; i < QUERIES; i++)
         assert_int_equal(is_nan(i), i >= Q_LEN + 20);
+    for (int n = 0; n < 4; n++) {
+        fill_in(0, 1);
+        K_scale[KV_LEN + 20] = n % 2 ? INFINITY : -INFINITY;
+        run(n / 2 ? " upper0 softcap30" : " upper0");
+        for (int64_t i = 0; i < QUERIES; i++)
+            assert_int_equal(is_nan(i), i >= Q_LEN + 20);
+    }
     fill_in(0, 1);
     V_scale[KV_LEN - 1] = NAN; /* of the first head */
     run("");
@@ -252,6 +274,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_which_problems),
         cmocka_unit_test(test_bound),
+        cmocka_unit_test(test_scales_of_hidden_keys),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_range),
     };

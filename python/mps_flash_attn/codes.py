@@ -82,7 +82,7 @@ def check_fast(fast: str | None, kinds: Kinds, k_scale: Tensor | None, v_scale: 
     """Raises for a `fast` that is none, and for one that needs other codes."""
     if fast is None:
         return
-    if fast not in FAST:
+    if not isinstance(fast, str) or fast not in FAST:
         raise ValueError(f"fast is {fast!r}; it must be None or {_list(FAST)}")
     for name, kind, scale in (("key", kinds[0], k_scale), ("value", kinds[1], v_scale)):
         groups = 1 if scale is None else scale.shape[-1]

@@ -30,6 +30,7 @@ static const struct row {
 #define KV_BLOCKS_MIN 128 /* of all heads in backward: with fewer, many threads wait for the last ones */
 #define EQUAL_TASKS 8     /* with fewer tasks, they should be of equal size, or threads wait for the last one */
 #define BLOCK_UNIT 16     /* keys */
+#define INT8_KEYS 384     /* a bound of errors in mfa.h is that of blocks of at most 512 */
 #define SERIAL_FLOP 2e6   /* less work takes about as long as waking a thread */
 
 static const struct row *row_of(mfa_cpu_isa isa, const mfa_problem *p)
@@ -158,6 +159,8 @@ void mfa_cpu_tiles_choose(mfa_cpu_isa isa, const struct mfa_cpu_kernels *kernels
                           : forward                     ? kernels->decode_rows
                                                         : kernels->decode_backward_rows;
     choice->key.block_kv = forward ? row->forward_kv : row->backward_kv;
+    if (variant == MFA_VARIANT_INT8 && choice->key.block_kv > INT8_KEYS)
+        choice->key.block_kv = INT8_KEYS;
     choice->key.features = mfa_key_features(p), choice->key.mask_dtype = p->mask_dtype;
     choice->key.k_type = p->k_type, choice->key.v_type = p->v_type;
     memcpy(choice->key.machine, mfa_cpu_isa_name(isa), strlen(mfa_cpu_isa_name(isa)));

@@ -40,7 +40,7 @@ def exact(query, key, value, k_scale, v_scale):
     scores = query @ keys.mT * D**-0.5
     weights = scores.softmax(-1)
     off = D**-0.5 * query.abs().amax(-1) / 254 * keys.abs().sum(-1).amax(-1, keepdim=True)
-    largest = weights.amax(-1, keepdim=True) * scales.amax((-2, -1), keepdim=True)
+    largest = (weights * scales.mT).amax(-1, keepdim=True)
     of_weights = torch.exp(2 * off)[..., None] / 510 * largest * codes.abs().sum(-2, keepdim=True)
     of_out = torch.expm1(2 * off)[..., None] * (weights @ values.abs()) + of_weights
     return (weights @ values, of_out), (scores.logsumexp(-1), off)

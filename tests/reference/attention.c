@@ -21,7 +21,7 @@ enum { PART = 32 };
 
 struct head { /* of one batch and KV head: keys and values, and sums for their gradients */
     double *K, *V, *K_transposed, *V_transposed, *dK, *dV;
-    double *V_scale, largest_V_scale; /* sizes, with P_off */
+    double *V_scale; /* sizes, with P_off */
 };
 
 struct row {
@@ -111,21 +111,21 @@ static void forward_row(struct work *w)
     }
 }
 
-/* What rounding P does at most to an element of O: P_j V_scale_j is off by 1 / 510 of the largest P and scale, of each
- * key that is not dropped. */
+/* What rounding P does at most to an element of O: P_j V_scale_j is off by 1 / 510 of the largest one, of each key that
+ * is not dropped. */
 static void add_P_off(struct work *w)
 {
     const int64_t columns = w->problem->value_dim;
     const struct row *row = &w->row;
     double most = 0;
     for (int64_t j = row->first; j < row->end; j++)
-        most = fmax(most, row->P[j]);
+        most = fmax(most, row->P[j] * w->head.V_scale[j]);
     for (int64_t c = 0; c < columns; c++) {
         double codes = 0;
         for (int64_t j = row->first; j < row->end; j++)
             if (row->P[j] > 0 && w->head.V_scale[j] > 0)
                 codes += row->Z[j] * fabs(w->head.V[j * columns + c]) / w->head.V_scale[j];
-        *w->P_off = fmax(*w->P_off, codes * most * w->head.largest_V_scale / 510);
+        *w->P_off = fmax(*w->P_off, codes * most / 510);
     }
 }
 
@@ -224,11 +224,8 @@ VECTORIZE static void kv_head(struct work *w, int64_t b, int64_t h)
         gather(V, w->V.column, values, head->V + j * values, 1);
         gather(V, w->V.column, values, head->V_transposed + j, kv_len);
     }
-    head->largest_V_scale = 0;
-    for (int64_t j = 0; j < kv_len && w->P_off; j++) {
+    for (int64_t j = 0; j < kv_len && w->P_off; j++)
         head->V_scale[j] = w->V_scale.values ? fabs(*reference_key(&w->seq, w->V_scale, h, j)) : 1;
-        head->largest_V_scale = fmax(head->largest_V_scale, head->V_scale[j]);
-    }
     for (int64_t at = 0; at < kv_len * columns; at++)
         head->dK[at] = 0;
     for (int64_t at = 0; at < kv_len * values; at++)

@@ -4,8 +4,9 @@
  *     S = scores of K_scale * Q_scale * (K Q^T)
  *     M = maximum of S of the block, of each lane
  *     W = exp(S - M);  l += sum(W) * exp(M - m)
- *     P = round(255 * W * V_scale / max V_scale)
- *     O^T += V^T P^T * max V_scale / 255 * exp(M - m)
+ *     R = maximum of W * V_scale of the block, of each lane: of the keys that it sees
+ *     P = round(255 * W * V_scale / R)
+ *     O^T += V^T P^T * R / 255 * exp(M - m)
  *
  * Rounding Q puts each score off, rounding P each weight, by at most 1 / 510 of the largest one of the block; l sums up
  * W, which is not rounded. include/mfa.h says how far off results are by both. A scale of V may be negative: P has no
@@ -22,7 +23,7 @@ struct int8_operands {
     int32_t *K_start;
     real *K_scale, *V_scale;           /* [key] */
     packed *P;                         /* k-interleaved packs [key / 4][PANEL] */
-    real *P_factors, *top, *O_factors; /* 255 * V_scale / max V_scale; M; what sums of P V are multiplied by */
+    real *P_factors, *top, *O_factors; /* V_scale of one sign; M; what sums of P V are multiplied by */
 };
 
 /* Memory for blocks of n keys, whole tiles. */
@@ -113,7 +114,8 @@ static void int8_keys(const struct kv_source *K, const struct kv_source *V, int6
         for (int64_t c = 0; c < d; c += LANES)
             sum = int_dots(vec_load(s->K + r * d + c), vec_of_bytes(128), sum);
         s->K_start[r] = -int_sum(sum);
-        s->K_scale[r] = r < n ? row_scale(K, key + r) : 0;
+        const real scale = r < n ? row_scale(K, key + r) : 0;
+        s->K_scale[r] = scale + (scale - scale); /* NaN for an infinite one: inf times a sum would hide the key */
         s->V_scale[r] = r < n ? row_scale(V, key + r) : 0;
     }
     for (int64_t r = 0; r < whole; r += INT8_K) {
@@ -127,7 +129,7 @@ static void int8_keys(const struct kv_source *K, const struct kv_source *V, int6
     }
 }
 
-/* P_factors of n keys with scales of one sign; returns the largest scale, NaN if one is not finite. */
+/* The scales of one sign of n keys, 0 for those of the other; returns the largest, NaN if one is not finite. */
 static real int8_factors(const real *scales, int64_t n, real sign, real *factors)
 {
     vec top = vec_set1(0);
@@ -140,25 +142,39 @@ static real int8_factors(const real *scales, int64_t n, real sign, real *factors
         vec_store(factors + k, scale);
         top = vec_max(top, scale);
     }
-    const real largest = horizontal_max(top);
-    for (int64_t k = 0; k < n && largest > 0; k += LANES)
-        vec_store(factors + k, vec_mul(vec_div(vec_load(factors + k), vec_set1(largest)), vec_set1(255)));
-    return largest;
+    return horizontal_max(top);
 }
 
-/* P of a column of scores, `packs` packs of them, each times its factor; returns the sum of exp(S - top). */
-static vec int8_weights(const real *S, int64_t packs, vec top, const real *factors, packed *P)
+/* W in place of a column of scores, of n keys; returns their sum. */
+static vec int8_exponentials(real *S, int64_t n, vec top)
 {
     vec l[2] = {vec_set1(0), vec_set1(0)};
-    for (int64_t k = 0; k < packs * INT8_K; k += INT8_K, S += INT8_K * PANEL, P += PANEL) {
-        const vec a = exp_of(vec_sub(vec_load(S), top)), b = exp_of(vec_sub(vec_load(S + PANEL), top));
-        const vec c = exp_of(vec_sub(vec_load(S + 2 * PANEL), top)), d = exp_of(vec_sub(vec_load(S + 3 * PANEL), top));
-        l[0] = vec_add(l[0], vec_add(a, b));
-        l[1] = vec_add(l[1], vec_add(c, d));
-        vec_store(P, vec_pack_bytes(vec_mul(a, vec_set1(factors[k])), vec_mul(b, vec_set1(factors[k + 1])),
-                                    vec_mul(c, vec_set1(factors[k + 2])), vec_mul(d, vec_set1(factors[k + 3]))));
+    for (int64_t k = 0; k < n; k += 2, S += 2 * PANEL) {
+        const vec even = exp_of(vec_sub(vec_load(S), top)), odd = exp_of(vec_sub(vec_load(S + PANEL), top));
+        l[0] = vec_add(l[0], even);
+        l[1] = vec_add(l[1], odd);
+        vec_store(S, even);
+        vec_store(S + PANEL, odd);
     }
     return vec_add(l[0], l[1]);
+}
+
+/* P of a column of W, `packs` packs of them, with such factors; returns R. Products with a small R are made larger
+ * first, for its inverse might not be finite. */
+static vec int8_weights(const real *W, int64_t packs, const real *factors, packed *P)
+{
+    vec R = vec_set1(0);
+    for (int64_t k = 0; k < packs * INT8_K; k++)
+        R = vec_max(R, vec_mul(vec_load(W + k * PANEL), vec_set1(factors[k])));
+    const vec lift = vec_select_less(R, vec_set1(1), vec_set1(0x1p60f), vec_set1(1));
+    const vec unit = vec_div(vec_set1(255), vec_mul(R, lift));
+    for (int64_t k = 0; k < packs * INT8_K; k += INT8_K, W += INT8_K * PANEL, P += PANEL) {
+        vec weight[INT8_K];
+        for (int i = 0; i < INT8_K; i++)
+            weight[i] = vec_mul(vec_mul(vec_mul(vec_load(W + i * PANEL), vec_set1(factors[k + i])), lift), unit);
+        vec_store(P, vec_pack_bytes(weight[0], weight[1], weight[2], weight[3]));
+    }
+    return R;
 }
 
 /* A panel, whose queries are packed, and the block of keys that it visits. */
@@ -197,11 +213,17 @@ static __attribute__((noinline)) void int8_attend(const struct mfa_cpu_call *cal
     const int64_t n = r.to - r.from, packs = int8_packs(n), e = padded(call->args.value_dim);
     const struct accumulators acc = step->acc;
     int8_score(call, s, step, r, S);
+    for (int64_t lane = 0; lane < step->panel->vectors * LANES; lane += LANES) {
+        const vec top = vec_load(s->top + lane), alpha = exp_of(vec_sub(top, vec_load(acc.m + lane)));
+        const vec sum = int8_exponentials(S + lane, packs * INT8_K, top);
+        vec_store(acc.l + lane, vec_fma(sum, alpha, vec_load(acc.l + lane)));
+        vec_store(s->top + lane, alpha); /* M is needed no more */
+    }
     for (int sign = 1; sign >= -1; sign -= 2) {
         const real largest = int8_factors(s->V_scale + r.from, n, (real)sign, s->P_factors);
         if (sign < 0 && largest == 0)
             break;
-        const vec unit = vec_set1((real)sign * largest / (255 * unit_of(step->shrinks_V)));
+        const vec unit = vec_set1((real)sign / (255 * unit_of(step->shrinks_V)));
         fill(s->O_factors, PANEL, 0);
         for (int v = 0; v < PANEL_VECTORS; v++) {
             const int64_t lane = v * LANES;
@@ -210,11 +232,9 @@ static __attribute__((noinline)) void int8_attend(const struct mfa_cpu_call *cal
                     vec_store(s->P + k * PANEL + lane, vec_set1(0));
                 continue;
             }
-            const vec top = vec_load(s->top + lane), alpha = exp_of(vec_sub(top, vec_load(acc.m + lane)));
-            const vec sum = int8_weights(S + lane, packs, top, s->P_factors, s->P + lane);
-            if (sign > 0)
-                vec_store(acc.l + lane, vec_fma(sum, alpha, vec_load(acc.l + lane)));
-            vec_store(s->O_factors + lane, vec_mul(alpha, unit));
+            const vec R = int8_weights(S + lane, packs, s->P_factors, s->P + lane), alpha = vec_load(s->top + lane);
+            const vec factor = vec_mul(vec_mul(alpha, R), unit);
+            vec_store(s->O_factors + lane, largest >= 0 ? factor : vec_set1((real)NAN));
             if (step->dropout)
                 drop_bytes(step->dropout, v, step->key + r.from, packs * INT8_K, s->P + lane);
         }
