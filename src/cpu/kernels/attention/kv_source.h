@@ -146,7 +146,7 @@ static struct kv_block kv_load(const struct kv_source *source, int64_t key, int6
 static inline int widens_codes(const struct kv_source *source)
 {
     const int64_t group = source->group < source->columns ? source->group : 0;
-    return is_codes(source->dtype) && !source->shrinks && source->strides->column == 1 &&
+    return WIDENS_CODES && is_codes(source->dtype) && !source->shrinks && source->strides->column == 1 &&
            source->columns % LANES == 0 && group % LANES == 0;
 }
 

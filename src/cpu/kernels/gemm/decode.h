@@ -347,16 +347,18 @@ static inline __attribute__((always_inline)) struct kv_rows rows_of_codes(struct
 }
 
 /* product(rows), where the compiler knows their dtype, and how codes are scaled. */
-#define BY_DTYPE(product, rows)                 \
-    if (K_PACK > 1 || (rows).dtype == CPU_BF16) \
-        product(rows_of_dtype(rows, CPU_BF16)); \
-    else if ((rows).dtype == CPU_F16)           \
-        product(rows_of_dtype(rows, CPU_F16));  \
-    else if (!is_codes((rows).dtype))           \
-        product(rows_of_dtype(rows, CPU_REAL)); \
-    else if ((rows).scaled_by_row)              \
-        BY_CODES(product, rows, 1)              \
-    else                                        \
+#define BY_DTYPE(product, rows)                        \
+    if (sizeof(real) == sizeof(double))                \
+        product(rows_of_dtype(rows, CPU_REAL));        \
+    else if (K_PACK > 1 || (rows).dtype == CPU_BF16)   \
+        product(rows_of_dtype(rows, CPU_BF16));        \
+    else if ((rows).dtype == CPU_F16)                  \
+        product(rows_of_dtype(rows, CPU_F16));         \
+    else if (!WIDENS_CODES || !is_codes((rows).dtype)) \
+        product(rows_of_dtype(rows, CPU_REAL));        \
+    else if ((rows).scaled_by_row)                     \
+        BY_CODES(product, rows, 1)                     \
+    else                                               \
         BY_CODES(product, rows, 0)
 
 #define BY_CODES(product, rows, by_row)                                   \

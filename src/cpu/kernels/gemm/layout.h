@@ -57,6 +57,10 @@ static inline void quiet_nans(real *x, int64_t n)
 #define INT8_PRODUCTS 0
 #endif
 
+#ifndef WIDENS_CODES
+#define WIDENS_CODES 1 /* decode widens codes of K and V in registers; 0: they are copied as numbers first */
+#endif
+
 typedef real packed;
 
 /* What a panel of queries is made of: its width in vectors; the unit in which its vectors are used; the unit of the

@@ -23,6 +23,7 @@
 typedef REAL real;
 typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
 #define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#define WIDENS_CODES 0 /* its kernels would be a third of the set, and gain nothing */
 
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define TILE_ROWS_3 8
