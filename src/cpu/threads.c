@@ -309,10 +309,13 @@ static int is_left_alone(struct lateness *lateness)
     return until != 0 && now() < until;
 }
 
-/* Takes note of how late the host was at `time`, in nanoseconds. Callers at once may overwrite each other's notes. */
-static void note_lateness(struct lateness *lateness, int64_t late, int64_t time)
+/* Takes note of how late the host was at `time`, in nanoseconds, in a run that began at `begin`: one that was under way
+ * when the host was left alone says nothing new. Callers at once may overwrite each other's notes. */
+static void note_lateness(struct lateness *lateness, int64_t late, int64_t begin, int64_t time)
 {
     const int64_t until = atomic_load(&lateness->own_until);
+    if (begin < until)
+        return;
     if (late < LATE_NANOSECONDS) {
         if (until)
             atomic_store(&lateness->own_until, 0);
@@ -330,11 +333,12 @@ static void note_lateness(struct lateness *lateness, int64_t late, int64_t time)
 static void run_on_host(mfa_cpu_threads *threads, struct run *run, int workers)
 {
     struct hosted hosted = {.run = run, .workers = workers};
+    const int64_t begin = now();
     const int32_t status = threads->host(0, workers, 1, work_on_host, &hosted);
     const int64_t time = now(), finished = atomic_load(&hosted.finished);
     work_on_host(0, 1, &hosted); /* what the host has left: nothing, unless it failed */
     if (status == 0 && finished)
-        note_lateness(&threads->lateness, time - finished, time);
+        note_lateness(&threads->lateness, time - finished, begin, time);
 }
 
 void mfa_cpu_threads_run(mfa_cpu_threads *threads, int workers, int64_t tasks, mfa_cpu_task task, void *call)
