@@ -124,11 +124,12 @@ static locale_t make_locale(int mask, const char *name, locale_t base)
     return newlocale(LC_NUMERIC_MASK, name, base);
 }
 
-/* The environment's MACHO_M1: a Mac whose CPU has no FEAT_BF16. */
+/* The environment's MACHO_M1: a Mac whose CPU has neither FEAT_BF16 nor FEAT_I8MM. */
 static int read_control(const char *name, void *value, size_t *size, const void *set, size_t set_size)
 {
     static const int processors = 2;
-    const int bf16 = (getauxval(AT_HWCAP2) & HWCAP2_BF16) && !getenv("MACHO_M1");
+    const unsigned long has = getenv("MACHO_M1") ? 0 : getauxval(AT_HWCAP2);
+    const int bf16 = (has & HWCAP2_BF16) != 0, i8mm = (has & HWCAP2_I8MM) != 0;
     const struct {
         const char *name;
         const void *value;
@@ -136,6 +137,7 @@ static int read_control(const char *name, void *value, size_t *size, const void 
     } controls[] = {{"hw.ncpu", &processors, sizeof processors},
                     {"hw.perflevel0.physicalcpu", &processors, sizeof processors},
                     {"hw.optional.arm.FEAT_BF16", &bf16, sizeof bf16},
+                    {"hw.optional.arm.FEAT_I8MM", &i8mm, sizeof i8mm},
                     {"kern.osversion", "23A344", sizeof "23A344"}};
     (void)set_size;
     for (size_t n = 0; n < sizeof controls / sizeof *controls; n++)
