@@ -62,12 +62,21 @@ def attention(
     return _result(out, sharding, given)
 
 
-def _without_elements(shape: Sequence[int], query: Tensor, *others: Tensor | None) -> Tensor:
+def _without_elements(shape: Sequence[int], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """A result without elements, whose operands have gradients of zeros, for which other ranks may wait. PyTorch's
     kernels, which run such calls of plain tensors, give some none, and others unusual strides, at which autograd
-    replicates a DTensor by messages that other ranks do not expect. Without heads those of 2.9 end the process."""
+    replicates a DTensor by messages that other ranks do not expect. Without heads those of 2.9 end the process. Raises
+    where PyTorch raises on the other ranks."""
+    mask_dtypes = (torch.bool, torch.float32, query.dtype)
+    if not query.dtype.is_floating_point or {key.dtype, value.dtype} != {query.dtype}:
+        raise RuntimeError(
+            f"query, key and value have the dtypes {query.dtype}, {key.dtype} and {value.dtype}; they must have one "
+            "floating-point dtype"
+        )
+    if mask is not None and mask.dtype not in mask_dtypes:
+        raise RuntimeError(f"attn_mask has the dtype {mask.dtype}; it must be bool, float32 or that of query")
     out = query.new_zeros(shape)
-    for one in (query, *others):
+    for one in (query, key, value, mask):
         if one is not None and one.requires_grad:
             one.register_hook(lambda gradient: gradient.new_zeros(gradient.shape))
             out = out + 0 * one.sum()

@@ -320,6 +320,9 @@ def sentences():
         "lengths of the batch": (flash_attention_kvcache, sharded[B], {"seqused_k": used}),
     }
     found = {name: sentence(function, *operands, **options) for name, (function, operands, options) in calls.items()}
+    one = drawn((1, 3, 9, 8), (1, 3, 9, 8))
+    mixed = distribute([one[0], one[1].float(), one[0]], mesh_of(4), [B])
+    found["dtypes, where some ranks have no elements"] = sentence(sdpa, *mixed)
     if torch.distributed.get_rank() == 1:
         sharded[N][2] = short[2]
     found["on one rank"] = sentence(sdpa, *sharded[N])
@@ -341,6 +344,7 @@ SENTENCES = {
     "lengths": "they must have four dimensions, one batch, one length",
     "mask and is_causal": "attn_mask is given and is_causal is True",
     "meshes": "they must be on one mesh",
+    "dtypes, where some ranks have no elements": "dtype",
     "lengths of the batch": "query is sharded along the batch and seqused_k is given",
 }
 
