@@ -40,23 +40,23 @@ METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEAS
 # Seconds are estimates for two fast cores. CTest is given the label of the tests to run, and that of those not to run.
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
-    "checks": Step("includes, names, documents, style; and what checks them", 67, (), pytest=["tests/tools"]),
+    "checks": Step("includes, names, documents, style; and what checks them", 66, (), pytest=["tests/tools"]),
     "release": Step("the shipped library on every instruction set", 190, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 300, ("release",), pytest=["tests/python"], environment=CPU),
+    "python": Step("the Python package", 340, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
-        50,
+        70,
         ("wheels",),
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 150, ("wheels", "arm64"), ctest=("", "")),
-    "clang": Step("another compiler", 45, ("clang",), ctest=("", "")),
-    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 90, ("asan-ubsan",), ctest=("", "")),
-    "tsan": Step("thread sanitizer", 52, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 350, ("release",), ctest=("metal", "")),
+    "arm64": Step("NEON and the macOS library, emulated", 155, ("wheels", "arm64"), ctest=("", "")),
+    "clang": Step("another compiler", 60, ("clang",), ctest=("", "")),
+    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 115, ("asan-ubsan",), ctest=("", "")),
+    "tsan": Step("thread sanitizer", 60, ("tsan",), ctest=("", "")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 330, ("release",), ctest=("metal", "")),
     "metal-python": Step(
-        "the Python package on Metal", 260, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 290, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 

@@ -259,7 +259,7 @@ def test_signatures():
         name: one.default for name, one in parameters.items() if one.default not in (None, inspect._empty)
     } == defaults
     ours = {name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
-    assert ours == {"k_scale", "v_scale", "k_type", "v_type"}
+    assert ours == {"k_scale", "v_scale", "k_type", "v_type", "fast"}
     assert [name for name in parameters if name not in ours] == (
         "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad block_table "
         "softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits return_softmax_lse"
