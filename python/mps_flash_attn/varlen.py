@@ -354,8 +354,8 @@ def flash_attention_kvcache(
                      c. int4 is the half - 8; nf4 a number of QLoRA's table. quantize_kv() makes codes and scales.
     v_type           the same of value. Either may be codes without the other, which then has the query's dtype.
     fast             "int8": where key and value are int8 with one scale for a row, products may be of int8: each query
-                     is rounded to 255 levels, and the weights of a block of keys to 256. Prefill then takes about a
-                     third of the time on x86-64 with AVX512_BF16; arm64 with FEAT_I8MM has such kernels, too.
+                     is rounded to 255 levels, and the weights of a block of keys to 256. Prefill then takes less
+                     than half of the time on x86-64 with AVX512_BF16; arm64 with FEAT_I8MM has such kernels, too.
                      Everywhere else, and for few queries, results are those without it. docs/pytorch.md has the bound
                      of the error. ValueError for other keys and values.
 
