@@ -2,6 +2,7 @@
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define KERNEL_SET mfa_cpu_kernels_avx512
 #include "cpu/kernels/simd/avx512.h"
+#include "cpu/kernels/simd/avx512int16.h"
 #include "cpu/kernels/kernel_set.h"
 #else
 #include "cpu/kernels/contract.h"

@@ -17,6 +17,7 @@
 #include "cpu/kernels/gemm/gemm.h"
 #include "cpu/kernels/gemm/int8.h"
 #include "cpu/kernels/gemm/decode.h"
+#include "cpu/kernels/gemm/decode_int16.h"
 
 #include "cpu/kernels/attention/sequence.h"
 #include "cpu/kernels/attention/panel.h"

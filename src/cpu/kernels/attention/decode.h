@@ -11,6 +11,7 @@
 struct decode_scratch {
     packed *rows, *Q, *K, *V;
     real *S, *O, *acc, *bias_rows, *mask_rows, *bias;
+    struct int16_queries int16;
 };
 
 static uint64_t decode_arena(const struct mfa_cpu_call *call, char *base, struct decode_scratch *s)
@@ -30,6 +31,8 @@ static uint64_t decode_arena(const struct mfa_cpu_call *call, char *base, struct
     s->bias_rows = arena_alloc(base, &used, biased ? DECODE_KEYS * LANES : 0);
     s->mask_rows = arena_alloc(base, &used, biased ? PANEL * DECODE_KEYS : 0);
     s->bias = arena_alloc(base, &used, biased ? PANEL * DECODE_KEYS : 0);
+    s->int16.rows = (int32_t *)(void *)arena_alloc(base, &used, INT16_PRODUCTS ? LANES * d / 2 : 0);
+    s->int16.units = arena_alloc(base, &used, INT16_PRODUCTS ? LANES : 0);
     return used;
 }
 
@@ -37,6 +40,31 @@ static uint64_t decode_scratch(const struct mfa_cpu_call *call)
 {
     struct decode_scratch s;
     return decode_arena(call, NULL, &s);
+}
+
+/* Whether Q K^T, or P V, may be products of integers: results of 16 bits hide their errors. L has 32 bits. */
+static int decode_has_int16_values(const struct mfa_cpu_call *call)
+{
+    return INT16_PRODUCTS && is_half(call->out_dtype) && !call->o_low;
+}
+
+static int decode_has_int16_scores(const struct mfa_cpu_call *call)
+{
+    const int64_t d = call->args.head_dim;
+    return decode_has_int16_values(call) && !call->lse && call->k_dtype == CPU_INT8 && d % INT16_COLUMNS == 0 &&
+           d <= MAX_INT16_COLUMNS;
+}
+
+/* S of n keys from `key` on by products of integers; returns whether they lie so that it can be, and are exact
+ * enough. */
+static int decode_scores_int16(const struct decode_walk *w, int64_t key, int64_t n, real factor, real *S,
+                               struct prefetch_cursor *next)
+{
+    const struct kv_source *K = w->source;
+    if (!w->int16 || n < DECODE_ACCUMULATORS || !widens_codes(K) || kv_run(K, key, n) < n)
+        return 0;
+    const struct kv_rows rows = kv_code_rows(K, key);
+    return rows.scaled_by_row && gemm_qk_int16(w->R, w->int16, rows, K->columns, factor, S, next);
 }
 
 /* S = factor * Q K^T for n keys of a block, by tiles; also dP = dO V^T. The last tile's missing keys are zeros. */
@@ -47,6 +75,8 @@ static void decode_scores(const struct decode_walk *w, const packed *Q, real fac
     for (int64_t k = 0; k < w->block; k += DECODE_ACCUMULATORS) {
         const int64_t rest = w->block - k, n = rest < DECODE_ACCUMULATORS ? rest : DECODE_ACCUMULATORS;
         struct prefetch_cursor next = decode_cursor(w, k, DECODE_ACCUMULATORS);
+        if (decode_scores_int16(w, w->key + k, n, factor, S + k * w->R, &next))
+            continue;
         const struct kv_rows rows = kv_load_rows(K, w->key + k, n, DECODE_ACCUMULATORS, must_copy, copy);
         gemm_qk_decode(w->R, Q, rows, row_packs(K->columns), factor, S + k * w->R, &next);
     }
@@ -66,6 +96,8 @@ static void decode_outputs(const struct decode_walk *w, packed *P, packed *copy,
         struct prefetch_cursor next = decode_cursor(w, k, n);
         const struct kv_rows rows = kv_load_rows(V, w->key + k, n, whole, 0, copy);
         packed *these = P + k_packs(k * w->R);
+        if (w->int16_values && gemm_pv_int16(w->R, these, rows, n, V->columns, O, &next))
+            continue;
         if (is_codes(rows.dtype) && rows.scaled_by_row)
             scale_probabilities(w->R, rows, n, these);
         gemm_pv_decode(w->R, these, rows, whole, interleaved_columns(V->columns), O, &next);
@@ -83,7 +115,9 @@ static void decode_attend_keys(const struct mfa_cpu_call *call, const struct dec
     if (seen == BLOCK_EMPTY)
         return;
     const struct kv_source *K = &sources[0], *V = &sources[1];
-    const struct decode_walk of_K = {K, V, key, n, key, R}, of_V = {V, K, key, n, key + n, R};
+    const struct int16_queries *int16 = decode_has_int16_scores(call) ? &s->int16 : NULL;
+    const struct decode_walk of_K = {K, V, key, n, key, R, int16, 0};
+    const struct decode_walk of_V = {V, K, key, n, key + n, R, NULL, decode_has_int16_values(call)};
     decode_scores(&of_K, s->Q, (real)score_factor(call), s->K, s->S);
     decode_score(
         call, panel, seen,
@@ -136,6 +170,8 @@ static void decode(void *data, int64_t task, int worker)
     const struct accumulators own = {s.O, m, l, NULL};
     panel_load(&panel, R, call->q, call->dtype, &a->q, a->head_dim, s.rows);
     scale_queries(call, s.rows, R * d);
+    if (decode_has_int16_scores(call))
+        quantize_queries(R, s.rows, d, a->head_dim, score_factor(call), &s.int16);
     pack_q_decode(s.rows, d, R, s.Q);
     decode_attend(call, &c, &s, &panel, own);
     if (!all_finite(s.O, LANES * e)) { /* as in forward.h */

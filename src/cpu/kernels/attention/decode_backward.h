@@ -145,7 +145,7 @@ static int decode_backward_keys(const struct mfa_cpu_call *call, const struct de
     real *dtanh = call->softcap > 0 ? s->dtanh : NULL;
     const struct kv_source K = k_source(call, step->keys->seq, step->keys->kv_head);
     const struct kv_source V = v_source(call, step->keys->seq, step->keys->kv_head, 0);
-    const struct decode_walk of_K = {&K, &V, key, n, key, R}, of_V = {&V, &K, key, n, key + n, R};
+    const struct decode_walk of_K = {&K, &V, key, n, key, R, NULL, 0}, of_V = {&V, &K, key, n, key + n, R, NULL, 0};
     decode_scores(&of_K, s->Q_pack, (real)score_factor(call), s->K, s->S);
     decode_scores(&of_V, s->dO_pack, 1, s->K, s->dP);
     decode_score(

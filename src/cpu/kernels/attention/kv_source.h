@@ -230,6 +230,8 @@ struct decode_walk {
     const struct kv_source *source, *after; /* which is read, and which after this block */
     int64_t key, block, then;               /* the block's first key and its keys; of `after`, the first key */
     int R;
+    const struct int16_queries *int16; /* of K: the queries for products of integers; NULL: none */
+    int int16_values;                  /* of V: whether its products may be of integers */
 };
 
 /* What is prefetched while keys [k, k + n) of the block are read: as many rows a chunk further on, and past the block

@@ -57,6 +57,10 @@ static inline void quiet_nans(real *x, int64_t n)
 #define INT8_PRODUCTS 0
 #endif
 
+#ifndef INT16_PRODUCTS
+#define INT16_PRODUCTS 0
+#endif
+
 #ifndef WIDENS_CODES
 #define WIDENS_CODES 1 /* decode widens codes of K and V in registers; 0: they are copied as numbers first */
 #endif
