@@ -3,22 +3,26 @@
     tests/run.py [--full] [--list] [STEP ...]
 
 Run it through `make test`, which installs what it needs. A step builds a preset of CMakePresets.json and runs CTest in
-it, or runs pytest. Cases are counted, not programs: a test program prints its own count, as cmocka does. One that
-crashes, hangs or prints no count has failed, whatever it had counted. MFA_TEST_TIMEOUT is how many seconds one test
-may run (900), for a machine that is much slower than usual.
+it, or runs pytest. There are two lanes, one for each of these: a lane runs its steps one after the other, both run at
+the same time, and what two steps build is built once. Each line of output begins with the name of its step, and
+build/test-STEP.log has those of one step.
+
+Cases are counted, not programs: a test program prints its own count, as cmocka does. One that crashes, hangs or prints
+no count has failed, whatever it had counted. MFA_TEST_TIMEOUT is how many seconds one test may run (900), for a machine
+that is much slower than usual.
 """
 
 import argparse
 import collections
-import functools
+import concurrent.futures
 import os
 import pathlib
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as xml
 import zipfile
@@ -29,7 +33,9 @@ WHEELS = BUILD / "test-wheels"
 RELEASE = BUILD / "test-release"
 TIMEOUT = os.environ.get("MFA_TEST_TIMEOUT", "900")
 JOBS = os.cpu_count()
-WORKERS = min(JOBS + 1, 8)  # of pytest: some tests wait for other processes, or for time to pass
+WORKERS = min(JOBS, 8)  # of pytest
+POLL = 0.2  # seconds between looks at what a command has printed
+SAYING = threading.Lock()
 
 # The environment of the Python tests: the library in the tree, and on Metal the one that opens metalsim.
 CPU = {"PYTHONPATH": str(ROOT / "python"), "MFA_LIBRARY": str(RELEASE / "libmfa.so")}
@@ -37,26 +43,27 @@ METAL = CPU | {"MFA_LIBRARY": str(RELEASE / "libmfa_metalsim.so"), "MFA_BACKEND"
 METAL |= {"METALSIM_UNOPTIMISED": "1"}  # kernels run briefly here, and metal runs the same texts optimised
 METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEASE / "metalsim/metalsim_cover")}
 
-# Seconds are estimates for two fast cores. CTest is given the label of the tests to run, and that of those not to run.
+# Seconds are estimates of the CPU time, on fast cores. CTest is given the label of the tests to run, and that of those
+# not to run. A lane runs its steps in this order. Long tests are early, so that both cores are busy to the end.
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
-    "checks": Step("includes, names, documents, style; and what checks them", 66, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 190, ("release",), ctest=("", "metal")),
-    "python": Step("the Python package", 340, ("release",), pytest=["tests/python"], environment=CPU),
+    "checks": Step("includes, names, documents, style; and what checks them", 92, (), pytest=["tests/tools"]),
+    "release": Step("the shipped library on every instruction set", 346, ("release",), ctest=("", "metal")),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 669, ("release",), ctest=("metal", "")),
+    "python": Step("the Python package", 492, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
-        70,
+        138,
         ("wheels",),
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 155, ("wheels", "arm64"), ctest=("", "")),
-    "clang": Step("another compiler", 60, ("clang",), ctest=("", "")),
-    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 115, ("asan-ubsan",), ctest=("", "")),
-    "tsan": Step("thread sanitizer", 60, ("tsan",), ctest=("", "")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 330, ("release",), ctest=("metal", "")),
+    "arm64": Step("NEON and the macOS library, emulated", 261, ("wheels", "arm64"), ctest=("", "")),
+    "clang": Step("another compiler", 124, ("clang",), ctest=("", "")),
+    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 240, ("asan-ubsan",), ctest=("", "")),
+    "tsan": Step("thread sanitizer", 111, ("tsan",), ctest=("", "")),
     "metal-python": Step(
-        "the Python package on Metal", 290, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 399, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
@@ -68,6 +75,13 @@ class Tally:
         self.passed = self.failed = 0
         self.failures = []
         self.skipped = collections.Counter()
+
+    def __iadd__(self, other):
+        self.passed += other.passed
+        self.failed += other.failed
+        self.failures += other.failures
+        self.skipped += other.skipped
+        return self
 
     def add(self, name, passed, failed):
         self.passed += passed
@@ -86,31 +100,108 @@ def parse_counts(text):
     return sum(map(int, passed)), sum(map(int, failed))
 
 
-def run(*words, **environment):
-    """Runs a command in the root of the tree; its exit code."""
-    words = [str(word) for word in words]
-    print(f"\n--- {' '.join(words)}".replace(f"{ROOT}/", ""), flush=True)
-    return subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL).returncode
+BUILT = {}
+BUILDING = {target: threading.Lock() for step in STEPS.values() for target in step.builds}
 
 
-@functools.cache
-def build(name):
-    """Builds a preset, or the wheels with what the tests take out of them; whether that succeeded."""
-    if name != "wheels":
-        folder = BUILD / f"test-{name}"
-        return not (run("cmake", "--preset", name) or run("cmake", "--build", folder, "--", "-k", "0"))
-    shutil.rmtree(WHEELS, ignore_errors=True)
-    # By the name and with the options of the presets' compiler, so that ccache has what release and arm64 compile.
-    settings = {"CC": os.environ.get("CC", "cc"), "SKBUILD_CMAKE_DEFINE": "CMAKE_COMPILE_WARNING_AS_ERROR=ON"}
-    if ccache := shutil.which("ccache"):
-        settings["CMAKE_C_COMPILER_LAUNCHER"] = ccache
-    if run(sys.executable, "tools/wheels.py", "--to", WHEELS, **settings):
-        return False
-    (macos,) = WHEELS.glob("*macosx*.whl")
-    (WHEELS / "libmfa.dylib").write_bytes(zipfile.ZipFile(macos).read("mps_flash_attn/libmfa.dylib"))
-    (linux,) = WHEELS.glob(f"*linux*_{platform.machine()}.whl")
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
-    return not run(*pip, "--target", WHEELS / "site", linux)
+class Run:
+    """A step that is run: its commands, what they printed and used, and what was counted."""
+
+    def __init__(self, name, step):
+        self.name, self.step = name, step
+        self.tally = Tally()
+        self.cpu = self.wall = 0.0
+        self.log = BUILD / f"test-{name}.log"
+
+    def say(self, lines):
+        with SAYING:
+            for line in lines:
+                print(f"{self.name:13}| {line}", flush=True)
+
+    def command(self, *words, **environment):
+        """Runs a command in the root of the tree, and prints its lines as they come; its exit code."""
+        words = [str(word) for word in words]
+        self.say(["", f"--- {' '.join(words)}".replace(f"{ROOT}/", "")])
+        # A file, not a pipe, which a process that the command leaves behind would keep open.
+        with open(self.log, "ab") as output, open(self.log, "rb") as printed:
+            printed.seek(0, os.SEEK_END)
+            process = subprocess.Popen(
+                words, cwd=ROOT, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+            ended, rest = 0, b""
+            while not ended:
+                ended, status, used = os.wait4(process.pid, os.WNOHANG)  # of this command, not of the other lane's
+                *lines, rest = (rest + printed.read()).split(b"\n")
+                if ended and rest:
+                    lines.append(rest)
+                self.say(line.decode(errors="replace") for line in lines)
+                time.sleep(0 if ended else POLL)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.cpu += used.ru_utime + used.ru_stime
+        return process.returncode
+
+    def build(self, target):
+        """Whether a preset, or the wheels, could be built, which is done once: another step that needs it waits."""
+        with BUILDING[target]:
+            if target not in BUILT:
+                BUILT[target] = self.build_wheels() if target == "wheels" else self.build_preset(target)
+            return BUILT[target]
+
+    def build_preset(self, name):
+        command = ("cmake", "--build", BUILD / f"test-{name}", "--", "-k", "0")
+        return not (self.command("cmake", "--preset", name) or self.command(*command))
+
+    def build_wheels(self):
+        """Builds the wheels, with what the tests take out of them."""
+        shutil.rmtree(WHEELS, ignore_errors=True)
+        # By the name and with the options of the presets' compiler, so that ccache has what release and arm64 compile.
+        settings = {"CC": os.environ.get("CC", "cc"), "SKBUILD_CMAKE_DEFINE": "CMAKE_COMPILE_WARNING_AS_ERROR=ON"}
+        if ccache := shutil.which("ccache"):
+            settings["CMAKE_C_COMPILER_LAUNCHER"] = ccache
+        if self.command(sys.executable, "tools/wheels.py", "--to", WHEELS, **settings):
+            return False
+        (macos,) = WHEELS.glob("*macosx*.whl")
+        (WHEELS / "libmfa.dylib").write_bytes(zipfile.ZipFile(macos).read("mps_flash_attn/libmfa.dylib"))
+        (linux,) = WHEELS.glob(f"*linux*_{platform.machine()}.whl")
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
+        return not self.command(*pip, "--target", WHEELS / "site", linux)
+
+    def test(self, full):
+        """Builds and tests; returns itself."""
+        began = time.monotonic()
+        self.log.unlink(missing_ok=True)
+        self.say([f"=== {self.step.about}"])
+        unbuilt = [target for target in self.step.builds if not self.build(target)]
+        for target in unbuilt:
+            self.tally.add(f"{self.name}: {target} does not build", 0, 1)
+        if not unbuilt:
+            report = BUILD / f"test-{self.name}.xml"
+            report.unlink(missing_ok=True)
+            run_tests = self.run_pytest if self.step.pytest else self.run_ctest
+            count(self.tally, self.name, report, run_tests(report, full))
+        self.wall = time.monotonic() - began
+        self.say([f"=== {self}"])
+        return self
+
+    def run_pytest(self, report, full):
+        options = ["-q", "-n", WORKERS, "--dist=worksteal", f"--timeout={TIMEOUT}", f"--junitxml={report}"]
+        return self.command(sys.executable, "-m", "pytest", *options, *self.step.pytest, **self.step.environment)
+
+    def run_ctest(self, report, full):
+        output = [f"--test-output-size-{kind}={1 << 20}" for kind in ("passed", "failed")]
+        options = ["-j", JOBS, "--timeout", TIMEOUT, "--no-tests=error", "--output-on-failure", *output]
+        has, has_not = self.step.ctest
+        labels = ["-L", has] if has else []
+        if left_out := "|".join(filter(None, [has_not, "" if full else "full"])):
+            labels += ["-LE", left_out]
+        folder = BUILD / f"test-{self.step.builds[-1]}"
+        return self.command(
+            "ctest", "--test-dir", folder, *options, "--output-junit", report, *labels, **self.step.environment
+        )
+
+    def __str__(self):
+        counts = f"{self.tally.passed:7} passed {self.tally.failed:5} failed"
+        return f"{counts} {self.wall:7.1f} s, CPU {self.cpu:7.1f} s"
 
 
 def count_case(tally, case, name):
@@ -141,32 +232,18 @@ def count(tally, step, report, code):
         tally.add(f"{step}: exit code {code}, {len(cases)} tests", 0, 1)
 
 
-def cpu_seconds():
-    """Of all processes so far that this one has waited for, and theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def run_step(tally, name, step, full):
-    for target in step.builds:
-        if not build(target):
-            tally.add(f"{name}: {target} does not build", 0, 1)
-            return
-    report = BUILD / f"test-{name}.xml"
-    report.unlink(missing_ok=True)
-    if step.pytest:
-        options = ["-q", "-n", WORKERS, "--dist=worksteal", f"--timeout={TIMEOUT}", f"--junitxml={report}"]
-        code = run(sys.executable, "-m", "pytest", *options, *step.pytest, **step.environment)
-    else:
-        output = [f"--test-output-size-{kind}={1 << 20}" for kind in ("passed", "failed")]
-        options = ["-j", JOBS, "--timeout", TIMEOUT, "--no-tests=error", "--output-on-failure", *output]
-        has, has_not = step.ctest
-        labels = ["-L", has] if has else []
-        if left_out := "|".join(filter(None, [has_not, "" if full else "full"])):
-            labels += ["-LE", left_out]
-        folder = BUILD / f"test-{step.builds[-1]}"
-        code = run("ctest", "--test-dir", folder, *options, "--output-junit", report, *labels, **step.environment)
-    count(tally, name, report, code)
+def run_steps(chosen, full):
+    """The Runs of the steps, in their order; pytest and CTest have a lane each."""
+    lanes = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)]
+    futures = [lanes[bool(step.pytest)].submit(Run(name, step).test, full) for name, step in chosen.items()]
+    try:
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    finally:
+        for lane in lanes:
+            lane.shutdown(cancel_futures=True)
+    for future in done:
+        future.result()  # raises what the step raised
+    return [future.result() for future in futures]
 
 
 def main():
@@ -179,9 +256,10 @@ def main():
         parser.error(f"no step {name}; there are: {' '.join(STEPS)}")
     chosen = {name: step for name, step in STEPS.items() if not options.steps or name in options.steps}
     for name, step in chosen.items():
-        print(f"{name:13} {step.seconds:4} s  {step.about}")
+        print(f"{name:13} {step.seconds:4} s of CPU  {step.about}")
     seconds = sum(step.seconds for step in chosen.values()) * (4 if options.full else 1)
-    print(f"in all about {seconds // 60 + 1} minutes on two cores with AVX-512; twice as long on slow ones", flush=True)
+    minutes = seconds // 120 + 1
+    print(f"in all about {minutes} minutes on two cores with AVX-512; twice as long on slow ones", flush=True)
     if options.list:
         return 0
     BUILD.mkdir(exist_ok=True)
@@ -189,14 +267,13 @@ def main():
         os.environ["MFA_TEST_FULL"] = "1"
     os.environ["MFA_CACHE"] = str(BUILD / "test-cache")  # not the user's own
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or the threads of two PyTorchs spin, each for a core
-    tally, lines = Tally(), []
-    for name, step in chosen.items():
-        began, used, passed, failed = time.monotonic(), cpu_seconds(), tally.passed, tally.failed
-        print(f"\n=== {name}: {step.about}", flush=True)
-        run_step(tally, name, step, options.full)
-        numbers = f"{tally.passed - passed:7} passed {tally.failed - failed:5} failed"
-        lines.append(f"{name:13} {numbers} {time.monotonic() - began:7.1f} s, CPU {cpu_seconds() - used:7.1f} s")
-    print("\n=== summary", *lines, sep="\n")
+    began = time.monotonic()
+    runs = run_steps(chosen, options.full)
+    tally = Tally()
+    for run in runs:
+        tally += run.tally
+    print("\n=== summary", *(f"{run.name:13} {run}" for run in runs), sep="\n")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes, CPU {sum(run.cpu for run in runs) / 60:.1f} minutes")
     for reason, number in tally.skipped.items():
         print(f"SKIPPED {number}: {reason}")
     for failure in tally.failures:

@@ -1,7 +1,10 @@
-"""tests/run.py counts what ran: no test is lost, and nothing that went wrong is a pass."""
+"""tests/run.py counts what ran: no test is lost, and nothing that went wrong is a pass. Its two lanes run at once."""
 
 import pathlib
+import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -68,3 +71,102 @@ def test_steps_are_presets():
     names = (run.ROOT / "CMakePresets.json").read_text()
     for step in run.STEPS.values():
         assert all(target == "wheels" or f'"name": "{target}"' in names for target in step.builds)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of builds, with none in it."""
+    monkeypatch.setattr(run, "BUILD", tmp_path)
+    monkeypatch.setattr(run, "POLL", 0.01)
+    monkeypatch.setattr(run, "BUILT", {})
+    return tmp_path
+
+
+def a_step(builds=(), pytest=None):
+    return run.Step("what it does", 1, builds, ("", ""), pytest)
+
+
+def test_lines_have_the_name_of_their_step(folder, capsys):
+    this = run.Run("release", a_step())
+    text = r"import sys; print('one\n\ntwo'); print('three', end='', file=sys.stderr); sys.exit(3)"
+    assert this.command(sys.executable, "-uc", text) == 3
+    assert this.command(sys.executable, "-c", "import os; print(os.environ['FOUR'])", FOUR="4") == 0
+    assert this.command(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)") == -9
+    lines = [line for line in capsys.readouterr().out.splitlines() if "---" not in line]
+    assert all(line.startswith("release      |") for line in lines)
+    assert [line[15:] for line in lines] == ["", "one", "", "two", "three", "", "4", ""]
+    assert (folder / "test-release.log").read_text() == "one\n\ntwo\nthree4\n"
+
+
+def test_a_process_that_a_command_leaves_behind_is_not_waited_for(folder):
+    this = run.Run("release", a_step())
+    assert this.command("sh", "-c", "sleep 100 & echo $!") == 0
+    subprocess.run(["kill", (folder / "test-release.log").read_text().strip()], check=True)
+
+
+def test_the_time_of_a_command_is_its_own(folder):
+    """Each lane's, with the processes that the command has waited for."""
+    busy = "import subprocess, sys, time\nwhile time.process_time() < 0.5: pass"
+    both = [run.Run("release", a_step()), run.Run("python", a_step())]
+    texts = (f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])", "pass")
+    threads = [
+        threading.Thread(target=this.command, args=(sys.executable, "-Sc", text))
+        for this, text in zip(both, texts, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert both[0].cpu > 0.5 > both[1].cpu > 0
+
+
+def test_pytest_and_ctest_run_at_the_same_time_and_build_once(folder, monkeypatch):
+    """Each of a lane's first steps ends only once the other lane's has begun; the steps of a lane take turns."""
+    meet, built, began = threading.Barrier(2, timeout=60), [], []
+
+    def tests(this, report, full):
+        began.append(this.name)
+        if this.name in ("release", "checks"):
+            meet.wait()
+        report.write_text(f"<testsuite>{TESTS[0][0]}</testsuite>")
+        return int(this.name == "metal")
+
+    def build(this, name):
+        built.append(name)
+        return name != "tsan"
+
+    monkeypatch.setattr(run.Run, "run_ctest", tests)
+    monkeypatch.setattr(run.Run, "run_pytest", tests)
+    monkeypatch.setattr(run.Run, "build_preset", build)
+    chosen = {
+        "checks": a_step(("release",), ["tests"]),
+        "release": a_step(("release",)),
+        "tsan": a_step(("tsan", "release")),
+        "metal": a_step(("release",)),
+        "python": a_step(("release",), ["tests"]),
+    }
+    runs = run.run_steps(chosen, full=False)
+    assert [this.name for this in runs] == list(chosen)
+    assert [name for name in began if name in ("release", "metal")] == ["release", "metal"]
+    assert [name for name in began if name in ("checks", "python")] == ["checks", "python"]
+    assert sorted(built) == ["release", "tsan"]
+    tally = run.Tally()
+    for this in runs:
+        tally += this.tally
+    assert (tally.passed, tally.failed) == (12 * 4, 2)
+    assert tally.failures == ["tsan: tsan does not build: 1 failed", "metal: exit code 1, 1 tests: 1 failed"]
+
+
+def test_an_error_of_the_program_ends_both_lanes(folder, monkeypatch):
+    began = []
+
+    def tests(this, report, full):
+        began.append(this.name)
+        if this.name == "release":
+            raise KeyError(this.name)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(run.Run, "run_ctest", tests)
+    with pytest.raises(KeyError, match="release"):
+        run.run_steps({"release": a_step(), **{str(n): a_step() for n in range(300)}}, full=False)
+    assert len(began) < 300
