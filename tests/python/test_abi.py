@@ -161,9 +161,12 @@ def test_types_of_codes_are_those_of_the_header():
         assert abi.scalars(abi.library().parse(f"forward f32 b1 h1 q1 kv1 d32 k_{name}")).k_type == number
 
 
-def test_importing_loads_no_library():
+def test_importing_loads_no_library_and_no_compiler():
+    """PyTorch's compiler takes longer to import than all else."""
     code = (
-        "import torch, mps_flash_attn; print(mps_flash_attn.is_available())\n"
+        "import sys, torch; had = 'torch._dynamo' in sys.modules\n"
+        "import mps_flash_attn; print(mps_flash_attn.is_available())\n"
+        "import mps_flash_attn.distributed; assert had or 'torch._dynamo' not in sys.modules\n"
         "mps_flash_attn.flash_attention(*[torch.ones(1, 1, 1, 1)] * 3)"
     )
     status, printed, error = _python(code, MFA_LIBRARY="/nowhere/libmfa.so")

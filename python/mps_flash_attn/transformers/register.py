@@ -6,7 +6,6 @@ from typing import Any
 
 from ..handles import Registration, check_name
 from .attention import transformers_attention
-from .check import check_config, check_models, forget_models
 from .masks import mask_of_transformers
 from .paged import allow_continuous_batching, forbid_continuous_batching
 
@@ -30,6 +29,8 @@ def register_transformers(name: str = "mfa") -> Registration:
         )
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    from .check import check_config, check_models  # which imports the compiler of PyTorch: a second and a half
+
     ours = AttentionInterface._global_mapping.get(name) is transformers_attention
     if not ours and (name in AttentionInterface() or name in AttentionMaskInterface()):
         raise ValueError(f'name is "{name}"; it must not be that of another implementation of attention')
@@ -50,6 +51,8 @@ def _unregister(name: str, mask: Any) -> None:
     """Ends the registration of this name, unless it was registered anew since. What transformers has of ours is taken
     out with the last name. Models that have this name raise transformers' error from then on."""
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from .check import forget_models
 
     if AttentionMaskInterface._global_mapping.get(name) is mask:
         del AttentionMaskInterface._global_mapping[name]
