@@ -1,4 +1,5 @@
-"""Four gloo processes that run functions for the tests, started once, from a server that has imported PyTorch once.
+"""Four gloo processes that run functions for the tests, started once, from a server that has imported PyTorch and what
+they need of it once.
 
 Groups of 1 to 4 of them stand for machines. Those of 2 and 3 do not begin with rank 0, so that ranks of the group and
 of all processes differ.
@@ -26,7 +27,7 @@ groups = {}  # in a worker: the group of each size that it is in
 def _context():
     context = multiprocessing.get_context("forkserver")
     # One server serves all of a process: for bench/measure.py it must not have imported mps_flash_attn.
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.tensor", "pytest"])
     return context
 
 
