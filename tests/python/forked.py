@@ -21,7 +21,7 @@ def _main(path, output, arguments, settings):
 def run(path, folder, seconds, arguments=(), **settings):
     """Runs a program, with arguments and settings of the environment; its exit code (None: it hangs) and its output."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torch", "mps_flash_attn"])
+    processes.set_forkserver_preload(["torch", "torch._dynamo", "mps_flash_attn"])
     output = Path(folder) / "output"
     process = processes.Process(target=_main, args=(path, output, arguments, settings))
     process.start()

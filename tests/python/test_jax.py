@@ -190,8 +190,10 @@ def test_residual_has_no_gradient():
 # --- Transformations -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (None, 0, 0), (1, None, 2), (-1, 0, None)])
-@pytest.mark.parametrize("batch", [1, 3])
+AXES = ((0, 0, 0), (0, None, None), (None, 0, 0), (1, None, 2), (-1, 0, None))
+
+
+@pytest.mark.parametrize("axes, batch", [*((axes, 3) for axes in AXES), (AXES[0], 1), (AXES[3], 1)])
 def test_vmap(axes, batch):
     """Also of gradients, which are summed where an input is not mapped."""
     plain = inputs(batch=(batch,))[:3]
