@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from mps_flash_attn import explain, flash_attention, run
 from mps_flash_attn.explanation import Explanation
 from mps_flash_attn.reference import attention, check, compare
-from stand_in import BACKEND, DTYPES, FLOAT64, FULL
+from stand_in import BACKEND, DTYPES, FLOAT64, FULL, ON_METAL
 
 INF = float("inf")
 
@@ -393,7 +393,7 @@ def _band(is_causal, window, shift):
     return lower, diagonal if is_causal or window else None
 
 
-@settings(max_examples=150 if FULL else 50)
+@settings(max_examples=150 if FULL else 20 if ON_METAL else 50)
 @given(random_problems())
 def test_random_problem(drawn):
     dtype, sizes, options, mask_kind, mask_shape, strides, seed = drawn
