@@ -50,7 +50,7 @@ STEPS = {
     "checks": Step("includes, names, documents, style; and what checks them", 92, (), pytest=["tests/tools"]),
     "release": Step("the shipped library on every instruction set", 346, ("release",), ctest=("", "metal")),
     "metal": Step("the Metal kernels and backend on metalsim, and it", 669, ("release",), ctest=("metal", "")),
-    "python": Step("the Python package", 492, ("release",), pytest=["tests/python"], environment=CPU),
+    "python": Step("the Python package", 400, ("release",), pytest=["tests/python"], environment=CPU),
     "wheels": Step(
         "the wheels of all platforms",
         138,
@@ -63,7 +63,7 @@ STEPS = {
     "asan-ubsan": Step("address and undefined-behaviour sanitizers", 240, ("asan-ubsan",), ctest=("", "")),
     "tsan": Step("thread sanitizer", 111, ("tsan",), ctest=("", "")),
     "metal-python": Step(
-        "the Python package on Metal", 399, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+        "the Python package on Metal", 340, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
     ),
 }
 
