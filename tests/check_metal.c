@@ -3,6 +3,7 @@
  *     check_metal [options of check_attention] [PROBLEM ...]     these problems, or the case list
  *     check_metal --tiles         problems for each row of src/metal/tiles.c
  *     check_metal --random N      N problems drawn from the seed
+ *     check_metal --basics        what is the same for all problems (metal/basics.h), instead of the case list
  *     --checked                   look for races and the like
  *     --fast-math                 kernels compiled with fast math, which is Metal's default
  *     --quick                     one run of each problem, of kernels that are compiled without optimisation
@@ -187,14 +188,29 @@ static void check_generated(const struct arguments *arguments, int count,
     }
 }
 
+static void check_basics(void)
+{
+    basics_check_layout();
+    basics_check_lowest_mask();
+    basics_check_large_sinks();
+    basics_check_dropout();
+    if (!settings.fast_math) { /* which assumes that there are no NaN, and changes nothing of integers */
+        basics_check_wrong_lengths(&settings);
+        basics_check_rounding();
+        basics_check_codes();
+        basics_check_overflow();
+    }
+}
+
 int main(int count, char **words)
 {
     struct arguments arguments;
-    int tiles = 0;
+    int tiles = 0, basics = 0;
     const struct option own[] = {
         {"checked", no_argument, &settings.checked, 1},
         {"fast-math", no_argument, &settings.fast_math, 1},
         {"tiles", no_argument, &tiles, PROBLEMS_OF_TILES},
+        {"basics", no_argument, &basics, 1},
         {0},
     };
     if (!arguments_parse(&arguments, count, words, own))
@@ -209,19 +225,9 @@ int main(int count, char **words)
     guarded_report_faults();
     check_generated(&arguments, tiles, problems_of_tiles);
     check_generated(&arguments, arguments.random, problems_random);
-    if (!arguments.problem_count && arguments.shard == 0) {
-        basics_check_layout();
-        basics_check_lowest_mask();
-        basics_check_large_sinks();
-        basics_check_dropout();
-        basics_check_wrong_lengths(&settings);
-        if (!settings.fast_math) { /* which assumes that there are no NaN */
-            basics_check_rounding();
-            basics_check_codes();
-            basics_check_overflow();
-        }
-    }
-    if (arguments.problem_count || (!tiles && !arguments.random))
+    if (basics && arguments.shard == 0)
+        check_basics();
+    if (arguments.problem_count || (!tiles && !basics && !arguments.random))
         check_cases(&arguments);
     return report_end();
 }

@@ -121,6 +121,8 @@ if ! build >"$out/logs/build" 2>&1; then
     exit 1
 fi
 echo "$(since) s  built"
+timeout 240 "$out/check_metal" --basics >"$out/logs/basics" 2>&1
+count basics "$out/logs/basics"
 shards cases
 shards tiles --tiles
 shards random --random 320 --seed 11
