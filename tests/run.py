@@ -3,9 +3,8 @@
     tests/run.py [--full] [--list] [STEP ...]
 
 Run it through `make test`, which installs what it needs. A step builds a preset of CMakePresets.json and runs CTest in
-it, or runs pytest. There are two lanes, one for each of these: a lane runs its steps one after the other, both run at
-the same time, and what two steps build is built once. Each line of output begins with the name of its step, and
-build/test-STEP.log has those of one step.
+it, or runs pytest. Two steps run at a time, and what both build is built once: some tests wait for other processes, or
+for time to pass. Each line of output begins with the name of its step, and build/test-STEP.log has those of one step.
 
 Cases are counted, not programs: a test program prints its own count, as cmocka does. One that crashes, hangs or prints
 no count has failed, whatever it had counted. MFA_TEST_TIMEOUT is how many seconds one test may run (900), for a machine
@@ -44,27 +43,28 @@ METAL |= {"METALSIM_UNOPTIMISED": "1"}  # kernels run briefly here, and metal ru
 METAL |= {"METALSIM_CACHE": str(RELEASE / "cache"), "METALSIM_COVER": str(RELEASE / "metalsim/metalsim_cover")}
 
 # Seconds are estimates of the CPU time, on fast cores. CTest is given the label of the tests to run, and that of those
-# not to run. A lane runs its steps in this order. Long tests are early, so that both cores are busy to the end.
+# not to run. Steps begin in this order: one of pytest beside one of CTest, and the short ones last, so that both cores
+# are busy to the end.
 Step = collections.namedtuple("Step", "about seconds builds ctest pytest environment", defaults=(None, None, {}))
 STEPS = {
-    "checks": Step("includes, names, documents, style; and what checks them", 92, (), pytest=["tests/tools"]),
-    "release": Step("the shipped library on every instruction set", 346, ("release",), ctest=("", "metal")),
-    "metal": Step("the Metal kernels and backend on metalsim, and it", 669, ("release",), ctest=("metal", "")),
-    "python": Step("the Python package", 400, ("release",), pytest=["tests/python"], environment=CPU),
+    "checks": Step("includes, names, documents, style; and what checks them", 94, (), pytest=["tests/tools"]),
+    "release": Step("the shipped library on every instruction set", 280, ("release",), ctest=("", "metal")),
+    "python": Step("the Python package", 440, ("release",), pytest=["tests/python"], environment=CPU),
+    "metal": Step("the Metal kernels and backend on metalsim, and it", 480, ("release",), ctest=("metal", "")),
+    "metal-python": Step(
+        "the Python package on Metal", 310, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
+    ),
+    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 210, ("asan-ubsan",), ctest=("", "")),
     "wheels": Step(
         "the wheels of all platforms",
-        138,
+        94,
         ("wheels",),
         pytest=["tests/test_wheels.py", "tests/macos"],
         environment={"MFA_WHEELS": str(WHEELS), "MFA_DYLIB": str(WHEELS / "libmfa.dylib")},
     ),
-    "arm64": Step("NEON and the macOS library, emulated", 261, ("wheels", "arm64"), ctest=("", "")),
-    "clang": Step("another compiler", 124, ("clang",), ctest=("", "")),
-    "asan-ubsan": Step("address and undefined-behaviour sanitizers", 240, ("asan-ubsan",), ctest=("", "")),
-    "tsan": Step("thread sanitizer", 111, ("tsan",), ctest=("", "")),
-    "metal-python": Step(
-        "the Python package on Metal", 340, ("release",), pytest=["tests/python", "metalsim/tests"], environment=METAL
-    ),
+    "arm64": Step("NEON and the macOS library, emulated", 218, ("wheels", "arm64"), ctest=("", "")),
+    "clang": Step("another compiler", 94, ("clang",), ctest=("", "")),
+    "tsan": Step("thread sanitizer", 107, ("tsan",), ctest=("", "")),
 }
 
 
@@ -130,7 +130,7 @@ class Run:
             )
             ended, rest = 0, b""
             while not ended:
-                ended, status, used = os.wait4(process.pid, os.WNOHANG)  # of this command, not of the other lane's
+                ended, status, used = os.wait4(process.pid, os.WNOHANG)  # of this command, not of the other step's
                 *lines, rest = (rest + printed.read()).split(b"\n")
                 if ended and rest:
                     lines.append(rest)
@@ -233,14 +233,13 @@ def count(tally, step, report, code):
 
 
 def run_steps(chosen, full):
-    """The Runs of the steps, in their order; pytest and CTest have a lane each."""
-    lanes = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)]
-    futures = [lanes[bool(step.pytest)].submit(Run(name, step).test, full) for name, step in chosen.items()]
+    """The Runs of the steps, in their order; two run at a time."""
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    futures = [pool.submit(Run(name, step).test, full) for name, step in chosen.items()]
     try:
         done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
     finally:
-        for lane in lanes:
-            lane.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     for future in done:
         future.result()  # raises what the step raised
     return [future.result() for future in futures]
