@@ -13,6 +13,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 import compare
 import features
 import int8
+import matmul
 import measure
 import peers
 import relative
@@ -51,10 +52,24 @@ def test_features(capsys, monkeypatch):
 def test_int8(capsys, monkeypatch):
     """It compares its results, and has a row for each problem and number of threads."""
     monkeypatch.setattr(sys, "argv", ["int8.py", "--length", "64"])
-    monkeypatch.setattr(int8.speed, "medians", lambda functions, wait: [1.0, 2.0])
+    monkeypatch.setattr(int8.speed, "medians", lambda functions, wait: [1.0, 2.0, 1.5])
     assert int8.main() == 0
     printed = capsys.readouterr().out
-    assert "WRONG" not in printed and printed.count("2.00") == 8 * len({1, torch.get_num_threads()})
+    assert "WRONG" not in printed and printed.count("2.00, 1.50") == 8 * len({1, torch.get_num_threads()})
+
+
+def test_matmul(capsys, monkeypatch):
+    """It compares ours with the reference, and has a line for each problem and number of threads."""
+    monkeypatch.setattr(matmul, "PROBLEMS", ("forward f32 b1 h1 q16 kv16 d8",))
+    monkeypatch.setattr(matmul, "SIZE", 16)
+    monkeypatch.setattr(matmul, "seconds_of", lambda function: function() is None or 1.0)
+    monkeypatch.setattr(matmul, "in_process", lambda function, text, threads: function(text))
+    monkeypatch.setattr(sys, "argv", ["matmul.py", "--threads", "1,2", "--runs", "2"])
+    assert matmul.main() == 0
+    assert capsys.readouterr().out.count("0%, 0%") == 2 * 2
+    monkeypatch.setattr(matmul, "check", lambda problem, operands, given: {"ours": "O is off"})
+    assert matmul.main() == 1
+    assert capsys.readouterr().out.count("WRONG: forward f32 b1 h1 q16 kv16 d8: O is off") == 2 * 2
 
 
 # --- Problems ------------------------------------------------------------------------------------
