@@ -64,6 +64,8 @@ def test_matmul(capsys, monkeypatch):
     monkeypatch.setattr(matmul, "SIZE", 16)
     monkeypatch.setattr(matmul, "seconds_of", lambda function: function() is None or 1.0)
     monkeypatch.setattr(matmul, "in_process", lambda function, text, threads: function(text))
+    monkeypatch.setattr(matmul, "bounds_of", lambda *problem: [measure.Bound("peak", 1e-3, lambda: 1.0)])
+    monkeypatch.setattr(matmul, "machine", lambda: "a machine")
     monkeypatch.setattr(sys, "argv", ["matmul.py", "--threads", "1,2", "--runs", "2"])
     assert matmul.main() == 0
     assert capsys.readouterr().out.count("0%, 0%") == 2 * 2
