@@ -79,6 +79,15 @@ def test_scales_of_values_far_from_one(size):
     assert is_close(attend(*tensors), exact(*tensors), torch.bfloat16)
 
 
+def test_codes_of_zero_with_a_large_scale():
+    """The unit of the queries times such a scale is infinite in f32, and its product with a sum of 0 is NaN."""
+    query, k, k_scale, v, v_scale = operands(dtype=torch.bfloat16)
+    query[:] = 2.0**100
+    k[:] = 0
+    tensors = query, k, k_scale * 0 + 2.0**60, v, v_scale
+    assert is_close(attend(*tensors), exact(*tensors), torch.bfloat16)
+
+
 def test_scales_of_values_with_signs():
     query, k, k_scale, v, v_scale = operands()
     tensors = query, k, k_scale, v, v_scale * torch.randn_like(v_scale).sign()

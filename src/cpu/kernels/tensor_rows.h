@@ -172,6 +172,15 @@ static real horizontal_max(vec x)
     return lane[0];
 }
 
+/* The largest |x| of n numbers, whole vectors; any number where one is a NaN. */
+static inline real max_abs(const real *x, int64_t n)
+{
+    vec top = vec_set1(0);
+    for (int64_t i = 0; i < n; i += LANES)
+        top = vec_max(top, vec_max(vec_load(x + i), vec_sub(vec_set1(0), vec_load(x + i))));
+    return horizontal_max(top);
+}
+
 static real horizontal_sum(vec x)
 {
     real lane[LANES];

@@ -49,10 +49,7 @@ static void int8_arena(const struct mfa_cpu_call *call, char *base, uint64_t *us
 static double quantize_query(const real *row, int64_t columns, uint8_t *to)
 {
     const int64_t n = padded(columns);
-    vec top = vec_set1(0);
-    for (int64_t c = 0; c < n; c += LANES)
-        top = vec_max(top, vec_max(vec_load(row + c), vec_sub(vec_set1(0), vec_load(row + c))));
-    const double largest = (double)horizontal_max(top);
+    const double largest = (double)max_abs(row, n);
     const int counts = largest >= 0x1p-100;
     const vec inverse = vec_set1(counts ? (real)(127 / largest) : 0);
     for (int64_t c = 0; c < n; c += LANES)

@@ -20,6 +20,9 @@ enum {
  * against this: 2^-14, where rounding P to f16 is 2^-12. */
 #define INT16_SCORE_ERROR 0x1p-9
 
+/* Of Q and of scales of K: what sums of 0 are multiplied by stays finite. */
+#define MAX_INT16_SIZE 0x1p60
+
 /* Queries as integers. */
 struct int16_queries {
     int32_t *rows;        /* [R][columns / 2], pairs of columns */
@@ -28,6 +31,12 @@ struct int16_queries {
 };
 
 #if INT16_PRODUCTS
+#if DECODE_ACCUMULATORS == 16
+#define INT16_QUERIES 8 /* of a tile, at most */
+#else
+#define INT16_QUERIES 4
+#endif
+
 #define TILE gemm_qk_int16_1x4
 #define QUERIES 1
 #define KEYS 4
@@ -38,24 +47,19 @@ struct int16_queries {
 #define KEYS 4
 #include "cpu/kernels/gemm/decode_int16_qk_tile.h"
 
-#if INT16_TILE_4 == 4
+#if INT16_QUERIES == 8
 #define TILE gemm_qk_int16_4x4
 #define QUERIES 4
 #define KEYS 4
 #include "cpu/kernels/gemm/decode_int16_qk_tile.h"
-
-#define TILE gemm_qk_int16_8x2
-#define QUERIES 8
-#define KEYS 2
-#include "cpu/kernels/gemm/decode_int16_qk_tile.h"
-#else
-#define TILE gemm_qk_int16_4x2
-#define QUERIES 4
-#define KEYS 2
-#include "cpu/kernels/gemm/decode_int16_qk_tile.h"
 #endif
 
-/* Sums of so many keys and R queries, some queries at a time. */
+#define TILE gemm_qk_int16_many
+#define QUERIES INT16_QUERIES
+#define KEYS 2
+#include "cpu/kernels/gemm/decode_int16_qk_tile.h"
+
+/* Sums of so many keys and R queries, INT16_QUERIES at a time. */
 static inline __attribute__((always_inline)) void gemm_qk_int16_tile(const int R, const int32_t *Q, int64_t stride,
                                                                      struct kv_rows K, int64_t columns, vec *sums,
                                                                      struct prefetch_cursor *next)
@@ -65,26 +69,21 @@ static inline __attribute__((always_inline)) void gemm_qk_int16_tile(const int R
         gemm_qk_int16_1x4(R, Q, stride, K, columns, sums, next);
     else if (R == 2)
         gemm_qk_int16_2x4(R, Q, stride, K, columns, sums, next);
-#if INT16_TILE_4 == 4
+#if INT16_QUERIES == 8
     else if (R == 4)
         gemm_qk_int16_4x4(R, Q, stride, K, columns, sums, next);
-    else
-        gemm_qk_int16_8x2(R, Q, stride, K, columns, sums, next);
-    if (R == 16)
-        gemm_qk_int16_8x2(R, Q + 8 * stride, stride, K, columns, sums + 8, &again);
-#else
-    else
-        gemm_qk_int16_4x2(R, Q, stride, K, columns, sums, next);
-    if (R == 8)
-        gemm_qk_int16_4x2(R, Q + 4 * stride, stride, K, columns, sums + 4, &again);
 #endif
+    else
+        gemm_qk_int16_many(R, Q, stride, K, columns, sums, next);
+    if (R > INT16_QUERIES)
+        gemm_qk_int16_many(R, Q + INT16_QUERIES * stride, stride, K, columns, sums + INT16_QUERIES, &again);
 }
 
 static inline __attribute__((always_inline)) void gemm_qk_int16_of(const int R, const struct int16_queries *Q,
                                                                    struct kv_rows K, int64_t columns, real factor,
                                                                    real *S, struct prefetch_cursor *next)
 {
-    const int n = LANES / R, tile = R < 4 ? 4 : R == 4 ? INT16_TILE_4 : 2, together = n > tile ? n : tile;
+    const int n = LANES / R, tile = R < INT16_QUERIES ? 4 : 2, together = n > tile ? n : tile;
     const vec units = vec_mul(vec_load(Q->units), vec_set1(factor));
     vec sums[2 * LANES];
     for (int k = 0; k < DECODE_ACCUMULATORS; k += together) {
@@ -127,11 +126,9 @@ static void quantize_queries(int R, const real *rows, int64_t stride, int64_t co
     int fits = 1;
     for (int r = 0; r < R; r++) {
         const real *row = rows + r * stride;
-        vec top = vec_set1(0), off = vec_set1(0);
-        for (int64_t c = 0; c < columns; c += LANES)
-            top = vec_max(top, vec_max(vec_load(row + c), vec_sub(vec_set1(0), vec_load(row + c))));
-        const double largest = (double)horizontal_max(top);
-        fits &= all_finite(row, columns) && (largest == 0 || (largest >= 0x1p-100 && largest <= 0x1p100));
+        vec off = vec_set1(0);
+        const double largest = (double)max_abs(row, columns);
+        fits &= all_finite(row, columns) && (largest == 0 || (largest >= 0x1p-60 && largest <= MAX_INT16_SIZE));
         const real unit = fits ? (real)(largest / MAX_INT16) : 0;
         const vec inverse = vec_set1(fits && largest > 0 ? (real)(MAX_INT16 / largest) : 0);
         for (int64_t c = 0; c < columns; c += INT16_COLUMNS) {
@@ -153,7 +150,7 @@ static void quantize_queries(int R, const real *rows, int64_t stride, int64_t co
         for (int i = r; i < LANES; i += R)
             Q->units[i] = unit;
     }
-    Q->largest_scale = fits ? fmin(INT16_SCORE_ERROR / (worst * CODE * fabs(factor)), DBL_MAX) : -1;
+    Q->largest_scale = fits ? fmin(INT16_SCORE_ERROR / (worst * CODE * fabs(factor)), MAX_INT16_SIZE) : -1;
 }
 
 #define TILE gemm_pv_int16_1x4
@@ -176,22 +173,22 @@ static void quantize_queries(int R, const real *rows, int64_t stride, int64_t co
 #define VECTORS 2
 #include "cpu/kernels/gemm/decode_int16_pv_tile.h"
 
-#define TILE gemm_pv_int16_4x2
-#define QUERIES 4
-#define VECTORS 2
-#include "cpu/kernels/gemm/decode_int16_pv_tile.h"
-
-#if INT16_TILE_4 == 4
+#if INT16_QUERIES == 8
 #define TILE gemm_pv_int16_4x4
 #define QUERIES 4
 #define VECTORS 4
 #include "cpu/kernels/gemm/decode_int16_pv_tile.h"
 
-#define TILE gemm_pv_int16_8x2
-#define QUERIES 8
+#define TILE gemm_pv_int16_4x2
+#define QUERIES 4
 #define VECTORS 2
 #include "cpu/kernels/gemm/decode_int16_pv_tile.h"
 #endif
+
+#define TILE gemm_pv_int16_many
+#define QUERIES INT16_QUERIES
+#define VECTORS 2
+#include "cpu/kernels/gemm/decode_int16_pv_tile.h"
 
 /* Pairs of p from P, [key][R], and the scales of n keys; p_unit of each query. */
 static void quantize_probabilities(int R, const real *P, const real *scales, int64_t n, int32_t *pairs, real *units)
@@ -220,13 +217,10 @@ static void quantize_probabilities(int R, const real *P, const real *scales, int
  * beside larger ones might not. */
 static int scales_of_rows(struct kv_rows V, int64_t n, real *scales)
 {
-    vec top = vec_set1(0);
     for (int64_t k = 0; k < n; k++)
         scales[k] = (real)V.scales[k * V.scale_step];
     fill(scales + n, padded(n) - n, 0);
-    for (int64_t k = 0; k < n; k += LANES)
-        top = vec_max(top, vec_max(vec_load(scales + k), vec_sub(vec_set1(0), vec_load(scales + k))));
-    const real largest = horizontal_max(top);
+    const real largest = max_abs(scales, padded(n));
     return all_finite(scales, padded(n)) && (largest == 0 || largest >= (real)0x1p-60);
 }
 
@@ -237,7 +231,7 @@ static inline __attribute__((always_inline)) int64_t gemm_pv_int16_tile(int R, c
                                                                         struct prefetch_cursor *next)
 {
     struct prefetch_cursor again = *next;
-    const int wide = columns - c >= 2 * INT16_COLUMNS;
+    const int wide = R < INT16_QUERIES && columns - c >= 2 * INT16_COLUMNS;
     if (R == 1 && wide)
         gemm_pv_int16_1x4(1, P, units, V, n, O, columns, c, next);
     else if (R == 1)
@@ -246,27 +240,20 @@ static inline __attribute__((always_inline)) int64_t gemm_pv_int16_tile(int R, c
         gemm_pv_int16_2x4(2, P, units, V, n, O, columns, c, next);
     else if (R == 2)
         gemm_pv_int16_2x2(2, P, units, V, n, O, columns, c, next);
-#if INT16_TILE_4 == 4
+#if INT16_QUERIES == 8
     else if (R == 4 && wide)
         gemm_pv_int16_4x4(4, P, units, V, n, O, columns, c, next);
     else if (R == 4)
         gemm_pv_int16_4x2(4, P, units, V, n, O, columns, c, next);
-    else if (R == 8)
-        gemm_pv_int16_8x2(8, P, units, V, n, O, columns, c, next);
-    else {
-        gemm_pv_int16_8x2(16, P, units, V, n, O, columns, c, next);
-        gemm_pv_int16_8x2(16, P + 8, units + 8, V, n, O + 8 * columns, columns, c, &again);
-    }
-    return R <= 4 && wide ? 2 * INT16_COLUMNS : INT16_COLUMNS;
-#else
-    else if (R == 4)
-        gemm_pv_int16_4x2(4, P, units, V, n, O, columns, c, next);
-    else {
-        gemm_pv_int16_4x2(8, P, units, V, n, O, columns, c, next);
-        gemm_pv_int16_4x2(8, P + 4, units + 4, V, n, O + 4 * columns, columns, c, &again);
-    }
-    return R <= 2 && wide ? 2 * INT16_COLUMNS : INT16_COLUMNS;
 #endif
+    else if (R == INT16_QUERIES)
+        gemm_pv_int16_many(INT16_QUERIES, P, units, V, n, O, columns, c, next);
+    else {
+        enum { Q = INT16_QUERIES };
+        gemm_pv_int16_many(2 * Q, P, units, V, n, O, columns, c, next);
+        gemm_pv_int16_many(2 * Q, P + Q, units + Q, V, n, O + Q * columns, columns, c, &again);
+    }
+    return wide ? 2 * INT16_COLUMNS : INT16_COLUMNS;
 }
 
 /* O += P V for n keys; returns 0, and does nothing, where rows or their number do not fit, or a number is not

@@ -1,6 +1,5 @@
 /* Products of 16-bit integers (VPMADDWD), over avx2.h. avx512int16.h says what each name means. */
 #define INT16_PRODUCTS 1
-#define INT16_TILE_4 2
 
 typedef int32_t int_vec __attribute__((vector_size(32)));
 

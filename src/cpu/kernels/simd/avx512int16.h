@@ -11,7 +11,6 @@
  *     int_zip_int8(a, b, v, w)      pairs of these of two rows, in two vectors; vec_unzip_columns(v, w) puts their
  *                                   columns in order */
 #define INT16_PRODUCTS 1
-#define INT16_TILE_4 4 /* keys of a tile of 4 queries */
 
 /* Not an __m512i, of 64-bit integers: compilers would copy sums from one type to the other. */
 typedef int32_t int_vec __attribute__((vector_size(64)));
